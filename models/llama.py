@@ -1,0 +1,135 @@
+"""Llama 1 to 3.x, and what shares its form: SmolLM2, TinyLlama, Yi, DeepSeek-LLM, Mistral (with its sliding window).
+
+Source: arXiv:2302.13971, arXiv:2407.21783, and `transformers.models.llama`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.cache import Batch, KVCache
+from runner.config import Config
+from runner.errors import ConfigError
+from runner.fast import RMSNorm, RoPE
+from runner.nn import GLU, Attend, Embedding, Linear, check_activation, merge_heads, split_heads
+from runner.rope import RopeScaling
+from runner.weights import setting, weight
+
+HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
+Q, KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(Config):
+    """`config.json` of a Llama; defaults are those of `transformers.LlamaConfig`."""
+
+    intermediate_size: int
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        # A frozen class fills in what config.json may leave out.
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
+        super().__post_init__()
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads = f"{self.num_attention_heads} attention heads, {self.num_key_value_heads} key-value heads"
+            raise ConfigError(f"config.json: {heads}: the first must be a multiple of the second")
+        check_activation(self.hidden_act)
+
+    @property
+    def rotary_dim(self) -> int:
+        """All of a head is rotated."""
+        return self.head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied by."""
+        return float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistralConfig(LlamaConfig):
+    """Mistral: a Llama whose attention looks back `sliding_window` tokens."""
+
+    sliding_window: int | None = 4096
+
+    def cache_window(self, index: int) -> int | None:
+        return self.sliding_window
+
+
+@dataclass
+class Attention:
+    """Grouped-query attention with rotary positions; q, k and v are one product."""
+
+    rope: RoPE
+    attend: Attend
+    qkv_proj: Linear = weight("{q,k,v}_proj", (Q, KV, KV), HIDDEN, bias="attention_bias")
+    o_proj: Linear = weight("o_proj", HIDDEN, Q, bias="attention_bias")
+    num_attention_heads: int = setting()
+    num_key_value_heads: int = setting()
+    head_dim: int = setting()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        heads = split_heads(self.qkv_proj(x), self.head_dim)  # [B, H + KV + KV, L, D]
+        rotated, v = mx.split(heads, [self.num_attention_heads + self.num_key_value_heads], axis=1)
+        q, k = mx.split(self.rope(rotated, batch.offset, batch.length), [self.num_attention_heads], axis=1)
+        return self.o_proj(merge_heads(self.attend(q, cache.append(k, v), batch.mask)))
+
+
+@dataclass
+class MLP:
+    """The gated feed-forward layer; gate and up are one product."""
+
+    glu: GLU
+    gate_up_proj: Linear = weight("{gate,up}_proj", (INTERMEDIATE, INTERMEDIATE), HIDDEN, bias="mlp_bias")
+    down_proj: Linear = weight("down_proj", HIDDEN, INTERMEDIATE, bias="mlp_bias")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.glu(self.gate_up_proj(x)))
+
+
+@dataclass
+class Block:
+    """Attention, then MLP, each on a normalised copy of the residual stream that they add to."""
+
+    input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN)
+    self_attn: Attention = weight("self_attn")
+    post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
+    mlp: MLP = weight("mlp")
+    rms_norm_eps: float = setting()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x, self.rms_norm_eps), batch, cache)
+        x, normed = self.post_attention_layernorm.add(x, attended, self.rms_norm_eps)
+        return x + self.mlp(normed)
+
+
+@dataclass
+class Llama:
+    """The decoder: ids to hidden states, hidden states to logits."""
+
+    embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)
+    layers: list[Block] = weight("model.layers", length="num_hidden_layers")
+    norm: RMSNorm = weight("model.norm", HIDDEN)
+    lm_head: Linear = weight("lm_head|model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
+    rms_norm_eps: float = setting()
+
+    def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
+        """Hidden states `[B, L, hidden_size]` of `batch`, whose keys and values join `caches`."""
+        x = self.embed_tokens(batch.ids)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, batch, cache)
+        return self.norm(x, self.rms_norm_eps)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """`[..., hidden_size] -> [..., vocab_size]`."""
+        return self.lm_head(hidden)

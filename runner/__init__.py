@@ -1,0 +1,45 @@
+"""A small transformer inference runner on MLX.
+
+    import runner
+    lm = runner.load("path-or-hub-id")
+    for chunk in lm.stream("Once upon a time", max_tokens=64):
+        print(chunk.text, end="")
+
+Importing this package loads neither MLX nor the hub; the names below are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runner.errors import RunnerError as RunnerError
+    from runner.language_model import Chunk as Chunk
+    from runner.language_model import Generation as Generation
+    from runner.language_model import LanguageModel as LanguageModel
+    from runner.language_model import load as load
+    from runner.sampling import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Chunk": "runner.language_model",
+    "Generation": "runner.language_model",
+    "LanguageModel": "runner.language_model",
+    "RunnerError": "runner.errors",
+    "SamplingParams": "runner.sampling",
+    "load": "runner.language_model",
+}
+
+__all__ = ["Chunk", "Generation", "LanguageModel", "RunnerError", "SamplingParams", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'runner' has no attribute {name!r}")
+    if _LAZY[name] == "runner.language_model":
+        from runner.backend import require
+
+        require()
+    return getattr(importlib.import_module(_LAZY[name]), name)

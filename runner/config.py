@@ -1,0 +1,316 @@
+"""Config classes: frozen, keyword-only dataclasses that carry `config.json`'s names, read by one function.
+
+A field is named as its key is, or carries the key as a tag: `eps: float = key("rms_norm_eps", default=1e-6)`. Both
+spellings of transformers give the same object. A key that no field reads, and that is not known to be harmless, is
+refused by name: a runner that skips a key it does not know computes something else than the model's authors did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Self, TypeVar
+
+from runner.errors import ConfigError
+from runner.rope import RopeScaling
+
+_KEY = "runner.key"
+C = TypeVar("C", bound="Config")
+
+MAX_DIMENSION = 1 << 24
+"""No published size comes near it; a larger one is a damaged or hostile file, refused before anything is allocated."""
+
+HARMLESS = frozenset(
+    [
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "add_cross_attention",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "attn_pdrop",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "classifier_dropout",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "embd_pdrop",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "hidden_dropout",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "mlx_lm_version",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_labels",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "pruned_heads",
+        "quantization_config",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "resid_pdrop",
+        "residual_dropout",
+        "return_dict",
+        "return_dict_in_generate",
+        "rope_interleaved",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "typical_p",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+    ]
+)
+"""Keys that say nothing about the numbers of a forward pass: bookkeeping, training, and generation defaults (which
+`generation_config.json` and the engine read)."""
+
+
+def key(name: str, *, default: Any = MISSING) -> Any:
+    """A field read from `config.json`'s key `name` where that differs from the field's own name."""
+    return field(default=default, metadata={_KEY: name})
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """`quantization` of an MLX checkpoint: the form of packed layers, and the layers that differ.
+
+    A form is `(bits, group_size, mode)`; None says that a layer is not packed.
+    """
+
+    default: tuple[int, int, str]
+    layers: Mapping[str, tuple[int, int, str] | None]
+
+    @classmethod
+    def from_dict(cls, raw: object) -> Quantized:
+        """Read the object as mlx-lm writes it.
+
+        Raises:
+            ConfigError: it has another form, or names a mode that is not MLX's.
+        """
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"quantization must be an object, not {_short(raw)}")
+        if "quant_method" in raw:
+            raise ConfigError(
+                f"quant_method {raw['quant_method']!r} is not supported; use an MLX or a plain checkpoint"
+            )
+        layers: dict[str, tuple[int, int, str] | None] = {}
+        for name, value in raw.items():
+            if isinstance(value, Mapping):
+                layers[name] = _form(value)
+            elif value is False:
+                layers[name] = None
+        return cls(_form(raw), layers)
+
+
+def _form(raw: Mapping[str, Any]) -> tuple[int, int, str]:
+    bits, group_size, mode = raw.get("bits"), raw.get("group_size"), raw.get("mode", "affine")
+    if (
+        mode not in ("affine", "mxfp4", "mxfp8", "nvfp4")
+        or not isinstance(bits, int)
+        or not isinstance(group_size, int)
+    ):
+        raise ConfigError(f"quantization needs bits, group_size and a mode MLX knows, not {_short(dict(raw))}")
+    return bits, group_size, mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every family has. Dimensions in elements, `max_position_embeddings` in tokens."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    quantization: Quantized | None = None
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"config.json: {item.metadata.get(_KEY, item.name)} must be at least 1, not {value}")
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read `config.json`'s object.
+
+        Raises:
+            ConfigError: a key is missing, has a value of the wrong type, or is unknown (and set); all of them at once.
+        """
+        return read(cls, raw)
+
+    def for_layer(self, index: int) -> Config:
+        """The config that layer `index` is built from; families whose layers differ return another one here."""
+        return self
+
+    def quantization_of(self, name: str) -> tuple[int, int, str] | None:
+        """What `quantization` says of the layer `name`: (bits, group size, mode); None where it says nothing."""
+        if self.quantization is None:
+            return None
+        return self.quantization.layers.get(name, self.quantization.default)
+
+    def cache_window(self, index: int) -> int | None:
+        """How many keys layer `index` looks back on, itself included; None: all."""
+        return None
+
+
+def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """One spelling: v5's `rope_parameters` becomes `rope_theta` + `rope_scaling` (+ `partial_rotary_factor`).
+
+    Raises:
+        ConfigError: both spellings are present and disagree.
+    """
+    result = dict(raw)
+    parameters = result.pop("rope_parameters", None)
+    if parameters is None:
+        return result
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"config.json: rope_parameters must be an object, not {parameters!r}")
+    scaling = dict(parameters)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in scaling:
+            value = scaling.pop(name)
+            if result.setdefault(name, value) not in (value, None):
+                raise ConfigError(f"config.json says {name} twice: {result[name]!r}, and {value!r} in rope_parameters")
+            result[name] = value
+    if "rope_theta" not in result:
+        raise ConfigError("config.json: rope_parameters has no rope_theta, and there is none beside it")
+    legacy = result.get("rope_scaling")
+    if legacy is not None and RopeScaling.from_dict(legacy) != RopeScaling.from_dict(scaling):
+        raise ConfigError(f"config.json: rope_scaling {legacy!r} and rope_parameters {dict(parameters)!r} disagree")
+    result["rope_scaling"] = scaling
+    return result
+
+
+def read(cls: type[C], raw: Mapping[str, Any]) -> C:
+    """Build `cls` from `config.json`'s object; see `Config.from_dict`."""
+    values = normalise(raw)
+    method = raw.get("quantization_config")
+    if isinstance(method, Mapping) and "quant_method" in method:
+        Quantized.from_dict(method)
+    hints = typing.get_type_hints(cls)
+    problems: list[str] = []
+    arguments: dict[str, Any] = {}
+    known: set[str] = set()
+    for item in dataclasses.fields(cls):
+        if not item.init:
+            continue
+        name = item.metadata.get(_KEY, item.name)
+        known.add(name)
+        required = item.default is MISSING and item.default_factory is MISSING
+        if name not in values or (values[name] is None and not _accepts_none(hints[item.name])):
+            if required:
+                problems.append(f"missing key {name!r}")
+            continue
+        try:
+            arguments[item.name] = _convert(values[name], hints[item.name], name)
+        except ConfigError as error:
+            problems.append(str(error))
+    problems += _unknown(values, known)
+    if problems:
+        raise ConfigError(f"config.json of a {raw.get('model_type', '(unnamed)')} model: " + "; ".join(problems))
+    return cls(**arguments)
+
+
+def _unknown(values: Mapping[str, Any], known: set[str]) -> list[str]:
+    problems = []
+    for name, value in values.items():
+        if name in known or name in HARMLESS or value is None or value is False:
+            continue
+        near = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        problems.append(f"key {name!r} = {_short(value)} could change the numbers and is not understood{hint}")
+    return problems
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _accepts_none(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the annotation `hint` has it; JSON knows one kind of number and no tuples, and bool is not an int."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(value, option, name)
+            except ConfigError:
+                continue
+        return _convert(value, options[-1], name)
+    if hint in (RopeScaling, Quantized):
+        return hint.from_dict(value)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return tuple(_convert(item, typing.get_args(hint)[0], f"{name}[{i}]") for i, item in enumerate(value))
+    elif hint is int and not isinstance(value, bool) and isinstance(value, int | float) and value == _floor(value):
+        if abs(value) > MAX_DIMENSION:
+            raise ConfigError(f"key {name!r} = {_short(value)} is larger than any model has ({MAX_DIMENSION})")
+        return int(value)
+    elif hint is float and not isinstance(value, bool) and isinstance(value, int | float):
+        if abs(value) <= 1e30 and math.isfinite(value):
+            return float(value)
+    elif (hint is bool and isinstance(value, bool)) or (hint is str and isinstance(value, str)):
+        return value
+    expected = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise ConfigError(f"key {name!r} must be {expected}, not {_short(value)}")
+
+
+def _floor(value: float) -> float:
+    return math.floor(value) if math.isfinite(value) else math.nan

@@ -1,0 +1,71 @@
+"""Which classes read which `model_type`: one table, and an entry-point group for families that live elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from runner.cache import Batch, KVCache
+from runner.config import Config
+from runner.errors import ConfigError
+
+ENTRY_POINTS = "runner.families"
+"""Entry points of this group, named as the model_type and pointing to a `Family`, add to the table below."""
+
+
+class Model(Protocol):
+    """What the engine asks of a model."""
+
+    def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
+        """Ids to hidden states `[B, L, hidden_size]`."""
+        ...
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states to logits."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """The module below `runner.models`, and the names of its config and model classes."""
+
+    module: str
+    config: str
+    model: str
+
+    def load(self) -> tuple[type[Config], type]:
+        """Import the module and return both classes."""
+        module = importlib.import_module(self.module if "." in self.module else f"runner.models.{self.module}")
+        return vars(module)[self.config], vars(module)[self.model]
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("llama", "LlamaConfig", "Llama"),
+    "mistral": Family("llama", "MistralConfig", "Llama"),
+}
+
+
+def find(raw: Mapping[str, Any]) -> tuple[type[Config], type]:
+    """The config and model classes of a `config.json`.
+
+    Raises:
+        ConfigError: its `model_type` is missing or belongs to no family; the message names those that exist.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(f"config.json: model_type must be a string, not {model_type!r}")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].load()
+    outside = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    if model_type in outside:
+        family = outside[model_type].load()
+        if not isinstance(family, Family):
+            raise ConfigError(f"entry point {ENTRY_POINTS}:{model_type} is not a runner.families.Family")
+        return family.load()
+    known = ", ".join(sorted({*FAMILIES, *outside}))
+    raise ConfigError(f"config.json: model_type {model_type!r} is not supported; these are: {known}")

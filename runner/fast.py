@@ -1,0 +1,278 @@
+"""The fast ops every model is made of, over `mx.fast`, and the seam where a device brings its own.
+
+`Ops` is the table of what a device computes with. One is picked when a model is loaded and handed to each of these
+dataclasses by the weight walker; a model file calls `self.norm(x, eps)` and never learns which one it got. Built by
+hand, without a loader, they use `PORTABLE`: plain MLX, right on every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from runner import rope as frequencies
+from runner.errors import UsageError
+from runner.rope import RopeScaling
+from runner.weights import setting, tensor
+
+NO_MASK: Literal["none"] = "none"
+"""The mask that hides nothing: every query sees every key."""
+
+Mask = mx.array | Literal["none"] | None
+
+
+def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+
+def _quantized_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    bias: mx.array | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
+    return y if bias is None else y + bias
+
+
+def _add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps: float) -> tuple[mx.array, mx.array]:
+    total = x + residual
+    return total, mx.fast.rms_norm(total, weight, eps)
+
+
+def _attention(
+    query: mx.array,
+    key: mx.array,
+    value: mx.array,
+    mask: mx.array | Literal["causal"] | None,
+    *,
+    scale: float,
+    window: int | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    if window is not None and window < key.shape[2]:
+        if isinstance(mask, mx.array):
+            raise UsageError("attention: a window and a mask array at once; put the window into the array")
+        mask = window_mask(query.shape[2], key.shape[2], window)
+    return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask, sinks=sinks)
+
+
+def window_mask(queries: int, keys: int, window: int) -> mx.array:
+    """Boolean `[queries, keys]`, True where a query sees a key: not later than itself, and one of the last `window`."""
+    row = mx.arange(keys - queries, keys)[:, None]
+    column = mx.arange(keys)[None]
+    return (column <= row) & (column > row - window)
+
+
+def _rope(
+    x: mx.array, offset: int | mx.array, *, dims: int, traditional: bool, base: float | None, scale: float, freqs: Any
+) -> mx.array:
+    return mx.fast.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
+
+
+def _argmax(x: mx.array) -> mx.array:
+    return mx.argmax(x, axis=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops:
+    """What a device computes a model with. Each entry has `PORTABLE`'s signature and, within rounding, its result.
+
+    `glu(gate_up, activation)` and `activate(x, activation)` take `hidden_act`'s names; `attention` gets `mask` as an
+    array, "causal" (aligned to the last key) or None for all keys, and may read `key` and `value` where they lie.
+    """
+
+    name: str
+    linear: Callable[[mx.array, mx.array, mx.array | None], mx.array] = _linear
+    quantized_linear: Callable[..., mx.array] = _quantized_linear
+    rms_norm: Callable[[mx.array, mx.array | None, float], mx.array] = mx.fast.rms_norm
+    add_rms_norm: Callable[[mx.array, mx.array, mx.array | None, float], tuple[mx.array, mx.array]] = _add_rms_norm
+    layer_norm: Callable[[mx.array, mx.array | None, mx.array | None, float], mx.array] = mx.fast.layer_norm
+    rope: Callable[..., mx.array] = _rope
+    attention: Callable[..., mx.array] = _attention
+    glu: Callable[[mx.array, str], mx.array] | None = None
+    argmax: Callable[[mx.array], mx.array] = _argmax
+
+
+PORTABLE = Ops(name="mlx")
+
+
+def scaled_dot_product_attention(
+    query: mx.array,
+    key: mx.array,
+    value: mx.array,
+    mask: Mask = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+    ops: Ops = PORTABLE,
+) -> mx.array:
+    """softmax(scale * query key^T + mask) value, with grouped queries and without repeating keys or values.
+
+    Args:
+        query: `[B, H, L, D]`.
+        key: `[B, KV, S, D]`; H is a multiple of KV.
+        value: `[B, KV, S, Dv]`.
+        mask: None: causal, aligned to the last key (query `i` sees keys up to `S - L + i`). `NO_MASK`: every key.
+            A boolean array: True is seen; any other: added to the scores. Broadcast to `[B, H, L, S]`.
+        scale: `1 / sqrt(D)` in most models.
+        window: causal, and only the last `window` keys, the query's own included.
+        sinks: `[H]` extra logits that take part in the softmax and select nothing.
+
+    Returns:
+        `[B, H, L, Dv]` in `query`'s dtype.
+
+    Raises:
+        UsageError: a rank, head count or length does not fit; the message names both shapes.
+    """
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise UsageError(f"attention needs query [B, H, L, D], key and value [B, KV, S, D]; got {shapes}")
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise UsageError(f"attention: batch, key-value heads, lengths or head sizes differ: {shapes}")
+    if query.shape[1] % key.shape[1]:
+        raise UsageError(f"attention: {query.shape[1]} query heads are no multiple of {key.shape[1]} key-value heads")
+    if isinstance(mask, mx.array):
+        _check_mask(mask, query, key)
+        return ops.attention(query, key, value, mask, scale=scale, window=window, sinks=sinks)
+    if mask == NO_MASK:
+        if window is not None:
+            raise UsageError("attention: NO_MASK and a window exclude each other")
+        return ops.attention(query, key, value, None, scale=scale, window=None, sinks=sinks)
+    if mask is not None:
+        raise UsageError(f"attention: mask must be an array, NO_MASK or None (causal), not {mask!r}")
+    if query.shape[2] > key.shape[2]:
+        raise UsageError(f"causal attention has more queries ({query.shape[2]}) than keys ({key.shape[2]})")
+    # One query, being the last position, sees every key: no mask to apply.
+    causal = "causal" if query.shape[2] > 1 else None
+    return ops.attention(query, key, value, causal, scale=scale, window=window, sinks=sinks)
+
+
+def _check_mask(mask: mx.array, query: mx.array, key: mx.array) -> None:
+    target = (*query.shape[:3], key.shape[2])
+    padded = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    if len(padded) != 4 or any(size not in (1, full) for size, full in zip(padded, target, strict=True)):
+        raise UsageError(f"attention: mask {mask.shape} does not broadcast to [B, H, L, S] = {list(target)}")
+
+
+def provided_ops() -> Any:
+    """The field that takes the device's `Ops` from the loader."""
+    return setting("ops", default=PORTABLE)
+
+
+@dataclass
+class LayerNorm:
+    """Layer normalisation over the last axis (arXiv:1607.06450)."""
+
+    weight: mx.array = tensor("weight", "$0")
+    bias: mx.array | None = tensor("bias", "$0", optional=True)
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, eps: float) -> mx.array:
+        """`(x - mean) / sqrt(var + eps) * weight + bias`; same shape and dtype as `x`."""
+        _check_width("LayerNorm", x, self.weight)
+        return self.ops.layer_norm(x, self.weight, self.bias, eps)
+
+
+@dataclass
+class RMSNorm:
+    """Root mean square normalisation over the last axis (arXiv:1910.07467)."""
+
+    weight: mx.array = tensor("weight", "$0")
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, eps: float) -> mx.array:
+        """`x / sqrt(mean(x^2) + eps) * weight`; same shape and dtype as `x`."""
+        _check_width("RMSNorm", x, self.weight)
+        return self.ops.rms_norm(x, self.weight, eps)
+
+    def add(self, x: mx.array, residual: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+        """`(x + residual, norm(x + residual))`: the step between two sublayers, one pass over memory where fused."""
+        return self.ops.add_rms_norm(x, residual, self.weight, eps)
+
+
+def _check_width(name: str, x: mx.array, weight: mx.array) -> None:
+    if x.ndim == 0 or x.shape[-1] != weight.shape[0]:
+        raise UsageError(f"{name}: the last axis of x {x.shape} must have the {weight.shape[0]} elements of its weight")
+
+
+def _last(offset: int | mx.array) -> int:
+    value = mx.max(offset).item() if isinstance(offset, mx.array) else offset
+    assert isinstance(value, int)
+    return value
+
+
+@dataclass
+class RoPE:
+    """Rotary position embedding (arXiv:2104.09864), with the published stretchings of its frequencies.
+
+    `dims` of each head are rotated, the rest pass; `traditional` pairs neighbours (2i, 2i+1), the default pairs
+    (i, i + dims/2) as Hugging Face's checkpoints do; positions are multiplied by `scale`.
+    """
+
+    dims: int = setting("rotary_dim", default=0)
+    traditional: bool = setting(default=False)
+    base: float = setting("rope_theta", default=10000.0)
+    scale: float = setting("rope_scale", default=1.0)
+    scaling: RopeScaling | None = setting("rope_scaling", default=None)
+    max_position_embeddings: int = setting("max_position_embeddings", default=2048)
+    ops: Ops = provided_ops()
+    freqs: mx.array | None = field(init=False, default=None, repr=False)
+    factor: float = field(init=False, default=1.0)
+
+    def __post_init__(self) -> None:
+        if self.dims <= 0 or self.dims % 2:
+            raise UsageError(f"RoPE: dims must be even and positive, not {self.dims}")
+        if self.scaling is not None and self.scaling.kind != "default":
+            limit = self.max_position_embeddings
+            self.factor = frequencies.attention_factor(self.scaling, max_position_embeddings=limit)
+            self.freqs = self._freqs(0)
+
+    def _freqs(self, length: int) -> mx.array:
+        scaling = self.scaling or RopeScaling()
+        inverse = frequencies.inverse_frequencies(
+            scaling, dims=self.dims, base=self.base, max_position_embeddings=self.max_position_embeddings, length=length
+        )
+        return mx.array([1.0 / f for f in inverse], dtype=mx.float32)  # mx.fast.rope divides by them
+
+    def __call__(self, x: mx.array, offset: int | mx.array, length: int | None = None) -> mx.array:
+        """Rotate `x` `[B, H, L, D]`, whose first row stands at position `offset` (an int, or one for each of the B).
+
+        Args:
+            length: tokens of the whole sequence, which `dynamic` and `longrope` frequencies depend on; the default is
+                the last position of `x` plus one. A prompt that is fed in chunks passes its full length.
+
+        Raises:
+            UsageError: `x` has another rank, too small a head, or `offset` another shape.
+        """
+        if x.ndim != 4 or x.shape[-1] < self.dims:
+            raise UsageError(f"RoPE needs x [B, H, L, D] with D >= {self.dims}; got {x.shape}")
+        if isinstance(offset, mx.array) and offset.size != 1 and offset.shape != (x.shape[0],):
+            raise UsageError(f"RoPE: offset must be one number or [{x.shape[0]}], one for each row; got {offset.shape}")
+        freqs = self.freqs
+        if self.scaling is not None and frequencies.depends_on_length(self.scaling):
+            if length is None:
+                length = _last(offset) + x.shape[2]
+            original = self.scaling.original_max_position_embeddings or self.max_position_embeddings
+            freqs = self._freqs(length) if length > original else freqs
+        if self.factor != 1.0:
+            x = self._scaled(x)
+        base = self.base if freqs is None else None
+        return self.ops.rope(
+            x, offset, dims=self.dims, traditional=self.traditional, base=base, scale=self.scale, freqs=freqs
+        )
+
+    def _scaled(self, x: mx.array) -> mx.array:
+        """YaRN and LongRoPE multiply the sine and cosine, hence the rotated part of `x` only."""
+        if self.dims == x.shape[-1]:
+            return x * self.factor
+        return mx.concatenate([x[..., : self.dims] * self.factor, x[..., self.dims :]], axis=-1)

@@ -1,0 +1,350 @@
+"""`runner.load` and `LanguageModel`: the library's front door."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from runner import loading
+from runner.cache import Batch
+from runner.checkpoint import Checkpoint
+from runner.config import Config
+from runner.device import Device, current
+from runner.errors import ConfigError, ContextLengthError, UsageError
+from runner.families import Model, find
+from runner.generate import Cancelled, decode, new_caches, prefill
+from runner.hub import resolve
+from runner.plan import plan
+from runner.sampling import Sampled, Sampler, SamplingParams
+from runner.stop import StopMatcher
+from runner.tokenizer import Tokenizer
+
+DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Tokens and seconds of the two phases; `peak_memory` in bytes, as MLX counts it."""
+
+    prompt_tokens: int
+    prompt_seconds: float
+    generation_tokens: int
+    generation_seconds: float
+    peak_memory: int
+
+    @property
+    def prompt_tps(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / max(self.prompt_seconds, 1e-9)
+
+    @property
+    def generation_tps(self) -> float:
+        """Generated tokens per second."""
+        return self.generation_tokens / max(self.generation_seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One token: the text it completes (often none), its log-probability if asked for, and on the last one the end."""
+
+    text: str
+    token: int
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
+    finish_reason: str | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer. `finish_reason`: "stop" (end token or stop string), "length" or "cancelled"."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    timings: Timings
+    logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model, its tokenizer and its defaults; `load` makes one."""
+
+    path: Path
+    config: Config
+    tokenizer: Tokenizer
+    model: Model
+    sampling: SamplingParams
+    ignored_defaults: tuple[str, ...]
+    eos_token_ids: frozenset[int]
+    device: Device
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.config.max_position_embeddings
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return loading.nbytes(self.model)
+
+    def logits(self, ids: Sequence[int]) -> mx.array:
+        """Logits at every position, `[T, V]` float32, in one pass and without a cache to keep.
+
+        Raises:
+            UsageError: no ids, or an id outside the vocabulary.
+        """
+        checked = self._checked(ids)
+        hidden = self.model(Batch(mx.array([checked], dtype=mx.int32)), new_caches(self.config))
+        return self.model.logits(hidden)[0].astype(mx.float32)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        on_prefill: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Chunk]:
+        """Generate token by token.
+
+        Args:
+            prompt: text (special tokens in it are plain text), or ids.
+            max_tokens: None: what is left of the context.
+            stop: text that ends the answer, and is not part of it.
+            on_prefill: called with prompt tokens done and in all.
+            cancelled: asked between two prompt chunks and two tokens.
+            sampling: fields of `SamplingParams`; None or absent: the model's own default.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for an answer.
+            UsageError: an argument is out of range.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._checked(ids)
+        params = self.sampling.replace(**sampling)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise ContextLengthError(len(ids), self.context_length)
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens must be at least 1, not {max_tokens}")
+        budget = room if max_tokens is None else min(max_tokens, room)
+        return self._run(ids, params, StopMatcher(stops), budget, on_prefill, cancelled)
+
+    def _run(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        stops: StopMatcher,
+        budget: int,
+        on_prefill: Callable[[int, int], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> Iterator[Chunk]:
+        answer = _Answer(self, stops, len(ids))
+        sampler = Sampler(params, self.config.vocab_size, ids, argmax=self.device.ops.argmax)
+
+        def sample(logits: mx.array) -> tuple[mx.array, ...]:
+            return _flat(sampler(logits))
+
+        caches = new_caches(self.config)
+        try:
+            logits = prefill(self.model, ids, caches, on_progress=on_prefill, cancelled=cancelled)
+        except Cancelled:
+            yield answer.cancelled()
+            return
+        for index, step in enumerate(decode(self.model, logits, caches, sample, budget)):
+            stopped = cancelled is not None and cancelled()
+            chunk = answer.add(step, last=index + 1 == budget, cancelled=stopped)
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        """The whole answer at once; arguments of `stream`."""
+        return _gather(self.stream(prompt, **options))
+
+    def chat_stream(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Iterator[Chunk]:
+        """Answer a conversation `[{"role", "content"}, ...]` through the chat template; other arguments of `stream`.
+
+        Raises:
+            TemplateError: the model has no chat template, or the template refused the messages.
+        """
+        ids = self.tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=True,
+            tokenize=True,
+            tools=None if tools is None else list(tools),
+            template=template,
+            **(template_kwargs or {}),
+        )
+        return self.stream(ids, **options)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+        """The whole answer to a conversation; arguments of `chat_stream`."""
+        return _gather(self.chat_stream(messages, **options))
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        if not ids:
+            raise UsageError("the prompt is empty: no tokens to run")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.config.vocab_size:
+            raise UsageError(f"token ids must be 0 to {self.config.vocab_size - 1}; got {low if low < 0 else high}")
+        return list(ids)
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """Load a model from a directory or a hub id `org/name[@revision]`.
+
+    Args:
+        dtype: "float32", "float16" or "bfloat16" for weights and activations; None: what is stored, computed in what is
+            fastest and no less exact on this machine.
+        progress: called with bytes read and bytes in all.
+
+    Raises:
+        RunnerError: one of its kinds, naming what does not fit.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    checkpoint = Checkpoint.open(resolve(str(model), revision=revision))
+    config_class, model_class = find(checkpoint.config)
+    config = config_class.from_dict(checkpoint.config)
+    device = current()
+    activations = DTYPES[dtype] if dtype else device.activations
+    provided = {"ops": device.ops, "activations": activations}
+    layout = plan(model_class, config, checkpoint.headers, provided)
+    tokenizer = Tokenizer.from_directory(checkpoint.directory)
+    built = loading.build(layout, checkpoint, dtype=DTYPES[dtype] if dtype else None, progress=progress)
+    params, ignored = SamplingParams.from_generation_config(checkpoint.generation_config)
+    return LanguageModel(
+        checkpoint.directory,
+        config,
+        tokenizer,
+        built,
+        params,
+        ignored,
+        end_tokens(checkpoint, tokenizer),
+        device,
+    )
+
+
+def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
+    """Every id that ends an answer: those of config.json, generation_config.json and the tokenizer together.
+
+    Raises:
+        ConfigError: an `eos_token_id` is neither an integer nor a list of them.
+    """
+    ids = set(tokenizer.eos_token_ids)
+    for name, values in (("config.json", checkpoint.config), ("generation_config.json", checkpoint.generation_config)):
+        found = values.get("eos_token_id")
+        for value in found if isinstance(found, list) else [found]:
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise ConfigError(f"{name}: eos_token_id must be an integer or a list of them, not {found!r}")
+            if value is not None:
+                ids.add(value)
+    return frozenset(ids)
+
+
+class _Answer:
+    """Turns tokens into chunks: text, stop strings, the end and the timings."""
+
+    def __init__(self, lm: LanguageModel, stops: StopMatcher, prompt_tokens: int) -> None:
+        self.eos = lm.eos_token_ids
+        self.detokenizer = lm.tokenizer.detokenizer()
+        self.stops = stops
+        self.prompt_tokens = prompt_tokens
+        self.count = 0
+        self.started = time.perf_counter()
+        self.first = self.started
+
+    def add(self, step: tuple[mx.array, ...], *, last: bool, cancelled: bool) -> Chunk:
+        token = _int(step[0])
+        if self.count == 0:
+            self.first = time.perf_counter()
+        self.count += 1
+        text, reason = "", None
+        if token in self.eos:
+            reason = "stop"
+        else:
+            text, stopped = self.stops.add(self.detokenizer.add(token))
+            reason = "stop" if stopped else "length" if last else "cancelled" if cancelled else None
+            if stopped:
+                return self.chunk(text, token, step, reason)
+        if reason is not None:
+            tail, stopped = self.stops.add(self.detokenizer.flush())
+            text += tail if stopped else tail + self.stops.flush()
+            reason = "stop" if stopped else reason
+        return self.chunk(text, token, step, reason)
+
+    def cancelled(self) -> Chunk:
+        return Chunk("", -1, finish_reason="cancelled", timings=self.timings())
+
+    def chunk(self, text: str, token: int, step: tuple[mx.array, ...], reason: str | None) -> Chunk:
+        logprob = _float(step[1]) if len(step) > 1 else None
+        top = None
+        if len(step) > 2:
+            top = [(_int(token), _float(value)) for token, value in zip(step[2], step[3], strict=True)]
+        return Chunk(text, token, logprob, top, reason, self.timings() if reason else None)
+
+    def timings(self) -> Timings:
+        now = time.perf_counter()
+        return Timings(
+            self.prompt_tokens, self.first - self.started, self.count, now - self.first, mx.get_peak_memory()
+        )
+
+
+def _int(array: mx.array) -> int:
+    value = array.item()
+    assert isinstance(value, int)
+    return value
+
+
+def _float(array: mx.array) -> float:
+    value = array.item()
+    assert isinstance(value, float)
+    return value
+
+
+def _flat(sampled: Sampled) -> tuple[mx.array, ...]:
+    if sampled.logprob is None:
+        return (sampled.token,)
+    if sampled.top is None:
+        return (sampled.token, sampled.logprob)
+    return (sampled.token, sampled.logprob, *sampled.top)
+
+
+def _gather(chunks: Iterator[Chunk]) -> Generation:
+    pieces = list(chunks)
+    last = pieces[-1]
+    assert last.finish_reason is not None and last.timings is not None
+    made = [piece for piece in pieces if piece.token >= 0]
+    logprobs = [piece.logprob for piece in made if piece.logprob is not None]
+    return Generation(
+        "".join(piece.text for piece in pieces),
+        [piece.token for piece in made],
+        last.finish_reason,
+        last.timings,
+        logprobs if len(logprobs) == len(made) else None,
+    )

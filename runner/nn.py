@@ -1,0 +1,267 @@
+"""Layers with weights: `Linear` and `Embedding`, plain or quantised, and the gated activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from runner.cache import History
+from runner.config import Config
+from runner.errors import ConfigError, WeightsError
+from runner.fast import Mask, Ops, provided_ops, scaled_dot_product_attention
+from runner.weights import (
+    PACKED,
+    SCALES,
+    Choice,
+    Chooses,
+    Header,
+    Join,
+    Leaf,
+    Size,
+    Tree,
+    leaf_shapes,
+    leaves,
+    setting,
+    tensor,
+)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a matrix is packed. `affine`: groups of `group_size` inputs share a scale and a bias."""
+
+    bits: int
+    group_size: int
+    mode: str
+
+
+class Linear(Chooses):
+    """`y = x W^T + b`, `[..., in] -> [..., out]`; becomes one of the three classes below when it is loaded."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        """Plain, quantised, or (parts quantised differently) joined after the product."""
+        forms = {_quantization(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
+        if len(forms) > 1:
+            if not isinstance(tree, Join) or tree.stacked:
+                raise WeightsError(f"{next(leaves(tree)).name}: its stacked parts are quantised differently")
+            return Choice(JoinedLinear, {})
+        return _choice(forms.pop(), shape, PlainLinear, QuantizedLinear)
+
+
+@dataclass
+class PlainLinear(Linear):
+    """Weights as floating-point numbers."""
+
+    weight: mx.array = tensor("weight", "$0", "$1")
+    bias: mx.array | None = tensor("bias", "$0", when="bias")
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.ops.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class QuantizedLinear(Linear):
+    """Packed weights `[out, in * bits / 32]`, with a scale (and in affine mode a bias) for each group of inputs."""
+
+    weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
+    scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
+    biases: mx.array | None = tensor("biases", "$0", "groups", when="affine")
+    bias: mx.array | None = tensor("bias", "$0", when="bias")
+    bits: int = setting()
+    group_size: int = setting()
+    mode: str = setting()
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.ops.quantized_linear(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            self.bias,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
+
+@dataclass
+class JoinedLinear(Linear):
+    """A fused field whose parts are stored in different precisions: each is multiplied, then the outputs are joined."""
+
+    parts: list[Linear] = tensor("", "$0", "$1")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([part(x) for part in self.parts], axis=-1)
+
+
+class Embedding(Chooses):
+    """Rows of a table: ids `[...]` -> `[..., hidden_size]`."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        (leaf,) = leaves(tree)
+        width = shape[-1]
+        assert isinstance(width, int)
+        return _choice(_quantization(leaf, width, headers, config), shape, PlainEmbedding, QuantizedEmbedding)
+
+
+@dataclass
+class PlainEmbedding(Embedding):
+    """A table of floating-point numbers."""
+
+    weight: mx.array = tensor("weight", "$0", "$1")
+    activations: mx.Dtype | None = setting(default=None)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        rows = self.weight[ids]
+        return rows if self.activations is None else rows.astype(self.activations)
+
+
+@dataclass
+class QuantizedEmbedding(Embedding):
+    """A packed table; the rows asked for are unpacked, to `activations` or the dtype of the scales."""
+
+    weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
+    scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
+    biases: mx.array | None = tensor("biases", "$0", "groups", when="affine")
+    bits: int = setting()
+    group_size: int = setting()
+    mode: str = setting()
+    activations: mx.Dtype | None = setting(default=None)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        biases = None if self.biases is None else self.biases[ids]
+        scales = self.scales[ids]
+        if self.activations is not None and biases is not None:
+            scales, biases = scales.astype(self.activations), biases.astype(self.activations)
+        rows = mx.dequantize(
+            self.weight[ids], scales, biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+        )
+        return rows if self.activations is None else rows.astype(self.activations)
+
+
+def _choice(form: Quantization | None, shape: tuple[Size, ...], plain: type, quantized: type) -> Choice:
+    if form is None:
+        return Choice(plain, {})
+    width = shape[-1]
+    assert isinstance(width, int)
+    scope: dict[str, Any] = {
+        "bits": form.bits,
+        "group_size": form.group_size,
+        "mode": form.mode,
+        "affine": form.mode == "affine",
+        "packed": width * form.bits // 32,
+        "groups": width // form.group_size,
+    }
+    return Choice(quantized, scope)
+
+
+def _quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], config: Config) -> Quantization | None:
+    """What the shapes say (they cannot be wrong), held against what the config says.
+
+    Raises:
+        WeightsError: no bits and group size fit the shapes, or the config contradicts them.
+    """
+    packed, scales = headers.get(f"{leaf.name}.weight"), headers.get(f"{leaf.name}.scales")
+    if packed is None or scales is None or packed.dtype != "U32" or not packed.shape or not scales.shape:
+        return None
+    bits, bits_rest = divmod(packed.shape[-1] * 32, width)
+    group_size, group_rest = divmod(width, scales.shape[-1]) if scales.shape[-1] else (0, 1)
+    affine = f"{leaf.name}.biases" in headers
+    mode = "affine" if affine else _MODES.get((bits, group_size, scales.dtype))
+    if bits_rest or group_rest or mode is None or (affine and (bits not in _BITS or group_size not in _GROUPS)):
+        raise WeightsError(
+            f"{leaf.name}: weight {list(packed.shape)} and scales {list(scales.shape)} {scales.dtype} are no "
+            f"quantisation MLX knows of a matrix with {width} inputs"
+        )
+    form = Quantization(bits, group_size, mode)
+    said = config.quantization_of(leaf.name)
+    if said is not None and said != (bits, group_size, mode):
+        raise WeightsError(f"{leaf.name}: config.json says {said} (bits, group size, mode), its shapes say {form}")
+    return form
+
+
+_BITS = (2, 3, 4, 5, 6, 8)
+_GROUPS = (16, 32, 64, 128)
+_MODES = {(4, 32, "U8"): "mxfp4", (4, 16, "U8"): "nvfp4", (8, 32, "U8"): "mxfp8"}
+
+
+def _silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+def _gelu(x: mx.array) -> mx.array:
+    return x * (1 + mx.erf(x / 2**0.5)) / 2
+
+
+def _gelu_tanh(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + mx.tanh((2 / mx.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "silu": _silu,
+    "swish": _silu,
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "relu": lambda x: mx.maximum(x, 0),
+    "relu2": lambda x: mx.square(mx.maximum(x, 0)),
+}
+"""`hidden_act`'s names, as `transformers.activations.ACT2FN` has them."""
+
+
+def check_activation(name: str) -> None:
+    """Raises `ConfigError` for an activation that is not in `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"config.json: hidden_act {name!r} is not known; known are {', '.join(sorted(ACTIVATIONS))}")
+
+
+@dataclass
+class GLU:
+    """The gated activation (arXiv:2002.05202): `act(gate) * up`, of gate and up side by side `[..., 2 I] -> [..., I]`."""
+
+    activation: str = setting("hidden_act", default="silu")
+    ops: Ops = provided_ops()
+
+    def __call__(self, gate_up: mx.array) -> mx.array:
+        if self.ops.glu is not None:
+            return self.ops.glu(gate_up, self.activation)
+        gate, up = mx.split(gate_up, 2, axis=-1)
+        return ACTIVATIONS[self.activation](gate) * up
+
+
+@dataclass
+class Attend:
+    """Scaled dot product attention over a cache's history."""
+
+    scale: float = setting("attention_scale")
+    ops: Ops = provided_ops()
+
+    def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
+        """`query` `[B, H, L, D]` -> `[B, H, L, Dv]`; see `scaled_dot_product_attention`."""
+        return scaled_dot_product_attention(
+            query, history.keys, history.values, mask, scale=self.scale, window=history.window, ops=self.ops
+        )
+
+
+def split_heads(x: mx.array, head_dim: int) -> mx.array:
+    """`[B, L, N * head_dim] -> [B, N, L, head_dim]`, a view."""
+    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
+def merge_heads(x: mx.array) -> mx.array:
+    """The inverse of `split_heads`."""
+    return x.swapaxes(1, 2).flatten(2)

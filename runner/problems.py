@@ -1,0 +1,55 @@
+"""Everything that does not fit between a model and a checkpoint, collected into one readable message."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+Shape = tuple[int, ...]
+
+
+class Problems:
+    """Collects; `message` groups what differs only in its layer number, so that 30 layers make one line."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, str, str]] = []
+
+    def missing(self, name: str, expected: Shape) -> None:
+        """A tensor the model needs is not there."""
+        self.found.append(("missing", name, f"expected {_shape(expected)}"))
+
+    def unused(self, name: str, shape: Shape) -> None:
+        """A tensor no field holds: leaving it out would change the numbers."""
+        self.found.append(("unused", name, f"{_shape(shape)} is not part of this model"))
+
+    def shape(self, name: str, found: Shape, expected: Shape) -> None:
+        """A tensor has another shape."""
+        self.found.append(("wrong shape", name, f"expected {_shape(expected)}, found {_shape(found)}"))
+
+    def dtype(self, name: str, found: str, expected: Iterable[str]) -> None:
+        """A tensor has a dtype that the field cannot hold."""
+        self.found.append(("wrong dtype", name, f"expected {' or '.join(sorted(expected))}, found {found}"))
+
+    def other(self, message: str) -> None:
+        """Something else, in words."""
+        self.found.append(("", message, ""))
+
+    def message(self, candidates: Sequence[str]) -> str:
+        """All problems, one line each; a missing name is followed by the nearest of `candidates`."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for kind, name, text in self.found:
+            groups.setdefault((kind, re.sub(r"\.\d+\.", ".*.", name) if kind else name, text), []).append(name)
+        lines = [f"the checkpoint does not fit the model ({len(self.found)} problems)"]
+        for (kind, pattern, text), names in groups.items():
+            if not kind:
+                lines.append(f"  {pattern}")
+                continue
+            shown = f"{pattern} ({len(names)} tensors)" if len(names) > 1 else names[0]
+            near = difflib.get_close_matches(names[0], candidates, n=1, cutoff=0.5) if kind == "missing" else []
+            lines.append(f"  {kind}: {shown}: {text}" + (f"; nearest name here: {near[0]}" if near else ""))
+        return "\n".join(lines)
+
+
+def _shape(shape: Shape) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

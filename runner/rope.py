@@ -1,0 +1,179 @@
+"""Rotary frequencies: the published ways to stretch them over a longer context, as pure functions of numbers.
+
+Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic NTK and YaRN arXiv:2309.00071; llama3, Meta's
+Llama 3.1 reference code; longrope arXiv:2402.13753. Tests compare each with `transformers.modeling_rope_utils`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runner.errors import ConfigError
+
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "dynamic": ("original_max_position_embeddings",),
+    "yarn": (
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+    "longrope": ("factor", "attention_factor", "original_max_position_embeddings"),
+}
+_ALIASES = {"su": "longrope"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """`rope_scaling` of `config.json`; fields carry its names, None where the type does not use them.
+
+    `kind` is its `rope_type` (or `type`); lengths are in tokens, the factors are ratios.
+    """
+
+    kind: str = "default"
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, raw: object) -> RopeScaling:
+        """Read the object; every key must belong to its rope type.
+
+        Raises:
+            ConfigError: not an object, an unknown type, a missing or unknown key, or a value out of range.
+        """
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"rope_scaling must be an object, not {raw!r}")
+        kinds = {raw[name] for name in ("rope_type", "type") if isinstance(raw.get(name), str)}
+        kinds = {_ALIASES.get(kind, kind) for kind in kinds} or {"default"}
+        if len(kinds) > 1:
+            raise ConfigError(f"rope_scaling names two types: {sorted(kinds)}")
+        kind = kinds.pop()
+        if kind not in _REQUIRED:
+            raise ConfigError(f"rope type {kind!r} is not known; known are {', '.join(sorted(_REQUIRED))}")
+        values = {name: value for name, value in raw.items() if name not in ("rope_type", "type") and value is not None}
+        allowed = _REQUIRED[kind] + _OPTIONAL.get(kind, ())
+        missing = [name for name in _REQUIRED[kind] if name not in values]
+        unknown = [name for name in values if name not in allowed]
+        if missing or (unknown and kind != "default"):
+            raise ConfigError(f"rope type {kind!r}: missing {missing}, not understood {unknown}")
+        return cls(kind=kind, **{name: _number(name, values[name]) for name in values if name in allowed})
+
+
+def _number(name: str, value: Any) -> Any:
+    if name == "truncate" and isinstance(value, bool):
+        return value
+    if name in ("short_factor", "long_factor") and isinstance(value, list) and 0 < len(value) <= 4096:
+        return tuple(_number(f"{name} item", item) for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e12:
+        return int(value) if name == "original_max_position_embeddings" else float(value)
+    raise ConfigError(f"rope_scaling: {name} = {value!r} is not a positive number")
+
+
+def inverse_frequencies(
+    scaling: RopeScaling, *, dims: int, base: float, max_position_embeddings: int, length: int = 0
+) -> list[float]:
+    """Radians a position advances each of the `dims / 2` planes.
+
+    Args:
+        length: tokens of the whole sequence; only `dynamic` and `longrope` look at it.
+    """
+    original = scaling.original_max_position_embeddings or max_position_embeddings
+    if scaling.kind == "dynamic":
+        base = _dynamic_base(base, dims, scaling.factor or 1.0, original, length)
+    plain = [base ** (-2 * i / dims) for i in range(dims // 2)]
+    if scaling.kind == "linear":
+        return [f / (scaling.factor or 1.0) for f in plain]
+    if scaling.kind == "llama3":
+        return [_llama3(f, scaling, original) for f in plain]
+    if scaling.kind == "yarn":
+        return _yarn(plain, scaling, dims, base, original)
+    if scaling.kind == "longrope":
+        factors = (scaling.long_factor if length > original else scaling.short_factor) or ()
+        if len(factors) != dims // 2:
+            raise ConfigError(f"longrope has {len(factors)} factors for {dims // 2} rotary planes")
+        return [f / factor for f, factor in zip(plain, factors, strict=True)]
+    return plain
+
+
+def attention_factor(scaling: RopeScaling, *, max_position_embeddings: int) -> float:
+    """What the rotated queries and keys are multiplied by (YaRN's and LongRoPE's attention temperature); 1 for others."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    original = scaling.original_max_position_embeddings or max_position_embeddings
+    if scaling.kind == "yarn":
+        factor = scaling.factor or 1.0
+        if scaling.mscale and scaling.mscale_all_dim:
+            return _mscale(factor, scaling.mscale) / _mscale(factor, scaling.mscale_all_dim)
+        return _mscale(factor, 1.0)
+    if scaling.kind == "longrope":
+        factor = scaling.factor or max_position_embeddings / original
+        return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return 1.0
+
+
+def depends_on_length(scaling: RopeScaling) -> bool:
+    """Whether the frequencies change once a sequence grows past the original context."""
+    return scaling.kind in ("dynamic", "longrope")
+
+
+def _dynamic_base(base: float, dims: int, factor: float, original: int, length: int) -> float:
+    length = max(length, original)
+    return base * math.pow((factor * length / original) - (factor - 1), dims / (dims - 2))
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _llama3(frequency: float, scaling: RopeScaling, original: int) -> float:
+    """Long waves are stretched by `factor`, short ones kept, those between blended linearly in original/wavelength."""
+    low, high, factor = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 4.0, scaling.factor or 1.0
+    wavelength = 2 * math.pi / frequency
+    if wavelength > original / low:
+        return frequency / factor
+    if wavelength < original / high:
+        return frequency
+    smooth = (original / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def _yarn(plain: list[float], scaling: RopeScaling, dims: int, base: float, original: int) -> list[float]:
+    """Planes that turn more than `beta_fast` times over the original context are kept, under `beta_slow` stretched."""
+
+    def plane(turns: float) -> float:
+        return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = plane(scaling.beta_fast or 32.0), plane(scaling.beta_slow or 1.0)
+    if scaling.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    width = (high - low) or 0.001
+    result = []
+    for i, frequency in enumerate(plain):
+        stretched = min(max((i - low) / width, 0.0), 1.0)
+        result.append(frequency / (scaling.factor or 1.0) * stretched + frequency * (1 - stretched))
+    return result

@@ -1,0 +1,57 @@
+"""How a stored tensor becomes a field's value, where the two differ; each knows its way back, so that models can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A named, invertible step; `shape` maps the field's shape to the stored one."""
+
+    name: str
+    apply: Callable[[mx.array], mx.array]
+    invert: Callable[[mx.array], mx.array]
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the file of a field of `shape`."""
+        return self.shape(shape)
+
+
+def _same(array: mx.array) -> mx.array:
+    return array
+
+
+def _swap(array: mx.array) -> mx.array:
+    return array.T if array.ndim == 2 else array
+
+
+IDENTITY = Transform("identity", _same, _same, lambda shape: shape)
+
+TRANSPOSE = Transform("transpose", _swap, _swap, lambda shape: shape[::-1] if len(shape) == 2 else shape)
+"""Matrices stored `[in, out]` (GPT-2's Conv1D); vectors stay."""
+
+PLUS_ONE = Transform(
+    "+1",
+    lambda array: (array.astype(mx.float32) + 1).astype(mx.float32),
+    lambda array: array - 1,
+    lambda shape: shape,
+)
+"""Norms stored as the difference from one (Gemma); kept in float32, where adding one rounds nothing that matters."""
+
+
+def permute_rows(name: str, order: Callable[[int], list[int]]) -> Transform:
+    """Rows in another order: row `i` of the field is row `order(rows)[i]` of the file."""
+
+    def invert(array: mx.array) -> mx.array:
+        rows = order(array.shape[0])
+        back = [0] * len(rows)
+        for new, old in enumerate(rows):
+            back[old] = new
+        return array[mx.array(back)]
+
+    return Transform(name, lambda array: array[mx.array(order(array.shape[0]))], invert, lambda shape: shape)
