@@ -1,0 +1,231 @@
+"""A model directory: its config, the headers of its safetensors files, and its tensors read on demand.
+
+Everything in the directory is untrusted. Opening reads JSON and headers only, and checks them in full; after that a
+tensor read can touch no byte but the tensor's own. Between the check and a read the files must stay as they are: each
+read compares device, inode, size and modification time with those of the check and refuses a file that changed. What
+remains open is a writer who changes a file *while* MLX maps it; do not load from a directory that others can write to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from runner.checkpoint_writer import write_checkpoint as write_checkpoint
+from runner.errors import CheckpointError
+from runner.local_files import member, shown
+from runner.local_files import read_json as read_json
+from runner.safetensors_header import INDEX, SINGLE, ShardHeader, Stamp, read_header, read_index
+from runner.safetensors_header import TensorInfo as TensorInfo
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+MLX_DTYPES = {
+    "BOOL": "bool_",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "C64": "complex64",
+    "F8_E4M3": "uint8",
+    "F8_E8M0": "uint8",
+}
+"""What `mx.load` makes of each dtype it reads. One tensor of another dtype makes it refuse the whole file."""
+
+RAW_DTYPES = {**MLX_DTYPES, "F8_E5M2": "uint8", "F8_E4M3FNUZ": "uint8", "F8_E5M2FNUZ": "uint8"}
+"""What `Checkpoint.read` returns: 8-bit floats come as their bytes, to be decoded by whoever knows the scale."""
+
+
+@dataclass(frozen=True, repr=False)
+class Checkpoint:
+    """A checked model directory. Build it with `open`.
+
+    Attributes:
+        directory: where it lies.
+        config: `config.json`.
+        generation_config: `generation_config.json`, `{}` when absent.
+        headers: every tensor by name; from headers alone, MLX is not imported.
+        metadata: `__metadata__` of the weight files (`{"format": "mlx"}`); where shards differ, the first one's.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    headers: Mapping[str, TensorInfo]
+    metadata: dict[str, str]
+    _shards: Mapping[Path, ShardHeader]
+    _raw_files: frozenset[Path]
+    _lazy: dict[Path, dict[str, mx.array]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.directory)!r}, {len(self.headers)} tensors)"
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Read and check the JSON files and the safetensors headers of a model directory.
+
+        The weights are `model.safetensors`, or where `model.safetensors.index.json` exists the shards it names and
+        no other file. A tensor comes from the shard that the index says; one that a named shard holds and the index
+        does not list is taken too, as transformers does, unless two shards hold it.
+
+        Raises:
+            CheckpointError: naming the file and the problem.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            hint = f"; convert it first: runner convert {directory} OUT/" if directory.suffix == ".gguf" else ""
+            what = "is a file; a checkpoint is a directory" if directory.exists() else "no such directory"
+            raise CheckpointError(f"{directory}: {what}{hint}")
+        shards, headers = _weights(directory)
+        if not _exists(directory, "config.json"):
+            raise CheckpointError(f"{directory}: no config.json; is this a model's directory?")
+        generation = {}
+        if _exists(directory, "generation_config.json"):
+            generation = read_json(member(directory, "generation_config.json"))
+        metadata: dict[str, str] = {}
+        for shard in shards.values():
+            metadata = shard.metadata | metadata
+        config = read_json(member(directory, "config.json"))
+        files = {directory / name: shard for name, shard in shards.items()}
+        raw = frozenset(
+            file
+            for file, shard in files.items()
+            if any(info.dtype not in MLX_DTYPES for info in shard.tensors.values())
+        )
+        return cls(directory, config, generation, MappingProxyType(headers), metadata, MappingProxyType(files), raw)
+
+    def read(self, name: str) -> mx.array:
+        """The tensor `name`, lazily: MLX reads its bytes when it is evaluated.
+
+        The checkpoint keeps nothing of what it hands out, so a caller that drops a tensor frees it; reading a name
+        again opens its file again. A shard with a dtype that MLX cannot load is read eagerly, tensor by tensor.
+        8-bit floats come as uint8 of the same shape; `headers[name].dtype` tells which.
+
+        Raises:
+            CheckpointError: no such tensor, a dtype without an MLX form, or a file that changed since it was opened.
+        """
+        info = self.headers.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.directory}: no tensor {shown(name)}")
+        if info.dtype not in RAW_DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {shown(name)} has dtype {info.dtype}, which MLX does not hold; "
+                f"convert it to one of {', '.join(RAW_DTYPES)}"
+            )
+        if info.file in self._raw_files:
+            return self._read_raw(info)
+        loaded = self._lazy.get(info.file, {})
+        if name not in loaded:
+            loaded = self._lazy[info.file] = self._load(info.file)
+        array = loaded.pop(name)
+        if not loaded:
+            del self._lazy[info.file]
+        return array
+
+    def _load(self, file: Path) -> dict[str, mx.array]:
+        """All of a shard, lazily. MLX has a parser of its own, so what it saw is compared with the checked header."""
+        import mlx.core as mx
+
+        shard = self._shards[file]
+        try:
+            _check_stamp(file, shard, file.stat())
+            arrays = mx.load(str(file), format="safetensors")
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{file}: MLX cannot load it: {error}") from error
+        assert isinstance(arrays, dict), "a safetensors file loads as a dict"
+        for name, info in shard.tensors.items():
+            array = arrays.get(name)
+            if array is None or array.shape != info.shape or array.dtype != getattr(mx, MLX_DTYPES[info.dtype]):
+                raise CheckpointError(f"{file}: tensor {shown(name)} is not as its checked header says; did it change?")
+        return arrays
+
+    def _read_raw(self, info: TensorInfo) -> mx.array:
+        """One tensor's bytes, read now, in the dtype that `RAW_DTYPES` says."""
+        import mlx.core as mx
+        import numpy as np
+
+        try:
+            with info.file.open("rb") as file:
+                _check_stamp(info.file, self._shards[info.file], os.fstat(file.fileno()))
+                file.seek(info.offset)
+                data = file.read(info.nbytes)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read: {error.strerror or error}") from error
+        if len(data) != info.nbytes:
+            raise CheckpointError(f"{info.file}: ends inside tensor {shown(info.name)}")
+        dtype: mx.Dtype = getattr(mx, RAW_DTYPES[info.dtype])
+        if not data:
+            return mx.zeros(info.shape, dtype)
+        return mx.array(np.frombuffer(data, dtype=np.uint8)).view(dtype).reshape(info.shape)
+
+
+def _check_stamp(file: Path, shard: ShardHeader, status: os.stat_result) -> None:
+    if Stamp.of(status) != shard.stamp:
+        raise CheckpointError(f"{file}: changed since the checkpoint was opened; open it again")
+
+
+def _exists(directory: Path, name: str) -> bool:
+    """Whether something has this name, a dangling link included: `member` then says what is wrong with it."""
+    return os.path.lexists(directory / name)
+
+
+def _weights(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorInfo]]:
+    """The shards by file name, and every tensor by name."""
+    if _exists(directory, INDEX):
+        return _indexed(directory)
+    if _exists(directory, SINGLE):
+        header = read_header(member(directory, SINGLE))
+        return {SINGLE: header}, header.tensors
+    raise CheckpointError(f"{directory}: {_no_weights(sorted(os.listdir(directory)), directory)}")
+
+
+def _no_weights(names: list[str], directory: Path) -> str:
+    """Why there is nothing to load, and what to do."""
+    expected = f"no {SINGLE} and no {INDEX}"
+    stray = [name for name in names if name.endswith(".safetensors")]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
+    if stray:
+        return f"{expected}, though there is {shown(stray[0])}; an incomplete copy, or not a transformers model"
+    if gguf:
+        return f"{expected}, but {shown(gguf[0])}: convert it first: runner convert {directory / gguf[0]} OUT/"
+    if pickles:
+        return (
+            f"only pickle weights ({shown(pickles[0])}); reading a pickle can run code of its author, so they are "
+            "refused: get the model's safetensors version, or convert it where you trust it (transformers: "
+            "from_pretrained, then save_pretrained)"
+        )
+    return f"{expected}; is this a model's directory?"
+
+
+def _indexed(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorInfo]]:
+    index = directory / INDEX
+    weight_map = read_index(member(directory, INDEX))
+    shards = {file: read_header(member(directory, file)) for file in sorted(set(weight_map.values()))}
+    headers: dict[str, TensorInfo] = {}
+    for file, shard in shards.items():
+        for name, info in shard.tensors.items():
+            if weight_map.get(name, file) != file:
+                continue
+            if name in headers:
+                raise CheckpointError(
+                    f"{index}: does not list {shown(name)}, and both {headers[name].file.name} and {file} hold it"
+                )
+            headers[name] = info
+    lacking = [name for name in weight_map if name not in headers]
+    if lacking:
+        more = f" (and {len(lacking) - 1} more like it)" if len(lacking) > 1 else ""
+        raise CheckpointError(f"{index}: tensor {shown(lacking[0])} is not in {weight_map[lacking[0]]}{more}")
+    return shards, headers

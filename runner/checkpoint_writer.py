@@ -1,0 +1,147 @@
+"""Writing a model directory: whole or not at all, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import CheckpointError, UsageError
+from runner.local_files import is_plain_name, parse_json, shown
+from runner.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+def write_checkpoint(
+    directory: Path,
+    tensors: Iterable[tuple[str, mx.array]],
+    config: dict[str, Any],
+    extra_files: Mapping[str, bytes | str] = {},
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Write `config.json`, the weights and other files as a directory that `Checkpoint.open` reads back unchanged.
+
+    The files are written to a hidden sibling of `directory`, which is renamed when it is complete; after any error
+    nothing is left behind. `tensors` is consumed once, and a shard's tensors are let go when it is written. One shard
+    becomes `model.safetensors`, several become `model-00001-of-0000N.safetensors` with an index.
+
+    Args:
+        directory: must not exist, or be an empty directory; missing parents are made.
+        extra_files: contents by name; a name may have folders (`additional_chat_templates/rag.jinja`).
+        max_shard_bytes: tensor bytes in a shard; a larger tensor gets a shard to itself.
+
+    Raises:
+        CheckpointError: the directory is taken, a name repeats or is unsafe, no tensor came, or the disk refused.
+        UsageError: `max_shard_bytes` below 1.
+    """
+    if max_shard_bytes < 1:
+        raise UsageError(f"max_shard_bytes is {max_shard_bytes}; expected at least 1")
+    target = Path(directory).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{directory}: already exists and is not an empty directory; choose another or remove it")
+    contents: dict[str, bytes | str] = {"config.json": _config_text(config), **_checked(extra_files)}
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        try:
+            temporary.mkdir(parents=True)
+            for name, content in contents.items():
+                file = temporary / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot be written: {error.strerror or error}") from error
+        _Shards(temporary, max_shard_bytes).write(tensors)
+        try:
+            temporary.rename(target)  # replaces an empty directory, fails on one that was filled meanwhile
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot be put in place: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    try:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        parse_json(text.encode("utf-8"), "config")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"config cannot be written as JSON that reads back: {error}") from error
+    return text
+
+
+def _checked(extra_files: Mapping[str, bytes | str]) -> dict[str, bytes | str]:
+    for name in extra_files:
+        if not name or not all(is_plain_name(part) for part in name.split("/")):
+            raise CheckpointError(f"extra file {shown(name)}: not a plain relative file name")
+        if name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json")):
+            raise CheckpointError(f"extra file {shown(name)}: write_checkpoint writes this file itself")
+        if any(str(parent) in extra_files for parent in PurePosixPath(name).parents):
+            raise CheckpointError(f"extra file {shown(name)}: lies in a folder that is a file here")
+    return dict(extra_files)
+
+
+class _Shards:
+    """Collects tensors into shards and writes each when it is full."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self.batch: dict[str, mx.array] = {}
+        self.batch_bytes = 0
+        self.names: list[list[str]] = []
+        self.total = 0
+
+    def write(self, tensors: Iterable[tuple[str, mx.array]]) -> None:
+        seen: set[str] = set()
+        for name, array in tensors:
+            if name in seen or name == "__metadata__":
+                raise CheckpointError(f"tensor {shown(name)} comes twice, or has the name that the format reserves")
+            seen.add(name)
+            if self.batch and self.batch_bytes + array.nbytes > self.max_bytes:
+                self.flush()
+            self.batch[name] = array
+            self.batch_bytes += array.nbytes
+        if not seen:
+            raise CheckpointError("no tensors to write")
+        del array  # else the last shard's last tensor would outlive it
+        self.flush()
+        self.finish()
+
+    def path(self, number: int) -> Path:
+        return self.directory / f"model-{number:05d}.safetensors"
+
+    def flush(self) -> None:
+        import mlx.core as mx
+
+        path = self.path(len(self.names) + 1)
+        try:
+            mx.save_safetensors(str(path), self.batch, {"format": "mlx"})
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path.name}: cannot be written: {error}") from error
+        found = read_header(path).tensors  # a full disk may go unnoticed until here
+        for name, array in self.batch.items():
+            if name not in found or found[name].shape != array.shape or found[name].nbytes != array.nbytes:
+                raise CheckpointError(f"{path.name}: tensor {shown(name)} was not written whole; is the disk full?")
+        self.names.append(list(self.batch))
+        self.total += self.batch_bytes
+        self.batch, self.batch_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Give the shards their final names, and write the index if there are several."""
+        count = len(self.names)
+        if count == 1:
+            self.path(1).rename(self.directory / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self.names, 1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            os.rename(self.path(number), self.directory / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        (self.directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")

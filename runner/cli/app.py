@@ -1,0 +1,137 @@
+"""The table of commands, and the one place where an exception becomes a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from runner.cli import terminal
+from runner.cli.chat import chat
+from runner.cli.convert import convert
+from runner.cli.doctor import doctor
+from runner.cli.generate import generate
+from runner.cli.helptext import Command, Group
+from runner.cli.hub import list_models, pull
+from runner.cli.inspect import inspect
+from runner.cli.options import spread
+from runner.errors import RunnerError, UsageError
+
+BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE (128 + 13)
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One command: its name, the function behind it, and the example its help ends with."""
+
+    name: str
+    function: Callable[..., None]
+    example: str
+
+
+COMMANDS: tuple[Entry, ...] = (
+    Entry("generate", generate, 'runner generate HuggingFaceTB/SmolLM2-135M-Instruct "What is a fjord?"'),
+    Entry("chat", chat, "runner chat HuggingFaceTB/SmolLM2-135M-Instruct"),
+    Entry("inspect", inspect, "runner inspect HuggingFaceTB/SmolLM2-135M-Instruct --all"),
+    Entry("pull", pull, "runner pull HuggingFaceTB/SmolLM2-135M-Instruct"),
+    Entry("list", list_models, "runner list --json"),
+    Entry("doctor", doctor, "runner doctor"),
+    Entry("convert", convert, "runner convert SmolLM2-135M-Instruct-Q8_0.gguf SmolLM2-135M-Instruct/"),
+)
+
+
+def build() -> typer.Typer:
+    """The typer application of `COMMANDS`."""
+    # rich's help costs three times the start-up and draws boxes; helptext.py prints quiet columns instead.
+    application = typer.Typer(
+        cls=Group,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        epilog='Example:\n  runner generate HuggingFaceTB/SmolLM2-135M-Instruct "What is a fjord?"',
+    )
+    application.callback(invoke_without_command=True)(root)
+    for entry in COMMANDS:
+        command = application.command(entry.name, cls=Command, epilog=f"Example:\n  {entry.example}")
+        command(spread(entry.function))
+    return application
+
+
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Run transformer language models on this machine, with Apple MLX.
+
+    MODEL is a directory, or a Hugging Face id: org/name, org/name@revision.
+    """
+    if version:
+        terminal.Output().line(f"runner {terminal.version()}")
+        raise typer.Exit(0)
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Parse `argv`, run the command, flush stdout; every exception ends here (KeyboardInterrupt included)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
+    try:
+        invoke(arguments)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as request:
+        return request.exit_code
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")  # the shell's prompt gets its own line, after the terminal's ^C
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left (`| head`). Python flushes stdout again at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        return report(error, arguments)
+
+
+def invoke(arguments: list[str]) -> None:
+    """Run the command without typer's own handling of errors, which prints several lines and its own exit codes."""
+    command = get_command(build())
+    with command.make_context("runner", arguments) as context:
+        command.invoke(context)
+
+
+def report(error: Exception, arguments: Sequence[str]) -> int:
+    """Print `error` as one `error:` line (a list of problems keeps its lines) and return the exit code it stands for."""
+    if isinstance(error, typer.TyperException):  # what typer found wrong with the arguments
+        name = next((a for a in arguments if any(a == entry.name for entry in COMMANDS)), "")
+        message = " ".join(error.format_message().split()).rstrip(".")
+        message = message[:1].lower() + message[1:]
+        terminal.error(f"{message} (see '{' '.join(f'runner {name} --help'.split())}')")
+        return error.exit_code
+    if isinstance(error, RunnerError):
+        terminal.error(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename is not None else ""
+        terminal.error(f"{error.strerror or error}{where}")
+        return 1
+    if isinstance(error, MemoryError):
+        terminal.error("out of memory: try a smaller or quantised model, or a shorter prompt")
+        return 1
+    if os.environ.get("RUNNER_TRACEBACK"):
+        raise error
+    summary = " ".join(str(error).split())
+    terminal.error(f"unexpected {type(error).__name__}: {summary} (a bug; RUNNER_TRACEBACK=1 shows where)")
+    return 1

@@ -1,0 +1,210 @@
+"""`runner chat`: a conversation. Answers go to stdout; the prompt, notes and errors are the terminal's."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from runner.cli import engine, terminal
+from runner.cli.chat_input import LineReader
+from runner.cli.conversation import Conversation
+from runner.cli.options import DType, LengthOptions, Model, SamplingOptions, System, Verbose
+from runner.errors import ContextLengthError, RunnerError, UsageError
+
+if TYPE_CHECKING:
+    from runner.generate import Chunk
+    from runner.language_model import LanguageModel
+
+HELP = {
+    "/help": "this list",
+    "/reset": "forget the conversation, keep the system message",
+    "/system TEXT": "set the system message (no text: show it; 'clear': remove it)",
+    "/save FILE": "write the conversation as JSON",
+    "/load FILE": "go on with a saved conversation",
+    "/quit": "leave (also Ctrl-D, or Ctrl-C twice)",
+    '"""': "begin and end a message of several lines; or end a line with \\",
+    "Ctrl-C": "stop the answer",
+}
+
+
+def chat(
+    model: Model,
+    *,
+    system: System = None,
+    dtype: DType = None,
+    sampling: SamplingOptions,
+    length: LengthOptions,
+    verbose: Verbose = False,
+) -> None:
+    """Talk with a model. /help inside lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
+    keywords = {**sampling.keywords(), **length.keywords()}
+    conversation = Conversation()
+    if system is not None:
+        conversation.system = terminal.checked_utf8(system, "--system")
+    lm = engine.open_model(model, dtype)
+    if not lm.tokenizer.has_chat_template:
+        raise UsageError(f"{model} has no chat template: it continues text, see 'runner generate --raw'")
+    Chat(lm, conversation, keywords, verbose).run()
+
+
+class Chat:
+    """The loop of one conversation: read, answer, remember."""
+
+    def __init__(self, lm: LanguageModel, conversation: Conversation, keywords: dict[str, Any], verbose: bool) -> None:
+        self.lm = lm
+        self.conversation = conversation
+        self.keywords = keywords
+        self.verbose = verbose
+        self.reader = LineReader(tuple(name.split()[0] for name in HELP if name.startswith("/")))
+        self.output = terminal.Output()
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/help": self.help,
+            "/reset": self.reset,
+            "/system": self.set_system,
+            "/save": self.save,
+            "/load": self.load,
+            "/quit": self.quit,
+        }
+
+    def run(self) -> None:
+        """Until /quit, Ctrl-D or a second Ctrl-C. At a terminal an error ends the turn; from a pipe it ends the program."""
+        if self.reader.interactive:
+            name = terminal.paint(self.lm.path.name, "bold", sys.stderr)
+            print(f"{name}  {terminal.paint('/help lists the commands', 'dim', sys.stderr)}\n", file=sys.stderr)
+        while True:
+            try:
+                entry = self.read()
+                if entry is None:
+                    return
+                self.turn(*entry)
+            except (RunnerError, OSError) as problem:
+                if not self.reader.interactive or isinstance(problem, BrokenPipeError):
+                    raise
+                terminal.error(str(problem))
+                if isinstance(problem, ContextLengthError):
+                    terminal.note("/reset starts again; your message was not kept")
+                print(file=sys.stderr)
+
+    def read(self) -> tuple[str, bool] | None:
+        """The next message and whether it may be a command; None at the end. Two Ctrl-C in a row raise KeyboardInterrupt."""
+        interrupted = False
+        while True:
+            try:
+                return self.reader.read()
+            except KeyboardInterrupt:
+                if interrupted or not self.reader.interactive:
+                    raise
+                interrupted = True
+                print(file=sys.stderr)
+                terminal.note("(Ctrl-C again, Ctrl-D or /quit leaves)")
+
+    def turn(self, text: str, may_be_command: bool) -> None:
+        """A command, or a message and its answer. `/etc/hosts ...` is no command: those are `/` and letters alone."""
+        word, _, rest = text.partition(" ")
+        if may_be_command and word[:1] == "/" and word[1:].isalpha():
+            if word not in self.commands:
+                raise UsageError(f"unknown command {word}: /help lists them (begin with a space to send it as text)")
+            self.commands[word](rest.strip())
+        elif text.strip():
+            self.answer(terminal.checked_utf8(text, "the message"))
+
+    def answer(self, text: str) -> None:
+        """Stream the answer and remember both; what an error or Ctrl-C left unsaid is not remembered."""
+        said = ""
+        last: Chunk | None = None
+        status = terminal.Status()
+        interactive = self.reader.interactive
+        messages = [*self.conversation.all(), {"role": "user", "content": text}]
+        with soft_interrupt() if interactive else nullcontext(lambda: False) as cancelled:
+            try:
+                chunks = self.lm.chat_stream(messages, on_prefill=status.prefill, cancelled=cancelled, **self.keywords)
+                for last in chunks:
+                    status.clear()
+                    self.output.write(last.text)
+                    said += last.text
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+            finally:
+                status.clear()
+                self.output.end_line()
+        if said:
+            self.conversation.add(text, said)
+        self.after(last, stopped=cancelled())
+
+    def after(self, last: Chunk | None, *, stopped: bool) -> None:
+        """Why the answer ended, where that is not its own end; then the blank line before the next prompt."""
+        if stopped:
+            terminal.note("(stopped)")
+        elif last is not None and last.finish_reason == "length":
+            full = self.keywords["max_tokens"] is None
+            terminal.note("(the context window is full: /reset starts again)" if full else "(--max-tokens reached)")
+        if self.verbose and last is not None:
+            engine.print_timings(last.timings)
+        if self.reader.interactive:
+            print(file=sys.stderr)
+
+    def help(self, rest: str) -> None:
+        """/help"""
+        no_text("/help", rest)
+        for name, text in HELP.items():
+            print(f"  {name:<14}{terminal.paint(text, 'dim', sys.stderr)}", file=sys.stderr)
+        print(file=sys.stderr)
+
+    def reset(self, rest: str) -> None:
+        """/reset"""
+        no_text("/reset", rest)
+        self.conversation.messages.clear()
+        terminal.note("(forgotten)\n")
+
+    def set_system(self, rest: str) -> None:
+        """/system [TEXT | clear]"""
+        if rest:
+            self.conversation.system = None if rest == "clear" else terminal.checked_utf8(rest, "the system message")
+        shown = "none" if self.conversation.system is None else self.conversation.system
+        terminal.note(f"(system message: {shown})\n")
+
+    def save(self, rest: str) -> None:
+        """/save FILE"""
+        path = self.conversation.save(rest)
+        terminal.note(f"({len(self.conversation.all())} messages in {path})\n")
+
+    def load(self, rest: str) -> None:
+        """/load FILE"""
+        self.conversation.load(rest)
+        terminal.note(f"({len(self.conversation.all())} messages)\n")
+
+    def quit(self, rest: str) -> None:
+        """/quit"""
+        no_text("/quit", rest)
+        raise typer.Exit(0)
+
+
+def no_text(command: str, rest: str) -> None:
+    """Refuse text after a command that takes none, rather than drop it."""
+    if rest:
+        raise UsageError(f"{command} takes no text, got {rest!r}")
+
+
+@contextmanager
+def soft_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C sets a flag the engine asks for between tokens and prompt chunks; a second one raises KeyboardInterrupt."""
+    pressed = False
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,82 @@
+"""Reading messages: a line, a block between triple quotes, or lines joined by a backslash at their end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from runner.cli.terminal import colours, controls
+from runner.errors import UsageError
+
+QUOTES = '"""'
+PROMPT = "> "
+CONTINUED = "… "
+
+
+class LineReader:
+    """Messages from stdin. With a terminal on both sides there is a prompt, line editing and this session's history."""
+
+    def __init__(self, completions: Sequence[str]) -> None:
+        self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        if self.interactive:
+            set_up_editing(completions)
+
+    def read(self) -> tuple[str, bool] | None:
+        """The next message and whether it may be a command (a block never is); None at the end of input."""
+        line = self.line(PROMPT)
+        if line is None:
+            return None
+        if line.lstrip().startswith(QUOTES):
+            return self.block(line.lstrip().removeprefix(QUOTES)), False
+        lines = [line]
+        while lines[-1].endswith("\\"):
+            following = self.line(CONTINUED)
+            lines[-1] = lines[-1][:-1]
+            if following is None:
+                break
+            lines.append(following)
+        return "\n".join(lines), len(lines) == 1
+
+    def block(self, first: str) -> str:
+        """Everything up to a line that ends in triple quotes, or the end of input; line breaks at both ends dropped."""
+        lines: list[str] = []
+        line: str | None = first
+        while line is not None:
+            if line.rstrip().endswith(QUOTES):
+                lines.append(line.rstrip().removesuffix(QUOTES))
+                break
+            lines.append(line)
+            line = self.line(CONTINUED)
+        return "\n".join(lines).strip("\n")
+
+    def line(self, prompt: str) -> str | None:
+        """One line without its end; None at the end of input. Raises UsageError for bytes that are no text."""
+        try:
+            if self.interactive:
+                # readline counts columns: what takes none stands between \x01 and \x02
+                shown = f"\x01\x1b[1;36m\x02{prompt}\x01\x1b[0m\x02" if colours(sys.stdout) else prompt
+                return input(shown)
+            text = sys.stdin.readline() if sys.stdin is not None else ""
+            return text.removesuffix("\n").removesuffix("\r") if text else None
+        except EOFError:
+            sys.stderr.write("\n")
+            return None
+        except UnicodeDecodeError as problem:
+            raise UsageError(
+                f"the input is not {problem.encoding} text: byte 0x{problem.object[problem.start]:02x}"
+            ) from None
+
+
+def set_up_editing(completions: Sequence[str]) -> None:
+    """Line editing, where Python has readline: pasted lines stay one message, Tab completes commands; no file is kept."""
+    try:
+        import readline
+    except ImportError:
+        return
+    if controls(sys.stdout):
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    readline.set_completer_delims("")
+    readline.parse_and_bind("tab: complete")
+    readline.set_completer(
+        lambda text, n: dict(enumerate(c for c in completions if text and c.startswith(text))).get(n)
+    )

@@ -1,0 +1,88 @@
+"""The messages of a chat and their file: a JSON list of `{"role", "content"}` as the OpenAI API and templates take it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from runner.errors import UsageError
+
+ROLES = ("system", "user", "assistant")
+LARGEST_FILE = 64 << 20  # bytes
+Message = dict[str, str]
+
+
+class Conversation:
+    """A system message, if any, and the turns since."""
+
+    def __init__(self) -> None:
+        self.system: str | None = None
+        self.messages: list[Message] = []
+
+    def all(self) -> list[Message]:
+        """The messages as a chat template takes them, the system message first."""
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*first, *self.messages]
+
+    def add(self, question: str, answer: str) -> None:
+        """Remember one turn."""
+        self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def save(self, name: str) -> Path:
+        """Write all messages at once to `name`; a file that is no saved chat is never replaced (UsageError)."""
+        path = file_path("/save", name)
+        if path.exists():
+            try:
+                read_messages(path)
+            except UsageError:
+                raise UsageError(f"{path} exists and is not a saved chat: choose another name") from None
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            unfinished.write_text(json.dumps(self.all(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            unfinished.replace(path)
+        except OSError as problem:
+            unfinished.unlink(missing_ok=True)
+            raise UsageError(f"cannot write {path}: {problem.strerror}") from None
+        return path
+
+    def load(self, name: str) -> None:
+        """Replace everything by the messages in `name`; on UsageError nothing has changed."""
+        messages = read_messages(file_path("/load", name))
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        self.system = messages[0]["content"] if has_system else None
+        self.messages = messages[1:] if has_system else messages
+
+
+def file_path(command: str, name: str) -> Path:
+    """The file named after a command, `~` understood."""
+    if not name:
+        raise UsageError(f"{command} needs the name of a file")
+    return Path(name).expanduser()
+
+
+def read_messages(path: Path) -> list[Message]:
+    """The checked messages of a file. Raises UsageError, which names what is wrong and where."""
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise UsageError(f"{path} has more than {LARGEST_FILE >> 20} MB: not a saved chat")
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UsageError(f"cannot read {path}: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        raise UsageError(f"{path} is not a saved chat: {problem}") from None
+    if not isinstance(data, list):
+        raise UsageError(f"{path} is not a saved chat: expected a list of messages, found {type(data).__name__}")
+    return [checked(message, f"{path}, message {index}", first=index == 0) for index, message in enumerate(data)]
+
+
+def checked(message: Any, where: str, *, first: bool) -> Message:
+    """`message` itself, if it is exactly a role and a text."""
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise UsageError(f'{where}: expected {{"role": ..., "content": ...}} and nothing else')
+    if message["role"] not in ROLES or (message["role"] == "system" and not first):
+        raise UsageError(f"{where}: role {message['role']!r}, expected user or assistant, or system as the first")
+    if not isinstance(message["content"], str):
+        raise UsageError(f"{where}: content must be text, found {type(message['content']).__name__}")
+    return {"role": message["role"], "content": message["content"]}

@@ -1,0 +1,118 @@
+"""`runner doctor`: what this machine has, what is missing, and the command that fixes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+from runner.cli import terminal
+from runner.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from runner.backend import BackendReport
+
+# distribution -> what does not work without it; None for a part nothing works without
+PACKAGES: dict[str, str | None] = {
+    "tokenizers": None,
+    "safetensors": None,
+    "jinja2": None,
+    "huggingface-hub": "models can only be read from local directories",
+    "sentencepiece": "models that have only a tokenizer.model cannot be read",
+}
+MARKS = {"ok": ("✓", "ok", "green"), "note": ("·", "--", "yellow"), "missing": ("✗", "NO", "red")}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: `missing` makes the program unusable, `note` takes a part away or only informs. `fix` is a command."""
+
+    name: str
+    state: Literal["ok", "note", "missing"]
+    value: str
+    fix: str | None = None
+
+
+def doctor(*, as_json: AsJson = False) -> None:
+    """Check this machine: python, MLX and its device, packages, cache. Exits 1 if models cannot run."""
+    from runner.backend import describe
+
+    checks = [check_python(), *check_mlx(describe()), *map(check_package, PACKAGES), *check_hub()]
+    usable = all(check.state != "missing" for check in checks)
+    if as_json:
+        rows = {"usable": usable, "checks": [asdict(check) for check in checks]}
+        terminal.Output().line(json.dumps(rows, indent=2))
+    else:
+        print_checks(checks, usable)
+    if not usable:
+        raise typer.Exit(1)
+
+
+def check_python() -> Check:
+    """Version, interpreter and machine."""
+    where = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    state: Literal["ok", "missing"] = "ok" if sys.version_info >= (3, 11) else "missing"
+    fix = None if state == "ok" else "install Python 3.11 or later"
+    return Check("python", state, f"{platform.python_version()}   {where}", fix)
+
+
+def check_mlx(report: BackendReport) -> list[Check]:
+    """MLX, its device, memory and our kernels; with a problem, that one line only."""
+    if report.problem is not None:
+        return [Check("mlx", "missing", report.problem, report.fix)]
+    from runner.cli.tables import size
+
+    return [
+        Check("mlx", "ok", report.mlx_version or "version unknown"),
+        Check("device", "ok", report.device),
+        Check("memory", "ok", size(report.memory_bytes)),
+        Check("kernels", "ok", report.kernels),
+    ]
+
+
+def check_package(name: str) -> Check:
+    """Whether a distribution is installed, from its metadata: nothing is imported."""
+    try:
+        return Check(name, "ok", version(name))
+    except PackageNotFoundError:
+        consequence = PACKAGES[name]
+        state: Literal["note", "missing"] = "missing" if consequence is None else "note"
+        value = "not installed" if consequence is None else f"not installed: {consequence}"
+        return Check(name, state, value, f"{sys.executable} -m pip install {name}")
+
+
+def check_hub() -> list[Check]:
+    """The cache directory and what the environment says of the hub; a token is never printed."""
+    home = os.environ.get("HF_HOME") or os.path.join("~", ".cache", "huggingface")
+    cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    checks = [Check("hub cache", "ok", cache)]
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        checks.append(
+            Check("hub", "note", "offline: HF_HUB_OFFLINE is set, only cached models", "unset HF_HUB_OFFLINE")
+        )
+    if os.environ.get("HF_TOKEN"):
+        checks.append(Check("hub token", "ok", "set (HF_TOKEN)"))
+    return checks
+
+
+def print_checks(checks: list[Check], usable: bool) -> None:
+    """Marks, names and values in columns, each fix under its line, and one sentence at the end."""
+    from runner.cli import tables
+
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    table = tables.columns("", "", "")
+    for check in checks:
+        symbol, word, style = MARKS[check.state]
+        table.add_row(
+            tables.cell(symbol if unicode else word, style), tables.cell(check.name), tables.cell(check.value)
+        )
+        if check.fix is not None:
+            table.add_row("", "", tables.cell(check.fix, "cyan"))
+    verdict = "ready" if usable else "not usable yet: run the command below the mark"
+    tables.show(table, "", tables.cell(verdict, "green" if usable else "red"))

@@ -1,0 +1,48 @@
+"""The one seam between the command line and the engine: every import of it is inside a function."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runner.generate import Timings
+    from runner.language_model import LanguageModel
+
+
+def open_model(model: str, dtype: str | None) -> LanguageModel:
+    """Load `model`, with a progress bar where there is a terminal. Raises BackendError first where MLX cannot run."""
+    from runner import backend
+
+    backend.require()
+    import runner
+
+    return runner.load(model, dtype=dtype, progress=sys.stderr.isatty())
+
+
+def timing_lines(timings: Timings) -> tuple[str, str, str]:
+    """mlx-lm's three lines, word for word, so that the two can be compared; GB is 10**9 bytes there too."""
+    return (
+        f"Prompt: {timings.prompt_tokens} tokens, {timings.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {timings.generation_tokens} tokens, {timings.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {timings.peak_memory / 1e9:.3f} GB",
+    )
+
+
+def print_timings(timings: Timings | None) -> None:
+    """The three lines on stderr."""
+    if timings is not None:
+        print("\n".join(timing_lines(timings)), file=sys.stderr, flush=True)
+
+
+def timings_json(timings: Timings) -> dict[str, Any]:
+    """The same numbers under their own names; seconds, tokens per second and bytes."""
+    return {
+        "prompt_tokens": timings.prompt_tokens,
+        "prompt_seconds": timings.prompt_seconds,
+        "prompt_tps": timings.prompt_tps,
+        "generation_tokens": timings.generation_tokens,
+        "generation_seconds": timings.generation_seconds,
+        "generation_tps": timings.generation_tps,
+        "peak_memory": timings.peak_memory,
+    }

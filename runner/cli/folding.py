@@ -1,0 +1,114 @@
+"""Folding of a long list of tensors: runs of equal layers into one, several names into one with braces.
+
+model.layers.0.mlp.up_proj.weight                          layers.0-29          30 alike
+model.layers.1.mlp.up_proj.weight      ->                    mlp.up_proj.weight
+...
+("w.q_proj.weight", "w.k_proj.weight", "w.v_proj.weight")  ->  w.{q,k,v}_proj.weight
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runner.inspect_model import Entry
+
+LAYER = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.(?P<rest>.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the tree. `entry` None is the heading of a run of layers; `repeats` counts the layers a line stands for."""
+
+    depth: int
+    field: str
+    tensors: str
+    entry: Entry | None
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The fields of one element of a list of blocks, in order; `entries` is empty for a field outside any list."""
+
+    list_name: str
+    index: int
+    entries: tuple[tuple[str, Entry], ...]
+
+    def pattern(self) -> object:
+        """Equal for layers that differ by their index alone."""
+        return self.list_name, tuple(
+            (rest, tuple(replace_index(name, self.index, "*") for name in e.tensors), e.shape, e.dtype, e.nbytes)
+            for rest, e in self.entries
+        )
+
+
+def fold(entries: Sequence[Entry], *, unfold: bool = False) -> Iterator[Row]:
+    """The lines of the tree. With `unfold`, each field has its own line and full name."""
+    if unfold:
+        for entry in entries:
+            yield Row(0, entry.field, brace(entry.tensors), entry, 1)
+        return
+    for layers in runs(entries):
+        first, last = layers[0], layers[-1]
+        if not first.list_name:
+            for name, entry in first.entries:
+                yield Row(0, name, brace(entry.tensors), entry, 1)
+            continue
+        span = str(first.index) if first is last else f"{first.index}-{last.index}"
+        yield Row(0, f"{first.list_name}.{span}", "", None, len(layers))
+        for rest, entry in first.entries:
+            names = tuple(replace_index(name, first.index, span) for name in entry.tensors)
+            yield Row(1, rest, brace(names), entry, len(layers))
+
+
+def runs(entries: Sequence[Entry]) -> Iterator[list[Layer]]:
+    """The layers in order, those that follow each other and look alike together."""
+    run: list[Layer] = []
+    for layer in split(entries):
+        follows = bool(run) and layer.list_name != "" and layer.index == run[-1].index + 1
+        if follows and layer.pattern() == run[-1].pattern():
+            run.append(layer)
+            continue
+        if run:
+            yield run
+        run = [layer]
+    if run:
+        yield run
+
+
+def split(entries: Sequence[Entry]) -> Iterator[Layer]:
+    """Entries grouped by the first `name.INDEX.` of their field, in the order they come."""
+
+    def place(entry: Entry) -> tuple[str, int]:
+        match = LAYER.fullmatch(entry.field)
+        return ("", 0) if match is None else (match["list"], int(match["index"]))
+
+    for (list_name, index), group in groupby(entries, key=place):
+        cut = len(f"{list_name}.{index}.") if list_name else 0
+        yield Layer(list_name, index, tuple((entry.field[cut:], entry) for entry in group))
+
+
+def replace_index(name: str, index: int, text: str) -> str:
+    """`name` with its first dotted part that is `index` replaced: `model.layers.3.x`, 3, "0-29" -> `model.layers.0-29.x`."""
+    return re.sub(rf"(?<=\.){index}(?=\.)", text, name, count=1)
+
+
+def brace(names: Sequence[str]) -> str:
+    """Several names as one: what they share, and the rest in braces; whole numbers in a row as `0-63`."""
+    if len(names) < 2:
+        return "".join(names)
+    start = os.path.commonprefix(list(names))
+    ends = [name[len(start) :] for name in names]
+    tail = os.path.commonprefix([end[::-1] for end in ends])[::-1]
+    middles = [end[: len(end) - len(tail)] for end in ends]
+    if all(middle.isdecimal() for middle in middles):
+        numbers = [int(middle) for middle in middles]
+        if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            return f"{start}{{{numbers[0]}-{numbers[-1]}}}{tail}"
+    return f"{start}{{{','.join(middles)}}}{tail}"

@@ -1,0 +1,82 @@
+"""Help pages in quiet columns: usage, text, arguments, then the options by the panel they were declared in, then an example."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
+
+from runner.cli.terminal import paint
+
+OPTIONS = "Options"
+
+
+class Command(TyperCommand):
+    """A command whose options are grouped by `rich_help_panel` and whose epilog is printed as it is written."""
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        """One line: `Usage: runner generate [OPTIONS] MODEL [PROMPT]`."""
+        arguments = [parameter for parameter in self.params if isinstance(parameter, TyperArgument)]
+        pieces = [a.metavar or a.name.upper() for a in arguments]
+        shown = [piece if a.required else f"[{piece}]" for piece, a in zip(pieces, arguments, strict=True)]
+        formatter.write_usage(ctx.command_path, " ".join(["[OPTIONS]", *shown]), prefix=heading("Usage") + " ")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments first, then each panel in the order of its first option, then the options without one."""
+        rows: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, TyperArgument):
+                rows["Arguments"].append((parameter.metavar or parameter.name.upper(), parameter.help or ""))
+                continue
+            assert isinstance(parameter, TyperOption)
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                rows.setdefault(parameter.rich_help_panel or OPTIONS, []).append(record)
+        rows[OPTIONS] = rows.pop(OPTIONS)  # --help lives there: last
+        for name, panel in rows.items():
+            write_section(formatter, name, panel)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """The example, with its line breaks."""
+        write_epilog(formatter, self.epilog)
+
+
+class Group(TyperGroup):
+    """The program: commands before options."""
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        """One line, like a command's."""
+        formatter.write_usage(ctx.command_path, "COMMAND [OPTIONS] ...", prefix=heading("Usage") + " ")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """The table of commands, then the program's own options."""
+        commands = [(name, self.commands[name].get_short_help_str(90)) for name in self.list_commands(ctx)]
+        options = [record for p in self.get_params(ctx) if (record := p.get_help_record(ctx)) is not None]
+        write_section(formatter, "Commands", commands)
+        write_section(formatter, OPTIONS, options)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """The example, with its line breaks."""
+        write_epilog(formatter, self.epilog)
+
+
+def heading(name: str) -> str:
+    """`Name:`, bold on a terminal."""
+    return paint(f"{name}:", "bold", sys.stdout)
+
+
+def write_section(formatter: Any, name: str, rows: list[tuple[str, str]]) -> None:
+    """A heading and two aligned columns; nothing for no rows."""
+    if not rows:
+        return
+    formatter.write_paragraph()
+    formatter.write(heading(name) + "\n")
+    with formatter.indentation():
+        formatter.write_dl(rows, col_max=32)
+
+
+def write_epilog(formatter: Any, epilog: str | None) -> None:
+    """`Example:` and its lines, never rewrapped: they are there to be copied."""
+    title, _, lines = (epilog or "").partition(":\n")
+    formatter.write(f"\n{heading(title)}\n{lines}\n")

@@ -1,0 +1,124 @@
+"""`runner inspect`: what a checkpoint holds and how it will run, from its JSON files and tensor headers alone."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from runner.cli import terminal
+from runner.cli.folding import Row, fold
+from runner.cli.options import AsJson, Model
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from runner.inspect_model import ModelReport
+
+All = Annotated[bool, typer.Option("--all", help="Every layer by itself, instead of equal ones folded together.")]
+LONGEST_VALUE = 100  # characters of a config value before it is cut (never in --json)
+
+
+def inspect(model: Model, *, unfold: All = False, as_json: AsJson = False) -> None:
+    """Show a model's config, tokenizer, sampling defaults and tensors, without reading the tensors."""
+    from runner.inspect_model import inspect as inspect_model
+
+    report = inspect_model(model)
+    if as_json:
+        terminal.Output().line(json.dumps(as_dict(report), indent=2, default=str))
+        return
+    from runner.cli import tables
+
+    title = tables.cell(report.path.name or str(report.path), "cyan")
+    sampling = {**report.sampling, "eos_token_ids": sorted(report.eos_token_ids)}
+    tables.show(
+        title,
+        tables.cell(str(report.path), "dim"),
+        *tables.section("config", pairs(report.config)),
+        *tables.section("tokenizer", pairs(report.tokenizer)),
+        *tables.section("generation defaults", pairs(sampling)),
+        *tables.section("tensors", tree(report, unfold)),
+        *tables.section("totals", pairs(totals(report))),
+    )
+
+
+def pairs(values: dict[str, Any]) -> Table:
+    """Names and values; nested objects as compact JSON, long ones cut."""
+    from runner.cli import tables
+
+    table = tables.columns("", "")
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        if len(text) > LONGEST_VALUE:
+            text = text[: LONGEST_VALUE - 1] + "…"
+        table.add_row(tables.cell(str(name), "dim"), tables.cell(text))
+    return table
+
+
+def totals(report: ModelReport) -> dict[str, str]:
+    """Parameters, bytes, bits a weight, and what the checkpoint holds beside."""
+    from runner.cli import tables
+
+    rows = {
+        "parameters": tables.count(report.parameters),
+        "size": tables.size(report.nbytes),
+        "bits per weight": f"{report.bits_per_weight:.2f}",
+    }
+    if report.ignored:
+        rows["not used"] = ", ".join(report.ignored)
+    return rows
+
+
+def tree(report: ModelReport, unfold: bool) -> Table:
+    """Field, tensors, shape, dtype, bytes; a run of equal layers is one block under its range."""
+    from runner.cli import tables
+
+    table = tables.columns("field", "tensor", "shape", "dtype", ">size")
+    for row in fold(report.entries, unfold=unfold):
+        add_row(table, row)
+    return table
+
+
+def add_row(table: Table, row: Row) -> None:
+    """A heading of a run of layers, or one field."""
+    from runner.cli import tables
+
+    field = "  " * row.depth + row.field
+    if row.entry is None:
+        table.add_row(tables.cell(field, "bold"), "", tables.cell(f"{row.repeats} alike", "dim"), "", "")
+        return
+    shape = " × ".join(map(str, row.entry.shape)) or "scalar"
+    table.add_row(
+        tables.cell(field),
+        tables.cell(row.tensors, "dim"),
+        tables.cell(shape),
+        tables.cell(row.entry.dtype),
+        tables.cell(tables.size(row.entry.nbytes * row.repeats)),
+    )
+
+
+def as_dict(report: ModelReport) -> dict[str, Any]:
+    """The whole report, nothing folded or cut."""
+    return {
+        "path": str(report.path),
+        "model_type": report.model_type,
+        "config": report.config,
+        "tokenizer": report.tokenizer,
+        "sampling": report.sampling,
+        "eos_token_ids": sorted(report.eos_token_ids),
+        "entries": [
+            {
+                "field": entry.field,
+                "tensors": list(entry.tensors),
+                "shape": list(entry.shape),
+                "dtype": entry.dtype,
+                "bytes": entry.nbytes,
+            }
+            for entry in report.entries
+        ],
+        "ignored": list(report.ignored),
+        "parameters": report.parameters,
+        "bytes": report.nbytes,
+        "bits_per_weight": report.bits_per_weight,
+    }

@@ -1,0 +1,297 @@
+"""Models of the Hugging Face hub, by way of its cache on this machine.
+
+`resolve` looks in the cache first and makes no request when the model is there; `pull` asks the hub. Only what this
+package reads is fetched: JSON, the tokenizer, chat templates, and the safetensors that the index names. Downloads,
+resumption, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are `huggingface_hub`'s, imported when needed.
+
+The weights are fetched after everything else and the revision's name is recorded last, so a snapshot that has its
+weights has the rest, and an interrupted download never hides an older complete one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import CheckpointError, HubError, UsageError
+from runner.local_files import member, shown
+from runner.safetensors_header import INDEX, SINGLE, read_index
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+_ID = re.compile(rf"{_PART}/{_PART}")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,254}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model in the cache that can be loaded without a request.
+
+    Attributes:
+        id: `org/name`.
+        revision: the commit, 40 hexadecimal digits.
+        nbytes: size of its files on disk.
+        path: its directory.
+    """
+
+    id: str
+    revision: str
+    nbytes: int
+    path: Path
+
+
+def resolve(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
+    """The directory of a model: an existing directory itself, else a hub id `org/name[@revision]` through the cache.
+
+    Args:
+        revision: branch, tag or commit; the same as `@revision` in `model`. Default: `main`.
+        progress: show a progress bar on stderr while downloading.
+
+    Raises:
+        HubError: not a directory and not a hub id, or the hub does not have it, does not give it, or is out of reach.
+        UsageError: `model` is a file, or two different revisions were asked for.
+    """
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        if revision is not None:
+            raise UsageError(f"revision {shown(revision)} was given, but {path} is a directory")
+        return Path(path)
+    if os.path.exists(path):
+        hint = f"convert it first: runner convert {path} OUT/" if path.endswith(".gguf") else "name its directory"
+        raise UsageError(f"{path} is a file, not a model's directory: {hint}")
+    repo, revision = _parse(model, revision)
+    cached = _snapshot(repo, revision)
+    if cached is not None and _is_complete(cached):
+        return cached
+    return _fetch(repo, revision, progress)
+
+
+def pull(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
+    """Fetch a model, or bring the cached one up to date with its branch; returns its directory.
+
+    Raises:
+        HubError: as `resolve`.
+    """
+    repo, revision = _parse(model, revision)
+    return _fetch(repo, revision, progress)
+
+
+def list_cached() -> list[CachedModel]:
+    """The models in the cache whose weights are complete, by id and revision."""
+    found = []
+    cache = _cache()
+    for folder in sorted(cache.glob("models--*--*")):
+        for path in sorted(folder.glob("snapshots/*")):
+            if path.is_dir() and _has_weights(path):
+                repo = folder.name.removeprefix("models--").replace("--", "/")
+                found.append(CachedModel(repo, path.name, _size(path), path))
+    return found
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _parse(model: str, revision: str | None) -> tuple[str, str]:
+    """Hub id and revision; every part of both is safe as a path."""
+    repo, _, named = model.partition("@")
+    if not _ID.fullmatch(repo) or len(repo) > 96 or "--" in repo or ".." in repo or repo.endswith(".git"):
+        raise HubError(
+            f"{shown(model)} is neither an existing directory nor a hub id such as org/name or org/name@main"
+        )
+    if "@" in model and revision is not None and named != revision:
+        raise UsageError(f"two revisions of {repo} were asked for: {shown(named)} and {shown(revision)}")
+    chosen = named if "@" in model else "main" if revision is None else revision
+    bad = not _REVISION.fullmatch(chosen) or ".." in chosen or "//" in chosen or chosen.endswith(("/", ".", ".lock"))
+    if bad:
+        raise HubError(f"{shown(chosen)} is not a revision: expected a branch, a tag or a commit")
+    return repo, chosen
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def _snapshot(repo: str, revision: str) -> Path | None:
+    """The cached directory of a revision, complete or not.
+
+    Layout: `models--org--name/refs/REVISION` holds a commit, `snapshots/COMMIT` that commit's files.
+    """
+    folder = _cache() / f"models--{repo.replace('/', '--')}"
+    commit = revision
+    if not _COMMIT.fullmatch(revision):
+        try:
+            commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        if not _COMMIT.fullmatch(commit):
+            return None
+    path = folder / "snapshots" / commit
+    return path if path.is_dir() else None
+
+
+def _shards(snapshot: Path) -> list[str]:
+    """The weight files of a snapshot: those its index names, else the single file."""
+    if not (snapshot / INDEX).is_file():
+        return [SINGLE]
+    return sorted(set(read_index(member(snapshot, INDEX)).values()))
+
+
+def _has_weights(snapshot: Path) -> bool:
+    try:
+        files = ["config.json", *_shards(snapshot)]
+    except CheckpointError:
+        return False
+    return all((snapshot / file).is_file() for file in files)
+
+
+def _is_complete(snapshot: Path) -> bool:
+    """Whether a model can be loaded from it: other programs fetch file by file, and not the tokenizer first."""
+    return _has_weights(snapshot) and any((snapshot / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _size(snapshot: Path) -> int:
+    """Bytes on disk of what a snapshot's files link to, each blob once."""
+    sizes = {}
+    for path in snapshot.rglob("*"):
+        if path.is_file():
+            sizes[path.resolve()] = path.stat().st_size
+    return sum(sizes.values())
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------------
+
+
+def _fetch(repo: str, revision: str, progress: bool) -> Path:
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    if constants.HF_HUB_OFFLINE:
+        cached = _snapshot(repo, revision)
+        if cached is not None and _has_weights(cached):
+            return cached
+        state = "only in part" if cached is not None else "not"
+        raise HubError(
+            f"{repo}@{revision} is {state} in the cache ({_cache()}), and HF_HUB_OFFLINE forbids to fetch it"
+        )
+    with _one_line(repo, revision), _progress_bars(progress):
+        info = HfApi().model_info(repo, revision=revision)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+        commit = info.sha
+        if commit is None or not _COMMIT.fullmatch(commit):
+            raise HubError(f"{repo}@{revision}: the hub named no commit")
+        _require_safetensors(repo, files)
+        snapshot = _download(repo, commit, [name for name in files if _is_small(name)])
+        shards = _shards(snapshot)
+        lacking = [name for name in shards if name not in files]
+        if lacking:
+            raise HubError(
+                f"{repo}@{revision}: its index names {shown(lacking[0])}, which the repository does not have"
+            )
+        _download(repo, commit, shards)
+        if revision != commit:
+            hf_hub_download(repo, "config.json", revision=revision)  # all cached: this records the revision's commit
+    return snapshot
+
+
+def _require_safetensors(repo: str, files: list[str]) -> None:
+    """Before anything is fetched."""
+    if "config.json" in files and (SINGLE in files or INDEX in files):
+        return
+    if any(name.endswith(".gguf") for name in files):
+        reason = "only GGUF files: download one, then `runner convert FILE.gguf OUT/`"
+    elif "config.json" not in files:
+        reason = "no config.json: not a transformers model"
+    elif any(name.endswith((".bin", ".pt", ".pth")) for name in files):
+        reason = "only pickle weights, which can run code when read: look for a safetensors version of it"
+    else:
+        reason = f"neither {SINGLE} nor {INDEX}"
+    raise HubError(f"{repo} has {reason}")
+
+
+def _is_small(name: str) -> bool:
+    """Configuration, tokenizer and templates: what is needed besides the weights."""
+    folder, _, base = name.rpartition("/")
+    if folder:
+        return folder == "additional_chat_templates" and base.endswith(".jinja")
+    if base.endswith(".index.json"):
+        return base == INDEX
+    return base.endswith((".json", ".jinja")) or base == "tokenizer.model"
+
+
+def _download(repo: str, commit: str, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    snapshot = Path(snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in files]))
+    missing = [name for name in files if not (snapshot / name).is_file()]
+    if missing:  # the library returns what it has when the connection fails half-way
+        raise HubError(f"{repo}: the download stopped before {shown(missing[0])}; run it again to go on from there")
+    return snapshot
+
+
+@contextlib.contextmanager
+def _progress_bars(wanted: bool) -> Iterator[None]:
+    """Without bars where none are wanted; the library has a switch for the process, restored afterwards."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if wanted or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _one_line(repo: str, revision: str) -> Iterator[None]:
+    """What went wrong between us and the hub, as one line that says what to do."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except (HubError, CheckpointError):
+        raise
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{repo} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then set HF_TOKEN (or `hf auth login`)"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{repo} is not on {constants.ENDPOINT}, or private: check the spelling; for a private model set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{repo} has no revision {shown(revision)}: check the branch, tag or commit") from error
+    except errors.HfHubHTTPError as error:
+        raise HubError(f"{constants.ENDPOINT} refused {repo}@{revision}: {_first_line(error)}") from error
+    except Exception as error:  # whichever HTTP library this hub version uses brings errors of its own
+        raise HubError(_transport(repo, revision, error)) from error
+
+
+def _transport(repo: str, revision: str, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"the disk of the cache ({_cache()}) is full: free space, or set HF_HOME to another disk"
+        chain = chain.__cause__ or chain.__context__
+    return (
+        f"{repo}@{revision} is not complete in the cache and could not be fetched from {constants.ENDPOINT}: "
+        f"{_first_line(error)}; check the network and try again, the download goes on where it stopped"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,160 @@
+"""Fast CPU kernels: MLX primitives in a small C++ extension, for machines where MLX's own CPU backend is slow.
+
+The extension (`_C`) is optional. `unavailable_reason()` says whether it can be used; every other function needs it.
+All functions return lazy arrays, compute in float32 and round once to the type of their first argument. They run on
+the calling thread's default CPU stream, over one pool of threads shared by the process. None has gradients.
+
+Shapes: B batch, H query heads, KV key/value heads, L new positions, S keys, D head size, I hidden size.
+"float" below means float32, bfloat16 or float16. Wrong shapes or types raise ValueError.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import mlx.core as mx
+
+from ..errors import BackendError
+from ._load import load_extension
+
+if TYPE_CHECKING:
+    from . import _C
+
+__all__ = [
+    "add_rms_norm",
+    "argmax",
+    "attention",
+    "glu",
+    "isa",
+    "layer_norm",
+    "linear",
+    "num_threads",
+    "quantized_linear",
+    "rms_norm",
+    "rope",
+    "unavailable_reason",
+]
+
+Activation = Literal["silu", "gelu", "gelu_approx", "relu"]
+
+if not TYPE_CHECKING:
+    _C, _reason = load_extension()
+else:
+    _reason: str | None
+
+
+def unavailable_reason() -> str | None:
+    """None when the extension works with the installed MLX, else why it does not and what to do."""
+    return _reason
+
+
+def require() -> None:
+    """Raises BackendError when the extension cannot be used."""
+    if _reason is not None:
+        raise BackendError(_reason)
+
+
+def num_threads() -> int:
+    """Threads the kernels use: RUNNER_NUM_THREADS, else the cores this process may run on (affinity, cgroup quota)."""
+    return _C.num_threads()
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "scalar" (RUNNER_KERNELS_ISA forces one the CPU has)."""
+    return _C.isa()
+
+
+def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """x @ weight.T + bias, without a float32 copy of the weights.
+
+    x float [..., in]; weight float [out, in]; bias float [out]. Returns [..., out] of x's type.
+    """
+    return _C.linear(x, weight, bias)
+
+
+def quantized_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bias: mx.array | None = None,
+    *,
+    group_size: int,
+    bits: int,
+) -> mx.array:
+    """x @ dequantised(weight).T + bias for MLX's affine layout (`mx.quantize`): w = scale * q + shift per group.
+
+    x float [..., in]; weight uint32 [out, in * bits / 32]; scales and biases (the shifts) one float type,
+    [out, in / group_size]; bias float [out]; bits 4 or 8; group_size 32, 64 or 128. Returns [..., out] of x's type.
+    On x86, x is taken as 16-bit integers with a scale per group (relative error 2^-16 of the group's greatest value);
+    rows that hold NaN or infinity, and other CPUs, take the float path.
+    """
+    return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x float [..., dim], weight float [dim]."""
+    return _C.norm(x, weight, None, eps, False)
+
+
+def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension. x float [..., dim]."""
+    return _C.norm(x, weight, bias, eps, True)
+
+
+def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps: float) -> tuple[mx.array, mx.array]:
+    """(h, rms_norm(h, weight, eps)) for h = x + residual, rounded to their common type; both [..., dim]."""
+    return _C.add_rms_norm(x, residual, weight, eps)
+
+
+def rope(
+    x: mx.array,
+    offset: int | mx.array,
+    *,
+    dims: int,
+    traditional: bool = False,
+    freqs: mx.array | None = None,
+    base: float | None = None,
+    scale: float = 1.0,
+) -> mx.array:
+    """Rotary position embedding with the meaning of `mx.fast.rope`.
+
+    x float [B, H, L, D], any strides; offset: position of the first of L, one for all or an integer array [B];
+    the first `dims` values turn by (offset + l) * scale / freqs[i], freqs [dims / 2] or base^(2 i / dims); pairs are
+    (i, i + dims / 2), or neighbours if `traditional`. Returns [B, H, L, D], contiguous.
+    """
+    return _C.rope(x, offset, dims, traditional, freqs, base, scale)
+
+
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: Literal["causal"] | mx.array | None = None,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Softmax attention with grouped heads; no L x S matrix is built, k and v are read where they lie.
+
+    q float [B, H, L, D]; k, v one float type [B, KV, S, D], H a multiple of KV; any strides, no copy is made while
+    the last dimension is contiguous. The query at l stands at key S - L + l: "causal" hides the keys after it,
+    `window` all but the last `window` keys up to it (on its own it hides no later key). An array mask broadcasts to
+    [B, H, L, S]: bool (True = visible) or float (added to the scores). sinks float [H]: one more score per head
+    that takes its share and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, D] of q's type.
+    """
+    return _C.attention(q, k, v, scale, mask, window, sinks)
+
+
+def glu(gate_up: mx.array, activation: Activation = "silu") -> mx.array:
+    """activation(gate) * up for gate_up float [..., 2 I] = gate then up. Returns [..., I].
+
+    "gelu" is exact (erf, to 2e-7), "gelu_approx" the tanh form.
+    """
+    return _C.glu(gate_up, activation)
+
+
+def argmax(x: mx.array) -> mx.array:
+    """Index (uint32) of the greatest value of the last dimension; the lowest on a tie. NaN never wins."""
+    return _C.argmax(x)

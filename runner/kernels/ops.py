@@ -1,0 +1,74 @@
+"""The table of ops that a CPU computes with where the extension is built."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from runner import kernels
+from runner.fast import PORTABLE, Mask, Ops
+
+_PACKED = (4, 8)
+_GROUPS = (32, 64, 128)
+
+
+def _quantized_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    bias: mx.array | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    if mode == "affine" and biases is not None and bits in _PACKED and group_size in _GROUPS:
+        return kernels.quantized_linear(x, weight, scales, biases, bias, group_size=group_size, bits=bits)
+    full = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
+    return kernels.linear(x, full, bias)
+
+
+def _add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps: float) -> tuple[mx.array, mx.array]:
+    if weight is None:
+        return PORTABLE.add_rms_norm(x, residual, weight, eps)
+    return kernels.add_rms_norm(x, residual, weight, eps)
+
+
+def _rope(
+    x: mx.array,
+    offset: int | mx.array,
+    *,
+    dims: int,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    freqs: mx.array | None,
+) -> mx.array:
+    return kernels.rope(x, offset, dims=dims, traditional=traditional, freqs=freqs, base=base, scale=scale)
+
+
+def _attention(
+    query: mx.array,
+    key: mx.array,
+    value: mx.array,
+    mask: Mask,
+    *,
+    scale: float,
+    window: int | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    return kernels.attention(query, key, value, scale=scale, mask=mask, window=window, sinks=sinks)
+
+
+KERNELS = Ops(
+    name="cpu kernels",
+    linear=kernels.linear,
+    quantized_linear=_quantized_linear,
+    rms_norm=kernels.rms_norm,
+    add_rms_norm=_add_rms_norm,
+    rope=_rope,
+    attention=_attention,
+    glu=kernels.glu,
+    argmax=kernels.argmax,
+)
+"""`runner.fast.Ops` over `runner.kernels`; what has no kernel is plain MLX."""

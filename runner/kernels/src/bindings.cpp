@@ -1,0 +1,42 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+
+#include "kernels.h"
+#include "mlx/version.h"
+#include "pool.h"
+#include "primitives.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+#define RUNNER_TEXT2(x) #x
+#define RUNNER_TEXT(x) RUNNER_TEXT2(x)
+
+// The version of MLX's headers, as text in the binary: read before any MLX symbol is called.
+constexpr const char* kBuiltFor =
+    RUNNER_TEXT(MLX_VERSION_MAJOR) "." RUNNER_TEXT(MLX_VERSION_MINOR) "." RUNNER_TEXT(MLX_VERSION_PATCH);
+
+NB_MODULE(_C, m) {
+  m.attr("built_for_mlx") = kBuiltFor;
+  // Raises TypeError where this module and mlx.core do not share nanobind's type tables.
+  m.def("accepts_array", [](const mlx::core::array&) { return true; }, "x"_a);
+  m.def("num_threads", [] { return runner::Pool::get().size(); });
+  m.def("set_num_threads", [](int n) { runner::Pool::get().resize(n); }, "n"_a);
+  m.def("isa", [] { return runner::kernels().name; });
+  m.def("set_isa", [](const std::string& name) { return runner::select_isa(name.c_str()); }, "name"_a);
+
+  m.def("linear", &runner::linear_op, "x"_a, "weight"_a, "bias"_a = nb::none());
+  m.def("quantized_linear", &runner::quantized_linear_op, "x"_a, "weight"_a, "scales"_a, "biases"_a,
+        "bias"_a = nb::none(), "group_size"_a, "bits"_a);
+  m.def("norm", &runner::norm_op, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, "mean"_a);
+  m.def("add_rms_norm", &runner::add_rms_norm_op, "x"_a, "residual"_a, "weight"_a.none(), "eps"_a);
+  m.def("rope", &runner::rope_op, "x"_a, "offset"_a, "dims"_a, "traditional"_a, "freqs"_a.none(), "base"_a.none(),
+        "scale"_a);
+  m.def("attention", &runner::attention_op, "q"_a, "k"_a, "v"_a, "scale"_a, "mask"_a.none(), "window"_a.none(),
+        "sinks"_a.none());
+  m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
+  m.def("argmax", &runner::argmax_op, "x"_a);
+}

@@ -1,0 +1,213 @@
+// Norms, RoPE, gated activations and argmax. Included inside an ISA namespace.
+
+constexpr int64_t kSerialSize = 16384;  // values below which a fork and a join cost more than they save
+
+// body(first, last) over [0, rows), in pieces of about kSerialSize values
+template <class F>
+RUNNER_INLINE void over_rows(int64_t rows, int64_t values_per_row, F&& body) {
+  int64_t per = kSerialSize / (values_per_row + 1) + 1;
+  int64_t least = (rows + 63) / 64;
+  per = per > least ? per : least;
+  Pool::get().parallel_for((int)((rows + per - 1) / per), [&](int chunk) {
+    int64_t first = chunk * per, last = first + per < rows ? first + per : rows;
+    body(first, last);
+  });
+}
+
+RUNNER_INLINE float sum_of(const float* x, int64_t n, float shift, bool squares) {
+  VF acc = zero(), acc2 = zero(), c = set1(shift);
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    VF a = load(x + i) - c, b = load(x + i + W) - c;
+    acc = squares ? fma(a, a, acc) : acc + a;
+    acc2 = squares ? fma(b, b, acc2) : acc2 + b;
+  }
+  float sum = hsum(acc + acc2);
+  for (; i < n; ++i) sum += squares ? (x[i] - shift) * (x[i] - shift) : x[i] - shift;
+  return sum;
+}
+
+// line = x row (+ residual, rounded to the type it is stored in) as float32
+template <class T>
+RUNNER_INLINE void norm_input(const NormArgs& a, int64_t r, float* line) {
+  using S = typename T::S;
+  const S* x = (const S*)a.x + r * a.dim;
+  if (!a.residual) return to_float<T>(x, line, a.dim);
+  const S* y = (const S*)a.residual + r * a.dim;
+  S* sum = (S*)a.sum + r * a.dim;
+  int64_t i = 0;
+  for (; i + W <= a.dim; i += W) {
+    T::store_v(sum + i, T::load_v(x + i) + T::load_v(y + i));
+    store(line + i, T::load_v(sum + i));
+  }
+  for (; i < a.dim; ++i) line[i] = T::to(sum[i] = T::from(T::to(x[i]) + T::to(y[i])));
+}
+
+template <class T>
+void norm_row(const NormArgs& a, int64_t r, const float* weight, const float* shift, float* line) {
+  norm_input<T>(a, r, line);
+  float mean = a.mean ? sum_of(line, a.dim, 0.0f, false) / (float)a.dim : 0.0f;
+  float scale = 1.0f / __builtin_sqrtf(sum_of(line, a.dim, mean, true) / (float)a.dim + a.eps);
+  int64_t i = 0;
+  auto* out = (typename T::S*)a.out + r * a.dim;
+  for (; i + W <= a.dim; i += W) {
+    VF v = (load(line + i) - set1(mean)) * set1(scale);
+    if (weight) v = v * load(weight + i);
+    if (shift) v = v + load(shift + i);
+    T::store_v(out + i, v);
+  }
+  for (; i < a.dim; ++i) {
+    float v = (line[i] - mean) * scale * (weight ? weight[i] : 1.0f) + (shift ? shift[i] : 0.0f);
+    out[i] = T::from(v);
+  }
+}
+
+inline const float* vector_as_float(const void* v, DType t, int64_t n, float* copy) {
+  if (!v || t == DType::f32) return (const float*)v;
+  with_type(t, [&](auto type) {
+    using T = decltype(type);
+    to_float<T>((const typename T::S*)v, copy, n);
+  });
+  return copy;
+}
+
+inline void norm(const NormArgs& a) {
+  float* copies = (float*)scratch(Slot::packed, 2 * a.dim * 4);
+  const float* weight = vector_as_float(a.weight, a.wt, a.dim, copies);
+  const float* shift = vector_as_float(a.shift, a.ht, a.dim, copies + a.dim);
+  over_rows(a.rows, a.dim, [&](int64_t first, int64_t last) {
+    float* line = (float*)scratch(Slot::row, a.dim * 4);
+    with_type(a.xt, [&](auto t) {
+      for (int64_t r = first; r < last; ++r) norm_row<decltype(t)>(a, r, weight, shift, line);
+    });
+  });
+}
+
+// (x1, x2) turned by the angle: halves of the rotated part (HF), or neighbours (traditional).
+template <class T>
+void rope_row(const RopeArgs& a, const typename T::S* x, typename T::S* out, const float* cos, const float* sin) {
+  int64_t half = a.dims / 2, i = 0;
+  if (a.traditional) {
+    for (; i < half; ++i) {
+      float x1 = T::to(x[2 * i * a.sd]), x2 = T::to(x[(2 * i + 1) * a.sd]);
+      out[2 * i] = T::from(x1 * cos[i] - x2 * sin[i]);
+      out[2 * i + 1] = T::from(x1 * sin[i] + x2 * cos[i]);
+    }
+  } else {
+    if (a.sd == 1) {
+      for (; i + W <= half; i += W) {
+        VF x1 = T::load_v(x + i), x2 = T::load_v(x + half + i), c = load(cos + i), s = load(sin + i);
+        T::store_v(out + i, x1 * c - x2 * s);
+        T::store_v(out + half + i, fma(x1, s, x2 * c));
+      }
+    }
+    for (; i < half; ++i) {
+      float x1 = T::to(x[i * a.sd]), x2 = T::to(x[(half + i) * a.sd]);
+      out[i] = T::from(x1 * cos[i] - x2 * sin[i]);
+      out[half + i] = T::from(x1 * sin[i] + x2 * cos[i]);
+    }
+  }
+  for (int64_t j = a.dims; j < a.d; ++j) out[j] = x[j * a.sd];
+}
+
+inline void rope(const RopeArgs& a) {
+  over_rows(a.b * a.h * a.l, a.d, [&](int64_t first, int64_t last) {
+    with_type(a.xt, [&](auto t) {
+      using S = typename decltype(t)::S;
+      for (int64_t r = first; r < last; ++r) {
+        int64_t l = r % a.l, h = r / a.l % a.h, b = r / (a.l * a.h);
+        int64_t table = ((a.table_per_batch ? b * a.l : 0) + l) * (a.dims / 2);
+        const S* x = (const S*)a.x + b * a.sb + h * a.sh + l * a.sl;
+        rope_row<decltype(t)>(a, x, (S*)a.out + r * a.d, a.cos + table, a.sin + table);
+      }
+    });
+  });
+}
+
+RUNNER_INLINE VF sigmoid_times(VF x, VF z) { return x / (set1(1.0f) + vexp(zero() - z)); }
+
+// x Phi(x); 1 + erf(z) for z < 0 is taken from the complement, so no digits cancel. Erf: Abramowitz & Stegun 7.1.26.
+RUNNER_INLINE VF gelu(VF x) {
+  VF z = vabs(x) * set1(0.70710678118654752f);
+  VF t = set1(1.0f) / fma(z, set1(0.3275911f), set1(1.0f));
+  VF p = fma(t, set1(1.061405429f), set1(-1.453152027f));
+  p = fma(p, t, set1(1.421413741f));
+  p = fma(p, t, set1(-0.284496736f));
+  p = fma(p, t, set1(0.254829592f)) * t;
+  VF tail = p * vexp(zero() - z * z) * set1(0.5f);  // Phi(-|x|)
+  return x * select_lt(x, zero(), tail, set1(1.0f) - tail);
+}
+
+RUNNER_INLINE VF activate(Activation act, VF x) {
+  if (act == Activation::silu) return sigmoid_times(x, x);
+  if (act == Activation::gelu) return gelu(x);
+  if (act == Activation::relu) return select_lt(x, zero(), zero(), x);
+  VF inner = x * fma(x * x, set1(0.044715f), set1(1.0f)) * set1(0.79788456080286536f);
+  return sigmoid_times(x, inner + inner);
+}
+
+template <class T>
+void glu_span(const GluArgs& a, const typename T::S* gate, const typename T::S* up, typename T::S* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) T::store_v(out + i, activate(a.act, T::load_v(gate + i)) * T::load_v(up + i));
+  if (i == n) return;
+  float line[2 * W] = {};
+  for (int64_t j = i; j < n; ++j) line[j - i] = T::to(gate[j]), line[W + j - i] = T::to(up[j]);
+  store(line, activate(a.act, load(line)) * load(line + W));
+  for (int64_t j = i; j < n; ++j) out[j] = T::from(line[j - i]);
+}
+
+inline void glu(const GluArgs& a) {
+  constexpr int64_t kSpan = 4096;
+  int64_t spans = (a.dim + kSpan - 1) / kSpan;
+  over_rows(a.rows * spans, (a.dim < kSpan ? a.dim : kSpan) * 3, [&](int64_t first, int64_t last) {
+    with_type(a.xt, [&](auto t) {
+      using S = typename decltype(t)::S;
+      for (int64_t i = first; i < last; ++i) {
+        int64_t r = i / spans, at = i % spans * kSpan, n = a.dim - at < kSpan ? a.dim - at : kSpan;
+        const S* gate = (const S*)a.x + r * 2 * a.dim + at;
+        glu_span<decltype(t)>(a, gate, gate + a.dim, (S*)a.out + r * a.dim + at, n);
+      }
+    });
+  });
+}
+
+// Greatest value of a span and its first index; NaN never wins.
+template <class T>
+RUNNER_INLINE void argmax_span(const typename T::S* x, int64_t n, float* most, int64_t* at) {
+  VF m = set1(kMinusInf);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) m = vmax(T::load_v(x + i), m);
+  float best = hmax(m);
+  for (; i < n; ++i) best = T::to(x[i]) > best ? T::to(x[i]) : best;
+  *most = best;
+  *at = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (T::to(x[j]) == best) {
+      *at = j;
+      return;
+    }
+  }
+}
+
+inline void argmax(const ArgmaxArgs& a) {
+  constexpr int64_t kSpan = 8192;
+  int64_t spans = (a.dim + kSpan - 1) / kSpan;
+  float* most = (float*)scratch(Slot::packed, a.rows * spans * 16);
+  int64_t* at = (int64_t*)(most + (a.rows * spans + 1) / 2 * 2);
+  over_rows(a.rows * spans, kSpan, [&](int64_t first, int64_t last) {
+    with_type(a.xt, [&](auto t) {
+      using T = decltype(t);
+      for (int64_t i = first; i < last; ++i) {
+        int64_t from = i % spans * kSpan, n = a.dim - from < kSpan ? a.dim - from : kSpan;
+        argmax_span<T>((const typename T::S*)a.x + i / spans * a.dim + from, n, most + i, at + i);
+        at[i] += from;
+      }
+    });
+  });
+  for (int64_t r = 0; r < a.rows; ++r) {
+    int64_t best = r * spans;
+    for (int64_t i = best + 1; i < (r + 1) * spans; ++i) best = most[i] > most[best] ? i : best;
+    a.out[r] = (uint32_t)at[best];
+  }
+}

@@ -1,0 +1,40 @@
+// The body of every isa_*.cpp: the kernels once more, for RUNNER_ISA, in the namespace RUNNER_NS.
+// No standard headers below this point: their inline functions would be compiled for this instruction set, and the
+// linker might keep that copy for everyone.
+
+namespace runner {
+namespace RUNNER_NS {
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+#include "simd.h"
+#include "panel.h"
+#include "linear.h"
+#if RUNNER_ISA > 0
+#include "quantised.h"
+#endif
+#if RUNNER_ISA == 512
+#include "quantised_gemm.h"
+#endif
+#include "attention.h"
+#include "elementwise.h"
+
+inline void linear(const LinearArgs& a) {
+  if (a.m == 0 || a.n == 0) return;
+#if RUNNER_ISA > 0
+  bool layout = (a.bits == 4 || a.bits == 8) && (a.group == 32 || a.group == 64 || a.group == 128);
+  if (layout && a.m <= kFewRows && quant_gemv(a)) return;
+#endif
+#if RUNNER_ISA == 512
+  if (layout && a.m > kFewRows && quant_gemm(a)) return;
+#endif
+  linear_float(a);
+}
+
+const Kernels kTable = {RUNNER_ISA_NAME, linear, norm, rope, attention, glu, argmax};
+
+}  // namespace RUNNER_NS
+}  // namespace runner

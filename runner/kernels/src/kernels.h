@@ -1,0 +1,113 @@
+// What the primitives ask of the kernels: plain structs, one table of entry points per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace runner {
+
+enum class DType : uint8_t { f32, bf16, f16 };
+inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// out[M, N] = x[M, K] @ w[N, K]^T + bias[N]; rows contiguous. bits == 0: w is plain of type wt;
+// else w is MLX's packed affine layout: w = scale * q + shift per `group` values of a row.
+struct LinearArgs {
+  const void* x;
+  void* out;  // dtype xt
+  DType xt;
+  int64_t m, n, k;
+  const void* w;
+  DType wt;
+  const void* scales;
+  const void* shifts;
+  DType st;
+  int group, bits;
+  const void* bias;  // may be null
+  DType bt;
+};
+
+// out[r, :] = normalise(x[r, :] (+ residual[r, :])) * weight (+ shift). mean == true: layer norm.
+struct NormArgs {
+  const void* x;
+  const void* residual;  // may be null
+  void* sum;             // x + residual, with residual only
+  void* out;
+  DType xt;
+  const void* weight;  // may be null
+  const void* shift;   // may be null
+  DType wt, ht;
+  int64_t rows, dim;
+  float eps;
+  bool mean;
+};
+
+// x[B, H, L, D] with any strides (elements), out contiguous.
+struct RopeArgs {
+  const void* x;
+  void* out;
+  DType xt;
+  int64_t b, h, l, d;
+  int64_t sb, sh, sl, sd;
+  const float* cos;  // [B or 1, L, dims / 2]
+  const float* sin;
+  bool table_per_batch;
+  int64_t dims;
+  bool traditional;
+};
+
+// q[B, H, L, D], k/v[B, KV, S, D], last dimension contiguous, other strides free; out [B, H, L, D] contiguous.
+struct AttentionArgs {
+  const void *q, *k, *v;
+  void* out;
+  DType qt, kt;
+  int64_t b, h, kv, l, s, d;
+  int64_t qb, qh, ql;
+  int64_t kb, kh, ks;
+  int64_t vb, vh, vs;
+  float scale;
+  bool causal;
+  int64_t window;          // 0: none; else the last `window` keys up to the query's own position
+  const void* mask;        // null, or bool (mask_kind 1) / additive of type mt (mask_kind 2)
+  int mask_kind;
+  DType mt;
+  int64_t mb, mh, ml, ms;  // mask strides
+  const void* sinks;       // null, or [H]
+  DType sinkt;
+};
+
+enum class Activation : uint8_t { silu, gelu, gelu_approx, relu };
+
+struct GluArgs {
+  const void* x;  // [rows, 2 * dim]: gate then up
+  void* out;      // [rows, dim]
+  DType xt;
+  int64_t rows, dim;
+  Activation act;
+};
+
+struct ArgmaxArgs {
+  const void* x;
+  uint32_t* out;
+  DType xt;
+  int64_t rows, dim;
+};
+
+struct Kernels {
+  const char* name;
+  void (*linear)(const LinearArgs&);
+  void (*norm)(const NormArgs&);
+  void (*rope)(const RopeArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*glu)(const GluArgs&);
+  void (*argmax)(const ArgmaxArgs&);
+};
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();    // null where the compiler or the CPU has none
+const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL and VNNI
+
+// The table in use: the best this CPU has, or RUNNER_KERNELS_ISA.
+const Kernels& kernels();
+// Chooses a table by name; false when this CPU cannot run it.
+bool select_isa(const char* name);
+
+}  // namespace runner

@@ -1,0 +1,243 @@
+// Float linear layers: one row at a time while few rows of x are there, packed panels after that. Included inside an
+// ISA namespace. Weights become float32 a tile at a time; nothing of the size of the weights is ever allocated.
+
+constexpr int kFewRows = 16;    // up to here every weight is read once and met by all rows of x in registers
+constexpr int kTileRows = 48;   // weight rows of a tile: a multiple of kRows on every ISA
+constexpr int kTileDepth = 512;
+constexpr int kTileCols = 256;  // rows of x of a tile
+constexpr int64_t kChunkBytes = 24 << 10;  // weight bytes below which a piece is not worth its claim
+
+// Pieces for n rows of `row_bytes` each; depends on the shape alone, so results do not depend on the thread count.
+RUNNER_INLINE int64_t rows_per_chunk(int64_t n, int64_t row_bytes, int64_t multiple) {
+  int64_t rows = kChunkBytes / (row_bytes + 1) + 1;
+  int64_t most = (n + 63) / 64;  // 64 pieces share the work well enough
+  rows = rows > most ? rows : most;
+  return (rows + multiple - 1) / multiple * multiple;
+}
+
+RUNNER_INLINE float bias_at(const LinearArgs& a, int64_t n) { return a.bias ? load_one(a.bias, a.bt, n) : 0.0f; }
+
+RUNNER_INLINE int64_t groups_of(const LinearArgs& a) { return a.k / a.group; }
+
+// dst[0, count) = row n of w from column k0 on, dequantised; k0 is a multiple of the group.
+template <class T>
+void dequantise_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, float* dst) {
+  const uint8_t* q = (const uint8_t*)a.w + (n * a.k + k0) * a.bits / 8;
+  const auto* s = (const typename T::S*)a.scales + n * groups_of(a) + k0 / a.group;
+  const auto* b = (const typename T::S*)a.shifts + n * groups_of(a) + k0 / a.group;
+  for (int64_t g = 0; g < count; g += a.group, ++s, ++b) {
+    float scale = T::to(*s), shift = T::to(*b);
+    if (a.bits == 4) {
+      for (int i = 0; i < a.group / 2; ++i) {
+        dst[2 * i] = (float)(q[i] & 15) * scale + shift;
+        dst[2 * i + 1] = (float)(q[i] >> 4) * scale + shift;
+      }
+      q += a.group / 2;
+    } else {
+      for (int i = 0; i < a.group; ++i) dst[i] = (float)q[i] * scale + shift;
+      q += a.group;
+    }
+    dst += a.group;
+  }
+}
+
+inline void weight_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, float* dst) {
+  if (a.bits) {
+    with_type(a.st, [&](auto t) { dequantise_row<decltype(t)>(a, n, k0, count, dst); });
+  } else {
+    with_type(a.wt, [&](auto t) {
+      using T = decltype(t);
+      to_float<T>((const typename T::S*)a.w + n * a.k + k0, dst, count);
+    });
+  }
+}
+
+// Where to prefetch while line `c` of row r (of R side by side) is read. The hardware follows one stream within a
+// page, R rows at once defeat it. Short rows: the next rows follow in memory; long ones: each row is a stream.
+constexpr int64_t kAhead = RUNNER_AHEAD;  // bytes in flight that hide a trip to memory at full bandwidth
+template <int R>
+RUNNER_INLINE const char* ahead(const void* w, int64_t row_bytes, int r, int64_t line) {
+  if (R * row_bytes <= 2 * kAhead) return (const char*)w + (line * R + r) * 64 + kAhead;
+  return (const char*)w + r * row_bytes + line * 64 + kAhead / R;
+}
+
+// acc[r][m] = dot(w row r, x row m), R rows of weights against M rows of x.
+template <class T, int R, int M>
+RUNNER_INLINE void dot_rows(const typename T::S* w, int64_t ldw, const float* x, int64_t ldx, int64_t k,
+                            float out[R][M]) {
+  constexpr int64_t kItem = sizeof(typename T::S);
+  VF acc[R][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) acc[r][m] = zero();
+  }
+  int64_t i = 0;
+  for (; i + W <= k; i += W) {
+    VF wv[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      wv[r] = T::load_v(w + r * ldw + i);
+      if (i * kItem % 64 == 0) prefetch(ahead<R>(w, ldw * kItem, r, i * kItem / 64));
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      VF xv = load(x + m * ldx + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][m] = fma(wv[r], xv, acc[r][m]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      float sum = hsum(acc[r][m]);
+      for (int64_t j = i; j < k; ++j) sum += T::to(w[r * ldw + j]) * x[m * ldx + j];
+      out[r][m] = sum;
+    }
+  }
+}
+
+template <class T>
+void store_out(const LinearArgs& a, int64_t m, int64_t n, float value) {
+  ((typename T::S*)a.out)[m * a.n + n] = T::from(value);
+}
+RUNNER_INLINE void store_out(const LinearArgs& a, int64_t m, int64_t n, float value) {
+  value += bias_at(a, n);
+  with_type(a.xt, [&](auto t) { store_out<decltype(t)>(a, m, n, value); });
+}
+
+// Rows [n, n + R) of w against all of x (few rows, float32, contiguous).
+template <class T, int R>
+RUNNER_INLINE void few_rows(const LinearArgs& a, const typename T::S* w, const float* x, int64_t n) {
+  constexpr int kStep = kRegisters == 32 ? 4 : 2;
+  int64_t m = 0;
+  auto step = [&](auto count) {
+    constexpr int M = decltype(count)::value;
+    for (; m + M <= a.m; m += M) {
+      float out[R][M];
+      dot_rows<T, R, M>(w, a.k, x + m * a.k, a.k, a.k, out);
+      for (int r = 0; r < R; ++r) {
+        for (int j = 0; j < M; ++j) store_out(a, m + j, n + r, out[r][j]);
+      }
+    }
+  };
+  step(Int<kStep>{});
+  step(Int<1>{});
+}
+
+// x as float32 rows: itself, or a converted copy in this thread's scratch.
+inline const float* float_rows(const LinearArgs& a) {
+  if (a.xt == DType::f32) return (const float*)a.x;
+  float* x = (float*)scratch(Slot::row, a.m * a.k * 4);
+  with_type(a.xt, [&](auto t) {
+    using T = decltype(t);
+    to_float<T>((const typename T::S*)a.x, x, a.m * a.k);
+  });
+  return x;
+}
+
+inline void gemv(const LinearArgs& a) {
+  const float* x = float_rows(a);
+  int64_t row_bytes = a.bits ? a.k * a.bits / 8 * 4 : a.k * size_of(a.wt);
+  int64_t per = rows_per_chunk(a.n, row_bytes, 4);
+  Pool::get().parallel_for((int)((a.n + per - 1) / per), [&](int chunk) {
+    int64_t n = chunk * per, end = n + per < a.n ? n + per : a.n;
+    if (a.bits) {
+      float* w = (float*)scratch(Slot::tile, a.k * 4);
+      for (; n < end; ++n) {
+        weight_row(a, n, 0, a.k, w);
+        few_rows<F32, 1>(a, w, x, n);
+      }
+      return;
+    }
+    with_type(a.wt, [&](auto t) {
+      using T = decltype(t);
+      const auto* w = (const typename T::S*)a.w;
+      for (; n + 4 <= end; n += 4) few_rows<T, 4>(a, w + n * a.k, x, n);
+      for (; n < end; ++n) few_rows<T, 1>(a, w + n * a.k, x, n);
+    });
+  });
+}
+
+// Packs rows [p * kPanel, ...) of x into panel p: dst[k][kPanel] as float32, zeros past the last row.
+inline void pack_panel(const LinearArgs& a, int64_t p, float* dst) {
+  int64_t first = p * kPanel, rows = a.m - first < kPanel ? a.m - first : kPanel;
+  if (rows < kPanel) memset(dst, 0, (size_t)(a.k * kPanel * 4));
+  if (a.xt == DType::f32) {
+    transpose((const float*)a.x + first * a.k, a.k, rows, a.k, dst, kPanel);
+    return;
+  }
+  float* x = (float*)scratch(Slot::row, W * a.k * 4);
+  with_type(a.xt, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t r = 0; r < rows; r += W) {
+      int64_t some = rows - r < W ? rows - r : W;
+      to_float<T>((const typename T::S*)a.x + (first + r) * a.k, x, some * a.k);
+      transpose(x, a.k, some, a.k, dst + r, kPanel);
+    }
+  });
+}
+
+// out[m0 + i][n0 + j] = t[j][i] + bias, for a finished tile.
+inline void store_tile(const LinearArgs& a, const float* t, int64_t n0, int64_t rows, int64_t m0, int64_t cols) {
+  float bias[kTileRows], line[W * kTileRows];
+  for (int64_t j = 0; j < rows; ++j) bias[j] = bias_at(a, n0 + j);
+  with_type(a.xt, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t i = 0; i < cols; i += W) {
+      int64_t some = cols - i < W ? cols - i : W;
+      transpose(t + i, kTileCols, rows, some, line, kTileRows);
+      for (int64_t m = 0; m < some; ++m) {
+        float* row = line + m * kTileRows;
+        if (a.bias) {
+          for (int64_t j = 0; j < rows; ++j) row[j] += bias[j];
+        }
+        from_float<T>(row, (typename T::S*)a.out + (m0 + i + m) * a.n + n0, rows);
+      }
+    }
+  });
+}
+
+inline void gemm_tile(const LinearArgs& a, const float* packed, int64_t n0, int64_t m0) {
+  int64_t rows = a.n - n0 < kTileRows ? a.n - n0 : kTileRows;
+  int64_t cols = a.m - m0 < kTileCols ? a.m - m0 : kTileCols;
+  float* t = (float*)scratch(Slot::partial, kTileRows * kTileCols * 4);
+  float* w = (float*)scratch(Slot::tile, kTileRows * kTileDepth * 4);
+  for (int64_t k0 = 0; k0 < a.k; k0 += kTileDepth) {
+    int64_t depth = a.k - k0 < kTileDepth ? a.k - k0 : kTileDepth;
+    for (int64_t r = 0; r < rows; ++r) weight_row(a, n0 + r, k0, depth, w + r * kTileDepth);
+    for (int64_t m = 0; m < cols; m += kPanel) {
+      const float* x = packed + (m0 + m) * a.k + k0 * kPanel;
+      panel_product(w, kTileDepth, 1, rows, x, depth, (int)(cols - m), t + m, kTileCols, k0 > 0);
+    }
+  }
+  store_tile(a, t, n0, rows, m0, cols);
+}
+
+inline void gemm(const LinearArgs& a) {
+  int64_t panels = (a.m + kPanel - 1) / kPanel;
+  float* packed = (float*)scratch(Slot::packed, panels * kPanel * a.k * 4);
+  Pool& pool = Pool::get();
+  pool.parallel_for((int)panels, [&](int p) { pack_panel(a, p, packed + p * kPanel * a.k); });
+  int64_t across = (a.n + kTileRows - 1) / kTileRows, down = (a.m + kTileCols - 1) / kTileCols;
+  pool.parallel_for((int)(across * down), [&](int i) {
+    gemm_tile(a, packed, i % across * kTileRows, i / across * kTileCols);
+  });
+}
+
+constexpr int64_t kMostRows = 1024;  // of x at a time: bounds the packed copy
+
+// The rows [first, first + count) of x as a problem of its own.
+RUNNER_INLINE LinearArgs row_slice(const LinearArgs& a, int64_t first, int64_t count) {
+  LinearArgs part = a;
+  part.x = (const char*)a.x + first * a.k * size_of(a.xt);
+  part.out = (char*)a.out + first * a.n * size_of(a.xt);
+  part.m = count;
+  return part;
+}
+
+inline void linear_float(const LinearArgs& a) {
+  if (a.m <= kFewRows) return gemv(a);
+  for (int64_t m = 0; m < a.m; m += kMostRows) gemm(row_slice(a, m, a.m - m < kMostRows ? a.m - m : kMostRows));
+}

@@ -1,0 +1,94 @@
+// What all primitives share: memory for outputs, row-contiguous views of inputs, and the way onto the CPU stream.
+#pragma once
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "mlx/allocator.h"
+#include "mlx/array.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/primitives.h"
+
+namespace runner {
+
+namespace mx = mlx::core;
+
+inline DType type_of(const mx::array& a) {
+  if (a.dtype() == mx::float32) return DType::f32;
+  return a.dtype() == mx::bfloat16 ? DType::bf16 : DType::f16;
+}
+
+// dst = src in row-major order, for any strides
+inline void copy_strided(const char* src, char* dst, size_t item, const mx::Shape& shape, const mx::Strides& strides,
+                         size_t axis = 0) {
+  if (axis + 1 >= shape.size()) {
+    int64_t n = shape.empty() ? 1 : shape[axis], stride = shape.empty() ? 1 : strides[axis];
+    for (int64_t i = 0; i < n; ++i) std::memcpy(dst + i * item, src + i * stride * int64_t(item), item);
+    return;
+  }
+  size_t inner = item;
+  for (size_t i = axis + 1; i < shape.size(); ++i) inner *= shape[i];
+  for (int64_t i = 0; i < shape[axis]; ++i) {
+    copy_strided(src + i * strides[axis] * int64_t(item), dst + i * inner, item, shape, strides, axis + 1);
+  }
+}
+
+// One evaluation: pointers are taken now, while MLX holds the arrays; the work runs later on the stream's thread, and
+// MLX keeps the buffers of inputs, outputs and temporaries alive until then.
+class Dispatcher {
+ public:
+  explicit Dispatcher(const mx::Stream& stream) : encoder_(mx::cpu::get_command_encoder(stream)) {}
+
+  mx::array& allocate(mx::array& out) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    return out;
+  }
+
+  const void* contiguous(const mx::array& a) {
+    if (a.flags().row_contiguous) return a.data<void>();
+    return copied(a);
+  }
+
+  // As contiguous(), but any strides will do as long as the last one is 1.
+  const void* last_contiguous(const mx::array& a, mx::Strides& strides) {
+    strides = a.strides();
+    if (a.shape().back() <= 1 || strides.back() == 1) return a.data<void>();
+    strides.back() = 1;
+    for (size_t i = a.ndim() - 1; i > 0; --i) strides[i - 1] = strides[i] * a.shape()[i];
+    return copied(a);
+  }
+
+  template <class F>
+  void run(F&& f) {
+    encoder_.dispatch(std::forward<F>(f));
+  }
+
+ private:
+  const void* copied(const mx::array& a) {
+    mx::array copy(a.shape(), a.dtype(), nullptr, {});
+    copy.set_data(mx::allocator::malloc(a.nbytes()));
+    encoder_.add_temporary(copy);
+    encoder_.dispatch([src = a.data<char>(), dst = copy.data<char>(), item = a.itemsize(), shape = a.shape(),
+                       strides = a.strides(), empty = a.size() == 0] {
+      if (!empty) copy_strided(src, dst, item, shape, strides);
+    });
+    return copy.data<void>();
+  }
+
+  mx::cpu::CommandEncoder& encoder_;
+};
+
+// Inference on the CPU only: no gradients, no vmap (the base class throws for both).
+class CpuPrimitive : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::runtime_error(std::string(name()) + " runs on the CPU only; build the graph with plain MLX ops there");
+  }
+};
+
+}  // namespace runner

@@ -1,0 +1,451 @@
+#include "primitives.h"
+
+#include <sstream>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "mlx/primitives.h"
+#include "primitive_base.h"
+#include "rope_table.h"
+
+namespace runner {
+namespace {
+
+// ---- linear
+
+class Linear : public CpuPrimitive {
+ public:
+  Linear(mx::Stream stream, int group, int bits, bool has_bias)
+      : CpuPrimitive(stream), group_(group), bits_(bits), has_bias_(has_bias) {}
+  const char* name() const override { return "runner::Linear"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& o = static_cast<const Linear&>(other);
+    return group_ == o.group_ && bits_ == o.bits_ && has_bias_ == o.has_bias_;
+  }
+
+  // inputs: x, weight, (scales, shifts), (bias)
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    Dispatcher d(stream());
+    auto& out = d.allocate(outputs[0]);
+    LinearArgs a{};
+    a.xt = type_of(inputs[0]);
+    a.k = inputs[0].shape(-1);
+    a.n = out.shape(-1);
+    a.m = a.n ? static_cast<int64_t>(out.size()) / a.n : 0;
+    a.out = out.data<void>();
+    a.x = d.contiguous(inputs[0]);
+    a.w = d.contiguous(inputs[1]);
+    a.bits = bits_;
+    a.group = group_;
+    size_t next = 2;
+    if (bits_) {
+      a.st = type_of(inputs[2]);
+      a.scales = d.contiguous(inputs[2]);
+      a.shifts = d.contiguous(inputs[3]);
+      next = 4;
+    } else {
+      a.wt = type_of(inputs[1]);
+    }
+    if (has_bias_) {
+      a.bias = d.contiguous(inputs[next]);
+      a.bt = type_of(inputs[next]);
+    }
+    d.run([a] { kernels().linear(a); });
+  }
+
+ private:
+  int group_, bits_;
+  bool has_bias_;
+};
+
+// ---- norms
+
+class Norm : public CpuPrimitive {
+ public:
+  Norm(mx::Stream stream, float eps, bool mean, bool residual, bool weight, bool shift)
+      : CpuPrimitive(stream), eps_(eps), mean_(mean), residual_(residual), weight_(weight), shift_(shift) {}
+  const char* name() const override { return "runner::Norm"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& o = static_cast<const Norm&>(other);
+    return eps_ == o.eps_ && mean_ == o.mean_ && residual_ == o.residual_ && weight_ == o.weight_ &&
+           shift_ == o.shift_;
+  }
+
+  // inputs: x, (residual), (weight), (shift); outputs: (x + residual), normed
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    Dispatcher d(stream());
+    NormArgs a{};
+    size_t next = 1;
+    a.xt = type_of(inputs[0]);
+    a.eps = eps_;
+    a.mean = mean_;
+    a.dim = inputs[0].shape(-1);
+    a.rows = a.dim ? static_cast<int64_t>(inputs[0].size()) / a.dim : 0;
+    a.x = d.contiguous(inputs[0]);
+    if (residual_) {
+      a.residual = d.contiguous(inputs[next++]);
+      a.sum = d.allocate(outputs[0]).data<void>();
+    }
+    if (weight_) {
+      a.wt = type_of(inputs[next]);
+      a.weight = d.contiguous(inputs[next++]);
+    }
+    if (shift_) {
+      a.ht = type_of(inputs[next]);
+      a.shift = d.contiguous(inputs[next++]);
+    }
+    a.out = d.allocate(outputs.back()).data<void>();
+    if (a.rows) d.run([a] { kernels().norm(a); });
+  }
+
+ private:
+  float eps_;
+  bool mean_, residual_, weight_, shift_;
+};
+
+// ---- rope
+
+class Rope : public CpuPrimitive {
+ public:
+  Rope(mx::Stream stream, const RopeSpec& spec, bool has_freqs)
+      : CpuPrimitive(stream), spec_(spec), has_freqs_(has_freqs) {}
+  const char* name() const override { return "runner::Rope"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& o = static_cast<const Rope&>(other);
+    return spec_ == o.spec_ && has_freqs_ == o.has_freqs_;
+  }
+
+  // inputs: x [B, H, L, D], offset (int32, one or B), (freqs float32 [dims / 2])
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    Dispatcher d(stream());
+    const mx::array& x = inputs[0];
+    RopeArgs a{};
+    a.xt = type_of(x);
+    a.b = x.shape(0), a.h = x.shape(1), a.l = x.shape(2), a.d = x.shape(3);
+    a.sb = x.strides(0), a.sh = x.strides(1), a.sl = x.strides(2), a.sd = x.strides(3);
+    a.x = x.data<void>();
+    a.out = d.allocate(outputs[0]).data<void>();
+    a.dims = spec_.dims;
+    a.traditional = spec_.traditional;
+    if (outputs[0].size() == 0) return;
+    auto offsets = static_cast<const int32_t*>(d.contiguous(inputs[1]));
+    int64_t count = static_cast<int64_t>(inputs[1].size());
+    auto freqs = has_freqs_ ? static_cast<const float*>(d.contiguous(inputs[2])) : nullptr;
+    a.table_per_batch = count > 1;
+    d.run([a, spec = spec_, offsets, count, freqs]() mutable {
+      const RopeTable& table = rope_table(spec, offsets, count, a.l, freqs);
+      a.cos = table.cos.data();
+      a.sin = table.sin.data();
+      kernels().rope(a);
+    });
+  }
+
+ private:
+  RopeSpec spec_;
+  bool has_freqs_;
+};
+
+// ---- attention
+
+class Attention : public CpuPrimitive {
+ public:
+  Attention(mx::Stream stream, float scale, bool causal, int64_t window, int mask_kind, bool sinks)
+      : CpuPrimitive(stream), scale_(scale), causal_(causal), window_(window), mask_kind_(mask_kind), sinks_(sinks) {}
+  const char* name() const override { return "runner::Attention"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& o = static_cast<const Attention&>(other);
+    return scale_ == o.scale_ && causal_ == o.causal_ && window_ == o.window_ && mask_kind_ == o.mask_kind_ &&
+           sinks_ == o.sinks_;
+  }
+
+  // inputs: q, k, v, (mask [B, H, L, S]), (sinks [H])
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    Dispatcher d(stream());
+    AttentionArgs a{};
+    a.qt = type_of(inputs[0]);
+    a.kt = type_of(inputs[1]);
+    auto& shape = inputs[0].shape();
+    a.b = shape[0], a.h = shape[1], a.l = shape[2], a.d = shape[3];
+    a.kv = inputs[1].shape(1), a.s = inputs[1].shape(2);
+    a.out = d.allocate(outputs[0]).data<void>();
+    mx::Strides sq, sk, sv;
+    a.q = d.last_contiguous(inputs[0], sq);
+    a.k = d.last_contiguous(inputs[1], sk);
+    a.v = d.last_contiguous(inputs[2], sv);
+    a.qb = sq[0], a.qh = sq[1], a.ql = sq[2];
+    a.kb = sk[0], a.kh = sk[1], a.ks = sk[2];
+    a.vb = sv[0], a.vh = sv[1], a.vs = sv[2];
+    a.scale = scale_;
+    a.causal = causal_;
+    a.window = window_;
+    a.mask_kind = mask_kind_;
+    size_t next = 3;
+    if (mask_kind_) {
+      const mx::array& mask = inputs[next++];
+      a.mask = mask.data<void>();
+      if (mask_kind_ == 2) a.mt = type_of(mask);
+      a.mb = mask.strides(0), a.mh = mask.strides(1), a.ml = mask.strides(2), a.ms = mask.strides(3);
+    }
+    if (sinks_) {
+      a.sinkt = type_of(inputs[next]);
+      a.sinks = d.contiguous(inputs[next]);
+    }
+    if (outputs[0].size()) d.run([a] { kernels().attention(a); });
+  }
+
+ private:
+  float scale_;
+  bool causal_;
+  int64_t window_;
+  int mask_kind_;
+  bool sinks_;
+};
+
+// ---- gated activation and argmax
+
+class Glu : public CpuPrimitive {
+ public:
+  Glu(mx::Stream stream, Activation activation) : CpuPrimitive(stream), activation_(activation) {}
+  const char* name() const override { return "runner::Glu"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return activation_ == static_cast<const Glu&>(other).activation_;
+  }
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    Dispatcher d(stream());
+    GluArgs a{};
+    a.xt = type_of(inputs[0]);
+    a.dim = outputs[0].shape(-1);
+    a.rows = a.dim ? static_cast<int64_t>(outputs[0].size()) / a.dim : 0;
+    a.x = d.contiguous(inputs[0]);
+    a.out = d.allocate(outputs[0]).data<void>();
+    a.act = activation_;
+    if (a.rows) d.run([a] { kernels().glu(a); });
+  }
+
+ private:
+  Activation activation_;
+};
+
+class Argmax : public CpuPrimitive {
+ public:
+  using CpuPrimitive::CpuPrimitive;
+  const char* name() const override { return "runner::Argmax"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    Dispatcher d(stream());
+    ArgmaxArgs a{};
+    a.xt = type_of(inputs[0]);
+    a.dim = inputs[0].shape(-1);
+    a.rows = static_cast<int64_t>(outputs[0].size());
+    a.x = d.contiguous(inputs[0]);
+    a.out = d.allocate(outputs[0]).data<uint32_t>();
+    if (a.rows) d.run([a] { kernels().argmax(a); });
+  }
+};
+
+// ---- checks
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+void need_float(const char* op, const char* what, const mx::array& a) {
+  if (a.dtype() != mx::float32 && a.dtype() != mx::bfloat16 && a.dtype() != mx::float16) {
+    refuse(op, ": ", what, " is ", a.dtype(), "; expected float32, bfloat16 or float16");
+  }
+}
+
+void need_dims(const char* op, const char* what, const mx::array& a, size_t ndim) {
+  if (a.ndim() != ndim) refuse(op, ": ", what, " has shape ", a.shape(), "; expected ", ndim, " dimensions");
+}
+
+void need_vector(const char* op, const char* what, const mx::array& a, int size) {
+  need_float(op, what, a);
+  if (a.ndim() != 1 || a.shape(0) != size) refuse(op, ": ", what, " has shape ", a.shape(), "; expected [", size, "]");
+}
+
+mx::Stream cpu_stream() { return mx::default_stream(mx::Device::cpu); }
+
+mx::Shape with_last(const mx::array& x, int last) {
+  mx::Shape shape = x.shape();
+  shape.back() = last;
+  return shape;
+}
+
+Activation activation_named(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_approx") return Activation::gelu_approx;
+  if (name == "relu") return Activation::relu;
+  refuse("glu: no activation '", name, "'; expected silu, gelu, gelu_approx or relu");
+}
+
+}  // namespace
+
+mx::array linear_op(const mx::array& x, const mx::array& weight, const MaybeArray& bias) {
+  need_float("linear", "x", x);
+  need_float("linear", "weight", weight);
+  need_dims("linear", "weight", weight, 2);
+  if (x.ndim() < 1 || x.shape(-1) != weight.shape(1)) {
+    refuse("linear: x has shape ", x.shape(), ", weight ", weight.shape(), "; the last dimensions must be equal");
+  }
+  std::vector<mx::array> inputs{x, weight};
+  if (bias) {
+    need_vector("linear", "bias", *bias, weight.shape(0));
+    inputs.push_back(*bias);
+  }
+  auto primitive = std::make_shared<Linear>(cpu_stream(), 0, 0, bias.has_value());
+  return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
+}
+
+mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
+                              const mx::array& biases, const MaybeArray& bias, int group_size, int bits) {
+  const char* op = "quantized_linear";
+  need_float(op, "x", x);
+  need_dims(op, "weight", weight, 2);
+  if (weight.dtype() != mx::uint32) refuse(op, ": weight is ", weight.dtype(), "; expected uint32");
+  if (bits != 4 && bits != 8) refuse(op, ": bits is ", bits, "; expected 4 or 8");
+  if (group_size != 32 && group_size != 64 && group_size != 128) {
+    refuse(op, ": group_size is ", group_size, "; expected 32, 64 or 128");
+  }
+  int64_t in = int64_t(weight.shape(1)) * 32 / bits;
+  if (x.ndim() < 1 || x.shape(-1) != in || in % group_size) {
+    refuse(op, ": x has shape ", x.shape(), ", weight ", weight.shape(), " of ", bits,
+           " bits; the last dimension of x must be ", in, ", a multiple of ", group_size);
+  }
+  need_float(op, "scales", scales);
+  mx::Shape expected{weight.shape(0), static_cast<int>(in / group_size)};
+  if (scales.shape() != expected || biases.shape() != expected || biases.dtype() != scales.dtype()) {
+    refuse(op, ": scales are ", scales.dtype(), scales.shape(), ", biases ", biases.dtype(), biases.shape(),
+           "; expected one type and shape ", expected);
+  }
+  std::vector<mx::array> inputs{x, weight, scales, biases};
+  if (bias) {
+    need_vector(op, "bias", *bias, weight.shape(0));
+    inputs.push_back(*bias);
+  }
+  auto primitive = std::make_shared<Linear>(cpu_stream(), group_size, bits, bias.has_value());
+  return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
+}
+
+mx::array norm_op(const mx::array& x, const MaybeArray& weight, const MaybeArray& shift, float eps, bool mean) {
+  const char* op = mean ? "layer_norm" : "rms_norm";
+  need_float(op, "x", x);
+  if (x.ndim() < 1) refuse(op, ": x is a scalar; expected at least one dimension");
+  std::vector<mx::array> inputs{x};
+  if (weight) {
+    need_vector(op, "weight", *weight, x.shape(-1));
+    inputs.push_back(*weight);
+  }
+  if (shift) {
+    need_vector(op, "bias", *shift, x.shape(-1));
+    inputs.push_back(*shift);
+  }
+  auto primitive =
+      std::make_shared<Norm>(cpu_stream(), eps, mean, false, weight.has_value(), shift.has_value());
+  return mx::array(x.shape(), x.dtype(), std::move(primitive), std::move(inputs));
+}
+
+std::pair<mx::array, mx::array> add_rms_norm_op(const mx::array& x, const mx::array& residual,
+                                                const MaybeArray& weight, float eps) {
+  const char* op = "add_rms_norm";
+  need_float(op, "x", x);
+  if (x.ndim() < 1 || x.shape() != residual.shape() || x.dtype() != residual.dtype()) {
+    refuse(op, ": x is ", x.dtype(), x.shape(), ", residual ", residual.dtype(), residual.shape(),
+           "; expected the same type and shape");
+  }
+  std::vector<mx::array> inputs{x, residual};
+  if (weight) {
+    need_vector(op, "weight", *weight, x.shape(-1));
+    inputs.push_back(*weight);
+  }
+  auto primitive = std::make_shared<Norm>(cpu_stream(), eps, false, true, weight.has_value(), false);
+  auto out = mx::array::make_arrays({x.shape(), x.shape()}, {x.dtype(), x.dtype()}, primitive, inputs);
+  return {out[0], out[1]};
+}
+
+mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset, int dims, bool traditional,
+                  const MaybeArray& freqs, const std::optional<float>& base, float scale) {
+  need_float("rope", "x", x);
+  need_dims("rope", "x", x, 4);
+  if (dims < 2 || dims % 2 || dims > x.shape(3)) {
+    refuse("rope: dims is ", dims, "; expected an even number from 2 to the last dimension of x, ", x.shape());
+  }
+  if (freqs.has_value() == base.has_value()) refuse("rope: give either freqs or base");
+  mx::array start = std::holds_alternative<int>(offset) ? mx::array(std::get<int>(offset), mx::int32)
+                                                        : std::get<mx::array>(offset);
+  if (start.ndim() > 1 || (start.ndim() == 1 && start.shape(0) != 1 && start.shape(0) != x.shape(0))) {
+    refuse("rope: offset has shape ", start.shape(), "; expected one number or one for each of ", x.shape(0), " rows");
+  }
+  auto stream = cpu_stream();
+  if (start.dtype() != mx::int32) start = mx::astype(start, mx::int32, stream);
+  std::vector<mx::array> inputs{x, start};
+  if (freqs) {
+    need_vector("rope", "freqs", *freqs, dims / 2);
+    inputs.push_back(freqs->dtype() == mx::float32 ? *freqs : mx::astype(*freqs, mx::float32, stream));
+  }
+  RopeSpec spec{dims, traditional, base.value_or(0.0f), scale};
+  auto primitive = std::make_shared<Rope>(stream, spec, freqs.has_value());
+  return mx::array(x.shape(), x.dtype(), std::move(primitive), std::move(inputs));
+}
+
+mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                       const std::variant<std::monostate, std::string, mx::array>& mask,
+                       const std::optional<int>& window, const MaybeArray& sinks) {
+  const char* op = "attention";
+  need_dims(op, "q", q, 4);
+  need_float(op, "q", q);
+  need_dims(op, "k", k, 4);
+  need_float(op, "k", k);
+  if (k.shape() != v.shape() || k.dtype() != v.dtype()) {
+    refuse(op, ": k is ", k.dtype(), k.shape(), ", v ", v.dtype(), v.shape(), "; expected the same type and shape");
+  }
+  int heads = q.shape(1), kv = k.shape(1);
+  if (q.shape(0) != k.shape(0) || q.shape(3) != k.shape(3) || kv == 0 || heads % kv) {
+    refuse(op, ": q has shape ", q.shape(), ", k ", k.shape(),
+           "; expected equal batch and head size, and query heads a multiple of key heads");
+  }
+  if (window && *window < 1) refuse(op, ": window is ", *window, "; expected a positive number of keys");
+  auto stream = cpu_stream();
+  std::vector<mx::array> inputs{q, k, v};
+  int kind = 0;
+  bool causal = false;
+  if (auto* word = std::get_if<std::string>(&mask)) {
+    if (*word != "causal") refuse(op, ": mask is '", *word, "'; expected None, 'causal' or an array");
+    causal = true;
+  } else if (auto* array = std::get_if<mx::array>(&mask)) {
+    kind = array->dtype() == mx::bool_ ? 1 : 2;
+    if (kind == 2) need_float(op, "mask", *array);
+    inputs.push_back(mx::broadcast_to(*array, {q.shape(0), heads, q.shape(2), k.shape(2)}, stream));
+  }
+  if (sinks) {
+    need_vector(op, "sinks", *sinks, heads);
+    inputs.push_back(*sinks);
+  }
+  auto primitive =
+      std::make_shared<Attention>(stream, scale, causal, window.value_or(0), kind, sinks.has_value());
+  return mx::array(q.shape(), q.dtype(), std::move(primitive), std::move(inputs));
+}
+
+mx::array glu_op(const mx::array& gate_up, const std::string& activation) {
+  need_float("glu", "gate_up", gate_up);
+  if (gate_up.ndim() < 1 || gate_up.shape(-1) % 2) {
+    refuse("glu: gate_up has shape ", gate_up.shape(), "; expected an even last dimension");
+  }
+  auto primitive = std::make_shared<Glu>(cpu_stream(), activation_named(activation));
+  return mx::array(with_last(gate_up, gate_up.shape(-1) / 2), gate_up.dtype(), std::move(primitive), {gate_up});
+}
+
+mx::array argmax_op(const mx::array& x) {
+  need_float("argmax", "x", x);
+  if (x.ndim() < 1 || x.shape(-1) == 0) refuse("argmax: x has shape ", x.shape(), "; expected a last dimension of >= 1");
+  mx::Shape shape(x.shape().begin(), x.shape().end() - 1);
+  return mx::array(shape, mx::uint32, std::make_shared<Argmax>(cpu_stream()), {x});
+}
+
+}  // namespace runner

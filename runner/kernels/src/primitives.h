@@ -1,0 +1,31 @@
+// Graph-building functions: each checks its arguments and returns lazy arrays of a primitive for the CPU backend.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "mlx/array.h"
+#include "mlx/stream.h"
+
+namespace runner {
+
+namespace mx = mlx::core;
+using MaybeArray = std::optional<mx::array>;
+
+mx::array linear_op(const mx::array& x, const mx::array& weight, const MaybeArray& bias);
+mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
+                              const mx::array& biases, const MaybeArray& bias, int group_size, int bits);
+mx::array norm_op(const mx::array& x, const MaybeArray& weight, const MaybeArray& shift, float eps, bool mean);
+std::pair<mx::array, mx::array> add_rms_norm_op(const mx::array& x, const mx::array& residual,
+                                                const MaybeArray& weight, float eps);
+mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset, int dims, bool traditional,
+                  const MaybeArray& freqs, const std::optional<float>& base, float scale);
+mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                       const std::variant<std::monostate, std::string, mx::array>& mask,
+                       const std::optional<int>& window, const MaybeArray& sinks);
+mx::array glu_op(const mx::array& gate_up, const std::string& activation);
+mx::array argmax_op(const mx::array& x);
+
+}  // namespace runner

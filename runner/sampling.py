@@ -1,0 +1,238 @@
+"""Picking the next token on the device: what to sample with (`SamplingParams`) and the sampler itself.
+
+The order is: logit bias, penalties (repetition, then presence and frequency), temperature, top-k, top-p, min-p, draw:
+the order of transformers' logits processors, with OpenAI's penalties and bias before them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from runner.errors import UsageError
+
+_LIMITS: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 1 << 24),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-100.0, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
+    "penalty_window": (0, 1 << 24),
+    "seed": (0, (1 << 63) - 1),
+    "logprobs": (0, 1 << 10),
+}
+_WHOLE = ("top_k", "penalty_window", "seed", "logprobs")
+_OTHER_DEFAULTS: dict[str, tuple[object, ...]] = {
+    "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None, []),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None, {}),
+    "typical_p": (None, 1.0, 1),
+    "epsilon_cutoff": (None, 0.0, 0),
+    "eta_cutoff": (None, 0.0, 0),
+    "num_beams": (None, 1),
+    "penalty_alpha": (None, 0.0, 0),
+    "guidance_scale": (None, 1.0, 1),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+}
+"""Generation defaults that no field here honours, with the values at which they do nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is picked.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most likely token (the lowest id of equals).
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the fewest most likely tokens whose probabilities reach it; at least one. 1 keeps all.
+        min_p: keep tokens at least `min_p` times as likely as the most likely one.
+        repetition_penalty: positive logits of seen tokens are divided by it, negative ones multiplied (arXiv:1909.05858).
+        presence_penalty: taken from the logit of each seen token.
+        frequency_penalty: taken once for each time a token was seen.
+        penalty_window: "seen" means among the last so many tokens; 0: all.
+        penalize_prompt: whether the prompt's tokens count as seen.
+        logit_bias: added to the logits of these ids.
+        seed: same seed, same tokens; None draws one. The global random state is neither read nor changed.
+        logprobs: None: none; 0: the log-probability of each token picked, of the model's own distribution (before all of
+            the above); n: also the n most likely tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int = 0
+    penalize_prompt: bool = True
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _LIMITS.items():
+            value = vars(self)[name]
+            if value is None and name in ("seed", "logprobs"):
+                continue
+            kind = int if name in _WHOLE else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                word = "an integer" if name in _WHOLE else "a number"
+                raise UsageError(f"{name} must be {word} from {low} to {high}, not {value!r}")
+        if not isinstance(self.penalize_prompt, bool):
+            raise UsageError(f"penalize_prompt must be true or false, not {self.penalize_prompt!r}")
+        for token, bias in self.logit_bias.items():
+            if isinstance(token, bool) or not isinstance(token, int) or not math.isfinite(bias):
+                raise UsageError(f"logit_bias maps token ids to finite numbers; got {token!r}: {bias!r}")
+
+    @classmethod
+    def from_generation_config(cls, raw: Mapping[str, Any]) -> tuple[SamplingParams, tuple[str, ...]]:
+        """A model's own defaults, and those it has that cannot be honoured (`"name = value"`), to be shown.
+
+        As in transformers, a model that does not say `do_sample` is decoded greedily.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        values = {name: raw[name] for name in names if raw.get(name) is not None}
+        if not raw.get("do_sample"):
+            values["temperature"] = 0.0
+        ignored = [f"{n} = {raw[n]!r}" for n, neutral in _OTHER_DEFAULTS.items() if n in raw and raw[n] not in neutral]
+        return cls(**values), tuple(ignored)
+
+    def replace(self, **overrides: Any) -> SamplingParams:
+        """A copy with some values changed; None keeps what is there.
+
+        Raises:
+            UsageError: a name is unknown or a value out of range.
+        """
+        names = [item.name for item in dataclasses.fields(self)]
+        for name in overrides:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                raise UsageError(f"unknown sampling option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return dataclasses.replace(self, **{name: value for name, value in overrides.items() if value is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For display."""
+        return dataclasses.asdict(self)
+
+
+class Sampled(NamedTuple):
+    """Lazy arrays: the token (a scalar), its log-probability, and ids and log-probabilities of the most likely ones."""
+
+    token: mx.array
+    logprob: mx.array | None
+    top: tuple[mx.array, mx.array] | None
+
+
+def argmax(logits: mx.array) -> mx.array:
+    """The most likely token; the lowest id of equals."""
+    return mx.argmax(logits, axis=-1)
+
+
+class Sampler:
+    """Called with one row of logits a token; remembers what penalties and the random key need, on the device."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt_ids: Sequence[int],
+        *,
+        argmax: Callable[[mx.array], mx.array] = argmax,
+    ) -> None:
+        """Raises `UsageError` for a `logit_bias` id outside the vocabulary."""
+        for token in params.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise UsageError(f"logit_bias: token {token} is not in the vocabulary (0 to {vocab_size - 1})")
+        self._params = params
+        self._argmax = argmax
+        seed = int.from_bytes(os.urandom(7), "little") if params.seed is None else params.seed
+        self._key = mx.random.key(seed)
+        self._bias = _bias(params.logit_bias, vocab_size)
+        self._penalised = (
+            params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        )
+        self._counts = mx.zeros((vocab_size,), dtype=mx.float32)
+        self._seen: deque[mx.array] = deque()
+        if self._penalised and params.penalize_prompt:
+            kept = prompt_ids[-params.penalty_window :] if params.penalty_window else prompt_ids
+            for token in kept:
+                self._remember(mx.array(token))
+
+    def __call__(self, logits: mx.array) -> Sampled:
+        """Pick from logits `[V]`; nothing is evaluated here."""
+        params = self._params
+        raw = logits.astype(mx.float32) if params.temperature or params.logprobs is not None else logits
+        logits = raw if self._bias is None else raw + self._bias
+        if self._penalised:
+            logits = self._penalise(logits)
+        token = self._argmax(logits) if params.temperature == 0 else self._draw(logits / params.temperature)
+        if self._penalised:
+            self._remember(token)
+        if params.logprobs is None:
+            return Sampled(token, None, None)
+        logprobs = raw - mx.logsumexp(raw)
+        if params.logprobs == 0:
+            return Sampled(token, logprobs[token], None)
+        ids = mx.argsort(-logprobs)[: params.logprobs]
+        return Sampled(token, logprobs[token], (ids, logprobs[ids]))
+
+    def _remember(self, token: mx.array) -> None:
+        self._counts = self._counts.at[token].add(1)
+        if self._params.penalty_window:
+            self._seen.append(token)
+            if len(self._seen) > self._params.penalty_window:
+                self._counts = self._counts.at[self._seen.popleft()].add(-1)
+
+    def _penalise(self, logits: mx.array) -> mx.array:
+        params = self._params
+        seen = self._counts > 0
+        if params.repetition_penalty != 1:
+            repeated = mx.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+            logits = mx.where(seen, repeated, logits)
+        return logits - seen * params.presence_penalty - self._counts * params.frequency_penalty
+
+    def _draw(self, logits: mx.array) -> mx.array:
+        params = self._params
+        self._key, key = mx.random.split(self._key)
+        ids: mx.array | None = None
+        size = logits.shape[0]
+        if 0 < params.top_k < size:
+            ids = mx.argpartition(-logits, params.top_k - 1)[: params.top_k]
+            logits = logits[ids]
+        if params.top_p < 1:
+            order = mx.argsort(-logits)
+            logits = logits[order]
+            ids = order if ids is None else ids[order]
+            probabilities = mx.softmax(logits, precise=True)
+            # A token stays while those before it have not reached top_p: the first always stays.
+            before = mx.cumsum(probabilities) - probabilities
+            keep = (before < params.top_p) | (mx.arange(logits.shape[0]) == 0)
+            logits = mx.where(keep, logits, -math.inf)
+        if params.min_p > 0:
+            logits = mx.where(logits >= mx.max(logits) + math.log(params.min_p), logits, -math.inf)
+        picked = mx.random.categorical(logits, key=key)
+        return picked if ids is None else ids[picked]
+
+
+def _bias(biases: Mapping[int, float], vocab_size: int) -> mx.array | None:
+    if not biases:
+        return None
+    ids = mx.array(list(biases))
+    return mx.zeros((vocab_size,)).at[ids].add(mx.array(list(biases.values()), dtype=mx.float32))

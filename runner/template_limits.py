@@ -1,0 +1,166 @@
+"""What one chat template may spend, and how large each thing that it makes may get."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import ItemsView, KeysView, Mapping, ValuesView
+from typing import Any
+
+from runner.errors import TemplateError
+
+_STEPS = 300_000
+_SECONDS = 3.0
+_TEXT = 1 << 20  # characters that one value may have, beyond what the inputs bring
+_WORK = 64  # the sum over all values made, in units of one value's limit
+_WIDTH = 10_000  # fields, indents and the like
+_INT_BITS = 4096
+_NESTING = (list, tuple, dict, set, frozenset, KeysView, ValuesView, ItemsView)
+
+
+class Budget:
+    """What one rendering may still spend. `size`: characters and items of its inputs, which raise the limits."""
+
+    def __init__(self, size: int) -> None:
+        self.text_limit = _TEXT + 4 * size
+        self._work = _WORK * self.text_limit
+        self._steps = _STEPS + 4 * size
+        self._deadline = time.monotonic() + _SECONDS
+
+    def step(self) -> None:
+        self._steps -= 1
+        if self._steps < 0 or time.monotonic() > self._deadline:
+            raise TemplateError("the chat template takes too many steps: its loops are refused; use another template")
+
+    def check(self, length: int) -> None:
+        """Refuses a text or list of `length` that is about to be made."""
+        if length > self.text_limit:
+            raise TemplateError(
+                f"the chat template makes {_shown(length)} characters at once, more than the {self.text_limit} allowed"
+            )
+
+    def check_bits(self, bits: int) -> None:
+        """The same for a whole number of so many bits."""
+        if bits > _INT_BITS:
+            raise TemplateError(f"the chat template makes a number of {_shown(bits)} bits, more than {_INT_BITS}")
+
+    def charge(self, value: Any) -> Any:
+        """Counts a value that was just made, and returns it."""
+        if isinstance(value, (str, bytes)):
+            length = len(value)
+        elif isinstance(value, (list, tuple, dict, set)):
+            length = 8 * len(value)
+        elif isinstance(value, int):
+            self.check_bits(value.bit_length())
+            return value
+        else:
+            return value
+        self.check(length)
+        self._work -= length
+        if self._work < 0:
+            raise TemplateError("the chat template makes too much text in all; use another template")
+        return value
+
+    def walk(self, value: Any, indent: int = 0) -> Any:
+        """Refuses containers whose contents, written out (each level `indent` deeper), would pass the limit."""
+        if not isinstance(value, _NESTING):
+            return value
+        left = self.text_limit
+        waiting: list[tuple[Any, int]] = [(value, 0)]
+        while waiting:
+            item, depth = waiting.pop()
+            left -= 1 + depth * indent + (len(item) if isinstance(item, str) else 0)
+            if left < 0:
+                self.check(self.text_limit + 1)
+            if isinstance(item, (dict, ItemsView)):
+                pairs = item.items() if isinstance(item, dict) else item
+                waiting += [(part, depth + 1) for pair in pairs for part in pair]
+            elif isinstance(item, _NESTING):
+                waiting += [(part, depth + 1) for part in item]
+        return value
+
+
+def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
+    """Refuses `left operator right` where the result would be too large to make."""
+    if operator == "*":
+        for value, times in ((left, right), (right, left)):
+            if isinstance(value, (str, bytes, list, tuple)) and isinstance(times, int):
+                budget.check(len(value) * max(times, 0) * (1 if isinstance(value, (str, bytes)) else 8))
+        if isinstance(left, int) and isinstance(right, int):
+            budget.check_bits(left.bit_length() + right.bit_length())
+    elif operator == "+" and isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
+        budget.check((len(left) + len(right)) * (6 if isinstance(left, str) and type(left) is not str else 1))
+    elif operator == "%" and isinstance(left, str):
+        check_format(budget, left, budget.walk(right), nested="*" in left)
+    elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+        budget.check_bits(left.bit_length() * abs(right))
+
+
+def check_format(budget: Budget, template: str, values: Any, *, nested: bool) -> None:
+    """Refuses wide fields, in the template or (where a width comes from a value) among the values."""
+    listed = [*values.values()] if isinstance(values, dict) else [*values] if isinstance(values, tuple) else [values]
+    numbers_in = re.findall(r"\d+", template)
+    wide = any(len(digits) > 6 or int(digits) > _WIDTH for digits in numbers_in)
+    if nested:
+        numbers = [value for value in listed if isinstance(value, int)]
+        texts = [value for value in listed if isinstance(value, str)]
+        wide = wide or any(abs(n) > _WIDTH for n in numbers) or any(re.search(r"\d{5}", text) for text in texts)
+    if wide:
+        raise TemplateError(f"the chat template formats a field wider than {_WIDTH}")
+    longest = max((len(str(value)) for value in listed if isinstance(value, (str, *_NESTING))), default=0)
+    fields = template.count("{") + template.count("%")
+    width = max([_WIDTH if nested else 0, *(int(digits) for digits in numbers_in)])
+    budget.check(len(template) + fields * max(longest, width))
+
+
+def check_text_call(
+    budget: Budget, name: str, text: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Refuses a text method whose result would be too long; returns the arguments, an iterable among them as a list."""
+    if name in ("center", "ljust", "rjust", "zfill") and args and isinstance(args[0], int):
+        budget.check(args[0])
+    elif name == "expandtabs":
+        tab = kwargs.get("tabsize", args[0] if args else 8)
+        budget.check(len(text) + text.count("\t") * (tab if isinstance(tab, int) else 8))
+    elif name == "join" and args:
+        items = budget.walk(list(args[0]))
+        budget.check(sum(len(item) for item in items if isinstance(item, str)) + len(text) * len(items))
+        return (items, *args[1:])
+    elif name == "replace" and len(args) >= 2 and isinstance(args[0], str) and isinstance(args[1], str):
+        budget.check(len(text) + text.count(args[0]) * len(args[1]))
+    return args
+
+
+def check_filter(budget: Budget, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The same for filters; the first argument is the value that is filtered."""
+    if not args:
+        return args
+    value, options = args[0], [*args[1:], *kwargs.values()]
+    if name in ("center", "indent", "round", "batch", "slice", "tojson"):
+        widths = [*(len(o) for o in options if isinstance(o, str)), *(o for o in options if isinstance(o, int))]
+        width = max((abs(number) for number in widths), default=0)
+        if width > (32 if name == "round" else _WIDTH):
+            raise TemplateError(f"the chat template asks {name} for a width of {_shown(width)}")
+        if name == "indent":
+            budget.check((str(value).count("\n") + 1) * width)
+        if name == "tojson":
+            separators = [len(part) for option in options if isinstance(option, tuple) for part in option]
+            budget.walk(value, max([width, *separators]))
+    elif name in ("join", "sum", "list"):
+        items = list(value) if name == "list" else budget.walk(list(value))
+        separator = options[0] if options and isinstance(options[0], str) else ""
+        sizes = sum(len(item) if isinstance(item, (str, list, tuple)) else 8 for item in items)
+        budget.check(sizes + len(items) * len(separator))
+        return (items, *args[1:])
+    elif name == "replace" and len(options) >= 2:
+        old, new = str(options[0]), str(options[1])
+        budget.check(len(str(value)) + str(value).count(old) * len(new))
+    elif name == "format":
+        check_format(budget, str(value), tuple(options), nested="*" in str(value))
+    elif name == "int" and isinstance(value, str):
+        budget.check(0 if len(value) < _INT_BITS else budget.text_limit + 1)
+    return args
+
+
+def _shown(number: int) -> str:
+    return str(number) if number < 10**15 else "over 10**15"

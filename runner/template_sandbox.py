@@ -1,0 +1,300 @@
+"""Jinja for templates from strangers: Jinja's immutable sandbox, plus limits on steps, time and memory.
+
+The sandbox keeps a template away from Python's internals; it does not keep it from `range` inside `range`, from
+`'a' * 10**9` or from doubling a string in a loop. So every place where a template can spend or grow is bounded:
+
+- a loop pass, macro call, call, filter, test and operator is a *step*; steps and wall time are limited;
+- text is measured before it is made (`*`, `%`, `join`, `replace`, ...) and its sum over a rendering is limited;
+- a container is walked, with a limit, before anything prints or compares it: `[x, x]` forty times over is small in
+  memory and endless in print (`runner.template_limits` has the limits).
+
+The module imports jinja2 and is itself imported at the first rendering only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace, pass_context
+from jinja2.visitor import NodeTransformer
+
+from runner.errors import TemplateError
+from runner.template_limits import Budget, check_filter, check_format, check_operator, check_text_call
+
+_REMOVED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+_REMOVED_METHODS = ("encode", "translate", "maketrans", "to_bytes", "from_bytes")
+# These look at a container's outside only, so that `messages | length` in a loop does not walk all messages each time.
+_SHALLOW_FILTERS = frozenset([
+    "length", "count", "first", "last", "list", "map", "select", "selectattr", "reject", "rejectattr", "default", "d",
+    "items", "batch", "slice", "reverse", "random", "attr", "sum", "join",
+])  # fmt: skip
+_SHALLOW_TESTS = frozenset([
+    "defined", "undefined", "none", "string", "mapping", "sequence", "iterable", "number", "boolean", "true", "false",
+    "callable", "sameas", "filter", "test",
+])  # fmt: skip
+
+
+class Refusal(jinja2.TemplateError):
+    """The template called `raise_exception`."""
+
+
+class BoundedNamespace(Namespace):
+    """Jinja's namespace without names that lead into Python's internals, and without contents in its `repr`."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+class _Generation(Extension):
+    """`{% generation %}`: marks the assistant's text for training; here it only stands for its body."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Macro) -> str:
+        text: str = caller()
+        return text
+
+
+class _Meter(NodeTransformer):
+    """Puts the environment's hooks into a parsed template, where Jinja would run plain Python."""
+
+    def _body(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_hook("tick", []), lineno=node.lineno))
+        return node
+
+    visit_For = visit_Macro = visit_CallBlock = _body
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _hook("join_texts", list(node.nodes))
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _hook("walked", [node.expr])
+        for operand in node.ops:
+            operand.expr = _hook("walked", [operand.expr])
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        node.key = _hook("walked", [node.key])
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _hook("charged", [node]) if isinstance(node.arg, nodes.Slice) else node
+
+
+def _hook(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
+
+
+class _MeteredCode(CodeGenerator):
+    def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
+        super().visit_Template(_Meter().visit(node), frame)
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """One rendering's environment; its hooks all draw on one budget."""
+
+    code_generator_class = _MeteredCode
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
+
+    def __init__(self, budget: Budget, now: datetime) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], cache_size=0, optimized=False,
+            finalize=_finalize,
+        )  # fmt: skip
+        self.budget = budget
+        self.filters = {
+            name: self._bounded(name, call, shallow=name in _SHALLOW_FILTERS)
+            for name, call in self.filters.items()
+            if name not in _REMOVED_FILTERS
+        }
+        self.filters["tojson"] = self._bounded("tojson", _tojson, shallow=False)
+        self.tests = {
+            name: self._bounded("", call, shallow=name in _SHALLOW_TESTS) for name, call in self.tests.items()
+        }
+        del self.globals["lipsum"]
+        self.globals["dict"] = _Dict()
+        self.globals["namespace"] = _namespace
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = lambda format: now.strftime(_short(format))
+
+    # What the compiled template calls.
+    def tick(self) -> None:
+        pass  # `call` has counted the step
+
+    def walked(self, value: Any) -> Any:
+        return self.budget.walk(value)
+
+    def charged(self, value: Any) -> Any:
+        return self.budget.charge(value)
+
+    def join_texts(self, *values: Any) -> str:
+        return self._made("".join(self._texts(values)))
+
+    def _texts(self, values: Iterable[Any]) -> list[str]:
+        texts: list[str] = []
+        total = 0
+        for value in values:
+            texts.append(str(self.budget.walk(value)))
+            total += len(texts[-1])
+            self.budget.check(total)
+        return texts
+
+    def _made(self, text: str) -> str:
+        self.budget.charge(text)
+        return text
+
+    def concat(self, values: Iterable[str]) -> str:
+        """Joins what a template, macro or block has written."""
+        return self._made("".join(self._texts(values)))
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.budget.step()
+        if isinstance(obj, (BuiltinMethodType, MethodType)) and isinstance(obj.__self__, (str, bytes, int, float)):
+            if obj.__name__ in _REMOVED_METHODS:
+                raise TemplateError(f"the chat template calls .{obj.__name__}(), which templates may not")
+            args = check_text_call(self.budget, obj.__name__, obj.__self__, args, kwargs)
+        if obj != self.walked:
+            for value in (*args, *kwargs.values()):
+                self.budget.walk(value)
+        return self.budget.charge(super().call(context, obj, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        self.budget.step()
+        check_operator(self.budget, operator, left, right)
+        return self.budget.charge(super().call_binop(context, operator, left, right))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, self.budget.walk(argument))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        formatted = super().wrap_str_format(value)
+        if formatted is None:
+            return None
+        template = str(value.__self__)
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            values = (*args, *kwargs.values())
+            check_format(
+                self.budget, template, self.budget.walk(values), nested=bool(re.search(r"\{[^{}]*\{", template))
+            )
+            return formatted(*args, **kwargs)
+
+        return checked
+
+    def _bounded(self, name: str, call: Any, *, shallow: bool) -> Callable[..., Any]:
+        passed = int(isinstance(call, FunctionType) and "jinja_pass_arg" in vars(call))  # Jinja's own first argument
+
+        @functools.wraps(call)
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            self.budget.step()
+            if not shallow:
+                for value in (*args[passed:], *kwargs.values()):
+                    self.budget.walk(value)
+            rest = check_filter(self.budget, name, args[passed:], kwargs)
+            return self.budget.charge(call(*args[:passed], *rest, **kwargs))
+
+        return bounded
+
+
+def compile_template(source: str) -> CodeType:
+    """Python code of a template; TemplateError for one that Jinja cannot read. Costs some milliseconds."""
+    environment = BoundedEnvironment(Budget(len(source)), datetime.now())
+    try:
+        code: CodeType = environment.compile(source, name="chat template", filename="<chat template>")
+    except TemplateError:
+        raise
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+    except (Exception, RecursionError, MemoryError) as error:
+        raise TemplateError(f"the chat template cannot be compiled: {type(error).__name__}: {error!s:.200}") from error
+    return code
+
+
+def render_template(code: CodeType, variables: Mapping[str, Any], *, size: int, now: datetime) -> str:
+    """The text that compiled template `code` makes of `variables`, plain JSON-like data of `size` characters."""
+    environment = BoundedEnvironment(Budget(size), now)
+    try:
+        template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+        return environment.concat(template.root_render_func(template.new_context(dict(variables))))
+    except TemplateError:
+        raise
+    except Refusal as error:
+        raise TemplateError(f"the chat template refuses these messages: {error!s:.2000}") from error
+    except (Exception, RecursionError, MemoryError) as error:
+        raise TemplateError(f"the chat template failed: {type(error).__name__}: {error!s:.500}") from error
+
+
+@pass_context
+def _finalize(context: Context, value: Any) -> Any:
+    """Runs before `{{ value }}` is written; `pass_context` also keeps Jinja from printing constants as it compiles."""
+    environment = context.environment
+    assert isinstance(environment, BoundedEnvironment)
+    return environment.budget.walk(value)
+
+
+class _Dict:
+    """`dict(...)` in templates, without the type's own attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+def _namespace(*args: Any, **kwargs: Any) -> BoundedNamespace:
+    made = BoundedNamespace()
+    for name, value in dict(*args, **kwargs).items():
+        made[name] = value
+    return made
+
+
+def _raise_exception(message: Any) -> None:
+    raise Refusal(str(message)[:4000])
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """transformers' `tojson`: no HTML escapes. Private-use characters stay themselves, whatever `ensure_ascii` says,
+    for they may mark users' text (`runner.special_tokens`)."""
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if not ensure_ascii:
+        return text
+    return re.sub(r"\\udb[89a-f][0-9a-f]\\ud[c-f][0-9a-f]{2}", lambda found: str(json.loads(f'"{found[0]}"')), text)
+
+
+def _short(format: Any) -> str:
+    if not isinstance(format, str) or len(format) > 200 or re.search(r"%[-_0^#]*\d{3}", format):
+        raise TemplateError(f"strftime_now({format!r:.40}) is refused: expected a short format without wide fields")
+    return format

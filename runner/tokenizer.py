@@ -1,0 +1,187 @@
+"""Text to ids and back, and chats to either: one interface over tokenizer.json and a lone tokenizer.model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from runner.chat_template import ChatInputs, ChatTemplates, Message, chat_inputs
+from runner.detokenizer import Detokenizer
+from runner.errors import TokenizerError
+from runner.special_tokens import choose_markers
+from runner.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend
+from runner.tokenizer_files import TokenizerFiles, read_tokenizer_files
+
+_MAX_ID = 1 << 31
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer; ids equal transformers' for the same files (differences: docs of the backends).
+
+    Safe to share between threads. Text is untrusted: a string such as `<|im_end|>` in it is plain text unless
+    `parse_special` says otherwise.
+    """
+
+    def __init__(self, backend: Backend, files: TokenizerFiles) -> None:
+        self._backend = backend
+        self._special_ids = frozenset(backend.special.values())
+        self.bos_token_id: int | None = _named_id(backend, files, "bos_token")
+        eos = _named_id(backend, files, "eos_token")
+        self.eos_token_ids: frozenset[int] = frozenset() if eos is None else frozenset([eos])
+        named = {name: text for name, text in files.named.items() if text}
+        for name, index in (("bos_token", self.bos_token_id), ("eos_token", eos)):
+            if index is not None and (token := backend.token(index)) is not None:
+                named.setdefault(name, token)
+        # An empty name ("bos_token": "") is still a variable that templates may print.
+        self._templates = ChatTemplates(files.templates, {**files.named, **named})
+
+    @classmethod
+    def from_directory(cls, path: Path) -> Tokenizer:
+        """Reads tokenizer.json, else tokenizer.model, and the small files beside it.
+
+        Raises TokenizerError where both are missing (naming what the directory holds) or a file is malformed.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            raise TokenizerError(f"{directory} is no directory: expected one that holds a tokenizer.json")
+        files = read_tokenizer_files(directory)
+        if (json_file := directory / "tokenizer.json").is_file():
+            return cls(JsonBackend(json_file, files), files)
+        if (model_file := directory / "tokenizer.model").is_file():
+            return cls(SentencePieceBackend(model_file, files), files)
+        held = sorted(entry.name for entry in directory.iterdir())
+        listed = ", ".join(held[:12]) + (f" and {len(held) - 12} more" if len(held) > 12 else "")
+        raise TokenizerError(
+            f"{directory} has neither tokenizer.json nor tokenizer.model (it holds: {listed or 'nothing'}): "
+            "copy one of them from the model's repository"
+        )
+
+    @property
+    def kind(self) -> str:
+        """ "tokenizer.json" or "sentencepiece"."""
+        return self._backend.kind
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids `[0, vocab_size)`, added tokens included; a model's logits may be padded beyond it."""
+        return self._backend.vocab_size
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Every special token and its id."""
+        return self._backend.special
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates.names)
+
+    @property
+    def chat_templates(self) -> tuple[str, ...]:
+        """Names of the chat templates; a single one is called "default"."""
+        return self._templates.names
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = False) -> list[int]:
+        """Ids of `text`, with BOS/EOS where the tokenizer adds them.
+
+        `parse_special`: strings of special tokens in `text` become those tokens (transformers' default). A rendered
+        chat has its BOS already: pass `add_special_tokens=False` with it, or take `apply_chat_template`'s ids. Added
+        tokens that are not special are always recognised, as in transformers.
+        Raises TokenizerError for text that is not Unicode (lone surrogates).
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"the text has a lone surrogate {text[error.start]!r} at {error.start}: it is not valid Unicode"
+            ) from error
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids outside the vocabulary add none. Bytes that are no UTF-8 become U+FFFD.
+
+        Raises TokenizerError for a negative id.
+        """
+        return self._backend.decode([_checked_id(index) for index in ids], skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh streaming decoder; what its pieces join to is `decode` of the ids."""
+        skip = self._special_ids if skip_special_tokens else frozenset()
+        return Detokenizer(self._backend.plan.make(), lambda index: self._backend.token(_checked_id(index)), skip)
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = ...,
+        tokenize: Literal[True] = ...,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        template: str | None = ...,
+        **kwargs: Any,
+    ) -> list[int]: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = ...,
+        tokenize: Literal[False],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        template: str | None = ...,
+        **kwargs: Any,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **kwargs: Any,
+    ) -> list[int] | str:
+        """A chat as ids, or as text with `tokenize=False` (equal to transformers').
+
+        `template`: the name of one of `chat_templates`, or Jinja text. `continue_final_message` (bool, or a key) and
+        all other keywords go to the template. The ids hold the special tokens that the template writes, BOS among
+        them, and nothing is added to them; special tokens spelled in messages, tools or keywords are plain text. Where
+        a template takes such a string apart, the ids are those of the text it makes with the marks in place.
+        Raises TemplateError: no template, a refusal of its own (role order), or over the limits.
+        """
+        source = self._templates.choose(template, tools)
+        inputs = chat_inputs(messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs)
+        text = self._templates.render(source, inputs)
+        if not tokenize:
+            return text
+        scanner = self._backend.scanner
+        if not scanner.touches([inputs.messages, inputs.tools, inputs.extra]):
+            return self.encode(text, add_special_tokens=False, parse_special=True)
+        markers = choose_markers(source, text, inputs.messages, inputs.tools, inputs.extra)
+        marked = scanner.unmark(self._templates.render(source, _marked_inputs(inputs, scanner.mark, markers)), markers)
+        try:
+            return self._backend.encode_matches(marked.text, scanner.find(marked.text, marked))
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the chat has a lone surrogate ({error.reason}): it is not valid Unicode") from error
+
+
+def _marked_inputs(inputs: ChatInputs, mark: Any, markers: tuple[str, str]) -> ChatInputs:
+    return dataclasses.replace(
+        inputs,
+        messages=mark(inputs.messages, markers),
+        tools=mark(inputs.tools, markers),
+        extra=mark(inputs.extra, markers),
+    )
+
+
+def _named_id(backend: Backend, files: TokenizerFiles, name: str) -> int | None:
+    if isinstance(backend, SentencePieceBackend):
+        return backend.named_id(files, name)
+    return backend.token_id(files.named[name]) if files.named.get(name) else None
+
+
+def _checked_id(index: int) -> int:
+    if not 0 <= index < _MAX_ID:
+        raise TokenizerError(f"{index} is no token id, expected 0 or more")
+    return int(index)

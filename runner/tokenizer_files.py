@@ -1,0 +1,203 @@
+"""The small files beside a tokenizer's vocabulary, read and checked: they come from strangers.
+
+tokenizer_config.json, special_tokens_map.json, added_tokens.json and the chat templates. Which file wins follows
+transformers 5.23 (`PreTrainedTokenizerBase._from_pretrained`), so that ids and templates are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.errors import TokenizerError
+from runner.special_tokens import AddedToken
+
+_MAX_JSON = 64 << 20
+_MAX_TEMPLATE = 512 << 10
+_MAX_ADDED = 100_000
+_MAX_CONTENT = 1024  # characters of one token
+_MAX_ID = 1 << 24
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """What the small files say. `added`: in the order in which they enter the vocabulary; `named`: `bos_token` → "<s>"
+    and the like, which templates see; a flag is None where no file sets it."""
+
+    added: tuple[AddedToken, ...] = ()
+    named: Mapping[str, str] = field(default_factory=dict)
+    templates: Mapping[str, str] = field(default_factory=dict)
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    add_prefix_space: bool | None = None
+    legacy: bool | None = None
+
+
+def read_tokenizer_files(directory: Path) -> TokenizerFiles:
+    """Reads the files that exist in `directory`; TokenizerError for one that is malformed."""
+    path = directory / "tokenizer_config.json"
+    config = _read_object(path) if path.is_file() else {}
+    if config.get("extra_special_tokens") is None:
+        config["extra_special_tokens"] = config.get("additional_special_tokens")
+    added = _added_tokens_decoder(config, path)
+    if added is None:
+        config, added = _legacy_files(directory, config)
+    named = _named_tokens(config, path)
+    added += _extra_tokens(config, named, added, path)
+    return TokenizerFiles(
+        added=tuple(added),
+        named=named,
+        templates=_read_templates(directory, config, path),
+        **{
+            name: _flag(config, name, path) for name in ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
+        },
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise TokenizerError(f"{path} has {path.stat().st_size} bytes, more than the {_MAX_JSON} that are read")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _flag(config: Mapping[str, Any], name: str, path: Path) -> bool | None:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerError(f"{path}: {name} is {value!r:.80}, expected true, false or null")
+    return value
+
+
+def _content(value: Any, where: str) -> str:
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str) or len(content) > _MAX_CONTENT:
+        raise TokenizerError(f"{where} is {value!r:.80}, expected a token: text of at most {_MAX_CONTENT} characters")
+    return content
+
+
+def _token(value: Any, where: str, *, token_id: int | None = None, special: bool = False) -> AddedToken:
+    content = _content(value, where)
+    flags = {name: value[name] for name in _FLAGS if name in value} if isinstance(value, dict) else {}
+    if wrong := [name for name, flag in flags.items() if not isinstance(flag, bool)]:
+        raise TokenizerError(f"{where}: {wrong[0]} is {flags[wrong[0]]!r:.80}, expected true or false")
+    # `tokenizers` matches a token that is not special after normalisation unless told otherwise.
+    is_special = special or flags.pop("special", False)
+    flags.pop("special", None)
+    return AddedToken(content, token_id, special=is_special, **{"normalized": not is_special, **flags})
+
+
+def _token_id(value: Any, where: str) -> int:
+    text = str(value)
+    if isinstance(value, bool) or not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) < _MAX_ID):
+        raise TokenizerError(f"{where}: {value!r:.80} is no token id, expected 0 to {_MAX_ID - 1}")
+    return int(text)
+
+
+def _added_tokens_decoder(config: Mapping[str, Any], path: Path) -> list[AddedToken] | None:
+    decoder = config.get("added_tokens_decoder")
+    if decoder is None:
+        return None
+    if not isinstance(decoder, dict) or len(decoder) > _MAX_ADDED:
+        raise TokenizerError(f"{path}: added_tokens_decoder must be an object of at most {_MAX_ADDED} tokens")
+    where = f"{path}: added_tokens_decoder"
+    tokens = [_token(value, f"{where}[{key!r:.40}]", token_id=_token_id(key, where)) for key, value in decoder.items()]
+    return sorted(tokens, key=lambda token: token.id or 0)
+
+
+def _legacy_files(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[AddedToken]]:
+    """Without `added_tokens_decoder`: the two older files, special_tokens_map.json over tokenizer_config.json."""
+    path = directory / "special_tokens_map.json"
+    if path.is_file():
+        found = _read_object(path)
+        if "additional_special_tokens" in found:
+            found.setdefault("extra_special_tokens", found.pop("additional_special_tokens"))
+        config = {**config, **found}
+    path = directory / "added_tokens.json"
+    if not path.is_file():
+        return config, []
+    entries = _read_object(path)
+    if len(entries) > _MAX_ADDED:
+        raise TokenizerError(f"{path} lists {len(entries)} tokens, more than the {_MAX_ADDED} that are read")
+    special = {content for name in _NAMES if isinstance(content := _text_of(config.get(name)), str)}
+    extra = config.get("extra_special_tokens")
+    special |= {text for item in (extra if isinstance(extra, list) else []) if isinstance(text := _text_of(item), str)}
+    tokens = [
+        _token(content, f"{path}: {content!r:.40}", token_id=_token_id(index, str(path)), special=content in special)
+        for content, index in entries.items()
+    ]
+    return config, sorted(tokens, key=lambda token: token.id or 0)
+
+
+def _text_of(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The standard names, then a model's own `*_token` keys (only plain strings count, as in transformers)."""
+    named = {name: _content(config[name], f"{path}: {name}") for name in _NAMES if config.get(name) is not None}
+    own = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
+    extra = config.get("extra_special_tokens")
+    own |= {
+        str(key): _content(value, f"{path}: {key}") for key, value in (extra if isinstance(extra, dict) else {}).items()
+    }
+    return {**{key: _content(value, f"{path}: {key}") for key, value in own.items()}, **named}
+
+
+def _extra_tokens(
+    config: Mapping[str, Any], named: Mapping[str, str], added: list[AddedToken], path: Path
+) -> list[AddedToken]:
+    """Named and extra special tokens that the other lists lack; empty names (`"bos_token": ""`) are no tokens."""
+    extra = config.get("extra_special_tokens")
+    if extra is not None and not (isinstance(extra, (list, dict)) and len(extra) <= _MAX_ADDED):
+        raise TokenizerError(f"{path}: extra_special_tokens must be a list or an object of at most {_MAX_ADDED} tokens")
+    found = [_token(config.get(name, text), f"{path}: {name}", special=True) for name, text in named.items()]
+    if isinstance(extra, list):
+        found += [_token(item, f"{path}: extra_special_tokens", special=True) for item in extra]
+    known = {token.content for token in added}
+    return [token for token in {t.content: t for t in found}.values() if token.content and token.content not in known]
+
+
+def _read_templates(directory: Path, config: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Template files win over the config's `chat_template`, a string or a list of `{name, template}`."""
+    files = {"default": directory / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))[:100]}
+    if templates := {name: _read_template(file) for name, file in files.items() if file.is_file()}:
+        return templates
+    value = config.get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": _bounded_template(value, f"{path}: chat_template")}
+    entries = [{"name": k, "template": v} for k, v in value.items()] if isinstance(value, dict) else value
+    if not isinstance(entries, list) or len(entries) > 100 or not all(_is_named_template(entry) for entry in entries):
+        raise TokenizerError(f'{path}: chat_template must be text or a list of {{"name": ..., "template": ...}}')
+    return {e["name"]: _bounded_template(e["template"], f"{path}: chat_template {e['name']!r:.40}") for e in entries}
+
+
+def _is_named_template(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MAX_TEMPLATE:
+            raise TokenizerError(f"{path} has {path.stat().st_size} bytes, more than the {_MAX_TEMPLATE} that are read")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path} cannot be read as UTF-8 text ({error})") from error
+
+
+def _bounded_template(text: str, where: str) -> str:
+    if len(text) > _MAX_TEMPLATE:
+        raise TokenizerError(f"{where} has {len(text)} characters, more than the {_MAX_TEMPLATE} that are read")
+    return text

@@ -1,0 +1,223 @@
+"""The fixtures of every other family: tests/fixtures_families. A variation is a line of data.
+
+The bases are in `fixtures_configs.py`; what a case's options mean is in `fixtures_case.Case`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fixtures_case import REMOVED, Case
+from fixtures_configs import (
+    APERTUS,
+    BLOOM,
+    COHERE,
+    COHERE2,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DEEPSEEK_YARN,
+    ERNIE4_5,
+    EXAONE4,
+    FALCON,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GLM,
+    GLM4,
+    GPT2,
+    GPT_NEOX,
+    GPT_OSS,
+    GRANITE,
+    GRANITEMOE,
+    HALF,
+    HELIUM,
+    HUNYUAN,
+    HUNYUAN_INERT,
+    LAYERS,
+    MIXTRAL,
+    NEMOTRON,
+    NO_WINDOW,
+    OLMO,
+    OLMO2,
+    OLMO3,
+    OPT,
+    PHI,
+    PHI3,
+    PHI3_LONG,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    SEED_OSS,
+    SMOLLM3,
+    STABLELM,
+    STARCODER2,
+    TIED,
+    WINDOW,
+    YARN,
+    Config,
+)
+
+
+def case(config: Config, variant: str, change: Config | None = None, **options: Any) -> Case:
+    """A family's base under its own name, a variant behind a dash; hub spelling unless said otherwise."""
+    name = f"{config['model_type']}-{variant}"
+    return Case(**{"name": name, "base": config, "change": change or {}, "spelling": "hub", **options})
+
+
+V5: dict[str, Any] = {"spelling": "v5"}
+SCALED: dict[str, Any] = {"embedding_std": 0.15}  # tied, and multiplied on the way in
+
+CASES: tuple[Case, ...] = (
+    case(QWEN2, "base", inert=NO_WINDOW),
+    case(QWEN2, "v5", {"tie_word_embeddings": False}, inert=NO_WINDOW, **V5),
+    case(QWEN2, "window", {"use_sliding_window": True, **WINDOW, "max_window_layers": 1, **LAYERS}),
+    case(QWEN2, "yarn", {"rope_scaling": {**YARN, "type": "yarn"}, **HALF}, inert=NO_WINDOW),
+    case(QWEN3, "base"),
+    case(QWEN3, "bias", {"attention_bias": True, "tie_word_embeddings": False}, **V5),
+    case(QWEN3, "window", {"use_sliding_window": True, **WINDOW, "max_window_layers": 1}),
+    case(QWEN2_MOE, "base", inert=NO_WINDOW),
+    case(QWEN2_MOE, "normalised", {"norm_topk_prob": True}, inert=NO_WINDOW, **V5),
+    case(QWEN2_MOE, "mixed", {"decoder_sparse_step": 2, **LAYERS}, inert=NO_WINDOW),
+    case(QWEN3_MOE, "base"),
+    case(QWEN3_MOE, "mixed", {"mlp_only_layers": [1], "norm_topk_prob": False}, **V5),
+    case(MIXTRAL, "base"),
+    case(MIXTRAL, "window", {**WINDOW, "num_experts_per_tok": 3}, **V5),
+    case(GEMMA, "base", **SCALED),
+    case(GEMMA, "v5", {"num_key_value_heads": 2}, **V5, **SCALED),
+    case(GEMMA2, "base", **SCALED),
+    case(GEMMA2, "uncapped", {"attn_logit_softcapping": None, "final_logit_softcapping": None}, **V5, **SCALED),
+    case(GEMMA3, "base", **SCALED),
+    case(GEMMA3, "v5", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, **V5, **SCALED),
+    case(
+        GEMMA3, "linear", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 2},
+        **SCALED,
+    ),
+    case(PHI, "base"),
+    case(PHI, "qk-norm", {"qk_layernorm": True, "partial_rotary_factor": 0.5}, **V5),
+    case(PHI3, "base"),
+    case(
+        PHI3, "longrope", {"rope_scaling": PHI3_LONG, "sliding_window": 120}, rope_by_length=True, inert=NO_WINDOW,
+    ),
+    case(
+        PHI3, "longrope-partial", {
+            "rope_scaling": {k: v if isinstance(v, str) else v[:6] for k, v in PHI3_LONG.items()},
+            "partial_rotary_factor": 0.75, "sliding_window": None, **TIED,
+        }, rope_by_length=True, **V5,
+    ),
+    case(SMOLLM3, "base"),
+    case(
+        SMOLLM3, "window", {"use_sliding_window": True, **WINDOW, "layer_types": REMOVED, "no_rope_layers": [1, 0, 1]},
+        **V5,
+    ),
+    case(SMOLLM3, "bias", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    case(OLMO, "base"),
+    case(OLMO, "clipped", {"clip_qkv": 0.8, "num_key_value_heads": 2, **TIED}, **V5),
+    case(OLMO2, "base"),
+    case(OLMO2, "v5", {"attention_bias": True}, **V5),
+    case(OLMO3, "base"),
+    case(OLMO3, "yarn", {"rope_scaling": {**YARN, "attention_factor": 1.2}}),
+    case(OLMO3, "yarn-v5", {"rope_scaling": {**YARN, "attention_factor": 1.2}}, **V5),
+    case(GRANITE, "base", **SCALED),
+    case(
+        GRANITE, "bias", {"attention_bias": True, "mlp_bias": True}, extra_tensors=("redundant_head",), **V5,
+        **SCALED,
+    ),
+    case(GRANITEMOE, "base", **SCALED),
+    case(GRANITEMOE, "v5", {"tie_word_embeddings": False, "num_experts_per_tok": 3}, **V5, **SCALED),
+    case(STABLELM, "base"),
+    case(STABLELM, "qkv-bias", {"use_qkv_bias": True}, **V5),
+    case(STABLELM, "parallel", {"use_parallel_residual": True, "qk_layernorm": True, "num_key_value_heads": 1}),
+    case(STARCODER2, "base"),
+    case(STARCODER2, "plain", {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}, **V5),
+    case(GPT_NEOX, "base", extra_tensors=("neox_buffers",)),
+    case(GPT_NEOX, "sequential", {"use_parallel_residual": False, "rotary_pct": 1.0, "attention_bias": False}, **V5),
+    case(GPT2, "base", extra_tensors=("bare_transformer", "gpt2_buffers")),
+    case(GPT2, "v5", {"n_inner": 40, "activation_function": "relu"}, **V5),
+    case(GPT2, "by-layer", {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3}),
+    case(COHERE, "base"),
+    case(COHERE, "qk-norm", {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.8}, **V5),
+    case(COHERE2, "base", inert=("rotary_pct",)),
+    case(COHERE2, "v5", {"sliding_window_pattern": 2, "attention_bias": True}, inert=("rotary_pct",), **V5),
+    case(GLM, "base"),
+    case(GLM, "v5", {"attention_bias": False, "partial_rotary_factor": 0.25, **TIED}, **V5),
+    case(GLM4, "base"),
+    case(GLM4, "v5", {"attention_bias": False}, **V5),
+    case(NEMOTRON, "base"),
+    case(NEMOTRON, "bias", {"attention_bias": True, "mlp_bias": True}, **V5),
+    case(GPT_OSS, "base"),
+    case(
+        GPT_OSS, "v5",
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": 1792}, "num_experts_per_tok": 3}, **V5,
+    ),
+    case(
+        GPT_OSS, "mxfp4",
+        quantization={
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                                       "lm_head"],
+            "quant_method": "mxfp4",
+        },
+    ),
+    case(DEEPSEEK_V2, "lite"),
+    case(DEEPSEEK_V2, "lite-yarn", {"rope_scaling": {**DEEPSEEK_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+                                    "qk_rope_head_dim": 16}),
+    case(
+        DEEPSEEK_V2, "grouped",
+        {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy", "q_lora_rank": 16,
+         "routed_scaling_factor": 4.0},
+        **V5,
+    ),
+    case(DEEPSEEK_V3, "base", extra_tensors=("prediction_layer",), keep_float32=("e_score_correction_bias",)),
+    case(
+        DEEPSEEK_V3, "yarn",
+        {"rope_scaling": DEEPSEEK_YARN, "qk_rope_head_dim": 16, "q_lora_rank": None, "norm_topk_prob": False},
+        keep_float32=("e_score_correction_bias",),
+    ),
+    case(
+        DEEPSEEK_V3, "v5",
+        {"rope_scaling": {**DEEPSEEK_YARN, "mscale_all_dim": 0.5}, "qk_rope_head_dim": 16, "n_group": 1}, **V5,
+    ),
+    case(EXAONE4, "base"),
+    case(
+        EXAONE4, "hybrid",
+        {**WINDOW, "sliding_window_pattern": "LLG", **LAYERS, "tie_word_embeddings": False,
+         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+        inert=("sliding_window_pattern",),
+    ),
+    case(
+        EXAONE4, "hybrid-v5",
+        {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16,
+         "rope_scaling": {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                          "original_max_position_embeddings": 32, "rope_type": "llama3"}},
+        gain=1.6, **V5,
+    ),
+    case(ERNIE4_5, "base"),
+    case(ERNIE4_5, "bias", {"use_bias": True, "tie_word_embeddings": False}, **V5),
+    case(HUNYUAN, "base", inert=HUNYUAN_INERT),
+    case(HUNYUAN, "bias", {"attention_bias": True, "rope_scaling": None}, **V5),
+    case(SEED_OSS, "base"),
+    case(SEED_OSS, "bias", {"attention_out_bias": True, "mlp_bias": True, "attention_bias": False}, **V5),
+    case(APERTUS, "base"),
+    case(APERTUS, "v5", {"attention_bias": True, "rope_scaling": {"rope_type": "default"}}, **V5, gain=1.6),
+    case(HELIUM, "base"),
+    case(HELIUM, "v5", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}, **V5),
+    case(FALCON, "7b", **SCALED),
+    case(FALCON, "40b", {"new_decoder_architecture": True, "num_kv_heads": 2}, **SCALED),
+    case(
+        FALCON, "11b", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}, **V5,
+        **SCALED,
+    ),
+    case(
+        FALCON, "rw", {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}, **SCALED,
+    ),
+    case(OPT, "base", blind_vectors=("k_proj.bias",)),
+    case(
+        OPT, "350m", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}, blind_vectors=("k_proj.bias",), **V5,
+    ),
+    case(BLOOM, "base", gain=3.0, extra_tensors=("bare_transformer",)),
+    case(
+        BLOOM, "six-heads",
+        {"n_head": 6, "hidden_size": 24, "apply_residual_connection_post_layernorm": True}, gain=3.0, **V5,
+        note="slopes for a number of heads that is no power of two",
+    ),
+)  # fmt: skip

@@ -1,0 +1,51 @@
+"""Builds the optional CPU kernels; everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+
+def extensions() -> list[Extension]:
+    """The kernels, on Linux where MLX computes on the CPU; a machine without a compiler installs without them."""
+    mlx, nanobind = importlib.util.find_spec("mlx"), importlib.util.find_spec("nanobind")
+    sources = sorted(str(path) for path in Path("runner/kernels/src").glob("*.cpp"))
+    if (
+        sys.platform != "linux"
+        or platform.machine() not in ("x86_64", "aarch64")
+        or not mlx
+        or not nanobind
+        or not sources
+    ):
+        return []
+    root = Path(next(iter(mlx.submodule_search_locations or [])))
+    binding = Path(next(iter(nanobind.submodule_search_locations or [])))
+    return [
+        Extension(
+            "runner.kernels._C",
+            [*sources, str(binding / "src" / "nb_combined.cpp")],
+            include_dirs=[
+                str(root / "include"),
+                str(binding / "include"),
+                str(binding / "ext" / "robin_map" / "include"),
+            ],
+            define_macros=[("NB_DOMAIN", "mlx"), ("NB_COMPACT_ASSERTIONS", None), ("NDEBUG", None)],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-fvisibility=hidden",
+                "-fno-strict-aliasing",
+                "-ffp-contract=off",
+            ],
+            extra_link_args=["-pthread", "-Wl,--strip-debug"],
+            optional=True,
+            language="c++",
+        )
+    ]
+
+
+setup(ext_modules=extensions())

@@ -1,0 +1,118 @@
+"""The fast ops against naive twins in float32, and their refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from runner import rope as frequencies
+from runner.errors import ConfigError, UsageError
+from runner.fast import NO_MASK, LayerNorm, RMSNorm, RoPE, scaled_dot_product_attention
+from runner.rope import RopeScaling
+
+REFERENCE = json.loads((Path(__file__).parent / "data" / "rope_reference.json").read_text())
+
+
+def rand(*shape: int, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def naive(q: mx.array, k: mx.array, v: mx.array, scale: float, visible: mx.array) -> mx.array:
+    repeats = q.shape[1] // k.shape[1]
+    k, v = mx.repeat(k, repeats, axis=1), mx.repeat(v, repeats, axis=1)
+    scores = mx.where(visible, q @ k.swapaxes(2, 3) * scale, -math.inf)
+    return mx.softmax(scores, axis=-1) @ v
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (5, 5), (3, 11)])
+@pytest.mark.parametrize("kind", ["causal", "none", "window", "bool", "additive"])
+def test_attention(queries: int, keys: int, kind: str) -> None:
+    q, k, v = rand(2, 6, queries, 16), rand(2, 3, keys, 16, seed=1), rand(2, 3, keys, 16, seed=2)
+    row, column = mx.arange(keys - queries, keys)[:, None], mx.arange(keys)[None]
+    visible = column <= row
+    if kind == "causal":
+        found = scaled_dot_product_attention(q, k, v, scale=0.25)
+    elif kind == "none":
+        visible = mx.ones_like(visible)
+        found = scaled_dot_product_attention(q, k, v, NO_MASK, scale=0.25)
+    elif kind == "window":
+        visible = visible & (column > row - 3)
+        found = scaled_dot_product_attention(q, k, v, scale=0.25, window=3)
+    elif kind == "bool":
+        visible = visible & ((column + row) % 2 == 0) | (column == row)
+        found = scaled_dot_product_attention(q, k, v, visible, scale=0.25)
+    else:
+        found = scaled_dot_product_attention(q, k, v, mx.where(visible, 0.0, -math.inf), scale=0.25)
+    assert mx.allclose(found, naive(q, k, v, 0.25, visible), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "words"),
+    [
+        ((2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8), "[B, H, L, D]"),
+        ((1, 5, 1, 8), (1, 2, 4, 8), (1, 2, 4, 8), "no multiple"),
+        ((1, 4, 1, 8), (1, 2, 4, 4), (1, 2, 4, 8), "head sizes differ"),
+        ((1, 4, 6, 8), (1, 2, 4, 8), (1, 2, 4, 8), "more queries (6) than keys (4)"),
+    ],
+)
+def test_attention_refuses(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        scaled_dot_product_attention(mx.zeros(q), mx.zeros(k), mx.zeros(v), scale=1.0)
+    assert words in str(caught.value)
+    with pytest.raises(TypeError):
+        scaled_dot_product_attention(mx.zeros((1, 1, 1, 8)), mx.zeros((1, 1, 1, 8)), mx.zeros((1, 1, 1, 8)))  # type: ignore[call-arg]
+
+
+def test_norms() -> None:
+    x, w, b = rand(2, 3, 16), rand(16, seed=1), rand(16, seed=2)
+    wanted = x / mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True) + 1e-5) * w
+    assert mx.allclose(RMSNorm(w)(x, 1e-5), wanted, atol=1e-5)
+    centred = x - mx.mean(x, axis=-1, keepdims=True)
+    wanted = centred / mx.sqrt(mx.mean(centred * centred, axis=-1, keepdims=True) + 1e-3) * w + b
+    assert mx.allclose(LayerNorm(w, b)(x, 1e-3), wanted, atol=1e-5)
+    with pytest.raises(UsageError, match="last axis"):
+        RMSNorm(w)(rand(2, 15), 1e-5)
+
+
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize("dims", [8, 16])
+def test_rope_against_complex_rotation(traditional: bool, dims: int) -> None:
+    x = rand(2, 3, 4, 16)
+    angle = (mx.arange(4) + 7)[:, None] * mx.array([10000 ** (-2 * i / dims) for i in range(dims // 2)])[None]
+    cos, sin = mx.cos(angle), mx.sin(angle)
+    part = x[..., :dims]
+    a, b = (part[..., ::2], part[..., 1::2]) if traditional else (part[..., : dims // 2], part[..., dims // 2 :])
+    turned = [a * cos - b * sin, a * sin + b * cos]
+    joined = mx.stack(turned, axis=-1).flatten(-2) if traditional else mx.concatenate(turned, axis=-1)
+    wanted = mx.concatenate([joined, x[..., dims:]], axis=-1)
+    rope = RoPE(dims=dims, traditional=traditional)
+    assert mx.allclose(rope(x, 7), wanted, atol=1e-5)
+    assert mx.allclose(rope(x, mx.array([7, 7])), wanted, atol=1e-5)
+
+
+def test_rope_takes_an_offset_for_each_row() -> None:
+    x, rope = rand(2, 3, 4, 16), RoPE(dims=16)
+    both = rope(x, mx.array([3, 50]))
+    assert mx.allclose(both[:1], rope(x[:1], 3), atol=1e-5)
+    assert mx.allclose(both[1:], rope(x[1:], 50), atol=1e-5)
+    with pytest.raises(UsageError, match="offset"):
+        rope(x, mx.array([1, 2, 3]))
+
+
+def test_rope_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ConfigError, match="spiral"):
+        RopeScaling.from_dict({"rope_type": "spiral", "factor": 2})
+    with pytest.raises(ConfigError, match="tilt"):
+        RopeScaling.from_dict({"rope_type": "linear", "factor": 2.0, "tilt": 1})
+    with pytest.raises(UsageError, match="even"):
+        RoPE(dims=7)
+
+
+def test_rope_frequencies_equal_the_reference() -> None:
+    """`rope_reference.json` carries its recipe: transformers' ROPE_INIT_FUNCTIONS with published parameters."""
+    assert frequencies.inverse_frequencies(RopeScaling(), dims=4, base=100.0, max_position_embeddings=8) == [1.0, 0.1]
+    assert len(REFERENCE) > 1

@@ -1,0 +1,89 @@
+"""Every tiny Llama and Mistral checkpoint against what transformers computed from the same weights (see fixtures/README)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import runner
+from runner import loading
+from runner.cache import Batch
+from runner.checkpoint import Checkpoint
+from runner.families import find
+from runner.generate import new_caches, prefill
+from runner.plan import plan
+
+FIXTURES = sorted(path.parent for path in (Path(__file__).parent / "fixtures").glob("*/expected.json"))
+TOLERANCE = 2e-4
+"""Of the logits' standard deviation; ten times finer than promised, since 2e-3 cannot tell gelu from its tanh form."""
+
+by_name = pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
+
+
+def expected(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((path / "expected.json").read_text())
+    return result
+
+
+def error(found: mx.array, wanted: mx.array) -> float:
+    return float(mx.max(mx.abs(found - wanted)) / mx.std(wanted))
+
+
+@by_name
+def test_logits(path: Path) -> None:
+    lm = runner.load(path, dtype="float32")
+    wanted = mx.load(str(path / "expected.safetensors"))
+    for name, prompt in expected(path)["prompts"].items():
+        assert error(lm.logits(prompt), wanted[f"logits.{name}"]) < TOLERANCE
+
+
+@by_name
+def test_greedy_tokens(path: Path) -> None:
+    lm = runner.load(path, dtype="float32")
+    data = expected(path)
+    for name, prompt in data["prompts"].items():
+        caches = new_caches(lm.config)
+        logits = prefill(lm.model, prompt, caches)
+        tokens = []
+        for _ in range(24):
+            token = int(mx.argmax(logits))
+            tokens.append(token)
+            hidden = lm.model(Batch(mx.array([[token]]), caches[0].offset), caches)
+            logits = lm.model.logits(hidden)[0, -1]
+        assert tokens == data["greedy"][name]
+
+
+@by_name
+def test_chunked_prefill_is_whole_prefill(path: Path) -> None:
+    lm = runner.load(path, dtype="float32")
+    prompt = expected(path)["prompts"]["long"]
+    whole = prefill(lm.model, prompt, new_caches(lm.config))
+    for chunk in (1, 7, 16):
+        if chunk == 1 and "dynamic" in path.name:
+            continue  # its frequencies depend on the length so far by definition: covered by the larger chunks
+        assert error(prefill(lm.model, prompt, new_caches(lm.config), chunk=chunk), whole) < TOLERANCE
+
+
+@by_name
+def test_save_is_the_inverse_of_load(path: Path) -> None:
+    checkpoint = Checkpoint.open(path)
+    config_class, model_class = find(checkpoint.config)
+    layout = plan(model_class, config_class.from_dict(checkpoint.config), checkpoint.headers)
+    saved = dict(loading.tensors(loading.build(layout, checkpoint), layout))
+    for name, array in saved.items():
+        assert array.dtype == checkpoint.read(name).dtype
+        assert mx.array_equal(array, checkpoint.read(name)), name
+    left = set(checkpoint.headers) - set(saved)
+    assert all("inv_freq" in name or name.startswith("lm_head") for name in left)
+
+
+@by_name
+def test_stored_dtype_runs_close_to_float32(path: Path) -> None:
+    prompt = expected(path)["prompts"]["long"]
+    stored = runner.load(path).logits(prompt)
+    assert error(stored, runner.load(path, dtype="float32").logits(prompt)) < 0.5
+    assert not bool(mx.any(mx.isnan(stored)))
