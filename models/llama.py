@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from runner.activations import check_activation
 from runner.cache import Batch, KVCache
 from runner.config import Config
 from runner.errors import ConfigError
 from runner.fast import RMSNorm, RoPE
-from runner.nn import GLU, Attend, Embedding, Linear, check_activation, merge_heads, split_heads
+from runner.nn import GLU, Attend, Embedding, Linear, merge_heads, split_heads
 from runner.rope import RopeScaling
 from runner.weights import setting, weight
 

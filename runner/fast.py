@@ -14,6 +14,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from runner import rope as frequencies
+from runner.activations import ACTIVATIONS
 from runner.errors import UsageError
 from runner.rope import RopeScaling
 from runner.weights import setting, tensor
@@ -78,6 +79,11 @@ def _rope(
     return mx.fast.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
 
 
+def _glu(gate_up: mx.array, activation: str) -> mx.array:
+    gate, up = mx.split(gate_up, 2, axis=-1)
+    return ACTIVATIONS[activation](gate) * up
+
+
 def _argmax(x: mx.array) -> mx.array:
     return mx.argmax(x, axis=-1)
 
@@ -98,7 +104,7 @@ class Ops:
     layer_norm: Callable[[mx.array, mx.array | None, mx.array | None, float], mx.array] = mx.fast.layer_norm
     rope: Callable[..., mx.array] = _rope
     attention: Callable[..., mx.array] = _attention
-    glu: Callable[[mx.array, str], mx.array] | None = None
+    glu: Callable[[mx.array, str], mx.array] = _glu
     argmax: Callable[[mx.array], mx.array] = _argmax
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from runner.cache import History
 from runner.config import Config
-from runner.errors import ConfigError, WeightsError
+from runner.errors import WeightsError
 from runner.fast import Mask, Ops, provided_ops, scaled_dot_product_attention
 from runner.weights import (
     PACKED,
@@ -198,37 +198,6 @@ _GROUPS = (16, 32, 64, 128)
 _MODES = {(4, 32, "U8"): "mxfp4", (4, 16, "U8"): "nvfp4", (8, 32, "U8"): "mxfp8"}
 
 
-def _silu(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(x)
-
-
-def _gelu(x: mx.array) -> mx.array:
-    return x * (1 + mx.erf(x / 2**0.5)) / 2
-
-
-def _gelu_tanh(x: mx.array) -> mx.array:
-    return 0.5 * x * (1 + mx.tanh((2 / mx.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-
-ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "silu": _silu,
-    "swish": _silu,
-    "gelu": _gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "relu": lambda x: mx.maximum(x, 0),
-    "relu2": lambda x: mx.square(mx.maximum(x, 0)),
-}
-"""`hidden_act`'s names, as `transformers.activations.ACT2FN` has them."""
-
-
-def check_activation(name: str) -> None:
-    """Raises `ConfigError` for an activation that is not in `ACTIVATIONS`."""
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"config.json: hidden_act {name!r} is not known; known are {', '.join(sorted(ACTIVATIONS))}")
-
-
 @dataclass
 class GLU:
     """The gated activation (arXiv:2002.05202): `act(gate) * up`, of gate and up side by side `[..., 2 I] -> [..., I]`."""
@@ -237,10 +206,7 @@ class GLU:
     ops: Ops = provided_ops()
 
     def __call__(self, gate_up: mx.array) -> mx.array:
-        if self.ops.glu is not None:
-            return self.ops.glu(gate_up, self.activation)
-        gate, up = mx.split(gate_up, 2, axis=-1)
-        return ACTIVATIONS[self.activation](gate) * up
+        return self.ops.glu(gate_up, self.activation)
 
 
 @dataclass

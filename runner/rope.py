@@ -120,7 +120,7 @@ def inverse_frequencies(
 
 
 def attention_factor(scaling: RopeScaling, *, max_position_embeddings: int) -> float:
-    """What the rotated queries and keys are multiplied by (YaRN's and LongRoPE's attention temperature); 1 for others."""
+    """What the rotated queries and keys are multiplied by (YaRN's, LongRoPE's temperature)."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     original = scaling.original_max_position_embeddings or max_position_embeddings

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import mlx.core as mx
 
 from runner import kernels
-from runner.fast import PORTABLE, Mask, Ops
+from runner.fast import PORTABLE, Ops
 
 _PACKED = (4, 8)
 _GROUPS = (32, 64, 128)
@@ -51,13 +53,30 @@ def _attention(
     query: mx.array,
     key: mx.array,
     value: mx.array,
-    mask: Mask,
+    mask: mx.array | Literal["causal"] | None,
     *,
     scale: float,
     window: int | None,
     sinks: mx.array | None,
 ) -> mx.array:
     return kernels.attention(query, key, value, scale=scale, mask=mask, window=window, sinks=sinks)
+
+
+_ACTIVATIONS: dict[str, kernels.Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_approx",
+    "gelu_pytorch_tanh": "gelu_approx",
+    "gelu_fast": "gelu_approx",
+    "relu": "relu",
+}
+
+
+def _glu(gate_up: mx.array, activation: str) -> mx.array:
+    if activation in _ACTIVATIONS:
+        return kernels.glu(gate_up, _ACTIVATIONS[activation])
+    return PORTABLE.glu(gate_up, activation)
 
 
 KERNELS = Ops(
@@ -68,7 +87,7 @@ KERNELS = Ops(
     add_rms_norm=_add_rms_norm,
     rope=_rope,
     attention=_attention,
-    glu=kernels.glu,
+    glu=_glu,
     argmax=kernels.argmax,
 )
 """`runner.fast.Ops` over `runner.kernels`; what has no kernel is plain MLX."""

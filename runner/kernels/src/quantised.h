@@ -289,6 +289,8 @@ constexpr int kQuantRows = 4, kQuantM = 2;
 
 #endif
 
+constexpr int64_t kLongRow = RUNNER_LONG;  // bytes from which one row alone is long enough a stream
+
 template <int BITS, int G, class T>
 void quant_gemv_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t end) {
   auto rows = [&](auto count, auto ms, int64_t m) {
@@ -300,7 +302,9 @@ void quant_gemv_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t en
     }
   };
   if (a.m == 1) {
-    for (; n + kQuantRows <= end; n += kQuantRows) rows(Int<kQuantRows>{}, Int<1>{}, 0);
+    if (a.k * BITS / 8 <= kLongRow) {
+      for (; n + kQuantRows <= end; n += kQuantRows) rows(Int<kQuantRows>{}, Int<1>{}, 0);
+    }
     for (; n < end; ++n) rows(Int<1>{}, Int<1>{}, 0);
     return;
   }

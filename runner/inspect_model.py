@@ -1,0 +1,101 @@
+"""What a checkpoint is, read from its headers and JSON files alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoint import Checkpoint
+from runner.families import find
+from runner.hub import resolve
+from runner.language_model import end_tokens
+from runner.plan import ArrayPlan, ModulePlan, Value, plan
+from runner.sampling import SamplingParams
+from runner.tokenizer import Tokenizer
+from runner.weights import Tree, leaves
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A field and what fills it: `shape` as the field has it, `dtype` in safetensors' spelling, bytes in the file."""
+
+    field: str
+    tensors: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """See `inspect`. `parameters` counts numbers, however they are packed; a tied tensor counts once."""
+
+    path: Path
+    model_type: str
+    config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    sampling: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+    entries: list[Entry]
+    ignored: tuple[str, ...]
+    parameters: int
+    nbytes: int
+    bits_per_weight: float
+
+
+def inspect(model: str | Path) -> ModelReport:
+    """Describe the checkpoint in a directory or under a hub id; errors as `runner.load`'s."""
+    checkpoint = Checkpoint.open(resolve(str(model)))
+    config_class, model_class = find(checkpoint.config)
+    config = config_class.from_dict(checkpoint.config)
+    layout = plan(model_class, config, checkpoint.headers)
+    tokenizer = Tokenizer.from_directory(checkpoint.directory)
+    params, ignored_defaults = SamplingParams.from_generation_config(checkpoint.generation_config)
+    arrays = list(layout.arrays())
+    used = {leaf.name for array in arrays for leaf in leaves(array.tree)}
+    nbytes = sum(checkpoint.headers[name].nbytes for name in used)
+    parameters = _parameters(layout, {})
+    return ModelReport(
+        path=checkpoint.directory,
+        model_type=config.model_type,
+        config=dict(checkpoint.config),
+        tokenizer={
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_ids": sorted(tokenizer.eos_token_ids),
+            "chat_templates": list(tokenizer.chat_templates),
+        },
+        sampling={**params.to_dict(), "ignored": list(ignored_defaults)},
+        eos_token_ids=tuple(sorted(end_tokens(checkpoint, tokenizer))),
+        entries=[_entry(array, checkpoint) for array in arrays],
+        ignored=tuple(sorted(set(checkpoint.headers) - used)),
+        parameters=parameters,
+        nbytes=nbytes,
+        bits_per_weight=8 * nbytes / max(parameters, 1),
+    )
+
+
+def _entry(array: ArrayPlan, checkpoint: Checkpoint) -> Entry:
+    names = tuple(dict.fromkeys(leaf.name for leaf in leaves(array.tree)))
+    dtypes = sorted({checkpoint.headers[name].dtype for name in names})
+    nbytes = sum(checkpoint.headers[name].nbytes for name in names)
+    return Entry(array.path, names, array.shape, "+".join(dtypes), nbytes)
+
+
+def _parameters(module: ModulePlan, counted: dict[Tree, int]) -> int:
+    """Numbers a model holds: a packed matrix holds `32 / bits` in each word, its scales and biases are none."""
+    bits = module.fields.get("bits")
+    packed = bits.value if isinstance(bits, Value) and "scales" in module.fields else None
+    total = 0
+    for name, item in module.fields.items():
+        if isinstance(item, ArrayPlan):
+            if item.tree in counted or (packed and name in ("scales", "biases")):
+                continue
+            counted[item.tree] = math.prod(item.shape) * (32 if packed and name == "weight" else 1)
+            total += counted[item.tree] // (packed if packed and name == "weight" else 1)
+        elif not isinstance(item, Value):
+            total += sum(_parameters(child, counted) for child in (item if isinstance(item, list) else [item]))
+    return total
