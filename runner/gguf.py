@@ -276,15 +276,14 @@ def config_of(reader: Reader) -> dict[str, Any]:
             "head_dim": head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": int(values["context_length"]),
-            "rms_norm_eps": float(np.float32(values["attention.layer_norm_rms_epsilon"])),
+            # float32 prints as 9.999999747378752e-06: the shortest decimal of the same float32 is what was meant.
+            "rms_norm_eps": float(str(np.float32(values["attention.layer_norm_rms_epsilon"]))),
             "rope_theta": float(values.get("rope.freq_base", 10000.0)),
             "tie_word_embeddings": "output.weight" not in reader.tensors,
             "vocab_size": reader.tensors["token_embd.weight"].shape[0],
         }
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{reader.path.name}: metadata is missing or malformed: {error}") from error
-    # float32 prints as 9.999999747378752e-06: the shortest decimal that is the same float32 is what was meant.
-    config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))
     return config
 
 

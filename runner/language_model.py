@@ -20,6 +20,7 @@ from runner.families import Model, find
 from runner.generate import Cancelled, decode, new_caches, prefill
 from runner.hub import resolve
 from runner.plan import plan
+from runner.progress import ProgressBar
 from runner.sampling import Sampled, Sampler, SamplingParams
 from runner.stop import StopMatcher
 from runner.tokenizer import Tokenizer
@@ -214,21 +215,21 @@ def load(
     *,
     dtype: str | None = None,
     revision: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool = False,
 ) -> LanguageModel:
     """Load a model from a directory or a hub id `org/name[@revision]`.
 
     Args:
         dtype: "float32", "float16" or "bfloat16" for weights and activations; None: what is stored, computed in what is
             fastest and no less exact on this machine.
-        progress: called with bytes read and bytes in all.
+        progress: show bars on stderr for a download, and for reading that takes over a second.
 
     Raises:
         RunnerError: one of its kinds, naming what does not fit.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    checkpoint = Checkpoint.open(resolve(str(model), revision=revision))
+    checkpoint = Checkpoint.open(resolve(str(model), revision=revision, progress=progress))
     config_class, model_class = find(checkpoint.config)
     config = config_class.from_dict(checkpoint.config)
     device = current()
@@ -236,7 +237,8 @@ def load(
     provided = {"ops": device.ops, "activations": activations}
     layout = plan(model_class, config, checkpoint.headers, provided)
     tokenizer = Tokenizer.from_directory(checkpoint.directory)
-    built = loading.build(layout, checkpoint, dtype=DTYPES[dtype] if dtype else None, progress=progress)
+    with ProgressBar(f"loading {checkpoint.directory.name}", enabled=progress) as bar:
+        built = loading.build(layout, checkpoint, dtype=DTYPES[dtype] if dtype else None, progress=bar.update)
     params, ignored = SamplingParams.from_generation_config(checkpoint.generation_config)
     return LanguageModel(
         checkpoint.directory,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from runner import resources
 from runner.errors import UsageError
 
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -113,6 +114,11 @@ class SamplingParams:
             values["temperature"] = 0.0
         ignored = [f"{n} = {raw[n]!r}" for n, neutral in _OTHER_DEFAULTS.items() if n in raw and raw[n] not in neutral]
         return cls(**values), tuple(ignored)
+
+    @classmethod
+    def preset(cls, name: str) -> SamplingParams:
+        """The values of `configs/sampling/NAME.json`; raises `UsageError` naming the presets for another name."""
+        return cls(**resources.read("sampling", name))
 
     def replace(self, **overrides: Any) -> SamplingParams:
         """A copy with some values changed; None keeps what is there.

@@ -21,12 +21,19 @@ FIXTURES = sorted(path.parent for path in (Path(__file__).parent / "fixtures").g
 TOLERANCE = 2e-4
 """Of the logits' standard deviation; ten times finer than promised, since 2e-3 cannot tell gelu from its tanh form."""
 
+QUANTISED = 1e-3
+"""CPU kernels multiply packed weights with activations of 16 bits: this is the error they are allowed."""
+
 by_name = pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
 
 
 def expected(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((path / "expected.json").read_text())
     return result
+
+
+def tolerance(path: Path) -> float:
+    return QUANTISED if "-mlx-" in path.name else TOLERANCE
 
 
 def error(found: mx.array, wanted: mx.array) -> float:
@@ -38,7 +45,7 @@ def test_logits(path: Path) -> None:
     lm = runner.load(path, dtype="float32")
     wanted = mx.load(str(path / "expected.safetensors"))
     for name, prompt in expected(path)["prompts"].items():
-        assert error(lm.logits(prompt), wanted[f"logits.{name}"]) < TOLERANCE
+        assert error(lm.logits(prompt), wanted[f"logits.{name}"]) < tolerance(path)
 
 
 @by_name
@@ -65,7 +72,7 @@ def test_chunked_prefill_is_whole_prefill(path: Path) -> None:
     for chunk in (1, 7, 16):
         if chunk == 1 and "dynamic" in path.name:
             continue  # its frequencies depend on the length so far by definition: covered by the larger chunks
-        assert error(prefill(lm.model, prompt, new_caches(lm.config), chunk=chunk), whole) < TOLERANCE
+        assert error(prefill(lm.model, prompt, new_caches(lm.config), chunk=chunk), whole) < tolerance(path)
 
 
 @by_name

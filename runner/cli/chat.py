@@ -18,8 +18,7 @@ from runner.cli.options import DType, LengthOptions, Model, SamplingOptions, Sys
 from runner.errors import ContextLengthError, RunnerError, UsageError
 
 if TYPE_CHECKING:
-    from runner.generate import Chunk
-    from runner.language_model import LanguageModel
+    from runner.language_model import Chunk, LanguageModel
 
 HELP = {
     "/help": "this list",

@@ -6,8 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runner.generate import Timings
-    from runner.language_model import LanguageModel
+    from runner.language_model import LanguageModel, Timings
 
 
 def open_model(model: str, dtype: str | None) -> LanguageModel:

@@ -14,8 +14,7 @@ from runner.cli.options import OUTPUT, DType, LengthOptions, Model, SamplingOpti
 from runner.errors import UsageError
 
 if TYPE_CHECKING:
-    from runner.generate import Chunk
-    from runner.language_model import LanguageModel
+    from runner.language_model import Chunk, LanguageModel
 
 Prompt = Annotated[
     str | None,

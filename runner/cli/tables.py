@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -38,7 +39,7 @@ def columns(*names: str, indent: int = 0) -> Table:
     """A table without lines; a name that starts with ">" is aligned to the right, "" for all names is no header."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=any(names))
     for name in names:
-        align = "right" if name.startswith(">") else "left"
+        align: Literal["left", "right"] = "right" if name.startswith(">") else "left"
         heading = cell((" " * indent if not table.columns else "") + name.lstrip(">"), "dim")
         table.add_column(heading, justify=align, overflow="fold", no_wrap=align == "right")
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from types import ModuleType
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ def load_extension(name: str = f"{__package__}._C") -> tuple[ModuleType | None, 
         )
     except ImportError as error:  # a symbol of another MLX, a library that is not there
         return None, f"the CPU kernels do not load ({error}); {_REBUILD}"
-    return check(module, mx.__version__)
+    return check(module, importlib.metadata.version("mlx"))
 
 
 def check(module: ModuleType, installed: str) -> tuple[ModuleType | None, str | None]:

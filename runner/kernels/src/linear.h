@@ -5,7 +5,7 @@ constexpr int kFewRows = 16;    // up to here every weight is read once and met 
 constexpr int kTileRows = 48;   // weight rows of a tile: a multiple of kRows on every ISA
 constexpr int kTileDepth = 512;
 constexpr int kTileCols = 256;  // rows of x of a tile
-constexpr int64_t kChunkBytes = 24 << 10;  // weight bytes below which a piece is not worth its claim
+constexpr int64_t kChunkBytes = RUNNER_CB;  // weight bytes below which a piece is not worth its claim
 
 // Pieces for n rows of `row_bytes` each; depends on the shape alone, so results do not depend on the thread count.
 RUNNER_INLINE int64_t rows_per_chunk(int64_t n, int64_t row_bytes, int64_t multiple) {

@@ -289,7 +289,7 @@ constexpr int kQuantRows = 4, kQuantM = 2;
 
 #endif
 
-constexpr int64_t kLongRow = RUNNER_LONG;  // bytes from which one row alone is long enough a stream
+constexpr int64_t kLongRow = 512;  // bytes from which one row alone is long enough a stream
 
 template <int BITS, int G, class T>
 void quant_gemv_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t end) {
