@@ -34,14 +34,16 @@ def extensions() -> list[Extension]:
                 str(binding / "ext" / "robin_map" / "include"),
             ],
             define_macros=[("NB_DOMAIN", "mlx"), ("NB_COMPACT_ASSERTIONS", None), ("NDEBUG", None)],
+            # No run path: importing mlx.core has loaded the library by then, and the name finds it.
+            library_dirs=[str(root / "lib")],
+            libraries=["mlx"],
             extra_compile_args=[
                 "-std=c++20",
                 "-O3",
                 "-fvisibility=hidden",
                 "-fno-strict-aliasing",
-                "-ffp-contract=off",
             ],
-            extra_link_args=["-pthread", "-Wl,--strip-debug"],
+            extra_link_args=["-pthread", "-Wl,-z,now", "-Wl,--strip-debug"],
             optional=True,
             language="c++",
         )

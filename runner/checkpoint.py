@@ -48,7 +48,7 @@ RAW_DTYPES = {**MLX_DTYPES, "F8_E5M2": "uint8", "F8_E4M3FNUZ": "uint8", "F8_E5M2
 """What `Checkpoint.read` returns: 8-bit floats come as their bytes, to be decoded by whoever knows the scale."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Checkpoint:
     """A checked model directory. Build it with `open`.
 
@@ -84,9 +84,9 @@ class Checkpoint:
             CheckpointError: naming the file and the problem.
         """
         directory = Path(directory)
-        if not directory.is_dir():
+        if not os.path.isdir(directory):
             hint = f"; convert it first: runner convert {directory} OUT/" if directory.suffix == ".gguf" else ""
-            what = "is a file; a checkpoint is a directory" if directory.exists() else "no such directory"
+            what = "is a file; a checkpoint is a directory" if os.path.exists(directory) else "no such directory"
             raise CheckpointError(f"{directory}: {what}{hint}")
         shards, headers = _weights(directory)
         if not _exists(directory, "config.json"):
@@ -188,7 +188,11 @@ def _weights(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorI
     if _exists(directory, SINGLE):
         header = read_header(member(directory, SINGLE))
         return {SINGLE: header}, header.tensors
-    raise CheckpointError(f"{directory}: {_no_weights(sorted(os.listdir(directory)), directory)}")
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read: {error.strerror or error}") from error
+    raise CheckpointError(f"{directory}: {_no_weights(names, directory)}")
 
 
 def _no_weights(names: list[str], directory: Path) -> str:

@@ -5,7 +5,8 @@ package reads is fetched: JSON, the tokenizer, chat templates, and the safetenso
 resumption, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are `huggingface_hub`'s, imported when needed.
 
 The weights are fetched after everything else and the revision's name is recorded last, so a snapshot that has its
-weights has the rest, and an interrupted download never hides an older complete one.
+weights has the rest, and an interrupted download never hides an older complete one. A dropped connection is resumed
+inside a download; across runs `huggingface_hub` keeps every finished file and begins an unfinished one again.
 """
 
 from __future__ import annotations
@@ -234,7 +235,9 @@ def _download(repo: str, commit: str, files: list[str]) -> Path:
     snapshot = Path(snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in files]))
     missing = [name for name in files if not (snapshot / name).is_file()]
     if missing:  # the library returns what it has when the connection fails half-way
-        raise HubError(f"{repo}: the download stopped before {shown(missing[0])}; run it again to go on from there")
+        raise HubError(
+            f"{repo}: the download stopped before {shown(missing[0])}; run it again (finished files are kept)"
+        )
     return snapshot
 
 
@@ -288,7 +291,7 @@ def _transport(repo: str, revision: str, error: Exception) -> str:
         chain = chain.__cause__ or chain.__context__
     return (
         f"{repo}@{revision} is not complete in the cache and could not be fetched from {constants.ENDPOINT}: "
-        f"{_first_line(error)}; check the network and try again, the download goes on where it stopped"
+        f"{_first_line(error)}; check the network and try again (finished files are kept)"
     )
 
 

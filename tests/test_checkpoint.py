@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from runner import safetensors_header
 from runner.checkpoint import RAW_DTYPES, Checkpoint, read_json, write_checkpoint
 from runner.errors import CheckpointError, UsageError
 from runner.safetensors_header import BITS, read_header
@@ -81,7 +82,7 @@ def test_single_file_without_generation_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tensor 'b'"):
         checkpoint.read("b")
     with pytest.raises(TypeError):
-        checkpoint.headers["b"] = checkpoint.headers["a"]  # type: ignore[index]
+        cast(dict[str, Any], checkpoint.headers)["b"] = checkpoint.headers["a"]
 
 
 def test_the_index_decides_and_strays_are_not_loaded(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_wrong_indexes(tmp_path: Path, index: Any, expected: str) -> None:
     assert expected in refusal(tmp_path)
 
 
-def test_links_out_loops_and_things_that_are_not_files(tmp_path: Path) -> None:
+def test_links_out_loops_and_things_that_are_not_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes(tensor_file(["a"]))
     for number, target in enumerate([str(secret), "../secret.safetensors"]):
@@ -178,7 +179,8 @@ def test_links_out_loops_and_things_that_are_not_files(tmp_path: Path) -> None:
         assert expected in refusal(model)
     model = model_dir(tmp_path / "socket", {})
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(model / "model.safetensors"))  # absolute paths of pytest are too long for a socket
+        monkeypatch.chdir(model)  # pytest's absolute paths are too long for a socket
+        server.bind("model.safetensors")
         assert "not a regular file" in refusal(model)
 
 
@@ -249,8 +251,12 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.parametrize("judged", [True, False], ids=["library first", "alone"])
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_headers_that_lie(tmp_path: Path, case: str) -> None:
+def test_headers_that_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, judged: bool) -> None:
+    """Our own checks refuse all of them too, when the safetensors library is not asked."""
+    if not judged:
+        monkeypatch.setattr(safetensors_header, "_judge", lambda path: None)
     model_dir(tmp_path, {"model.safetensors": BAD_FILES[case]})
     assert "model.safetensors" in refusal(tmp_path)
 
@@ -279,6 +285,7 @@ def test_directories_without_weights_to_read(tmp_path: Path, files: dict[str, by
 
 def test_no_directory_no_config(tmp_path: Path) -> None:
     assert "no such directory" in refusal(tmp_path / "gone")
+    assert "no such directory" in refusal(tmp_path / ("x" * 5000))
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert f"runner convert {tmp_path / 'm.gguf'} OUT/" in refusal(tmp_path / "m.gguf")
     (tmp_path / "model.safetensors").write_bytes(tensor_file(["a"]))
@@ -310,6 +317,13 @@ def test_strict_json(tmp_path: Path, text: bytes, expected: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_json(tmp_path / "config.json", limit)
     assert expected in str(caught.value) and "config.json" in str(caught.value)
+
+
+def test_json_is_not_read_from_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    for name in ("config.json", "gone.json"):
+        with pytest.raises(CheckpointError, match=name):
+            read_json(tmp_path / name)
 
 
 def test_json_that_is_fine(tmp_path: Path) -> None:
@@ -384,7 +398,7 @@ def test_a_file_changed_after_its_check_is_refused(tmp_path: Path, dtype: str) -
     data = safetensors({"a": entry(dtype, [4], [0, 4])}, bytes(4))
     checkpoint = Checkpoint.open(model_dir(tmp_path, {"model.safetensors": data}))
     path.unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         checkpoint.read("a")
     path.write_bytes(data + b"\0")
     with pytest.raises(CheckpointError, match="changed since"):
@@ -454,7 +468,7 @@ def sample() -> dict[str, mx.array]:
 @pytest.mark.parametrize("max_shard_bytes", [1, 40, 128, 1 << 30])
 def test_round_trip(tmp_path: Path, max_shard_bytes: int) -> None:
     config = {"model_type": "t", "n": [1, 2.5, None], "limit": float("inf"), "name": "é😀"}
-    extra = {"tokenizer.json": b"\x00\x01", "additional_chat_templates/rag.jinja": "{{ é }}"}
+    extra: dict[str, bytes | str] = {"tokenizer.json": b"\x00\x01", "additional_chat_templates/rag.jinja": "{{ é }}"}
     out = tmp_path / "deep/er/out"
     write_checkpoint(out, iter(sample().items()), config, extra, max_shard_bytes)
     checkpoint = Checkpoint.open(out)

@@ -88,7 +88,7 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     `f(model, *, sampling: SamplingOptions)` becomes, for typer, `f(model, *, preset=None, temperature=None, ...)`.
     """
     hints = get_type_hints(function, include_extras=True)
-    groups: dict[str, Callable[..., Any]] = {n: hint for n, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in groups:

@@ -138,11 +138,11 @@ def attention(
 ) -> mx.array:
     """Softmax attention with grouped heads; no L x S matrix is built, k and v are read where they lie.
 
-    q float [B, H, L, D]; k, v one float type [B, KV, S, D], H a multiple of KV; any strides, no copy is made while
-    the last dimension is contiguous. The query at l stands at key S - L + l: "causal" hides the keys after it,
-    `window` all but the last `window` keys up to it (on its own it hides no later key). An array mask broadcasts to
-    [B, H, L, S]: bool (True = visible) or float (added to the scores). sinks float [H]: one more score per head
-    that takes its share and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, D] of q's type.
+    q float [B, H, L, D]; k [B, KV, S, D] and v [B, KV, S, DV] of one float type, H a multiple of KV; any strides, no
+    copy is made while the last dimension is contiguous. The query at l stands at key S - L + l: "causal" hides the
+    keys after it, `window` those and all but the last `window` up to it. An array mask broadcasts to [B, H, L, S]:
+    bool (True = visible) or float (added to the scores). sinks float [H]: one more score per head that takes its
+    share and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, DV] of q's type.
     """
     return _C.attention(q, k, v, scale, mask, window, sinks)
 

@@ -30,12 +30,6 @@ def _quantized_linear(
     return kernels.linear(x, full, bias)
 
 
-def _add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps: float) -> tuple[mx.array, mx.array]:
-    if weight is None:
-        return PORTABLE.add_rms_norm(x, residual, weight, eps)
-    return kernels.add_rms_norm(x, residual, weight, eps)
-
-
 def _rope(
     x: mx.array,
     offset: int | mx.array,
@@ -84,7 +78,8 @@ KERNELS = Ops(
     linear=kernels.linear,
     quantized_linear=_quantized_linear,
     rms_norm=kernels.rms_norm,
-    add_rms_norm=_add_rms_norm,
+    add_rms_norm=kernels.add_rms_norm,
+    layer_norm=kernels.layer_norm,
     rope=_rope,
     attention=_attention,
     glu=_glu,

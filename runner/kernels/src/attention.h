@@ -50,29 +50,53 @@ inline void load_query(const AttentionArgs& a, int64_t b, int64_t h, int64_t l, 
 inline void store_result(const AttentionArgs& a, int64_t b, int64_t h, int64_t l, const float* src) {
   with_type(a.qt, [&](auto t) {
     using T = decltype(t);
-    from_float<T>(src, (typename T::S*)a.out + ((b * a.h + h) * a.l + l) * a.d, a.d);
+    from_float<T>(src, (typename T::S*)a.out + ((b * a.h + h) * a.l + l) * a.dv, a.dv);
   });
 }
 
-// score[r * kMaxSplit + i] = q row r . key i, for R rows and keys [s, s + n).
 constexpr int kMaxSplit = 256;
+constexpr int64_t kRowsAhead = 16;  // keys and values prefetched
 
-template <class T, int R>
-RUNNER_INLINE void few_scores(const AttentionArgs& a, const float* q, const typename T::S* k, int64_t n, float* score) {
-  for (int64_t i = 0; i < n; ++i, k += a.ks) {
-    VF acc[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) acc[r] = zero();
-    int64_t d = 0;
-    for (; d + W <= a.d; d += W) {
-      VF kv = T::load_v(k + d);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r] = fma(kv, load(q + r * a.d + d), acc[r]);
+// score[r * kMaxSplit + i] = q row r . key i, for R rows and keys [i, i + N); d a multiple of W, R * N at most W.
+template <class T, int R, int N>
+RUNNER_INLINE void score_block(const AttentionArgs& a, const float* q, const typename T::S* k, float* score) {
+  constexpr int64_t kItem = sizeof(typename T::S);
+  VF acc[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) acc[i] = zero();
+  for (int64_t d = 0; d < a.d; d += W) {
+    VF kv[N];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      kv[i] = T::load_v(k + i * a.ks + d);
+      if (d * kItem % 64 == 0) prefetch(k + (i + kRowsAhead) * a.ks + d);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      float sum = hsum(acc[r]);
-      for (int64_t j = d; j < a.d; ++j) sum += T::to(k[j]) * q[r * a.d + j];
+      VF qv = load(q + r * a.d + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) acc[r * N + i] = fma(kv[i], qv, acc[r * N + i]);
+    }
+  }
+  float out[W];
+  store(out, sums(acc));
+  for (int r = 0; r < R; ++r) memcpy(score + r * kMaxSplit, out + r * N, N * 4);
+}
+
+template <class T, int R>
+RUNNER_INLINE void few_scores(const AttentionArgs& a, const float* q, const typename T::S* k, int64_t n, float* score) {
+  constexpr int N = W / (R == 3 ? 4 : R);
+  int64_t i = 0;
+  if (a.d % W == 0) {
+    for (; i + N <= n; i += N) score_block<T, R, N>(a, q, k + i * a.ks, score + i);
+  }
+  for (; i < n; ++i) {
+    for (int r = 0; r < R; ++r) {
+      VF acc = zero();
+      int64_t d = 0;
+      for (; d + W <= a.d; d += W) acc = fma(T::load_v(k + i * a.ks + d), load(q + r * a.d + d), acc);
+      float sum = hsum(acc);
+      for (; d < a.d; ++d) sum += T::to(k[i * a.ks + d]) * q[r * a.d + d];
       score[r * kMaxSplit + i] = sum;
     }
   }
@@ -83,10 +107,11 @@ template <class T, int R>
 RUNNER_INLINE void few_values(const AttentionArgs& a, const float* p, const typename T::S* v, int64_t n, float* out,
                               int64_t stride) {
   constexpr int C = kRegisters == 32 ? 4 : 2;  // vectors of d at a time
+  constexpr int64_t kItem = sizeof(typename T::S);
   int64_t d = 0;
   auto step = [&](auto count) {
     constexpr int N = decltype(count)::value;
-    for (; d + N * W <= a.d; d += N * W) {
+    for (; d + N * W <= a.dv; d += N * W) {
       VF acc[R][N];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -96,7 +121,10 @@ RUNNER_INLINE void few_values(const AttentionArgs& a, const float* p, const type
       for (int64_t i = 0; i < n; ++i) {
         VF vv[N];
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) vv[j] = T::load_v(v + i * a.vs + d + j * W);
+        for (int j = 0; j < N; ++j) {
+          vv[j] = T::load_v(v + i * a.vs + d + j * W);
+          if (j * W * kItem % 64 == 0) prefetch(v + (i + kRowsAhead) * a.vs + d + j * W);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           VF w = set1(p[r * kMaxSplit + i]);
@@ -113,7 +141,7 @@ RUNNER_INLINE void few_values(const AttentionArgs& a, const float* p, const type
   };
   step(Int<C>{});
   step(Int<1>{});
-  for (; d < a.d; ++d) {
+  for (; d < a.dv; ++d) {
     for (int r = 0; r < R; ++r) {
       float sum = 0;
       for (int64_t i = 0; i < n; ++i) sum += p[r * kMaxSplit + i] * T::to(v[i * a.vs + d]);
@@ -150,7 +178,7 @@ inline FewPlan plan_few(const AttentionArgs& a) {
   p.split = a.s <= 1024 ? 64 : kMaxSplit;
   p.first = visible(a, 0).first / p.split;
   p.pieces = (a.s + p.split - 1) / p.split - p.first;
-  p.stride = a.d + 2;
+  p.stride = a.dv + 2;
   return p;
 }
 
@@ -197,17 +225,17 @@ inline void few_merge(const AttentionArgs& a, const FewPlan& plan, int64_t b, in
   for (int64_t i = 0; i < plan.pieces; ++i) most = part[i * step] > most ? part[i * step] : most;
   float base = most == kMinusInf ? 0.0f : most;
   float total = __builtin_expf(sink_of(a, h) - base);
-  float* out = (float*)scratch(Slot::tile, a.d * 4);
-  for (int64_t d = 0; d < a.d; ++d) out[d] = 0;
+  float* out = (float*)scratch(Slot::tile, a.dv * 4);
+  for (int64_t d = 0; d < a.dv; ++d) out[d] = 0;
   for (int64_t i = 0; i < plan.pieces; ++i) {
     const float* p = part + i * step;
     if (p[1] == 0) continue;  // nothing visible in this piece
     float weight = __builtin_expf(p[0] - base);
     total += weight * p[1];
-    for (int64_t d = 0; d < a.d; ++d) out[d] += weight * p[2 + d];
+    for (int64_t d = 0; d < a.dv; ++d) out[d] += weight * p[2 + d];
   }
   float inverse = total == 0 ? 0.0f : 1.0f / total;
-  for (int64_t d = 0; d < a.d; ++d) out[d] *= inverse;
+  for (int64_t d = 0; d < a.dv; ++d) out[d] *= inverse;
   store_result(a, b, h, l, out);
 }
 
@@ -240,7 +268,7 @@ inline void few_queries(const AttentionArgs& a) {
 
 // A panel's state, lanes are rows: running max and sum, results transposed.
 struct PanelState {
-  float *q, *score, *out;      // [d][kPanel], [kKeyBlock][kPanel], [d][kPanel]
+  float *q, *score, *out;      // [d][kPanel], [kKeyBlock][kPanel], [dv][kPanel]
   float *keys, *values;        // float32 copies of a block where the cache is 16-bit
   float most[kPanel], total[kPanel];
 };
@@ -305,9 +333,9 @@ void panel_keys(const AttentionArgs& a, int64_t b, int64_t kv, int64_t r0, int c
     const float* k = block_as_float<T>(key_row<T>(a, b, kv, s), a.ks, n, a.d, st.keys, &stride);
     panel_product(k, stride, 1, n, st.q, a.d, cols, st.score, kPanel, false);
     if (a.mask || s < common.first || s + n > common.last) mask_block(a, b, kv, r0, cols, s, n, st.score);
-    online_softmax(st, n, a.d, cols);
-    const float* v = block_as_float<T>(value_row<T>(a, b, kv, s), a.vs, n, a.d, st.values, &stride);
-    panel_product(v, 1, stride, a.d, st.score, n, cols, st.out, kPanel, true);
+    online_softmax(st, n, a.dv, cols);
+    const float* v = block_as_float<T>(value_row<T>(a, b, kv, s), a.vs, n, a.dv, st.values, &stride);
+    panel_product(v, 1, stride, a.dv, st.score, n, cols, st.out, kPanel, true);
   }
 }
 
@@ -315,14 +343,15 @@ inline void attention_panel(const AttentionArgs& a, int64_t b, int64_t kv, int64
   int64_t group = a.h / a.kv, rows = group * a.l;
   int cols = (int)(rows - r0 < kPanel ? rows - r0 : kPanel);
   PanelState st;
-  float* block = (float*)scratch(Slot::tile, (2 * a.d * kPanel + kKeyBlock * (kPanel + 2 * a.d) + a.d * kPanel) * 4);
-  st.q = block;
+  int64_t line = a.d > a.dv ? a.d : a.dv;
+  int64_t floats = (a.d + a.dv + kKeyBlock) * kPanel + kKeyBlock * (a.d + a.dv) + kPanel * line;
+  st.q = (float*)scratch(Slot::tile, floats * 4);
   st.out = st.q + a.d * kPanel;
-  st.score = st.out + a.d * kPanel;
+  st.score = st.out + a.dv * kPanel;
   st.keys = st.score + kKeyBlock * kPanel;
   st.values = st.keys + kKeyBlock * a.d;
-  float* lines = st.values + kKeyBlock * a.d;  // [kPanel][d]
-  memset(st.q, 0, (size_t)(2 * a.d * kPanel * 4));
+  float* lines = st.values + kKeyBlock * a.dv;  // [kPanel][d], later [kPanel][dv]
+  memset(st.q, 0, (size_t)((a.d + a.dv) * kPanel * 4));
   for (int c = 0; c < cols; ++c) load_query(a, b, kv * group + (r0 + c) % group, (r0 + c) / group, lines + c * a.d);
   transpose(lines, a.d, cols, a.d, st.q, kPanel);
   for (int c = 0; c < kPanel; ++c) {
@@ -332,11 +361,11 @@ inline void attention_panel(const AttentionArgs& a, int64_t b, int64_t kv, int64
   }
   with_type(a.kt, [&](auto t) { panel_keys<decltype(t)>(a, b, kv, r0, cols, st); });
   for (int c = 0; c < kPanel; ++c) st.total[c] = st.total[c] == 0 ? 0.0f : 1.0f / st.total[c];
-  for (int64_t i = 0; i < a.d; ++i) {
+  for (int64_t i = 0; i < a.dv; ++i) {
     for (int j = 0; j < kPanel; j += W) store(st.out + i * kPanel + j, load(st.out + i * kPanel + j) * load(st.total + j));
   }
-  transpose(st.out, kPanel, a.d, cols, lines, a.d);
-  for (int c = 0; c < cols; ++c) store_result(a, b, kv * group + (r0 + c) % group, (r0 + c) / group, lines + c * a.d);
+  transpose(st.out, kPanel, a.dv, cols, lines, a.dv);
+  for (int c = 0; c < cols; ++c) store_result(a, b, kv * group + (r0 + c) % group, (r0 + c) / group, lines + c * a.dv);
 }
 
 inline void attention(const AttentionArgs& a) {

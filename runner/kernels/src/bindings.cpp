@@ -1,3 +1,5 @@
+#include <atomic>
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -19,12 +21,24 @@ using namespace nb::literals;
 constexpr const char* kBuiltFor =
     RUNNER_TEXT(MLX_VERSION_MAJOR) "." RUNNER_TEXT(MLX_VERSION_MINOR) "." RUNNER_TEXT(MLX_VERSION_PATCH);
 
+// Runs `rounds` jobs on the pool and says whether every piece ran exactly once.
+bool self_test(int rounds) {
+  constexpr int kPieces = 37;
+  std::atomic<int> seen[kPieces] = {};
+  for (int i = 0; i < rounds; ++i) runner::Pool::get().parallel_for(kPieces, [&](int piece) { ++seen[piece]; });
+  for (auto& count : seen) {
+    if (count != rounds) return false;
+  }
+  return true;
+}
+
 NB_MODULE(_C, m) {
   m.attr("built_for_mlx") = kBuiltFor;
   // Raises TypeError where this module and mlx.core do not share nanobind's type tables.
   m.def("accepts_array", [](const mlx::core::array&) { return true; }, "x"_a);
   m.def("num_threads", [] { return runner::Pool::get().size(); });
   m.def("set_num_threads", [](int n) { runner::Pool::get().resize(n); }, "n"_a);
+  m.def("self_test", &self_test, "rounds"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("isa", [] { return runner::kernels().name; });
   m.def("set_isa", [](const std::string& name) { return runner::select_isa(name.c_str()); }, "name"_a);
 

@@ -54,12 +54,13 @@ struct RopeArgs {
   bool traditional;
 };
 
-// q[B, H, L, D], k/v[B, KV, S, D], last dimension contiguous, other strides free; out [B, H, L, D] contiguous.
+// q[B, H, L, D], k[B, KV, S, D], v[B, KV, S, DV], last dimension contiguous, other strides free; out [B, H, L, DV]
+// contiguous.
 struct AttentionArgs {
   const void *q, *k, *v;
   void* out;
   DType qt, kt;
-  int64_t b, h, kv, l, s, d;
+  int64_t b, h, kv, l, s, d, dv;
   int64_t qb, qh, ql;
   int64_t kb, kh, ks;
   int64_t vb, vh, vs;

@@ -5,7 +5,7 @@ constexpr int kFewRows = 16;    // up to here every weight is read once and met 
 constexpr int kTileRows = 48;   // weight rows of a tile: a multiple of kRows on every ISA
 constexpr int kTileDepth = 512;
 constexpr int kTileCols = 256;  // rows of x of a tile
-constexpr int64_t kChunkBytes = RUNNER_CB;  // weight bytes below which a piece is not worth its claim
+constexpr int64_t kChunkBytes = 16 << 10;  // weight bytes below which a piece is not worth its claim
 
 // Pieces for n rows of `row_bytes` each; depends on the shape alone, so results do not depend on the thread count.
 RUNNER_INLINE int64_t rows_per_chunk(int64_t n, int64_t row_bytes, int64_t multiple) {
@@ -54,7 +54,7 @@ inline void weight_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count
 
 // Where to prefetch while line `c` of row r (of R side by side) is read. The hardware follows one stream within a
 // page, R rows at once defeat it. Short rows: the next rows follow in memory; long ones: each row is a stream.
-constexpr int64_t kAhead = RUNNER_AHEAD;  // bytes in flight that hide a trip to memory at full bandwidth
+constexpr int64_t kAhead = 4096;  // bytes in flight that hide a trip to memory at full bandwidth
 template <int R>
 RUNNER_INLINE const char* ahead(const void* w, int64_t row_bytes, int r, int64_t line) {
   if (R * row_bytes <= 2 * kAhead) return (const char*)w + (line * R + r) * 64 + kAhead;

@@ -168,7 +168,7 @@ class Attention : public CpuPrimitive {
     a.kt = type_of(inputs[1]);
     auto& shape = inputs[0].shape();
     a.b = shape[0], a.h = shape[1], a.l = shape[2], a.d = shape[3];
-    a.kv = inputs[1].shape(1), a.s = inputs[1].shape(2);
+    a.kv = inputs[1].shape(1), a.s = inputs[1].shape(2), a.dv = inputs[2].shape(3);
     a.out = d.allocate(outputs[0]).data<void>();
     mx::Strides sq, sk, sv;
     a.q = d.last_contiguous(inputs[0], sq);
@@ -402,10 +402,13 @@ mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& 
   need_float(op, "q", q);
   need_dims(op, "k", k, 4);
   need_float(op, "k", k);
-  if (k.shape() != v.shape() || k.dtype() != v.dtype()) {
-    refuse(op, ": k is ", k.dtype(), k.shape(), ", v ", v.dtype(), v.shape(), "; expected the same type and shape");
-  }
+  need_dims(op, "v", v, 4);
   int heads = q.shape(1), kv = k.shape(1);
+  bool same = k.dtype() == v.dtype() && k.shape(0) == v.shape(0) && kv == v.shape(1) && k.shape(2) == v.shape(2);
+  if (!same) {
+    refuse(op, ": k is ", k.dtype(), k.shape(), ", v ", v.dtype(), v.shape(),
+           "; expected one type, and shapes that differ in the last dimension only");
+  }
   if (q.shape(0) != k.shape(0) || q.shape(3) != k.shape(3) || kv == 0 || heads % kv) {
     refuse(op, ": q has shape ", q.shape(), ", k ", k.shape(),
            "; expected equal batch and head size, and query heads a multiple of key heads");
@@ -414,7 +417,7 @@ mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& 
   auto stream = cpu_stream();
   std::vector<mx::array> inputs{q, k, v};
   int kind = 0;
-  bool causal = false;
+  bool causal = window.has_value();
   if (auto* word = std::get_if<std::string>(&mask)) {
     if (*word != "causal") refuse(op, ": mask is '", *word, "'; expected None, 'causal' or an array");
     causal = true;
@@ -429,7 +432,7 @@ mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& 
   }
   auto primitive =
       std::make_shared<Attention>(stream, scale, causal, window.value_or(0), kind, sinks.has_value());
-  return mx::array(q.shape(), q.dtype(), std::move(primitive), std::move(inputs));
+  return mx::array(with_last(q, v.shape(3)), q.dtype(), std::move(primitive), std::move(inputs));
 }
 
 mx::array glu_op(const mx::array& gate_up, const std::string& activation) {

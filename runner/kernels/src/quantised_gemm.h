@@ -86,6 +86,12 @@ struct QuantTile {
   float* shift;
 };
 
+// acc + pairs of a times pairs of b. In assembler, because GCC 12 surrounds the intrinsic with copies and spills.
+RUNNER_INLINE __m512i multiply_add(__m512i acc, __m512i a, __m512i b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
+
 // t[n][m] += over the groups of a tile: scale_n scale_m sum(q_n q_m) + shift_n sum_m
 template <int NR, int MV>
 RUNNER_INLINE void quant_micro(const int16_t* w, const float* scale, const float* shift, const QuantPanel& x,
@@ -110,17 +116,20 @@ RUNNER_INLINE void quant_micro(const int16_t* w, const float* scale, const float
         memcpy(&pair, wq + n * kQuantDepth + 2 * i, 4);
         __m512i b = _mm512_set1_epi32(pair);
 #pragma GCC unroll 2
-        for (int j = 0; j < MV; ++j) acc[n][j] = _mm512_dpwssd_epi32(acc[n][j], b, xv[j]);
+        for (int j = 0; j < MV; ++j) acc[n][j] = multiply_add(acc[n][j], b, xv[j]);
       }
     }
+    VF sx[MV], xs[MV];
 #pragma GCC unroll 2
-    for (int j = 0; j < MV; ++j) {
-      VF sx = load(x.scale + g * kPanel + j * W), xs = load(x.sum + g * kPanel + j * W);
+    for (int j = 0; j < MV; ++j) sx[j] = load(x.scale + g * kPanel + j * W), xs[j] = load(x.sum + g * kPanel + j * W);
 #pragma GCC unroll 16
-      for (int n = 0; n < NR; ++n) {
+    for (int n = 0; n < NR; ++n) {
+      VF s = set1(scale[n * kGroups + g]), b = set1(shift[n * kGroups + g]);
+#pragma GCC unroll 2
+      for (int j = 0; j < MV; ++j) {
         float* at = t + n * kTileCols + j * W;
-        VF v = fma(set1(shift[n * kGroups + g]), xs, load(at));
-        store(at, fma(_mm512_cvtepi32_ps(acc[n][j]) * sx, set1(scale[n * kGroups + g]), v));
+        VF v = fma(b, xs[j], load(at));
+        store(at, fma(_mm512_cvtepi32_ps(acc[n][j]) * sx[j], s, v));
       }
     }
   }
