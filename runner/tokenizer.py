@@ -90,12 +90,7 @@ class Tokenizer:
         tokens that are not special are always recognised, as in transformers.
         Raises TokenizerError for text that is not Unicode (lone surrogates).
         """
-        try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"the text has a lone surrogate {text[error.start]!r} at {error.start}: it is not valid Unicode"
-            ) from error
+        return self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens, parse_special=parse_special)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids outside the vocabulary add none. Bytes that are no UTF-8 become U+FFFD.
@@ -160,10 +155,17 @@ class Tokenizer:
             return self.encode(text, add_special_tokens=False, parse_special=True)
         markers = choose_markers(source, text, inputs.messages, inputs.tools, inputs.extra)
         marked = scanner.unmark(self._templates.render(source, _marked_inputs(inputs, scanner.mark, markers)), markers)
-        try:
-            return self._backend.encode_matches(marked.text, scanner.find(marked.text, marked))
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"the chat has a lone surrogate ({error.reason}): it is not valid Unicode") from error
+        return self._backend.encode_matches(_unicode(marked.text), scanner.find(marked.text, marked))
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the text has a lone surrogate {text[error.start]!r} at {error.start}: it is not valid Unicode"
+        ) from error
+    return text
 
 
 def _marked_inputs(inputs: ChatInputs, mark: Any, markers: tuple[str, str]) -> ChatInputs:

@@ -53,7 +53,7 @@ WRONG: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_refused_before_anything_runs(case: str) -> None:
-    with pytest.raises(ValueError, match="expected|must be|give either"):
+    with pytest.raises(ValueError, match=r"expected|must be|give either"):
         WRONG[case]()
 
 
@@ -68,15 +68,8 @@ def test_the_instruction_set_can_be_forced(name: str) -> None:
 
 
 def test_no_gradients() -> None:
-    with pytest.raises((ValueError, RuntimeError), match="Not implemented|not implemented"):
+    with pytest.raises((ValueError, RuntimeError), match=r"Not implemented|not implemented"):
         mx.eval(mx.grad(lambda x: kernels.rms_norm(x, None, 1e-5).sum())(mx.ones((4,))))
-
-
-def test_a_gpu_stream_as_default_does_not_matter() -> None:
-    """The ops build their graph on the CPU whatever the default device is."""
-    with mx.stream(mx.cpu):
-        found = kernels.rms_norm(mx.ones((2, 8)), None, 0.0)
-    assert numpy(found).tolist() == [[1.0] * 8] * 2
 
 
 def test_a_forked_child_gets_threads_of_its_own() -> None:

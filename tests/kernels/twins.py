@@ -36,14 +36,15 @@ def assert_close(found: mx.array, expected: Any, *, rounded_to: mx.Dtype, tolera
     got, want = numpy(found), np.asarray(expected, dtype=np.float32)
     assert got.shape == want.shape
     if rounded_to == mx.float16:
-        want = np.where(np.abs(want) > 65519, np.sign(want) * np.inf, want)
+        want = np.where(np.abs(want) > 65519, np.copysign(np.inf, want), want)
     finite = np.isfinite(want)
     assert np.array_equal(np.isnan(got), np.isnan(want))
     assert np.array_equal(got[~finite & ~np.isnan(want)], want[~finite & ~np.isnan(want)])
     if finite.any():
-        scale = float(np.sqrt(np.mean(want[finite] ** 2))) + 1e-20
-        error = np.abs(got[finite] - want[finite])
-        assert np.all(error <= tolerance * scale + EPSILON[rounded_to] * np.abs(want[finite])), error.max() / scale
+        got, want = got[finite].astype(np.float64), want[finite].astype(np.float64)
+        scale = np.sqrt(np.mean(want**2)) + 1e-30
+        error = np.abs(got - want)
+        assert np.all(error <= tolerance * scale + EPSILON[rounded_to] * np.abs(want)), error.max() / scale
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> Any:

@@ -87,7 +87,10 @@ RUNNER_INLINE void quantise_row(const LinearArgs& a, int64_t m, const QuantX& to
   for (int64_t g = 0; g < groups; ++g) {
     float most, total;
     group_range(x + g * a.group, a.group, &most, &total);
-    if (!(total - total == 0.0f)) *finite = false;
+    if (!(total - total == 0.0f)) {
+      *finite = false;
+      return;
+    }
     scale[g] = most / kMostCode;
     int32_t codes = 0;
     float inverse = most > 1e-30f ? kMostCode / most : 0.0f;

@@ -19,11 +19,10 @@ RUNNER_INLINE QuantPanel quant_panel(const LinearArgs& a, void* block, int64_t p
 
 // One row of x as int16, and its scales and sums into column `column` of the panel. False: not finite.
 inline bool quantise_column(const LinearArgs& a, const float* x, int16_t* q, const QuantPanel& to, int64_t column) {
-  bool finite = true;
   for (int64_t g = 0; g < groups_of(a); ++g) {
     float most, total;
     group_range(x + g * a.group, a.group, &most, &total);
-    if (!(total - total == 0.0f)) finite = false;
+    if (!(total - total == 0.0f)) return false;
     to.scale[g * kPanel + column] = most / kMostCode;
     VF inverse = set1(most > 1e-30f ? kMostCode / most : 0.0f);
     __m512i codes = _mm512_setzero_si512();
@@ -34,7 +33,7 @@ inline bool quantise_column(const LinearArgs& a, const float* x, int16_t* q, con
     }
     to.sum[g * kPanel + column] = most / kMostCode * (float)_mm512_reduce_add_epi32(codes);
   }
-  return finite;
+  return true;
 }
 
 inline bool pack_quant_panel(const LinearArgs& a, void* block, int64_t p) {
