@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.errors import TemplateError
 
-_STEPS = 300_000
+_STEPS = 200_000
 _SECONDS = 3.0
 _TEXT = 1 << 20  # characters that one value may have, beyond what the inputs bring
 _WORK = 64  # the sum over all values made, in units of one value's limit
@@ -149,7 +149,7 @@ def check_filter(budget: Budget, name: str, args: tuple[Any, ...], kwargs: Mappi
     elif name in ("join", "sum", "list"):
         items = list(value) if name == "list" else budget.walk(list(value))
         separator = options[0] if options and isinstance(options[0], str) else ""
-        sizes = sum(len(item) if isinstance(item, (str, list, tuple)) else 8 for item in items)
+        sizes = sum(len(i) if isinstance(i, str) else 8 * len(i) if isinstance(i, (list, tuple)) else 8 for i in items)
         budget.check(sizes + len(items) * len(separator))
         return (items, *args[1:])
     elif name == "replace" and len(options) >= 2:

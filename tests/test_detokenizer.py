@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import tokenizers
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from runner.detokenizer import Detokenizer, byte_of
+from runner.detokenizer import Detokenizer, WindowStream, byte_of
 from runner.tokenizer import Tokenizer
 from runner.tokenizer_backends import JsonBackend
 from runner.tokenizer_files import TokenizerFiles
@@ -48,12 +48,10 @@ def backend_of(name: str) -> tuple[Tokenizer, tokenizers.Tokenizer]:
         library.decoder = DECODERS[name]
     library.add_special_tokens(["<s>", "</s>"])
     library.add_tokens(["<tool call>", "é è", "日本"])
-    path = Path(__file__).parent / f".{name}.json"
-    try:
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "tokenizer.json"
         library.save(str(path))
         return Tokenizer(JsonBackend(path, TokenizerFiles()), TokenizerFiles()), library
-    finally:
-        path.unlink(missing_ok=True)
 
 
 @cache
@@ -83,7 +81,7 @@ def valid_runs(tokens: Sequence[str]) -> bool:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_stream_equals_decode_and_the_library(name: str, data: st.DataObject, skip: bool) -> None:
     tokenizer, library = backend_of(name)
@@ -91,7 +89,8 @@ def test_stream_equals_decode_and_the_library(name: str, data: st.DataObject, sk
     # Often bytes of real characters, so that runs of byte tokens are valid as well as broken.
     character = st.sampled_from("é日😀a\n").map(lambda text: list(text.encode("utf-8")))
     one = st.integers(0, size + 3).map(lambda index: [index])
-    ids = reduce(operator.iadd, data.draw(st.lists(st.one_of(one, one, character), max_size=12)), [])
+    parts: list[list[int]] = data.draw(st.lists(st.one_of(one, one, character), max_size=12))
+    ids = [index for part in parts for index in part]
     pieces = pieces_of(tokenizer.detokenizer(skip), ids)
     whole = tokenizer.decode(ids, skip)
     assert "".join(pieces) == whole
@@ -102,7 +101,7 @@ def test_stream_equals_decode_and_the_library(name: str, data: st.DataObject, sk
 
 
 @pytest.mark.parametrize("kind", ["chatml", "llama"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), text=st.text(max_size=30))
 def test_no_piece_holds_half_a_character(kind: str, data: st.DataObject, text: str) -> None:
     """Of text, cut into tokens anywhere: every piece is whole text, so U+FFFD only where the text has it."""
@@ -144,7 +143,7 @@ def test_broken_bytes_by_hand() -> None:
 def test_only_the_first_space_is_stripped() -> None:
     tokenizer, library = backend_of("byte fallback, strip")
     names = ["</s>", "▁", "▁a", "s", "▁the"]
-    ids = [library.token_to_id(name) for name in names]
+    ids = [library.token_to_id(name) or 0 for name in names]
     assert pieces_of(tokenizer.detokenizer(), ids) == ["", "", " a", "s", " the", ""]
     assert pieces_of(tokenizer.detokenizer(skip_special_tokens=False), ids)[:3] == ["</s>", " ", " a"]
 
@@ -155,18 +154,17 @@ def test_byte_tokens() -> None:
     ]  # fmt: skip
 
 
-def test_one_step_for_each_token() -> None:
-    """The work for a token does not grow with what came before it: the stream keeps no more than a few ids."""
-    for name in DECODERS:
-        tokenizer, library = backend_of(name)
-        stream = tokenizer.detokenizer()
-        decoded: list[int] = []
-        inner = stream._stream
-        if name in ("word piece", "strip each", "none"):
-            decode = inner._decode  # type: ignore[attr-defined]
-            inner._decode = lambda ids, decode=decode: (decoded.append(len(ids)), decode(ids))[1]  # type: ignore[attr-defined]
-        a = library.token_to_id("a")
-        for _ in range(300):
-            stream.add(a)
-        assert max(decoded, default=0) <= 24
-        assert not decoded or len(decoded) <= 2 * 300
+@pytest.mark.parametrize("name", DECODERS)
+def test_one_step_for_each_token(name: str) -> None:
+    """The work for a token does not grow with what came before it: decoders without a stream of their own see a few
+    ids again, twice; the others see each token once."""
+    tokenizer, library = backend_of(name)
+    stream = tokenizer.detokenizer()
+    decoded: list[int] = []
+    if isinstance(stream._stream, WindowStream):
+        assert name in ("word piece", "strip each", "none")
+        stream._stream = WindowStream(lambda ids: (decoded.append(len(ids)), library.decode(ids))[1])  # type: ignore[func-returns-value]
+    for _ in range(300):
+        stream.add(library.token_to_id("a") or 0)
+    assert len(decoded) <= 2 * 300
+    assert max(decoded, default=0) <= 24

@@ -1,11 +1,13 @@
-"""Writes the tokenizers and expected values beside this file (transformers 5.23.0, tokenizers 0.23.3, sentencepiece 0.2.3).
+"""Writes the tokenizers and expected values beside this file.
 
-    python tests/data/tokenizers/make.py      (an environment with transformers; see scripts/requirements-oracle.txt)
+    python tests/data/tokenizers/make.py
+
+with transformers 5.23.0, tokenizers 0.23.3, sentencepiece 0.2.3 (scripts/requirements-oracle.txt):
 
 - `chatml/`: byte-level BPE with NFC, a BOS, special tokens with and without `rstrip`, added tokens that are not special,
   two named templates in tokenizer_config.json.
-- `llama/`: tokenizer.model alone in the oldest layout: special_tokens_map.json, added_tokens.json, `legacy`, byte fallback,
-  chat_template.jinja and one more in additional_chat_templates/.
+- `llama/`: tokenizer.model alone in the oldest layout: special_tokens_map.json, added_tokens.json, `legacy`, byte
+  fallback, chat_template.jinja and one more in additional_chat_templates/.
 - `expected.json` in each: ids and texts; `templates.json`: ten templates with chats and what transformers renders.
 """
 
