@@ -10,22 +10,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner import loading
-from runner.cache import Batch
 from runner.checkpoint import Checkpoint
 from runner.config import Config
-from runner.device import Device, current
+from runner.device import Device
+from runner.engine import Engine, assemble
 from runner.errors import ConfigError, ContextLengthError, UsageError
-from runner.families import Model, find
-from runner.generate import Cancelled, decode, new_caches, prefill
+from runner.families import Model
+from runner.generate import Cancelled, decode, prefill
 from runner.hub import resolve
-from runner.plan import plan
 from runner.progress import ProgressBar
 from runner.sampling import Sampled, Sampler, SamplingParams
 from runner.stop import StopMatcher
 from runner.tokenizer import Tokenizer
-
-DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -77,13 +73,26 @@ class LanguageModel:
     """A model, its tokenizer and its defaults; `load` makes one."""
 
     path: Path
-    config: Config
+    engine: Engine
     tokenizer: Tokenizer
-    model: Model
     sampling: SamplingParams
     ignored_defaults: tuple[str, ...]
     eos_token_ids: frozenset[int]
-    device: Device
+
+    @property
+    def config(self) -> Config:
+        """`config.json`."""
+        return self.engine.config
+
+    @property
+    def model(self) -> Model:
+        """The tree of dataclasses that holds the weights."""
+        return self.engine.model
+
+    @property
+    def device(self) -> Device:
+        """What it computes on."""
+        return self.engine.device
 
     @property
     def context_length(self) -> int:
@@ -93,7 +102,7 @@ class LanguageModel:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in memory."""
-        return loading.nbytes(self.model)
+        return self.engine.nbytes
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Logits at every position, `[T, V]` float32, in one pass and without a cache to keep.
@@ -101,9 +110,7 @@ class LanguageModel:
         Raises:
             UsageError: no ids, or an id outside the vocabulary.
         """
-        checked = self._checked(ids)
-        hidden = self.model(Batch(mx.array([checked], dtype=mx.int32)), new_caches(self.config))
-        return self.model.logits(hidden)[0].astype(mx.float32)
+        return self.engine.logits(ids)
 
     def stream(
         self,
@@ -130,7 +137,7 @@ class LanguageModel:
             UsageError: an argument is out of range.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        ids = self._checked(ids)
+        ids = self.engine.checked(ids)
         params = self.sampling.replace(**sampling)
         stops = [stop] if isinstance(stop, str) else list(stop)
         room = self.context_length - len(ids)
@@ -156,7 +163,7 @@ class LanguageModel:
         def sample(logits: mx.array) -> tuple[mx.array, ...]:
             return _flat(sampler(logits))
 
-        caches = new_caches(self.config)
+        caches = self.engine.new_caches()
         try:
             logits = prefill(self.model, ids, caches, on_progress=on_prefill, cancelled=cancelled)
         except Cancelled:
@@ -201,14 +208,6 @@ class LanguageModel:
         """The whole answer to a conversation; arguments of `chat_stream`."""
         return _gather(self.chat_stream(messages, **options))
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
-        if not ids:
-            raise UsageError("the prompt is empty: no tokens to run")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.config.vocab_size:
-            raise UsageError(f"token ids must be 0 to {self.config.vocab_size - 1}; got {low if low < 0 else high}")
-        return list(ids)
-
 
 def load(
     model: str | Path,
@@ -227,29 +226,12 @@ def load(
     Raises:
         RunnerError: one of its kinds, naming what does not fit.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     checkpoint = Checkpoint.open(resolve(str(model), revision=revision, progress=progress))
-    config_class, model_class = find(checkpoint.config)
-    config = config_class.from_dict(checkpoint.config)
-    device = current()
-    activations = DTYPES[dtype] if dtype else device.activations
-    provided = {"ops": device.ops, "activations": activations}
-    layout = plan(model_class, config, checkpoint.headers, provided)
     tokenizer = Tokenizer.from_directory(checkpoint.directory)
     with ProgressBar(f"loading {checkpoint.directory.name}", enabled=progress) as bar:
-        built = loading.build(layout, checkpoint, dtype=DTYPES[dtype] if dtype else None, progress=bar.update)
+        engine = assemble(checkpoint.config, checkpoint, dtype=dtype, progress=bar.update)
     params, ignored = SamplingParams.from_generation_config(checkpoint.generation_config)
-    return LanguageModel(
-        checkpoint.directory,
-        config,
-        tokenizer,
-        built,
-        params,
-        ignored,
-        end_tokens(checkpoint, tokenizer),
-        device,
-    )
+    return LanguageModel(checkpoint.directory, engine, tokenizer, params, ignored, end_tokens(checkpoint, tokenizer))
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:

@@ -1,0 +1,82 @@
+"""A model ready to compute: config, weights and device, without a tokenizer. What `load`, `bench` and the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from runner import loading
+from runner.cache import Batch, KVCache
+from runner.checkpoint import Checkpoint
+from runner.config import Config
+from runner.device import Device, current
+from runner.errors import UsageError
+from runner.families import Model, find
+from runner.generate import new_caches
+from runner.loading import Progress
+from runner.plan import ModulePlan, plan
+from runner.weights import Source
+
+DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model. `layout` says which tensor each field came from; `loading.tensors` writes it back with that."""
+
+    config: Config
+    model: Model
+    layout: ModulePlan
+    device: Device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return loading.nbytes(self.model)
+
+    def new_caches(self) -> list[KVCache]:
+        """An empty cache for each layer."""
+        return new_caches(self.config)
+
+    def logits(self, ids: Sequence[int]) -> mx.array:
+        """Logits at every position, `[T, V]` float32, in one pass and without a cache to keep.
+
+        Raises:
+            UsageError: no ids, or an id outside the vocabulary.
+        """
+        hidden = self.model(Batch(mx.array([self.checked(ids)], dtype=mx.int32)), self.new_caches())
+        return self.model.logits(hidden)[0].astype(mx.float32)
+
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        """`ids` as a list; raises `UsageError` where there are none, or one that the vocabulary has not."""
+        if not ids:
+            raise UsageError("the prompt is empty: no tokens to run")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.config.vocab_size:
+            raise UsageError(f"token ids must be 0 to {self.config.vocab_size - 1}; got {low if low < 0 else high}")
+        return list(ids)
+
+
+def assemble(
+    raw: Mapping[str, Any], source: Source, *, dtype: str | None = None, progress: Progress | None = None
+) -> Engine:
+    """The model of a `config.json` object with the tensors of `source`; see `runner.load` for `dtype` and errors."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    config_class, model_class = find(raw)
+    config = config_class.from_dict(raw)
+    device = current()
+    provided = {"ops": device.ops, "activations": DTYPES[dtype] if dtype else device.activations}
+    layout = plan(model_class, config, source.headers, provided)
+    model = loading.build(layout, source, dtype=DTYPES[dtype] if dtype else None, progress=progress)
+    return Engine(config, model, layout, device)
+
+
+def open_engine(directory: Path, *, dtype: str | None = None) -> Engine:
+    """The model in a directory, whether or not a tokenizer lies beside it."""
+    checkpoint = Checkpoint.open(directory)
+    return assemble(checkpoint.config, checkpoint, dtype=dtype)
