@@ -60,7 +60,7 @@ def num_threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "scalar" (RUNNER_KERNELS_ISA forces one the CPU has)."""
+    """The instruction set in use: "avx512", "avx2" or "scalar" (RUNNER_KERNELS_ISA forces one the CPU has; "none" loads no kernels)."""
     return _C.isa()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 from types import ModuleType
 
 import mlx.core as mx
@@ -12,7 +13,9 @@ _REBUILD = "reinstall runner with `pip install --no-cache-dir --force-reinstall 
 
 
 def load_extension(name: str = f"{__package__}._C") -> tuple[ModuleType | None, str | None]:
-    """(module, None), or (None, reason)."""
+    """(module, None), or (None, reason). RUNNER_KERNELS_ISA=none leaves the extension out, to compare with plain MLX."""
+    if os.environ.get("RUNNER_KERNELS_ISA") == "none":
+        return None, "RUNNER_KERNELS_ISA=none turns the CPU kernels off"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError:
