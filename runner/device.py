@@ -14,12 +14,13 @@ from runner.fast import PORTABLE, Ops
 class Device:
     """A table of ops, with the dtype of activations that suits it (None: as the checkpoint stores its weights).
 
-    `notice` and `fix` tell what a user could install to run faster; None where nothing is missing.
+    `threads` are those of our kernels; None where MLX decides. `notice` and `fix` tell what a user could install to run faster; None where nothing is missing.
     """
 
     name: str
     ops: Ops
     activations: mx.Dtype | None = None
+    threads: int | None = None
     notice: str | None = None
     fix: str | None = None
 
@@ -34,7 +35,8 @@ def current() -> Device:
     if reason is None:
         from runner.kernels.ops import KERNELS
 
-        return Device(f"runner's CPU kernels ({kernels.isa()}, {kernels.num_threads()} threads)", KERNELS, mx.float32)
+        threads = kernels.num_threads()
+        return Device(f"runner's CPU kernels ({kernels.isa()}, {threads} threads)", KERNELS, mx.float32, threads)
     return Device(
         "plain MLX on the CPU",
         CPU_WITHOUT_KERNELS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from runner.checkpoint import Checkpoint
 from runner.families import find
 from runner.hub import resolve
 from runner.language_model import end_tokens
-from runner.plan import ArrayPlan, ModulePlan, Value, plan
+from runner.plan import ArrayPlan, count_parameters, plan
 from runner.sampling import SamplingParams
 from runner.tokenizer import Tokenizer
-from runner.weights import Tree, leaves
+from runner.weights import leaves
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def inspect(model: str | Path) -> ModelReport:
     arrays = list(layout.arrays())
     used = {leaf.name for array in arrays for leaf in leaves(array.tree)}
     nbytes = sum(checkpoint.headers[name].nbytes for name in used)
-    parameters = _parameters(layout, {})
+    parameters = count_parameters(layout)
     return ModelReport(
         path=checkpoint.directory,
         model_type=config.model_type,
@@ -83,19 +82,3 @@ def _entry(array: ArrayPlan, checkpoint: Checkpoint) -> Entry:
     dtypes = sorted({checkpoint.headers[name].dtype for name in names})
     nbytes = sum(checkpoint.headers[name].nbytes for name in names)
     return Entry(array.path, names, array.shape, "+".join(dtypes), nbytes)
-
-
-def _parameters(module: ModulePlan, counted: dict[Tree, int]) -> int:
-    """Numbers a model holds: a packed matrix holds `32 / bits` in each word, its scales and biases are none."""
-    bits = module.fields.get("bits")
-    packed = bits.value if isinstance(bits, Value) and "scales" in module.fields else None
-    total = 0
-    for name, item in module.fields.items():
-        if isinstance(item, ArrayPlan):
-            if item.tree in counted or (packed and name in ("scales", "biases")):
-                continue
-            counted[item.tree] = math.prod(item.shape) * (32 if packed and name == "weight" else 1)
-            total += counted[item.tree] // (packed if packed and name == "weight" else 1)
-        elif not isinstance(item, Value):
-            total += sum(_parameters(child, counted) for child in (item if isinstance(item, list) else [item]))
-    return total

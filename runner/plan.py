@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,26 @@ class Value:
     """A field that holds no tensor."""
 
     value: Any
+
+
+def count_parameters(module: ModulePlan) -> int:
+    """Numbers a model holds, however they are packed; a tied tensor counts once."""
+    return _parameters(module, set())
+
+
+def _parameters(module: ModulePlan, counted: set[Tree]) -> int:
+    # A packed matrix holds 32 / bits numbers in each word; its scales and biases are none.
+    bits = module.fields.get("bits")
+    packed = bits.value if isinstance(bits, Value) and "scales" in module.fields else None
+    total = 0
+    for name, item in module.fields.items():
+        if isinstance(item, ArrayPlan):
+            if item.tree not in counted and not (packed and name in ("scales", "biases")):
+                counted.add(item.tree)
+                total += math.prod(item.shape) * 32 // packed if packed and name == "weight" else math.prod(item.shape)
+        elif not isinstance(item, Value):
+            total += sum(_parameters(child, counted) for child in (item if isinstance(item, list) else [item]))
+    return total
 
 
 def plan(

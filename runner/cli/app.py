@@ -13,6 +13,7 @@ import typer
 from typer.main import get_command
 
 from runner.cli import terminal
+from runner.cli.bench import bench
 from runner.cli.chat import chat
 from runner.cli.convert import convert
 from runner.cli.doctor import doctor
@@ -42,6 +43,7 @@ COMMANDS: tuple[Entry, ...] = (
     Entry("inspect", inspect, "runner inspect HuggingFaceTB/SmolLM2-135M-Instruct --all"),
     Entry("pull", pull, "runner pull HuggingFaceTB/SmolLM2-135M-Instruct"),
     Entry("list", list_models, "runner list --json"),
+    Entry("bench", bench, "runner bench Llama-3.2-1B --quantize 4 -p 512 -n 128"),
     Entry("doctor", doctor, "runner doctor"),
     Entry("convert", convert, "runner convert SmolLM2-135M-Instruct-Q8_0.gguf SmolLM2-135M-Instruct/"),
 )

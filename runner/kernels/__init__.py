@@ -30,6 +30,7 @@ __all__ = [
     "linear",
     "num_threads",
     "quantized_linear",
+    "read_seconds",
     "rms_norm",
     "rope",
     "unavailable_reason",
@@ -62,6 +63,11 @@ def num_threads() -> int:
 def isa() -> str:
     """The instruction set in use: "avx512", "avx2" or "scalar" (RUNNER_KERNELS_ISA forces one the CPU has; "none" loads no kernels)."""
     return _C.isa()
+
+
+def read_seconds(size: int, passes: int) -> float:
+    """Seconds of the fastest of `passes` readings of a buffer of `size` bytes by all threads: memory bandwidth."""
+    return _C.read_seconds(size, passes)
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -10,6 +10,7 @@
 #include "mlx/version.h"
 #include "pool.h"
 #include "primitives.h"
+#include "read_memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -39,6 +40,7 @@ NB_MODULE(_C, m) {
   m.def("num_threads", [] { return runner::Pool::get().size(); });
   m.def("set_num_threads", [](int n) { runner::Pool::get().resize(n); }, "n"_a);
   m.def("self_test", &self_test, "rounds"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("read_seconds", &runner::read_seconds, "size"_a, "passes"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("isa", [] { return runner::kernels().name; });
   m.def("set_isa", [](const std::string& name) { return runner::select_isa(name.c_str()); }, "name"_a);
 

@@ -1,0 +1,201 @@
+"""The clock: prompts read and tokens generated, repeated, on one model.
+
+Ids are random (with a seed) and go into the model as they are: no tokenizer takes part. The likeliest token is fed
+back, whatever it is: no end token stops a run. B sequences of a batch go through the model together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from runner import loading
+from runner.bench.models import Subject
+from runner.cache import Batch, KVCache
+from runner.engine import Engine
+from runner.errors import UsageError
+from runner.generate import PREFILL_CHUNK
+from runner.nn import Embedding
+
+EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
+"""What configs call the number of experts: a token meets some of them only."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`pp`: a prompt of `tokens` is read; `tg`: that many are generated, one by one; after `depth` tokens before."""
+
+    kind: Literal["pp", "tg"]
+    tokens: int
+    depth: int = 0
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """As llama-bench writes it: `tg128 @ d4096`; a batch of several sequences adds ` x 4`."""
+        depth = f" @ d{self.depth}" if self.depth else ""
+        return f"{self.kind}{self.tokens}{depth}" + (f" x {self.batch}" if self.batch > 1 else "")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds of each repetition, and what they amount to.
+
+    `tps`: tokens per second of all sequences together, mean, and `tps_sd` its sample deviation. `peak_memory`: bytes as
+    MLX counts them; `peak_rss`: the whole process since its start. `bandwidth`: bytes a second that generating reads
+    (weights and cache, once a step); None for a prompt, and where not all weights are used for each token (experts).
+    """
+
+    case: Case
+    seconds: list[float]
+    tps: float
+    tps_sd: float
+    peak_memory: int
+    peak_rss: int
+    bandwidth: float | None
+
+
+def cases(
+    prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int] = (0,), batches: Sequence[int] = (1,)
+) -> list[Case]:
+    """Each prompt and each number of generated tokens, at each depth and batch; 0 tokens leave a kind out.
+
+    Raises:
+        UsageError: a number is negative, a batch is 0, or nothing is left to measure.
+    """
+    for option, numbers, least in (("-p", prompts, 0), ("-n", generated, 0), ("-d", depths, 0), ("-b", batches, 1)):
+        if not numbers or min(numbers) < least:
+            raise UsageError(f"{option} needs numbers of at least {least}, not {','.join(map(str, numbers))!r}")
+    shapes = [(depth, batch) for batch in batches for depth in depths]
+    found = [Case("pp", tokens, depth, batch) for depth, batch in shapes for tokens in prompts if tokens]
+    found += [Case("tg", tokens, depth, batch) for depth, batch in shapes for tokens in generated if tokens]
+    if not found:
+        raise UsageError("nothing to measure: -p and -n are both 0")
+    return found
+
+
+def run(subject: Subject, wanted: Sequence[Case], *, repetitions: int = 5, seed: int = 0) -> Iterator[Result]:
+    """Measure each case `repetitions` times, after one time that does not count.
+
+    Raises:
+        UsageError: no repetition, or a case that does not fit the model's context.
+    """
+    if repetitions < 1:
+        raise UsageError(f"-r must be at least 1, not {repetitions}")
+    limit = subject.engine.config.max_position_embeddings
+    for case in wanted:
+        if case.depth + case.tokens > limit:
+            raise UsageError(f"{case.name} needs {case.depth + case.tokens} positions; {subject.name} has {limit}")
+    for case in wanted:
+        yield measure(subject.engine, case, repetitions, seed)
+
+
+def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
+    """One row: warm-up, then the repetitions, each from the same depth."""
+    numbers = np.random.default_rng(seed)
+    ids = numbers.integers(0, engine.config.vocab_size, (case.batch, case.depth + case.tokens), dtype=np.int32)
+    before, after = ids[:, : case.depth], ids[:, case.depth :]
+    mx.reset_peak_memory()
+    caches = filled(engine, before)
+    seconds = []
+    for index in range(repetitions + 1):
+        if index > 0 and not rewind(caches, case.depth):
+            caches = filled(engine, before)
+        start = time.perf_counter()
+        if case.kind == "pp":
+            mx.eval(read(engine, after, caches))
+        else:
+            generate(engine, after[:, :1], caches, case.tokens)
+        seconds.append(time.perf_counter() - start)
+    rates = [case.batch * case.tokens / each for each in seconds[1:]]
+    bandwidth = None
+    if case.kind == "tg" and (weights := weight_bytes(engine)) is not None:
+        read_bytes = weights + cache_bytes(caches, case.depth + (case.tokens + 1) / 2)
+        bandwidth = read_bytes * case.tokens / statistics.mean(seconds[1:])
+    return Result(
+        case=case,
+        seconds=seconds[1:],
+        tps=statistics.mean(rates),
+        tps_sd=statistics.stdev(rates) if repetitions > 1 else 0.0,
+        peak_memory=mx.get_peak_memory(),
+        peak_rss=peak_rss(),
+        bandwidth=bandwidth,
+    )
+
+
+def filled(engine: Engine, ids: np.ndarray) -> list[KVCache]:
+    """Caches that hold `ids` `[B, depth]`."""
+    caches = engine.new_caches()
+    if ids.shape[1]:
+        mx.eval(read(engine, ids, caches))
+    return caches
+
+
+def rewind(caches: list[KVCache], depth: int) -> bool:
+    """Forget what came after `depth`; False where a cache has let go of what came before."""
+    counts = [cache.offset - depth for cache in caches]
+    if any(cache.trimmable() < count for cache, count in zip(caches, counts, strict=True)):
+        return False
+    for cache, count in zip(caches, counts, strict=True):
+        cache.trim(count)
+    return True
+
+
+def read(engine: Engine, ids: np.ndarray, caches: list[KVCache]) -> mx.array:
+    """Prefill `ids` `[B, T]` in chunks, as `generate.prefill` does for one sequence; the likeliest next tokens `[B]`."""
+    offset, count = caches[0].offset, ids.shape[1]
+    tokens = mx.array(ids)
+    for start in range(0, count, PREFILL_CHUNK):
+        piece = tokens[:, start : start + PREFILL_CHUNK]
+        hidden = engine.model(Batch(piece, offset + start, offset + count), caches)
+        if start + PREFILL_CHUNK < count:
+            mx.eval([array for cache in caches for array in cache.arrays])
+    return engine.device.ops.argmax(engine.model.logits(hidden[:, -1:])[:, 0])
+
+
+def generate(engine: Engine, first: np.ndarray, caches: list[KVCache], count: int) -> None:
+    """Feed `first` `[B, 1]`, then the likeliest tokens; as `generate.decode`, one step is computed ahead."""
+    token = mx.array(first)
+    previous = token
+    for _ in range(count):
+        hidden = engine.model(Batch(token.reshape(-1, 1), caches[0].offset), caches)
+        token = engine.device.ops.argmax(engine.model.logits(hidden)[:, -1])
+        mx.async_eval(token)
+        mx.eval(previous)
+        previous = token
+    mx.eval(token)
+
+
+def weight_bytes(engine: Engine) -> int | None:
+    """Bytes of weights that one step reads; of an embedding that is not also the head, only a few rows: left out."""
+    if any(item.name in EXPERTS for item in dataclasses.fields(engine.config)):
+        return None
+    uses = Counter(id(array) for _, array in loading.arrays(engine.model))
+    tables = [table for table in vars(engine.model).values() if isinstance(table, Embedding)]
+    rows = [array for table in tables for _, array in loading.arrays(table) if uses[id(array)] == 1]
+    return engine.nbytes - sum(array.nbytes for array in rows)
+
+
+def cache_bytes(caches: Sequence[KVCache], length: float) -> float:
+    """Bytes of keys and values that a step reads when `length` tokens are remembered."""
+    total = 0.0
+    for cache in caches:
+        seen = length if cache.window is None else min(length, cache.window)
+        total += sum(array.nbytes / array.shape[2] for array in cache.arrays) * seen
+    return total
+
+
+def peak_rss() -> int:
+    """Bytes of memory the process has held at most."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
