@@ -1,0 +1,274 @@
+"""One engine in one process, driven by lines of JSON: `python bench_peer_worker.py KIND MODEL`. See `bench_peers`.
+
+KIND is runner, mlx-lm, llama.cpp, torch-bfloat16 or torch-float32. Requests, each answered with a line of JSON:
+
+    {"do": "pp", "tokens": 512}                  seconds to read a random prompt and choose the next token
+    {"do": "tg", "tokens": 128, "depth": 128}    seconds to generate greedily after a random prompt, end tokens ignored
+    {"do": "logits", "ids": [...], "to": FILE}   float32 logits at every position, as .npy
+    {"do": "greedy", "text": ..., "tokens": 24}  runner: ids of the prompt and of the answer
+    {"do": "share", "tokens": 32}                runner: bytes a second read in decoding, over the machine's
+    {"do": "rss"}                                peak memory of the process
+
+Every engine gets the same threads, keeps its cache at `depth` between requests, and is left alone with its defaults.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SEED = 20261124
+THREADS = int(os.environ.get("RUNNER_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
+
+
+def random_ids(count: int, vocab: int) -> list[int]:
+    """The same ids for every engine."""
+    return np.random.default_rng(SEED).integers(0, vocab, count).tolist()
+
+
+class Engine:
+    """What each engine brings; `position` is how many tokens its cache holds."""
+
+    version: str
+    vocab: int
+    position = 0
+
+    def rewind(self, depth: int) -> None:
+        """Forget what came after `depth`."""
+        raise NotImplementedError
+
+    def read(self, ids: list[int]) -> int:
+        """Append `ids` to the cache; the likeliest next token."""
+        raise NotImplementedError
+
+    def generate(self, token: int, count: int) -> None:
+        """Append `token` and the likeliest after it, `count` in all."""
+        for _ in range(count):
+            token = self.read([token])
+
+    def at(self, depth: int) -> None:
+        """Have exactly `depth` random tokens in the cache."""
+        if self.position < depth:
+            self.rewind(0)
+            self.read(random_ids(depth, self.vocab))
+        self.rewind(depth)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Float32 logits `[T, V]`."""
+        raise NotImplementedError
+
+
+class Runner(Engine):
+    """This project; MODEL is a directory, or `NAME:FORM` for a published shape packed as FORM."""
+
+    def __init__(self, model: str) -> None:
+        from runner.bench import open_subject
+        from runner.tokenizer import Tokenizer
+
+        name, _, form = model.partition(":")
+        self.subject = open_subject(name, quantize=form or None)
+        self.engine = self.subject.engine
+        self.tokenizer = None if form else Tokenizer.from_directory(Path(name))
+        self.version = importlib.metadata.version("mlx") + ", " + self.engine.device.name
+        self.vocab = self.engine.config.vocab_size
+        self.caches = self.engine.new_caches()
+
+    def rewind(self, depth: int) -> None:
+        from runner.bench.measure import rewind
+
+        if not rewind(self.caches, depth):
+            self.caches = self.engine.new_caches()
+        self.position = self.caches[0].offset
+
+    def read(self, ids: list[int]) -> int:
+        from runner.bench.measure import read
+
+        token = int(read(self.engine, np.array([ids], dtype=np.int32), self.caches).item())
+        self.position = self.caches[0].offset
+        return token
+
+    def generate(self, token: int, count: int) -> None:
+        from runner.bench.measure import generate
+
+        generate(self.engine, np.array([[token]], dtype=np.int32), self.caches, count)
+        self.position = self.caches[0].offset
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        return np.array(self.engine.logits(ids))
+
+    def greedy(self, text: str, tokens: int) -> dict[str, list[int]]:
+        """The answer to a chat message, or to plain text where there is no template."""
+        assert self.tokenizer is not None
+        self.rewind(0)
+        ids = self.tokenizer.encode(text)
+        answer = [self.read(ids)]
+        while len(answer) < tokens:
+            answer.append(self.read([answer[-1]]))
+        return {"prompt": ids, "answer": answer}
+
+    def share(self, tokens: int) -> dict[str, float]:
+        """Bandwidth of decoding and of the machine, one right after the other."""
+        from runner.bench.bandwidth import read_bandwidth
+        from runner.bench.measure import Case, measure
+
+        result = measure(self.engine, Case("tg", tokens), 1, SEED)
+        machine = read_bandwidth(3)
+        return {"decode": result.bandwidth or 0.0, "machine": machine, "tps": result.tps}
+
+
+class MlxLm(Engine):
+    """mlx-lm on its default device, decoding as its `generate_step` does: one step ahead."""
+
+    def __init__(self, model: str) -> None:
+        import mlx.core as mx
+        from mlx_lm.models import cache
+        from mlx_lm.utils import load_model
+
+        self.mx, self.cache = mx, cache
+        self.model, config = load_model(Path(model))
+        self.version = importlib.metadata.version("mlx-lm")
+        self.vocab = config["vocab_size"]
+        self.prompt_cache = cache.make_prompt_cache(self.model)
+
+    def rewind(self, depth: int) -> None:
+        self.cache.trim_prompt_cache(self.prompt_cache, self.position - depth)
+        self.position = depth
+
+    def step(self, token: Any) -> Any:
+        self.position += token.shape[1]
+        return self.mx.argmax(self.model(token, cache=self.prompt_cache)[:, -1], axis=-1)
+
+    def read(self, ids: list[int]) -> int:
+        for start in range(0, len(ids), 2048):  # mlx-lm's prefill_step_size
+            token = self.step(self.mx.array([ids[start : start + 2048]]))
+            self.mx.eval(token)
+        return int(token.item())
+
+    def generate(self, token: int, count: int) -> None:
+        current = self.mx.array([token])
+        for _ in range(count):
+            following = self.step(current[None])
+            self.mx.async_eval(following)
+            current.tolist()
+            current = following
+        self.mx.eval(current)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        return np.array(self.model(self.mx.array([ids]))[0].astype(self.mx.float32))
+
+
+class LlamaCpp(Engine):
+    """llama.cpp through llama-cpp-python's C interface, as llama-bench drives it; its cache is float16."""
+
+    def __init__(self, model: str) -> None:
+        import llama_cpp
+
+        self.lib = llama_cpp
+        self.llm = llama_cpp.Llama(
+            model, n_ctx=8192, n_batch=2048, n_ubatch=512, n_threads=THREADS, n_threads_batch=THREADS, verbose=False
+        )
+        self.version = importlib.metadata.version("llama-cpp-python")
+        self.vocab = self.llm.n_vocab()
+
+    def rewind(self, depth: int) -> None:
+        self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.llm.ctx), 0, depth, -1)
+        self.position = depth
+
+    def read(self, ids: list[int]) -> int:
+        for start in range(0, len(ids), 2048):
+            piece = ids[start : start + 2048]
+            tokens = (self.lib.llama_token * len(piece))(*piece)
+            if self.lib.llama_decode(self.llm.ctx, self.lib.llama_batch_get_one(tokens, len(piece))) != 0:
+                raise RuntimeError("llama_decode failed")
+        self.position += len(ids)
+        row = self.lib.llama_get_logits_ith(self.llm.ctx, -1)
+        return int(np.ctypeslib.as_array(row, (self.vocab,)).argmax())
+
+
+class Torch(Engine):
+    """transformers on torch, eager, with its default attention."""
+
+    def __init__(self, model: str, dtype: str) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(THREADS)
+        self.torch, self.transformers = torch, transformers
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        self.version = f"{torch.__version__}, transformers {transformers.__version__}"
+        self.vocab = self.model.config.vocab_size
+        self.past = transformers.DynamicCache()
+
+    def rewind(self, depth: int) -> None:
+        if depth == 0:
+            self.past = self.transformers.DynamicCache()
+        elif self.position > depth:
+            self.past.crop(depth - self.position)
+        self.position = depth
+
+    def read(self, ids: list[int]) -> int:
+        for start in range(0, len(ids), 2048):
+            piece = self.torch.tensor([ids[start : start + 2048]])
+            with self.torch.inference_mode():
+                out = self.model(piece, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        self.position += len(ids)
+        return int(out.logits[0, -1].argmax())
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        with self.torch.inference_mode():
+            return self.model(self.torch.tensor([ids])).logits[0].float().numpy()
+
+
+def open_engine(kind: str, model: str) -> Engine:
+    """The engine of that name with its model."""
+    if kind.startswith("torch-"):
+        return Torch(model, kind.removeprefix("torch-"))
+    return {"runner": Runner, "mlx-lm": MlxLm, "llama.cpp": LlamaCpp}[kind](model)
+
+
+def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
+    """Do what a request asks."""
+    what = request["do"]
+    if what == "pp":
+        engine.rewind(0)
+        ids = random_ids(request["tokens"], engine.vocab)
+        start = time.perf_counter()
+        engine.read(ids)
+        return {"seconds": time.perf_counter() - start}
+    if what == "tg":
+        engine.at(request["depth"])
+        start = time.perf_counter()
+        engine.generate(random_ids(1, engine.vocab)[0], request["tokens"])
+        return {"seconds": time.perf_counter() - start}
+    if what == "logits":
+        np.save(request["to"], engine.logits(request["ids"]))
+        return {}
+    if what == "rss":
+        return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    assert isinstance(engine, Runner)
+    if what == "greedy":
+        return engine.greedy(request["text"], request["tokens"])
+    assert what == "share"
+    return engine.share(request["tokens"])
+
+
+def main() -> None:
+    """Answer on the stdout we were given; what libraries print goes to stderr."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    engine = open_engine(sys.argv[1], sys.argv[2])
+    print(json.dumps({"version": engine.version}), file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(engine, json.loads(line))), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
