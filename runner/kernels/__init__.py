@@ -92,7 +92,8 @@ def quantized_linear(
 
     x float [..., in]; weight uint32 [out, in * bits / 32]; scales and biases (the shifts) one float type,
     [out, in / group_size]; bias float [out]; bits 4 or 8; group_size 32, 64 or 128. Returns [..., out] of x's type.
-    On x86, x is taken as 16-bit integers with a scale per group (relative error 2^-16 of the group's greatest value);
+    On x86, x is taken as integers with a scale per group (error at most 2^-24 of the group's greatest value for few rows,
+    2^-16 for many, where no value stands out);
     rows that hold NaN or infinity, and other CPUs, take the float path.
     """
     return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)

@@ -1,14 +1,16 @@
-// Quantised linear layers in integer arithmetic with 16-bit activations. Included inside an x86 ISA namespace.
+// Quantised linear layers in integer arithmetic with 24-bit activations. Included inside an x86 ISA namespace.
 //
-// Each group of x becomes x = scale * (256 * high + low) with high, low in int8: an error of at most 2^-16 of the
-// group's largest value, far below the 1e-3 of a logit's deviation that is allowed. Then, per group,
-//   sum w x = s_w s_x sum q (256 high + low) + shift sum x
+// Each group of x becomes x = scale * (65536 * high + 256 * mid + low) with the three in int8: an error of at most 2^-24
+// of the group's largest value, float32's own. (With two bytes a value beside a large one lost so much that logits were
+// off by 1.6e-3 of their deviation.) Then, per group,
+//   sum w x = s_w s_x sum q (65536 high + 256 mid + low) + shift sum x
 // with exact integer sums; the last sum is float32.
 
-// How the two halves of x lie: one chunk meets 64 bytes of weights. Four bits: 128 values as
-// [even high][odd high][even low][odd low], as the two nibbles of a byte are neighbours; eight bits: [high][low].
+// How the bytes of x lie: one chunk meets 64 bytes of weights. Four bits: 128 values as
+// [even high][odd high][even mid][odd mid][even low][odd low], as the two nibbles of a byte are neighbours; eight bits:
+// [high][mid][low] of 64 values.
 RUNNER_INLINE int64_t chunk_values(int bits) { return bits == 4 ? 128 : 64; }
-RUNNER_INLINE int64_t chunk_stride(int bits) { return bits == 4 ? 256 : 128; }
+RUNNER_INLINE int64_t chunk_stride(int bits) { return 3 * chunk_values(bits); }
 
 struct QuantX {
   int8_t* q;      // [m][chunks][chunk_stride]
@@ -30,13 +32,14 @@ RUNNER_INLINE void group_range(const float* x, int group, float* most, float* to
   *total = hsum(s);
 }
 
-constexpr float kMostCode = 32512.0f;  // 127 * 256: the high half stays in int8
+constexpr float kMostByteCode = 8323072.0f;  // 127 * 65536: the high byte stays in int8
 
-// 32 values of x as codes, 16 bytes each of even high, odd high, even low, odd low (four bits), or 32 bytes of high and
-// of low. Returns the codes' sum: the shift then meets the same rounded x as the weights, and the rounding error is
-// multiplied by w, which is centred, not by q, which is not (three times less error).
-RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, int bits, int8_t* high, int8_t* low) {
+// 32 values of x as codes, 16 bytes each of even and odd high, mid and low (four bits), or 32 bytes each. Returns the
+// codes' sum: the shift then meets the same rounded x as the weights, and the rounding error is multiplied by w, which
+// is centred, not by q, which is not (three times less error).
+RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, int bits, int8_t* to) {
   int step = bits == 4 ? 64 : 16;  // distance from even to odd values, or from the first 16 to the next
+  int piece = bits == 4 ? 128 : 64;  // from high to mid to low
 #if RUNNER_ISA == 512
   __m512i a = _mm512_cvtps_epi32(load(x) * set1(inverse)), b = _mm512_cvtps_epi32(load(x + 16) * set1(inverse));
   int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
@@ -47,26 +50,32 @@ RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, int bits, int8_
     b = _mm512_permutex2var_epi32(a, odd, b);
     a = e;
   }
-  __m512i half = _mm512_set1_epi32(128);
-  __m512i ah = _mm512_srai_epi32(_mm512_add_epi32(a, half), 8), bh = _mm512_srai_epi32(_mm512_add_epi32(b, half), 8);
-  _mm_storeu_si128((__m128i*)high, _mm512_cvtepi32_epi8(ah));
-  _mm_storeu_si128((__m128i*)(high + step), _mm512_cvtepi32_epi8(bh));
-  _mm_storeu_si128((__m128i*)low, _mm512_cvtepi32_epi8(_mm512_sub_epi32(a, _mm512_slli_epi32(ah, 8))));
-  _mm_storeu_si128((__m128i*)(low + step), _mm512_cvtepi32_epi8(_mm512_sub_epi32(b, _mm512_slli_epi32(bh, 8))));
+  auto split = [&](__m512i code, int8_t* at) {
+    __m512i half = _mm512_set1_epi32(128);
+    __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(code, half), 8);
+    __m512i high = _mm512_srai_epi32(_mm512_add_epi32(upper, half), 8);
+    _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128((__m128i*)(at + piece), _mm512_cvtepi32_epi8(upper));  // modulo 256: what `high` leaves
+    _mm_storeu_si128((__m128i*)(at + 2 * piece), _mm512_cvtepi32_epi8(code));
+  };
+  split(a, to);
+  split(b, to + step);
 #else
   int32_t sum = 0;
   alignas(32) int32_t code[32];
   for (int i = 0; i < 32; i += 8) {
     _mm256_store_si256((__m256i*)(code + i), _mm256_cvtps_epi32(load(x + i) * set1(inverse)));
   }
+  auto split = [&](int32_t c, int8_t* at) {
+    int32_t upper = (c + 128) >> 8;
+    at[0] = (int8_t)((upper + 128) >> 8);
+    at[piece] = (int8_t)upper;  // modulo 256: what the high byte leaves
+    at[2 * piece] = (int8_t)c;
+    sum += c;
+  };
   for (int i = 0; i < 16; ++i) {
-    int32_t a = bits == 4 ? code[2 * i] : code[i], b = bits == 4 ? code[2 * i + 1] : code[i + 16];
-    int32_t ah = (a + 128) >> 8, bh = (b + 128) >> 8;
-    sum += a + b;
-    high[i] = (int8_t)ah;
-    high[i + step] = (int8_t)bh;
-    low[i] = (int8_t)(a - ah * 256);
-    low[i + step] = (int8_t)(b - bh * 256);
+    split(bits == 4 ? code[2 * i] : code[i], to + i);
+    split(bits == 4 ? code[2 * i + 1] : code[i + 16], to + i + step);
   }
 #endif
   return sum;
@@ -91,13 +100,12 @@ RUNNER_INLINE void quantise_row(const LinearArgs& a, int64_t m, const QuantX& to
       *finite = false;
       return;
     }
-    scale[g] = most / kMostCode;
+    scale[g] = most / kMostByteCode;
     int32_t codes = 0;
-    float inverse = most > 1e-30f ? kMostCode / most : 0.0f;
+    float inverse = most > 1e-30f ? kMostByteCode / most : 0.0f;
     for (int64_t i = g * a.group; i < (g + 1) * a.group; i += 32) {
       int64_t in = i % values;
-      int8_t* high = q + i / values * chunk_stride(a.bits) + (a.bits == 4 ? in / 2 : in);
-      codes += quantise_32(x + i, inverse, a.bits, high, high + (a.bits == 4 ? 128 : 64));
+      codes += quantise_32(x + i, inverse, a.bits, q + i / values * chunk_stride(a.bits) + (a.bits == 4 ? in / 2 : in));
     }
     sum[g] = scale[g] * (float)codes;
   }
@@ -138,7 +146,7 @@ RUNNER_INLINE VF load_some(const typename T::S* p, int64_t n) {
 // R rows of weights against M rows of x.
 template <int BITS, int G, class T, int R, int M>
 RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t m0, float out[R][M]) {
-  constexpr int kValues = BITS == 4 ? 128 : 64, kStride = BITS == 4 ? 256 : 128;
+  constexpr int kValues = BITS == 4 ? 128 : 64, kStride = 3 * kValues;
   constexpr int kLane = kValues / 16;                  // values of one int32 lane
   constexpr int kChunks = 16 * G / kValues;            // chunks of 16 groups
   int64_t groups = a.k / G, row_bytes = a.k * BITS / 8;
@@ -187,18 +195,27 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const int8_t* p = q + m * x.stride + c * kStride;
-        __m512i h0 = _mm512_loadu_si512(p), l0 = _mm512_loadu_si512(p + kStride / 2), h1 = h0, l1 = l0;
-        if constexpr (BITS == 4) {
-          h1 = _mm512_loadu_si512(p + 64);
-          l1 = _mm512_loadu_si512(p + 192);
+        __m512i x0[3], x1[3];  // high, mid, low of even and odd values, or of all
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) {
+          x0[i] = _mm512_loadu_si512(p + i * kValues);
+          x1[i] = BITS == 4 ? _mm512_loadu_si512(p + i * kValues + 64) : x0[i];
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          __m512i h = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w0[r], h0);
-          if constexpr (BITS == 4) h = _mm512_dpbusd_epi32(h, w1[r], h1);
-          __m512i l = _mm512_dpbusd_epi32(_mm512_slli_epi32(h, 8), w0[r], l0);
-          if constexpr (BITS == 4) l = _mm512_dpbusd_epi32(l, w1[r], l1);
-          acc[r][m] = fma(_mm512_cvtepi32_ps(l), _mm512_permutexvar_ps(index, s[r][m]), acc[r][m]);
+          auto product = [&](__m512i sum, int i) {
+            sum = _mm512_dpbusd_epi32(sum, w0[r], x0[i]);
+            return BITS == 4 ? _mm512_dpbusd_epi32(sum, w1[r], x1[i]) : sum;
+          };
+          __m512i upper = product(_mm512_slli_epi32(product(_mm512_setzero_si512(), 0), 8), 1);
+          VF whole;
+          if constexpr (BITS == 4) {
+            whole = _mm512_cvtepi32_ps(product(_mm512_slli_epi32(upper, 8), 2));
+          } else {  // eight bits times 24 do not fit 32
+            VF low = _mm512_cvtepi32_ps(product(_mm512_setzero_si512(), 2));
+            whole = fma(_mm512_cvtepi32_ps(upper), set1(256.0f), low);
+          }
+          acc[r][m] = fma(whole, _mm512_permutexvar_ps(index, s[r][m]), acc[r][m]);
         }
       }
     }
@@ -215,28 +232,29 @@ constexpr int kQuantRows = 4, kQuantM = 4;
 
 RUNNER_INLINE __m256i pairs(__m256i w, __m256i x) { return _mm256_maddubs_epi16(w, x); }
 
-// 32 bytes of weights against one half chunk of x: int32 sums of q (256 high + low) per lane of 4 bytes.
+// 32 bytes of weights against one half chunk of x: sums of q (65536 high + 256 mid + low) per lane of 4 bytes.
 template <int BITS>
-RUNNER_INLINE __m256i half_chunk(__m256i w, const int8_t* p) {
-  const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), high = _mm256_set1_epi16(256);
+RUNNER_INLINE VF half_chunk(__m256i w, const int8_t* p) {
+  const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), byte = _mm256_set1_epi16(256);
   __m256i w0 = _mm256_and_si256(w, nibble), w1 = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
   auto x = [&](int at) { return _mm256_loadu_si256((const __m256i*)(p + at)); };
   if constexpr (BITS == 4) {
-    __m256i h = _mm256_add_epi16(pairs(w0, x(0)), pairs(w1, x(64)));
-    __m256i l = _mm256_add_epi16(pairs(w0, x(128)), pairs(w1, x(192)));
-    return _mm256_add_epi32(_mm256_madd_epi16(h, high), _mm256_madd_epi16(l, one));
+    auto both = [&](int at) { return _mm256_add_epi16(pairs(w0, x(at)), pairs(w1, x(at + 64))); };
+    __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(both(0), byte), _mm256_madd_epi16(both(128), one));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(upper, 8), _mm256_madd_epi16(both(256), one)));
   } else {  // the two nibbles of a byte apart: a full byte times int8 would saturate 16 bits
-    __m256i h = x(0), l = x(64);
-    __m256i sixteen = _mm256_set1_epi16(16), both = _mm256_set1_epi16(4096);
-    __m256i a = _mm256_add_epi32(_mm256_madd_epi16(pairs(w0, h), high), _mm256_madd_epi16(pairs(w1, h), both));
-    __m256i b = _mm256_add_epi32(_mm256_madd_epi16(pairs(w0, l), one), _mm256_madd_epi16(pairs(w1, l), sixteen));
-    return _mm256_add_epi32(a, b);
+    auto both = [&](int at, int by) {
+      __m256i low = _mm256_madd_epi16(pairs(w0, x(at)), _mm256_set1_epi16((int16_t)by));
+      return _mm256_add_epi32(low, _mm256_madd_epi16(pairs(w1, x(at)), _mm256_set1_epi16((int16_t)(16 * by))));
+    };
+    __m256i upper = _mm256_add_epi32(both(0, 256), both(64, 1));
+    return fma(_mm256_cvtepi32_ps(upper), set1(256.0f), _mm256_cvtepi32_ps(both(128, 1)));
   }
 }
 
 template <int BITS, int G, class T, int R, int M>
 RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t m0, float out[R][M]) {
-  constexpr int kStride = BITS == 4 ? 256 : 128, kHalf = BITS == 4 ? 64 : 32;  // values of half a chunk
+  constexpr int kStride = BITS == 4 ? 384 : 192, kHalf = BITS == 4 ? 64 : 32;  // values of half a chunk
   int64_t groups = a.k / G, row_bytes = a.k * BITS / 8;
   const uint8_t* w = (const uint8_t*)a.w + n * row_bytes;
   const int8_t* q = x.q + m0 * x.stride;
@@ -277,8 +295,7 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
         const float* sm = sx + m * x.padded + g;
         VF s = set1(s0 * sm[0]);
         if constexpr (kHalf > G) s = _mm256_insertf128_ps(s, _mm_set1_ps(s1 * sm[1]), 1);
-        __m256i sum = half_chunk<BITS>(wv, q + m * x.stride + c / 2 * kStride + c % 2 * 32);
-        acc[r][m] = fma(_mm256_cvtepi32_ps(sum), s, acc[r][m]);
+        acc[r][m] = fma(half_chunk<BITS>(wv, q + m * x.stride + c / 2 * kStride + c % 2 * 32), s, acc[r][m]);
       }
     }
   }
