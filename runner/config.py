@@ -20,6 +20,7 @@ from runner.errors import ConfigError
 from runner.rope import RopeScaling
 
 _KEY = "runner.key"
+_MINIMUM = "runner.minimum"
 C = TypeVar("C", bound="Config")
 
 MAX_DIMENSION = 1 << 24
@@ -113,9 +114,9 @@ HARMLESS = frozenset(
 `generation_config.json` and the engine read)."""
 
 
-def key(name: str, *, default: Any = MISSING) -> Any:
-    """A field read from `config.json`'s key `name` where that differs from the field's own name."""
-    return field(default=default, metadata={_KEY: name})
+def key(name: str | None = None, *, default: Any = MISSING, minimum: int = 1) -> Any:
+    """A field read from `config.json`'s key `name` (None: the field's own name); an integer is at least `minimum`."""
+    return field(default=default, metadata={_MINIMUM: minimum, **({} if name is None else {_KEY: name})})
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ConfigError(f"config.json: {item.metadata.get(_KEY, item.name)} must be at least 1, not {value}")
+            _check_minimum(item, getattr(self, item.name))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -202,6 +201,13 @@ class Config:
     def cache_window(self, index: int) -> int | None:
         """How many keys layer `index` looks back on, itself included; None: all."""
         return None
+
+
+def _check_minimum(item: dataclasses.Field[Any], value: object) -> None:
+    minimum = item.metadata.get(_MINIMUM, 1)
+    if isinstance(value, int) and not isinstance(value, bool) and value < minimum:
+        name = item.metadata.get(_KEY, item.name)
+        raise ConfigError(f"config.json: {name} must be at least {minimum}, not {value}")
 
 
 def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,6 +260,7 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
             continue
         try:
             arguments[item.name] = _convert(values[name], hints[item.name], name)
+            _check_minimum(item, arguments[item.name])  # before a class divides by it
         except ConfigError as error:
             problems.append(str(error))
     problems += _unknown(values, known)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from runner import rope as frequencies
+from runner.device import CUDA, current, wrong_on_cuda
 from runner.errors import ConfigError, UsageError
-from runner.fast import NO_MASK, LayerNorm, RMSNorm, RoPE, scaled_dot_product_attention
+from runner.fast import NO_MASK, PORTABLE, LayerNorm, Ops, RMSNorm, RoPE, scaled_dot_product_attention
 from runner.rope import RopeScaling
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "rope_reference.json").read_text())
+
+TABLES = list({ops.name: ops for ops in (PORTABLE, current().ops)}.values())
+"""Plain MLX, and what this machine has."""
 
 
 def rand(*shape: int, seed: int = 0) -> mx.array:
@@ -112,7 +116,59 @@ def test_rope_refuses_what_it_does_not_know() -> None:
         RoPE(dims=7)
 
 
-def test_rope_frequencies_equal_the_reference() -> None:
-    """`rope_reference.json` carries its recipe: transformers' ROPE_INIT_FUNCTIONS with published parameters."""
-    assert frequencies.inverse_frequencies(RopeScaling(), dims=4, base=100.0, max_position_embeddings=8) == [1.0, 0.1]
-    assert len(REFERENCE) > 1
+KNOWN_KINDS = [entry for entry in REFERENCE["entries"] if entry["name"] != "proportional"]
+
+
+def scaling_of(config: dict[str, Any]) -> RopeScaling | None:
+    raw = config["rope_scaling"]
+    original = {name: config[name] for name in ("original_max_position_embeddings",) if name in config}
+    return None if raw is None else RopeScaling.from_dict({**original, **raw})
+
+
+@pytest.mark.parametrize("ops", TABLES, ids=lambda ops: ops.name)
+@pytest.mark.parametrize("entry", KNOWN_KINDS, ids=lambda entry: entry["name"])
+def test_rope_equals_the_reference(entry: dict[str, Any], ops: Ops) -> None:
+    """Every rope type at positions 0, 1k, 8k and 60k; `rope_reference.json` carries its recipe (transformers 5.23)."""
+    config = entry["config"]
+    head_dim, limit = config["head_dim"], config["max_position_embeddings"]
+    rope = RoPE(
+        dims=head_dim, base=config["rope_theta"], scaling=scaling_of(config), max_position_embeddings=limit, ops=ops
+    )
+    half = mx.concatenate([mx.ones(head_dim // 2), mx.zeros(head_dim // 2)]).reshape(1, 1, 1, head_dim)
+    for case in entry["by_length"]:
+        assert rope.factor == pytest.approx(case["attention_factor"], rel=1e-6)
+        for position, cos, sin in zip(REFERENCE["positions"], case["cos"], case["sin"], strict=True):
+            found = rope(half, position, case["seq_len"]) / rope.factor  # (1, 0) turned by the angle: (cos, sin)
+            # An angle in float32 is off by its last bits: frequency and product round, at 60,000 rad by 1e-2.
+            tolerance = 1e-5 + position * 2e-7
+            assert mx.allclose(found[0, 0, 0], mx.array(cos + sin), atol=tolerance, rtol=0), (position, case["seq_len"])
+
+
+def test_a_rope_type_without_code_is_refused() -> None:
+    (entry,) = [entry for entry in REFERENCE["entries"] if entry["name"] == "proportional"]
+    with pytest.raises(ConfigError, match="'proportional' is not known"):
+        scaling_of(entry["config"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "group", "dtype", "unpacks"),
+    [
+        (2, 64, 64, mx.bfloat16, True),
+        (40, 128, 128, mx.float32, True),
+        (40, 256, 128, mx.float32, True),
+        (1, 64, 64, mx.float32, False),
+        (40, 256, 128, mx.bfloat16, False),
+        (40, 256, 64, mx.float32, False),
+    ],
+)
+def test_cuda_unpacks_where_its_product_is_wrong(
+    rows: int, inputs: int, group: int, dtype: mx.Dtype, unpacks: bool
+) -> None:
+    weight, scales, biases = mx.quantize(rand(96, inputs).astype(dtype), group_size=group, bits=4)
+    x = rand(rows, inputs, seed=1).astype(dtype)
+    form = {"group_size": group, "bits": 4, "mode": "affine"}
+    found = CUDA.quantized_linear(x, weight, scales, biases, None, **form)
+    wanted = x.astype(mx.float32) @ mx.dequantize(weight, scales, biases, **form).astype(mx.float32).T
+    assert found.dtype == dtype
+    assert mx.allclose(found.astype(mx.float32), wanted, atol=0.5 if dtype == mx.bfloat16 else 1e-3, rtol=0)
+    assert wrong_on_cuda(x, group, "affine") is unpacks

@@ -14,7 +14,8 @@ from runner.errors import BackendError
 from runner.kernels import _load
 
 
-def test_a_missing_extension_has_a_reason_and_a_fix() -> None:
+def test_a_missing_extension_has_a_reason_and_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNNER_KERNELS_ISA", raising=False)
     module, reason = _load.load_extension("runner.kernels._no_such_module")
     assert module is None
     assert reason is not None and "not built" in reason and "pip install" in reason
