@@ -148,6 +148,9 @@ def _shards(snapshot: Path) -> list[str]:
     return sorted(set(read_index(member(snapshot, INDEX)).values()))
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model", "merges.txt")
+
+
 def _has_weights(snapshot: Path) -> bool:
     try:
         files = ["config.json", *_shards(snapshot)]
@@ -158,7 +161,7 @@ def _has_weights(snapshot: Path) -> bool:
 
 def _is_complete(snapshot: Path) -> bool:
     """Whether a model can be loaded from it: other programs fetch file by file, and not the tokenizer first."""
-    return _has_weights(snapshot) and any((snapshot / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return _has_weights(snapshot) and any((snapshot / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _size(snapshot: Path) -> int:
@@ -226,7 +229,7 @@ def _is_small(name: str) -> bool:
         return folder == "additional_chat_templates" and base.endswith(".jinja")
     if base.endswith(".index.json"):
         return base == INDEX
-    return base.endswith((".json", ".jinja")) or base == "tokenizer.model"
+    return base.endswith((".json", ".jinja")) or base in ("tokenizer.model", "merges.txt")
 
 
 def _download(repo: str, commit: str, files: list[str]) -> Path:

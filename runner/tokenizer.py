@@ -1,17 +1,19 @@
-"""Text to ids and back, and chats to either: one interface over tokenizer.json and a lone tokenizer.model."""
+"""Text to ids and back, and chats to either: one interface over every file a vocabulary comes in."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from runner import tokenizer_rebuilt
 from runner.chat_template import ChatInputs, ChatTemplates, Message, chat_inputs
 from runner.detokenizer import Detokenizer
 from runner.errors import TokenizerError
 from runner.special_tokens import choose_markers
-from runner.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend
+from runner.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, load_json
 from runner.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 _MAX_ID = 1 << 31
@@ -39,28 +41,28 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
-        """Reads tokenizer.json, else tokenizer.model, and the small files beside it.
+        """Reads the first of `SOURCES` that is there, and the small files beside it.
 
-        Raises TokenizerError where both are missing (naming what the directory holds) or a file is malformed.
+        Raises TokenizerError where all are missing (naming what the directory holds) or a file is malformed.
         """
         directory = Path(path)
         if not directory.is_dir():
             raise TokenizerError(f"{directory} is no directory: expected one that holds a tokenizer.json")
         files = read_tokenizer_files(directory)
-        if (json_file := directory / "tokenizer.json").is_file():
-            return cls(JsonBackend(json_file, files), files)
-        if (model_file := directory / "tokenizer.model").is_file():
-            return cls(SentencePieceBackend(model_file, files), files)
+        for names, backend in SOURCES.items():
+            if all((directory / name).is_file() for name in names):
+                return cls(backend(directory, files), files)
         held = sorted(entry.name for entry in directory.iterdir())
         listed = ", ".join(held[:12]) + (f" and {len(held) - 12} more" if len(held) > 12 else "")
+        wanted = ", ".join(" + ".join(names) for names in SOURCES)
         raise TokenizerError(
-            f"{directory} has neither tokenizer.json nor tokenizer.model (it holds: {listed or 'nothing'}): "
+            f"{directory} has no tokenizer, one of {wanted} (it holds: {listed or 'nothing'}): "
             "copy one of them from the model's repository"
         )
 
     @property
     def kind(self) -> str:
-        """ "tokenizer.json" or "sentencepiece"."""
+        """ "tokenizer.json", "tekken.json", "sentencepiece", "tiktoken" or "vocab.json + merges.txt"."""
         return self._backend.kind
 
     @property
@@ -156,6 +158,29 @@ class Tokenizer:
         markers = choose_markers(source, text, inputs.messages, inputs.tools, inputs.extra)
         marked = scanner.unmark(self._templates.render(source, _marked_inputs(inputs, scanner.mark, markers)), markers)
         return self._backend.encode_matches(_unicode(marked.text), scanner.find(marked.text, marked))
+
+
+def _from_model_file(directory: Path, files: TokenizerFiles) -> Backend:
+    """`tokenizer.model` is sentencepiece's protobuf, or lines of base64 and rank (Llama 3's original files)."""
+    path = directory / "tokenizer.model"
+    with path.open("rb") as file:
+        first = file.readline(2048)
+    if re.fullmatch(rb"[A-Za-z0-9+/]+=* 0\r?\n", first):
+        return JsonBackend(tokenizer_rebuilt.tiktoken(path, files), files, "tiktoken")
+    return SentencePieceBackend(path, files)
+
+
+SOURCES: Mapping[tuple[str, ...], Callable[[Path, TokenizerFiles], Backend]] = {
+    ("tokenizer.json",): lambda directory, files: JsonBackend(load_json(directory / "tokenizer.json"), files),
+    ("tekken.json",): lambda directory, files: JsonBackend(
+        tokenizer_rebuilt.tekken(directory / "tekken.json", files), files, "tekken.json"
+    ),
+    ("tokenizer.model",): _from_model_file,
+    ("vocab.json", "merges.txt"): lambda directory, files: JsonBackend(
+        tokenizer_rebuilt.byte_level(directory, files), files, "vocab.json + merges.txt"
+    ),
+}
+"""The files a vocabulary comes in, in the order they are looked for."""
 
 
 def _unicode(text: str) -> str:

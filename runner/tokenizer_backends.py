@@ -36,13 +36,12 @@ class Backend(Protocol):
 
 
 class JsonBackend:
-    """A tokenizer.json. Its post-processor decides on BOS and EOS; the config's add_bos_token does not (as in
+    """A tokenizer of the `tokenizers` library, read from a tokenizer.json or rebuilt. Its post-processor decides on BOS and EOS; the config's add_bos_token does not (as in
     transformers 5.23, which drops the flag when there is a tokenizer.json)."""
 
-    kind = "tokenizer.json"
-
-    def __init__(self, path: Path, files: TokenizerFiles) -> None:
-        self._library = _load_json(path)
+    def __init__(self, library: tokenizers.Tokenizer, files: TokenizerFiles, kind: str = "tokenizer.json") -> None:
+        self.kind = kind
+        self._library = library
         self._library.no_truncation()
         self._library.no_padding()
         _add_tokens(self._library, files.added)
@@ -193,7 +192,8 @@ def _join_stream(backend: Backend, ids: Sequence[int], skip_special_tokens: bool
     return "".join([*(stream.add(index) for index in ids), stream.flush()])
 
 
-def _load_json(path: Path) -> tokenizers.Tokenizer:
+def load_json(path: Path) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json; TokenizerError where the library refuses it."""
     _check_size(path)
     try:
         return tokenizers.Tokenizer.from_file(str(path))
@@ -256,8 +256,7 @@ def _load_sentencepiece(path: Path) -> tuple[Any, bool]:
         return sentencepiece.SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00"), prefix
     except (RuntimeError, IndexError, OSError, ValueError) as error:
         raise TokenizerError(
-            f"{path} is not a sentencepiece model ({error}); a tokenizer.model of tiktoken ranks (Llama 3's original/) "
-            "is not read: fetch the tokenizer.json of the same model"
+            f"{path} is neither a sentencepiece model ({error}) nor a list of tiktoken ranks: fetch it again"
         ) from error
 
 

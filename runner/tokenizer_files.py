@@ -36,6 +36,7 @@ class TokenizerFiles:
     add_eos_token: bool | None = None
     add_prefix_space: bool | None = None
     legacy: bool | None = None
+    tokenizer_class: str | None = None
 
 
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
@@ -53,6 +54,7 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
         added=tuple(added),
         named=named,
         templates=_read_templates(directory, config, path),
+        tokenizer_class=name if isinstance(name := config.get("tokenizer_class"), str) else None,
         **{
             name: _flag(config, name, path) for name in ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
         },

@@ -1,0 +1,239 @@
+"""Vocabularies without a tokenizer.json, built for `tokenizers`: vocab.json + merges.txt, tiktoken ranks, tekken.json.
+
+Ranks are byte strings in the order in which they were learnt. A pair merges when its joined bytes have a rank, lowest
+first, so that every split of a token into two tokens is a merge with that token's priority (as in openai/tiktoken).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from runner.detokenizer import byte_alphabet
+from runner.errors import TokenizerError
+from runner.special_tokens import AddedToken
+from runner.tokenizer_files import TokenizerFiles
+
+MAX_FILE = 64 << 20
+MAX_TOKENS = 1 << 20
+MAX_TOKEN_BYTES = 1024
+MAX_PATTERN = 4096
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+
+RANK_PATTERNS: Mapping[int, str] = {128_000: LLAMA3, 100_256: LLAMA3}
+"""How text is cut before merging, by the number of ranks, since a file of ranks does not say it: Llama 3's vocabulary
+and OpenAI's cl100k_base (meta-llama/llama-models tokenizer.py, openai/tiktoken openai_public.py)."""
+
+_BYTE_LEVEL = frozenset(["GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer"])
+
+
+def byte_level(directory: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """vocab.json and merges.txt of a byte-level BPE; `tokenizer_class` says how text is cut.
+
+    Raises:
+        TokenizerError: a class that cuts text in a way that is not known here, or a malformed file.
+    """
+    name = (files.tokenizer_class or "GPT2Tokenizer").removesuffix("Fast")
+    cut: Any
+    if name == "Qwen2Tokenizer":
+        cut = _split(QWEN2)
+    elif name in _BYTE_LEVEL:
+        cut = pre_tokenizers.ByteLevel(add_prefix_space=bool(files.add_prefix_space))
+    else:
+        raise TokenizerError(
+            f"{directory}: vocab.json and merges.txt of a {name} cannot be read without a tokenizer.json; known are "
+            f"{', '.join(sorted(_BYTE_LEVEL | {'Qwen2Tokenizer'}))}"
+        )
+    path = directory / "vocab.json"
+    vocab = _json(path)
+    if not all(isinstance(index, int) and 0 <= index < MAX_TOKENS for index in vocab.values()):
+        raise TokenizerError(f"{path}: every token needs an id from 0 to {MAX_TOKENS - 1}")
+    result = _assemble(vocab, _merges(directory / "merges.txt"), cut, ignore_merges=False, path=path)
+    if name == "Qwen2Tokenizer":
+        result.normalizer = normalizers.NFC()
+    return _with_bos(result, files)
+
+
+def tiktoken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """Lines of base64 bytes and rank (Llama 3's `tokenizer.model`); special tokens are tokenizer_config.json's.
+
+    Raises:
+        TokenizerError: a malformed line, or a number of ranks whose cutting pattern is not known.
+    """
+    lines = _read(path).split(b"\n")
+    ranks = [_ranked(line, index, path) for index, line in enumerate(lines) if line.strip()]
+    pattern = RANK_PATTERNS.get(len(ranks))
+    if pattern is None:
+        known = ", ".join(map(str, RANK_PATTERNS))
+        raise TokenizerError(
+            f"{path}: how text is cut for a vocabulary of {len(ranks)} ranks is not known ({known} are)"
+        )
+    return _with_bos(from_ranks(ranks, pattern, path), files)
+
+
+def tekken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """Mistral's tekken.json: special tokens first, then ranks (mistral-common, tekken.py).
+
+    Raises:
+        TokenizerError: a malformed file.
+    """
+    data = _json(path)
+    config, entries = data.get("config"), data.get("vocab")
+    if not isinstance(config, dict) or not isinstance(entries, list) or len(entries) > MAX_TOKENS:
+        raise TokenizerError(f"{path} is no tekken file: it needs a config and a vocab of at most {MAX_TOKENS} tokens")
+    size, reserved = _count(config, "default_vocab_size", path), _count(config, "default_num_special_tokens", path)
+    pattern = config.get("pattern")
+    if reserved >= size or not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
+        raise TokenizerError(f"{path}: config needs a pattern, and fewer special tokens than tokens")
+    ranks = [_decoded(entry.get("token_bytes") if isinstance(entry, dict) else None, path) for entry in entries]
+    special = _tekken_special(data.get("special_tokens"), reserved, path)
+    result = from_ranks(ranks[: size - reserved], pattern, path, special)
+    result.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    result.post_processor = _bos("<s>", 1)
+    return result
+
+
+def _count(config: dict[str, Any], name: str, path: Path) -> int:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_TOKENS:
+        raise TokenizerError(f"{path}: config needs {name}, from 1 to {MAX_TOKENS}, not {value!r:.40}")
+    return value
+
+
+def _tekken_special(listed: Any, reserved: int, path: Path) -> list[str]:
+    """The reserved names in the order of their ids; files before 2024-11 list none and mean `TEKKEN_SPECIAL`."""
+    names: dict[Any, Any] = dict(enumerate(TEKKEN_SPECIAL))
+    if listed is not None:
+        if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+            raise TokenizerError(f"{path}: special_tokens must be a list of objects")
+        names = {item.get("rank"): item.get("token_str") for item in listed}
+    filled = [names.get(index, f"<SPECIAL_{index}>") for index in range(reserved)]
+    if not all(isinstance(text, str) and 0 < len(text) <= MAX_TOKEN_BYTES for text in filled):
+        raise TokenizerError(f"{path}: a special token has no text")
+    return filled
+
+
+TEKKEN_SPECIAL = (
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
+    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
+)  # fmt: skip
+"""mistral-common's fixed names of a tekken.json that lists none."""
+
+
+def from_ranks(ranks: Sequence[bytes], pattern: str, path: Path, before: Sequence[str] = ()) -> tokenizers.Tokenizer:
+    """A byte-level BPE of `ranks`; the first ids are those of the tokens `before`."""
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+    spelled = ["".join(letters[byte] for byte in token) for token in ranks]
+    vocab = {text: index for index, text in enumerate([*before, *spelled])}
+    if len(vocab) != len(before) + len(ranks):
+        raise TokenizerError(f"{path}: a token comes twice")
+    merges: list[tuple[str, str]] = []
+    for text in spelled:
+        splits = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in vocab and text[i:] in vocab]
+        merges += sorted(splits, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    return _assemble(vocab, merges, _split(pattern), ignore_merges=True, path=path)
+
+
+def _assemble(
+    vocab: dict[str, int], merges: list[tuple[str, str]], cut: Any, *, ignore_merges: bool, path: Path
+) -> tokenizers.Tokenizer:
+    try:
+        result = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
+    except Exception as error:  # the library raises bare exceptions, for example for a merge of unknown tokens
+        raise TokenizerError(f"{path}: {error}") from error
+    result.pre_tokenizer = cut
+    result.decoder = decoders.ByteLevel()
+    return result
+
+
+def _split(pattern: str) -> Any:
+    try:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    except Exception as error:  # an invalid expression is a bare exception of the library
+        raise TokenizerError(f"the pattern that cuts text is no regular expression ({error})") from error
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _with_bos(library: tokenizers.Tokenizer, files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """BOS in front where tokenizer_config.json asks for it (`add_bos_token`); its id is known once it is added."""
+    text = files.named.get("bos_token")
+    if files.add_bos_token and text:
+        library.add_tokens([_library_token(token) for token in files.added if token.content])
+        index = library.token_to_id(text)
+        if index is not None:
+            library.post_processor = _bos(text, index)
+    return library
+
+
+def _library_token(token: AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content, special=token.special, normalized=token.normalized, lstrip=token.lstrip, rstrip=token.rstrip,
+        single_word=token.single_word,
+    )  # fmt: skip
+
+
+def _bos(text: str, index: int) -> Any:
+    return processors.TemplateProcessing(
+        single=f"{text}:0 $A:0", pair=f"{text}:0 $A:0 $B:1", special_tokens=[(text, index)]
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise TokenizerError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_FILE} that are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read ({error})") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict) or len(value) > MAX_TOKENS:
+        raise TokenizerError(f"{path} must hold an object of at most {MAX_TOKENS} entries")
+    return value
+
+
+def _merges(path: Path) -> list[tuple[str, str]]:
+    """Lines of two tokens; a first line `#version` is none."""
+    result: list[tuple[str, str]] = []
+    for number, line in enumerate(_read(path).decode("utf-8", "replace").split("\n")):
+        if not line.strip() or (number == 0 and line.startswith("#version")):
+            continue
+        pair = line.rstrip("\r").split(" ")
+        if len(pair) != 2 or len(result) >= MAX_TOKENS:
+            raise TokenizerError(f"{path}: line {number + 1} is no pair of tokens: {line!r:.60}")
+        result.append((pair[0], pair[1]))
+    return result
+
+
+def _ranked(line: bytes, index: int, path: Path) -> bytes:
+    parts = line.split()
+    if len(parts) != 2 or parts[1] != str(index).encode() or index >= MAX_TOKENS:
+        raise TokenizerError(f"{path}: line {index + 1} is not base64 and the rank {index}: {line!r:.60}")
+    return _decoded(parts[0].decode("ascii", "replace"), path)
+
+
+def _decoded(text: Any, path: Path) -> bytes:
+    try:
+        token = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except (binascii.Error, ValueError):
+        token = b""
+    if not 0 < len(token) <= MAX_TOKEN_BYTES:
+        raise TokenizerError(f"{path}: {text!r:.60} is no token: base64 of 1 to {MAX_TOKEN_BYTES} bytes")
+    return token
