@@ -8,17 +8,30 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from runner.errors import UsageError
+from runner.kv_storage import PLAIN, Storage
 
 STEP = 256
 """Tokens a cache grows by, at least; growing copies, so that a long one grows by a quarter of itself."""
 
 
 class History(NamedTuple):
-    """What attention sees: keys and values `[B, KV, S, D]` in order, the newest last, and the window to apply to them."""
+    """What attention sees: the first `length` rows of the buffers, the newest last, and the window to apply to them."""
 
-    keys: mx.array
-    values: mx.array
+    stored_keys: mx.array
+    stored_values: mx.array
+    length: int
     window: int | None = None
+    storage: Storage = PLAIN
+
+    @property
+    def keys(self) -> mx.array:
+        """Keys `[B, KV, S, D]` as numbers."""
+        return self.storage.read(self.stored_keys[..., : self.length, :])
+
+    @property
+    def values(self) -> mx.array:
+        """Values `[B, KV, S, Dv]` as numbers."""
+        return self.storage.read(self.stored_values[..., : self.length, :])
 
 
 @dataclass(frozen=True)
@@ -36,9 +49,10 @@ class Batch:
 
 
 class KVCache:
-    """Keeps every token. Buffers grow in steps; appending writes in place, and the history is a view of them."""
+    """Keeps every token. Buffers grow in steps; appending writes in place, so nobody else may hold on to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: Storage = PLAIN) -> None:
+        self.storage = storage
         self.offset = 0
         self._start = 0  # position of the buffer's first token
         self._keys: mx.array | None = None
@@ -67,10 +81,9 @@ class KVCache:
             stored = self._make_room(keys, values, stored)
         assert self._keys is not None and self._values is not None
         end = stored + count
-        self._keys[..., stored:end, :] = keys
-        self._values[..., stored:end, :] = values
+        self._keys, self._values = self.storage.write(self._keys, self._values, keys, values, stored)
         self.offset += count
-        return History(self._keys[..., :end, :], self._values[..., :end, :], self.window)
+        return History(self._keys, self._values, end, self.window, self.storage)
 
     def trim(self, count: int) -> None:
         """Forget the newest `count` tokens.
@@ -95,10 +108,16 @@ class KVCache:
         kept = self._kept(stored)
         need = kept + keys.shape[2]
         capacity = -(-(need + max(STEP // 2, need // 4)) // STEP) * STEP
-        self._keys = _moved(self._keys, keys, stored, kept, capacity)
-        self._values = _moved(self._values, values, stored, kept, capacity)
+        self._keys = self._moved(self._keys, keys, stored, kept, capacity)
+        self._values = self._moved(self._values, values, stored, kept, capacity)
         self._start = self.offset - kept
         return kept
+
+    def _moved(self, old: mx.array | None, like: mx.array, stored: int, kept: int, capacity: int) -> mx.array:
+        buffer = self.storage.empty(like, capacity)
+        if old is not None and kept:
+            buffer[..., :kept, :] = old[..., stored - kept : stored, :]
+        return buffer
 
 
 class RotatingKVCache(KVCache):
@@ -108,8 +127,8 @@ class RotatingKVCache(KVCache):
     margin costs less than the wrapped-around indices it spares, and the history stays sorted by position.
     """
 
-    def __init__(self, window: int) -> None:
-        super().__init__()
+    def __init__(self, window: int, storage: Storage = PLAIN) -> None:
+        super().__init__(storage)
         self._window = window
 
     @property
@@ -122,10 +141,3 @@ class RotatingKVCache(KVCache):
 
     def _kept(self, stored: int) -> int:
         return min(stored, self._window - 1)
-
-
-def _moved(old: mx.array | None, like: mx.array, stored: int, kept: int, capacity: int) -> mx.array:
-    buffer = mx.zeros((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype)
-    if old is not None and kept:
-        buffer[..., :kept, :] = old[..., stored - kept : stored, :]
-    return buffer

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.fast import PORTABLE, Ops
+from runner.kv_storage import PLAIN, Storage
 
 
 @dataclass(frozen=True)
 class Device:
     """A table of ops, with the dtype of activations that suits it (None: as the checkpoint stores its weights).
 
-    `threads` are those of our kernels; None where MLX decides. `notice` and `fix` tell what a user could install to run faster; None where nothing is missing.
+    `storage` is how caches keep float32 rows where nobody asked for float32. `threads` are those of our kernels; None where MLX decides. `notice` and `fix` tell what a user could install to run faster; None where nothing is missing.
     """
 
     name: str
     ops: Ops
     activations: mx.Dtype | None = None
+    storage: Storage = PLAIN
     threads: int | None = None
     notice: str | None = None
     fix: str | None = None
@@ -33,10 +35,11 @@ def current() -> Device:
 
     reason = kernels.unavailable_reason()
     if reason is None:
-        from runner.kernels.ops import KERNELS
+        from runner.kernels.ops import DENSE, KERNELS
 
         threads = kernels.num_threads()
-        return Device(f"runner's CPU kernels ({kernels.isa()}, {threads} threads)", KERNELS, mx.float32, threads)
+        name = f"runner's CPU kernels ({kernels.isa()}, {threads} threads)"
+        return Device(name, KERNELS, mx.float32, DENSE, threads)
     return Device(
         "plain MLX on the CPU",
         CPU_WITHOUT_KERNELS,

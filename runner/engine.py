@@ -17,6 +17,7 @@ from runner.device import Device, current
 from runner.errors import UsageError
 from runner.families import Model, find
 from runner.generate import new_caches
+from runner.kv_storage import Storage
 from runner.loading import Progress
 from runner.plan import ModulePlan, plan
 from runner.weights import Source
@@ -26,12 +27,16 @@ DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, 
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded model. `layout` says which tensor each field came from; `loading.tensors` writes it back with that."""
+    """A loaded model. `layout` says which tensor each field came from; `loading.tensors` writes it back with that.
+
+    `storage` is how its caches keep their rows: exactly, where a dtype was asked for, else as the device likes it.
+    """
 
     config: Config
     model: Model
     layout: ModulePlan
     device: Device
+    storage: Storage
 
     @property
     def nbytes(self) -> int:
@@ -40,7 +45,7 @@ class Engine:
 
     def new_caches(self) -> list[KVCache]:
         """An empty cache for each layer."""
-        return new_caches(self.config)
+        return new_caches(self.config, self.storage)
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Logits at every position, `[T, V]` float32, in one pass and without a cache to keep.
@@ -73,7 +78,7 @@ def assemble(
     provided = {"ops": device.ops, "activations": DTYPES[dtype] if dtype else device.activations}
     layout = plan(model_class, config, source.headers, provided)
     model = loading.build(layout, source, dtype=DTYPES[dtype] if dtype else None, progress=progress)
-    return Engine(config, model, layout, device)
+    return Engine(config, model, layout, device, device.storage if dtype is None else device.ops.storage)
 
 
 def open_engine(directory: Path, *, dtype: str | None = None) -> Engine:

@@ -16,6 +16,7 @@ import mlx.core as mx
 from runner import rope as frequencies
 from runner.activations import ACTIVATIONS
 from runner.errors import UsageError
+from runner.kv_storage import PLAIN, Storage, row_width
 from runner.rope import RopeScaling
 from runner.weights import setting, tensor
 
@@ -58,7 +59,10 @@ def _attention(
     scale: float,
     window: int | None,
     sinks: mx.array | None,
+    length: int | None = None,
 ) -> mx.array:
+    if length is not None and length < key.shape[2]:
+        key, value = key[:, :, :length], value[:, :, :length]
     if window is not None and window < key.shape[2]:
         if isinstance(mask, mx.array):
             raise UsageError("attention: a window and a mask array at once; put the window into the array")
@@ -93,7 +97,8 @@ class Ops:
     """What a device computes a model with. Each entry has `PORTABLE`'s signature and, within rounding, its result.
 
     `glu(gate_up, activation)` and `activate(x, activation)` take `hidden_act`'s names; `attention` gets `mask` as an
-    array, "causal" (aligned to the last key) or None for all keys, and may read `key` and `value` where they lie.
+    array, "causal" (aligned to the last key) or None for all keys, may read `key` and `value` where they lie, and takes
+    their first `length` rows (None: all), in whatever form `storage` keeps them.
     """
 
     name: str
@@ -106,6 +111,7 @@ class Ops:
     attention: Callable[..., mx.array] = _attention
     glu: Callable[[mx.array, str], mx.array] = _glu
     argmax: Callable[[mx.array], mx.array] = _argmax
+    storage: Storage = PLAIN
 
 
 PORTABLE = Ops(name="mlx")
@@ -120,6 +126,7 @@ def scaled_dot_product_attention(
     scale: float,
     window: int | None = None,
     sinks: mx.array | None = None,
+    length: int | None = None,
     ops: Ops = PORTABLE,
 ) -> mx.array:
     """softmax(scale * query key^T + mask) value, with grouped queries and without repeating keys or values.
@@ -133,6 +140,7 @@ def scaled_dot_product_attention(
         scale: `1 / sqrt(D)` in most models.
         window: causal, and only the last `window` keys, the query's own included.
         sinks: `[H]` extra logits that take part in the softmax and select nothing.
+        length: S, where `key` and `value` are a cache's buffers with room for more.
 
     Returns:
         `[B, H, L, Dv]` in `query`'s dtype.
@@ -143,28 +151,29 @@ def scaled_dot_product_attention(
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise UsageError(f"attention needs query [B, H, L, D], key and value [B, KV, S, D]; got {shapes}")
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    keys = key.shape[2] if length is None else length
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != row_width(key):
         raise UsageError(f"attention: batch, key-value heads, lengths or head sizes differ: {shapes}")
     if query.shape[1] % key.shape[1]:
         raise UsageError(f"attention: {query.shape[1]} query heads are no multiple of {key.shape[1]} key-value heads")
     if isinstance(mask, mx.array):
-        _check_mask(mask, query, key)
-        return ops.attention(query, key, value, mask, scale=scale, window=window, sinks=sinks)
+        _check_mask(mask, query, keys)
+        return ops.attention(query, key, value, mask, scale=scale, window=window, sinks=sinks, length=keys)
     if mask == NO_MASK:
         if window is not None:
             raise UsageError("attention: NO_MASK and a window exclude each other")
-        return ops.attention(query, key, value, None, scale=scale, window=None, sinks=sinks)
+        return ops.attention(query, key, value, None, scale=scale, window=None, sinks=sinks, length=keys)
     if mask is not None:
         raise UsageError(f"attention: mask must be an array, NO_MASK or None (causal), not {mask!r}")
-    if query.shape[2] > key.shape[2]:
-        raise UsageError(f"causal attention has more queries ({query.shape[2]}) than keys ({key.shape[2]})")
+    if query.shape[2] > keys:
+        raise UsageError(f"causal attention has more queries ({query.shape[2]}) than keys ({keys})")
     # One query, being the last position, sees every key: no mask to apply.
     causal = "causal" if query.shape[2] > 1 else None
-    return ops.attention(query, key, value, causal, scale=scale, window=window, sinks=sinks)
+    return ops.attention(query, key, value, causal, scale=scale, window=window, sinks=sinks, length=keys)
 
 
-def _check_mask(mask: mx.array, query: mx.array, key: mx.array) -> None:
-    target = (*query.shape[:3], key.shape[2])
+def _check_mask(mask: mx.array, query: mx.array, keys: int) -> None:
+    target = (*query.shape[:3], keys)
     padded = (1,) * (4 - mask.ndim) + tuple(mask.shape)
     if len(padded) != 4 or any(size not in (1, full) for size, full in zip(padded, target, strict=True)):
         raise UsageError(f"attention: mask {mask.shape} does not broadcast to [B, H, L, S] = {list(target)}")

@@ -10,6 +10,7 @@ from runner.cache import Batch, KVCache, RotatingKVCache
 from runner.config import Config
 from runner.errors import UsageError
 from runner.families import Model
+from runner.kv_storage import PLAIN, Storage
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt in one pass: enough to fill the machine, few enough to cancel soon and to keep activations small."""
@@ -18,10 +19,10 @@ Sample = Callable[[mx.array], tuple[mx.array, ...]]
 """Logits `[V]` of the next token to lazy arrays, of which the first is the token."""
 
 
-def new_caches(config: Config) -> list[KVCache]:
-    """An empty cache for each layer."""
+def new_caches(config: Config, storage: Storage = PLAIN) -> list[KVCache]:
+    """An empty cache for each layer, with rows as `storage` keeps them."""
     windows = [config.cache_window(index) for index in range(config.num_hidden_layers)]
-    return [KVCache() if window is None else RotatingKVCache(window) for window in windows]
+    return [KVCache(storage) if window is None else RotatingKVCache(window, storage) for window in windows]
 
 
 class Cancelled(Exception):

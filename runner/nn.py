@@ -219,15 +219,26 @@ class Attend:
     def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
         """`query` `[B, H, L, D]` -> `[B, H, L, Dv]`; see `scaled_dot_product_attention`."""
         return scaled_dot_product_attention(
-            query, history.keys, history.values, mask, scale=self.scale, window=history.window, ops=self.ops
+            query,
+            history.stored_keys,
+            history.stored_values,
+            mask,
+            scale=self.scale,
+            window=history.window,
+            length=history.length,
+            ops=self.ops,
         )
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:
     """`[B, L, N * head_dim] -> [B, N, L, head_dim]`, a view."""
+    if x.shape[1] == 1:  # one position: the two orders are the same memory
+        return x.reshape(x.shape[0], -1, 1, head_dim)
     return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
 
 
 def merge_heads(x: mx.array) -> mx.array:
     """The inverse of `split_heads`."""
+    if x.shape[2] == 1:
+        return x.reshape(x.shape[0], 1, -1)
     return x.swapaxes(1, 2).flatten(2)

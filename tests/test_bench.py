@@ -59,7 +59,7 @@ def test_cases_that_measure_nothing_are_refused(numbers: tuple[list[int], ...]) 
 
 def test_generating_is_the_greedy_answer_and_a_batch_is_its_rows() -> None:
     """The timed loop does the real work: the tokens it leaves in the cache are those of one pass over all of them."""
-    engine = open_engine(MODEL)
+    engine = open_engine(MODEL, dtype="float32")
     prompt = np.random.default_rng(0).integers(0, engine.config.vocab_size, (3, 9), dtype=np.int32)
     batch = engine.new_caches()
     first = np.array(read(engine, prompt, batch)).astype(np.int32)
@@ -96,7 +96,7 @@ def test_rewinding_goes_back_to_the_depth_or_says_that_it_cannot() -> None:
 
 
 def test_results_add_up() -> None:
-    subject = open_subject(str(MODEL))
+    subject = open_subject(str(MODEL), dtype="float32")
     (result,) = run(subject, [Case("tg", 6, depth=10, batch=2)], repetitions=4)
     rates = [2 * 6 / seconds for seconds in result.seconds]
     assert len(rates) == 4 and all(rate > 0 for rate in rates)
@@ -104,10 +104,9 @@ def test_results_add_up() -> None:
     engine = subject.engine
     config = engine.config
     head = 2 * config.num_hidden_layers * vars(config)["num_key_value_heads"] * vars(config)["head_dim"]
-    item = 4 if engine.device.activations == mx.float32 else 2
     weights = weight_bytes(engine)
     assert weights is not None and result.bandwidth is not None
-    expected = (weights + 2 * head * item * (10 + 3.5)) * 6 / np.mean(result.seconds)
+    expected = (weights + 2 * head * 4 * (10 + 3.5)) * 6 / np.mean(result.seconds)
     assert result.bandwidth == pytest.approx(expected)
     assert 0 < result.peak_memory < result.peak_rss
     (prompt,) = run(subject, [Case("pp", 6)], repetitions=1)
@@ -124,8 +123,8 @@ def test_a_table_that_is_only_looked_up_is_not_counted_as_read() -> None:
 def test_a_window_bounds_what_is_read_of_a_cache() -> None:
     engine = tiny(model_type="mistral", sliding_window=8)
     caches = filled(engine, np.zeros((1, 30), dtype=np.int32))
-    item = caches[0].arrays[0].dtype.size
-    assert cache_bytes(caches, 30) == 2 * 2 * 2 * 16 * item * 8
+    row = caches[0].arrays[0].shape[3] * caches[0].arrays[0].dtype.size
+    assert cache_bytes(caches, 30) == 2 * 2 * 2 * row * 8
 
 
 @pytest.mark.parametrize("name", list(FORMS))

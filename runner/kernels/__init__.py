@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_rms_norm",
+    "append",
     "argmax",
     "attention",
     "glu",
@@ -142,16 +143,28 @@ def attention(
     mask: Literal["causal"] | mx.array | None = None,
     window: int | None = None,
     sinks: mx.array | None = None,
+    length: int | None = None,
 ) -> mx.array:
     """Softmax attention with grouped heads; no L x S matrix is built, k and v are read where they lie.
 
     q float [B, H, L, D]; k [B, KV, S, D] and v [B, KV, S, DV] of one float type, H a multiple of KV; any strides, no
-    copy is made while the last dimension is contiguous. The query at l stands at key S - L + l: "causal" hides the
+    copy is made while the last dimension is contiguous; both may be int16 [.., D + 2] as `append` writes it, and
+    `length` says that S is less than their third dimension. The query at l stands at key S - L + l: "causal" hides the
     keys after it, `window` those and all but the last `window` up to it. An array mask broadcasts to [B, H, L, S]:
     bool (True = visible) or float (added to the scores). sinks float [H]: one more score per head that takes its
     share and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, DV] of q's type.
     """
-    return _C.attention(q, k, v, scale, mask, window, sinks)
+    return _C.attention(q, k, v, scale, mask, window, sinks, length)
+
+
+def append(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) -> tuple[mx.array, mx.array]:
+    """Writes k and v float [B, KV, L, D] into the rows from `at` on of keys and values [B, KV, C, ..], in place.
+
+    A buffer is float [.., D], or int16 [.., D + 2]: codes and, in the bytes of the last two, a float32 scale, the
+    row's largest magnitude / 32767 (NaN where the row holds NaN or infinity). The results share the buffers' memory,
+    even where others still hold the buffers: rows before `at` stay as they are.
+    """
+    return _C.append(keys, values, k, v, at)
 
 
 def glu(gate_up: mx.array, activation: Activation = "silu") -> mx.array:

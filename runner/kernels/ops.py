@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from runner import kernels
 from runner.fast import PORTABLE, Ops
+from runner.kv_storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 
 _PACKED = (4, 8)
 _GROUPS = (32, 64, 128)
@@ -52,8 +53,20 @@ def _attention(
     scale: float,
     window: int | None,
     sinks: mx.array | None,
+    length: int | None = None,
 ) -> mx.array:
-    return kernels.attention(query, key, value, scale=scale, mask=mask, window=window, sinks=sinks)
+    return kernels.attention(query, key, value, scale=scale, mask=mask, window=window, sinks=sinks, length=length)
+
+
+def _dense(rows: mx.array, capacity: int) -> mx.array:
+    """Float32 rows are kept as int16 with a scale each: half the bytes that every later token reads.
+
+    The error is at most 2^-16 of a row's largest value; float16 would be off by up to 2^-11 of each value, which on
+    SmolLM2-135M moves logits by 2e-3 of their deviation, four times as much as this.
+    """
+    if rows.dtype != mx.float32:
+        return PLAIN.empty(rows, capacity)
+    return mx.zeros((*rows.shape[:2], capacity, rows.shape[3] + SCALE_COLUMNS), dtype=mx.int16)
 
 
 _ACTIVATIONS: dict[str, kernels.Activation] = {
@@ -84,5 +97,9 @@ KERNELS = Ops(
     attention=_attention,
     glu=_glu,
     argmax=kernels.argmax,
+    storage=Storage(PLAIN.empty, kernels.append, unpacked),
 )
 """`runner.fast.Ops` over `runner.kernels`; what has no kernel is plain MLX."""
+
+DENSE = Storage(_dense, kernels.append, unpacked)
+"""Caches of half the size, within 1e-3 of the logits' deviation."""

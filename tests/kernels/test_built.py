@@ -8,12 +8,16 @@ import sys
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import available
-from twins import numpy, rand
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twins import EPSILON, FLOATS, Layout, assert_close, numpy, rand
 
 from runner import kernels
 from runner.kernels import _C
+from runner.kv_storage import unpacked
 
 
 def test_a_query_that_sees_no_key() -> None:
@@ -28,6 +32,15 @@ def test_a_query_that_sees_no_key() -> None:
 
 
 WRONG: dict[str, Any] = {
+    "append past the end": lambda: kernels.append(
+        mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 2, 8)), mx.zeros((1, 1, 2, 8)), 3
+    ),
+    "append of another width": lambda: kernels.append(
+        mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 2, 8)), mx.zeros((1, 1, 2, 6)), 0
+    ),
+    "length beyond the buffer": lambda: kernels.attention(
+        mx.zeros((1, 1, 1, 8)), mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 4, 8)), scale=1.0, length=5
+    ),
     "x of integers": lambda: kernels.rms_norm(mx.zeros((2, 4), mx.int32), None, 1e-5),
     "in differs": lambda: kernels.linear(mx.zeros((2, 4)), mx.zeros((3, 5))),
     "bias size": lambda: kernels.linear(mx.zeros((2, 4)), mx.zeros((3, 4)), mx.zeros((4,))),
@@ -105,3 +118,73 @@ def test_no_keys_no_inputs() -> None:
     assert not numpy(kernels.attention(q, none, none, scale=1.0)).any()
     bias = rand(3, seed=1)
     assert mx.array_equal(kernels.linear(mx.zeros((2, 0)), mx.zeros((3, 0)), bias), mx.broadcast_to(bias, (2, 3)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(available()[1:]),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    FLOATS,
+    st.sampled_from(["int16", "float32", "float16", "bfloat16"]),
+    Layout,
+    st.integers(0, 99),
+)
+def test_append(
+    level: str, batch: int, kv: int, length: int, dim: int, dtype: mx.Dtype, kept: str, layout: str, seed: int
+) -> None:
+    """The rows hold what was written, to the form's own rounding; the rows before and after are untouched."""
+    k, v = (rand(batch, kv, length, dim, seed=seed + i, dtype=dtype, layout=layout) for i in range(2))
+    packed = kept == "int16"
+    shape = (batch, kv, length + 9, dim + 2 * packed)
+    keys, values = (mx.full(shape, 7, dtype=getattr(mx, kept)) for _ in range(2))
+    best = _C.isa()
+    assert _C.set_isa(level)
+    found = kernels.append(keys, values, k, v, 4)
+    mx.eval(found)
+    _C.set_isa(best)
+    for buffer, x in zip(found, (k, v), strict=True):
+        assert bool(mx.all(buffer[:, :, :4] == 7)) and bool(mx.all(buffer[:, :, 4 + length :] == 7))
+        rows, want = numpy(unpacked(buffer[:, :, 4 : 4 + length])), numpy(x)
+        if packed:
+            limit = np.abs(want).max(-1, keepdims=True) * 0.501 / 32767
+        else:
+            limit = np.abs(want) * EPSILON[getattr(mx, kept)]
+        assert np.all(np.abs(rows - want) <= limit + 1e-7)
+
+
+def test_append_writes_in_place_and_a_bad_row_is_nan_alone() -> None:
+    k = mx.concatenate([rand(1, 1, 2, 20, seed=0), mx.full((1, 1, 1, 20), mx.inf)], axis=2)
+    buffers = mx.zeros((1, 1, 8, 22), dtype=mx.int16), mx.zeros((1, 1, 8, 22), dtype=mx.int16)
+    mx.eval(buffers)
+    found = kernels.append(*buffers, k, k * 2, 1)
+    mx.eval(found)
+    assert mx.array_equal(buffers[0], found[0])  # the same memory
+    rows = numpy(unpacked(found[1]))[0, 0]
+    assert np.isnan(rows[3]).all() and np.isfinite(rows[[0, 1, 2, 4, 5, 6, 7]]).all() and not rows[4:].any()
+    assert np.allclose(rows[1:3], numpy(k)[0, 0, :2] * 2, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(available()[1:]), st.integers(1, 2), st.integers(1, 4), st.integers(1, 40), st.integers(0, 600),
+    st.integers(1, 70), st.sampled_from([None, 1, 30]), st.integers(0, 99),
+)  # fmt: skip
+def test_attention_over_a_cache_is_attention_over_its_numbers(
+    level: str, kv: int, group: int, new: int, before: int, dim: int, window: int | None, seed: int
+) -> None:
+    """Int16 rows and a length give what the unpacked rows give, cut to that length."""
+    size = before + new
+    q, k, v = (rand(2, heads, rows, dim, seed=seed + i) for i, (heads, rows) in enumerate(
+        [(kv * group, new), (kv, size), (kv, size)]))  # fmt: skip
+    empty = [mx.zeros((2, kv, size + 5, dim + 2), dtype=mx.int16) for _ in range(2)]
+    best = _C.isa()
+    assert _C.set_isa(level)
+    keys, values = kernels.append(*empty, k, v, 0)
+    found = kernels.attention(q, keys, values, scale=0.3, mask="causal", window=window, length=size)
+    plain = [unpacked(buffer[:, :, :size]) for buffer in (keys, values)]
+    wanted = kernels.attention(q, *plain, scale=0.3, mask="causal", window=window)
+    assert_close(found, numpy(wanted), rounded_to=mx.float32, tolerance=2e-5)
+    _C.set_isa(best)

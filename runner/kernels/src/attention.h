@@ -6,6 +6,7 @@
 
 constexpr int kFewQueries = 8;
 constexpr int kKeyBlock = 64;
+constexpr int kMaxSplit = 256;
 constexpr float kMinusInf = -__builtin_inff();
 
 struct KeyRange {
@@ -18,6 +19,31 @@ RUNNER_INLINE KeyRange visible(const AttentionArgs& a, int64_t l) {
   if (last > a.s) last = a.s;
   if (last < 0) last = 0;
   return {first < last ? first : last, last};
+}
+
+template <class F>
+RUNNER_INLINE auto with_cache_type(DType t, F&& f) {
+  if (t == DType::i16) return f(I16{});
+  return with_type(t, f);
+}
+
+// The scale of a row of d codes; 1 where the rows are plain numbers.
+template <class T>
+RUNNER_INLINE float row_scale(const typename T::S* row, int64_t d) {
+  float scale = 1.0f;
+  if constexpr (T::kCodes) memcpy(&scale, row + d, 4);
+  return scale;
+}
+
+// p[r * kMaxSplit + i] *= scale of row i
+template <class T, int R>
+RUNNER_INLINE void apply_scales(const typename T::S* rows, int64_t stride, int64_t d, int64_t n, float* p) {
+  if constexpr (T::kCodes) {
+    for (int64_t i = 0; i < n; ++i) {
+      float scale = row_scale<T>(rows + i * stride, d);
+      for (int r = 0; r < R; ++r) p[r * kMaxSplit + i] *= scale;
+    }
+  }
 }
 
 // What the mask adds to the score of (b, h, l, s).
@@ -54,13 +80,17 @@ inline void store_result(const AttentionArgs& a, int64_t b, int64_t h, int64_t l
   });
 }
 
-constexpr int kMaxSplit = 256;
-constexpr int64_t kRowsAhead = 16;  // keys and values prefetched
+// Rows of keys or values to prefetch ahead, `stride` items apart: some 12 KiB of one stream.
+template <class T>
+RUNNER_INLINE int64_t rows_ahead(int64_t stride) {
+  return 12288 / (stride * (int64_t)sizeof(typename T::S) + 1) + 1;
+}
 
 // score[r * kMaxSplit + i] = q row r . key i, for R rows and keys [i, i + N); d a multiple of W, R * N at most W.
 template <class T, int R, int N>
 RUNNER_INLINE void score_block(const AttentionArgs& a, const float* q, const typename T::S* k, float* score) {
   constexpr int64_t kItem = sizeof(typename T::S);
+  const int64_t next = rows_ahead<T>(a.ks);
   VF acc[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) acc[i] = zero();
@@ -69,7 +99,7 @@ RUNNER_INLINE void score_block(const AttentionArgs& a, const float* q, const typ
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
       kv[i] = T::load_v(k + i * a.ks + d);
-      if (d * kItem % 64 == 0) prefetch(k + (i + kRowsAhead) * a.ks + d);
+      if (d * kItem % 64 == 0) prefetch(k + (i + next) * a.ks + d);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -108,6 +138,7 @@ RUNNER_INLINE void few_values(const AttentionArgs& a, const float* p, const type
                               int64_t stride) {
   constexpr int C = kRegisters == 32 ? 4 : 2;  // vectors of d at a time
   constexpr int64_t kItem = sizeof(typename T::S);
+  const int64_t next = rows_ahead<T>(a.vs);
   int64_t d = 0;
   auto step = [&](auto count) {
     constexpr int N = decltype(count)::value;
@@ -123,7 +154,7 @@ RUNNER_INLINE void few_values(const AttentionArgs& a, const float* p, const type
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) {
           vv[j] = T::load_v(v + i * a.vs + d + j * W);
-          if (j * W * kItem % 64 == 0) prefetch(v + (i + kRowsAhead) * a.vs + d + j * W);
+          if (j * W * kItem % 64 == 0) prefetch(v + (i + next) * a.vs + d + j * W);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -193,7 +224,9 @@ void few_piece(const AttentionArgs& a, const FewPlan& plan, int64_t b, int64_t k
     for (int i = 0; i < R; ++i) {
       load_query(a, b, kv * plan.group + (r + i) % plan.group, (r + i) / plan.group, q + i * a.d);
     }
-    few_scores<T, R>(a, q, key_row<T>(a, b, kv, s0), n, score);
+    const auto *k = key_row<T>(a, b, kv, s0), *v = value_row<T>(a, b, kv, s0);
+    few_scores<T, R>(a, q, k, n, score);
+    apply_scales<T, R>(k, a.ks, a.d, n, score);
     for (int i = 0; i < R; ++i) {
       int64_t l = (r + i) / plan.group, h = kv * plan.group + (r + i) % plan.group;
       float *p = score + i * kMaxSplit, *part = parts + (r + i) * plan.stride;
@@ -205,7 +238,8 @@ void few_piece(const AttentionArgs& a, const FewPlan& plan, int64_t b, int64_t k
       }
       softmax_piece(p, n, part, part + 1);
     }
-    few_values<T, R>(a, score, value_row<T>(a, b, kv, s0), n, parts + r * plan.stride + 2, plan.stride);
+    apply_scales<T, R>(v, a.vs, a.dv, n, score);
+    few_values<T, R>(a, score, v, n, parts + r * plan.stride + 2, plan.stride);
   };
   int64_t r = 0;
   for (; r + 4 <= plan.rows; r += 4) rows_from(Int<4>{}, r);
@@ -246,7 +280,7 @@ inline void few_queries(const AttentionArgs& a) {
   Pool& pool = Pool::get();
   pool.parallel_for((int)(pairs * plan.pieces), [&](int i) {
     int64_t pair = i / plan.pieces, piece = i % plan.pieces;
-    with_type(a.kt, [&](auto t) {
+    with_cache_type(a.kt, [&](auto t) {
       few_piece<decltype(t)>(a, plan, pair / a.kv, pair % a.kv, (plan.first + piece) * plan.split,
                              parts + i * piece_floats);
     });
@@ -317,7 +351,13 @@ RUNNER_INLINE const float* block_as_float(const typename T::S* rows, int64_t str
     *out_stride = stride;
     return rows;
   } else {
-    for (int64_t i = 0; i < n; ++i) to_float<T>(rows + i * stride, copy + i * d, d);
+    for (int64_t i = 0; i < n; ++i) {
+      to_float<T>(rows + i * stride, copy + i * d, d);
+      if constexpr (T::kCodes) {
+        float scale = row_scale<T>(rows + i * stride, d);
+        for (int64_t j = 0; j < d; ++j) copy[i * d + j] *= scale;
+      }
+    }
     *out_stride = d;
     return copy;
   }
@@ -359,7 +399,7 @@ inline void attention_panel(const AttentionArgs& a, int64_t b, int64_t kv, int64
     st.most[c] = sink;  // a sink is one more key, without a value
     st.total[c] = sink == kMinusInf ? 0.0f : 1.0f;
   }
-  with_type(a.kt, [&](auto t) { panel_keys<decltype(t)>(a, b, kv, r0, cols, st); });
+  with_cache_type(a.kt, [&](auto t) { panel_keys<decltype(t)>(a, b, kv, r0, cols, st); });
   for (int c = 0; c < kPanel; ++c) st.total[c] = st.total[c] == 0 ? 0.0f : 1.0f / st.total[c];
   for (int64_t i = 0; i < a.dv; ++i) {
     for (int j = 0; j < kPanel; j += W) store(st.out + i * kPanel + j, load(st.out + i * kPanel + j) * load(st.total + j));

@@ -52,7 +52,8 @@ NB_MODULE(_C, m) {
   m.def("rope", &runner::rope_op, "x"_a, "offset"_a, "dims"_a, "traditional"_a, "freqs"_a.none(), "base"_a.none(),
         "scale"_a);
   m.def("attention", &runner::attention_op, "q"_a, "k"_a, "v"_a, "scale"_a, "mask"_a.none(), "window"_a.none(),
-        "sinks"_a.none());
+        "sinks"_a.none(), "length"_a.none());
+  m.def("append", &runner::append_op, "keys"_a, "values"_a, "k"_a, "v"_a, "at"_a);
   m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
   m.def("argmax", &runner::argmax_op, "x"_a);
 }

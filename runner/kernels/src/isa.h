@@ -21,6 +21,7 @@ struct Int {
 #endif
 #include "attention.h"
 #include "elementwise.h"
+#include "cache_rows.h"
 
 inline void linear(const LinearArgs& a) {
   if (a.m == 0 || a.n == 0) return;
@@ -34,7 +35,7 @@ inline void linear(const LinearArgs& a) {
   linear_float(a);
 }
 
-const Kernels kTable = {RUNNER_ISA_NAME, linear, norm, rope, attention, glu, argmax};
+const Kernels kTable = {RUNNER_ISA_NAME, linear, norm, rope, attention, append, glu, argmax};
 
 }  // namespace RUNNER_NS
 }  // namespace runner

@@ -5,7 +5,7 @@
 
 namespace runner {
 
-enum class DType : uint8_t { f32, bf16, f16 };
+enum class DType : uint8_t { f32, bf16, f16, i16 };  // i16: rows of a cache only, see AppendArgs
 inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
 // out[M, N] = x[M, K] @ w[N, K]^T + bias[N]; rows contiguous. bits == 0: w is plain of type wt;
@@ -75,6 +75,17 @@ struct AttentionArgs {
   DType sinkt;
 };
 
+// Rows of k or v [B, KV, L, D], any strides but the last, into a cache's buffer [B, KV, capacity, width] from row `at`.
+// Type i16: width D + 2, D codes and then a float32 scale in the bytes of the last two; value = code * scale.
+struct AppendArgs {
+  const void* x;
+  void* to;
+  DType xt, type;
+  int64_t b, h, l, d;
+  int64_t sb, sh, sl;
+  int64_t at, capacity;
+};
+
 enum class Activation : uint8_t { silu, gelu, gelu_approx, relu };
 
 struct GluArgs {
@@ -98,6 +109,7 @@ struct Kernels {
   void (*norm)(const NormArgs&);
   void (*rope)(const RopeArgs&);
   void (*attention)(const AttentionArgs&);
+  void (*append)(const AppendArgs&);
   void (*glu)(const GluArgs&);
   void (*argmax)(const ArgmaxArgs&);
 };

@@ -19,6 +19,7 @@ namespace mx = mlx::core;
 
 inline DType type_of(const mx::array& a) {
   if (a.dtype() == mx::float32) return DType::f32;
+  if (a.dtype() == mx::int16) return DType::i16;
   return a.dtype() == mx::bfloat16 ? DType::bf16 : DType::f16;
 }
 
@@ -62,6 +63,12 @@ class Dispatcher {
     return copied(a);
   }
 
+  // out = a, row-contiguous, in memory of its own
+  void copy(const mx::array& a, mx::array& out) {
+    allocate(out);
+    copy_later(a, out);
+  }
+
   template <class F>
   void run(F&& f) {
     encoder_.dispatch(std::forward<F>(f));
@@ -72,11 +79,15 @@ class Dispatcher {
     mx::array copy(a.shape(), a.dtype(), nullptr, {});
     copy.set_data(mx::allocator::malloc(a.nbytes()));
     encoder_.add_temporary(copy);
+    copy_later(a, copy);
+    return copy.data<void>();
+  }
+
+  void copy_later(const mx::array& a, mx::array& copy) {
     encoder_.dispatch([src = a.data<char>(), dst = copy.data<char>(), item = a.itemsize(), shape = a.shape(),
                        strides = a.strides(), empty = a.size() == 0] {
       if (!empty) copy_strided(src, dst, item, shape, strides);
     });
-    return copy.data<void>();
   }
 
   mx::cpu::CommandEncoder& encoder_;

@@ -109,15 +109,15 @@ class Norm : public CpuPrimitive {
 
 class Rope : public CpuPrimitive {
  public:
-  Rope(mx::Stream stream, const RopeSpec& spec, bool has_freqs)
-      : CpuPrimitive(stream), spec_(spec), has_freqs_(has_freqs) {}
+  Rope(mx::Stream stream, const RopeSpec& spec, bool has_freqs, std::optional<int> offset)
+      : CpuPrimitive(stream), spec_(spec), has_freqs_(has_freqs), offset_(offset) {}
   const char* name() const override { return "runner::Rope"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& o = static_cast<const Rope&>(other);
-    return spec_ == o.spec_ && has_freqs_ == o.has_freqs_;
+    return spec_ == o.spec_ && has_freqs_ == o.has_freqs_ && offset_ == o.offset_;
   }
 
-  // inputs: x [B, H, L, D], offset (int32, one or B), (freqs float32 [dims / 2])
+  // inputs: x [B, H, L, D], (offset int32, one or B, where it is no number), (freqs float32 [dims / 2])
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     Dispatcher d(stream());
     const mx::array& x = inputs[0];
@@ -130,12 +130,12 @@ class Rope : public CpuPrimitive {
     a.dims = spec_.dims;
     a.traditional = spec_.traditional;
     if (outputs[0].size() == 0) return;
-    auto offsets = static_cast<const int32_t*>(d.contiguous(inputs[1]));
-    int64_t count = static_cast<int64_t>(inputs[1].size());
-    auto freqs = has_freqs_ ? static_cast<const float*>(d.contiguous(inputs[2])) : nullptr;
+    auto offsets = offset_ ? nullptr : static_cast<const int32_t*>(d.contiguous(inputs[1]));
+    int64_t count = offset_ ? 1 : static_cast<int64_t>(inputs[1].size());
+    auto freqs = has_freqs_ ? static_cast<const float*>(d.contiguous(inputs.back())) : nullptr;
     a.table_per_batch = count > 1;
-    d.run([a, spec = spec_, offsets, count, freqs]() mutable {
-      const RopeTable& table = rope_table(spec, offsets, count, a.l, freqs);
+    d.run([a, spec = spec_, offsets, number = offset_.value_or(0), count, freqs]() mutable {
+      const RopeTable& table = rope_table(spec, offsets ? offsets : &number, count, a.l, freqs);
       a.cos = table.cos.data();
       a.sin = table.sin.data();
       kernels().rope(a);
@@ -145,19 +145,26 @@ class Rope : public CpuPrimitive {
  private:
   RopeSpec spec_;
   bool has_freqs_;
+  std::optional<int> offset_;
 };
 
 // ---- attention
 
 class Attention : public CpuPrimitive {
  public:
-  Attention(mx::Stream stream, float scale, bool causal, int64_t window, int mask_kind, bool sinks)
-      : CpuPrimitive(stream), scale_(scale), causal_(causal), window_(window), mask_kind_(mask_kind), sinks_(sinks) {}
+  Attention(mx::Stream stream, float scale, bool causal, int64_t window, int mask_kind, bool sinks, int64_t length)
+      : CpuPrimitive(stream),
+        scale_(scale),
+        causal_(causal),
+        window_(window),
+        mask_kind_(mask_kind),
+        sinks_(sinks),
+        length_(length) {}
   const char* name() const override { return "runner::Attention"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& o = static_cast<const Attention&>(other);
     return scale_ == o.scale_ && causal_ == o.causal_ && window_ == o.window_ && mask_kind_ == o.mask_kind_ &&
-           sinks_ == o.sinks_;
+           sinks_ == o.sinks_ && length_ == o.length_;
   }
 
   // inputs: q, k, v, (mask [B, H, L, S]), (sinks [H])
@@ -168,7 +175,7 @@ class Attention : public CpuPrimitive {
     a.kt = type_of(inputs[1]);
     auto& shape = inputs[0].shape();
     a.b = shape[0], a.h = shape[1], a.l = shape[2], a.d = shape[3];
-    a.kv = inputs[1].shape(1), a.s = inputs[1].shape(2), a.dv = inputs[2].shape(3);
+    a.kv = inputs[1].shape(1), a.s = length_, a.dv = outputs[0].shape(3);
     a.out = d.allocate(outputs[0]).data<void>();
     mx::Strides sq, sk, sv;
     a.q = d.last_contiguous(inputs[0], sq);
@@ -201,6 +208,46 @@ class Attention : public CpuPrimitive {
   int64_t window_;
   int mask_kind_;
   bool sinks_;
+  int64_t length_;
+};
+
+// ---- rows into a cache
+
+class Append : public CpuPrimitive {
+ public:
+  Append(mx::Stream stream, int64_t at) : CpuPrimitive(stream), at_(at) {}
+  const char* name() const override { return "runner::Append"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return at_ == static_cast<const Append&>(other).at_;
+  }
+
+  // inputs: keys, values, k, v; outputs: the buffers again
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    Dispatcher d(stream());
+    for (int i = 0; i < 2; ++i) {
+      const mx::array &buffer = inputs[i], &x = inputs[2 + i];
+      // MLX would copy the buffer while an earlier step's attention is still queued to read it. That one reads rows
+      // before `at_` only, and the queue keeps the order, so writing in place is safe.
+      if (buffer.flags().row_contiguous) {
+        outputs[i].copy_shared_buffer(buffer);
+      } else {
+        d.copy(buffer, outputs[i]);
+      }
+      AppendArgs a{};
+      mx::Strides strides;
+      a.x = d.last_contiguous(x, strides);
+      a.to = outputs[i].data<void>();
+      a.xt = type_of(x);
+      a.type = type_of(buffer);
+      a.b = x.shape(0), a.h = x.shape(1), a.l = x.shape(2), a.d = x.shape(3);
+      a.sb = strides[0], a.sh = strides[1], a.sl = strides[2];
+      a.at = at_, a.capacity = buffer.shape(2);
+      if (x.size()) d.run([a] { kernels().append(a); });
+    }
+  }
+
+ private:
+  int64_t at_;
 };
 
 // ---- gated activation and argmax
@@ -377,39 +424,45 @@ mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset
     refuse("rope: dims is ", dims, "; expected an even number from 2 to the last dimension of x, ", x.shape());
   }
   if (freqs.has_value() == base.has_value()) refuse("rope: give either freqs or base");
-  mx::array start = std::holds_alternative<int>(offset) ? mx::array(std::get<int>(offset), mx::int32)
-                                                        : std::get<mx::array>(offset);
-  if (start.ndim() > 1 || (start.ndim() == 1 && start.shape(0) != 1 && start.shape(0) != x.shape(0))) {
-    refuse("rope: offset has shape ", start.shape(), "; expected one number or one for each of ", x.shape(0), " rows");
-  }
   auto stream = cpu_stream();
-  if (start.dtype() != mx::int32) start = mx::astype(start, mx::int32, stream);
-  std::vector<mx::array> inputs{x, start};
+  std::vector<mx::array> inputs{x};
+  std::optional<int> number;
+  if (auto* start = std::get_if<mx::array>(&offset)) {
+    if (start->ndim() > 1 || (start->ndim() == 1 && start->shape(0) != 1 && start->shape(0) != x.shape(0))) {
+      refuse("rope: offset has shape ", start->shape(), "; expected one number or one for each of ", x.shape(0),
+             " rows");
+    }
+    inputs.push_back(start->dtype() == mx::int32 ? *start : mx::astype(*start, mx::int32, stream));
+  } else {
+    number = std::get<int>(offset);
+  }
   if (freqs) {
     need_vector("rope", "freqs", *freqs, dims / 2);
     inputs.push_back(freqs->dtype() == mx::float32 ? *freqs : mx::astype(*freqs, mx::float32, stream));
   }
   RopeSpec spec{dims, traditional, base.value_or(0.0f), scale};
-  auto primitive = std::make_shared<Rope>(stream, spec, freqs.has_value());
+  auto primitive = std::make_shared<Rope>(stream, spec, freqs.has_value(), number);
   return mx::array(x.shape(), x.dtype(), std::move(primitive), std::move(inputs));
 }
 
 mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                        const std::variant<std::monostate, std::string, mx::array>& mask,
-                       const std::optional<int>& window, const MaybeArray& sinks) {
+                       const std::optional<int>& window, const MaybeArray& sinks, const std::optional<int>& length) {
   const char* op = "attention";
   need_dims(op, "q", q, 4);
   need_float(op, "q", q);
   need_dims(op, "k", k, 4);
-  need_float(op, "k", k);
+  if (k.dtype() != mx::int16) need_float(op, "k", k);
   need_dims(op, "v", v, 4);
-  int heads = q.shape(1), kv = k.shape(1);
+  int heads = q.shape(1), kv = k.shape(1), keys = length.value_or(k.shape(2));
+  int scale_columns = k.dtype() == mx::int16 ? 2 : 0;
+  if (keys < 0 || keys > k.shape(2)) refuse(op, ": length is ", keys, "; expected at most the keys of k ", k.shape());
   bool same = k.dtype() == v.dtype() && k.shape(0) == v.shape(0) && kv == v.shape(1) && k.shape(2) == v.shape(2);
   if (!same) {
     refuse(op, ": k is ", k.dtype(), k.shape(), ", v ", v.dtype(), v.shape(),
            "; expected one type, and shapes that differ in the last dimension only");
   }
-  if (q.shape(0) != k.shape(0) || q.shape(3) != k.shape(3) || kv == 0 || heads % kv) {
+  if (q.shape(0) != k.shape(0) || q.shape(3) != k.shape(3) - scale_columns || kv == 0 || heads % kv) {
     refuse(op, ": q has shape ", q.shape(), ", k ", k.shape(),
            "; expected equal batch and head size, and query heads a multiple of key heads");
   }
@@ -424,15 +477,37 @@ mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& 
   } else if (auto* array = std::get_if<mx::array>(&mask)) {
     kind = array->dtype() == mx::bool_ ? 1 : 2;
     if (kind == 2) need_float(op, "mask", *array);
-    inputs.push_back(mx::broadcast_to(*array, {q.shape(0), heads, q.shape(2), k.shape(2)}, stream));
+    inputs.push_back(mx::broadcast_to(*array, {q.shape(0), heads, q.shape(2), keys}, stream));
   }
   if (sinks) {
     need_vector(op, "sinks", *sinks, heads);
     inputs.push_back(*sinks);
   }
   auto primitive =
-      std::make_shared<Attention>(stream, scale, causal, window.value_or(0), kind, sinks.has_value());
-  return mx::array(with_last(q, v.shape(3)), q.dtype(), std::move(primitive), std::move(inputs));
+      std::make_shared<Attention>(stream, scale, causal, window.value_or(0), kind, sinks.has_value(), keys);
+  return mx::array(with_last(q, v.shape(3) - scale_columns), q.dtype(), std::move(primitive), std::move(inputs));
+}
+
+std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array& values, const mx::array& k,
+                                          const mx::array& v, int at) {
+  const char* op = "append";
+  for (auto& [buffer, x] : {std::pair{keys, k}, std::pair{values, v}}) {
+    need_dims(op, "a buffer", buffer, 4);
+    need_dims(op, "k or v", x, 4);
+    need_float(op, "k or v", x);
+    int columns = buffer.dtype() == mx::int16 ? 2 : 0;
+    if (columns == 0) need_float(op, "a buffer", buffer);
+    bool fits = buffer.shape(0) == x.shape(0) && buffer.shape(1) == x.shape(1) && at >= 0 &&
+                x.shape(2) <= buffer.shape(2) - at && buffer.shape(3) == x.shape(3) + columns;
+    if (!fits) {
+      refuse(op, ": rows of shape ", x.shape(), " at ", at, " do not fit ", buffer.dtype(), buffer.shape(),
+             "; expected equal batch, heads and width (two more columns of int16), and room");
+    }
+  }
+  auto primitive = std::make_shared<Append>(cpu_stream(), at);
+  auto out = mx::array::make_arrays({keys.shape(), values.shape()}, {keys.dtype(), values.dtype()}, primitive,
+                                    {keys, values, k, v});
+  return {out[0], out[1]};
 }
 
 mx::array glu_op(const mx::array& gate_up, const std::string& activation) {

@@ -24,7 +24,9 @@ mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset
                   const MaybeArray& freqs, const std::optional<float>& base, float scale);
 mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                        const std::variant<std::monostate, std::string, mx::array>& mask,
-                       const std::optional<int>& window, const MaybeArray& sinks);
+                       const std::optional<int>& window, const MaybeArray& sinks, const std::optional<int>& length);
+std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array& values, const mx::array& k,
+                                          const mx::array& v, int at);
 mx::array glu_op(const mx::array& gate_up, const std::string& activation);
 mx::array argmax_op(const mx::array& x);
 

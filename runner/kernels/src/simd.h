@@ -29,6 +29,12 @@ RUNNER_INLINE void store_bf16(uint16_t* p, VF v) {
 RUNNER_INLINE void store_f16(uint16_t* p, VF v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+RUNNER_INLINE VF load_i16(const int16_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
+}
+RUNNER_INLINE void store_i16(int16_t* p, VF v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+}
 RUNNER_INLINE VF vabs(VF v) { return _mm512_abs_ps(v); }
 RUNNER_INLINE VF vround(VF v) { return _mm512_roundscale_ps(v, 0); }
 RUNNER_INLINE VF pow2(VF n) { return _mm512_scalef_ps(set1(1.0f), n); }
@@ -74,6 +80,13 @@ RUNNER_INLINE void store_bf16(uint16_t* p, VF v) {
 RUNNER_INLINE void store_f16(uint16_t* p, VF v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+RUNNER_INLINE VF load_i16(const int16_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+RUNNER_INLINE void store_i16(int16_t* p, VF v) {
+  __m256i code = _mm256_cvtps_epi32(v);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1)));
+}
 RUNNER_INLINE VF vabs(VF v) { return _mm256_andnot_ps(set1(-0.0f), v); }
 RUNNER_INLINE VF vround(VF v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 RUNNER_INLINE VF pow2(VF n) {  // -127 < n < 128
@@ -106,6 +119,10 @@ RUNNER_INLINE float hmax(VF v) {
 RUNNER_INLINE VF load_bf16(const uint16_t* p) {
   VI u = {p[0] << 16, p[1] << 16, p[2] << 16, p[3] << 16};
   return (VF)u;
+}
+RUNNER_INLINE VF load_i16(const int16_t* p) { return VF{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
+RUNNER_INLINE void store_i16(int16_t* p, VF v) {
+  for (int i = 0; i < W; ++i) p[i] = (int16_t)__builtin_rintf(v[i]);
 }
 RUNNER_INLINE VF vabs(VF v) { return (VF)((VI)v & 0x7fffffff); }
 RUNNER_INLINE VF vround(VF v) {  // |v| < 2^22
@@ -172,6 +189,7 @@ RUNNER_INLINE VF load_f16(const uint16_t* p) {
 
 struct F32 {
   using S = float;
+  static constexpr bool kCodes = false;
   static RUNNER_INLINE VF load_v(const S* p) { return load(p); }
   static RUNNER_INLINE void store_v(S* p, VF v) { store(p, v); }
   static RUNNER_INLINE float to(S x) { return x; }
@@ -179,6 +197,7 @@ struct F32 {
 };
 struct BF16 {
   using S = uint16_t;
+  static constexpr bool kCodes = false;
   static RUNNER_INLINE VF load_v(const S* p) { return load_bf16(p); }
   static RUNNER_INLINE void store_v(S* p, VF v) { store_bf16(p, v); }
   static RUNNER_INLINE float to(S x) { return bf16_to_float(x); }
@@ -186,10 +205,19 @@ struct BF16 {
 };
 struct F16 {
   using S = uint16_t;
+  static constexpr bool kCodes = false;
   static RUNNER_INLINE VF load_v(const S* p) { return load_f16(p); }
   static RUNNER_INLINE void store_v(S* p, VF v) { store_f16(p, v); }
   static RUNNER_INLINE float to(S x) { return f16_to_float(x); }
   static RUNNER_INLINE S from(float x) { return float_to_f16(x); }
+};
+
+// Codes of a cache's rows: their scale lies at the end of the row and is applied by who reads them.
+struct I16 {
+  using S = int16_t;
+  static constexpr bool kCodes = true;
+  static RUNNER_INLINE VF load_v(const S* p) { return load_i16(p); }
+  static RUNNER_INLINE float to(S x) { return (float)x; }
 };
 
 // Calls f with the type that stands for `t`.

@@ -1,0 +1,49 @@
+// Writing rows into a key/value cache. Included inside an ISA namespace.
+
+// One row as codes of 16 bits and a scale; NaN or infinity in it make the scale, hence the whole row, NaN.
+RUNNER_INLINE void pack_row(const float* x, int64_t d, int16_t* to) {
+  VF m = zero(), s = zero();
+  int64_t i = 0;
+  for (; i + W <= d; i += W) {
+    VF v = load(x + i);
+    m = vmax(vabs(v), m);
+    s = s + (v - v);
+  }
+  float most = hmax(m), odd = hsum(s);  // odd: NaN unless all are finite
+  for (; i < d; ++i) {
+    float v = __builtin_fabsf(x[i]);
+    most = v > most ? v : most;
+    odd += v - v;
+  }
+  float scale = odd == 0.0f ? most / 32767.0f : __builtin_nanf("");
+  float inverse = odd == 0.0f && most > 1e-30f ? 32767.0f / most : 0.0f;
+  if (odd == 0.0f) {
+    for (i = 0; i + W <= d; i += W) store_i16(to + i, load(x + i) * set1(inverse));
+    for (; i < d; ++i) to[i] = (int16_t)__builtin_rintf(x[i] * inverse);
+  } else {
+    memset(to, 0, (size_t)d * 2);
+  }
+  memcpy(to + d, &scale, 4);
+}
+
+inline void append(const AppendArgs& a) {
+  over_rows(a.b * a.h * a.l, a.d, [&](int64_t first, int64_t last) {
+    float* line = (float*)scratch(Slot::row, a.d * 4);
+    with_type(a.xt, [&](auto from) {
+      using T = decltype(from);
+      for (int64_t r = first; r < last; ++r) {
+        int64_t l = r % a.l, h = r / a.l % a.h, b = r / (a.l * a.h), row = (b * a.h + h) * a.capacity + a.at + l;
+        const auto* x = (const typename T::S*)a.x + b * a.sb + h * a.sh + l * a.sl;
+        to_float<T>(x, line, a.d);
+        if (a.type == DType::i16) {
+          pack_row(line, a.d, (int16_t*)a.to + row * (a.d + 2));
+        } else {
+          with_type(a.type, [&](auto type) {
+            using U = decltype(type);
+            from_float<U>(line, (typename U::S*)a.to + row * a.d, a.d);
+          });
+        }
+      }
+    });
+  });
+}
