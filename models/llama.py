@@ -15,7 +15,7 @@ from runner.config import Config
 from runner.errors import ConfigError
 from runner.fast import RMSNorm, RoPE
 from runner.nn import GLU, Attend, Embedding, Linear, merge_heads, split_heads
-from runner.rope import RopeScaling
+from runner.rope import RopeScaling, depends_on_length
 from runner.weights import setting, weight
 
 HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
@@ -50,6 +50,10 @@ class LlamaConfig(Config):
     def rotary_dim(self) -> int:
         """All of a head is rotated."""
         return self.head_dim
+
+    @property
+    def rope_depends_on_length(self) -> bool:
+        return self.rope_scaling is not None and depends_on_length(self.rope_scaling)
 
     @property
     def attention_scale(self) -> float:

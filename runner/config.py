@@ -198,6 +198,11 @@ class Config:
             return None
         return self.quantization.layers.get(name, self.quantization.default)
 
+    @property
+    def rope_depends_on_length(self) -> bool:
+        """Whether the keys of earlier tokens would differ in a longer sequence, so that a cache of them can't go on."""
+        return False
+
     def cache_window(self, index: int) -> int | None:
         """How many keys layer `index` looks back on, itself included; None: all."""
         return None

@@ -19,6 +19,7 @@ from runner.families import Model
 from runner.generate import Cancelled, decode, prefill
 from runner.hub import resolve
 from runner.progress import ProgressBar
+from runner.prompt_cache import PromptCache
 from runner.sampling import Sampled, Sampler, SamplingParams
 from runner.stop import StopMatcher
 from runner.tokenizer import Tokenizer
@@ -26,13 +27,17 @@ from runner.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Timings:
-    """Tokens and seconds of the two phases; `peak_memory` in bytes, as MLX counts it."""
+    """Tokens and seconds of the two phases; `peak_memory` in bytes, as MLX counts it.
+
+    `prompt_tokens` were read for this answer; `cached_tokens`, in front of them, by an earlier one.
+    """
 
     prompt_tokens: int
     prompt_seconds: float
     generation_tokens: int
     generation_seconds: float
     peak_memory: int
+    cached_tokens: int = 0
 
     @property
     def prompt_tps(self) -> float:
@@ -112,12 +117,17 @@ class LanguageModel:
         """
         return self.engine.logits(ids)
 
+    def prompt_cache(self) -> PromptCache:
+        """For `stream` and `chat_stream`: turns of one conversation that share it read only what is new."""
+        return PromptCache(self.engine)
+
     def stream(
         self,
         prompt: str | Sequence[int],
         *,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
+        prompt_cache: PromptCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         **sampling: Any,
@@ -128,6 +138,7 @@ class LanguageModel:
             prompt: text (special tokens in it are plain text), or ids.
             max_tokens: None: what is left of the context.
             stop: text that ends the answer, and is not part of it.
+            prompt_cache: what earlier turns left (`prompt_cache()` makes one); None: nothing is kept.
             on_prefill: called with prompt tokens done and in all.
             cancelled: asked between two prompt chunks and two tokens.
             sampling: fields of `SamplingParams`; None or absent: the model's own default.
@@ -146,7 +157,8 @@ class LanguageModel:
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens must be at least 1, not {max_tokens}")
         budget = room if max_tokens is None else min(max_tokens, room)
-        return self._run(ids, params, StopMatcher(stops), budget, on_prefill, cancelled)
+        kept = self.prompt_cache() if prompt_cache is None else prompt_cache
+        return self._run(ids, params, StopMatcher(stops), budget, kept, on_prefill, cancelled)
 
     def _run(
         self,
@@ -154,24 +166,26 @@ class LanguageModel:
         params: SamplingParams,
         stops: StopMatcher,
         budget: int,
+        kept: PromptCache,
         on_prefill: Callable[[int, int], None] | None,
         cancelled: Callable[[], bool] | None,
     ) -> Iterator[Chunk]:
-        answer = _Answer(self, stops, len(ids))
+        reused = kept.reuse(ids)
+        answer = _Answer(self, stops, len(ids) - reused, reused)
         sampler = Sampler(params, self.config.vocab_size, ids, argmax=self.device.ops.argmax)
 
         def sample(logits: mx.array) -> tuple[mx.array, ...]:
             return _flat(sampler(logits))
 
-        caches = self.engine.new_caches()
         try:
-            logits = prefill(self.model, ids, caches, on_progress=on_prefill, cancelled=cancelled)
+            logits = prefill(self.model, ids[reused:], kept.caches, on_progress=on_prefill, cancelled=cancelled)
         except Cancelled:
             yield answer.cancelled()
             return
-        for index, step in enumerate(decode(self.model, logits, caches, sample, budget)):
+        for index, step in enumerate(decode(self.model, logits, kept.caches, sample, budget)):
             stopped = cancelled is not None and cancelled()
             chunk = answer.add(step, last=index + 1 == budget, cancelled=stopped)
+            kept.add(chunk.token)
             yield chunk
             if chunk.finish_reason is not None:
                 return
@@ -254,11 +268,12 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
 class _Answer:
     """Turns tokens into chunks: text, stop strings, the end and the timings."""
 
-    def __init__(self, lm: LanguageModel, stops: StopMatcher, prompt_tokens: int) -> None:
+    def __init__(self, lm: LanguageModel, stops: StopMatcher, prompt_tokens: int, cached_tokens: int) -> None:
         self.eos = lm.eos_token_ids
         self.detokenizer = lm.tokenizer.detokenizer()
         self.stops = stops
         self.prompt_tokens = prompt_tokens
+        self.cached_tokens = cached_tokens
         self.count = 0
         self.started = time.perf_counter()
         self.first = self.started
@@ -295,7 +310,12 @@ class _Answer:
     def timings(self) -> Timings:
         now = time.perf_counter()
         return Timings(
-            self.prompt_tokens, self.first - self.started, self.count, now - self.first, mx.get_peak_memory()
+            self.prompt_tokens,
+            self.first - self.started,
+            self.count,
+            now - self.first,
+            mx.get_peak_memory(),
+            self.cached_tokens,
         )
 
 

@@ -57,6 +57,7 @@ class Chat:
 
     def __init__(self, lm: LanguageModel, conversation: Conversation, keywords: dict[str, Any], verbose: bool) -> None:
         self.lm = lm
+        self.cache = lm.prompt_cache()
         self.conversation = conversation
         self.keywords = keywords
         self.verbose = verbose
@@ -122,7 +123,13 @@ class Chat:
         messages = [*self.conversation.all(), {"role": "user", "content": text}]
         with soft_interrupt() if interactive else nullcontext(lambda: False) as cancelled:
             try:
-                chunks = self.lm.chat_stream(messages, on_prefill=status.prefill, cancelled=cancelled, **self.keywords)
+                chunks = self.lm.chat_stream(
+                    messages,
+                    prompt_cache=self.cache,
+                    on_prefill=status.prefill,
+                    cancelled=cancelled,
+                    **self.keywords,
+                )
                 for last in chunks:
                     status.clear()
                     self.output.write(last.text)

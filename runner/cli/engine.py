@@ -38,6 +38,7 @@ def timings_json(timings: Timings) -> dict[str, Any]:
     """The same numbers under their own names; seconds, tokens per second and bytes."""
     return {
         "prompt_tokens": timings.prompt_tokens,
+        "cached_tokens": timings.cached_tokens,
         "prompt_seconds": timings.prompt_seconds,
         "prompt_tps": timings.prompt_tps,
         "generation_tokens": timings.generation_tokens,
