@@ -20,6 +20,7 @@ struct Int {
 #include "quantised_gemm.h"
 #endif
 #include "attention.h"
+#include "attention_panels.h"
 #include "elementwise.h"
 #include "cache_rows.h"
 
