@@ -85,9 +85,8 @@ class Checkpoint:
         """
         directory = Path(directory)
         if not os.path.isdir(directory):
-            hint = f"; convert it first: runner convert {directory} OUT/" if directory.suffix == ".gguf" else ""
             what = "is a file; a checkpoint is a directory" if os.path.exists(directory) else "no such directory"
-            raise CheckpointError(f"{directory}: {what}{hint}")
+            raise CheckpointError(f"{directory}: {what}")
         shards, headers = _weights(directory)
         if not _exists(directory, "config.json"):
             raise CheckpointError(f"{directory}: no config.json; is this a model's directory?")
@@ -204,7 +203,7 @@ def _no_weights(names: list[str], directory: Path) -> str:
     if stray:
         return f"{expected}, though there is {shown(stray[0])}; an incomplete copy, or not a transformers model"
     if gguf:
-        return f"{expected}, but {shown(gguf[0])}: convert it first: runner convert {directory / gguf[0]} OUT/"
+        return f"{expected}, but {shown(gguf[0])}: name that file: {directory / gguf[0]}"
     if pickles:
         return (
             f"only pickle weights ({shown(pickles[0])}); reading a pickle can run code of its author, so they are "

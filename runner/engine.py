@@ -11,7 +11,6 @@ import mlx.core as mx
 
 from runner import loading
 from runner.cache import Batch, KVCache
-from runner.checkpoint import Checkpoint
 from runner.config import Config
 from runner.device import Device, current
 from runner.errors import UsageError
@@ -19,6 +18,7 @@ from runner.families import Model, find
 from runner.generate import new_caches
 from runner.kv_storage import Storage
 from runner.loading import Progress
+from runner.model_files import open_files
 from runner.plan import ModulePlan, plan
 from runner.weights import Source
 
@@ -81,7 +81,7 @@ def assemble(
     return Engine(config, model, layout, device, device.storage if dtype is None else device.ops.storage)
 
 
-def open_engine(directory: Path, *, dtype: str | None = None) -> Engine:
-    """The model in a directory, whether or not a tokenizer lies beside it."""
-    checkpoint = Checkpoint.open(directory)
-    return assemble(checkpoint.config, checkpoint, dtype=dtype)
+def open_engine(path: Path, *, dtype: str | None = None) -> Engine:
+    """The model in a directory or GGUF file, whether or not it has a tokenizer."""
+    files = open_files(path)
+    return assemble(files.config, files.source, dtype=dtype)

@@ -48,7 +48,7 @@ class CachedModel:
 
 
 def resolve(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
-    """The directory of a model: an existing directory itself, else a hub id `org/name[@revision]` through the cache.
+    """Where a model is: an existing directory or .gguf file itself, else a hub id `org/name[@revision]` in the cache.
 
     Args:
         revision: branch, tag or commit; the same as `@revision` in `model`. Default: `main`.
@@ -59,13 +59,15 @@ def resolve(model: str, *, revision: str | None = None, progress: bool = True) -
         UsageError: `model` is a file, or two different revisions were asked for.
     """
     path = os.path.expanduser(model)
-    if os.path.isdir(path):
+    is_directory = os.path.isdir(path)
+    if is_directory or (os.path.exists(path) and path.endswith(".gguf")):
         if revision is not None:
-            raise UsageError(f"revision {shown(revision)} was given, but {path} is a directory")
+            raise UsageError(
+                f"revision {shown(revision)} was given, but {path} is a {'directory' if is_directory else 'file'}"
+            )
         return Path(path)
     if os.path.exists(path):
-        hint = f"convert it first: runner convert {path} OUT/" if path.endswith(".gguf") else "name its directory"
-        raise UsageError(f"{path} is a file, not a model's directory: {hint}")
+        raise UsageError(f"{path} is a file, neither a model's directory nor a .gguf file: name its directory")
     repo, revision = _parse(model, revision)
     cached = _snapshot(repo, revision)
     if cached is not None and _is_complete(cached):
@@ -212,7 +214,7 @@ def _require_safetensors(repo: str, files: list[str]) -> None:
     if "config.json" in files and (SINGLE in files or INDEX in files):
         return
     if any(name.endswith(".gguf") for name in files):
-        reason = "only GGUF files: download one, then `runner convert FILE.gguf OUT/`"
+        reason = "only GGUF files: download one and name that file"
     elif "config.json" not in files:
         reason = "no config.json: not a transformers model"
     elif any(name.endswith((".bin", ".pt", ".pth")) for name in files):

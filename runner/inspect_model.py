@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint import Checkpoint
 from runner.families import find
 from runner.hub import resolve
 from runner.language_model import end_tokens
+from runner.model_files import open_files
 from runner.plan import ArrayPlan, count_parameters, plan
 from runner.sampling import SamplingParams
-from runner.tokenizer import Tokenizer
-from runner.weights import leaves
+from runner.weights import Source, leaves
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,22 @@ class ModelReport:
 
 
 def inspect(model: str | Path) -> ModelReport:
-    """Describe the checkpoint in a directory or under a hub id; errors as `runner.load`'s."""
-    checkpoint = Checkpoint.open(resolve(str(model)))
-    config_class, model_class = find(checkpoint.config)
-    config = config_class.from_dict(checkpoint.config)
-    layout = plan(model_class, config, checkpoint.headers)
-    tokenizer = Tokenizer.from_directory(checkpoint.directory)
-    params, ignored_defaults = SamplingParams.from_generation_config(checkpoint.generation_config)
+    """Describe the checkpoint in a directory, a GGUF file or under a hub id; errors as `runner.load`'s."""
+    files = open_files(resolve(str(model)))
+    headers = files.source.headers
+    config_class, model_class = find(files.config)
+    config = config_class.from_dict(files.config)
+    layout = plan(model_class, config, headers)
+    tokenizer = files.tokenizer()
+    params, ignored_defaults = SamplingParams.from_generation_config(files.generation_config)
     arrays = list(layout.arrays())
     used = {leaf.name for array in arrays for leaf in leaves(array.tree)}
-    nbytes = sum(checkpoint.headers[name].nbytes for name in used)
+    nbytes = sum(headers[name].nbytes for name in used)
     parameters = count_parameters(layout)
     return ModelReport(
-        path=checkpoint.directory,
+        path=files.path,
         model_type=config.model_type,
-        config=dict(checkpoint.config),
+        config=dict(files.config),
         tokenizer={
             "kind": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size,
@@ -68,17 +68,17 @@ def inspect(model: str | Path) -> ModelReport:
             "chat_templates": list(tokenizer.chat_templates),
         },
         sampling={**params.to_dict(), "ignored": list(ignored_defaults)},
-        eos_token_ids=tuple(sorted(end_tokens(checkpoint, tokenizer))),
-        entries=[_entry(array, checkpoint) for array in arrays],
-        ignored=tuple(sorted(set(checkpoint.headers) - used)),
+        eos_token_ids=tuple(sorted(end_tokens(files, tokenizer))),
+        entries=[_entry(array, files.source) for array in arrays],
+        ignored=tuple(sorted(set(headers) - used)),
         parameters=parameters,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / max(parameters, 1),
     )
 
 
-def _entry(array: ArrayPlan, checkpoint: Checkpoint) -> Entry:
+def _entry(array: ArrayPlan, source: Source) -> Entry:
     names = tuple(dict.fromkeys(leaf.name for leaf in leaves(array.tree)))
-    dtypes = sorted({checkpoint.headers[name].dtype for name in names})
-    nbytes = sum(checkpoint.headers[name].nbytes for name in names)
+    dtypes = sorted({source.headers[name].dtype for name in names})
+    nbytes = sum(source.headers[name].nbytes for name in names)
     return Entry(array.path, names, array.shape, "+".join(dtypes), nbytes)

@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.checkpoint import Checkpoint
 from runner.config import Config
 from runner.device import Device
 from runner.engine import Engine, assemble
@@ -18,6 +17,7 @@ from runner.errors import ConfigError, ContextLengthError, UsageError
 from runner.families import Model
 from runner.generate import Cancelled, decode, prefill
 from runner.hub import resolve
+from runner.model_files import ModelFiles, open_files
 from runner.progress import ProgressBar
 from runner.prompt_cache import PromptCache
 from runner.sampling import Sampled, Sampler, SamplingParams
@@ -230,7 +230,7 @@ def load(
     revision: str | None = None,
     progress: bool = False,
 ) -> LanguageModel:
-    """Load a model from a directory or a hub id `org/name[@revision]`.
+    """Load a model from a directory, a GGUF file or a hub id `org/name[@revision]`.
 
     Args:
         dtype: "float32", "float16" or "bfloat16" for weights and activations; None: what is stored, computed in what is
@@ -240,22 +240,22 @@ def load(
     Raises:
         RunnerError: one of its kinds, naming what does not fit.
     """
-    checkpoint = Checkpoint.open(resolve(str(model), revision=revision, progress=progress))
-    tokenizer = Tokenizer.from_directory(checkpoint.directory)
-    with ProgressBar(f"loading {checkpoint.directory.name}", enabled=progress) as bar:
-        engine = assemble(checkpoint.config, checkpoint, dtype=dtype, progress=bar.update)
-    params, ignored = SamplingParams.from_generation_config(checkpoint.generation_config)
-    return LanguageModel(checkpoint.directory, engine, tokenizer, params, ignored, end_tokens(checkpoint, tokenizer))
+    files = open_files(resolve(str(model), revision=revision, progress=progress))
+    tokenizer = files.tokenizer()
+    with ProgressBar(f"loading {files.path.name}", enabled=progress) as bar:
+        engine = assemble(files.config, files.source, dtype=dtype, progress=bar.update)
+    params, ignored = SamplingParams.from_generation_config(files.generation_config)
+    return LanguageModel(files.path, engine, tokenizer, params, ignored, end_tokens(files, tokenizer))
 
 
-def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
+def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> frozenset[int]:
     """Every id that ends an answer: those of config.json, generation_config.json and the tokenizer together.
 
     Raises:
         ConfigError: an `eos_token_id` is neither an integer nor a list of them.
     """
     ids = set(tokenizer.eos_token_ids)
-    for name, values in (("config.json", checkpoint.config), ("generation_config.json", checkpoint.generation_config)):
+    for name, values in (("config.json", files.config), ("generation_config.json", files.generation_config)):
         found = values.get("eos_token_id")
         for value in found if isinstance(found, list) else [found]:
             if isinstance(value, bool) or not isinstance(value, int | None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -195,13 +195,22 @@ def _join_stream(backend: Backend, ids: Sequence[int], skip_special_tokens: bool
 def load_json(path: Path) -> tokenizers.Tokenizer:
     """Read a tokenizer.json; TokenizerError where the library refuses it."""
     _check_size(path)
+    return _parsed(lambda: tokenizers.Tokenizer.from_file(str(path)), str(path))
+
+
+def parse_json(text: str, where: str) -> tokenizers.Tokenizer:
+    """`load_json` of a file's text; `where` begins the message of an error."""
+    return _parsed(lambda: tokenizers.Tokenizer.from_str(text), where)
+
+
+def _parsed(parse: Callable[[], tokenizers.Tokenizer], where: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return parse()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library's panics on malformed files derive from BaseException
         raise TokenizerError(
-            f"{path} is not a tokenizer.json that `tokenizers` reads ({error}): fetch it again"
+            f"{where} is not a tokenizer.json that `tokenizers` reads ({error}): fetch it again"
         ) from error
 
 

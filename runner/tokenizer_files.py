@@ -179,11 +179,11 @@ def _read_templates(directory: Path, config: Mapping[str, Any], path: Path) -> d
     if value is None:
         return {}
     if isinstance(value, str):
-        return {"default": _bounded_template(value, f"{path}: chat_template")}
+        return {"default": bounded_template(value, f"{path}: chat_template")}
     entries = [{"name": k, "template": v} for k, v in value.items()] if isinstance(value, dict) else value
     if not isinstance(entries, list) or len(entries) > 100 or not all(_is_named_template(entry) for entry in entries):
         raise TokenizerError(f'{path}: chat_template must be text or a list of {{"name": ..., "template": ...}}')
-    return {e["name"]: _bounded_template(e["template"], f"{path}: chat_template {e['name']!r:.40}") for e in entries}
+    return {e["name"]: bounded_template(e["template"], f"{path}: chat_template {e['name']!r:.40}") for e in entries}
 
 
 def _is_named_template(entry: Any) -> bool:
@@ -199,7 +199,8 @@ def _read_template(path: Path) -> str:
         raise TokenizerError(f"{path} cannot be read as UTF-8 text ({error})") from error
 
 
-def _bounded_template(text: str, where: str) -> str:
+def bounded_template(text: str, where: str) -> str:
+    """`text`; TokenizerError where it is longer than any chat template."""
     if len(text) > _MAX_TEMPLATE:
         raise TokenizerError(f"{where} has {len(text)} characters, more than the {_MAX_TEMPLATE} that are read")
     return text

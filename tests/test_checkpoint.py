@@ -275,7 +275,7 @@ def test_a_header_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
         ({}, "no model.safetensors"),
         ({"pytorch_model.bin": b"x"}, "pickle"),
         ({"consolidated.00.pth": b"x"}, "pickle"),
-        ({"m.gguf": b"GGUF"}, "runner convert"),
+        ({"m.gguf": b"GGUF"}, "name that file"),
         ({"model-00001-of-00002.safetensors": b"x"}, "incomplete copy"),
     ],
 )
@@ -287,7 +287,7 @@ def test_no_directory_no_config(tmp_path: Path) -> None:
     assert "no such directory" in refusal(tmp_path / "gone")
     assert "no such directory" in refusal(tmp_path / ("x" * 5000))
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    assert f"runner convert {tmp_path / 'm.gguf'} OUT/" in refusal(tmp_path / "m.gguf")
+    assert "is a file; a checkpoint is a directory" in refusal(tmp_path / "m.gguf")
     (tmp_path / "model.safetensors").write_bytes(tensor_file(["a"]))
     assert "no config.json" in refusal(tmp_path)
 

@@ -304,7 +304,7 @@ def test_repositories_without_safetensors_are_refused_before_a_download(fake: Fa
     repos = ["org/bin", "org/gguf", "org/data", "org/none", "org/lies", "org/evil"]
     (pickle, gguf, data, none, lies, bad), _ = call(tmp_path, fake.endpoint, *map(resolve, repos))
     error_of(pickle, "org/bin", "pickle")
-    error_of(gguf, "org/gguf", "runner convert")
+    error_of(gguf, "org/gguf", "name that file")
     error_of(data, "org/data", "no config.json")
     error_of(none, "org/none", "neither model.safetensors nor")
     error_of(lies, "org/lies@main", "'model-00002-of-00002.safetensors'")
@@ -407,8 +407,12 @@ def test_a_directory_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UsageError, match="'main' was given, but org/name is a directory"):
         hub.resolve("org/name", revision="main")
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UsageError, match=r"runner convert m\.gguf OUT/"):
-        hub.resolve("m.gguf")
+    assert hub.resolve("m.gguf") == Path("m.gguf")
+    with pytest.raises(UsageError, match=r"'main' was given, but m\.gguf is a file"):
+        hub.resolve("m.gguf", revision="main")
+    (tmp_path / "m.bin").write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match=r"m\.bin is a file, neither"):
+        hub.resolve("m.bin")
 
 
 BAD_IDS = [

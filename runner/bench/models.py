@@ -9,18 +9,17 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from runner import loading, resources
-from runner.checkpoint import Checkpoint
 from runner.engine import Engine, assemble
 from runner.errors import UsageError
 from runner.families import find
 from runner.hub import resolve
+from runner.model_files import open_files
 from runner.nn import Embedding, Linear
 from runner.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
 from runner.weights import Chooses, Leaf, leaf_shapes, leaves
@@ -142,9 +141,8 @@ def open_subject(
         raise UsageError(
             f"--quantize is for a published shape ({', '.join(resources.names('shapes'))}); convert a checkpoint first"
         )
-    directory = resolve(model)
-    checkpoint = Checkpoint.open(directory)
-    return describe(Path(directory).resolve().name, assemble(checkpoint.config, checkpoint, dtype=dtype))
+    files = open_files(resolve(model))
+    return describe(files.path.resolve().name, assemble(files.config, files.source, dtype=dtype))
 
 
 def random_weights(

@@ -1,0 +1,12 @@
+"""GGUF files, read directly or converted to a hub-style directory.
+
+container, blocks                      bytes: header, tensors, block formats
+architectures, settings, pretokenizers tables, and config.json from metadata
+tokenizer, checkpoint                  tokenizer.json from metadata; the whole as a model
+"""
+
+from __future__ import annotations
+
+from runner.gguf.checkpoint import GGUF, convert
+
+__all__ = ["GGUF", "convert"]

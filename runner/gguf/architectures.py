@@ -1,0 +1,192 @@
+"""GGUF architectures as data: what llama.cpp's converters renamed, reordered or left out, and how to put it back.
+
+Source: llama.cpp's conversion scripts and model loaders (0.3.36 of llama-cpp-python) and transformers' config classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One value of `general.architecture`.
+
+    Attributes:
+        model_type, class_name: transformers' names of the family.
+        blocks: tensors of a layer, GGUF's name -> transformers' below `model.layers.N`.
+        keys: metadata below `<architecture>.` -> key of config.json, beyond `COMMON_KEYS`.
+        fixed: config keys that the files do not carry.
+        flags: config key -> the tensor whose presence sets it.
+        interleaved: tensors whose rows llama.cpp stores for rotary pairs (2i, 2i+1) -> the metadata key of their heads.
+        norms_plus_one: norm weights are stored with the 1 added that the model adds when it runs.
+        head_dim: config.json has that key (others derive it).
+        windowed: the model_type of a file with a sliding window, where that is another.
+        window_period: every so many-th layer sees everything, the others a window, unless the file says otherwise.
+        period_key: the config key of that period; None where config.json knows the usual period only.
+        query_scalar: config.json has query_pre_attn_scalar. The files do not: it is the head size, but for models with
+            `query_scalar` layers (the 27B) hidden_size / num_attention_heads.
+        rstrip: control tokens swallow the white space behind them, except these (as in the family's tokenizer.json).
+    """
+
+    model_type: str
+    class_name: str
+    blocks: Mapping[str, str]
+    keys: Mapping[str, str]
+    fixed: Mapping[str, Any]
+    flags: Mapping[str, str] = field(default_factory=dict)
+    interleaved: Mapping[str, str] = field(default_factory=dict)
+    norms_plus_one: bool = False
+    head_dim: bool = True
+    windowed: str | None = None
+    window_period: int | None = None
+    period_key: str | None = None
+    query_scalar: int | None = None
+    rstrip: tuple[str, ...] | None = None
+
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+IGNORED = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)(\.weight)?")
+"""Tables of frequencies that old converters wrote and nothing reads."""
+
+COMMON_KEYS: Mapping[str, str] = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "context_length": "max_position_embeddings",
+}
+
+HARMLESS: Mapping[str, tuple[Any, ...] | None] = {
+    "attention.causal": (True,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "rope.scaling.finetuned": None,
+    "tensor_data_layout": None,
+    "vocab_size": None,
+}
+"""Keys that change nothing with one of these values (None: with any)."""
+
+_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+}
+_GATED = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_PRE = {**_ATTENTION, **_GATED, "ffn_norm": "post_attention_layernorm"}
+_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_SANDWICH = {
+    **_ATTENTION,
+    **_GATED,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(
+        model_type="llama",
+        class_name="LlamaForCausalLM",
+        blocks=_PRE,
+        keys={**_RMS, "attention.sliding_window": "sliding_window"},
+        fixed={"hidden_act": "silu"},
+        flags={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"},
+        interleaved={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+        windowed="mistral",
+    ),
+    "qwen2": Architecture(
+        model_type="qwen2",
+        class_name="Qwen2ForCausalLM",
+        blocks=_PRE,
+        keys=_RMS,
+        fixed={"hidden_act": "silu"},
+        head_dim=False,
+    ),
+    "qwen3": Architecture(
+        model_type="qwen3",
+        class_name="Qwen3ForCausalLM",
+        blocks={**_PRE, **_QK_NORMS},
+        keys=_RMS,
+        fixed={"hidden_act": "silu"},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+    ),
+    "gemma": Architecture(
+        model_type="gemma",
+        class_name="GemmaForCausalLM",
+        blocks=_PRE,
+        keys=_RMS,
+        fixed=_GELU,
+        norms_plus_one=True,
+    ),
+    "gemma2": Architecture(
+        model_type="gemma2",
+        class_name="Gemma2ForCausalLM",
+        blocks=_SANDWICH,
+        keys={
+            **_RMS,
+            "attention.sliding_window": "sliding_window",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        fixed={**_GELU, "sliding_window": 4096},
+        norms_plus_one=True,
+        window_period=2,
+        query_scalar=46,
+    ),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        class_name="Gemma3ForCausalLM",
+        blocks={**_SANDWICH, **_QK_NORMS},
+        keys={
+            **_RMS,
+            "attention.sliding_window": "sliding_window",
+            "final_logit_softcapping": "final_logit_softcapping",
+            "rope.freq_base_swa": "rope_local_base_freq",
+        },
+        fixed={"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0},
+        norms_plus_one=True,
+        window_period=6,
+        period_key="sliding_window_pattern",
+        query_scalar=62,
+    ),
+    "phi3": Architecture(
+        model_type="phi3",
+        class_name="Phi3ForCausalLM",
+        blocks={
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "attn_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        keys={
+            **_RMS,
+            "attention.sliding_window": "sliding_window",
+            "rope.scaling.original_context_length": "original_max_position_embeddings",
+        },
+        fixed={"hidden_act": "silu"},
+        head_dim=False,
+        rstrip=("<unk>", "<s>", "<|endoftext|>"),
+    ),
+    "starcoder2": Architecture(
+        model_type="starcoder2",
+        class_name="Starcoder2ForCausalLM",
+        blocks={**_ATTENTION, "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        keys={"attention.layer_norm_epsilon": "norm_epsilon", "attention.sliding_window": "sliding_window"},
+        # The converters drop the window of 4096; llama.cpp attends to everything, and so does a file without the key.
+        fixed={"hidden_act": "gelu_pytorch_tanh", "sliding_window": None},
+        flags={"use_bias": "blk.0.attn_q.bias"},
+        head_dim=False,
+    ),
+}
+"""By `general.architecture`."""

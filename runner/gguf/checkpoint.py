@@ -1,0 +1,194 @@
+"""A GGUF file as a model: a `Source` of tensors under transformers' names, its config and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from runner.checkpoint import write_checkpoint
+from runner.errors import CheckpointError
+from runner.gguf.architectures import IGNORED, ROPE_TENSORS, TOP, Architecture
+from runner.gguf.blocks import GROUP, NUMPY, nbytes
+from runner.gguf.container import Container, Entry, open_container
+from runner.gguf.settings import architecture_of, config_of, generation_config_of
+from runner.gguf.tokenizer import Vocabulary, tokenizer_files, tokenizer_of, vocabulary_of
+from runner.local_files import shown
+from runner.tokenizer import Tokenizer
+
+_BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_]+)\.(weight|bias)")
+_TOP = re.compile(rf"({'|'.join(TOP)})\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array under transformers' name: a tensor, or the weight, scales or biases of a packed one.
+
+    `dtype` in safetensors' spelling; `nbytes` as held in memory. `head_rows`: rows of a head whose order is undone;
+    `plus_one`: the stored number is one too large.
+    """
+
+    entry: Entry
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+    head_rows: int | None = None
+    plus_one: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class GGUF:
+    """A checked GGUF file (or all shards of one). Build it with `open`.
+
+    Attributes:
+        config: what config.json would say; generation_config likewise.
+        headers: every array by transformers' name; packed tensors as `.weight`, `.scales`, `.biases`.
+    """
+
+    container: Container
+    architecture: Architecture
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    headers: Mapping[str, Part]
+    vocabulary: Vocabulary
+
+    def __repr__(self) -> str:
+        return f"GGUF({str(self.container.path)!r}, {len(self.container.tensors)} tensors)"
+
+    @classmethod
+    def open(cls, path: Path) -> GGUF:
+        """Read and check a file's header; no tensor is read.
+
+        Raises:
+            CheckpointError: the file is malformed, or holds a type, architecture, key or tensor that is not supported.
+            TokenizerError: its vocabulary is.
+        """
+        container = open_container(path)
+        architecture = architecture_of(container)
+        config = config_of(container)
+        headers = _parts(container, architecture, config)
+        quantization = _quantization(headers)
+        if quantization:
+            config["quantization"] = quantization
+        vocabulary = vocabulary_of(container.metadata)
+        config |= vocabulary.config
+        generation = {**generation_config_of(container.metadata), **vocabulary.config}
+        return cls(container, architecture, config, generation, MappingProxyType(headers), vocabulary)
+
+    def read(self, name: str) -> mx.array:
+        """The array `name`, read now, a few MiB of the file at a time.
+
+        Raises:
+            CheckpointError: no such array, a scale that is not finite, or a file that changed since it was opened.
+        """
+        if name not in self.headers:
+            raise CheckpointError(f"{self.container.path}: no tensor {shown(name)}")
+        part = self.headers[name]
+        entry, dtype = part.entry, NUMPY[part.dtype]
+        result = np.empty((entry.rows, part.nbytes // dtype.itemsize // entry.rows), dtype)
+        done = 0
+        for rows in self.container.rows(entry, part.head_rows or 1):
+            try:
+                numbers = entry.format.part(part.suffix, _in_order(rows, part.head_rows))
+            except CheckpointError as error:
+                raise CheckpointError(f"{entry.file}: tensor {shown(entry.name)}: {error}") from error
+            result[done : done + len(rows)] = numbers - 1 if part.plus_one else numbers
+            done += len(rows)
+        array = mx.array(result.reshape(part.shape))
+        return array.view(mx.bfloat16) if part.dtype == "BF16" else array
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises `TokenizerError` where the file's is malformed or not known."""
+        return tokenizer_of(self.vocabulary, self.container.path, self.architecture.rstrip)
+
+
+def _in_order(rows: Any, head_rows: int | None) -> Any:
+    """llama.cpp pairs neighbours (2i, 2i+1) of a head in its rotary embedding: they go back to (i, i + D/2)."""
+    if head_rows is None:
+        return rows
+    return rows.reshape(-1, head_rows // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _parts(container: Container, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    for entry in container.tensors.values():
+        if entry.name in ROPE_TENSORS or IGNORED.fullmatch(entry.name):
+            continue
+        name, block = _hub_name(container, architecture, entry.name)
+        head_rows = None
+        if block in architecture.interleaved:
+            head_rows, rest = divmod(entry.shape[0], config[architecture.interleaved[block]])
+            if rest or head_rows % 2:
+                raise CheckpointError(f"{container.path}: {entry.name}: {list(entry.shape)} do not divide into heads")
+        plus_one = architecture.norms_plus_one and "norm" in entry.name
+        if entry.format.count > 1 and not name.endswith(".weight"):
+            raise CheckpointError(
+                f"{container.path}: {entry.name} has type {entry.format.name}, expected plain numbers"
+            )
+        if plus_one and entry.format.dtype != "F32":
+            raise CheckpointError(f"{container.path}: {entry.name} has type {entry.format.name}, expected F32")
+        for suffix, (dtype, shape) in entry.format.parts(entry.shape).items():
+            full = name.removesuffix(".weight") + suffix if suffix else name
+            parts[full] = Part(entry, suffix, dtype, shape, head_rows, plus_one)
+    return parts
+
+
+def _hub_name(container: Container, architecture: Architecture, name: str) -> tuple[str, str]:
+    """transformers' name of a tensor, and GGUF's name of its place in a layer."""
+    found = _BLOCK.fullmatch(name)
+    if found is not None and found[2] in architecture.blocks:
+        return f"model.layers.{found[1]}.{architecture.blocks[found[2]]}.{found[3]}", found[2]
+    top = _TOP.fullmatch(name)
+    if top is not None:
+        return f"{TOP[top[1]]}.{top[2]}", ""
+    raise CheckpointError(f"{container.path}: tensor {shown(name)} is not part of a {architecture.model_type} model")
+
+
+def _quantization(headers: Mapping[str, Part]) -> dict[str, Any]:
+    """config.json's `quantization` in mlx-lm's form: the commonest bits, and the layers that have others."""
+    bits = {
+        name.removesuffix(".weight"): part.entry.format.bits
+        for name, part in headers.items()
+        if part.suffix == ".weight"
+    }
+    if not bits:
+        return {}
+    counts = list(bits.values())
+    common = max(set(counts), key=counts.count)
+    others = {name: {"group_size": GROUP, "bits": value} for name, value in bits.items() if value != common}
+    return {"group_size": GROUP, "bits": common, **others}
+
+
+def convert(src: Path, out: Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Convert the GGUF file `src` into the new directory `out`: config, tokenizer, chat template, packed weights.
+
+    Args:
+        progress: called with arrays done and in all.
+
+    Raises:
+        CheckpointError: `src` is malformed or holds what is not supported, or `out` exists and is not empty.
+        TokenizerError: its tokenizer is malformed or not supported.
+    """
+    source = GGUF.open(src)
+
+    def tensors() -> Iterator[tuple[str, mx.array]]:
+        for index, name in enumerate(source.headers):
+            yield name, source.read(name)
+            if progress is not None:
+                progress(index + 1, len(source.headers))
+
+    files = tokenizer_files(source.vocabulary, source.architecture.rstrip)
+    files["generation_config.json"] = json.dumps(source.generation_config, indent=2)
+    write_checkpoint(out, tensors(), source.config, files)
+    return out

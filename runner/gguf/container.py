@@ -1,0 +1,258 @@
+"""The GGUF container: metadata and the place of every tensor, believed only after each number was checked.
+
+Source: ggml's docs/gguf.md, versions 2 and 3. A file is: "GGUF", version, number of tensors, number of metadata entries;
+the entries (key, type, value); the tensors (name, dimensions, type, offset); padding; data, which the offsets count from.
+Files are read, never mapped, so that one that shrinks under us is an error and not a signal.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from runner.errors import CheckpointError
+from runner.gguf.blocks import FORMATS, Format
+from runner.local_files import member, shown
+from runner.safetensors_header import MAX_DIM, Stamp
+
+MAGIC = b"GGUF"
+_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_MAX_HEADER = 1 << 28  # the largest real ones (vocabularies of 260,000 tokens) take 16 MB
+_MAX_ENTRIES = 100_000
+_MAX_SHARDS = 1000
+_CHUNK = 4 << 20  # bytes of a tensor in memory at once
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: `shape` row-major (GGUF lists it reversed), `offset` from the start of `file`."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    file: Path
+    offset: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of blocks; a vector of plain numbers has one a row, so that its numbers can be reordered as rows are."""
+        return self.shape[0] if self._is_vector else math.prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the file."""
+        return (1 if self._is_vector else self.shape[-1]) // self.format.count * self.format.size
+
+    @property
+    def _is_vector(self) -> bool:
+        return len(self.shape) == 1 and self.format.count == 1
+
+
+@dataclass(frozen=True)
+class Container:
+    """A whole file, or all shards of one: metadata by key (numeric arrays as NumPy's), tensors by name."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Entry]
+    stamps: Mapping[Path, Stamp]
+
+    def rows(self, entry: Entry, multiple: int = 1) -> Iterator[npt.NDArray[np.uint8]]:
+        """The tensor's bytes `[n, row_bytes]`, some rows at a time: a multiple of `multiple`, which divides them all.
+
+        Raises:
+            CheckpointError: the file changed since it was opened, or cannot be read.
+        """
+        step = max(1, _CHUNK // (entry.row_bytes * multiple)) * multiple
+        try:
+            with entry.file.open("rb") as file:
+                if Stamp.of(os.fstat(file.fileno())) != self.stamps[entry.file]:
+                    raise CheckpointError(f"{entry.file}: changed since it was opened; open it again")
+                file.seek(entry.offset)
+                for start in range(0, entry.rows, step):
+                    wanted = min(step, entry.rows - start) * entry.row_bytes
+                    data = file.read(wanted)
+                    if len(data) != wanted:
+                        raise CheckpointError(f"{entry.file}: ends inside tensor {shown(entry.name)}")
+                    yield np.frombuffer(data, np.uint8).reshape(-1, entry.row_bytes)
+        except OSError as error:
+            raise CheckpointError(f"{entry.file}: cannot be read: {error.strerror or error}") from error
+
+
+def open_container(path: Path) -> Container:
+    """Read and check a file's header, and those of its other shards (`-00001-of-00003.gguf`: name the first one).
+
+    Raises:
+        CheckpointError: naming the file and the problem.
+    """
+    first = _open(path)
+    count = _whole(first, "split.count", 1)
+    if count == 1:
+        return first
+    if _whole(first, "split.no", 0):
+        raise CheckpointError(f"{path}: a later shard of {count}; name the first one, ...-00001-of-{count:05d}.gguf")
+    found = _SHARD.fullmatch(path.name)
+    if found is None or found[2] != "00001" or int(found[3]) != count or count > _MAX_SHARDS:
+        raise CheckpointError(f"{path}: one of {count} shards, so its name must end in -00001-of-{count:05d}.gguf")
+    tensors, stamps = dict(first.tensors), dict(first.stamps)
+    for number in range(1, count):
+        name = f"{found[1]}-{number + 1:05d}-of-{count:05d}.gguf"
+        shard = _open(member(path.parent, name))
+        if _whole(shard, "split.no", -1) != number or _whole(shard, "split.count", -1) != count:
+            raise CheckpointError(f"{path.parent / name}: its metadata does not say that it is shard {number + 1}")
+        twice = tensors.keys() & shard.tensors.keys()
+        if twice:
+            raise CheckpointError(f"{path.parent / name}: tensor {shown(min(twice))} is in another shard too")
+        tensors |= shard.tensors
+        stamps |= shard.stamps
+    total = _whole(first, "split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise CheckpointError(f"{path}: the shards hold {len(tensors)} tensors, of {total}")
+    return Container(path, first.metadata, tensors, stamps)
+
+
+def _whole(container: Container, key: str, default: int) -> int:
+    value = container.metadata.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise CheckpointError(f"{container.path}: {key} is {value!r:.80}, expected an integer")
+    return value
+
+
+def _open(path: Path) -> Container:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
+            raise CheckpointError(f"{path}: not a regular file")
+        with path.open("rb", buffering=1 << 20) as file:
+            stamp = Stamp.of(os.fstat(file.fileno()))
+            return _Header(path, file, stamp).read()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class _Header:
+    """Reads a header front to back; nothing is allocated that the file is too short to hold."""
+
+    def __init__(self, path: Path, file: BinaryIO, stamp: Stamp) -> None:
+        self.path = path
+        self.file = file
+        self.stamp = stamp
+        self.position = 0
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path.name} is not a readable GGUF file: {what}")
+
+    def read(self) -> Container:
+        magic, version = self.take(4), self.number("<I")
+        if magic != MAGIC or version not in (2, 3):
+            swapped = "; it was written for big-endian machines" if version in (2 << 24, 3 << 24) else ""
+            raise self.error(f"magic {magic!r}, version {version}, expected {MAGIC!r}, 2 or 3{swapped}")
+        tensors, pairs = self.number("<Q"), self.number("<Q")
+        if tensors > _MAX_ENTRIES or pairs > _MAX_ENTRIES:
+            raise self.error(f"it claims {tensors} tensors and {pairs} metadata entries")
+        metadata: dict[str, Any] = {}
+        for _ in range(pairs):
+            key = self.string()
+            if key in metadata:
+                raise self.error(f"metadata key {shown(key)} comes twice")
+            metadata[key] = self.value(self.number("<I"))
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 8 <= alignment <= 65536 or alignment % 8:
+            raise self.error(f"general.alignment is {alignment!r:.80}")
+        entries = [self.entry(alignment) for _ in range(tensors)]
+        start = -(-self.position // alignment) * alignment
+        found = {entry.name: self.placed(entry, start) for entry in entries}
+        if len(found) != len(entries):
+            raise self.error("a tensor name comes twice")
+        end, last = start, ""
+        for entry in sorted(found.values(), key=lambda entry: entry.offset):
+            if entry.offset < end:
+                raise self.error(f"tensors {shown(last)} and {shown(entry.name)} overlap")
+            end, last = entry.offset + entry.rows * entry.row_bytes, entry.name
+        return Container(self.path, metadata, found, {self.path: self.stamp})
+
+    def take(self, size: int) -> bytes:
+        if size > min(self.stamp.size, _MAX_HEADER) - self.position:
+            raise self.error(f"{size} bytes at byte {self.position} of its header, which has {self.stamp.size} bytes")
+        data = self.file.read(size)
+        if len(data) != size:
+            raise self.error(f"it ended at byte {self.position + len(data)} while it was read")
+        self.position += size
+        return data
+
+    def number(self, form: str) -> int:
+        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return value
+
+    def string(self) -> str:
+        data = self.take(self.number("<Q"))
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error(f"a string that is not UTF-8 at byte {self.position - len(data)}") from error
+
+    def value(self, kind: int) -> Any:
+        """A Python scalar, a string, a list of strings, or a NumPy array."""
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            inner, count = self.number("<I"), self.number("<Q")
+            if inner == _STRING:
+                if count * 8 > self.stamp.size - self.position:
+                    raise self.error(f"an array of {count} strings at byte {self.position}")
+                return [self.string() for _ in range(count)]
+            return self.numbers(inner, count)
+        return self.numbers(kind, 1)[0].item()
+
+    def numbers(self, kind: int, count: int) -> npt.NDArray[Any]:
+        if kind == _BOOL:
+            return np.frombuffer(self.take(count), np.uint8).astype(np.bool_)
+        if kind not in _SCALARS:
+            raise self.error(f"metadata of type {kind} at byte {self.position}")
+        dtype = np.dtype(_SCALARS[kind])
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+
+    def entry(self, alignment: int) -> Entry:
+        name = self.string()
+        rank = self.number("<I")
+        if not 1 <= rank <= 4 or len(name) > 512:
+            raise self.error(f"tensor {shown(name)} has {rank} dimensions")
+        shape = tuple(int(size) for size in self.numbers(10, rank)[::-1])
+        kind, offset = self.number("<I"), self.number("<Q")
+        if kind not in FORMATS:
+            known = ", ".join(form.name for form in FORMATS.values())
+            raise CheckpointError(
+                f"{self.path.name}: tensor {shown(name)} has type {_name(kind)}, which is not supported; these are: {known}"
+            )
+        form = FORMATS[kind]
+        if not all(0 < size <= MAX_DIM for size in shape) or shape[-1] % form.count or offset % alignment:
+            raise self.error(f"tensor {shown(name)}: shape {list(shape)}, type {form.name}, offset {offset}")
+        return Entry(name, shape, form, self.path, offset)
+
+    def placed(self, entry: Entry, start: int) -> Entry:
+        offset = start + entry.offset
+        if offset + entry.rows * entry.row_bytes > self.stamp.size:
+            raise self.error(f"tensor {shown(entry.name)} ends beyond the file; an incomplete copy?")
+        return Entry(entry.name, entry.shape, entry.format, entry.file, offset)
+
+
+_OTHER_TYPES = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+}  # fmt: skip
+
+
+def _name(kind: int) -> str:
+    return _OTHER_TYPES.get(kind, str(kind))

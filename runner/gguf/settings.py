@@ -1,0 +1,263 @@
+"""`config.json` and `generation_config.json` of a GGUF file: metadata, and what its tensors say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from runner.errors import CheckpointError
+from runner.gguf.architectures import ARCHITECTURES, COMMON_KEYS, HARMLESS, ROPE_TENSORS, Architecture
+from runner.gguf.container import Container
+from runner.local_files import shown
+from runner.rope import RopeScaling, attention_factor, inverse_frequencies
+
+_PUBLISHED_LLAMA3 = ((8.0, 8192), (32.0, 8192))  # factor and original context of Llama 3.1 / 3.3, and of 3.2
+
+
+def architecture_of(container: Container) -> Architecture:
+    """The file's entry of the table.
+
+    Raises:
+        CheckpointError: it has none; the message names those that exist.
+    """
+    name, kind = container.metadata.get("general.architecture"), container.metadata.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{container.path}: general.type is {kind!r:.80}; only whole models are supported")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"{container.path}: architecture {name!r:.80} is not supported; these are: {known}")
+    return ARCHITECTURES[name]
+
+
+def config_of(container: Container) -> dict[str, Any]:
+    """`config.json` of the file, with transformers' names (without token ids).
+
+    Raises:
+        CheckpointError: a key is missing or has a value of another kind, or would change numbers and is not understood.
+    """
+    return _Metadata(container, architecture_of(container)).config()
+
+
+def generation_config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling defaults that a file recommends (`general.sampling.*`); greedy where it has none."""
+    names = {
+        "temp": "temperature",
+        "top_k": "top_k",
+        "top_p": "top_p",
+        "min_p": "min_p",
+        "penalty_repeat": "repetition_penalty",
+    }
+    found = {
+        key: _decimal(metadata[f"general.sampling.{name}"])
+        for name, key in names.items()
+        if isinstance(metadata.get(f"general.sampling.{name}"), int | float)
+    }
+    return {**found, "do_sample": bool(found)}
+
+
+class _Metadata:
+    """The keys below `<architecture>.`; each one that is read is crossed off, and what is left must be harmless."""
+
+    def __init__(self, container: Container, architecture: Architecture) -> None:
+        self.container = container
+        self.architecture = architecture
+        self.prefix = f"{container.metadata['general.architecture']}."
+        self.values = {
+            key.removeprefix(self.prefix): value
+            for key, value in container.metadata.items()
+            if key.startswith(self.prefix)
+        }
+        self.read: set[str] = set()
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.container.path}: {what}")
+
+    def get(self, key: str) -> Any:
+        """The value, None where there is none. A list of one value for each layer counts as that value."""
+        self.read.add(key)
+        value = self.values.get(key)
+        if isinstance(value, np.ndarray):
+            if not value.size or not (value == value[0]).all():
+                raise self.error(f"{self.prefix}{key} differs from layer to layer, which is not supported")
+            return value[0].item()
+        return value
+
+    def number(self, key: str) -> int | float | None:
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise self.error(f"{self.prefix}{key} is {value!r:.80}, expected a number")
+        return _decimal(value)
+
+    def config(self) -> dict[str, Any]:
+        table = self.architecture
+        config: dict[str, Any] = {"architectures": [table.class_name], "model_type": table.model_type, **table.fixed}
+        for key, name in {**COMMON_KEYS, **table.keys}.items():
+            value = self.number(key)
+            if value is not None:
+                config[name] = value
+            elif key in COMMON_KEYS and key != "attention.head_count_kv":
+                raise self.error(f"{self.prefix}{key} is missing")
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+        if not config["num_attention_heads"]:
+            raise self.error(f"{self.prefix}attention.head_count is 0")
+        tensors = self.container.tensors
+        if "token_embd.weight" not in tensors:
+            raise self.error("it has no tensor token_embd.weight, so it is not a model (a vocabulary alone?)")
+        config |= {flag: name in tensors for flag, name in table.flags.items()}
+        config["vocab_size"] = tensors["token_embd.weight"].shape[0]
+        config["tie_word_embeddings"] = "output.weight" not in tensors
+        self.windows(config)
+        self.heads(config)
+        self.rope(config)
+        self.refuse_unknown()
+        return config
+
+    def windows(self, config: dict[str, Any]) -> None:
+        """`sliding_window` and which layers have it. GGUF writes 0 for none."""
+        table = self.architecture
+        window = config.get("sliding_window")
+        if not window and "sliding_window" in config:
+            config["sliding_window"] = None
+        if table.windowed is not None and window:
+            config |= {"model_type": table.windowed, "architectures": ["MistralForCausalLM"]}
+        elif table.windowed is not None:
+            config.pop("sliding_window", None)
+        if table.window_period is None:
+            return
+        layers = config["num_hidden_layers"]
+        self.read.add("attention.sliding_window_pattern")
+        pattern = self.values.get("attention.sliding_window_pattern", table.window_period)
+        if isinstance(pattern, int) and not isinstance(pattern, bool) and 0 < pattern < 1 << 16:
+            local = [(index + 1) % pattern != 0 for index in range(layers)]
+        elif isinstance(pattern, np.ndarray) and len(pattern) == layers:
+            local = [bool(flag) for flag in pattern]
+        else:
+            raise self.error(f"{self.prefix}attention.sliding_window_pattern is {pattern!r:.80}")
+        local = local if window else [False] * layers
+        usual = table.window_period
+        periods = [p for p in (usual, *range(1, layers + 1)) if local == [(i + 1) % p != 0 for i in range(layers)]]
+        if table.period_key is not None and periods:
+            config[table.period_key] = periods[0]
+        elif usual not in periods:
+            config["layer_types"] = ["sliding_attention" if flag else "full_attention" for flag in local]
+
+    def heads(self, config: dict[str, Any]) -> None:
+        """`head_dim`, `query_pre_attn_scalar`, and the share of a head that is rotated."""
+        table, heads, hidden = self.architecture, config["num_attention_heads"], config["hidden_size"]
+        derived = hidden // heads
+        width = self.number("attention.key_length") or derived
+        if (self.number("attention.value_length") or width) != width:
+            raise self.error("keys and values of different sizes are not supported")
+        if table.head_dim or width != derived:
+            config["head_dim"] = width
+        rotated = self.number("rope.dimension_count") or width
+        if rotated != width:
+            config["partial_rotary_factor"] = rotated / width
+        if table.query_scalar is not None:
+            scale = self.number("attention.scale")
+            usual = derived if config["num_hidden_layers"] == table.query_scalar else width
+            config["query_pre_attn_scalar"] = _near_whole(scale**-2) if scale else usual
+
+    def rope(self, config: dict[str, Any]) -> None:
+        config["rope_theta"] = float(self.number("rope.freq_base") or 10000.0)
+        tables = [name for name in ROPE_TENSORS if name in self.container.tensors]
+        kind, factor = self.get("rope.scaling.type"), self.number("rope.scaling.factor")
+        attention = self.number("rope.scaling.attn_factor")
+        if tables == ["rope_freqs.weight"] and kind in (None, "none"):
+            config["rope_scaling"] = self.divisors(config, self.table("rope_freqs.weight"))
+        elif tables == list(ROPE_TENSORS[1:]) and kind in (None, "longrope"):
+            config["rope_scaling"] = self.longrope(config, attention)
+        elif tables:
+            raise self.error(f"{' and '.join(tables)} with rope.scaling.type {kind!r:.80} is not supported")
+        elif kind == "yarn":
+            config["rope_scaling"] = self.yarn(factor)
+        elif factor not in (None, 0, 1) and kind in (None, "linear"):
+            config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+        elif kind not in (None, "none", "linear"):
+            raise self.error(f"rope.scaling.type {kind!r:.80} is not supported")
+        if attention not in (None, 1.0) and tables != list(ROPE_TENSORS[1:]):
+            raise self.error(f"{self.prefix}rope.scaling.attn_factor = {attention} is not supported here")
+
+    def yarn(self, factor: float | None) -> dict[str, Any]:
+        names = {
+            "original_context_length": "original_max_position_embeddings",
+            "yarn_attn_factor": "attention_factor",
+            "yarn_beta_fast": "beta_fast",
+            "yarn_beta_slow": "beta_slow",
+        }
+        found = {name: self.number(f"rope.scaling.{key}") for key, name in names.items()}
+        if self.number("rope.scaling.yarn_ext_factor") not in (None, 1.0):
+            raise self.error(f"{self.prefix}rope.scaling.yarn_ext_factor other than 1 is not supported")
+        return {"rope_type": "yarn", "factor": factor or 1.0, **{k: v for k, v in found.items() if v is not None}}
+
+    def longrope(self, config: dict[str, Any], attention: float | None) -> dict[str, Any]:
+        """Phi-3's two tables. `attn_factor` follows from the two context lengths; it is kept where it does not."""
+        scaling: dict[str, Any] = {
+            "rope_type": "longrope",
+            "long_factor": self.table("rope_factors_long.weight"),
+            "short_factor": self.table("rope_factors_short.weight"),
+        }
+        original = config.get("original_max_position_embeddings")
+        parsed = RopeScaling.from_dict({**scaling, "original_max_position_embeddings": original})
+        usual = attention_factor(parsed, max_position_embeddings=config["max_position_embeddings"])
+        if attention is not None and not math.isclose(attention, usual, rel_tol=1e-5):
+            scaling["attention_factor"] = attention
+        return scaling
+
+    def divisors(self, config: dict[str, Any], table: list[float]) -> dict[str, Any]:
+        """llama.cpp keeps Llama 3's scaling as what each frequency is divided by. Where the table is the published one
+        to float32's precision, its name is written; else the numbers themselves, as a longrope that never switches."""
+        base, dims, limit = config["rope_theta"], 2 * len(table), config["max_position_embeddings"]
+        plain = inverse_frequencies(RopeScaling(), dims=dims, base=base, max_position_embeddings=limit)
+        for factor, original in _PUBLISHED_LLAMA3:
+            named = {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+            scaled = inverse_frequencies(
+                RopeScaling.from_dict(named), dims=dims, base=base, max_position_embeddings=limit
+            )
+            if np.allclose([p / s for p, s in zip(plain, scaled, strict=True)], table, rtol=2e-6, atol=0):
+                return named
+        return {
+            "rope_type": "longrope",
+            "short_factor": table,
+            "long_factor": table,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": limit,
+        }
+
+    def table(self, name: str) -> list[float]:
+        entry = self.container.tensors[name]
+        if entry.format.dtype != "F32" or entry.format.count != 1 or len(entry.shape) != 1 or entry.shape[0] > 4096:
+            raise self.error(f"{name} is {entry.format.name} {list(entry.shape)}, expected a vector of F32")
+        numbers = np.concatenate([rows.view("<f4")[:, 0] for rows in self.container.rows(entry)])
+        if not (np.isfinite(numbers) & (numbers > 0)).all():
+            raise self.error(f"{name} holds a number that is not finite and positive")
+        return [float(_decimal(float(number))) for number in numbers]
+
+    def refuse_unknown(self) -> None:
+        unknown = []
+        for key, value in self.values.items():
+            allowed = HARMLESS.get(key, ())
+            if key not in self.read and allowed is not None and value not in allowed:
+                unknown.append(f"{shown(self.prefix + key)} = {value!r:.40}")
+        if unknown:
+            raise self.error(f"could change the numbers and is not understood: {', '.join(unknown)}")
+
+
+def _decimal(value: int | float) -> int | float:
+    """A float32 as the shortest decimal that means it: 1e-05 was stored, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _near_whole(value: float) -> float:
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-5) else value

@@ -1,0 +1,327 @@
+"""The tokenizer inside a GGUF file, as the `tokenizer.json` and `tokenizer_config.json` of a hub repository.
+
+Two kinds exist for these architectures. `gpt2`: byte-level BPE with merges, whose words are cut as `tokenizer.ggml.pre`
+says. `llama`: sentencepiece BPE, where scores rank the pieces; sentencepiece's unigram models have a kind of their own
+(`t5`), which no architecture here ships and which is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.errors import TokenizerError
+from runner.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from runner.local_files import shown
+from runner.tokenizer import Tokenizer
+from runner.tokenizer_backends import JsonBackend, parse_json
+from runner.tokenizer_files import TokenizerFiles, bounded_template
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_SPACE = "\u2581"
+_MAX_PIECE = 256  # longer pieces are not split into merges: none exists, and the work grows with the square
+_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
+
+ENDS = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> <|end_of_text|> "
+    "<end_of_utterance> </s> <eos> <｜end▁of▁sentence｜>".split()
+)
+"""Tokens that end an answer wherever they exist as control tokens: many files name only one of two in their metadata."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`tokenizer.ggml.*`, checked: as many types as tokens, no token twice, ids within the vocabulary.
+
+    `ids` holds bos, eos, unk, pad, sep and mask where the file names them; `ends` every id that ends an answer.
+    """
+
+    kind: str
+    tokens: list[str]
+    types: list[int]
+    values: Mapping[str, Any]
+    ids: Mapping[str, int]
+    ends: frozenset[int]
+    templates: Mapping[str, str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json and generation_config.json say of tokens."""
+        found: dict[str, Any] = {f"{name}_token_id": self.ids[name] for name in ("bos", "pad") if name in self.ids}
+        if self.ends:
+            found["eos_token_id"] = min(self.ends) if len(self.ends) == 1 else sorted(self.ends)
+        return found
+
+    @property
+    def named(self) -> dict[str, str]:
+        """`bos_token` and the like, as text."""
+        return {f"{name}_token": self.tokens[index] for name, index in self.ids.items()}
+
+
+def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
+    """Read the metadata of a file.
+
+    Raises:
+        TokenizerError: a kind of tokenizer that is not supported, or lists that do not fit each other.
+    """
+    prefix = "tokenizer.ggml."
+    values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    kind = values.get("model")
+    if kind not in ("gpt2", "llama"):
+        raise TokenizerError(f"GGUF: tokenizer {kind!r:.80} is not supported; gpt2 and llama are")
+    tokens = values.get("tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise TokenizerError("GGUF: tokenizer.ggml.tokens is missing or no list of strings")
+    types = _numbers(values, "token_type", len(tokens), "iu")
+    kinds = [_NORMAL] * len(tokens) if types is None else [int(value) for value in types]
+    if kind == "llama":
+        # Pieces that the trainer was told of stand for text, and text has spaces where pieces have this sign.
+        tokens = [t.replace(_SPACE, " ") if k == _USER_DEFINED else t for t, k in zip(tokens, kinds, strict=True)]
+    if len(set(tokens)) != len(tokens):
+        twice = Counter(tokens).most_common(1)[0][0]
+        raise TokenizerError(f"GGUF: tokenizer.ggml.tokens holds {shown(twice)} twice")
+    ids = {name: _id(values, f"{key}_token_id", len(tokens)) for name, key in _NAMED.items()}
+    ends = [_id(values, f"{name}_token_id", len(tokens)) for name in ("eos", "eot", "eom")]
+    ends += [index for index, token in enumerate(tokens) if token in ENDS and kinds[index] == _CONTROL]
+    return Vocabulary(
+        kind,
+        tokens,
+        kinds,
+        values,
+        {name: index for name, index in ids.items() if index is not None},
+        frozenset(index for index in ends if index is not None),
+        _templates(metadata),
+    )
+
+
+def _numbers(values: Mapping[str, Any], key: str, count: int, kinds: str) -> Any:
+    found = values.get(key)
+    if found is None:
+        return None
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in kinds or len(found) != count:
+        raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is not one number for each of {count} tokens")
+    return found
+
+
+def _id(values: Mapping[str, Any], key: str, count: int) -> int | None:
+    index = values.get(key)
+    if index is None or index == 0xFFFFFFFF or index == -1:
+        return None
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
+        raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is {index!r:.80}, expected an id below {count}")
+    return index
+
+
+def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = values.get(key, default)
+    if not isinstance(value, bool):
+        raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is {value!r:.80}, expected true or false")
+    return value
+
+
+def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """`tokenizer.chat_template` is the default; `tokenizer.chat_template.NAME` are others."""
+    prefix = "tokenizer.chat_template"
+    found = {}
+    for key, value in metadata.items():
+        if key == prefix or key.startswith(f"{prefix}."):
+            if not isinstance(value, str):
+                raise TokenizerError(f"GGUF: {shown(key)} is not text")
+            found[key.removeprefix(prefix).removeprefix(".") or "default"] = bounded_template(value, f"GGUF: {key}")
+    return found
+
+
+def tokenizer_of(vocabulary: Vocabulary, where: Path, rstrip: tuple[str, ...] | None) -> Tokenizer:
+    """The tokenizer itself; `where` begins the message of an error, `rstrip` is the architecture's.
+
+    Raises:
+        TokenizerError: scores, merges or the pre-tokeniser are missing, malformed or not known.
+    """
+    library = parse_json(json.dumps(document_of(vocabulary, rstrip), ensure_ascii=False), str(where))
+    files = TokenizerFiles(named=vocabulary.named, templates=vocabulary.templates)
+    return Tokenizer(JsonBackend(library, files, f"gguf {vocabulary.kind}"), files)
+
+
+def tokenizer_files(vocabulary: Vocabulary, rstrip: tuple[str, ...] | None) -> dict[str, str]:
+    """The same as files by name; errors as `tokenizer_of`'s."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **vocabulary.named,
+    }
+    if list(vocabulary.templates) == ["default"]:
+        config["chat_template"] = vocabulary.templates["default"]
+    elif vocabulary.templates:
+        config["chat_template"] = [{"name": k, "template": v} for k, v in vocabulary.templates.items()]
+    return {
+        "tokenizer.json": json.dumps(document_of(vocabulary, rstrip), ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
+    }
+
+
+# --- tokenizer.json ---------------------------------------------------------------------------------------------------
+
+
+def document_of(vocabulary: Vocabulary, rstrip: tuple[str, ...] | None) -> dict[str, Any]:
+    """`tokenizer.json`. Named tokens are special whatever their type; `rstrip`: see `Architecture`."""
+    parts, bos = _gpt2(vocabulary) if vocabulary.kind == "gpt2" else _sentencepiece(vocabulary)
+    named = set(vocabulary.ids.values()) | vocabulary.ends
+    added = []
+    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+        special = kind in (_CONTROL, _UNKNOWN) or index in named
+        if token and (special or kind == _USER_DEFINED):
+            strips = special and rstrip is not None and vocabulary.kind == "llama" and token not in rstrip
+            added.append(
+                {
+                    "id": index,
+                    "content": token,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": strips,
+                    "normalized": False,
+                    "special": special,
+                }
+            )
+    first = (
+        [vocabulary.ids["bos"]] if "bos" in vocabulary.ids and _flag(vocabulary.values, "add_bos_token", bos) else []
+    )
+    last = (
+        [vocabulary.ids["eos"]] if "eos" in vocabulary.ids and _flag(vocabulary.values, "add_eos_token", False) else []
+    )
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "post_processor": _around(vocabulary.tokens, first, last) if first or last else None,
+        **parts,
+    }
+
+
+def _around(tokens: Sequence[str], first: list[int], last: list[int]) -> dict[str, Any]:
+    def single(sequence: str, kind: int) -> list[dict[str, Any]]:
+        before = [{"SpecialToken": {"id": tokens[index], "type_id": kind}} for index in first]
+        after = [{"SpecialToken": {"id": tokens[index], "type_id": kind}} for index in last]
+        return [*before, {"Sequence": {"id": sequence, "type_id": kind}}, *after]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": single("A", 0),
+        "pair": [*single("A", 0), *single("B", 1)],
+        "special_tokens": {
+            tokens[index]: {"id": tokens[index], "ids": [index], "tokens": [tokens[index]]} for index in [*first, *last]
+        },
+    }
+
+
+def _bpe(vocabulary: Vocabulary, merges: list[list[str]], **options: Any) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        **options,
+        "vocab": {token: index for index, token in enumerate(vocabulary.tokens)},
+        "merges": merges,
+    }
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _cut(pre: PreTokenizer) -> dict[str, Any]:
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in pre.patterns
+    ]
+    return {"type": "Sequence", "pretokenizers": [*splits, _byte_level(False)]}
+
+
+def _gpt2(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
+    pre, merges = vocabulary.values.get("pre"), vocabulary.values.get("merges")
+    if pre is None:
+        raise TokenizerError(
+            "GGUF: no tokenizer.ggml.pre, so how text is cut into words is unknown: the file is from before May 2024, "
+            "fetch a newer conversion"
+        )
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        raise TokenizerError(f"GGUF: pre-tokeniser {pre!r:.80} is not known; these are: {', '.join(PRE_TOKENIZERS)}")
+    if not isinstance(merges, list):
+        raise TokenizerError("GGUF: tokenizer.ggml.merges is missing or no list of strings")
+    pairs = [merge.split(" ") for merge in merges]
+    known = set(vocabulary.tokens)
+    wrong = next((m for m, p in zip(merges, pairs, strict=True) if len(p) != 2 or "".join(p) not in known), None)
+    if wrong is not None:
+        raise TokenizerError(f"GGUF: tokenizer.ggml.merges holds {shown(wrong)}: not two pieces that make a token")
+    table = PRE_TOKENIZERS[pre]
+    parts = {
+        "normalizer": None,
+        "pre_tokenizer": _cut(table),
+        "decoder": _byte_level(True),
+        "model": _bpe(vocabulary, pairs, ignore_merges=table.ignore_merges),
+    }
+    return parts, table.bos
+
+
+def _sentencepiece(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
+    """Sentencepiece BPE joins the adjacent pair whose piece scores highest: the same as merges sorted by score."""
+    scores = _numbers(vocabulary.values, "scores", len(vocabulary.tokens), "fi")
+    if scores is None or np.isnan(scores).any():
+        raise TokenizerError("GGUF: tokenizer.ggml.scores is missing or not all numbers")
+    if _flag(vocabulary.values, "remove_extra_whitespaces", False):
+        raise TokenizerError("GGUF: tokenizer.ggml.remove_extra_whitespaces is not supported")
+    unknown = vocabulary.ids.get("unk", 0)
+    byte_pieces = sum(kind == _BYTE for kind in vocabulary.types)
+    if byte_pieces not in (0, 256):
+        raise TokenizerError(f"GGUF: {byte_pieces} byte pieces, expected none or 256")
+    prefix = _flag(vocabulary.values, "add_space_prefix", True)
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    steps = [{"type": "Prepend", "prepend": _SPACE}, spaces] if prefix else [spaces]
+    back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    parts = {
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *([strip] if prefix else [])],
+        },
+        "model": _bpe(
+            vocabulary,
+            _merges(vocabulary, scores),
+            unk_token=vocabulary.tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=byte_pieces == 256,
+        ),
+    }
+    return parts, True
+
+
+def _merges(vocabulary: Vocabulary, scores: Any) -> list[list[str]]:
+    """Every way to join two pieces into a third, the highest score first.
+
+    Only normal pieces take part; one way of many (equal scores) goes by the ids of its halves, as in transformers.
+    """
+    index = {
+        token: number
+        for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        if kind == _NORMAL
+    }
+    found: list[tuple[float, int, int, str, str]] = []
+    for piece, number in index.items():
+        for cut in range(1, min(len(piece), _MAX_PIECE)):
+            left, right = piece[:cut], piece[cut:]
+            if left in index and right in index:
+                found.append((-float(scores[number]), index[left], index[right], left, right))
+    return [[left, right] for *_, left, right in sorted(found)]

@@ -1,0 +1,39 @@
+"""A model as it lies on disk, whatever its format: one object for `load`, `inspect` and the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoint import Checkpoint
+from runner.gguf import GGUF
+from runner.tokenizer import Tokenizer
+from runner.weights import Source
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """`config` and `generation_config` as the hub's files of these names have them, the tensors, and the tokenizer,
+    which is read when it is asked for: a model computes without one."""
+
+    path: Path
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    source: Source
+    tokenizer: Callable[[], Tokenizer]
+
+
+def open_files(path: Path) -> ModelFiles:
+    """Open a model's directory or GGUF file; headers are checked, no tensor is read.
+
+    Raises:
+        CheckpointError: it is neither, or malformed.
+    """
+    if os.path.isfile(path):
+        gguf = GGUF.open(path)
+        return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer)
+    found = Checkpoint.open(path)
+    return ModelFiles(path, found.config, found.generation_config, found, lambda: Tokenizer.from_directory(path))
