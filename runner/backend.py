@@ -14,12 +14,14 @@ from runner.errors import BackendError
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What `doctor` shows; `problem` and `fix` are None on a machine that can run models."""
+    """What `doctor` shows. `problem`: why models can't run; `notice`: why they run slower than they could; `fix`: the
+    command for either; each None where there is nothing to say."""
 
     mlx_version: str | None
     device: str
     kernels: str
     problem: str | None
+    notice: str | None
     fix: str | None
     memory_bytes: int
 
@@ -56,7 +58,7 @@ def describe() -> BackendReport:
     try:
         require()
     except BackendError as error:
-        return BackendReport(version, platform.machine(), "none", str(error), install_command(), 0)
+        return BackendReport(version, platform.machine(), "none", str(error), None, install_command(), 0)
     import mlx.core as mx
 
     from runner.device import current
@@ -65,7 +67,7 @@ def describe() -> BackendReport:
     name = str(info.get("device_name") or info.get("architecture") or platform.processor() or platform.machine())
     kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
     device = current()
-    return BackendReport(version, f"{kind}: {name}", device.name, device.notice, device.fix, _memory())
+    return BackendReport(version, f"{kind}: {name}", device.name, None, device.notice, device.fix, _memory())
 
 
 def _memory() -> int:

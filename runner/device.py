@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -44,8 +46,14 @@ def current() -> Device:
         "plain MLX on the CPU",
         CPU_WITHOUT_KERNELS,
         notice=f"running on plain MLX, many times slower than this machine can: {reason}",
-        fix="install a C++ compiler (g++ or clang), then reinstall: pip install --force-reinstall --no-deps mlx-runner",
+        fix=f"install a C++20 compiler (g++ or clang++), then: pip install --no-cache-dir --force-reinstall --no-deps {_source()}",
     )
+
+
+def _source() -> str:
+    """What pip installs this package from: the checkout that it runs in, else its name on the index."""
+    checkout = Path(__file__).resolve().parent.parent
+    return shlex.quote(str(checkout)) if (checkout / "pyproject.toml").is_file() else "mlx-runner"
 
 
 def _cuda_quantized_linear(

@@ -72,7 +72,7 @@ def check_mlx(report: BackendReport) -> list[Check]:
         Check("mlx", "ok", report.mlx_version or "version unknown"),
         Check("device", "ok", report.device),
         Check("memory", "ok", size(report.memory_bytes)),
-        Check("kernels", "ok", report.kernels),
+        Check("kernels", "ok" if report.notice is None else "note", report.notice or report.kernels, report.fix),
     ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from runner.cli import terminal
+
 if TYPE_CHECKING:
     from runner.language_model import LanguageModel, Timings
 
@@ -16,7 +18,10 @@ def open_model(model: str, dtype: str | None) -> LanguageModel:
     backend.require()
     import runner
 
-    return runner.load(model, dtype=dtype, progress=sys.stderr.isatty())
+    lm = runner.load(model, dtype=dtype, progress=sys.stderr.isatty())
+    if lm.device.notice is not None:
+        terminal.note(f"{lm.device.notice} ('runner doctor' says more)", "yellow")
+    return lm
 
 
 def timing_lines(timings: Timings) -> tuple[str, str, str]:
