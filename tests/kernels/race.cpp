@@ -52,6 +52,13 @@ std::vector<float> everything() {
     kernels().attention(a);
     all.insert(all.end(), out.begin(), out.end());
   }
+  std::vector<int16_t> rows(kKv * kKeys * (kDim + 2));
+  AppendArgs append{};
+  append.x = k.data(), append.to = rows.data(), append.type = DType::i16;
+  append.b = 1, append.h = kKv, append.l = append.capacity = kKeys, append.d = kDim;
+  append.sh = kKeys * kDim, append.sl = kDim;
+  kernels().append(append);
+  all.insert(all.end(), rows.begin(), rows.end());
   auto wide = values(60000, 6);
   std::vector<float> out(60000);
   NormArgs norm{};

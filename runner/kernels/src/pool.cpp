@@ -18,7 +18,9 @@ namespace runner {
 namespace {
 
 constexpr int kMaxChunks = 0xffff;
-constexpr auto kSpin = std::chrono::microseconds(50);  // longer than the gap between two ops of a decode step
+// How long a worker looks for the next job before it sleeps: longer than the gaps within a decode step, as waking takes
+// a system call and some 50 us. It yields all the while, so a thread with real work never waits for it.
+constexpr auto kSpin = std::chrono::microseconds(200);
 
 thread_local bool inside_pool = false;
 
@@ -202,6 +204,7 @@ void Pool::work(int id) {
         pause_cpu();
         found = has_work(id);
       }
+      if (!found) sched_yield();
     } while (!found && std::chrono::steady_clock::now() < deadline);
     if (found) continue;
     std::unique_lock<std::mutex> lock(sleep_mutex_);
