@@ -5,7 +5,9 @@ Source: arXiv:2302.13971, arXiv:2407.21783, and `transformers.models.llama`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -84,10 +86,15 @@ class Attention:
     head_dim: int = setting()
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        heads = split_heads(self.qkv_proj(x), self.head_dim)  # [B, H + KV + KV, L, D]
+        q, k, v = self.heads(self.qkv_proj(x), batch)
+        return self.o_proj(merge_heads(self.attend(q, cache.append(k, v), batch.mask)))
+
+    def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries `[B, H, L, D]` and keys `[B, KV, L, D]`, rotated together, and values."""
+        heads = split_heads(qkv, self.head_dim)  # [B, H + KV + KV, L, D]
         rotated, v = mx.split(heads, [self.num_attention_heads + self.num_key_value_heads], axis=1)
         q, k = mx.split(self.rope(rotated, batch.offset, batch.length), [self.num_attention_heads], axis=1)
-        return self.o_proj(merge_heads(self.attend(q, cache.append(k, v), batch.mask)))
+        return q, k, v
 
 
 @dataclass
@@ -102,8 +109,14 @@ class MLP:
         return self.down_proj(self.glu(self.gate_up_proj(x)))
 
 
+class Layer(Protocol):
+    """What a decoder is a stack of: `[B, L, hidden_size]` to the same, with a cache of its own."""
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array: ...
+
+
 @dataclass
-class Block:
+class Block(Layer):
     """Attention, then MLP, each on a normalised copy of the residual stream that they add to."""
 
     input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN)
@@ -119,22 +132,33 @@ class Block:
 
 
 @dataclass
-class Llama:
-    """The decoder: ids to hidden states, hidden states to logits."""
+class Decoder:
+    """The frame of every family here: ids to hidden states, hidden states to logits. Subclasses say which layers."""
 
     embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)
-    layers: list[Block] = weight("model.layers", length="num_hidden_layers")
+    layers: Sequence[Layer] = weight("model.layers", length="num_hidden_layers")
     norm: RMSNorm = weight("model.norm", HIDDEN)
     lm_head: Linear = weight("lm_head|model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
     rms_norm_eps: float = setting()
 
     def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
         """Hidden states `[B, L, hidden_size]` of `batch`, whose keys and values join `caches`."""
-        x = self.embed_tokens(batch.ids)
+        x = self.embed(batch)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, batch, cache)
         return self.norm(x, self.rms_norm_eps)
 
+    def embed(self, batch: Batch) -> mx.array:
+        """What the first layer sees, `[B, L, hidden_size]`."""
+        return self.embed_tokens(batch.ids)
+
     def logits(self, hidden: mx.array) -> mx.array:
         """`[..., hidden_size] -> [..., vocab_size]`."""
         return self.lm_head(hidden)
+
+
+@dataclass
+class Llama(Decoder):
+    """A stack of those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

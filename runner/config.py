@@ -7,6 +7,7 @@ refused by name: a runner that skips a key it does not know computes something e
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -22,6 +23,9 @@ from runner.rope import RopeScaling
 _KEY = "runner.key"
 _MINIMUM = "runner.minimum"
 C = TypeVar("C", bound="Config")
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""`layer_types` of transformers."""
 
 MAX_DIMENSION = 1 << 24
 """No published size comes near it; a larger one is a damaged or hostile file, refused before anything is allocated."""
@@ -174,6 +178,7 @@ class Config:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     quantization: Quantized | None = None
+    layer_index: int | None = field(init=False, default=None, metadata={_MINIMUM: 0})
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -188,9 +193,11 @@ class Config:
         """
         return read(cls, raw)
 
-    def for_layer(self, index: int) -> Config:
-        """The config that layer `index` is built from; families whose layers differ return another one here."""
-        return self
+    def for_layer(self, index: int) -> Self:
+        """The config that layer `index` is built from: its `layer_index` is set, so that properties may differ."""
+        layer = copy.copy(self)
+        object.__setattr__(layer, "layer_index", index)
+        return layer
 
     def quantization_of(self, name: str) -> tuple[int, int, str] | None:
         """What `quantization` says of the layer `name`: (bits, group size, mode); None where it says nothing."""
@@ -215,8 +222,14 @@ def _check_minimum(item: dataclasses.Field[Any], value: object) -> None:
         raise ConfigError(f"config.json: {name} must be at least {minimum}, not {value}")
 
 
+def _kind(parameters: Mapping[str, Any]) -> object:
+    return parameters.get("rope_type", "default")
+
+
 def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     """One spelling: v5's `rope_parameters` becomes `rope_theta` + `rope_scaling` (+ `partial_rotary_factor`).
+
+    Where they are given for each type of layer, those of windowed layers become `rope_local_base_freq`.
 
     Raises:
         ConfigError: both spellings are present and disagree.
@@ -228,6 +241,12 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(parameters, Mapping):
         raise ConfigError(f"config.json: rope_parameters must be an object, not {parameters!r}")
     scaling = dict(parameters)
+    if scaling and set(scaling) <= {FULL, SLIDING}:
+        local = scaling.get(SLIDING, {})
+        scaling = dict(scaling.get(FULL, local))
+        if not isinstance(local, Mapping) or set(local) - {"rope_theta", "rope_type"} or _kind(local) != "default":
+            raise ConfigError(f"config.json: rope_parameters of {SLIDING} can only have a rope_theta, not {local!r}")
+        result.setdefault("rope_local_base_freq", local.get("rope_theta", scaling.get("rope_theta")))
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             value = scaling.pop(name)

@@ -47,6 +47,18 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", "LlamaConfig", "Llama"),
     "mistral": Family("llama", "MistralConfig", "Llama"),
+    "qwen2": Family("qwen2", "Qwen2Config", "Qwen2"),
+    "qwen3": Family("qwen3", "Qwen3Config", "Qwen3"),
+    "granite": Family("granite", "GraniteConfig", "Granite"),
+    "smollm3": Family("smollm3", "SmolLM3Config", "Llama"),
+    "glm": Family("glm", "GlmConfig", "Glm"),
+    "glm4": Family("glm4", "GlmConfig", "Glm4"),
+    "seed_oss": Family("seed_oss", "SeedOssConfig", "SeedOss"),
+    "ernie4_5": Family("ernie4_5", "Ernie45Config", "Llama"),
+    "helium": Family("helium", "HeliumConfig", "Helium"),
+    "phi3": Family("phi3", "Phi3Config", "Phi3"),
+    "olmo2": Family("olmo2", "Olmo2Config", "Olmo2"),
+    "olmo3": Family("olmo2", "Olmo3Config", "Olmo2"),
 }
 
 

@@ -45,9 +45,13 @@ def _quantized_linear(
     return y if bias is None else y + bias
 
 
+def _rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)  # MLX gives a float32 weight's dtype to the result
+
+
 def _add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps: float) -> tuple[mx.array, mx.array]:
     total = x + residual
-    return total, mx.fast.rms_norm(total, weight, eps)
+    return total, _rms_norm(total, weight, eps)
 
 
 def _attention(
@@ -104,7 +108,7 @@ class Ops:
     name: str
     linear: Callable[[mx.array, mx.array, mx.array | None], mx.array] = _linear
     quantized_linear: Callable[..., mx.array] = _quantized_linear
-    rms_norm: Callable[[mx.array, mx.array | None, float], mx.array] = mx.fast.rms_norm
+    rms_norm: Callable[[mx.array, mx.array | None, float], mx.array] = _rms_norm
     add_rms_norm: Callable[[mx.array, mx.array, mx.array | None, float], tuple[mx.array, mx.array]] = _add_rms_norm
     layer_norm: Callable[[mx.array, mx.array | None, mx.array | None, float], mx.array] = mx.fast.layer_norm
     rope: Callable[..., mx.array] = _rope
@@ -231,7 +235,8 @@ class RoPE:
     """Rotary position embedding (arXiv:2104.09864), with the published stretchings of its frequencies.
 
     `dims` of each head are rotated, the rest pass; `traditional` pairs neighbours (2i, 2i+1), the default pairs
-    (i, i + dims/2) as Hugging Face's checkpoints do; positions are multiplied by `scale`.
+    (i, i + dims/2) as Hugging Face's checkpoints do; positions are multiplied by `scale`. With `dims` 0 (a layer without
+    positions) everything passes.
     """
 
     dims: int = setting("rotary_dim", default=0)
@@ -245,9 +250,9 @@ class RoPE:
     factor: float = field(init=False, default=1.0)
 
     def __post_init__(self) -> None:
-        if self.dims <= 0 or self.dims % 2:
-            raise UsageError(f"RoPE: dims must be even and positive, not {self.dims}")
-        if self.scaling is not None and self.scaling.kind != "default":
+        if self.dims < 0 or self.dims % 2:
+            raise UsageError(f"RoPE: dims must be even and not negative, not {self.dims}")
+        if self.dims and self.scaling is not None and self.scaling.kind != "default":
             limit = self.max_position_embeddings
             self.factor = frequencies.attention_factor(self.scaling, max_position_embeddings=limit)
             self.freqs = self._freqs(0)
@@ -273,6 +278,8 @@ class RoPE:
             raise UsageError(f"RoPE needs x [B, H, L, D] with D >= {self.dims}; got {x.shape}")
         if isinstance(offset, mx.array) and offset.size != 1 and offset.shape != (x.shape[0],):
             raise UsageError(f"RoPE: offset must be one number or [{x.shape[0]}], one for each row; got {offset.shape}")
+        if self.dims == 0:
+            return x
         freqs = self.freqs
         if self.scaling is not None and frequencies.depends_on_length(self.scaling):
             if length is None:

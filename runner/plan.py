@@ -7,7 +7,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -195,7 +195,7 @@ class _Planner:
             tree, sizes = _rows(tree, tag.part, sizes, config, scope)
         if hint is mx.array:
             return self.array(path, tag, tree, sizes, config, scope)
-        if typing.get_origin(hint) is list:
+        if typing.get_origin(hint) in (list, Sequence):
             return self.modules(path, tag, typing.get_args(hint)[0], tree, sizes, config, scope)
         return self.module(path, hint, tree, sizes, config, inner)
 

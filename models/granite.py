@@ -1,0 +1,57 @@
+"""Granite 3: a Llama whose embeddings, attention scores, residual branches and logits have multipliers.
+
+Source: arXiv:2405.04324, and `transformers.models.granite`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.cache import Batch, KVCache
+from runner.models import llama
+from runner.models.llama import LlamaConfig
+from runner.weights import setting, weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraniteConfig(LlamaConfig):
+    """`config.json` of a Granite."""
+
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+
+    @property
+    def attention_scale(self) -> float:
+        return self.attention_multiplier
+
+
+@dataclass
+class Block(llama.Block):
+    """Both branches are scaled before they are added."""
+
+    residual_multiplier: float = setting()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x, self.rms_norm_eps), batch, cache)
+        x, normed = self.post_attention_layernorm.add(x, attended * self.residual_multiplier, self.rms_norm_eps)
+        return x + self.mlp(normed) * self.residual_multiplier
+
+
+@dataclass
+class Granite(llama.Llama):
+    """Llama's, with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
+    embedding_multiplier: float = setting()
+    logits_scaling: float = setting()
+
+    def embed(self, batch: Batch) -> mx.array:
+        return super().embed(batch) * self.embedding_multiplier
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        return super().logits(hidden) / self.logits_scaling

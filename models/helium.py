@@ -1,0 +1,50 @@
+"""Helium: a Llama that rotates neighbouring pairs and never has a bias on the output projection.
+
+Source: `transformers.models.helium`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner.models import llama
+from runner.models.llama import HIDDEN, LlamaConfig, Q
+from runner.nn import Linear
+from runner.weights import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeliumConfig(LlamaConfig):
+    """`config.json` of a Helium."""
+
+    num_key_value_heads: int = 20
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-8
+    rope_theta: float = 100000.0
+
+    @property
+    def traditional(self) -> bool:
+        """Neighbours are a pair."""
+        return True
+
+
+@dataclass
+class Attention(llama.Attention):
+    """No bias on the way out."""
+
+    o_proj: Linear = weight("o_proj", HIDDEN, Q)
+
+
+@dataclass
+class Block(llama.Block):
+    """Llama's, with that attention."""
+
+    self_attn: Attention = weight("self_attn")
+
+
+@dataclass
+class Helium(llama.Llama):
+    """Llama's, with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,0 +1,86 @@
+"""OLMo 2 and 3: norms behind the sublayers instead of before them, q and k normalised over all heads; 3 has windows.
+
+Source: arXiv:2501.00656, and `transformers.models.olmo2`, `olmo3`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import mlx.core as mx
+
+from runner import layer_types
+from runner.cache import Batch, KVCache
+from runner.config import SLIDING
+from runner.fast import RMSNorm
+from runner.models import llama
+from runner.models.llama import HIDDEN, KV, LlamaConfig, Q
+from runner.weights import setting, weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Olmo2Config(LlamaConfig):
+    """`config.json` of an OLMo 2."""
+
+    rms_norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Olmo3Config(Olmo2Config):
+    """`config.json` of an OLMo 3: three of four layers see a window, and those do not stretch their positions."""
+
+    sliding_window: int = 4096
+    layer_types: tuple[str, ...] | None = None
+    rope_local_base_freq: float | None = None
+
+    def cache_window(self, index: int) -> int | None:
+        kinds = layer_types.checked(
+            self.layer_types, self.num_hidden_layers, layer_types.every(4, self.num_hidden_layers)
+        )
+        return self.sliding_window if kinds[index] == SLIDING else None
+
+    def for_layer(self, index: int) -> Self:
+        layer = super().for_layer(index)
+        if self.cache_window(index) is not None:
+            object.__setattr__(layer, "rope_scaling", None)
+            object.__setattr__(layer, "rope_theta", self.rope_local_base_freq or self.rope_theta)
+        return layer
+
+
+@dataclass
+class Attention(llama.Attention):
+    """Norms over all heads together."""
+
+    q_norm: RMSNorm = weight("q_norm", Q)
+    k_norm: RMSNorm = weight("k_norm", KV)
+    rms_norm_eps: float = setting()
+
+    def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+        width = self.num_key_value_heads * self.head_dim
+        q, k, v = mx.split(qkv, [qkv.shape[-1] - 2 * width, qkv.shape[-1] - width], axis=-1)
+        normed = [self.q_norm(q, self.rms_norm_eps), self.k_norm(k, self.rms_norm_eps), v]
+        return super().heads(mx.concatenate(normed, axis=-1), batch)
+
+
+@dataclass
+class Block(llama.Layer):
+    """Sublayer, norm, add; twice."""
+
+    self_attn: Attention = weight("self_attn")
+    post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
+    mlp: llama.MLP = weight("mlp")
+    post_feedforward_layernorm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN)
+    rms_norm_eps: float = setting()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        x = x + self.post_attention_layernorm(self.self_attn(x, batch, cache), self.rms_norm_eps)
+        return x + self.post_feedforward_layernorm(self.mlp(x), self.rms_norm_eps)
+
+
+@dataclass
+class Olmo2(llama.Decoder):
+    """Llama's frame, with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

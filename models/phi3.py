@@ -1,0 +1,63 @@
+"""Phi 3, 3.5 and 4 (dense): a Llama whose q, k, v and gate, up are stored as one, with LongRoPE and a window.
+
+Source: arXiv:2404.14219, and `transformers.models.phi3`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner.models import glm, llama
+from runner.models.llama import HIDDEN, KV, LlamaConfig, Q
+from runner.nn import Linear
+from runner.weights import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phi3Config(LlamaConfig):
+    """`config.json` of a Phi-3; LongRoPE's original length stands beside its factors."""
+
+    rms_norm_eps: float = 1e-5
+    original_max_position_embeddings: int = 4096
+    partial_rotary_factor: float = 1.0
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.original_max_position_embeddings is None and scaling.kind == "longrope":
+            original = self.original_max_position_embeddings
+            scaling = dataclasses.replace(scaling, original_max_position_embeddings=original)
+            object.__setattr__(self, "rope_scaling", scaling)
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def cache_window(self, index: int) -> int | None:
+        return self.sliding_window
+
+
+@dataclass
+class Attention(llama.Attention):
+    """One stored matrix, no biases."""
+
+    qkv_proj: Linear = weight("qkv_proj", (Q, KV, KV), HIDDEN)
+    o_proj: Linear = weight("o_proj", HIDDEN, Q)
+
+
+@dataclass
+class Block(llama.Block):
+    """Llama's, with that attention and GLM's MLP."""
+
+    self_attn: Attention = weight("self_attn")
+    mlp: glm.MLP = weight("mlp")
+
+
+@dataclass
+class Phi3(llama.Llama):
+    """Llama's, with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

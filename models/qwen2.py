@@ -1,0 +1,54 @@
+"""Qwen 2 and 2.5: a Llama with biases on q, k and v, and in some checkpoints a window from one layer on.
+
+Source: arXiv:2407.10671, and `transformers.models.qwen2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner import layer_types
+from runner.config import FULL, SLIDING, key
+from runner.models import llama
+from runner.models.llama import HIDDEN, KV, LlamaConfig, Q
+from runner.nn import Linear
+from runner.weights import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Config(LlamaConfig):
+    """`config.json` of a Qwen2; the window counts where `use_sliding_window` says so."""
+
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = key(default=28, minimum=0)
+    layer_types: tuple[str, ...] | None = None
+
+    def cache_window(self, index: int) -> int | None:
+        windowed = self.use_sliding_window and self.sliding_window is not None
+        default = [SLIDING if windowed and i >= self.max_window_layers else FULL for i in range(self.num_hidden_layers)]
+        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
+        return self.sliding_window if kinds[index] == SLIDING else None
+
+
+@dataclass
+class Attention(llama.Attention):
+    """Biases on the way in, none on the way out."""
+
+    qkv_proj: Linear = weight("{q,k,v}_proj", (Q, KV, KV), HIDDEN, bias=True)
+    o_proj: Linear = weight("o_proj", HIDDEN, Q)
+
+
+@dataclass
+class Block(llama.Block):
+    """Llama's, with that attention."""
+
+    self_attn: Attention = weight("self_attn")
+
+
+@dataclass
+class Qwen2(llama.Llama):
+    """Llama's, with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,0 +1,45 @@
+"""Seed-OSS: a Llama with its own flag for the bias of the output projection.
+
+Source: `transformers.models.seed_oss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner.models import llama
+from runner.models.llama import HIDDEN, LlamaConfig, Q
+from runner.nn import Linear
+from runner.weights import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOssConfig(LlamaConfig):
+    """`config.json` of a Seed-OSS."""
+
+    head_dim: int = 128
+    num_key_value_heads: int = 8
+    attention_bias: bool = True
+    attention_out_bias: bool = False
+
+
+@dataclass
+class Attention(llama.Attention):
+    """The output's bias has a flag of its own."""
+
+    o_proj: Linear = weight("o_proj", HIDDEN, Q, bias="attention_out_bias")
+
+
+@dataclass
+class Block(llama.Block):
+    """Llama's, with that attention."""
+
+    self_attn: Attention = weight("self_attn")
+
+
+@dataclass
+class SeedOss(llama.Llama):
+    """Llama's, with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

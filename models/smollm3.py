@@ -1,0 +1,48 @@
+"""SmolLM3: a Llama in which every fourth layer has no positions, and some checkpoints have windows.
+
+Source: the model's report (huggingface.co/blog/smollm3), and `transformers.models.smollm3`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runner import layer_types
+from runner.config import FULL, SLIDING
+from runner.errors import ConfigError
+from runner.models.llama import Llama as Llama
+from runner.models.llama import LlamaConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmolLM3Config(LlamaConfig):
+    """`config.json` of a SmolLM3; `no_rope_layers` has a 1 for each layer that rotates (the name is the reverse)."""
+
+    rope_theta: float = 2000000.0
+    tie_word_embeddings: bool = True
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    no_rope_layer_interval: int = 4
+    no_rope_layers: tuple[int, ...] | None = None
+    layer_types: tuple[str, ...] | None = None
+    max_window_layers: int | None = None  # written by transformers, read by nobody
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rotates = self.no_rope_layers
+        if rotates is None:
+            rotates = tuple(int((i + 1) % self.no_rope_layer_interval != 0) for i in range(self.num_hidden_layers))
+        if len(rotates) != self.num_hidden_layers:
+            raise ConfigError(f"config.json: {len(rotates)} no_rope_layers for {self.num_hidden_layers} layers")
+        object.__setattr__(self, "no_rope_layers", rotates)
+
+    @property
+    def rotary_dim(self) -> int:
+        rotates = self.no_rope_layers or ()
+        return self.head_dim if self.layer_index is None or rotates[self.layer_index] else 0
+
+    def cache_window(self, index: int) -> int | None:
+        windowed = self.use_sliding_window and self.sliding_window is not None
+        default = [SLIDING if windowed and not rotates else FULL for rotates in self.no_rope_layers or ()]
+        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
+        return self.sliding_window if kinds[index] == SLIDING else None
