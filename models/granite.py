@@ -31,7 +31,7 @@ class GraniteConfig(LlamaConfig):
 
 
 @dataclass
-class Block(llama.Block):
+class ScaledPreNorm(llama.PreNorm):
     """Both branches are scaled before they are added."""
 
     residual_multiplier: float = setting()
@@ -43,10 +43,17 @@ class Block(llama.Block):
 
 
 @dataclass
-class Granite(llama.Llama):
-    """Llama's, with those blocks."""
+class Block(ScaledPreNorm):
+    """That frame with Llama's attention and MLP."""
 
-    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
+    self_attn: llama.Attention = weight("self_attn")
+    mlp: llama.MLP = weight("mlp")
+
+
+@dataclass
+class Decoder(llama.Decoder):
+    """Embeddings and logits are scaled."""
+
     embedding_multiplier: float = setting()
     logits_scaling: float = setting()
 
@@ -55,3 +62,10 @@ class Granite(llama.Llama):
 
     def logits(self, hidden: mx.array) -> mx.array:
         return super().logits(hidden) / self.logits_scaling
+
+
+@dataclass
+class Granite(Decoder):
+    """That frame with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

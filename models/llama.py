@@ -115,20 +115,34 @@ class Layer(Protocol):
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array: ...
 
 
+class FeedForward(Protocol):
+    """What works on each token by itself: `[B, L, hidden_size]` to the same."""
+
+    def __call__(self, x: mx.array) -> mx.array: ...
+
+
 @dataclass
-class Block(Layer):
+class PreNorm(Layer):
     """Attention, then MLP, each on a normalised copy of the residual stream that they add to."""
 
     input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN)
-    self_attn: Attention = weight("self_attn")
+    self_attn: Layer = weight("self_attn")
     post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
-    mlp: MLP = weight("mlp")
+    mlp: FeedForward = weight("mlp")
     rms_norm_eps: float = setting()
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x, self.rms_norm_eps), batch, cache)
         x, normed = self.post_attention_layernorm.add(x, attended, self.rms_norm_eps)
         return x + self.mlp(normed)
+
+
+@dataclass
+class Block(PreNorm):
+    """That frame, with those two."""
+
+    self_attn: Attention = weight("self_attn")
+    mlp: MLP = weight("mlp")
 
 
 @dataclass

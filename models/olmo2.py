@@ -65,10 +65,10 @@ class Attention(llama.Attention):
 
 
 @dataclass
-class Block(llama.Layer):
+class PostNorm(llama.Layer):
     """Sublayer, norm, add; twice."""
 
-    self_attn: Attention = weight("self_attn")
+    self_attn: llama.Layer = weight("self_attn")
     post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
     mlp: llama.MLP = weight("mlp")
     post_feedforward_layernorm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN)
@@ -77,6 +77,13 @@ class Block(llama.Layer):
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         x = x + self.post_attention_layernorm(self.self_attn(x, batch, cache), self.rms_norm_eps)
         return x + self.post_feedforward_layernorm(self.mlp(x), self.rms_norm_eps)
+
+
+@dataclass
+class Block(PostNorm):
+    """That frame, with that attention."""
+
+    self_attn: Attention = weight("self_attn")
 
 
 @dataclass

@@ -58,6 +58,15 @@ FAMILIES: Mapping[str, Family] = {
     "helium": Family("helium", "HeliumConfig", "Helium"),
     "phi3": Family("phi3", "Phi3Config", "Phi3"),
     "olmo2": Family("olmo2", "Olmo2Config", "Olmo2"),
+    "gemma": Family("gemma", "GemmaConfig", "Gemma"),
+    "gemma2": Family("gemma2", "Gemma2Config", "Gemma2"),
+    "gemma3_text": Family("gemma3_text", "Gemma3Config", "Gemma3"),
+    "exaone4": Family("exaone4", "Exaone4Config", "Exaone4"),
+    "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunyuanConfig", "Hunyuan"),
+    "mixtral": Family("mixtral", "MixtralConfig", "Mixtral"),
+    "qwen2_moe": Family("qwen2_moe", "Qwen2MoeConfig", "Qwen2Moe"),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3MoeConfig", "Qwen3Moe"),
+    "granitemoe": Family("granitemoe", "GraniteMoeConfig", "GraniteMoe"),
     "olmo3": Family("olmo2", "Olmo3Config", "Olmo2"),
 }
 

@@ -92,6 +92,26 @@ def _glu(gate_up: mx.array, activation: str) -> mx.array:
     return ACTIVATIONS[activation](gate) * up
 
 
+def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
+    return mx.gather_mm(x, weight.swapaxes(-1, -2).astype(x.dtype), rhs_indices=experts)
+
+
+def _gather_quantized_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    experts: mx.array,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    return mx.gather_qmm(
+        x, weight, scales, biases, rhs_indices=experts, transpose=True, group_size=group_size, bits=bits, mode=mode
+    )
+
+
 def _argmax(x: mx.array) -> mx.array:
     return mx.argmax(x, axis=-1)
 
@@ -115,6 +135,8 @@ class Ops:
     attention: Callable[..., mx.array] = _attention
     glu: Callable[[mx.array, str], mx.array] = _glu
     argmax: Callable[[mx.array], mx.array] = _argmax
+    gather_linear: Callable[[mx.array, mx.array, mx.array], mx.array] = _gather_linear
+    gather_quantized_linear: Callable[..., mx.array] = _gather_quantized_linear
     storage: Storage = PLAIN
 
 

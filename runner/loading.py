@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.plan import ArrayPlan, ModulePlan, Value
+from runner.transforms import IDENTITY
 from runner.weights import Join, Leaf, Source, Tree, leaf_shapes, leaves
 
 Progress = Callable[[int, int], None]
@@ -99,12 +100,17 @@ def nbytes(module: object) -> int:
     return sum({id(array): array.nbytes for _, array in arrays(module)}.values())
 
 
+STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+
 def tensors(module: object, plan: ModulePlan) -> Iterator[tuple[str, mx.array]]:
     """The checkpoint that `module` was built from, name by name: what `plan` joined is split again."""
     pieces: dict[str, dict[int, mx.array]] = {}
     written: set[str] = set()
     for array, value in _pairs(module, plan):
         value = array.transform.invert(value)
+        if array.transform is not IDENTITY and array.stored in STORED:
+            value = value.astype(STORED[array.stored])  # a transform may have widened it
         for leaf, stored in _split(array, array.tree, value):
             if leaf.name in written:
                 continue

@@ -11,7 +11,7 @@ import mlx.core as mx
 from runner.cache import History
 from runner.config import Config
 from runner.errors import WeightsError
-from runner.fast import Mask, Ops, provided_ops, scaled_dot_product_attention
+from runner.fast import Mask, Ops, provided_ops, scaled_dot_product_attention, window_mask
 from runner.weights import (
     PACKED,
     SCALES,
@@ -37,6 +37,17 @@ class Quantization:
     group_size: int
     mode: str
 
+    def scope(self, width: int) -> dict[str, Any]:
+        """What the tags of a packed matrix with `width` inputs read."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "mode": self.mode,
+            "affine": self.mode == "affine",
+            "packed": width * self.bits // 32,
+            "groups": width // self.group_size,
+        }
+
 
 class Linear(Chooses):
     """`y = x W^T + b`, `[..., in] -> [..., out]`; becomes one of the three classes below when it is loaded."""
@@ -47,7 +58,7 @@ class Linear(Chooses):
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         """Plain, quantised, or (parts quantised differently) joined after the product."""
-        forms = {_quantization(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
+        forms = {layer_form(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
         if len(forms) > 1:
             if not isinstance(tree, Join) or tree.stacked:
                 raise WeightsError(f"{next(leaves(tree)).name}: its stacked parts are quantised differently")
@@ -114,7 +125,7 @@ class Embedding(Chooses):
         (leaf,) = leaves(tree)
         width = shape[-1]
         assert isinstance(width, int)
-        return _choice(_quantization(leaf, width, headers, config), shape, PlainEmbedding, QuantizedEmbedding)
+        return _choice(layer_form(leaf, width, headers, config), shape, PlainEmbedding, QuantizedEmbedding)
 
 
 @dataclass
@@ -157,18 +168,10 @@ def _choice(form: Quantization | None, shape: tuple[Size, ...], plain: type, qua
         return Choice(plain, {})
     width = shape[-1]
     assert isinstance(width, int)
-    scope: dict[str, Any] = {
-        "bits": form.bits,
-        "group_size": form.group_size,
-        "mode": form.mode,
-        "affine": form.mode == "affine",
-        "packed": width * form.bits // 32,
-        "groups": width // form.group_size,
-    }
-    return Choice(quantized, scope)
+    return Choice(quantized, form.scope(width))
 
 
-def _quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], config: Config) -> Quantization | None:
+def layer_form(leaf: Leaf, width: int, headers: Mapping[str, Header], config: Config) -> Quantization | None:
     """What the shapes say (they cannot be wrong), held against what the config says.
 
     Raises:
@@ -214,10 +217,13 @@ class Attend:
     """Scaled dot product attention over a cache's history."""
 
     scale: float = setting("attention_scale")
+    softcap: float | None = setting("attn_logit_softcapping", default=None)
     ops: Ops = provided_ops()
 
     def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
         """`query` `[B, H, L, D]` -> `[B, H, L, Dv]`; see `scaled_dot_product_attention`."""
+        if self.softcap is not None:
+            return capped_attention(query, history, mask, scale=self.scale, softcap=self.softcap)
         return scaled_dot_product_attention(
             query,
             history.stored_keys,
@@ -228,6 +234,25 @@ class Attend:
             length=history.length,
             ops=self.ops,
         )
+
+
+def capped_attention(query: mx.array, history: History, mask: Mask = None, *, scale: float, softcap: float) -> mx.array:
+    """Attention whose scores pass `softcap * tanh(score / softcap)` (Gemma 2, arXiv:2408.00118) before the mask.
+
+    `query` `[B, H, L, D]` -> `[B, H, L, Dv]`; masks as in `scaled_dot_product_attention`. No fast op has it: the scores
+    are computed in full.
+    """
+    keys, values = history.keys, history.values
+    grouped = query.reshape(query.shape[0], keys.shape[1], -1, *query.shape[2:])  # [B, KV, H / KV, L, D]
+    scores = (grouped @ keys[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * scale
+    scores = mx.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = window_mask(query.shape[2], history.length, history.window or history.length)
+    if isinstance(mask, mx.array):
+        whole = mx.broadcast_to(mask, (*query.shape[:3], history.length)).reshape(scores.shape)
+        scores = mx.where(whole, scores, -mx.inf) if whole.dtype == mx.bool_ else scores + whole
+    shares = mx.softmax(scores, axis=-1).astype(values.dtype)
+    return (shares @ values[:, :, None]).reshape(*query.shape[:3], -1)
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:

@@ -40,7 +40,8 @@ from runner.weights import (
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """One array field: where its bytes are and what they become. `same_as`: a twin to share with when equal."""
+    """One array field: where its bytes are and what they become. `same_as`: a twin to share with when equal; `stored`:
+    the dtype of its first tensor, in safetensors' spelling, where there is a checkpoint."""
 
     path: str
     tree: Tree
@@ -48,6 +49,7 @@ class ArrayPlan:
     transform: Transform
     dtypes: frozenset[str]
     same_as: Tree | None = None
+    stored: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -262,7 +264,9 @@ class _Planner:
         transform: Transform = tag.transform if tag.transform is not IDENTITY else scope.get("transform", IDENTITY)
         twin: Tree | None = scope.get("same_as")
         same_as = None if twin is None else expand(twin, tag.name, config)
-        result = ArrayPlan(path, tree, sizes, transform, tag.dtypes, same_as)
+        header = self.headers.get(next(leaves(tree)).name)
+        stored = None if header is None else header.dtype
+        result = ArrayPlan(path, tree, sizes, transform, tag.dtypes, same_as, stored)
         self.check(result, tree)
         if result.same_as is not None:
             self.check(result, result.same_as)

@@ -184,7 +184,7 @@ def size_of(dim: str | int, config: Config, scope: Mapping[str, Any]) -> int:
         return dim
     result = 1
     for word in dim.split("*"):
-        value = scope[word] if word in scope else getattr(config, word)
+        value = int(word) if word.isdigit() else scope[word] if word in scope else getattr(config, word)
         result *= value
     return result
 

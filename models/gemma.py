@@ -1,0 +1,60 @@
+"""Gemma: norms stored as the difference from one, embeddings times the root of their width, GELU in its tanh form.
+
+Source: arXiv:2403.08295, and `transformers.models.gemma`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.cache import Batch
+from runner.fast import RMSNorm
+from runner.models import llama
+from runner.models.llama import HIDDEN, LlamaConfig
+from runner.transforms import PLUS_ONE
+from runner.weights import setting, weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaConfig(LlamaConfig):
+    """`config.json` of a Gemma; "gelu" always means the tanh form there, and `hidden_activation` wins."""
+
+    head_dim: int = 256
+    hidden_act: str = "gelu_pytorch_tanh"
+    hidden_activation: str | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        named = self.hidden_activation or self.hidden_act
+        object.__setattr__(self, "hidden_act", "gelu_pytorch_tanh" if named == "gelu" else named)
+        super().__post_init__()
+
+
+@dataclass
+class Block(llama.Block):
+    """Llama's, with norms that add one to what is stored."""
+
+    input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN, transform=PLUS_ONE)
+    post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN, transform=PLUS_ONE)
+
+
+@dataclass
+class Decoder(llama.Decoder):
+    """The frame of all Gemmas."""
+
+    norm: RMSNorm = weight("model.norm", HIDDEN, transform=PLUS_ONE)
+    hidden_size: int = setting()
+
+    def embed(self, batch: Batch) -> mx.array:
+        x = super().embed(batch)
+        return x * mx.array(self.hidden_size**0.5, dtype=x.dtype)  # the root is rounded to x's dtype first
+
+
+@dataclass
+class Gemma(Decoder):
+    """That frame with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,0 +1,73 @@
+"""Gemma 2: a norm before and behind each sublayer, every other layer sees a window, scores and logits are soft-capped.
+
+Source: arXiv:2408.00118, and `transformers.models.gemma2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner import layer_types
+from runner.cache import Batch, KVCache
+from runner.config import SLIDING
+from runner.fast import RMSNorm
+from runner.models import gemma
+from runner.models.gemma import GemmaConfig
+from runner.models.llama import HIDDEN
+from runner.transforms import PLUS_ONE
+from runner.weights import setting, weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma2Config(GemmaConfig):
+    """`config.json` of a Gemma 2; `cache_implementation` is about transformers' memory."""
+
+    query_pre_attn_scalar: float = 256.0
+    sliding_window: int = 4096
+    layer_types: tuple[str, ...] | None = None
+    attn_logit_softcapping: float | None = 50.0
+    final_logit_softcapping: float | None = 30.0
+    cache_implementation: str | None = None
+
+    @property
+    def attention_scale(self) -> float:
+        return float(self.query_pre_attn_scalar**-0.5)
+
+    @property
+    def pattern(self) -> int:
+        """Every so many layers one sees everything."""
+        return 2
+
+    def cache_window(self, index: int) -> int | None:
+        default = layer_types.every(self.pattern, self.num_hidden_layers)
+        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
+        return self.sliding_window if kinds[index] == SLIDING else None
+
+
+@dataclass
+class Block(gemma.Block):
+    """Norm, sublayer, norm, add; twice."""
+
+    pre_feedforward_layernorm: RMSNorm = weight("pre_feedforward_layernorm", HIDDEN, transform=PLUS_ONE)
+    post_feedforward_layernorm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN, transform=PLUS_ONE)
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        eps = self.rms_norm_eps
+        attended = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x, eps), batch, cache), eps)
+        x, normed = self.pre_feedforward_layernorm.add(x, attended, eps)
+        return x + self.post_feedforward_layernorm(self.mlp(normed), eps)
+
+
+@dataclass
+class Gemma2(gemma.Decoder):
+    """Gemma's frame with those blocks, and capped logits."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
+    final_logit_softcapping: float | None = setting()
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        cap, logits = self.final_logit_softcapping, super().logits(hidden)
+        return logits if cap is None else mx.tanh(logits / cap) * cap

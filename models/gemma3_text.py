@@ -1,0 +1,62 @@
+"""Gemma 3 (text): Gemma 2 with normalised q and k, five windowed layers to each that sees everything, and two ropes.
+
+Source: arXiv:2503.19786, and `transformers.models.gemma3`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from runner.config import key
+from runner.fast import RMSNorm
+from runner.models import gemma2, qwen3
+from runner.models.gemma2 import Gemma2Config
+from runner.transforms import PLUS_ONE
+from runner.weights import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma3Config(Gemma2Config):
+    """`config.json` of a Gemma 3; windowed layers rotate by `rope_local_base_freq`, unstretched."""
+
+    rope_theta: float = 1000000.0
+    rope_local_base_freq: float = 10000.0
+    sliding_window_pattern: int = 6
+    written_pattern: int | None = key("_sliding_window_pattern", default=None)  # transformers 5's copy of it
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+
+    @property
+    def pattern(self) -> int:
+        return self.sliding_window_pattern
+
+    def for_layer(self, index: int) -> Self:
+        layer = super().for_layer(index)
+        if self.cache_window(index) is not None:
+            object.__setattr__(layer, "rope_theta", self.rope_local_base_freq)
+            object.__setattr__(layer, "rope_scaling", None)
+        return layer
+
+
+@dataclass
+class Attention(qwen3.Attention):
+    """Qwen 3's, with norms that add one to what is stored."""
+
+    q_norm: RMSNorm = weight("q_norm", "head_dim", transform=PLUS_ONE)
+    k_norm: RMSNorm = weight("k_norm", "head_dim", transform=PLUS_ONE)
+
+
+@dataclass
+class Block(gemma2.Block):
+    """Gemma 2's, with that attention."""
+
+    self_attn: Attention = weight("self_attn")
+
+
+@dataclass
+class Gemma3(gemma2.Gemma2):
+    """Gemma 2's, with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,0 +1,58 @@
+"""Granite 3 MoE: Granite's multipliers, and experts stored as one tensor.
+
+Source: `transformers.models.granitemoe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner import moe
+from runner.models import granite, llama
+from runner.models.granite import GraniteConfig
+from runner.models.llama import HIDDEN, INTERMEDIATE
+from runner.moe import ExpertLinear
+from runner.nn import Linear
+from runner.weights import weight
+
+EXPERTS = "num_local_experts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraniteMoeConfig(GraniteConfig):
+    """`config.json` of a Granite-MoE; the `router_*` keys are about training."""
+
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float | None = None
+    output_router_logits: bool | None = None
+
+    @property
+    def norm_topk_prob(self) -> bool:
+        """The shares of the chosen experts add up to one."""
+        return True
+
+
+@dataclass
+class MoE(moe.MoE):
+    """Gate above up, in one tensor for all experts."""
+
+    router: Linear = weight("router.layer", EXPERTS, HIDDEN)
+    gate_up_proj: ExpertLinear = weight("input_linear", EXPERTS, f"2*{INTERMEDIATE}", HIDDEN)
+    down_proj: ExpertLinear = weight("output_linear", EXPERTS, HIDDEN, INTERMEDIATE)
+
+
+@dataclass
+class Block(granite.ScaledPreNorm):
+    """Granite's frame, with experts."""
+
+    self_attn: llama.Attention = weight("self_attn")
+    mlp: MoE = weight("block_sparse_moe")
+
+
+@dataclass
+class GraniteMoe(granite.Decoder):
+    """Granite's, with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

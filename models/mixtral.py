@@ -1,0 +1,58 @@
+"""Mixtral: Mistral's attention, and for each token the feed-forward layers of a few experts.
+
+Source: arXiv:2401.04088, and `transformers.models.mixtral`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner import moe
+from runner.models import llama
+from runner.models.llama import HIDDEN, INTERMEDIATE, MistralConfig
+from runner.moe import ExpertLinear
+from runner.nn import Linear
+from runner.weights import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralConfig(MistralConfig):
+    """`config.json` of a Mixtral; the `router_*` keys are about training."""
+
+    rms_norm_eps: float = 1e-5
+    sliding_window: int | None = None
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float | None = None
+    router_jitter_noise: float | None = None
+    output_router_logits: bool | None = None
+
+    @property
+    def norm_topk_prob(self) -> bool:
+        """The shares of the chosen experts add up to one."""
+        return True
+
+
+@dataclass
+class MoE(moe.MoE):
+    """w1 is the gate, w3 the way up, w2 the way down."""
+
+    router: Linear = weight("gate", "num_local_experts", HIDDEN)
+    gate_up_proj: ExpertLinear = weight("experts.{num_local_experts}.{w1,w3}", (INTERMEDIATE, INTERMEDIATE), HIDDEN)
+    down_proj: ExpertLinear = weight("experts.{num_local_experts}.w2", HIDDEN, INTERMEDIATE)
+
+
+@dataclass
+class Block(llama.PreNorm):
+    """Llama's frame, with experts."""
+
+    self_attn: llama.Attention = weight("self_attn")
+    mlp: MoE = weight("block_sparse_moe")
+
+
+@dataclass
+class Mixtral(llama.Decoder):
+    """Llama's frame with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,0 +1,51 @@
+"""Qwen 3 MoE: Qwen 3's attention and Qwen 2's experts, without the shared one.
+
+Source: arXiv:2505.09388, and `transformers.models.qwen3_moe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner.models import llama, qwen2_moe, qwen3
+from runner.models.qwen2_moe import Qwen2MoeConfig
+from runner.weights import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3MoeConfig(Qwen2MoeConfig):
+    """`config.json` of a Qwen3-MoE; transformers 5 writes `num_local_experts`."""
+
+    num_key_value_heads: int = 4
+    moe_intermediate_size: int = 768
+    num_experts: int = 128
+    num_local_experts: int | None = None
+    num_experts_per_tok: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_experts", self.num_local_experts or self.num_experts)
+        super().__post_init__()
+
+
+class FeedForward(qwen2_moe.FeedForward):
+    """No shared expert."""
+
+    @classmethod
+    def experts(cls) -> type:
+        return qwen2_moe.MoE
+
+
+@dataclass
+class Block(llama.PreNorm):
+    """Llama's frame, with experts in some layers."""
+
+    self_attn: qwen3.Attention = weight("self_attn")
+    mlp: FeedForward = weight("mlp")
+
+
+@dataclass
+class Qwen3Moe(llama.Decoder):
+    """Llama's frame with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

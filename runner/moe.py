@@ -1,0 +1,126 @@
+"""Mixtures of experts: a router picks a few feed-forward layers for each token; all of them lie in stacked matrices.
+
+Sources: Mixtral arXiv:2401.04088, Qwen-MoE, and their code in transformers. Top-k of the logits and then a softmax
+(Granite) is the same as a softmax, top-k and then a normalisation to one (Mixtral): there is one form here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.config import Config
+from runner.errors import WeightsError
+from runner.fast import Ops, provided_ops
+from runner.nn import GLU, Linear, layer_form
+from runner.weights import PACKED, SCALES, Choice, Chooses, Header, Size, Tree, leaf_shapes, leaves, setting, tensor
+
+
+class ExpertLinear(Chooses):
+    """A matrix for each expert: x `[..., 1, in]` and chosen experts `[...]` -> `[..., 1, out]`."""
+
+    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        forms = {layer_form(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
+        if len(forms) > 1:
+            raise WeightsError(f"{next(leaves(tree)).name}: the experts of a layer are quantised differently")
+        form = forms.pop()
+        width = shape[-1]
+        assert isinstance(width, int)
+        stacked = len(shape) == 3  # one stored tensor [experts, out, in], else one for each expert
+        if form is None:
+            return Choice(StoredExperts if stacked else JoinedExperts, {})
+        return Choice(StoredQuantizedExperts if stacked else JoinedQuantizedExperts, form.scope(width))
+
+
+@dataclass
+class PlainExperts(ExpertLinear):
+    """Weights as floating-point numbers, `[experts, out, in]`."""
+
+    weight: mx.array
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
+        return self.ops.gather_linear(x, self.weight, experts)
+
+
+@dataclass
+class JoinedExperts(PlainExperts):
+    """Read from a tensor for each expert."""
+
+    weight: mx.array = tensor("weight", "$0", "$1")
+
+
+@dataclass
+class StoredExperts(PlainExperts):
+    """Read from one tensor for all."""
+
+    weight: mx.array = tensor("weight", "$0", "$1", "$2")
+
+
+@dataclass
+class QuantizedExperts(ExpertLinear):
+    """Packed weights `[experts, out, in * bits / 32]`, and scales (and biases) of groups of inputs."""
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    bits: int = setting()
+    group_size: int = setting()
+    mode: str = setting()
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
+        form = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return self.ops.gather_quantized_linear(x, self.weight, self.scales, self.biases, experts, **form)
+
+
+@dataclass
+class JoinedQuantizedExperts(QuantizedExperts):
+    """Read from a tensor for each expert."""
+
+    weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
+    scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
+    biases: mx.array | None = tensor("biases", "$0", "groups", when="affine")
+
+
+@dataclass
+class StoredQuantizedExperts(QuantizedExperts):
+    """Read from one tensor for all."""
+
+    weight: mx.array = tensor("weight", "$0", "$1", "packed", dtypes=PACKED)
+    scales: mx.array = tensor("scales", "$0", "$1", "groups", dtypes=SCALES)
+    biases: mx.array | None = tensor("biases", "$0", "$1", "groups", when="affine")
+
+
+@dataclass
+class MoE:
+    """Router and experts; subclasses name the tensors."""
+
+    glu: GLU
+    router: Linear
+    gate_up_proj: ExpertLinear
+    down_proj: ExpertLinear
+    num_experts_per_tok: int = setting()
+    norm_topk_prob: bool = setting()
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Experts `[B, L, K]` of each token and their float32 shares."""
+        shares = mx.softmax(self.router(x).astype(mx.float32), axis=-1)
+        count = shares.shape[-1]
+        experts = mx.argpartition(shares, kth=count - self.num_experts_per_tok, axis=-1)
+        experts = experts[..., count - self.num_experts_per_tok :]
+        shares = mx.take_along_axis(shares, experts, axis=-1)
+        return experts, shares / mx.sum(shares, axis=-1, keepdims=True) if self.norm_topk_prob else shares
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[B, L, hidden_size]` to the same."""
+        experts, shares = self.route(x)
+        hidden = self.glu(self.gate_up_proj(x[:, :, None, None], experts))
+        outputs = self.down_proj(hidden, experts)[..., 0, :]  # [B, L, K, hidden_size]
+        return mx.sum(outputs * shares[..., None].astype(outputs.dtype), axis=2)
