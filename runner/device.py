@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
+from runner import expertwise
 from runner.fast import PORTABLE, Ops
 from runner.kv_storage import PLAIN, Storage
 
@@ -17,7 +16,9 @@ from runner.kv_storage import PLAIN, Storage
 class Device:
     """A table of ops, with the dtype of activations that suits it (None: as the checkpoint stores its weights).
 
-    `storage` is how caches keep float32 rows where nobody asked for float32. `threads` are those of our kernels; None where MLX decides. `notice` and `fix` tell what a user could install to run faster; None where nothing is missing.
+    `storage` is how caches keep float32 rows where nobody asked for float32. `threads` are those of our
+    kernels; None where MLX decides. `notice` says why it is slower than this machine can be, `fix` is the command that
+    changes it and `needs` what must be installed before; None where nothing is missing.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Device:
     threads: int | None = None
     notice: str | None = None
     fix: str | None = None
+    needs: str | None = None
 
 
 def current() -> Device:
@@ -35,8 +37,8 @@ def current() -> Device:
         return Device("MLX's CUDA kernels", CUDA) if mx.cuda.is_available() else Device("MLX's GPU kernels", PORTABLE)
     from runner import kernels
 
-    reason = kernels.unavailable_reason()
-    if reason is None:
+    why = kernels.unavailable()
+    if why is None:
         from runner.kernels.ops import DENSE, KERNELS
 
         threads = kernels.num_threads()
@@ -45,15 +47,10 @@ def current() -> Device:
     return Device(
         "plain MLX on the CPU",
         CPU_WITHOUT_KERNELS,
-        notice=f"running on plain MLX, many times slower than this machine can: {reason}",
-        fix=f"install a C++20 compiler (g++ or clang++), then: pip install --no-cache-dir --force-reinstall --no-deps {_source()}",
+        notice=f"plain MLX, many times slower than this machine can: {why.reason}",
+        fix=why.fix,
+        needs=why.needs,
     )
-
-
-def _source() -> str:
-    """What pip installs this package from: the checkout that it runs in, else its name on the index."""
-    checkout = Path(__file__).resolve().parent.parent
-    return shlex.quote(str(checkout)) if (checkout / "pyproject.toml").is_file() else "mlx-runner"
 
 
 def _cuda_quantized_linear(
@@ -99,6 +96,12 @@ def _unpacked_linear(
     return PORTABLE.linear(x.astype(mx.float32), full.astype(mx.float32), bias).astype(x.dtype)
 
 
-CPU_WITHOUT_KERNELS = dataclasses.replace(PORTABLE, name="mlx, unpacking", quantized_linear=_unpacked_linear)
+CPU_WITHOUT_KERNELS = dataclasses.replace(
+    PORTABLE,
+    name="mlx, unpacking",
+    quantized_linear=_unpacked_linear,
+    gather_linear=expertwise.gather_linear(PORTABLE.linear),
+    gather_quantized_linear=expertwise.gather_quantized_linear(_unpacked_linear),
+)
 
 CUDA = dataclasses.replace(PORTABLE, name="mlx, cuda", quantized_linear=_cuda_quantized_linear)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from runner import kernels
+from runner import expertwise, kernels
 from runner.fast import PORTABLE, Ops
 from runner.kv_storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 
@@ -97,6 +97,8 @@ KERNELS = Ops(
     attention=_attention,
     glu=_glu,
     argmax=kernels.argmax,
+    gather_linear=expertwise.gather_linear(kernels.linear),
+    gather_quantized_linear=expertwise.gather_quantized_linear(_quantized_linear),
     storage=Storage(PLAIN.empty, kernels.append, unpacked),
 )
 """`runner.fast.Ops` over `runner.kernels`; what has no kernel is plain MLX."""

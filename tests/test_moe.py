@@ -1,0 +1,76 @@
+"""Products of experts and capped attention against twins that loop."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.cache import History
+from runner.device import CPU_WITHOUT_KERNELS, current
+from runner.fast import PORTABLE, Ops
+from runner.nn import capped_attention
+
+TABLES = list({ops.name: ops for ops in (PORTABLE, CPU_WITHOUT_KERNELS, current().ops)}.values())
+by_table = pytest.mark.parametrize("ops", TABLES, ids=lambda ops: ops.name)
+
+
+def looped(x: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
+    """One product a token and choice."""
+    whole = mx.broadcast_to(x, (*experts.shape, 1, x.shape[-1]))
+    rows = whole.reshape(-1, x.shape[-1])
+    results = [weight[int(e)] @ rows[i] for i, e in enumerate(np.array(experts).flatten())]
+    return mx.stack(results).reshape(*experts.shape, 1, -1)
+
+
+def rand(*shape: int, seed: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+@by_table
+@given(
+    batch=st.integers(1, 3), length=st.integers(1, 9), chosen=st.integers(1, 4), spread=st.booleans(),
+    per_choice=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_gathered_products(
+    ops: Ops, batch: int, length: int, chosen: int, spread: bool, per_choice: bool, seed: int
+) -> None:
+    weight = rand(6, 48, 64, seed=seed)
+    x = rand(batch, length, chosen if per_choice else 1, 1, 64, seed=seed + 1)
+    ids = mx.random.randint(0, 6 if spread else 1, (batch, length, chosen), key=mx.random.key(seed)).astype(mx.uint32)
+    wanted = looped(x, weight, ids)
+    assert mx.allclose(ops.gather_linear(x, weight, ids), wanted, atol=1e-3)
+    packed = mx.quantize(weight, group_size=32, bits=4)
+    form = {"group_size": 32, "bits": 4, "mode": "affine"}
+    found = ops.gather_quantized_linear(x, *packed, ids, **form)
+    wanted = looped(x, mx.dequantize(*packed, **form), ids)
+    assert mx.allclose(found, wanted, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "window"), [(1, 1, None), (1, 9, None), (5, 5, None), (4, 11, 3), (7, 7, 2)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_capped_attention(queries: int, keys: int, window: int | None, masked: bool) -> None:
+    q, k, v = rand(2, 6, queries, 8, seed=1), rand(2, 3, keys + 5, 8, seed=2), rand(2, 3, keys + 5, 4, seed=3)
+    history = History(k, v, keys, window)  # buffers with room for five more
+    visible = np.zeros((2, 6, queries, keys), dtype=bool)
+    wanted = np.zeros((2, 6, queries, 4))
+    mask = mx.random.randint(0, 2, (2, 1, queries, keys), key=mx.random.key(5)).astype(mx.bool_) if masked else None
+    for b, h, i in np.ndindex(2, 6, queries):
+        position = keys - queries + i
+        for j in range(keys):
+            seen = j <= position and (window is None or j > position - window)
+            visible[b, h, i, j] = bool(mask[b, 0, i, j]) or j == 0 if mask is not None else seen
+        scores = np.array([float(mx.sum(q[b, h, i] * k[b, h // 2, j])) * 0.7 for j in range(keys)])
+        scores = np.where(visible[b, h, i], 2.5 * np.tanh(scores / 2.5), -math.inf)
+        shares = np.exp(scores - scores.max())
+        wanted[b, h, i] = (shares / shares.sum()) @ np.array(v[b, h // 2, :keys])
+    given_mask = None if mask is None else mx.array(visible[:, :1])
+    found = capped_attention(q, history, given_mask, scale=0.7, softcap=2.5)
+    assert np.allclose(np.array(found), wanted, atol=1e-5)
