@@ -53,6 +53,8 @@ ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 IGNORED = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)(\.weight)?")
 """Tables of frequencies that old converters wrote and nothing reads."""
 
+ZERO_MEANS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+
 COMMON_KEYS: Mapping[str, str] = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -137,7 +139,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "attn_logit_softcapping": "attn_logit_softcapping",
             "final_logit_softcapping": "final_logit_softcapping",
         },
-        fixed={**_GELU, "sliding_window": 4096},
+        fixed={**_GELU, "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         norms_plus_one=True,
         window_period=2,
         query_scalar=46,

@@ -103,7 +103,7 @@ class Unpacked(Format):
     values: Callable[[Bytes], Array]
 
     def part(self, suffix: str, rows: Bytes) -> Array:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             numbers = self.values(rows.reshape(-1, self.size)).astype(NUMPY["F16"])
         return _finite(self, numbers).reshape(len(rows), -1)
 
@@ -198,14 +198,16 @@ def _pairs_of_bits(packed: Bytes) -> Bytes:
 
 def _by_sixteen(scales: Array, codes: Array) -> Array:
     """`scales [n, 16]` times `codes [n, 256]`, each scale for 16 of them."""
-    result: Array = (scales[:, :, None] * codes.reshape(len(codes), 16, 16)).reshape(len(codes), 256)
-    return result
+    numbers: Array = scales[:, :, None] * codes.reshape(len(codes), 16, 16)
+    return numbers.reshape(len(codes), 256)
 
 
 def _q2_k(blocks: Bytes) -> Array:
     scales = _half(blocks, 80).astype(np.float32) * (blocks[:, :16] & 15)
     minima = _half(blocks, 82).astype(np.float32) * (blocks[:, :16] >> 4)
-    return _by_sixteen(scales, _pairs_of_bits(blocks[:, 16:80])) - np.repeat(minima, 16, axis=1)
+    numbers = _by_sixteen(scales, _pairs_of_bits(blocks[:, 16:80]))
+    numbers -= np.repeat(minima, 16, axis=1)
+    return numbers
 
 
 def _q3_k(blocks: Bytes) -> Array:

@@ -123,10 +123,15 @@ def open_container(path: Path) -> Container:
     return Container(path, first.metadata, tensors, stamps)
 
 
+def brief(value: object) -> str:
+    """A metadata value for a message: one short line."""
+    return f"an array of {value.size}" if isinstance(value, np.ndarray) else repr(value)[:80]
+
+
 def _whole(container: Container, key: str, default: int) -> int:
     value = container.metadata.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(f"{container.path}: {key} is {value!r:.80}, expected an integer")
+        raise CheckpointError(f"{container.path}: {key} is {brief(value)}, expected an integer")
     return value
 
 
@@ -169,7 +174,7 @@ class _Header:
             metadata[key] = self.value(self.number("<I"))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 65536 or alignment % 8:
-            raise self.error(f"general.alignment is {alignment!r:.80}")
+            raise self.error(f"general.alignment is {brief(alignment)}")
         entries = [self.entry(alignment) for _ in range(tensors)]
         start = -(-self.position // alignment) * alignment
         found = {entry.name: self.placed(entry, start) for entry in entries}

@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from runner.config import MAX_DIMENSION
 from runner.errors import CheckpointError
-from runner.gguf.architectures import ARCHITECTURES, COMMON_KEYS, HARMLESS, ROPE_TENSORS, Architecture
-from runner.gguf.container import Container
+from runner.gguf.architectures import (
+    ARCHITECTURES,
+    COMMON_KEYS,
+    HARMLESS,
+    ROPE_TENSORS,
+    ZERO_MEANS_NONE,
+    Architecture,
+)
+from runner.gguf.container import Container, brief
 from runner.local_files import shown
 from runner.rope import RopeScaling, attention_factor, inverse_frequencies
 
@@ -25,10 +33,10 @@ def architecture_of(container: Container) -> Architecture:
     """
     name, kind = container.metadata.get("general.architecture"), container.metadata.get("general.type", "model")
     if kind != "model":
-        raise CheckpointError(f"{container.path}: general.type is {kind!r:.80}; only whole models are supported")
+        raise CheckpointError(f"{container.path}: general.type is {brief(kind)}; only whole models are supported")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"{container.path}: architecture {name!r:.80} is not supported; these are: {known}")
+        raise CheckpointError(f"{container.path}: architecture {brief(name)} is not supported; these are: {known}")
     return ARCHITECTURES[name]
 
 
@@ -90,21 +98,28 @@ class _Metadata:
         if value is None:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise self.error(f"{self.prefix}{key} is {value!r:.80}, expected a number")
+            raise self.error(f"{self.prefix}{key} is {brief(value)}, expected a number")
         return _decimal(value)
+
+    def size(self, key: str) -> int | None:
+        """A dimension or a number of things."""
+        value = self.number(key)
+        if value is not None and (not isinstance(value, int) or not 1 <= value <= MAX_DIMENSION):
+            raise self.error(f"{self.prefix}{key} is {value}, expected an integer from 1 to {MAX_DIMENSION}")
+        return value
 
     def config(self) -> dict[str, Any]:
         table = self.architecture
         config: dict[str, Any] = {"architectures": [table.class_name], "model_type": table.model_type, **table.fixed}
-        for key, name in {**COMMON_KEYS, **table.keys}.items():
+        for key, name in COMMON_KEYS.items():
+            config[name] = self.size(key)
+            if config[name] is None and key != "attention.head_count_kv":
+                raise self.error(f"{self.prefix}{key} is missing")
+        for key, name in table.keys.items():
             value = self.number(key)
             if value is not None:
-                config[name] = value
-            elif key in COMMON_KEYS and key != "attention.head_count_kv":
-                raise self.error(f"{self.prefix}{key} is missing")
-        config.setdefault("num_key_value_heads", config["num_attention_heads"])
-        if not config["num_attention_heads"]:
-            raise self.error(f"{self.prefix}attention.head_count is 0")
+                config[name] = None if value == 0 and name in ZERO_MEANS_NONE else value
+        config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
         tensors = self.container.tensors
         if "token_embd.weight" not in tensors:
             raise self.error("it has no tensor token_embd.weight, so it is not a model (a vocabulary alone?)")
@@ -118,11 +133,8 @@ class _Metadata:
         return config
 
     def windows(self, config: dict[str, Any]) -> None:
-        """`sliding_window` and which layers have it. GGUF writes 0 for none."""
-        table = self.architecture
-        window = config.get("sliding_window")
-        if not window and "sliding_window" in config:
-            config["sliding_window"] = None
+        """`sliding_window` and which layers have it."""
+        table, window = self.architecture, config.get("sliding_window")
         if table.windowed is not None and window:
             config |= {"model_type": table.windowed, "architectures": ["MistralForCausalLM"]}
         elif table.windowed is not None:
@@ -137,7 +149,7 @@ class _Metadata:
         elif isinstance(pattern, np.ndarray) and len(pattern) == layers:
             local = [bool(flag) for flag in pattern]
         else:
-            raise self.error(f"{self.prefix}attention.sliding_window_pattern is {pattern!r:.80}")
+            raise self.error(f"{self.prefix}attention.sliding_window_pattern is {brief(pattern)}")
         local = local if window else [False] * layers
         usual = table.window_period
         periods = [p for p in (usual, *range(1, layers + 1)) if local == [(i + 1) % p != 0 for i in range(layers)]]
@@ -150,18 +162,20 @@ class _Metadata:
         """`head_dim`, `query_pre_attn_scalar`, and the share of a head that is rotated."""
         table, heads, hidden = self.architecture, config["num_attention_heads"], config["hidden_size"]
         derived = hidden // heads
-        width = self.number("attention.key_length") or derived
-        if (self.number("attention.value_length") or width) != width:
+        width = self.size("attention.key_length") or derived
+        if not width:
+            raise self.error(f"{heads} heads of {hidden} numbers in all")
+        if (self.size("attention.value_length") or width) != width:
             raise self.error("keys and values of different sizes are not supported")
         if table.head_dim or width != derived:
             config["head_dim"] = width
-        rotated = self.number("rope.dimension_count") or width
+        rotated = self.size("rope.dimension_count") or width
         if rotated != width:
             config["partial_rotary_factor"] = rotated / width
         if table.query_scalar is not None:
             scale = self.number("attention.scale")
             usual = derived if config["num_hidden_layers"] == table.query_scalar else width
-            config["query_pre_attn_scalar"] = _near_whole(scale**-2) if scale else usual
+            config["query_pre_attn_scalar"] = _near_whole(scale**-2) if scale and scale > 0 else usual
 
     def rope(self, config: dict[str, Any]) -> None:
         config["rope_theta"] = float(self.number("rope.freq_base") or 10000.0)
@@ -173,13 +187,13 @@ class _Metadata:
         elif tables == list(ROPE_TENSORS[1:]) and kind in (None, "longrope"):
             config["rope_scaling"] = self.longrope(config, attention)
         elif tables:
-            raise self.error(f"{' and '.join(tables)} with rope.scaling.type {kind!r:.80} is not supported")
+            raise self.error(f"{' and '.join(tables)} with rope.scaling.type {brief(kind)} is not supported")
         elif kind == "yarn":
             config["rope_scaling"] = self.yarn(factor)
         elif factor not in (None, 0, 1) and kind in (None, "linear"):
             config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
         elif kind not in (None, "none", "linear"):
-            raise self.error(f"rope.scaling.type {kind!r:.80} is not supported")
+            raise self.error(f"rope.scaling.type {brief(kind)} is not supported")
         if attention not in (None, 1.0) and tables != list(ROPE_TENSORS[1:]):
             raise self.error(f"{self.prefix}rope.scaling.attn_factor = {attention} is not supported here")
 
@@ -249,7 +263,7 @@ class _Metadata:
         for key, value in self.values.items():
             allowed = HARMLESS.get(key, ())
             if key not in self.read and allowed is not None and value not in allowed:
-                unknown.append(f"{shown(self.prefix + key)} = {value!r:.40}")
+                unknown.append(f"{shown(self.prefix + key)} = {brief(value)}")
         if unknown:
             raise self.error(f"could change the numbers and is not understood: {', '.join(unknown)}")
 

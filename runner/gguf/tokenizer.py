@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from runner.errors import TokenizerError
+from runner.gguf.container import brief
 from runner.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from runner.local_files import shown
 from runner.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from runner.tokenizer_files import TokenizerFiles, bounded_template
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
+_NO_ID = (-1, 0xFFFFFFFF)  # how some converters say that there is none
 _MAX_PIECE = 256  # longer pieces are not split into merges: none exists, and the work grows with the square
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 
@@ -73,8 +75,8 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
     prefix = "tokenizer.ggml."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     kind = values.get("model")
-    if kind not in ("gpt2", "llama"):
-        raise TokenizerError(f"GGUF: tokenizer {kind!r:.80} is not supported; gpt2 and llama are")
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
+        raise TokenizerError(f"GGUF: tokenizer {brief(kind)} is not supported; gpt2 and llama are")
     tokens = values.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         raise TokenizerError("GGUF: tokenizer.ggml.tokens is missing or no list of strings")
@@ -111,17 +113,17 @@ def _numbers(values: Mapping[str, Any], key: str, count: int, kinds: str) -> Any
 
 def _id(values: Mapping[str, Any], key: str, count: int) -> int | None:
     index = values.get(key)
-    if index is None or index == 0xFFFFFFFF or index == -1:
+    if index is None:
         return None
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
-        raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is {index!r:.80}, expected an id below {count}")
-    return index
+    if not isinstance(index, int) or isinstance(index, bool) or not (0 <= index < count or index in _NO_ID):
+        raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is {brief(index)}, expected an id below {count}")
+    return index if 0 <= index < count else None
 
 
 def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
     value = values.get(key, default)
     if not isinstance(value, bool):
-        raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is {value!r:.80}, expected true or false")
+        raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is {brief(value)}, expected true or false")
     return value
 
 
@@ -256,7 +258,7 @@ def _gpt2(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
             "fetch a newer conversion"
         )
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-        raise TokenizerError(f"GGUF: pre-tokeniser {pre!r:.80} is not known; these are: {', '.join(PRE_TOKENIZERS)}")
+        raise TokenizerError(f"GGUF: pre-tokeniser {brief(pre)} is not known; these are: {', '.join(PRE_TOKENIZERS)}")
     if not isinstance(merges, list):
         raise TokenizerError("GGUF: tokenizer.ggml.merges is missing or no list of strings")
     pairs = [merge.split(" ") for merge in merges]

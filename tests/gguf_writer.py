@@ -1,0 +1,148 @@
+"""Checkpoints in transformers' form as the GGUF files that llama.cpp's converters make of them.
+
+Names come from the `gguf` package's own maps (0.19.0); what is permuted, added or renamed follows llama.cpp's
+`conversion/*.py` of the same release. Independent of `runner.gguf`, which the tests hold against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf_bytes import Metadata, file_bytes, vocabulary
+
+from runner.config import normalise
+from runner.rope import RopeScaling, attention_factor, inverse_frequencies
+
+ARCHITECTURES = {
+    "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA", "gemma2": "GEMMA2",
+    "gemma3_text": "GEMMA3", "phi3": "PHI3", "starcoder2": "STARCODER2",
+}  # fmt: skip
+
+
+def _scaling(config: Metadata) -> tuple[Metadata | None, float | None]:
+    """`rope_scaling`, and the local base where the config keeps one below `rope_parameters`."""
+    nested = config.get("rope_parameters") or {}
+    if "full_attention" in nested:
+        return nested["full_attention"], nested["sliding_attention"]["rope_theta"]
+    return normalise(config).get("rope_scaling"), config.get("rope_local_base_freq")
+
+
+def _theta(config: Metadata) -> float:
+    nested = config.get("rope_parameters") or {}
+    return float(nested.get("full_attention", nested).get("rope_theta", config.get("rope_theta", 10000.0)))
+
+
+def metadata_of(config: Metadata) -> dict[str, Any]:
+    """The keys below the architecture's name, as the converter of that family writes them."""
+    family = config["model_type"]
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or hidden // heads
+    scaling, local = _scaling(config)
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    keys: dict[str, Any] = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": hidden,
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.get("num_key_value_heads", heads),
+        "rope.freq_base": _theta(config),
+        "attention.layer_norm_rms_epsilon": config.get("rms_norm_eps"),
+        "attention.layer_norm_epsilon": config.get("norm_epsilon"),
+        "vocab_size": config["vocab_size"],
+    }
+    if config.get("head_dim"):
+        keys |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if kind in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
+    if kind == "yarn":
+        keys["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+        keys["rope.scaling.yarn_attn_factor"] = scaling.get("attention_factor")
+        keys["rope.scaling.yarn_beta_fast"] = scaling.get("beta_fast")
+        keys["rope.scaling.yarn_beta_slow"] = scaling.get("beta_slow")
+    if family in ("llama", "mistral"):
+        keys["rope.dimension_count"] = head_dim
+    if family in ("mistral", "gemma2", "gemma3_text", "phi3", "starcoder2"):
+        keys["attention.sliding_window"] = config.get("sliding_window") or 0
+    if family == "gemma2":
+        keys["attn_logit_softcapping"] = config["attn_logit_softcapping"] or 0.0
+        keys["final_logit_softcapping"] = config["final_logit_softcapping"] or 0.0
+    if family == "gemma3_text":
+        keys["attention.sliding_window_pattern"] = config["sliding_window_pattern"]
+        keys["rope.freq_base_swa"] = local
+    if family in ("gemma2", "gemma3_text"):
+        keys["attention.scale"] = config["query_pre_attn_scalar"] ** -0.5
+    if family == "phi3":
+        keys["rope.dimension_count"] = int(head_dim * config.get("partial_rotary_factor", 1.0))
+        keys["rope.scaling.original_context_length"] = config["original_max_position_embeddings"]
+        if kind == "longrope":
+            original = {"original_max_position_embeddings": config["original_max_position_embeddings"]}
+            parsed = RopeScaling.from_dict({**normalise(config)["rope_scaling"], **original})
+            limit = config["max_position_embeddings"]
+            keys["rope.scaling.attn_factor"] = attention_factor(parsed, max_position_embeddings=limit)
+    name = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[ARCHITECTURES[family]]]
+    return {"general.architecture": name, **{f"{name}.{k}": v for k, v in keys.items() if v is not None}}
+
+
+def tensors_of(
+    config: Metadata, weights: Mapping[str, np.ndarray], kind: Callable[[str], Type] = lambda name: Type.F32
+) -> dict[str, tuple[np.ndarray, Type]]:
+    """A checkpoint's tensors under GGUF's names; `kind` chooses the type of each matrix by that name, vectors are F32."""
+    family = config["model_type"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], config["num_hidden_layers"])
+    heads = {"attn_q": config["num_attention_heads"]}
+    heads["attn_k"] = config.get("num_key_value_heads", heads["attn_q"])
+    result = {}
+    for name, stored in weights.items():
+        array = stored.astype(np.float32)
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            assert "inv_freq" in name, name
+            continue
+        part = found.split(".")[-2]
+        if family in ("llama", "mistral") and part in heads:
+            paired = array.reshape(heads[part], 2, array.shape[0] // heads[part] // 2, *array.shape[1:])
+            array = np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(array.shape)
+        if family.startswith("gemma") and "norm" in name:
+            array = array + 1
+        chosen = kind(found) if array.ndim > 1 else Type.F32
+        result[found] = (gguf.quantize(array, chosen), chosen)
+    return result | _rope_tables(config)
+
+
+def _rope_tables(config: Metadata) -> dict[str, tuple[np.ndarray, Type]]:
+    scaling = _scaling(config)[0] or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "longrope":
+        factors = {f"rope_factors_{n}.weight": np.float32(scaling[f"{n}_factor"]) for n in ("long", "short")}
+        return {name: (table, Type.F32) for name, table in factors.items()}
+    if kind != "llama3":
+        return {}
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    size = {"dims": head_dim, "base": _theta(config), "max_position_embeddings": config["max_position_embeddings"]}
+    plain = inverse_frequencies(RopeScaling(), **size)
+    scaled = inverse_frequencies(RopeScaling.from_dict({k: v for k, v in scaling.items() if k != "rope_theta"}), **size)
+    return {"rope_freqs.weight": (np.float32([p / s for p, s in zip(plain, scaled, strict=True)]), Type.F32)}
+
+
+def weights_of(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors checkpoint in float32."""
+    found = mx.load(str(directory / "model.safetensors"))
+    assert isinstance(found, dict)
+    return {name: np.array(array.astype(mx.float32)) for name, array in found.items()}
+
+
+def write_model(
+    path: Path, config: Metadata, weights: Mapping[str, np.ndarray], kind: Callable[[str], Type] = lambda name: Type.F32
+) -> Path:
+    """A checkpoint as one GGUF file, with a vocabulary of the right size."""
+    metadata = {**metadata_of(config), **vocabulary(config["vocab_size"])}
+    path.write_bytes(file_bytes(metadata, tensors_of(config, weights, kind)))
+    return path
