@@ -58,6 +58,11 @@ class LlamaConfig(Config):
         return self.rope_scaling is not None and depends_on_length(self.rope_scaling)
 
     @property
+    def norm_eps(self) -> float:
+        """Of the norm before the head."""
+        return self.rms_norm_eps
+
+    @property
     def attention_scale(self) -> float:
         """What scores are multiplied by."""
         return float(self.head_dim**-0.5)
@@ -115,6 +120,12 @@ class Layer(Protocol):
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array: ...
 
 
+class Norm(Protocol):
+    """A normalisation of the last axis."""
+
+    def __call__(self, x: mx.array, eps: float) -> mx.array: ...
+
+
 class FeedForward(Protocol):
     """What works on each token by itself: `[B, L, hidden_size]` to the same."""
 
@@ -146,21 +157,21 @@ class Block(PreNorm):
 
 
 @dataclass
-class Decoder:
-    """The frame of every family here: ids to hidden states, hidden states to logits. Subclasses say which layers."""
+class Frame:
+    """What every decoder has: ids to hidden states, hidden states to logits. Subclasses say which layers."""
 
     embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)
     layers: Sequence[Layer] = weight("model.layers", length="num_hidden_layers")
-    norm: RMSNorm = weight("model.norm", HIDDEN)
+    norm: Norm = weight("model.norm", HIDDEN)
     lm_head: Linear = weight("lm_head|model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
-    rms_norm_eps: float = setting()
+    norm_eps: float = setting()
 
     def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
         """Hidden states `[B, L, hidden_size]` of `batch`, whose keys and values join `caches`."""
         x = self.embed(batch)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, batch, cache)
-        return self.norm(x, self.rms_norm_eps)
+        return self.norm(x, self.norm_eps)
 
     def embed(self, batch: Batch) -> mx.array:
         """What the first layer sees, `[B, L, hidden_size]`."""
@@ -169,6 +180,13 @@ class Decoder:
     def logits(self, hidden: mx.array) -> mx.array:
         """`[..., hidden_size] -> [..., vocab_size]`."""
         return self.lm_head(hidden)
+
+
+@dataclass
+class Decoder(Frame):
+    """A frame with an RMSNorm at the end."""
+
+    norm: RMSNorm = weight("model.norm", HIDDEN)
 
 
 @dataclass

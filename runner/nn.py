@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from runner.activations import ACTIVATIONS
 from runner.cache import History
 from runner.config import Config
 from runner.errors import WeightsError
@@ -210,6 +211,41 @@ class GLU:
 
     def __call__(self, gate_up: mx.array) -> mx.array:
         return self.ops.glu(gate_up, self.activation)
+
+
+@dataclass
+class Activation:
+    """`hidden_act` by itself, where there is no gate."""
+
+    name: str = setting("hidden_act", default="gelu")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ACTIVATIONS[self.name](x)
+
+
+@dataclass
+class HeadNorms:
+    """A LayerNorm without bias for each head, weights `[heads, head_dim]`: x `[B, heads, L, head_dim]` to the same."""
+
+    weight: mx.array
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, eps: float) -> mx.array:
+        return self.ops.layer_norm(x, None, None, eps) * self.weight[:, None].astype(x.dtype)
+
+
+@dataclass
+class JoinedHeadNorms(HeadNorms):
+    """Read from a tensor for each head."""
+
+    weight: mx.array = tensor("weight", "$0")
+
+
+@dataclass
+class StoredHeadNorms(HeadNorms):
+    """Read from one tensor."""
+
+    weight: mx.array = tensor("weight", "$0", "$1")
 
 
 @dataclass

@@ -1,0 +1,59 @@
+"""Command-R7B and Command-A: Cohere with windows on three of four layers; the layers that see everything do not rotate.
+
+Source: arXiv:2504.00698, and `transformers.models.cohere2`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runner import layer_types
+from runner.config import SLIDING
+from runner.errors import ConfigError
+from runner.models.cohere import Cohere as Cohere
+from runner.models.cohere import CohereConfig
+
+FIXED = {
+    "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj",
+    "rotary_pct": 1.0,
+    "use_embedding_sharing": True,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+    "use_parallel_embedding": False,
+    "use_qk_norm": False,
+}
+"""Keys of the authors' own code, of which transformers knows these values only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohere2Config(CohereConfig):
+    """`config.json` of a Command-R7B; `layer_switch` says the pattern once more, `cache_implementation` is about memory."""
+
+    sliding_window: int = 4096
+    sliding_window_pattern: int = 4
+    layer_types: tuple[str, ...] | None = None
+    layer_switch: int | None = None
+    cache_implementation: str | None = None
+    order_of_interleaved_layers: str = "local_attn_first"
+    position_embedding_type: str = "rope_gptj"
+    rotary_pct: float = 1.0
+    use_embedding_sharing: bool = True
+    use_gated_activation: bool = True
+    use_parallel_block: bool = True
+    use_parallel_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, wanted in FIXED.items():
+            if vars(self)[name] != wanted:
+                raise ConfigError(f"config.json: {name} = {vars(self)[name]!r} is not supported, only {wanted!r}")
+
+    def cache_window(self, index: int) -> int | None:
+        default = layer_types.every(self.sliding_window_pattern, self.num_hidden_layers)
+        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
+        return self.sliding_window if kinds[index] == SLIDING else None
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim if self.layer_index is None or self.cache_window(self.layer_index) is not None else 0
