@@ -211,9 +211,8 @@ MIXES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MIXES)
-def test_packed_models_compute_what_their_blocks_say(name: str, tmp_path: Path) -> None:
-    """Logits of a packed file = logits of its dequantised numbers (the gguf package's) in float32."""
+def mixed_model(path: Path, name: str) -> writer.Tensors:
+    """A Llama of one layer in the types of `MIXES[name]`, written to `path`."""
     config = config_of_llama()
     rng = np.random.default_rng(5)
     shapes = {
@@ -225,19 +224,25 @@ def test_packed_models_compute_what_their_blocks_say(name: str, tmp_path: Path) 
     tensors: dict[str, Any] = {f"{n}.weight": (rng.normal(1, 0.2, 256).astype(np.float32), Type.F32) for n in norms}
     for seed, (tensor, shape) in enumerate(shapes.items()):
         kind = Type[MIXES[name].get(tensor.split(".")[-1], name)]
+        # Scales such that the numbers are of the size that weights are.
         spread = 0.05 * 2.0 ** -{"Q4": 4, "Q5": 5, "Q8": 7, "Q2": 4, "Q3": 8, "Q6": 10}.get(kind.name[:2], 0)
         spread /= 32 if kind.name in ("Q4_K", "Q5_K") else 1
         plain = rng.normal(0, 0.05, shape).astype(np.float16)
         tensors[f"{tensor}.weight"] = (plain if kind == Type.F16 else blocks(kind, *shape, seed, spread), kind)
-    path = write(tmp_path / "m.gguf", tensors, **writer.metadata_of(config), **vocabulary(300))
+    write(path, tensors, **writer.metadata_of(config), **vocabulary(300))
+    return tensors
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_packed_models_compute_what_their_blocks_say(name: str, tmp_path: Path) -> None:
+    """Logits of a packed file = logits of its dequantised numbers in float32."""
+    path = tmp_path / "m.gguf"
+    raw_head, kind = mixed_model(path, name)["output.weight"]
     found = GGUF.open(path)
     dense = {key: mx.array(unpacked(found, key)) for key in found.headers if key.endswith(".weight")}
-    head = dense["lm_head.weight"]
-    wanted = gguf.dequantize(*tensors["output.weight"])
-    assert np.array_equal(
-        np.array(head),
-        wanted.astype(np.float16) if "Q6_K" in MIXES[name].get("output", name) or name in ("Q2_K", "Q3_K") else wanted,
-    )
+    wanted = gguf.dequantize(raw_head, kind)
+    wanted = wanted if isinstance(FORMATS[kind], Packed) else wanted.astype(np.float16)
+    assert np.array_equal(np.array(dense["lm_head.weight"]), wanted)
     raw = {key: value for key, value in found.config.items() if key != "quantization"}
     ids = [1, 17, 250, 299, 3, 3, 42]
     plain_logits = assemble(raw, Dense(dense), dtype="float32").logits(ids)
