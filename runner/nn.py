@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.activations import ACTIVATIONS
-from runner.cache import History
+from runner.cache import Batch, History
 from runner.config import Config
 from runner.errors import WeightsError
 from runner.fast import Mask, Ops, provided_ops, scaled_dot_product_attention, window_mask
@@ -272,6 +272,38 @@ class Attend:
         )
 
 
+@dataclass
+class Alibi:
+    """Distances instead of positions (arXiv:2108.12409): what is added to the scores of each head."""
+
+    num_attention_heads: int = setting()
+    scale: float = setting("alibi_scale", default=1.0)
+    dtype: mx.Dtype = setting("alibi_dtype", default=mx.float32)
+
+    def __call__(self, query: mx.array, keys: int) -> mx.array:
+        """`[H, L, keys]`: a head's slope times the key's position, and minus infinity behind the query's own.
+
+        A softmax does not see what is the same in a whole row: the key's position stands for its distance.
+        """
+        slopes = mx.array(alibi_slopes(self.num_attention_heads)).astype(self.dtype)
+        bias = (slopes[:, None] * mx.arange(keys).astype(self.dtype)).astype(mx.float32) * self.scale
+        visible = window_mask(query.shape[2], keys, keys)
+        return mx.where(visible[None], bias[:, None], -mx.inf).astype(query.dtype)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """A geometric row from 2^(-8/n) for n heads; where n is no power of two, every other one of the next row follows."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 / power * (i + 1)) for i in range(power)]
+    return slopes + [2.0 ** (-4.0 / power * (2 * i + 1)) for i in range(heads - power)]
+
+
+def positions(batch: Batch) -> mx.array:
+    """The position of each id, `[L]` or, with an offset for each row, `[B, L]`."""
+    offset = batch.offset[:, None] if isinstance(batch.offset, mx.array) and batch.offset.ndim else batch.offset
+    return mx.arange(batch.ids.shape[1]) + offset
+
+
 def capped_attention(query: mx.array, history: History, mask: Mask = None, *, scale: float, softcap: float) -> mx.array:
     """Attention whose scores pass `softcap * tanh(score / softcap)` (Gemma 2, arXiv:2408.00118) before the mask.
 
@@ -296,6 +328,14 @@ def split_heads(x: mx.array, head_dim: int) -> mx.array:
     if x.shape[1] == 1:  # one position: the two orders are the same memory
         return x.reshape(x.shape[0], -1, 1, head_dim)
     return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
+def interleaved_heads(qkv: mx.array, groups: int, head_dim: int) -> tuple[mx.array, mx.array, mx.array]:
+    """`[B, L, groups * (n + 2) * head_dim]`, each group's n queries before its key and value -> q, k and v
+    `[B, heads, L, head_dim]`."""
+    grouped = qkv.reshape(*qkv.shape[:2], groups, -1, head_dim)
+    q, k, v = mx.split(grouped, [grouped.shape[3] - 2, grouped.shape[3] - 1], axis=3)
+    return q.flatten(2, 3).swapaxes(1, 2), k[:, :, :, 0].swapaxes(1, 2), v[:, :, :, 0].swapaxes(1, 2)
 
 
 def merge_heads(x: mx.array) -> mx.array:

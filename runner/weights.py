@@ -36,7 +36,7 @@ PACKED = frozenset({"U32"})
 SCALES = FLOAT | {"U8"}
 
 HARMLESS = re.compile(
-    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|attn\.(masked_bias|bias)$|rotary_pos_emb\.inv_freq$"
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.(masked_bias|bias)$|rotary_pos_emb\.inv_freq$"
 )
 """Tensors that old checkpoints carry and no model reads: tables that are computed, and causal masks."""
 

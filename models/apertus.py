@@ -1,0 +1,79 @@
+"""Apertus: a Llama with q and k normalised, and xIELU, an activation that learns its own bends.
+
+Source: arXiv:2509.14233, xIELU arXiv:2411.13010, and `transformers.models.apertus`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.errors import ConfigError
+from runner.fast import RMSNorm
+from runner.models import llama, qwen3
+from runner.models.llama import HIDDEN, INTERMEDIATE, LlamaConfig
+from runner.nn import Linear
+from runner.weights import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApertusConfig(LlamaConfig):
+    """`config.json` of an Apertus."""
+
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 12000000.0
+    hidden_act: str = "xielu"
+    qk_norm: bool = True
+    post_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.hidden_act, self.qk_norm, self.post_norm) != ("xielu", True, False):
+            raise ConfigError("config.json: an Apertus has hidden_act 'xielu', qk_norm true and post_norm false")
+        object.__setattr__(self, "hidden_act", "silu")  # of no use here: the activation has tensors of its own
+        super().__post_init__()
+
+
+@dataclass
+class XIELU:
+    """x above 0: `p x^2 + b x`; below: `n (e^x - 1 - x) + b x`, with p = softplus(alpha_p), n = b + softplus(alpha_n)."""
+
+    alpha_p: mx.array = weight("alpha_p", 1)
+    alpha_n: mx.array = weight("alpha_n", 1)
+    beta: mx.array = weight("beta")
+    eps: mx.array = weight("eps")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        p, n = mx.logaddexp(self.alpha_p, 0.0), self.beta + mx.logaddexp(self.alpha_n, 0.0)
+        below = (mx.expm1(mx.minimum(x, self.eps)) - x) * n
+        return (mx.where(x > 0, p * x * x, below) + self.beta * x).astype(x.dtype)
+
+
+@dataclass
+class MLP:
+    """Up, activation, down."""
+
+    act_fn: XIELU = weight("act_fn")
+    up_proj: Linear = weight("up_proj", INTERMEDIATE, HIDDEN)
+    down_proj: Linear = weight("down_proj", HIDDEN, INTERMEDIATE)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+@dataclass
+class Block(llama.PreNorm):
+    """Qwen 3's attention and that MLP."""
+
+    input_layernorm: RMSNorm = weight("attention_layernorm", HIDDEN)
+    self_attn: qwen3.Attention = weight("self_attn")
+    post_attention_layernorm: RMSNorm = weight("feedforward_layernorm", HIDDEN)
+    mlp: MLP = weight("mlp")
+
+
+@dataclass
+class Apertus(llama.Decoder):
+    """Llama's frame with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
