@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
+import os
 import platform
-import shutil
-import sys
 from dataclasses import dataclass
 
+from runner import installation
 from runner.errors import BackendError
 
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What `doctor` shows. `problem`: why models can't run; `notice`: why they run slower than they could; `fix`: the
-    command for either; each None where there is nothing to say."""
+    """What `doctor` shows. `problem`: why models cannot run; `notice`: why they run slower than they could.
+
+    `fix` is the command that changes that, `needs` what must be installed before it; None where there is nothing to say.
+    """
 
     mlx_version: str | None
     device: str
     kernels: str
-    problem: str | None
-    notice: str | None
-    fix: str | None
     memory_bytes: int
-
-
-def install_command() -> str:
-    """The pip command that brings the backend that fits this machine."""
-    if sys.platform == "darwin":
-        return "pip install mlx-runner"
-    extra = "cuda13" if shutil.which("nvidia-smi") else "cpu"
-    return f'pip install "mlx-runner[{extra}]"'
+    problem: str | None = None
+    notice: str | None = None
+    fix: str | None = None
+    needs: str | None = None
 
 
 def require() -> None:
@@ -45,7 +41,7 @@ def require() -> None:
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise BackendError(
-            f"MLX has no backend that works on this machine ({reason}); install one with: {install_command()}"
+            f"MLX has no backend that works on this machine ({reason}); install one with: {_fix()}"
         ) from error
 
 
@@ -58,7 +54,7 @@ def describe() -> BackendReport:
     try:
         require()
     except BackendError as error:
-        return BackendReport(version, platform.machine(), "none", str(error), None, install_command(), 0)
+        return BackendReport(version, platform.machine(), "none", 0, problem=str(error), fix=_fix())
     import mlx.core as mx
 
     from runner.device import current
@@ -67,10 +63,13 @@ def describe() -> BackendReport:
     name = str(info.get("device_name") or info.get("architecture") or platform.processor() or platform.machine())
     kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
     device = current()
-    return BackendReport(version, f"{kind}: {name}", device.name, None, device.notice, device.fix, _memory())
+    report = BackendReport(version, f"{kind}: {name}", device.name, _memory())
+    return dataclasses.replace(report, notice=device.notice, fix=device.fix, needs=device.needs)
+
+
+def _fix() -> str:
+    return installation.install(installation.extra())
 
 
 def _memory() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

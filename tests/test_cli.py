@@ -56,6 +56,12 @@ def test_help_and_import_load_nothing_heavy() -> None:
     assert "Commands:" in done.stdout
 
 
+def test_importing_the_package_loads_no_part_of_it() -> None:
+    code = "import sys, runner; print(sorted(name for name in sys.modules if name.startswith(('runner', 'mlx'))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "['runner']"
+
+
 def test_version_and_no_command() -> None:
     assert run("--version").stdout.startswith("runner ")
     done = run()
@@ -122,7 +128,15 @@ def test_stop_ends_before_the_text() -> None:
         (["generate", str(FIXTURES / "llama-bare"), "x"], 1, "llama-bare"),
         (["inspect", str(FIXTURES.parent)], 1, "is this a model's directory"),
         (["convert", __file__, "/tmp/never"], 1, "GGUF"),
+        (["convert", "/nowhere.gguf", "/tmp/never"], 2, "/nowhere.gguf"),
+        (["convert", __file__], 2, "OUT"),
+        (["pull", "nameless"], 1, "nameless"),
+        (["inspect", "/nowhere"], 1, "/nowhere"),
+        (["list", "surplus"], 2, "surplus"),
         (["frobnicate"], 2, "frobnicate"),
+        (["genrate"], 2, "generate"),
+        (["chat", MODEL, "--temprature", "0"], 2, "--temperature"),
+        (["chat", MODEL, "--preset", "nope"], 2, "nope"),
     ],
 )
 def test_an_error_is_one_line_and_a_code(arguments: list[str], code: int, words: str) -> None:
@@ -166,7 +180,9 @@ def test_doctor_calls_missing_kernels_slow_and_not_broken() -> None:
     report = json.loads(done.stdout)
     checks = {check["name"]: check for check in report["checks"]}
     assert done.returncode == 0 and report["usable"]
-    assert checks["kernels"]["state"] == "note" and "pip install" in checks["kernels"]["fix"]
+    assert checks["kernels"]["state"] == "note" and checks["kernels"]["fix"] == "unset RUNNER_KERNELS_ISA"
+    shown = run("doctor", RUNNER_KERNELS_ISA="none").stdout
+    assert "unset RUNNER_KERNELS_ISA" in shown and shown.endswith("\nready\n")
 
 
 def test_kernels_missing_is_said_once_on_stderr() -> None:

@@ -27,7 +27,7 @@ def read_bandwidth(passes: int = PASSES) -> float:
     size = min(BUFFER, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4) // 4096 * 4096
     if mx.default_device() != mx.Device(mx.cpu):
         return size / _device_pass(size, passes)
-    if kernels.unavailable_reason() is None:
+    if kernels.unavailable() is None:
         return size / kernels.read_seconds(size, passes)
     return size / _numpy_pass(size, passes)
 

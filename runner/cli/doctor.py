@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from runner import installation
 from runner.cli import terminal
 from runner.cli.options import AsJson
 
@@ -31,12 +32,16 @@ MARKS = {"ok": ("✓", "ok", "green"), "note": ("·", "--", "yellow"), "missing"
 
 @dataclass(frozen=True)
 class Check:
-    """One line: `missing` makes the program unusable, `note` takes a part away or only informs. `fix` is a command."""
+    """One line: `missing` makes the program unusable, `note` takes a part away or only informs.
+
+    `fix` is a command, `needs` what must be installed before it.
+    """
 
     name: str
     state: Literal["ok", "note", "missing"]
     value: str
     fix: str | None = None
+    needs: str | None = None
 
 
 def doctor(*, as_json: AsJson = False) -> None:
@@ -72,8 +77,15 @@ def check_mlx(report: BackendReport) -> list[Check]:
         Check("mlx", "ok", report.mlx_version or "version unknown"),
         Check("device", "ok", report.device),
         Check("memory", "ok", size(report.memory_bytes)),
-        Check("kernels", "ok" if report.notice is None else "note", report.notice or report.kernels, report.fix),
+        check_kernels(report),
     ]
+
+
+def check_kernels(report: BackendReport) -> Check:
+    """Our kernels, or why plain MLX computes instead: slower, and no failure."""
+    if report.notice is None:
+        return Check("kernels", "ok", report.kernels)
+    return Check("kernels", "note", report.notice, report.fix, report.needs)
 
 
 def check_package(name: str) -> Check:
@@ -84,7 +96,7 @@ def check_package(name: str) -> Check:
         consequence = PACKAGES[name]
         state: Literal["note", "missing"] = "missing" if consequence is None else "note"
         value = "not installed" if consequence is None else f"not installed: {consequence}"
-        return Check(name, state, value, f"{sys.executable} -m pip install {name}")
+        return Check(name, state, value, installation.pip(name))
 
 
 def check_hub() -> list[Check]:
@@ -112,6 +124,8 @@ def print_checks(checks: list[Check], usable: bool) -> None:
         table.add_row(
             tables.cell(symbol if unicode else word, style), tables.cell(check.name), tables.cell(check.value)
         )
+        if check.needs is not None:
+            table.add_row("", "", tables.cell(f"install {check.needs}, then run:"))
         if check.fix is not None:
             table.add_row("", "", tables.cell(check.fix, "cyan"))
     verdict = "ready" if usable else "not usable yet: run the command below the mark"

@@ -1,6 +1,6 @@
 """Fast CPU kernels: MLX primitives in a small C++ extension, for machines where MLX's own CPU backend is slow.
 
-The extension (`_C`) is optional. `unavailable_reason()` says whether it can be used; every other function needs it.
+The extension (`_C`) is optional. `unavailable()` says whether it can be used; every other function needs it.
 All functions return lazy arrays, compute in float32 and round once to the type of their first argument. They run on
 the calling thread's default CPU stream, over one pool of threads shared by the process. None has gradients.
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import mlx.core as mx
 
 from ..errors import BackendError
-from ._load import load_extension
+from ._load import Unavailable, load_extension
 
 if TYPE_CHECKING:
     from . import _C
@@ -34,26 +34,25 @@ __all__ = [
     "read_seconds",
     "rms_norm",
     "rope",
-    "unavailable_reason",
+    "unavailable",
 ]
 
 Activation = Literal["silu", "gelu", "gelu_approx", "relu"]
 
 if not TYPE_CHECKING:
-    _C, _reason = load_extension()
-else:
-    _reason: str | None
+    _C = load_extension()
 
 
-def unavailable_reason() -> str | None:
+def unavailable() -> Unavailable | None:
     """None when the extension works with the installed MLX, else why it does not and what to do."""
-    return _reason
+    return _C if isinstance(_C, Unavailable) else None
 
 
 def require() -> None:
     """Raises BackendError when the extension cannot be used."""
-    if _reason is not None:
-        raise BackendError(_reason)
+    why = unavailable()
+    if why is not None:
+        raise BackendError(str(why))
 
 
 def num_threads() -> int:

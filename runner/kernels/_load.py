@@ -5,36 +5,51 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import shutil
+from dataclasses import dataclass
 from types import ModuleType
 
 import mlx.core as mx
 
-_REBUILD = "reinstall runner with `pip install --no-cache-dir --force-reinstall --no-deps` to rebuild it"
+from .. import installation
 
 
-def load_extension(name: str = f"{__package__}._C") -> tuple[ModuleType | None, str | None]:
-    """(module, None), or (None, reason). RUNNER_KERNELS_ISA=none leaves the extension out, to compare with plain MLX."""
+@dataclass(frozen=True)
+class Unavailable:
+    """Why the kernels cannot be used, and the command that changes it; `needs` is what must be there before."""
+
+    reason: str
+    fix: str
+    needs: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {'' if self.needs is None else f'install {self.needs}, then '}run: {self.fix}"
+
+
+def load_extension(name: str = f"{__package__}._C") -> ModuleType | Unavailable:
+    """The extension. RUNNER_KERNELS_ISA=none leaves it out, to compare with plain MLX."""
     if os.environ.get("RUNNER_KERNELS_ISA") == "none":
-        return None, "RUNNER_KERNELS_ISA=none turns the CPU kernels off"
+        return Unavailable("RUNNER_KERNELS_ISA=none turns the CPU kernels off", "unset RUNNER_KERNELS_ISA")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError:
-        return (
-            None,
-            "the CPU kernels are not built; install a C++20 compiler (g++ or clang++), then `pip install .[cpu]`",
-        )
+        found = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+        needs = None if found else "a C++20 compiler (g++ or clang++)"
+        return Unavailable("the CPU kernels are not built", installation.rebuild(dependencies=False), needs)
     except ImportError as error:  # a symbol of another MLX, a library that is not there
-        return None, f"the CPU kernels do not load ({error}); {_REBUILD}"
+        return Unavailable(f"the CPU kernels do not load ({error})", installation.rebuild(dependencies=True))
     return check(module, importlib.metadata.version("mlx"))
 
 
-def check(module: ModuleType, installed: str) -> tuple[ModuleType | None, str | None]:
-    """Refuses a module built for another MLX or another nanobind ABI than mlx.core's."""
+def check(module: ModuleType, installed: str) -> ModuleType | Unavailable:
+    """`module` itself, unless it was built for another MLX or another nanobind ABI than mlx.core's."""
     built = str(module.built_for_mlx)
     if built != installed.split(".dev")[0]:
-        return None, f"the CPU kernels were built for MLX {built}, installed is {installed}; {_REBUILD}"
+        reason = f"the CPU kernels were built for MLX {built}, installed is {installed}"
+        return Unavailable(reason, installation.rebuild(dependencies=True))
     try:
         module.accepts_array(mx.array(0))
     except TypeError:
-        return None, f"the CPU kernels were built with another nanobind ABI than MLX {installed}; {_REBUILD}"
-    return module, None
+        reason = f"the CPU kernels were built with another nanobind ABI than MLX {installed}"
+        return Unavailable(reason, installation.rebuild(dependencies=True))
+    return module

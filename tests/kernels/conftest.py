@@ -9,12 +9,12 @@ import pytest
 from runner import kernels
 from runner.fast import PORTABLE, Ops
 
-collect_ignore = [] if kernels.unavailable_reason() is None else ["test_built.py"]
+collect_ignore = [] if kernels.unavailable() is None else ["test_built.py"]
 
 
 def available() -> list[str]:
     """ "mlx" always; the extension's tables where it is built, so that nothing is skipped where it is not."""
-    if kernels.unavailable_reason() is not None:
+    if kernels.unavailable() is not None:
         return ["mlx"]
     from runner.kernels import _C
 

@@ -12,7 +12,7 @@ from twins import numpy, rand
 from runner import kernels
 from runner.fast import PORTABLE, Ops
 
-BUILT = kernels.unavailable_reason() is None
+BUILT = kernels.unavailable() is None
 
 
 def quantised(n: int, k: int, seed: int) -> tuple[mx.array, mx.array, mx.array]:
