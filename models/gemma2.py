@@ -13,6 +13,7 @@ import mlx.core as mx
 from runner import layer_types
 from runner.cache import Batch, KVCache
 from runner.config import SLIDING
+from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import gemma
 from runner.models.gemma import GemmaConfig
@@ -31,6 +32,11 @@ class Gemma2Config(GemmaConfig):
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
     cache_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.query_pre_attn_scalar <= 0:
+            raise ConfigError(f"config.json: query_pre_attn_scalar must be positive, not {self.query_pre_attn_scalar}")
 
     @property
     def attention_scale(self) -> float:

@@ -220,6 +220,10 @@ class Config:
         """Whether the keys of earlier tokens would differ in a longer sequence, so that a cache of them can't go on."""
         return False
 
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of this name may stay unread: parts of a published model that plain decoding does not use."""
+        return False
+
     def cache_window(self, index: int) -> int | None:
         """How many keys layer `index` looks back on, itself included; None: all."""
         return None
@@ -252,9 +256,13 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"config.json: rope_parameters must be an object, not {parameters!r}")
     scaling = dict(parameters)
     if scaling and set(scaling) <= {FULL, SLIDING}:
+        if not all(isinstance(value, Mapping) for value in scaling.values()):
+            raise ConfigError(
+                f"config.json: rope_parameters needs an object for each type of layer, not {_short(scaling)}"
+            )
         local = scaling.get(SLIDING, {})
         scaling = dict(scaling.get(FULL, local))
-        if not isinstance(local, Mapping) or set(local) - {"rope_theta", "rope_type"} or _kind(local) != "default":
+        if set(local) - {"rope_theta", "rope_type"} or _kind(local) != "default":
             raise ConfigError(f"config.json: rope_parameters of {SLIDING} can only have a rope_theta, not {local!r}")
         result.setdefault("rope_local_base_freq", local.get("rope_theta", scaling.get("rope_theta")))
     for name in ("rope_theta", "partial_rotary_factor"):

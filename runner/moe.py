@@ -112,9 +112,7 @@ class MoE:
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts `[B, L, K]` of each token and their float32 shares."""
         shares = mx.softmax(self.router(x).astype(mx.float32), axis=-1)
-        count = shares.shape[-1]
-        experts = mx.argpartition(shares, kth=count - self.num_experts_per_tok, axis=-1)
-        experts = experts[..., count - self.num_experts_per_tok :]
+        experts = best(shares, self.num_experts_per_tok)
         shares = mx.take_along_axis(shares, experts, axis=-1)
         return experts, shares / mx.sum(shares, axis=-1, keepdims=True) if self.norm_topk_prob else shares
 
@@ -124,3 +122,22 @@ class MoE:
         hidden = self.glu(self.gate_up_proj(x[:, :, None, None], experts))
         outputs = self.down_proj(hidden, experts)[..., 0, :]  # [B, L, K, hidden_size]
         return mx.sum(outputs * shares[..., None].astype(outputs.dtype), axis=2)
+
+
+def best(scores: mx.array, count: int) -> mx.array:
+    """Indices `[..., count]` of the greatest scores `[..., E]`, in any order."""
+    first = scores.shape[-1] - count
+    return mx.argpartition(scores, kth=first, axis=-1)[..., first:]
+
+
+def in_best_groups(scores: mx.array, groups: int, kept: int, members: int) -> mx.array:
+    """Scores `[..., E]` with minus infinity outside the `kept` best of `groups` equal groups.
+
+    A group is ranked by the sum of its `members` best (DeepSeek V2 arXiv:2405.04434: 1; V3 arXiv:2412.19437: 2).
+    """
+    if groups == kept:
+        return scores
+    grouped = scores.reshape(*scores.shape[:-1], groups, -1)
+    ranks = mx.sum(mx.topk(grouped, members, axis=-1), axis=-1)
+    chosen = mx.any(best(ranks, kept)[..., None] == mx.arange(groups), axis=-2)
+    return mx.where(chosen[..., None], grouped, -mx.inf).reshape(scores.shape)

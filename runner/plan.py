@@ -118,7 +118,7 @@ def plan(
     """
     planner = _Planner(headers, provided)
     result = planner.module("", cls, Leaf(""), (), config, {})
-    planner.finish()
+    planner.finish(config)
     return result
 
 
@@ -135,8 +135,9 @@ class _Planner:
             name[:i] for name in self.headers for i in range(len(name) + 1) if name[i : i + 1] in (".", "")
         }
 
-    def finish(self) -> None:
-        unused = [name for name in self.headers if name not in self.used and not HARMLESS.search(name)]
+    def finish(self, config: Config) -> None:
+        left = [name for name in self.headers if name not in self.used]
+        unused = [name for name in left if not HARMLESS.search(name) and not config.ignores(name)]
         for name in unused:
             self.problems.unused(name, self.headers[name].shape)
         if self.problems.found and not self.declared:

@@ -127,8 +127,8 @@ def attention_factor(scaling: RopeScaling, *, max_position_embeddings: int) -> f
     if scaling.kind == "yarn":
         factor = scaling.factor or 1.0
         if scaling.mscale and scaling.mscale_all_dim:
-            return _mscale(factor, scaling.mscale) / _mscale(factor, scaling.mscale_all_dim)
-        return _mscale(factor, 1.0)
+            return yarn_mscale(factor, scaling.mscale) / yarn_mscale(factor, scaling.mscale_all_dim)
+        return yarn_mscale(factor, 1.0)
     if scaling.kind == "longrope":
         factor = scaling.factor or max_position_embeddings / original
         return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
@@ -145,7 +145,8 @@ def _dynamic_base(base: float, dims: int, factor: float, original: int, length: 
     return base * math.pow((factor * length / original) - (factor - 1), dims / (dims - 2))
 
 
-def _mscale(factor: float, mscale: float) -> float:
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's temperature for a context stretched by `factor` (arXiv:2309.00071, equation 22)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

@@ -60,6 +60,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def interrupt(self) -> None:
+        time.sleep(0.5)  # a signal between drawing the prompt and waiting for a key is seen at the next key only
         os.kill(self.process.pid, signal.SIGINT)
 
     def close(self) -> int:

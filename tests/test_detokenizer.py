@@ -15,7 +15,7 @@ from tokenizers import decoders, models
 
 from runner.detokenizer import Detokenizer, WindowStream, byte_of
 from runner.tokenizer import Tokenizer
-from runner.tokenizer_backends import JsonBackend
+from runner.tokenizer_backends import JsonBackend, load_json
 from runner.tokenizer_files import TokenizerFiles
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
@@ -51,7 +51,7 @@ def backend_of(name: str) -> tuple[Tokenizer, tokenizers.Tokenizer]:
     with TemporaryDirectory() as directory:
         path = Path(directory) / "tokenizer.json"
         library.save(str(path))
-        return Tokenizer(JsonBackend(path, TokenizerFiles()), TokenizerFiles()), library
+        return Tokenizer(JsonBackend(load_json(path), TokenizerFiles()), TokenizerFiles()), library
 
 
 @cache
