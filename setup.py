@@ -27,10 +27,12 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "runner.kernels._C",
-            [*sources, str(binding / "src" / "nb_combined.cpp")],
+            sources,
+            depends=sorted(str(path) for path in Path("runner/kernels/src").glob("*.h")),
             include_dirs=[
                 str(root / "include"),
                 str(binding / "include"),
+                str(binding / "src"),
                 str(binding / "ext" / "robin_map" / "include"),
             ],
             define_macros=[("NB_DOMAIN", "mlx"), ("NB_COMPACT_ASSERTIONS", None), ("NDEBUG", None)],
