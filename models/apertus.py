@@ -37,7 +37,7 @@ class ApertusConfig(LlamaConfig):
 
 @dataclass
 class XIELU:
-    """x above 0: `p x^2 + b x`; below: `n (e^x - 1 - x) + b x`, with p = softplus(alpha_p), n = b + softplus(alpha_n)."""
+    """x above 0: `p x^2 + b x`; below: `n (e^x - 1 - x) + b x`, p = softplus(alpha_p), n = b + softplus(alpha_n)."""
 
     alpha_p: mx.array = weight("alpha_p", 1)
     alpha_n: mx.array = weight("alpha_n", 1)

@@ -28,7 +28,7 @@ FIXED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cohere2Config(CohereConfig):
-    """`config.json` of a Command-R7B; `layer_switch` says the pattern once more, `cache_implementation` is about memory."""
+    """`config.json` of a Command-R7B; `layer_switch` repeats the pattern, `cache_implementation` is about memory."""
 
     sliding_window: int = 4096
     sliding_window_pattern: int = 4

@@ -17,7 +17,7 @@ from runner.errors import BackendError
 class BackendReport:
     """What `doctor` shows. `problem`: why models cannot run; `notice`: why they run slower than they could.
 
-    `fix` is the command that changes that, `needs` what must be installed before it; None where there is nothing to say.
+    `fix` is the command that changes that, `needs` what must be installed before it; None: nothing to say.
     """
 
     mlx_version: str | None

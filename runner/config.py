@@ -15,12 +15,13 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from runner.errors import ConfigError
 from runner.rope import RopeScaling
 
 _KEY = "runner.key"
+_ALSO = "runner.also"
 _MINIMUM = "runner.minimum"
 C = TypeVar("C", bound="Config")
 
@@ -36,10 +37,12 @@ HARMLESS = frozenset(
         "_attn_implementation_autoset",
         "_commit_hash",
         "_name_or_path",
+        "_num_labels",
         "activation_dropout",
         "add_cross_attention",
         "architectures",
         "attention_dropout",
+        "attention_probs_dropout_prob",
         "attn_implementation",
         "attn_pdrop",
         "auto_map",
@@ -64,6 +67,7 @@ HARMLESS = frozenset(
         "forced_bos_token_id",
         "forced_eos_token_id",
         "hidden_dropout",
+        "hidden_dropout_prob",
         "id2label",
         "init_std",
         "initializer_range",
@@ -128,9 +132,18 @@ HARMLESS = frozenset(
 `generation_config.json` and the engine read)."""
 
 
-def key(name: str | None = None, *, default: Any = MISSING, minimum: int = 1) -> Any:
-    """A field read from `config.json`'s key `name` (None: the field's own name); an integer is at least `minimum`."""
-    return field(default=default, metadata={_MINIMUM: minimum, **({} if name is None else {_KEY: name})})
+def key(name: str | None = None, *, also: str | None = None, default: Any = MISSING, minimum: int = 1) -> Any:
+    """A field read from `config.json`'s key `name` (None: the field's own name); an integer is at least `minimum`.
+
+    `also` is an older name of the same key; where both are there, they must agree.
+    """
+    metadata = {_MINIMUM: minimum, _ALSO: also, **({} if name is None else {_KEY: name})}
+    return field(default=default, metadata=metadata)
+
+
+def fixed(value: Any) -> Any:
+    """A field of the parent class that is always `value` here, and no key of `config.json`."""
+    return field(init=False, default=value)
 
 
 @dataclass(frozen=True)
@@ -189,6 +202,8 @@ class Config:
     tie_word_embeddings: bool = False
     quantization: Quantized | None = None
     layer_index: int | None = field(init=False, default=None, metadata={_MINIMUM: 0})
+    INERT: ClassVar[frozenset[str]] = frozenset()
+    """Keys of this family's files that change no number: each class that names some says why."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -209,6 +224,11 @@ class Config:
         object.__setattr__(layer, "layer_index", index)
         return layer
 
+    @classmethod
+    def reads_packed(cls, method: Mapping[str, Any]) -> bool:
+        """Whether the family's own tags read what this `quantization_config` packs."""
+        return False
+
     def quantization_of(self, name: str) -> tuple[int, int, str] | None:
         """What `quantization` says of the layer `name`: (bits, group size, mode); None where it says nothing."""
         if self.quantization is None:
@@ -221,7 +241,7 @@ class Config:
         return False
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor of this name may stay unread: parts of a published model that plain decoding does not use."""
+        """Whether a tensor of this name may stay unread: parts of a published model that decoding does not use."""
         return False
 
     def cache_window(self, index: int) -> int | None:
@@ -284,17 +304,17 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
     """Build `cls` from `config.json`'s object; see `Config.from_dict`."""
     values = normalise(raw)
     method = raw.get("quantization_config")
-    if isinstance(method, Mapping) and "quant_method" in method:
+    if isinstance(method, Mapping) and "quant_method" in method and not cls.reads_packed(method):
         Quantized.from_dict(method)
     hints = typing.get_type_hints(cls)
     problems: list[str] = []
     arguments: dict[str, Any] = {}
-    known: set[str] = set()
+    known: set[str | None] = set(cls.INERT)
     for item in dataclasses.fields(cls):
         if not item.init:
             continue
-        name = item.metadata.get(_KEY, item.name)
-        known.add(name)
+        name = _present(item, values, problems)
+        known |= {item.metadata.get(_KEY, item.name), item.metadata.get(_ALSO)}
         required = item.default is MISSING and item.default_factory is MISSING
         if name not in values or (values[name] is None and not _accepts_none(hints[item.name])):
             if required:
@@ -311,12 +331,22 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
     return cls(**arguments)
 
 
-def _unknown(values: Mapping[str, Any], known: set[str]) -> list[str]:
+def _present(item: dataclasses.Field[Any], values: Mapping[str, Any], problems: list[str]) -> str:
+    """The name that `item` has in `values`: its key, or the older one."""
+    name, also = item.metadata.get(_KEY, item.name), item.metadata.get(_ALSO)
+    if also is None or values.get(also) is None:
+        return str(name)
+    if values.get(name) not in (None, values[also]):
+        problems.append(f"{name!r} = {_short(values[name])} and {also!r} = {_short(values[also])} disagree")
+    return str(also)
+
+
+def _unknown(values: Mapping[str, Any], known: set[str | None]) -> list[str]:
     problems = []
     for name, value in values.items():
         if name in known or name in HARMLESS or value is None or value is False:
             continue
-        near = difflib.get_close_matches(name, sorted(known), n=1)
+        near = difflib.get_close_matches(name, sorted(filter(None, known)), n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         problems.append(f"key {name!r} = {_short(value)} could change the numbers and is not understood{hint}")
     return problems

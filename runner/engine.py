@@ -1,4 +1,4 @@
-"""A model ready to compute: config, weights and device, without a tokenizer. What `load`, `bench` and the tests share."""
+"""A model ready to compute: config, weights and device, without a tokenizer: what `load`, `bench` and tests share."""
 
 from __future__ import annotations
 

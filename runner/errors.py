@@ -1,4 +1,4 @@
-"""The one exception tree. Everything a user can cause derives from `RunnerError`; its message is one readable line (or list)."""
+"""The one exception tree. What users can cause derives from `RunnerError`; its message is a readable line (or list)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class UsageError(RunnerError, ValueError):
 
 
 class ConfigError(RunnerError, ValueError):
-    """`config.json` (or a sibling) is missing a key, has a bad value, or a key that would change numbers and is not understood."""
+    """`config.json` (or a sibling) misses a key, has a bad value, or a key that would change numbers and is unknown."""
 
 
 class CheckpointError(RunnerError, ValueError):

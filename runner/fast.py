@@ -54,6 +54,10 @@ def _add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps:
     return total, _rms_norm(total, weight, eps)
 
 
+def _layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
+    return mx.fast.layer_norm(x, weight, bias, eps).astype(x.dtype)
+
+
 def _attention(
     query: mx.array,
     key: mx.array,
@@ -90,6 +94,10 @@ def _rope(
 def _glu(gate_up: mx.array, activation: str) -> mx.array:
     gate, up = mx.split(gate_up, 2, axis=-1)
     return ACTIVATIONS[activation](gate) * up
+
+
+def _activate(x: mx.array, activation: str) -> mx.array:
+    return ACTIVATIONS[activation](x)
 
 
 def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
@@ -130,10 +138,11 @@ class Ops:
     quantized_linear: Callable[..., mx.array] = _quantized_linear
     rms_norm: Callable[[mx.array, mx.array | None, float], mx.array] = _rms_norm
     add_rms_norm: Callable[[mx.array, mx.array, mx.array | None, float], tuple[mx.array, mx.array]] = _add_rms_norm
-    layer_norm: Callable[[mx.array, mx.array | None, mx.array | None, float], mx.array] = mx.fast.layer_norm
+    layer_norm: Callable[[mx.array, mx.array | None, mx.array | None, float], mx.array] = _layer_norm
     rope: Callable[..., mx.array] = _rope
     attention: Callable[..., mx.array] = _attention
     glu: Callable[[mx.array, str], mx.array] = _glu
+    activate: Callable[[mx.array, str], mx.array] = _activate
     argmax: Callable[[mx.array], mx.array] = _argmax
     gather_linear: Callable[[mx.array, mx.array, mx.array], mx.array] = _gather_linear
     gather_quantized_linear: Callable[..., mx.array] = _gather_quantized_linear
@@ -215,13 +224,37 @@ class LayerNorm:
     """Layer normalisation over the last axis (arXiv:1607.06450)."""
 
     weight: mx.array = tensor("weight", "$0")
-    bias: mx.array | None = tensor("bias", "$0", optional=True)
+    bias: mx.array = tensor("bias", "$0")
     ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, eps: float) -> mx.array:
         """`(x - mean) / sqrt(var + eps) * weight + bias`; same shape and dtype as `x`."""
         _check_width("LayerNorm", x, self.weight)
         return self.ops.layer_norm(x, self.weight, self.bias, eps)
+
+
+@dataclass
+class ScaledLayerNorm:
+    """The same without a bias."""
+
+    weight: mx.array = tensor("weight", "$0")
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, eps: float) -> mx.array:
+        """`(x - mean) / sqrt(var + eps) * weight`; same shape and dtype as `x`."""
+        _check_width("LayerNorm", x, self.weight)
+        return self.ops.layer_norm(x, self.weight, None, eps)
+
+
+@dataclass
+class PlainLayerNorm:
+    """The same with nothing learnt; takes no tensor."""
+
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, eps: float) -> mx.array:
+        """`(x - mean) / sqrt(var + eps)`; same shape and dtype as `x`."""
+        return self.ops.layer_norm(x, None, None, eps)
 
 
 @dataclass
@@ -257,8 +290,8 @@ class RoPE:
     """Rotary position embedding (arXiv:2104.09864), with the published stretchings of its frequencies.
 
     `dims` of each head are rotated, the rest pass; `traditional` pairs neighbours (2i, 2i+1), the default pairs
-    (i, i + dims/2) as Hugging Face's checkpoints do; positions are multiplied by `scale`. With `dims` 0 (a layer without
-    positions) everything passes.
+    (i, i + dims/2) as Hugging Face's checkpoints do; positions are multiplied by `scale`. With `dims` 0 (a layer
+    without positions) everything passes.
     """
 
     dims: int = setting("rotary_dim", default=0)

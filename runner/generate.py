@@ -13,7 +13,7 @@ from runner.families import Model
 from runner.kv_storage import PLAIN, Storage
 
 PREFILL_CHUNK = 512
-"""Tokens of a prompt in one pass: enough to fill the machine, few enough to cancel soon and to keep activations small."""
+"""Tokens of a prompt in one pass: enough to fill the machine, few enough to cancel soon and keep activations small."""
 
 Sample = Callable[[mx.array], tuple[mx.array, ...]]
 """Logits `[V]` of the next token to lazy arrays, of which the first is the token."""

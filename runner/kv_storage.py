@@ -15,9 +15,9 @@ SCALE_COLUMNS = 2
 class Storage:
     """Makes, fills and reads a cache's buffers `[B, KV, capacity, width]`.
 
-    `empty(rows, capacity)`: a buffer for rows like `rows` `[B, KV, L, D]`. `write(keys, values, k, v, at)`: both buffers
-    with `k` and `v` `[B, KV, L, D]` in the rows from `at` on; the old ones must not be used again, their memory may be
-    the new ones'. `read(buffer)`: rows as numbers.
+    `empty(rows, capacity)`: a buffer for rows like `rows` `[B, KV, L, D]`. `write(keys, values, k, v, at)`: both
+    buffers with `k` and `v` `[B, KV, L, D]` in the rows from `at` on; the old ones must not be used again, their memory
+    may be the new ones'. `read(buffer)`: rows as numbers.
     """
 
     empty: Callable[[mx.array, int], mx.array]

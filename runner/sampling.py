@@ -60,15 +60,15 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the fewest most likely tokens whose probabilities reach it; at least one. 1 keeps all.
         min_p: keep tokens at least `min_p` times as likely as the most likely one.
-        repetition_penalty: positive logits of seen tokens are divided by it, negative ones multiplied (arXiv:1909.05858).
+        repetition_penalty: divides positive logits of seen tokens, multiplies negative ones (arXiv:1909.05858).
         presence_penalty: taken from the logit of each seen token.
         frequency_penalty: taken once for each time a token was seen.
         penalty_window: "seen" means among the last so many tokens; 0: all.
         penalize_prompt: whether the prompt's tokens count as seen.
         logit_bias: added to the logits of these ids.
         seed: same seed, same tokens; None draws one. The global random state is neither read nor changed.
-        logprobs: None: none; 0: the log-probability of each token picked, of the model's own distribution (before all of
-            the above); n: also the n most likely tokens.
+        logprobs: None: none; 0: the log-probability of each token picked, of the model's own distribution (before all
+            of the above); n: also the n most likely tokens.
     """
 
     temperature: float = 1.0

@@ -36,8 +36,11 @@ class Backend(Protocol):
 
 
 class JsonBackend:
-    """A tokenizer of the `tokenizers` library, read from a tokenizer.json or rebuilt. Its post-processor decides on BOS and EOS; the config's add_bos_token does not (as in
-    transformers 5.23, which drops the flag when there is a tokenizer.json)."""
+    """A tokenizer of the `tokenizers` library, read from a tokenizer.json or rebuilt.
+
+    Its post-processor decides on BOS and EOS; the config's add_bos_token does not (as in transformers 5.23, which drops
+    the flag when there is a tokenizer.json).
+    """
 
     def __init__(self, library: tokenizers.Tokenizer, files: TokenizerFiles, kind: str = "tokenizer.json") -> None:
         self.kind = kind

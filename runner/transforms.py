@@ -1,4 +1,4 @@
-"""How a stored tensor becomes a field's value, where the two differ; each knows its way back, so that models can be saved."""
+"""How a stored tensor becomes a field's value, where the two differ; each knows its way back, to save models."""
 
 from __future__ import annotations
 
@@ -21,19 +21,32 @@ class Transform:
         """The shape in the file of a field of `shape`."""
         return self.shape(shape)
 
+    def then(self, other: Transform) -> Transform:
+        """Both, this one first."""
+        if self is IDENTITY or other is IDENTITY:
+            return other if self is IDENTITY else self
+        return Transform(
+            f"{self.name}, {other.name}",
+            lambda array: other.apply(self.apply(array)),
+            lambda array: self.invert(other.invert(array)),
+            lambda shape: self.shape(other.shape(shape)),
+        )
+
 
 def _same(array: mx.array) -> mx.array:
     return array
 
 
 def _swap(array: mx.array) -> mx.array:
-    return array.T if array.ndim == 2 else array
+    return mx.contiguous(array.swapaxes(-1, -2)) if array.ndim > 1 else array
 
 
 IDENTITY = Transform("identity", _same, _same, lambda shape: shape)
 
-TRANSPOSE = Transform("transpose", _swap, _swap, lambda shape: shape[::-1] if len(shape) == 2 else shape)
-"""Matrices stored `[in, out]` (GPT-2's Conv1D); vectors stay."""
+TRANSPOSE = Transform(
+    "transpose", _swap, _swap, lambda shape: (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape
+)
+"""Matrices stored `[..., in, out]` (GPT-2's Conv1D, gpt-oss's experts); vectors stay."""
 
 PLUS_ONE = Transform(
     "+1",

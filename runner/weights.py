@@ -9,15 +9,18 @@ A tag is a name and a shape. Names of nested dataclasses join with dots; in a na
 
 - `{q,k,v}` joins the tensors it expands to along the output axis (axis 0) into one fused array,
 - `{num_experts}` (one word: an integer of the config) stacks `.0 .1 ...` along a new first axis,
+- `[num_experts]` at its end says that the tensor is stored so stacked; joining is along the axis after that,
+- `_` at its start continues the parent's name without a dot,
 - `a|b` takes the first that the checkpoint has.
 
-A dimension is an int, a config name, or a product of them (`"num_attention_heads*head_dim"`); a tuple gives one size for
-each joined part. A child module reads its parent's dimensions as `"$0"`, `"$1"`. `plan` checks all names, shapes and
-dtypes against the headers; only then does `build` read a tensor, field by field.
+A dimension is an int, a config name, or a product of them (`"num_attention_heads*head_dim"`); a tuple gives one size
+for each joined part. A child module reads its parent's dimensions as `"$0"`, `"$1"`. `plan` checks all names, shapes
+and dtypes against the headers; only then does `build` read a tensor, field by field.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -135,18 +138,24 @@ def setting(name: str | None = None, *, default: Any = MISSING) -> Any:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One stored tensor, or `rows = (start, stop, total)` of it."""
+    """One stored tensor, or `rows = (start, stop, total)` of it; `stack`: it holds so many along a first axis."""
 
     name: str
     rows: tuple[int, int, int] | None = None
+    stack: int | None = None
 
 
 @dataclass(frozen=True)
 class Join:
-    """Several: concatenated along axis 0, or stacked along a new one."""
+    """Several: concatenated along their rows (axis 0, or the first that nothing is stacked on), or stacked."""
 
     parts: tuple[Tree, ...]
     stacked: bool
+
+    @property
+    def axis(self) -> int:
+        """Where the parts are put together."""
+        return 0 if self.stacked else _stacks(self.parts[0])
 
 
 Tree = Leaf | Join
@@ -165,18 +174,30 @@ def expand(tree: Tree, name: str, config: Config) -> Tree:
     """`name` (a pattern without alternatives) below every leaf of `tree`."""
     if isinstance(tree, Join):
         return Join(tuple(expand(item, name, config) for item in tree.parts), tree.stacked)
-    return _pattern(".".join(filter(None, (tree.name, name))), tree.rows, config)
+    stack = tree.stack
+    counted = re.search(r"\[(\w+)\]$", name)
+    if counted is not None:
+        name, stack = name[: counted.start()], size_of(counted[1], config, {})
+    below = tree.name + name if name.startswith("_") else ".".join(filter(None, (tree.name, name)))
+    return _pattern(below, dataclasses.replace(tree, stack=stack), config)
 
 
-def _pattern(name: str, rows: tuple[int, int, int] | None, config: Config) -> Tree:
+def _pattern(name: str, leaf: Leaf, config: Config) -> Tree:
     found = re.search(r"\{([^{}]*)\}", name)
     if found is None:
-        return Leaf(name, rows)
+        return dataclasses.replace(leaf, name=name)
     words = found[1].split(",")
     stacked = len(words) == 1
     if stacked:
         words = [str(i) for i in range(size_of(words[0], config, {}))]
-    return Join(tuple(_pattern(name[: found.start()] + w + name[found.end() :], rows, config) for w in words), stacked)
+    return Join(tuple(_pattern(name[: found.start()] + w + name[found.end() :], leaf, config) for w in words), stacked)
+
+
+def _stacks(tree: Tree) -> int:
+    """How many axes before the rows of a matrix."""
+    if isinstance(tree, Leaf):
+        return 0 if tree.stack is None else 1
+    return _stacks(tree.parts[0]) + tree.stacked
 
 
 def size_of(dim: str | int, config: Config, scope: Mapping[str, Any]) -> int:
@@ -206,7 +227,8 @@ def leaf_shapes(tree: Tree, shape: tuple[Size, ...]) -> Iterator[tuple[Leaf, tup
     """Each stored tensor with the shape it should have."""
     if isinstance(tree, Leaf):
         stored = tuple(sum(size) if isinstance(size, tuple) else size for size in shape)
-        yield tree, (tree.rows[2], *stored[1:]) if tree.rows else stored
+        stored = (tree.rows[2], *stored[1:]) if tree.rows else stored
+        yield tree, stored if tree.stack is None else (tree.stack, *stored)
         return
     first = shape[0]
     for index, item in enumerate(tree.parts):
@@ -218,7 +240,8 @@ def joined_shape(tree: Tree, shape: tuple[Size, ...]) -> tuple[int, ...]:
     """The shape of the field: what joining and stacking the stored tensors gives."""
     if isinstance(tree, Leaf):
         stored = tuple(sum(size) if isinstance(size, tuple) else size for size in shape)
-        return (tree.rows[1] - tree.rows[0], *stored[1:]) if tree.rows else stored
+        stored = (tree.rows[1] - tree.rows[0], *stored[1:]) if tree.rows else stored
+        return stored if tree.stack is None else (tree.stack, *stored)
     if tree.stacked:
         return (len(tree.parts), *joined_shape(tree.parts[0], shape))
     first = shape[0]
@@ -226,7 +249,8 @@ def joined_shape(tree: Tree, shape: tuple[Size, ...]) -> tuple[int, ...]:
         joined_shape(item, (first[i] if isinstance(first, tuple) else first, *shape[1:]))
         for i, item in enumerate(tree.parts)
     ]
-    return (sum(piece[0] for piece in pieces), *pieces[0][1:])
+    axis = tree.axis
+    return (*pieces[0][:axis], sum(piece[axis] for piece in pieces), *pieces[0][axis + 1 :])
 
 
 @dataclass(frozen=True)

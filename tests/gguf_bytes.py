@@ -1,4 +1,4 @@
-"""The bytes of a GGUF file, written by hand: container, metadata, and small vocabularies. Source: ggml's docs/gguf.md."""
+"""The bytes of a GGUF file, written by hand: container, metadata, small vocabularies. Source: ggml's docs/gguf.md."""
 
 from __future__ import annotations
 

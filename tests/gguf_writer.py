@@ -94,7 +94,7 @@ def metadata_of(config: Metadata) -> dict[str, Any]:
 def tensors_of(
     config: Metadata, weights: Mapping[str, np.ndarray], kind: Callable[[str], Type] = lambda name: Type.F32
 ) -> dict[str, tuple[np.ndarray, Type]]:
-    """A checkpoint's tensors under GGUF's names; `kind` chooses the type of each matrix by that name, vectors are F32."""
+    """A checkpoint's tensors under GGUF's names; `kind` chooses each matrix's type by that name, vectors are F32."""
     family = config["model_type"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], config["num_hidden_layers"])
     heads = {"attn_q": config["num_attention_heads"]}

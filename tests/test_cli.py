@@ -48,7 +48,7 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
 def test_help_and_import_load_nothing_heavy() -> None:
     heavy = ["mlx", "numpy", "huggingface_hub", "rich.console", "jinja2", "tokenizers", "sentencepiece", "safetensors"]
     code = (
-        "import sys, runner\nassert 'mlx' not in sys.modules\nfrom runner.cli.app import run\nassert run(['--help']) == 0\n"
+        "import sys\nfrom runner.cli.app import run\nassert run(['--help']) == 0\n"
         f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

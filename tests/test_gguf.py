@@ -141,12 +141,29 @@ FIXTURES = [
     if json.loads(path.read_text())["model_type"] in writer.ARCHITECTURES and path.parent.name not in NOT_IN_GGUF
 ]
 by_fixture = pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
-UNRENAMED = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings "
-    "rms_norm_eps norm_epsilon sliding_window query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping "
-    "rope_local_base_freq sliding_window_pattern partial_rotary_factor original_max_position_embeddings use_bias "
-    "attention_bias mlp_bias vocab_size rope_theta"
-).split()
+UNRENAMED = [
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "norm_epsilon",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope_local_base_freq",
+    "sliding_window_pattern",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "use_bias",
+    "attention_bias",
+    "mlp_bias",
+    "vocab_size",
+    "rope_theta",
+]
 
 
 def config_of(path: Path) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not say that it is shard 3"):
         GGUF.open(first)
     (tmp_path / "m-00003-of-00003.gguf").unlink()
-    with pytest.raises(CheckpointError, match="m-00003-of-00003.gguf: no such file"):
+    with pytest.raises(CheckpointError, match=r"m-00003-of-00003\.gguf: no such file"):
         GGUF.open(first)
 
 

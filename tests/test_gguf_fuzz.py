@@ -1,4 +1,4 @@
-"""Damaged GGUF files, seeded: each is refused in one line, or loads arrays of the shapes it promised. Memory stays small."""
+"""Damaged GGUF files, seeded: each is refused in one line, or loads arrays of the shapes promised, in little memory."""
 
 from __future__ import annotations
 

@@ -246,5 +246,5 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
 
 
 def test_long_templates_are_refused() -> None:
-    with pytest.raises(TokenizerError, match="tokenizer.chat_template has 600000 characters"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.chat_template has 600000 characters"):
         vocabulary_of({**sentencepiece_keys(), "tokenizer.chat_template": "x" * 600_000})

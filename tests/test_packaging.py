@@ -123,8 +123,9 @@ def test_an_installed_package_runs_and_is_typed(installed: Path) -> None:
     words = ("generate", str(model), "abc", "--raw", "--temperature", "0", "--max-tokens", "2", "--preset", "greedy")
     command("-m", "runner", *words, cwd=installed, PYTHONPATH="site")
     assert (installed / "site" / "bin" / "runner").is_file()
-    code = "import models, runner\nfrom runner.models.llama import LlamaConfig\nreveal_type(runner.load('x').generate)\n"
-    (installed / "use.py").write_text(code + "reveal_type(models.WHOSE)\n")
+    code = "import models, runner\nfrom runner.models.llama import LlamaConfig\n"
+    types = "reveal_type(runner.load('x').generate)\nreveal_type(models.WHOSE)\n"
+    (installed / "use.py").write_text(code + types)
     said = command("-m", "mypy", "--strict", "--follow-imports=silent", "use.py", cwd=installed, MYPYPATH="site")
     assert "-> runner.language_model.Generation" in said and '"str"' in said
 

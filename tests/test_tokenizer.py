@@ -26,8 +26,8 @@ DATA = Path(__file__).parent / "data" / "tokenizers"
 KINDS = ("chatml", "llama")
 # Fragments that, set side by side, can spell special tokens of both tokenizers.
 FRAGMENTS = st.sampled_from(
-    ["<|im_", "end|>", "<|im_end|>", "<|", "im_start", "|>", "<s>", "</s", ">", "<", "s>", "<|bos|>", " ", "\n", "x", "日",
-     "<|eot|>", "<pad>", "<think>", "{{ bos_token }}", "▁"]
+    ["<|im_", "end|>", "<|im_end|>", "<|", "im_start", "|>", "<s>", "</s", ">", "<", "s>", "<|bos|>", " ", "\n", "x",
+     "日", "<|eot|>", "<pad>", "<think>", "{{ bos_token }}", "▁"]
 )  # fmt: skip
 CONTENTS = st.lists(FRAGMENTS, max_size=6).map("".join)
 

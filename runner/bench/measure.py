@@ -152,7 +152,7 @@ def rewind(caches: list[KVCache], depth: int) -> bool:
 
 
 def read(engine: Engine, ids: np.ndarray, caches: list[KVCache]) -> mx.array:
-    """Prefill `ids` `[B, T]` in chunks, as `generate.prefill` does for one sequence; the likeliest next tokens `[B]`."""
+    """Prefill `ids` `[B, T]` in chunks, as `generate.prefill` does one sequence; the likeliest next tokens `[B]`."""
     offset, count = caches[0].offset, ids.shape[1]
     tokens = mx.array(ids)
     for start in range(0, count, PREFILL_CHUNK):

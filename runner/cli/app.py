@@ -115,7 +115,7 @@ def invoke(arguments: list[str]) -> None:
 
 
 def report(error: Exception, arguments: Sequence[str]) -> int:
-    """Print `error` as one `error:` line (a list of problems keeps its lines) and return the exit code it stands for."""
+    """Print `error` as one `error:` line (a list of problems keeps its lines); returns the exit code it stands for."""
     if isinstance(error, typer.TyperException):  # what typer found wrong with the arguments
         name = next((a for a in arguments if any(a == entry.name for entry in COMMANDS)), "")
         message = " ".join(error.format_message().split()).rstrip(".")

@@ -73,7 +73,7 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Until /quit, Ctrl-D or a second Ctrl-C. At a terminal an error ends the turn; from a pipe it ends the program."""
+        """Until /quit, Ctrl-D or a second Ctrl-C. At a terminal an error ends the turn; from a pipe, the program."""
         if self.reader.interactive:
             name = terminal.paint(self.lm.path.name, "bold", sys.stderr)
             print(f"{name}  {terminal.paint('/help lists the commands', 'dim', sys.stderr)}\n", file=sys.stderr)
@@ -92,7 +92,7 @@ class Chat:
                 print(file=sys.stderr)
 
     def read(self) -> tuple[str, bool] | None:
-        """The next message and whether it may be a command; None at the end. Two Ctrl-C in a row raise KeyboardInterrupt."""
+        """The next message and whether it may be a command; None at the end. A second Ctrl-C in a row is raised."""
         interrupted = False
         while True:
             try:
@@ -200,7 +200,7 @@ def no_text(command: str, rest: str) -> None:
 
 @contextmanager
 def soft_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag the engine asks for between tokens and prompt chunks; a second one raises KeyboardInterrupt."""
+    """Ctrl-C sets a flag asked for between tokens and prompt chunks; a second one raises KeyboardInterrupt."""
     pressed = False
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:

@@ -68,7 +68,7 @@ class LineReader:
 
 
 def set_up_editing(completions: Sequence[str]) -> None:
-    """Line editing, where Python has readline: pasted lines stay one message, Tab completes commands; no file is kept."""
+    """Line editing, if Python has readline: pasted lines stay one message, Tab completes commands, no file is kept."""
     try:
         import readline
     except ImportError:

@@ -1,4 +1,4 @@
-"""The messages of a chat and their file: a JSON list of `{"role", "content"}` as the OpenAI API and templates take it."""
+"""The messages of a chat and their file: a JSON list of `{"role", "content"}` as templates take it."""
 
 from __future__ import annotations
 

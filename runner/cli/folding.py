@@ -8,7 +8,6 @@ model.layers.1.mlp.up_proj.weight      ->                    mlp.up_proj.weight
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ LAYER = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.(?P<rest>.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the tree. `entry` None is the heading of a run of layers; `repeats` counts the layers a line stands for."""
+    """One line of the tree. `entry` None heads a run of layers; `repeats` counts the layers a line stands for."""
 
     depth: int
     field: str
@@ -95,17 +94,23 @@ def split(entries: Sequence[Entry]) -> Iterator[Layer]:
 
 
 def replace_index(name: str, index: int, text: str) -> str:
-    """`name` with its first dotted part that is `index` replaced: `model.layers.3.x`, 3, "0-29" -> `model.layers.0-29.x`."""
+    """`name` with its first part that is `index` replaced: `model.layers.3.x`, 3, "0-29" -> `model.layers.0-29.x`."""
     return re.sub(rf"(?<=\.){index}(?=\.)", text, name, count=1)
+
+
+def shared_start(names: Sequence[str]) -> str:
+    """The longest text that every name starts with."""
+    low, high = min(names), max(names)  # in order, whatever these two share lies in all between them
+    return low[: next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))]
 
 
 def brace(names: Sequence[str]) -> str:
     """Several names as one: what they share, and the rest in braces; whole numbers in a row as `0-63`."""
     if len(names) < 2:
         return "".join(names)
-    start = os.path.commonprefix(list(names))
+    start = shared_start(names)
     ends = [name[len(start) :] for name in names]
-    tail = os.path.commonprefix([end[::-1] for end in ends])[::-1]
+    tail = shared_start([end[::-1] for end in ends])[::-1]
     middles = [end[: len(end) - len(tail)] for end in ends]
     if all(middle.isdecimal() for middle in middles):
         numbers = [int(middle) for middle in middles]

@@ -1,4 +1,4 @@
-"""Help pages in quiet columns: usage, text, arguments, then the options by the panel they were declared in, then an example."""
+"""Help pages in quiet columns: usage, text, arguments, options by the panel they were declared in, an example."""
 
 from __future__ import annotations
 

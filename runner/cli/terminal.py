@@ -27,7 +27,7 @@ VISIBLE = _visible_table()
 def visible(text: str) -> str:
     """`text` without the power to move the cursor, set the title, write to the clipboard: control characters are shown.
 
-    Models and checkpoints are untrusted; each character is judged alone, so a sequence split over two chunks is safe too.
+    Models and checkpoints are untrusted; each character is judged alone, so a sequence split over chunks is safe too.
     """
     return text.translate(VISIBLE)
 
@@ -74,7 +74,7 @@ def version() -> str:
 
 
 class Output:
-    """Stdout, written piece by piece and flushed each time: made visible on a terminal, unchanged into a pipe or file."""
+    """Stdout, written piece by piece and flushed each time: made visible on a terminal, unchanged in a pipe or file."""
 
     def __init__(self) -> None:
         self.stream = sys.stdout
@@ -132,8 +132,8 @@ def prompt_text(argument: str | None) -> str:
     """The prompt: the argument, standard input (no argument, or `-`), or both when text is piped in beside an argument.
 
     With both, the piped text follows the argument after a blank line: `runner generate M "Summarise:" < notes.txt`.
-    Line ends at the end of piped text are dropped, as a shell's `$(...)` does. Raises UsageError for no text at all, for
-    text that is not UTF-8, and for `-` or nothing at a terminal that gives none.
+    Line ends at the end of piped text are dropped, as a shell's `$(...)` does. Raises UsageError for no text at all,
+    for text that is not UTF-8, and for `-` or nothing at a terminal that gives none.
     """
     pieces: list[str] = []
     if argument is not None and argument != "-":
@@ -158,7 +158,7 @@ def stdin_is_piped() -> bool:
 
 
 def read_stdin() -> str:
-    """All of stdin as UTF-8 text, without a byte order mark and without line ends at the end; UsageError for other bytes."""
+    """All of stdin as UTF-8 text, without a byte order mark and line ends at the end; UsageError for other bytes."""
     if sys.stdin is None:
         raise UsageError("the prompt '-' is standard input, which is closed")
     if os.name == "posix" and not select.select([sys.stdin], [], [], STDIN_PATIENCE)[0]:

@@ -1,14 +1,14 @@
 """GGUF's block formats, and what MLX multiplies natively that equals them.
 
-A block of ggml (see ggml-common.h and `dequantize_row_*` in ggml-quants.c) holds integers q under a scale, and perhaps an
-offset, of a few formats. Seven of them are MLX's affine form in groups of 32, `w = scale * q + bias`, number for number:
+A block of ggml (see ggml-common.h and `dequantize_row_*` in ggml-quants.c) holds integers q under a scale, and perhaps
+an offset, of a few formats. Seven are MLX's affine form in groups of 32, `w = scale * q + bias`, number for number:
 
     Q4_0  d (q - 8)     = d q - 8 d          Q4_1  d q + m        Q4_K  (d s) q - (dmin m), s and m of 6 bits
     Q5_0  d (q - 16)    = d q - 16 d         Q5_1  d q + m        Q5_K  the same, q of 5 bits
     Q8_0  d (u - 128)   = d u - 128 d, where u = q + 128 is unsigned
 
-A power of two times a float16 is a float16 again, so five keep float16 scales. The product d s of Q4_K and Q5_K has up to
-11 + 6 bits of mantissa: exact in float32 (24 bits), not in float16 (11), so these two have float32 scales. What MLX
+A power of two times a float16 is a float16 again, so five keep float16 scales. The product d s of Q4_K and Q5_K has up
+to 11 + 6 bits of mantissa: exact in float32 (24 bits), not in float16 (11), so these two have float32 scales. What MLX
 computes from them in float32, `scale * q + bias`, has an exact product (17 + 5 bits) and one rounding, as ggml's own.
 
 Q6_K, Q3_K and Q2_K have groups of 16, which MLX's affine form has not: they become float16.
@@ -136,7 +136,7 @@ def _packed_nibbles(packed: Bytes, run: int) -> Bytes:
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
-    """MLX's packing: integers of `bits` bits one after another, the lowest bits first. `[n, c] -> [n, c * bits / 8]`."""
+    """MLX's packing: integers of `bits` bits one after another, lowest bits first. `[n, c] -> [n, c * bits / 8]`."""
     eights = codes.reshape(-1, 8)
     word = np.zeros(len(eights), np.uint64)
     for index in range(8):

@@ -1,7 +1,7 @@
 """The GGUF container: metadata and the place of every tensor, believed only after each number was checked.
 
-Source: ggml's docs/gguf.md, versions 2 and 3. A file is: "GGUF", version, number of tensors, number of metadata entries;
-the entries (key, type, value); the tensors (name, dimensions, type, offset); padding; data, which the offsets count from.
+Source: ggml's docs/gguf.md, versions 2 and 3. A file: "GGUF", version, numbers of tensors and of metadata entries; the
+entries (key, type, value); the tensors (name, dimensions, type, offset); padding; data, where offsets count from.
 Files are read, never mapped, so that one that shrinks under us is an error and not a signal.
 """
 
@@ -238,7 +238,8 @@ class _Header:
         if kind not in FORMATS:
             known = ", ".join(form.name for form in FORMATS.values())
             raise CheckpointError(
-                f"{self.path.name}: tensor {shown(name)} has type {_name(kind)}, which is not supported; these are: {known}"
+                f"{self.path.name}: tensor {shown(name)} has type {_name(kind)}, "
+                f"which is not supported; these are: {known}"
             )
         form = FORMATS[kind]
         if not all(0 < size <= MAX_DIM for size in shape) or shape[-1] % form.count or offset % alignment:

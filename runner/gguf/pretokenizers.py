@@ -1,7 +1,7 @@
 """llama.cpp's names of pre-tokenisers: how a byte-level BPE cuts text into words before it merges within them.
 
-Source: the models' own tokenizer.json files, which llama.cpp's table (llama-vocab.cpp) follows. Each regex cuts what the
-one before it left; what it matches and what lies between are both pieces.
+Source: the models' own tokenizer.json files, which llama.cpp's table (llama-vocab.cpp) follows. Each regex cuts what
+the one before it left; what it matches and what lies between are both pieces.
 """
 
 from __future__ import annotations

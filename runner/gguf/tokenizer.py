@@ -31,10 +31,24 @@ _MAX_PIECE = 256  # longer pieces are not split into merges: none exists, and th
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 
 ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> <|end_of_text|> "
-    "<end_of_utterance> </s> <eos> <｜end▁of▁sentence｜>".split()
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|eom_id|>",
+        "<EOT>",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "</s>",
+        "<eos>",
+        "<｜end▁of▁sentence｜>",
+    ]
 )
-"""Tokens that end an answer wherever they exist as control tokens: many files name only one of two in their metadata."""
+"""Tokens that end an answer wherever they exist as control tokens: many files name only one of two."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is promised beyond the numbers: threads, streams, chunks, reads in place. Asked of plain MLX and the extension."""
+"""What is promised beyond the numbers: threads, streams, chunks, reads in place. For plain MLX and the extension."""
 
 from __future__ import annotations
 

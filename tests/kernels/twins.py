@@ -32,7 +32,7 @@ def numpy(x: mx.array) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def assert_close(found: mx.array, expected: Any, *, rounded_to: mx.Dtype, tolerance: float) -> None:
-    """Every value within `tolerance` of the expected ones' size, plus one rounding to the output type; NaN meets NaN."""
+    """Every value within `tolerance` of the expected ones' size, plus one rounding to its type; NaN meets NaN."""
     got, want = numpy(found), np.asarray(expected, dtype=np.float32)
     assert got.shape == want.shape
     if rounded_to == mx.float16:

@@ -4,8 +4,8 @@
 
 with transformers 5.23.0, tokenizers 0.23.3, sentencepiece 0.2.3 (scripts/requirements-oracle.txt):
 
-- `chatml/`: byte-level BPE with NFC, a BOS, special tokens with and without `rstrip`, added tokens that are not special,
-  two named templates in tokenizer_config.json.
+- `chatml/`: byte-level BPE with NFC, a BOS, special tokens with and without `rstrip`, added tokens that are not
+  special, two named templates in tokenizer_config.json.
 - `llama/`: tokenizer.model alone in the oldest layout: special_tokens_map.json, added_tokens.json, `legacy`, byte
   fallback, chat_template.jinja and one more in additional_chat_templates/.
 - `expected.json` in each: ids and texts; `templates.json`: ten templates with chats and what transformers renders.
@@ -35,8 +35,9 @@ CORPUS = [
     "日本語のテキスト。中文文本。한국어 문장",
 ] * 5
 PARTS = [
-    *"abcdefgh XYZ", " ", "  ", "\n", "\r\n", "\t", "the", " capital", "I'm", "10", "2024", "ß", "é", "e\u0301", "日本", "한국",
-    "😀", "👨‍👩‍👧", "🇫🇷", "\u200d", "\u00a0", "▁", "<s>", "</s>", "<|im_end|>", "<|im_start|>", "<think>", "<unk>", "<0x0A>", "\x00",
+    *"abcdefgh XYZ", " ", "  ", "\n", "\r\n", "\t", "the", " capital", "I'm", "10", "2024", "ß", "é",
+    "e\u0301", "日本", "한국", "😀", "👨‍👩‍👧", "🇫🇷", "\u200d", "\u00a0", "▁", "<s>", "</s>", "<|im_end|>",
+    "<|im_start|>", "<think>", "<unk>", "<0x0A>", "\x00",
     "<extra>", "<pad>", "<|eot|>", " <|eot|> ",
 ]  # fmt: skip
 MACROS = """{%- macro parts(content) -%}
@@ -45,7 +46,8 @@ MACROS = """{%- macro parts(content) -%}
 {%- endmacro -%}
 {{- bos_token -}}
 {%- for message in messages -%}
-    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}{{ raise_exception('Unknown role ' + message.role) }}{% endif %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}\
+{{ raise_exception('Unknown role ' + message.role) }}{% endif %}
     {{- '<|im_start|>' ~ message.role ~ '\\n' ~ parts(message.content) ~ '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
@@ -59,7 +61,8 @@ TOOLS = """{%- if tools %}
 {%- set ns = namespace(last=-1) %}
 {%- for message in messages[::-1] %}
     {%- set index = (messages | length - 1) - loop.index0 %}
-    {%- if ns.last < 0 and message.role == 'user' and not message.content.startswith('<answer>') %}{%- set ns.last = index %}{%- endif %}
+    {%- if ns.last < 0 and message.role == 'user' and not message.content.startswith('<answer>') %}\
+{%- set ns.last = index %}{%- endif %}
 {%- endfor %}
 {%- for message in messages %}
     {%- set content = message.content if message.content is defined and message.content is not none else '' %}
@@ -72,7 +75,8 @@ TOOLS = """{%- if tools %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {{- '<|im_start|>assistant\\n' }}
-        {%- if loop.index0 > ns.last and thought %}{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{%- endif %}
+        {%- if loop.index0 > ns.last and thought %}\
+{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{%- endif %}
         {{- content }}
         {%- for call in message.tool_calls or [] %}
             {{- '\\n<call>' }}{{- call.function.name }}{{- call.function.arguments | tojson(indent=2) }}{{- '</call>' }}
@@ -88,7 +92,8 @@ TOOLS = """{%- if tools %}
 {%- endif %}"""
 TEMPLATES = {
     "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "instruct": (
@@ -96,36 +101,49 @@ TEMPLATES = {
         "{% set first = messages[0]['content'] %}{% else %}{% set rest = messages %}{% set first = false %}{% endif %}"
         "{% for message in rest %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('roles must alternate') }}{% endif %}{% set content = message['content'] %}"
-        "{% if loop.index0 == 0 and first is not false %}{% set content = '<<' + first + '>>\\n' + content %}{% endif %}"
+        "{% if loop.index0 == 0 and first is not false %}"
+        "{% set content = '<<' + first + '>>\\n' + content %}{% endif %}"
         "{% if message['role'] == 'user' %}{{ '[INST] ' + content.strip() + ' [/INST]' }}"
         "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
     "macros": MACROS,
     "tools": TOOLS,
     "blocks": (
-        "{{ bos_token }}\n{% for message in messages %}\n    {% if message.role == 'system' %}\n        {% continue %}\n"
+        "{{ bos_token }}\n{% for message in messages %}\n    {% if message.role == 'system' %}\n"
+        "        {% continue %}\n"
         "    {% endif %}\n{{ message.role | upper }}: {% generation %}{{ message.content }}{% endgeneration %}\n\n"
-        "    {% if loop.index > 2 %}{% break %}{% endif %}\n{% endfor %}\n{% if add_generation_prompt %}ASSISTANT:{% endif %}\n"
+        "    {% if loop.index > 2 %}{% break %}{% endif %}\n{% endfor %}\n"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}\n"
     ),
-    "dates": "{{ strftime_now('%Y') | length }}{{ '|' }}{{ date_string | default('none') }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "dates": (
+        "{{ strftime_now('%Y') | length }}{{ '|' }}{{ date_string | default('none') }}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ),
     "json": (
         "{{ messages | tojson }}{{ '\\n' }}{{ tools | tojson(indent=4, sort_keys=true) }}"
         "{{ messages[0] | tojson(ensure_ascii=true) }}{{ messages | tojson(separators=(',', ':')) }}"
     ),
     "filters": (
         "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | map('trim') | join(' / ') }}"
-        "{{ messages | rejectattr('role', 'in', ['user']) | list | length }}{{ (messages | first).role | capitalize | center(20) }}"
+        "{{ messages | rejectattr('role', 'in', ['user']) | list | length }}"
+        "{{ (messages | first).role | capitalize | center(20) }}"
         "{{ '%s-%03d' % (messages[-1].role, 7) }}{{ '{:>6}|{x!r}'.format(3, x='é') }}{{ [3, 1, 2] | sort | last }}"
-        "{{ messages | groupby('role') | map('first') | join(',') }}{{ {'b': 1, 'a': 2} | dictsort }}{{ 7 // 2 }}{{ 2 ** 10 }}"
-        "{{ dict(a=1, b=[1, 2]).items() | list }}{{ 'x' * 3 }}{{ 'a\\nb' | indent(2) }}{{ 3.14159 | round(2) }}{{ 'é' | e }}"
+        "{{ messages | groupby('role') | map('first') | join(',') }}"
+        "{{ {'b': 1, 'a': 2} | dictsort }}{{ 7 // 2 }}{{ 2 ** 10 }}"
+        "{{ dict(a=1, b=[1, 2]).items() | list }}"
+        "{{ 'x' * 3 }}{{ 'a\\nb' | indent(2) }}{{ 3.14159 | round(2) }}{{ 'é' | e }}"
     ),
     "scopes": (
         "{% set ns = namespace(n=0, text='') %}{% for m in messages recursive %}{% set ns.n = ns.n + 1 %}"
         "{% set ns.text = ns.text ~ loop.index ~ m.role[:2] ~ m.content[::-1] %}{{ loop.cycle('odd', 'even') }}"
-        "{% endfor %}{% set block %}[{{ ns.n }}]{% endset %}{{ block }}{{ ns.text }}{% filter upper %}up{{ ns.n }}{% endfilter %}"
+        "{% endfor %}{% set block %}[{{ ns.n }}]{% endset %}{{ block }}{{ ns.text }}"
+        "{% filter upper %}up{{ ns.n }}{% endfilter %}"
         "{% call(x) wrap(1) %}{{ x }}{% endcall %}"
     ).replace("{% set ns =", "{% macro wrap(y) %}<{{ caller(y + 1) }}>{% endmacro %}{% set ns =", 1),
-    "spaces": "  {% if true %}\n  x\n  {%- endif %}\n\n{{ messages[0].content }}  \n{# gone #}\n\t{% for m in messages -%}\n {{ m.role }}\n{% endfor %}\nend\n\n",
+    "spaces": (
+        "  {% if true %}\n  x\n  {%- endif %}\n\n{{ messages[0].content }}  \n{# gone #}\n"
+        "\t{% for m in messages -%}\n {{ m.role }}\n{% endfor %}\nend\n\n"
+    ),
 }  # fmt: skip
 TOOL = {
     "type": "function",
