@@ -19,6 +19,30 @@ RUNNER_INLINE float bias_at(const LinearArgs& a, int64_t n) { return a.bias ? lo
 
 RUNNER_INLINE int64_t groups_of(const LinearArgs& a) { return a.k / a.group; }
 
+// `count` codes of BITS bits, one after another with the lowest bits first, as bytes; count is a multiple of 8. Eight
+// codes are a word, whose halves are drawn apart three times: 32 bits, 16, 8 for each code in the end.
+template <int BITS>
+RUNNER_INLINE void codes_to_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
+  constexpr uint64_t four = (1ull << (4 * BITS)) - 1;
+  constexpr uint64_t two = ((1ull << (2 * BITS)) - 1) * 0x0000000100000001ull;
+  constexpr uint64_t one = ((1ull << BITS) - 1) * 0x0001000100010001ull;
+  for (int64_t i = 0; i < count; i += 8, from += BITS) {
+    uint64_t word = 0;
+    memcpy(&word, from, BITS);
+    word = (word & four) | (word << (32 - 4 * BITS) & four << 32);
+    word = (word & two) | (word << (16 - 2 * BITS) & two << 16);
+    word = (word & one) | (word << (8 - BITS) & one << 8);
+    memcpy(to + i, &word, 8);
+  }
+}
+
+inline void codes_to_bytes(const uint8_t* from, int bits, int64_t count, uint8_t* to) {
+  if (bits == 2) return codes_to_bytes<2>(from, count, to);
+  if (bits == 3) return codes_to_bytes<3>(from, count, to);
+  if (bits == 5) return codes_to_bytes<5>(from, count, to);
+  codes_to_bytes<6>(from, count, to);
+}
+
 // dst[0, count) = row n of w from column k0 on, dequantised; k0 is a multiple of the group.
 template <class T>
 void dequantise_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, float* dst) {
@@ -32,11 +56,16 @@ void dequantise_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, f
         dst[2 * i] = (float)(q[i] & 15) * scale + shift;
         dst[2 * i + 1] = (float)(q[i] >> 4) * scale + shift;
       }
-      q += a.group / 2;
     } else {
-      for (int i = 0; i < a.group; ++i) dst[i] = (float)q[i] * scale + shift;
-      q += a.group;
+      uint8_t bytes[128];  // the largest group
+      const uint8_t* code = q;
+      if (a.bits != 8) {
+        codes_to_bytes(q, a.bits, a.group, bytes);
+        code = bytes;
+      }
+      for (int i = 0; i < a.group; ++i) dst[i] = (float)code[i] * scale + shift;
     }
+    q += a.group * a.bits / 8;
     dst += a.group;
   }
 }
@@ -54,7 +83,7 @@ inline void weight_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count
 
 // Where to prefetch while line `c` of row r (of R side by side) is read. The hardware follows one stream within a
 // page, R rows at once defeat it. Short rows: the next rows follow in memory; long ones: each row is a stream.
-constexpr int64_t kAhead = 4096;  // bytes in flight that hide a trip to memory at full bandwidth
+constexpr int64_t kAhead = 8192;  // bytes in flight that hide a trip to memory at full bandwidth
 template <int R>
 RUNNER_INLINE const char* ahead(const void* w, int64_t row_bytes, int r, int64_t line) {
   if (R * row_bytes <= 2 * kAhead) return (const char*)w + (line * R + r) * 64 + kAhead;

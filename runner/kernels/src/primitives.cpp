@@ -220,7 +220,7 @@ mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const
   need_float(op, "x", x);
   need_dims(op, "weight", weight, 2);
   if (weight.dtype() != mx::uint32) refuse(op, ": weight is ", weight.dtype(), "; expected uint32");
-  if (bits != 4 && bits != 8) refuse(op, ": bits is ", bits, "; expected 4 or 8");
+  if (bits < 2 || bits > 8 || bits == 7) refuse(op, ": bits is ", bits, "; expected 2, 3, 4, 5, 6 or 8");
   if (group_size != 32 && group_size != 64 && group_size != 128) {
     refuse(op, ": group_size is ", group_size, "; expected 32, 64 or 128");
   }

@@ -349,8 +349,43 @@ RUNNER_INLINE void with_layout(const LinearArgs& a, F&& f) {
   return f(Int<8>{}, Int<128>{});
 }
 
+// Rows [n, n + rows) of a layer whose codes are not of 4 or 8 bits, as a layer of their own with 8.
+inline LinearArgs widened(const LinearArgs& a, int64_t n, int64_t rows) {
+  uint8_t* bytes = (uint8_t*)scratch(Slot::tile, rows * a.k);
+  codes_to_bytes((const uint8_t*)a.w + n * a.k * a.bits / 8, a.bits, rows * a.k, bytes);
+  LinearArgs part = a;
+  part.w = bytes;
+  part.bits = 8;
+  part.scales = (const char*)a.scales + n * groups_of(a) * size_of(a.st);
+  part.shifts = (const char*)a.shifts + n * groups_of(a) * size_of(a.st);
+  part.out = (char*)a.out + n * size_of(a.xt);
+  if (a.bias) part.bias = (const char*)a.bias + n * size_of(a.bt);
+  return part;
+}
+
+inline bool quant_gemv_widened(const LinearArgs& a) {
+  LinearArgs wide = a;
+  wide.bits = 8;
+  QuantX x = quantise_x(wide);
+  if (!x.finite) return false;
+  int64_t per = rows_per_chunk(a.n, a.k, 4);
+  with_layout(wide, [&](auto bits, auto group) {
+    with_type(a.st, [&](auto t) {
+      Pool::get().parallel_for((int)((a.n + per - 1) / per), [&](int chunk) {
+        int64_t end = (chunk + 1) * per < a.n ? (chunk + 1) * per : a.n;
+        for (int64_t n = chunk * per; n < end; n += kQuantRows) {
+          int64_t rows = end - n < kQuantRows ? end - n : kQuantRows;
+          quant_gemv_rows<decltype(bits)::value, decltype(group)::value, decltype(t)>(widened(a, n, rows), x, 0, rows);
+        }
+      });
+    });
+  });
+  return true;
+}
+
 // False when x holds a NaN or an infinity, which integers cannot carry.
 inline bool quant_gemv(const LinearArgs& a) {
+  if (a.bits != 4 && a.bits != 8) return quant_gemv_widened(a);
   QuantX x = quantise_x(a);
   if (!x.finite) return false;
   int64_t per = rows_per_chunk(a.n, a.k * a.bits / 8, 4);

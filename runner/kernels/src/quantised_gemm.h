@@ -14,7 +14,7 @@ struct QuantPanel {
 };
 
 constexpr float kMostCode = 32767.0f, kMostRest = 65534.0f;
-constexpr float kLarge = 6.0f;
+constexpr float kLarge = 4.0f;
 constexpr int kQuantDepth = 1024;  // columns of a weight tile
 
 RUNNER_INLINE int64_t quant_panel_bytes(const LinearArgs& a) {
