@@ -141,12 +141,13 @@ def test_ctrl_c_at_the_prompt_needs_a_second_one(chat: Terminal) -> None:
 
 
 def long_model(directory: Path) -> str:
-    """The fixture with room for an answer of minutes, so that Ctrl-C comes in the middle of it."""
-    for file in Path(MODEL).iterdir():
-        if file.name != "config.json":
-            (directory / file.name).write_bytes(file.read_bytes())
+    """The fixture with room for an answer of minutes and no token that ends it: Ctrl-C comes in the middle."""
+    for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        (directory / name).write_bytes((Path(MODEL) / name).read_bytes())
+    tokenizer = json.loads((Path(MODEL) / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "eos_token": None}))
     config = json.loads((Path(MODEL) / "config.json").read_text())
-    config["max_position_embeddings"] = 1 << 20
+    config |= {"max_position_embeddings": 1 << 20, "eos_token_id": None}
     (directory / "config.json").write_text(json.dumps(config))
     return str(directory)
 
