@@ -61,7 +61,10 @@ def num_threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "scalar" (RUNNER_KERNELS_ISA forces one the CPU has; "none" loads no kernels)."""
+    """The instruction set in use: "avx512", "avx2" or "scalar".
+
+    RUNNER_KERNELS_ISA forces one the CPU has; "none" loads no kernels.
+    """
     return _C.isa()
 
 
@@ -91,10 +94,10 @@ def quantized_linear(
     """x @ dequantised(weight).T + bias for MLX's affine layout (`mx.quantize`): w = scale * q + shift per group.
 
     x float [..., in]; weight uint32 [out, in * bits / 32]; scales and biases (the shifts) one float type,
-    [out, in / group_size]; bias float [out]; bits 4 or 8; group_size 32, 64 or 128. Returns [..., out] of x's type.
-    On x86, x is taken as integers with a scale per group (error at most 2^-24 of the group's greatest value for few rows,
-    2^-16 for many, where no value stands out);
-    rows that hold NaN or infinity, and other CPUs, take the float path.
+    [out, in / group_size]; bias float [out]; bits 2 to 6 or 8; group_size 32, 64 or 128. Returns [..., out] of
+    x's type. On x86, x is taken as integers with a scale per group (error at most 2^-24 of the group's greatest value
+    for few rows, 2^-16 for many, where no value stands out); rows that hold NaN or infinity, and other CPUs, take the
+    float path.
     """
     return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
 

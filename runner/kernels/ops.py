@@ -10,7 +10,7 @@ from runner import expertwise, kernels
 from runner.fast import PORTABLE, Ops
 from runner.kv_storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 
-_PACKED = (4, 8)
+_PACKED = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
 
 

@@ -44,8 +44,8 @@ WRONG: dict[str, Any] = {
     "x of integers": lambda: kernels.rms_norm(mx.zeros((2, 4), mx.int32), None, 1e-5),
     "in differs": lambda: kernels.linear(mx.zeros((2, 4)), mx.zeros((3, 5))),
     "bias size": lambda: kernels.linear(mx.zeros((2, 4)), mx.zeros((3, 4)), mx.zeros((4,))),
-    "3 bits": lambda: kernels.quantized_linear(
-        mx.zeros((1, 64)), mx.zeros((2, 6), mx.uint32), mx.zeros((2, 1)), mx.zeros((2, 1)), group_size=64, bits=3
+    "7 bits": lambda: kernels.quantized_linear(
+        mx.zeros((1, 64)), mx.zeros((2, 14), mx.uint32), mx.zeros((2, 1)), mx.zeros((2, 1)), group_size=64, bits=7
     ),
     "scales shape": lambda: kernels.quantized_linear(
         mx.zeros((1, 64)), mx.zeros((2, 8), mx.uint32), mx.zeros((2, 2)), mx.zeros((2, 2)), group_size=64, bits=4

@@ -58,7 +58,7 @@ def test_linear(
     ROWS,
     st.integers(1, 90),
     st.integers(1, 12),
-    st.sampled_from([4, 8]),
+    st.sampled_from([2, 3, 4, 5, 6, 8]),
     st.sampled_from([32, 64, 128]),
     FLOATS,
     FLOATS,
@@ -92,7 +92,7 @@ def test_quantized_linear(
 
 
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 3000, 576), (16, 50, 8192), (260, 50, 2176), (1100, 49, 1152)])
-@pytest.mark.parametrize("bits", [0, 4, 8])
+@pytest.mark.parametrize("bits", [0, 2, 3, 4, 5, 6, 8])
 def test_linear_layers_of_several_tiles(ops: Ops, rows: int, n: int, k: int, bits: int) -> None:
     """Past every blocking constant: tile rows, columns and depth, rows of x at a time, pieces of the pool."""
     x, w = rand(rows, k, seed=1), rand(n, k, seed=2)

@@ -19,21 +19,59 @@ RUNNER_INLINE float bias_at(const LinearArgs& a, int64_t n) { return a.bias ? lo
 
 RUNNER_INLINE int64_t groups_of(const LinearArgs& a) { return a.k / a.group; }
 
-// `count` codes of BITS bits, one after another with the lowest bits first, as bytes; count is a multiple of 8. Eight
-// codes are a word, whose halves are drawn apart three times: 32 bits, 16, 8 for each code in the end.
+// Eight codes of BITS bits, the lowest bits first, as bytes: a word whose halves are drawn apart three times, to 32 bits,
+// 16 and 8 for each code.
 template <int BITS>
-RUNNER_INLINE void codes_to_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
+RUNNER_INLINE void eight_codes(const uint8_t* from, uint8_t* to) {
   constexpr uint64_t four = (1ull << (4 * BITS)) - 1;
   constexpr uint64_t two = ((1ull << (2 * BITS)) - 1) * 0x0000000100000001ull;
   constexpr uint64_t one = ((1ull << BITS) - 1) * 0x0001000100010001ull;
-  for (int64_t i = 0; i < count; i += 8, from += BITS) {
-    uint64_t word = 0;
-    memcpy(&word, from, BITS);
-    word = (word & four) | (word << (32 - 4 * BITS) & four << 32);
-    word = (word & two) | (word << (16 - 2 * BITS) & two << 16);
-    word = (word & one) | (word << (8 - BITS) & one << 8);
-    memcpy(to + i, &word, 8);
+  uint64_t word = 0;
+  memcpy(&word, from, BITS);
+  word = (word & four) | (word << (32 - 4 * BITS) & four << 32);
+  word = (word & two) | (word << (16 - 2 * BITS) & two << 16);
+  word = (word & one) | (word << (8 - BITS) & one << 8);
+  memcpy(to, &word, 8);
+}
+
+#if RUNNER_ISA > 0
+// Sixteen codes as 16-bit lanes, their low bytes: the two bytes that hold code i, times a power of two that moves it to
+// the upper byte.
+template <int BITS>
+struct Spread {
+  alignas(32) uint8_t byte[32];
+  alignas(32) uint16_t times[16];
+  constexpr Spread() : byte{}, times{} {
+    for (int i = 0; i < 16; ++i) {
+      byte[2 * i] = (uint8_t)(i * BITS / 8);
+      byte[2 * i + 1] = (uint8_t)(i * BITS / 8 + 1);
+      times[i] = (uint16_t)(1 << (8 - i * BITS % 8));
+    }
   }
+};
+
+template <int BITS>
+RUNNER_INLINE __m256i sixteen_codes(const uint8_t* from) {
+  static constexpr Spread<BITS> spread;
+  __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+  __m256i words = _mm256_shuffle_epi8(both, _mm256_load_si256((const __m256i*)spread.byte));
+  return _mm256_srli_epi16(_mm256_mullo_epi16(words, _mm256_load_si256((const __m256i*)spread.times)), 8);
+}
+#endif
+
+// `count` codes of BITS bits as bytes; count is a multiple of 8.
+template <int BITS>
+RUNNER_INLINE void codes_to_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
+  const uint8_t* end = to + count;
+#if RUNNER_ISA > 0
+  const uint8_t* last = from + count * BITS / 8 - (16 + 2 * BITS);  // 32 codes are read as two times 16 bytes
+  const __m256i mask = _mm256_set1_epi8((1 << BITS) - 1);
+  for (; from <= last; from += 4 * BITS, to += 32) {
+    __m256i codes = _mm256_packus_epi16(sixteen_codes<BITS>(from), sixteen_codes<BITS>(from + 2 * BITS));
+    _mm256_storeu_si256((__m256i*)to, _mm256_and_si256(_mm256_permute4x64_epi64(codes, 0xd8), mask));
+  }
+#endif
+  for (; to < end; from += BITS, to += 8) eight_codes<BITS>(from, to);
 }
 
 inline void codes_to_bytes(const uint8_t* from, int bits, int64_t count, uint8_t* to) {
