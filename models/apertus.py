@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from runner import blocks
+from runner.blocks import HIDDEN, INTERMEDIATE
 from runner.errors import ConfigError
 from runner.fast import RMSNorm
-from runner.models import llama, qwen3
-from runner.models.llama import HIDDEN, INTERMEDIATE, LlamaConfig
+from runner.models import qwen3
+from runner.models.llama import LlamaConfig
 from runner.nn import Linear
 from runner.weights import weight
 
@@ -63,7 +65,7 @@ class MLP:
 
 
 @dataclass
-class Block(llama.PreNorm):
+class Block(blocks.PreNorm):
     """Qwen 3's attention and that MLP."""
 
     input_layernorm: RMSNorm = weight("attention_layernorm", HIDDEN)
@@ -73,7 +75,7 @@ class Block(llama.PreNorm):
 
 
 @dataclass
-class Apertus(llama.Decoder):
+class Apertus(blocks.Decoder):
     """Llama's frame with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -7,81 +7,88 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
+from runner.blocks import HIDDEN, VOCAB, ConfiguredBlock, LayerNormDecoder
 from runner.cache import Batch, KVCache
-from runner.config import key
+from runner.config import fixed, key
 from runner.fast import LayerNorm
-from runner.models import gpt_neox, stablelm
-from runner.models.llama import HIDDEN, VOCAB
-from runner.models.stablelm import LayerNormConfig
-from runner.nn import Alibi, Embedding, Linear, interleaved_heads, merge_heads
-from runner.weights import setting, weight
+from runner.models import gpt_neox
+from runner.models.gpt2 import UnrotatedConfig
+from runner.nn import Embedding, Linear
+from runner.positions import Alibi
+from runner.weights import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class BloomConfig(LayerNormConfig):
-    """`config.json` of a BLOOM; the last keys are about the authors' own kernels."""
+class BloomConfig(UnrotatedConfig):
+    """`config.json` of a BLOOM; defaults are those of `transformers.BloomConfig`."""
 
-    num_hidden_layers: int = key("n_layer", default=2)
-    num_attention_heads: int = key("n_head", default=8)
+    INERT: ClassVar = frozenset(
+        ["attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi", "skip_bias_add",
+         "skip_bias_add_qkv", "slow_but_exact"]
+    )  # fmt: skip
+    """How the authors' kernels were put together; what they compute is the same."""
+
+    hidden_size: int = key(also="n_embed", default=64)
+    num_hidden_layers: int = key("n_layer", also="num_hidden_layers", default=2)
+    num_attention_heads: int = key("n_head", also="num_attention_heads", default=8)
     max_position_embeddings: int = key("seq_length", default=2048)
     intermediate_size: int = key("n_inner", default=0, minimum=0)
-    hidden_act: str = "gelu_pytorch_tanh"
+    hidden_act: str = fixed("gelu_pytorch_tanh")
     layer_norm_eps: float = key("layer_norm_epsilon", default=1e-5)
     tie_word_embeddings: bool = True
     apply_residual_connection_post_layernorm: bool = False
-    attention_softmax_in_fp32: bool = True
-    bias_dropout_fusion: bool = True
-    masked_softmax_fusion: bool = True
-    skip_bias_add: bool = True
-    skip_bias_add_qkv: bool = False
-    slow_but_exact: bool = False
-    offset_alibi: int | None = None
+    attention_bias: bool = fixed(True)
+    mlp_bias: bool = fixed(True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "intermediate_size", self.intermediate_size or 4 * self.hidden_size)
-        object.__setattr__(self, "attention_bias", True)
-        object.__setattr__(self, "mlp_bias", True)
         super().__post_init__()
 
+    @property
+    def block_class(self) -> type:
+        return NormedResidualBlock if self.apply_residual_connection_post_layernorm else Block
+
 
 @dataclass
-class Attention(gpt_neox.Attention):
-    """NeoX's, with distances added to the scores."""
+class Block(gpt_neox.Block):
+    """One sublayer after the other."""
 
-    alibi: Alibi = weight("")
+    self_attn: gpt_neox.Attention = weight("self_attention")
+
+
+@dataclass
+class NormedResidualBlock(Block):
+    """What the sublayers add to is what the norms gave."""
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        q, k, v = interleaved_heads(self.qkv_proj(x), self.num_key_value_heads, self.head_dim)
-        history = cache.append(k, v)
-        return self.o_proj(merge_heads(self.attend(q, history, self.alibi(q, history.length))))
+        x = self.input_layernorm(x, self.norm_eps)
+        x = self.post_attention_layernorm(x + self.self_attn(x, batch, cache), self.norm_eps)
+        return x + self.mlp(x)
 
 
 @dataclass
-class Block(stablelm.PreNorm):
-    """What is added to may be the norm's output."""
+class AlibiDecoder(LayerNormDecoder):
+    """Distances, where the model has them, are put into the mask that all layers share."""
 
-    self_attn: Attention = weight("self_attention")
-    mlp: gpt_neox.MLP = weight("mlp")
-    apply_residual_connection_post_layernorm: bool = setting()
+    alibi: Alibi | None = weight("")
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        post = self.apply_residual_connection_post_layernorm
-        normed = self.input_layernorm(x, self.norm_eps)
-        x = (normed if post else x) + self.self_attn(normed, batch, cache)
-        normed = self.post_attention_layernorm(x, self.norm_eps)
-        return (normed if post else x) + self.mlp(normed)
+    def run(self, x: mx.array, batch: Batch, caches: list[KVCache]) -> mx.array:
+        if self.alibi is not None:
+            batch = self.alibi(batch, caches[0].offset + x.shape[1], x.dtype)
+        return super().run(x, batch, caches)
 
 
 @dataclass
-class Bloom(stablelm.Decoder):
-    """A LayerNorm frame under its own names."""
+class Bloom(AlibiDecoder):
+    """A stack of one of those, with and without the prefix `transformer.`."""
 
     embed_tokens: Embedding = weight("transformer.word_embeddings|word_embeddings", VOCAB, HIDDEN)
     embed_norm: LayerNorm = weight("transformer.word_embeddings_layernorm|word_embeddings_layernorm", HIDDEN)
-    layers: Sequence[Block] = weight("transformer.h|h", length="num_hidden_layers")
+    layers: Sequence[ConfiguredBlock] = weight("transformer.h|h", length="num_hidden_layers")
     norm: LayerNorm = weight("transformer.ln_f|ln_f", HIDDEN)
     lm_head: Linear = weight(
         "lm_head|transformer.word_embeddings|word_embeddings", VOCAB, HIDDEN, otherwise="tie_word_embeddings"

@@ -10,20 +10,33 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache import Batch
-from runner.models import llama, stablelm
+from runner.blocks import HIDDEN, Frame, Parallel
+from runner.config import fixed
+from runner.fast import ScaledLayerNorm
+from runner.models import llama
 from runner.models.stablelm import LayerNormConfig
-from runner.nn import StoredHeadNorms, split_heads
+from runner.nn import StoredHeadNorms
 from runner.weights import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class CohereConfig(LayerNormConfig):
-    """`config.json` of a Command-R."""
+    """`config.json` of a Command-R; defaults are those of `transformers.CohereConfig`."""
 
+    max_position_embeddings: int = 8192
+    model_max_length: int | None = None
+    rope_theta: float = 500000.0
+    partial_rotary_factor: float = fixed(1.0)
     logit_scale: float = 0.0625
     tie_word_embeddings: bool = True
+    attention_bias: bool = False
     use_qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_max_length is not None and self.rope_scaling is None:
+            # The authors' context: positions are not stretched, so that the other number is in no formula.
+            object.__setattr__(self, "max_position_embeddings", self.model_max_length)
 
     @property
     def traditional(self) -> bool:
@@ -32,35 +45,28 @@ class CohereConfig(LayerNormConfig):
 
 
 @dataclass
-class Attention(llama.Attention):
+class Attention(llama.NormedAttention):
     """In Command-R+, a norm for each head."""
 
     q_norm: StoredHeadNorms | None = weight("q_norm", "num_attention_heads", "head_dim", when="use_qk_norm")
     k_norm: StoredHeadNorms | None = weight("k_norm", "num_key_value_heads", "head_dim", when="use_qk_norm")
-    norm_eps: float = setting()
-
-    def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-        if self.q_norm is None or self.k_norm is None:
-            return super().heads(qkv, batch)
-        ends = [self.num_attention_heads, self.num_attention_heads + self.num_key_value_heads]
-        q, k, v = mx.split(split_heads(qkv, self.head_dim), ends, axis=1)
-        q = self.rope(self.q_norm(q, self.norm_eps), batch.offset, batch.length)
-        return q, self.rope(self.k_norm(k, self.norm_eps), batch.offset, batch.length), v
 
 
 @dataclass
-class Block(stablelm.Parallel):
+class Block(Parallel):
     """Both at once."""
 
+    input_layernorm: ScaledLayerNorm = weight("input_layernorm", HIDDEN)
     self_attn: Attention = weight("self_attn")
     mlp: llama.MLP = weight("mlp")
 
 
 @dataclass
-class Cohere(stablelm.Decoder):
-    """A LayerNorm frame with those blocks, and scaled logits."""
+class Cohere(Frame):
+    """A stack of those blocks, and scaled logits."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
+    norm: ScaledLayerNorm = weight("model.norm", HIDDEN)
     logit_scale: float = setting()
 
     def logits(self, hidden: mx.array) -> mx.array:

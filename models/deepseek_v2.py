@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner import moe
+from runner import blocks, moe
+from runner.blocks import HIDDEN
 from runner.cache import Batch, History, KVCache
 from runner.config import Config, key
 from runner.errors import ConfigError
 from runner.fast import RMSNorm, RoPE
 from runner.models import llama
-from runner.models.llama import HIDDEN, LlamaConfig
+from runner.models.llama import LlamaConfig
 from runner.moe import ExpertLinear
 from runner.nn import GLU, Attend, Linear, merge_heads, split_heads
 from runner.rope import yarn_mscale
@@ -208,7 +209,7 @@ class FeedForward(Chooses):
 
 
 @dataclass
-class Block(llama.PreNorm):
+class Block(blocks.PreNorm):
     """Llama's frame, with those."""
 
     self_attn: Attention = weight("self_attn")
@@ -216,7 +217,7 @@ class Block(llama.PreNorm):
 
 
 @dataclass
-class DeepseekV2(llama.Decoder):
+class DeepseekV2(blocks.Decoder):
     """Llama's frame with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner import moe
+from runner import blocks, moe
 from runner.config import key
 from runner.errors import ConfigError
-from runner.models import deepseek_v2, llama
+from runner.models import deepseek_v2
 from runner.models.deepseek_v2 import EXPERTS, DeepseekConfig
 from runner.weights import weight
 
@@ -68,7 +68,7 @@ class FeedForward(deepseek_v2.FeedForward):
 
 
 @dataclass
-class Block(llama.PreNorm):
+class Block(blocks.PreNorm):
     """Llama's frame, with V2's attention."""
 
     self_attn: deepseek_v2.Attention = weight("self_attn")
@@ -76,7 +76,7 @@ class Block(llama.PreNorm):
 
 
 @dataclass
-class DeepseekV3(llama.Decoder):
+class DeepseekV3(blocks.Decoder):
     """Llama's frame with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

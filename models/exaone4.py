@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import layer_types
+from runner import blocks, layer_types
 from runner.config import FULL, SLIDING
-from runner.models import llama, olmo2, qwen3
+from runner.models import olmo2, qwen3
 from runner.models.llama import LlamaConfig
 from runner.weights import weight
 
@@ -49,7 +49,7 @@ class Block(olmo2.PostNorm):
 
 
 @dataclass
-class Exaone4(llama.Decoder):
+class Exaone4(blocks.Decoder):
     """Llama's frame with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

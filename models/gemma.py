@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from runner import blocks
+from runner.blocks import HIDDEN
 from runner.cache import Batch
 from runner.fast import RMSNorm
 from runner.models import llama
-from runner.models.llama import HIDDEN, LlamaConfig
+from runner.models.llama import LlamaConfig
 from runner.transforms import PLUS_ONE
 from runner.weights import setting, weight
 
@@ -42,7 +44,7 @@ class Block(llama.Block):
 
 
 @dataclass
-class Decoder(llama.Decoder):
+class Decoder(blocks.Decoder):
     """The frame of all Gemmas."""
 
     norm: RMSNorm = weight("model.norm", HIDDEN, transform=PLUS_ONE)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner import layer_types
+from runner.blocks import HIDDEN
 from runner.cache import Batch, KVCache
 from runner.config import SLIDING
 from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import gemma
 from runner.models.gemma import GemmaConfig
-from runner.models.llama import HIDDEN
 from runner.transforms import PLUS_ONE
 from runner.weights import setting, weight
 

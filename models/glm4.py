@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from runner.blocks import HIDDEN
 from runner.cache import Batch, KVCache
 from runner.fast import RMSNorm
 from runner.models import glm, llama
 from runner.models.glm import GlmConfig as GlmConfig
-from runner.models.llama import HIDDEN
 from runner.weights import weight
 
 

@@ -1,52 +1,61 @@
-"""GPT-2: learned positions, LayerNorms, matrices stored `[in, out]`; files with and without the `transformer.` prefix.
+"""GPT-2: learned positions, LayerNorms, matrices stored `[in, out]`.
 
-Source: Radford et al. 2019, and `transformers.models.gpt2`.
+Source: Radford et al. 2019, and `transformers.models.gpt2`. Files have their names below `transformer.`, below nothing,
+or (those that mlx-lm wrote) below `model.`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import mlx.core as mx
 
+from runner.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, LayerNormDecoder, PlainMLP, Q, Sequential
 from runner.cache import Batch
-from runner.config import key
-from runner.errors import ConfigError
+from runner.config import fixed, key
 from runner.fast import LayerNorm
-from runner.models import llama, stablelm
-from runner.models.llama import HIDDEN, INTERMEDIATE, KV, VOCAB, Q
+from runner.layouts import Conv1D
+from runner.models import llama
 from runner.models.stablelm import LayerNormConfig
-from runner.nn import Activation, Embedding, Linear, positions
-from runner.transforms import TRANSPOSE
-from runner.weights import weight
+from runner.nn import Embedding, Linear
+from runner.positions import positions
+from runner.rope import RopeScaling
+from runner.weights import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPT2Config(LayerNormConfig):
-    """`config.json` of a GPT-2."""
+class UnrotatedConfig(LayerNormConfig):
+    """What families without rotary positions share: no key says anything about them, and all heads have keys."""
 
-    hidden_size: int = key("n_embd", default=768)
-    num_hidden_layers: int = key("n_layer", default=12)
-    num_attention_heads: int = key("n_head", default=12)
-    max_position_embeddings: int = key("n_positions", default=1024)
+    num_key_value_heads: int = fixed(0)
+    rope_theta: float = fixed(10000.0)
+    rope_scaling: RopeScaling | None = field(init=False, default=None)
+    partial_rotary_factor: float = fixed(0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config(UnrotatedConfig):
+    """`config.json` of a GPT-2; defaults are those of `transformers.GPT2Config`."""
+
+    INERT: ClassVar = frozenset(["n_ctx", "reorder_and_upcast_attn"])
+    """`n_positions` sizes the table whatever `n_ctx` says; scores are summed in float32 in any case."""
+
+    hidden_size: int = key("n_embd", also="hidden_size", default=768)
+    num_hidden_layers: int = key("n_layer", also="num_hidden_layers", default=12)
+    num_attention_heads: int = key("n_head", also="num_attention_heads", default=12)
+    max_position_embeddings: int = key("n_positions", also="max_position_embeddings", default=1024)
     intermediate_size: int = key("n_inner", default=0, minimum=0)
     hidden_act: str = key("activation_function", default="gelu_new")
     layer_norm_eps: float = key("layer_norm_epsilon", default=1e-5)
     tie_word_embeddings: bool = True
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    n_ctx: int | None = None  # n_positions, once more
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "intermediate_size", self.intermediate_size or 4 * self.hidden_size)
         super().__post_init__()
-        if self.n_ctx not in (None, self.max_position_embeddings):
-            raise ConfigError(f"config.json: n_ctx {self.n_ctx} is not n_positions {self.max_position_embeddings}")
-
-    @property
-    def rotary_dim(self) -> int:
-        return 0
 
     @property
     def attention_scale(self) -> float:
@@ -56,26 +65,22 @@ class GPT2Config(LayerNormConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """One stored matrix, biases everywhere."""
+    """One stored matrix."""
 
-    qkv_proj: Linear = weight("c_attn", (Q, KV, KV), HIDDEN, bias=True, transform=TRANSPOSE)
-    o_proj: Linear = weight("c_proj", HIDDEN, Q, bias=True, transform=TRANSPOSE)
-
-
-@dataclass
-class MLP:
-    """Up, activation, down."""
-
-    act: Activation
-    c_fc: Linear = weight("c_fc", INTERMEDIATE, HIDDEN, bias=True, transform=TRANSPOSE)
-    c_proj: Linear = weight("c_proj", HIDDEN, INTERMEDIATE, bias=True, transform=TRANSPOSE)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.c_proj(self.act(self.c_fc(x)))
+    qkv_proj: Conv1D = weight("c_attn", (Q, KV, KV), HIDDEN, bias=True)
+    o_proj: Conv1D = weight("c_proj", HIDDEN, Q, bias=True)
 
 
 @dataclass
-class Block(stablelm.PreNorm):
+class MLP(PlainMLP):
+    """Under its own names."""
+
+    up_proj: Conv1D = weight("c_fc", INTERMEDIATE, HIDDEN, bias=True)
+    down_proj: Conv1D = weight("c_proj", HIDDEN, INTERMEDIATE, bias=True)
+
+
+@dataclass
+class Block(Sequential):
     """Under their own names."""
 
     input_layernorm: LayerNorm = weight("ln_1", HIDDEN)
@@ -85,14 +90,15 @@ class Block(stablelm.PreNorm):
 
 
 @dataclass
-class GPT2(stablelm.Decoder):
-    """A LayerNorm frame under its own names, with a table of positions."""
+class GPT2(LayerNormDecoder):
+    """A stack of those blocks, with a table of positions."""
 
-    embed_tokens: Embedding = weight("transformer.wte|wte", VOCAB, HIDDEN)
-    embed_positions: Embedding = weight("transformer.wpe|wpe", "max_position_embeddings", HIDDEN)
-    layers: Sequence[Block] = weight("transformer.h|h", length="num_hidden_layers")
-    norm: LayerNorm = weight("transformer.ln_f|ln_f", HIDDEN)
-    lm_head: Linear = weight("lm_head|transformer.wte|wte", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
+    embed_tokens: Embedding = weight("transformer.wte|wte|model.wte", VOCAB, HIDDEN)
+    embed_positions: Embedding = weight("transformer.wpe|wpe|model.wpe", "max_position_embeddings", HIDDEN)
+    layers: Sequence[Block] = weight("transformer.h|h|model.h", length="num_hidden_layers")
+    norm: LayerNorm = weight("transformer.ln_f|ln_f|model.ln_f", HIDDEN)
+    lm_head: Linear = weight("lm_head|transformer.wte|wte|model.wte", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
+    max_position_embeddings: int = setting()
 
     def embed(self, batch: Batch) -> mx.array:
-        return super().embed(batch) + self.embed_positions(positions(batch))
+        return super().embed(batch) + self.embed_positions(positions(batch, self.max_position_embeddings))

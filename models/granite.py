@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from runner import blocks
 from runner.cache import Batch, KVCache
 from runner.models import llama
 from runner.models.llama import LlamaConfig
@@ -31,7 +32,7 @@ class GraniteConfig(LlamaConfig):
 
 
 @dataclass
-class ScaledPreNorm(llama.PreNorm):
+class ScaledPreNorm(blocks.PreNorm):
     """Both branches are scaled before they are added."""
 
     residual_multiplier: float = setting()
@@ -51,7 +52,7 @@ class Block(ScaledPreNorm):
 
 
 @dataclass
-class Decoder(llama.Decoder):
+class Decoder(blocks.Decoder):
     """Embeddings and logits are scaled."""
 
     embedding_multiplier: float = setting()

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner import moe
+from runner.blocks import HIDDEN, INTERMEDIATE
 from runner.models import granite, llama
 from runner.models.granite import GraniteConfig
-from runner.models.llama import HIDDEN, INTERMEDIATE
 from runner.moe import ExpertLinear
 from runner.nn import Linear
 from runner.weights import weight

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner.blocks import HIDDEN, Q
 from runner.models import llama
-from runner.models.llama import HIDDEN, LlamaConfig, Q
+from runner.models.llama import LlamaConfig
 from runner.nn import Linear
 from runner.weights import weight
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import mlx.core as mx
 
+from runner import blocks
 from runner.cache import Batch
 from runner.errors import ConfigError
 from runner.fast import RMSNorm
@@ -71,7 +72,7 @@ class Block(llama.Block):
 
 
 @dataclass
-class Hunyuan(llama.Decoder):
+class Hunyuan(blocks.Decoder):
     """Llama's frame with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

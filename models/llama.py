@@ -7,21 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 
 from runner.activations import check_activation
+from runner.blocks import HIDDEN, INTERMEDIATE, KV, Decoder, Norm, PreNorm, Q
 from runner.cache import Batch, KVCache
 from runner.config import Config
 from runner.errors import ConfigError
-from runner.fast import RMSNorm, RoPE
-from runner.nn import GLU, Attend, Embedding, Linear, merge_heads, split_heads
+from runner.fast import RoPE
+from runner.nn import GLU, Attend, Linear, merge_heads, split_heads
 from runner.rope import RopeScaling, depends_on_length
 from runner.weights import setting, weight
-
-HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
-Q, KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +100,23 @@ class Attention:
 
 
 @dataclass
+class NormedAttention(Attention):
+    """Queries and keys pass a norm, head by head, before they are rotated; subclasses say which."""
+
+    q_norm: Norm | None = weight("q_norm", "head_dim")
+    k_norm: Norm | None = weight("k_norm", "head_dim")
+    norm_eps: float = setting()
+
+    def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+        if self.q_norm is None or self.k_norm is None:
+            return super().heads(qkv, batch)
+        ends = [self.num_attention_heads, self.num_attention_heads + self.num_key_value_heads]
+        q, k, v = mx.split(split_heads(qkv, self.head_dim), ends, axis=1)
+        q = self.rope(self.q_norm(q, self.norm_eps), batch.offset, batch.length)
+        return q, self.rope(self.k_norm(k, self.norm_eps), batch.offset, batch.length), v
+
+
+@dataclass
 class MLP:
     """The gated feed-forward layer; gate and up are one product."""
 
@@ -114,79 +128,12 @@ class MLP:
         return self.down_proj(self.glu(self.gate_up_proj(x)))
 
 
-class Layer(Protocol):
-    """What a decoder is a stack of: `[B, L, hidden_size]` to the same, with a cache of its own."""
-
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array: ...
-
-
-class Norm(Protocol):
-    """A normalisation of the last axis."""
-
-    def __call__(self, x: mx.array, eps: float) -> mx.array: ...
-
-
-class FeedForward(Protocol):
-    """What works on each token by itself: `[B, L, hidden_size]` to the same."""
-
-    def __call__(self, x: mx.array) -> mx.array: ...
-
-
-@dataclass
-class PreNorm(Layer):
-    """Attention, then MLP, each on a normalised copy of the residual stream that they add to."""
-
-    input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN)
-    self_attn: Layer = weight("self_attn")
-    post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
-    mlp: FeedForward = weight("mlp")
-    rms_norm_eps: float = setting()
-
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        attended = self.self_attn(self.input_layernorm(x, self.rms_norm_eps), batch, cache)
-        x, normed = self.post_attention_layernorm.add(x, attended, self.rms_norm_eps)
-        return x + self.mlp(normed)
-
-
 @dataclass
 class Block(PreNorm):
     """That frame, with those two."""
 
     self_attn: Attention = weight("self_attn")
     mlp: MLP = weight("mlp")
-
-
-@dataclass
-class Frame:
-    """What every decoder has: ids to hidden states, hidden states to logits. Subclasses say which layers."""
-
-    embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)
-    layers: Sequence[Layer] = weight("model.layers", length="num_hidden_layers")
-    norm: Norm = weight("model.norm", HIDDEN)
-    lm_head: Linear = weight("lm_head|model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
-    norm_eps: float = setting()
-
-    def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
-        """Hidden states `[B, L, hidden_size]` of `batch`, whose keys and values join `caches`."""
-        x = self.embed(batch)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, batch, cache)
-        return self.norm(x, self.norm_eps)
-
-    def embed(self, batch: Batch) -> mx.array:
-        """What the first layer sees, `[B, L, hidden_size]`."""
-        return self.embed_tokens(batch.ids)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """`[..., hidden_size] -> [..., vocab_size]`."""
-        return self.lm_head(hidden)
-
-
-@dataclass
-class Decoder(Frame):
-    """A frame with an RMSNorm at the end."""
-
-    norm: RMSNorm = weight("model.norm", HIDDEN)
 
 
 @dataclass

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import moe
+from runner import blocks, moe
+from runner.blocks import HIDDEN, INTERMEDIATE
 from runner.models import llama
-from runner.models.llama import HIDDEN, INTERMEDIATE, MistralConfig
+from runner.models.llama import MistralConfig
 from runner.moe import ExpertLinear
 from runner.nn import Linear
 from runner.weights import weight
@@ -44,7 +45,7 @@ class MoE(moe.MoE):
 
 
 @dataclass
-class Block(llama.PreNorm):
+class Block(blocks.PreNorm):
     """Llama's frame, with experts."""
 
     self_attn: llama.Attention = weight("self_attn")
@@ -52,7 +53,7 @@ class Block(llama.PreNorm):
 
 
 @dataclass
-class Mixtral(llama.Decoder):
+class Mixtral(blocks.Decoder):
     """Llama's frame with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -10,23 +10,25 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from runner.blocks import HIDDEN, LayerNormDecoder, PlainMLP, Sequential
 from runner.config import key
 from runner.fast import LayerNorm
-from runner.models import llama, stablelm
-from runner.models.llama import HIDDEN, INTERMEDIATE
+from runner.models import llama
 from runner.models.stablelm import LayerNormConfig
-from runner.nn import Activation, Linear
 from runner.transforms import PLUS_ONE
 from runner.weights import tensor, weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class NemotronConfig(LayerNormConfig):
-    """`config.json` of a Nemotron."""
+    """`config.json` of a Nemotron; defaults are those of `transformers.NemotronConfig`."""
 
+    max_position_embeddings: int = 4096
     layer_norm_eps: float = key("norm_eps", default=1e-5)
     hidden_act: str = "relu2"
     partial_rotary_factor: float = 0.5
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
 
 @dataclass
@@ -37,30 +39,18 @@ class LayerNorm1P(LayerNorm):
 
 
 @dataclass
-class MLP:
-    """Up, activation, down."""
-
-    act: Activation
-    up_proj: Linear = weight("up_proj", INTERMEDIATE, HIDDEN, bias="mlp_bias")
-    down_proj: Linear = weight("down_proj", HIDDEN, INTERMEDIATE, bias="mlp_bias")
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.act(self.up_proj(x)))
-
-
-@dataclass
-class Block(stablelm.PreNorm):
-    """Llama's attention and that MLP, between those norms."""
+class Block(Sequential):
+    """Llama's attention and an MLP without a gate, behind those norms."""
 
     input_layernorm: LayerNorm1P = weight("input_layernorm", HIDDEN)
     self_attn: llama.Attention = weight("self_attn")
     post_attention_layernorm: LayerNorm1P = weight("post_attention_layernorm", HIDDEN)
-    mlp: MLP = weight("mlp")
+    mlp: PlainMLP = weight("mlp")
 
 
 @dataclass
-class Nemotron(stablelm.Decoder):
-    """A LayerNorm frame with those blocks."""
+class Nemotron(LayerNormDecoder):
+    """A stack of those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
     norm: LayerNorm1P = weight("model.norm", HIDDEN)

@@ -10,32 +10,23 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache import Batch, KVCache
-from runner.fast import Ops, provided_ops
+from runner.blocks import Frame, Sequential
+from runner.cache import Batch
+from runner.config import fixed
+from runner.fast import PlainLayerNorm
 from runner.models import llama
-from runner.models.llama import LlamaConfig
+from runner.models.stablelm import LayerNormConfig
 from runner.weights import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class OlmoConfig(LlamaConfig):
-    """`config.json` of an OLMo; the norms' epsilon is fixed."""
+class OlmoConfig(LayerNormConfig):
+    """`config.json` of an OLMo; the norms' epsilon is no key of it."""
 
+    layer_norm_eps: float = fixed(1e-5)
+    partial_rotary_factor: float = fixed(1.0)
+    attention_bias: bool = False
     clip_qkv: float | None = None
-
-    @property
-    def norm_eps(self) -> float:
-        return 1e-5
-
-
-@dataclass
-class PlainNorm:
-    """A LayerNorm that learnt nothing; takes no tensor."""
-
-    ops: Ops = provided_ops()
-
-    def __call__(self, x: mx.array, eps: float) -> mx.array:
-        return self.ops.layer_norm(x, None, None, eps)
 
 
 @dataclass
@@ -50,22 +41,18 @@ class Attention(llama.Attention):
 
 
 @dataclass
-class Block(llama.Layer):
-    """Norm, sublayer, add; twice."""
+class Block(Sequential):
+    """Norms that take no tensor."""
 
-    norm: PlainNorm
+    input_layernorm: PlainLayerNorm = weight("")
     self_attn: Attention = weight("self_attn")
+    post_attention_layernorm: PlainLayerNorm = weight("")
     mlp: llama.MLP = weight("mlp")
-    norm_eps: float = setting()
-
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        x = x + self.self_attn(self.norm(x, self.norm_eps), batch, cache)
-        return x + self.mlp(self.norm(x, self.norm_eps))
 
 
 @dataclass
-class Olmo(llama.Frame):
-    """Llama's frame with those."""
+class Olmo(Frame):
+    """A stack of those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
-    norm: PlainNorm = weight("")
+    norm: PlainLayerNorm = weight("")

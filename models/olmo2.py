@@ -11,12 +11,13 @@ from typing import Self
 
 import mlx.core as mx
 
-from runner import layer_types
+from runner import blocks, layer_types
+from runner.blocks import HIDDEN, KV, Q
 from runner.cache import Batch, KVCache
 from runner.config import SLIDING
 from runner.fast import RMSNorm
 from runner.models import llama
-from runner.models.llama import HIDDEN, KV, LlamaConfig, Q
+from runner.models.llama import LlamaConfig
 from runner.weights import setting, weight
 
 
@@ -65,10 +66,10 @@ class Attention(llama.Attention):
 
 
 @dataclass
-class PostNorm(llama.Layer):
+class PostNorm(blocks.Layer):
     """Sublayer, norm, add; twice."""
 
-    self_attn: llama.Layer = weight("self_attn")
+    self_attn: blocks.Layer = weight("self_attn")
     post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
     mlp: llama.MLP = weight("mlp")
     post_feedforward_layernorm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN)
@@ -87,7 +88,7 @@ class Block(PostNorm):
 
 
 @dataclass
-class Olmo2(llama.Decoder):
+class Olmo2(blocks.Decoder):
     """Llama's frame, with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

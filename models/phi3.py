@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner.blocks import HIDDEN, KV, Q
 from runner.models import glm, llama
-from runner.models.llama import HIDDEN, KV, LlamaConfig, Q
+from runner.models.llama import LlamaConfig
 from runner.nn import Linear
 from runner.weights import weight
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner import layer_types
+from runner.blocks import HIDDEN, KV, Q
 from runner.config import FULL, SLIDING, key
 from runner.models import llama
-from runner.models.llama import HIDDEN, KV, LlamaConfig, Q
+from runner.models.llama import LlamaConfig
 from runner.nn import Linear
 from runner.weights import weight
 

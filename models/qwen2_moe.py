@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner import moe
+from runner import blocks, moe
+from runner.blocks import HIDDEN
 from runner.config import Config, key
 from runner.models import llama, qwen2
-from runner.models.llama import HIDDEN
 from runner.models.qwen2 import Qwen2Config
 from runner.moe import ExpertLinear
 from runner.nn import GLU, Linear
@@ -93,7 +93,7 @@ class SharedMoE(MoE):
 
 
 @dataclass
-class Block(llama.PreNorm):
+class Block(blocks.PreNorm):
     """Llama's frame, with experts in some layers."""
 
     self_attn: qwen2.Attention = weight("self_attn")
@@ -101,7 +101,7 @@ class Block(llama.PreNorm):
 
 
 @dataclass
-class Qwen2Moe(llama.Decoder):
+class Qwen2Moe(blocks.Decoder):
     """Llama's frame with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.models import llama, qwen2_moe, qwen3
+from runner import blocks
+from runner.models import qwen2_moe, qwen3
 from runner.models.qwen2_moe import Qwen2MoeConfig
 from runner.weights import weight
 
@@ -37,7 +38,7 @@ class FeedForward(qwen2_moe.FeedForward):
 
 
 @dataclass
-class Block(llama.PreNorm):
+class Block(blocks.PreNorm):
     """Llama's frame, with experts in some layers."""
 
     self_attn: qwen3.Attention = weight("self_attn")
@@ -45,7 +46,7 @@ class Block(llama.PreNorm):
 
 
 @dataclass
-class Qwen3Moe(llama.Decoder):
+class Qwen3Moe(blocks.Decoder):
     """Llama's frame with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -7,34 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-import mlx.core as mx
-
+from runner.blocks import HIDDEN, INTERMEDIATE, LayerNormDecoder, PlainMLP, Sequential
 from runner.config import key
 from runner.errors import ConfigError
-from runner.models import llama, stablelm
-from runner.models.llama import HIDDEN, INTERMEDIATE
+from runner.fast import LayerNorm
+from runner.models import llama
 from runner.models.stablelm import LayerNormConfig
-from runner.nn import Activation, Linear
+from runner.nn import Linear
 from runner.weights import weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Starcoder2Config(LayerNormConfig):
-    """`config.json` of a StarCoder 2."""
+    """`config.json` of a StarCoder 2; defaults are those of `transformers.Starcoder2Config`."""
 
+    INERT: ClassVar = frozenset(
+        [
+            "activation_function",
+            "attention_softmax_in_fp32",
+            "layer_norm_epsilon",
+            "scale_attention_softmax_in_fp32",
+            "scale_attn_weights",
+        ]
+    )
+    """Left over from the first StarCoder's config; the model's code reads none of them."""
+
+    max_position_embeddings: int = 4096
     layer_norm_eps: float = key("norm_epsilon", default=1e-5)
     hidden_act: str = "gelu_pytorch_tanh"
     num_key_value_heads: int = 2
     tie_word_embeddings: bool = True
     sliding_window: int | None = None
-    use_bias: bool = True
+    attention_bias: bool = key("use_bias", default=True)
     mlp_type: str = "default"
     norm_type: str = "layer_norm"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "attention_bias", self.use_bias)
         if (self.mlp_type, self.norm_type) != ("default", "layer_norm"):
             found = f"mlp_type {self.mlp_type!r}, norm_type {self.norm_type!r}"
             raise ConfigError(f"config.json: {found}: only 'default' and 'layer_norm' are supported")
@@ -44,27 +55,25 @@ class Starcoder2Config(LayerNormConfig):
 
 
 @dataclass
-class MLP:
-    """Up, activation, down."""
+class MLP(PlainMLP):
+    """Under its own names; `use_bias` is for all matrices."""
 
-    act: Activation
-    c_fc: Linear = weight("c_fc", INTERMEDIATE, HIDDEN, bias="use_bias")
-    c_proj: Linear = weight("c_proj", HIDDEN, INTERMEDIATE, bias="use_bias")
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.c_proj(self.act(self.c_fc(x)))
+    up_proj: Linear = weight("c_fc", INTERMEDIATE, HIDDEN, bias="attention_bias")
+    down_proj: Linear = weight("c_proj", HIDDEN, INTERMEDIATE, bias="attention_bias")
 
 
 @dataclass
-class Block(stablelm.PreNorm):
-    """Llama's attention and that MLP."""
+class Block(Sequential):
+    """Llama's attention and that MLP, behind LayerNorms."""
 
+    input_layernorm: LayerNorm = weight("input_layernorm", HIDDEN)
     self_attn: llama.Attention = weight("self_attn")
+    post_attention_layernorm: LayerNorm = weight("post_attention_layernorm", HIDDEN)
     mlp: MLP = weight("mlp")
 
 
 @dataclass
-class Starcoder2(stablelm.Decoder):
-    """A LayerNorm frame with those blocks."""
+class Starcoder2(LayerNormDecoder):
+    """A stack of those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -279,7 +279,8 @@ def _check_width(name: str, x: mx.array, weight: mx.array) -> None:
         raise UsageError(f"{name}: the last axis of x {x.shape} must have the {weight.shape[0]} elements of its weight")
 
 
-def _last(offset: int | mx.array) -> int:
+def last_offset(offset: int | mx.array) -> int:
+    """The largest offset of a batch's rows; reads it from the device."""
     value = mx.max(offset).item() if isinstance(offset, mx.array) else offset
     assert isinstance(value, int)
     return value
@@ -338,7 +339,7 @@ class RoPE:
         freqs = self.freqs
         if self.scaling is not None and frequencies.depends_on_length(self.scaling):
             if length is None:
-                length = _last(offset) + x.shape[2]
+                length = last_offset(offset) + x.shape[2]
             original = self.scaling.original_max_position_embeddings or self.max_position_embeddings
             freqs = self._freqs(length) if length > original else freqs
         if self.factor != 1.0:

@@ -8,10 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.activations import ACTIVATIONS
-from runner.cache import Batch, History
+from runner.cache import History
 from runner.config import Config
-from runner.errors import WeightsError
+from runner.errors import UsageError, WeightsError
 from runner.fast import Mask, Ops, provided_ops, scaled_dot_product_attention, window_mask
 from runner.weights import (
     PACKED,
@@ -204,7 +203,7 @@ _MODES = {(4, 32, "U8"): "mxfp4", (4, 16, "U8"): "nvfp4", (8, 32, "U8"): "mxfp8"
 
 @dataclass
 class GLU:
-    """The gated activation (arXiv:2002.05202): `act(gate) * up`, of gate and up side by side `[..., 2 I] -> [..., I]`."""
+    """The gated activation (arXiv:2002.05202): `act(gate) * up`, gate and up side by side: `[..., 2 I] -> [..., I]`."""
 
     activation: str = setting("hidden_act", default="silu")
     ops: Ops = provided_ops()
@@ -218,9 +217,10 @@ class Activation:
     """`hidden_act` by itself, where there is no gate."""
 
     name: str = setting("hidden_act", default="gelu")
+    ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ACTIVATIONS[self.name](x)
+        return self.ops.activate(x, self.name)
 
 
 @dataclass
@@ -256,9 +256,13 @@ class Attend:
     softcap: float | None = setting("attn_logit_softcapping", default=None)
     ops: Ops = provided_ops()
 
-    def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
+    def __call__(
+        self, query: mx.array, history: History, mask: Mask = None, *, sinks: mx.array | None = None
+    ) -> mx.array:
         """`query` `[B, H, L, D]` -> `[B, H, L, Dv]`; see `scaled_dot_product_attention`."""
         if self.softcap is not None:
+            if sinks is not None:
+                raise UsageError("attention: a softcap and sinks at once")
             return capped_attention(query, history, mask, scale=self.scale, softcap=self.softcap)
         return scaled_dot_product_attention(
             query,
@@ -268,40 +272,9 @@ class Attend:
             scale=self.scale,
             window=history.window,
             length=history.length,
+            sinks=sinks,
             ops=self.ops,
         )
-
-
-@dataclass
-class Alibi:
-    """Distances instead of positions (arXiv:2108.12409): what is added to the scores of each head."""
-
-    num_attention_heads: int = setting()
-    scale: float = setting("alibi_scale", default=1.0)
-    dtype: mx.Dtype = setting("alibi_dtype", default=mx.float32)
-
-    def __call__(self, query: mx.array, keys: int) -> mx.array:
-        """`[H, L, keys]`: a head's slope times the key's position, and minus infinity behind the query's own.
-
-        A softmax does not see what is the same in a whole row: the key's position stands for its distance.
-        """
-        slopes = mx.array(alibi_slopes(self.num_attention_heads)).astype(self.dtype)
-        bias = (slopes[:, None] * mx.arange(keys).astype(self.dtype)).astype(mx.float32) * self.scale
-        visible = window_mask(query.shape[2], keys, keys)
-        return mx.where(visible[None], bias[:, None], -mx.inf).astype(query.dtype)
-
-
-def alibi_slopes(heads: int) -> list[float]:
-    """A geometric row from 2^(-8/n) for n heads; where n is no power of two, every other one of the next row follows."""
-    power = 1 << (heads.bit_length() - 1)
-    slopes = [2.0 ** (-8.0 / power * (i + 1)) for i in range(power)]
-    return slopes + [2.0 ** (-4.0 / power * (2 * i + 1)) for i in range(heads - power)]
-
-
-def positions(batch: Batch) -> mx.array:
-    """The position of each id, `[L]` or, with an offset for each row, `[B, L]`."""
-    offset = batch.offset[:, None] if isinstance(batch.offset, mx.array) and batch.offset.ndim else batch.offset
-    return mx.arange(batch.ids.shape[1]) + offset
 
 
 def capped_attention(query: mx.array, history: History, mask: Mask = None, *, scale: float, softcap: float) -> mx.array:
@@ -328,14 +301,6 @@ def split_heads(x: mx.array, head_dim: int) -> mx.array:
     if x.shape[1] == 1:  # one position: the two orders are the same memory
         return x.reshape(x.shape[0], -1, 1, head_dim)
     return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
-
-
-def interleaved_heads(qkv: mx.array, groups: int, head_dim: int) -> tuple[mx.array, mx.array, mx.array]:
-    """`[B, L, groups * (n + 2) * head_dim]`, each group's n queries before its key and value -> q, k and v
-    `[B, heads, L, head_dim]`."""
-    grouped = qkv.reshape(*qkv.shape[:2], groups, -1, head_dim)
-    q, k, v = mx.split(grouped, [grouped.shape[3] - 2, grouped.shape[3] - 1], axis=3)
-    return q.flatten(2, 3).swapaxes(1, 2), k[:, :, :, 0].swapaxes(1, 2), v[:, :, :, 0].swapaxes(1, 2)
 
 
 def merge_heads(x: mx.array) -> mx.array:

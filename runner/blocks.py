@@ -1,0 +1,165 @@
+"""What families stack: the frame of a decoder, and the orders of a block's norms and sublayers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import mlx.core as mx
+
+from runner.cache import Batch, KVCache
+from runner.config import Config
+from runner.fast import LayerNorm, RMSNorm
+from runner.nn import Activation, Embedding, Linear
+from runner.weights import Choice, Chooses, Header, Size, Tree, setting, weight
+
+HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
+Q, KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
+
+
+class Layer(Protocol):
+    """What a decoder is a stack of: `[B, L, hidden_size]` to the same, with a cache of its own."""
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array: ...
+
+
+class Norm(Protocol):
+    """A normalisation of the last axis."""
+
+    def __call__(self, x: mx.array, eps: float) -> mx.array: ...
+
+
+class FeedForward(Protocol):
+    """What works on each token by itself: `[B, L, hidden_size]` to the same."""
+
+    def __call__(self, x: mx.array) -> mx.array: ...
+
+
+@dataclass
+class PlainMLP(FeedForward):
+    """Up, activation, down: the feed-forward layer without a gate."""
+
+    act: Activation
+    up_proj: Linear = weight("up_proj", INTERMEDIATE, HIDDEN, bias="mlp_bias")
+    down_proj: Linear = weight("down_proj", HIDDEN, INTERMEDIATE, bias="mlp_bias")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+@dataclass
+class PreNorm(Layer):
+    """Attention, then MLP, each on a normalised copy of the residual stream that they add to."""
+
+    input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN)
+    self_attn: Layer = weight("self_attn")
+    post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
+    mlp: FeedForward = weight("mlp")
+    rms_norm_eps: float = setting()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x, self.rms_norm_eps), batch, cache)
+        x, normed = self.post_attention_layernorm.add(x, attended, self.rms_norm_eps)
+        return x + self.mlp(normed)
+
+
+@dataclass
+class Sequential(Layer):
+    """The same order with LayerNorms: norm, sublayer, add; twice."""
+
+    input_layernorm: Norm = weight("input_layernorm", HIDDEN)
+    self_attn: Layer = weight("self_attn")
+    post_attention_layernorm: Norm = weight("post_attention_layernorm", HIDDEN)
+    mlp: FeedForward = weight("mlp")
+    norm_eps: float = setting()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x, self.norm_eps), batch, cache)
+        return x + self.mlp(self.post_attention_layernorm(x, self.norm_eps))
+
+
+@dataclass
+class ParallelNorms(Sequential):
+    """Both sublayers on the block's input, each behind its own norm; one sum."""
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x, self.norm_eps), batch, cache)
+        return x + attended + self.mlp(self.post_attention_layernorm(x, self.norm_eps))
+
+
+@dataclass
+class Parallel(Layer):
+    """Both sublayers on what one norm gives; one sum."""
+
+    input_layernorm: Norm = weight("input_layernorm", HIDDEN)
+    self_attn: Layer = weight("self_attn")
+    mlp: FeedForward = weight("mlp")
+    norm_eps: float = setting()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        normed = self.input_layernorm(x, self.norm_eps)
+        return x + self.self_attn(normed, batch, cache) + self.mlp(normed)
+
+
+@runtime_checkable
+class HasBlockClass(Protocol):
+    """A config that says how its blocks are laid out."""
+
+    @property
+    def block_class(self) -> type: ...
+
+
+class ConfiguredBlock(Chooses):
+    """A block of the class that the config's `block_class` names."""
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        assert isinstance(config, HasBlockClass)
+        return Choice(config.block_class, {})
+
+
+@dataclass
+class Frame:
+    """What every decoder has: ids to hidden states, hidden states to logits. Subclasses say which layers."""
+
+    embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)
+    layers: Sequence[Layer] = weight("model.layers", length="num_hidden_layers")
+    norm: Norm = weight("model.norm", HIDDEN)
+    lm_head: Linear = weight("lm_head|model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
+    norm_eps: float = setting()
+
+    def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
+        """Hidden states `[B, L, hidden_size]` of `batch`, whose keys and values join `caches`."""
+        return self.run(self.embed(batch), batch, caches)
+
+    def run(self, x: mx.array, batch: Batch, caches: list[KVCache]) -> mx.array:
+        """The layers and the last norm, `[B, L, hidden_size]` to the same."""
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, batch, cache)
+        return self.norm(x, self.norm_eps)
+
+    def embed(self, batch: Batch) -> mx.array:
+        """What the first layer sees, `[B, L, hidden_size]`."""
+        return self.embed_tokens(batch.ids)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """`[..., hidden_size] -> [..., vocab_size]`."""
+        return self.lm_head(hidden)
+
+
+@dataclass
+class Decoder(Frame):
+    """A frame with an RMSNorm at the end."""
+
+    norm: RMSNorm = weight("model.norm", HIDDEN)
+
+
+@dataclass
+class LayerNormDecoder(Frame):
+    """A frame with a LayerNorm at the end."""
+
+    norm: LayerNorm = weight("model.norm", HIDDEN)
