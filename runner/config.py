@@ -18,6 +18,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
 from runner.errors import ConfigError
+from runner.harmless_keys import HARMLESS
 from runner.rope import RopeScaling
 
 _KEY = "runner.key"
@@ -30,106 +31,6 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 MAX_DIMENSION = 1 << 24
 """No published size comes near it; a larger one is a damaged or hostile file, refused before anything is allocated."""
-
-HARMLESS = frozenset(
-    [
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "_num_labels",
-        "activation_dropout",
-        "add_cross_attention",
-        "architectures",
-        "attention_dropout",
-        "attention_probs_dropout_prob",
-        "attn_implementation",
-        "attn_pdrop",
-        "auto_map",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "classifier_dropout",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dropout",
-        "dtype",
-        "early_stopping",
-        "embd_pdrop",
-        "embedding_dropout",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "hidden_dropout",
-        "hidden_dropout_prob",
-        "id2label",
-        "init_std",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "keys_to_ignore_at_inference",
-        "label2id",
-        "layerdrop",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "mlx_lm_version",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_labels",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "pad_token_id",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "pruned_heads",
-        "quantization_config",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "resid_pdrop",
-        "residual_dropout",
-        "return_dict",
-        "return_dict_in_generate",
-        "rope_interleaved",
-        "sep_token_id",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers.js_config",
-        "transformers_version",
-        "typical_p",
-        "unk_token_id",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_bfloat16",
-        "use_cache",
-    ]
-)
-"""Keys that say nothing about the numbers of a forward pass: bookkeeping, training, and generation defaults (which
-`generation_config.json` and the engine read)."""
 
 
 def key(name: str | None = None, *, also: str | None = None, default: Any = MISSING, minimum: int = 1) -> Any:
@@ -204,6 +105,10 @@ class Config:
     layer_index: int | None = field(init=False, default=None, metadata={_MINIMUM: 0})
     INERT: ClassVar[frozenset[str]] = frozenset()
     """Keys of this family's files that change no number: each class that names some says why."""
+    ONLY: ClassVar[Mapping[str, object]] = {}
+    """Keys of this family's files that have one value in all of them; a model for another was never published."""
+    NULL: ClassVar[Mapping[str, object]] = {}
+    """What null stands for where it is not the default."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -256,22 +161,28 @@ def _check_minimum(item: dataclasses.Field[Any], value: object) -> None:
         raise ConfigError(f"config.json: {name} must be at least {minimum}, not {value}")
 
 
-def _kind(parameters: Mapping[str, Any]) -> object:
-    return parameters.get("rope_type", "default")
-
-
 def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     """One spelling: v5's `rope_parameters` becomes `rope_theta` + `rope_scaling` (+ `partial_rotary_factor`).
 
-    Where they are given for each type of layer, those of windowed layers become `rope_local_base_freq`.
+    Where they are given for each type of layer, those of windowed layers become `rope_local_base_freq`. A null
+    `rope_scaling` counts as left out, one that does not scale becomes None.
 
     Raises:
         ConfigError: both spellings are present and disagree.
     """
     result = dict(raw)
+    if result.get("rope_scaling", ...) is None:
+        del result["rope_scaling"]
     parameters = result.pop("rope_parameters", None)
-    if parameters is None:
-        return result
+    if parameters is not None:
+        _take_rope_parameters(result, parameters)
+    scaling = result.get("rope_scaling")
+    if isinstance(scaling, Mapping) and all(scaling.get(name) in (None, "default") for name in ("rope_type", "type")):
+        result["rope_scaling"] = None
+    return result
+
+
+def _take_rope_parameters(result: dict[str, Any], parameters: object) -> None:
     if not isinstance(parameters, Mapping):
         raise ConfigError(f"config.json: rope_parameters must be an object, not {parameters!r}")
     scaling = dict(parameters)
@@ -280,24 +191,22 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"config.json: rope_parameters needs an object for each type of layer, not {_short(scaling)}"
             )
-        local = scaling.get(SLIDING, {})
-        scaling = dict(scaling.get(FULL, local))
-        if set(local) - {"rope_theta", "rope_type"} or _kind(local) != "default":
+        local = dict(scaling.get(SLIDING, {}))
+        scaling = dict(scaling.get(FULL, {}))
+        if set(local) - {"rope_theta", "rope_type"} or local.get("rope_type", "default") != "default":
             raise ConfigError(f"config.json: rope_parameters of {SLIDING} can only have a rope_theta, not {local!r}")
-        result.setdefault("rope_local_base_freq", local.get("rope_theta", scaling.get("rope_theta")))
+        if "rope_theta" in local:
+            result.setdefault("rope_local_base_freq", local["rope_theta"])
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             value = scaling.pop(name)
             if result.setdefault(name, value) not in (value, None):
                 raise ConfigError(f"config.json says {name} twice: {result[name]!r}, and {value!r} in rope_parameters")
             result[name] = value
-    if "rope_theta" not in result:
-        raise ConfigError("config.json: rope_parameters has no rope_theta, and there is none beside it")
     legacy = result.get("rope_scaling")
     if legacy is not None and RopeScaling.from_dict(legacy) != RopeScaling.from_dict(scaling):
         raise ConfigError(f"config.json: rope_scaling {legacy!r} and rope_parameters {dict(parameters)!r} disagree")
     result["rope_scaling"] = scaling
-    return result
 
 
 def read(cls: type[C], raw: Mapping[str, Any]) -> C:
@@ -309,13 +218,16 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
     hints = typing.get_type_hints(cls)
     problems: list[str] = []
     arguments: dict[str, Any] = {}
-    known: set[str | None] = set(cls.INERT)
+    known: set[str | None] = {*cls.INERT, *cls.ONLY}
     for item in dataclasses.fields(cls):
         if not item.init:
             continue
         name = _present(item, values, problems)
         known |= {item.metadata.get(_KEY, item.name), item.metadata.get(_ALSO)}
         required = item.default is MISSING and item.default_factory is MISSING
+        if name in cls.NULL and name in values and values[name] is None:
+            arguments[item.name] = cls.NULL[name]
+            continue
         if name not in values or (values[name] is None and not _accepts_none(hints[item.name])):
             if required:
                 problems.append(f"missing key {name!r}")
@@ -325,6 +237,9 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
             _check_minimum(item, arguments[item.name])  # before a class divides by it
         except ConfigError as error:
             problems.append(str(error))
+    for name, only in cls.ONLY.items():
+        if values.get(name) not in (None, only):
+            problems.append(f"key {name!r} = {_short(values[name])} is not supported, only {only!r} is")
     problems += _unknown(values, known)
     if problems:
         raise ConfigError(f"config.json of a {raw.get('model_type', '(unnamed)')} model: " + "; ".join(problems))
