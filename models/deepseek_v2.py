@@ -173,15 +173,21 @@ class MoE(moe.MoE):
     """Experts of the best groups by their best member, and the shared ones."""
 
     router: Linear = weight("gate", EXPERTS, HIDDEN)
-    gate_up_proj: ExpertLinear = weight("experts.{n_routed_experts}.{gate,up}_proj", (EXPERT, EXPERT), HIDDEN)
-    down_proj: ExpertLinear = weight("experts.{n_routed_experts}.down_proj", HIDDEN, EXPERT)
+    gate_up_proj: ExpertLinear = weight(
+        "experts.{n_routed_experts}.{gate,up}_proj|switch_mlp.{gate,up}_proj[n_routed_experts]",
+        (EXPERT, EXPERT),
+        HIDDEN,
+    )
+    down_proj: ExpertLinear = weight(
+        "experts.{n_routed_experts}.down_proj|switch_mlp.down_proj[n_routed_experts]", HIDDEN, EXPERT
+    )
     shared: SharedExperts = weight("shared_experts")
     n_group: int = setting()
     topk_group: int = setting()
     routed_scaling_factor: float = setting()
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        scores = mx.softmax(self.router(x).astype(mx.float32), axis=-1)
+        scores = mx.softmax(self.scores(x), axis=-1)
         experts = moe.best(
             moe.in_best_groups(scores, self.n_group, self.topk_group, members=1), self.num_experts_per_tok
         )

@@ -50,7 +50,7 @@ class MoE(deepseek_v2.MoE):
     correction: mx.array = weight("gate.e_score_correction_bias", EXPERTS)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        scores = mx.sigmoid(self.router(x).astype(mx.float32))
+        scores = mx.sigmoid(self.scores(x))
         choice = moe.in_best_groups(scores + self.correction, self.n_group, self.topk_group, members=2)
         experts = moe.best(choice, self.num_experts_per_tok)
         shares = mx.take_along_axis(scores, experts, axis=-1)

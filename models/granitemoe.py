@@ -16,8 +16,6 @@ from runner.moe import ExpertLinear
 from runner.nn import Linear
 from runner.weights import weight
 
-EXPERTS = "num_local_experts"
-
 
 @dataclass(frozen=True, kw_only=True)
 class GraniteMoeConfig(GraniteConfig):
@@ -36,11 +34,17 @@ class GraniteMoeConfig(GraniteConfig):
 
 @dataclass
 class MoE(moe.MoE):
-    """Gate above up, in one tensor for all experts."""
+    """Gate above up, in one tensor for all experts; mlx-lm has them apart."""
 
-    router: Linear = weight("router.layer", EXPERTS, HIDDEN)
-    gate_up_proj: ExpertLinear = weight("input_linear", EXPERTS, f"2*{INTERMEDIATE}", HIDDEN)
-    down_proj: ExpertLinear = weight("output_linear", EXPERTS, HIDDEN, INTERMEDIATE)
+    router: Linear = weight("router.layer", "num_local_experts", HIDDEN)
+    gate_up_proj: ExpertLinear = weight(
+        "input_linear[num_local_experts]|switch_mlp.{gate,up}_proj[num_local_experts]",
+        (INTERMEDIATE, INTERMEDIATE),
+        HIDDEN,
+    )
+    down_proj: ExpertLinear = weight(
+        "output_linear[num_local_experts]|switch_mlp.down_proj[num_local_experts]", HIDDEN, INTERMEDIATE
+    )
 
 
 @dataclass

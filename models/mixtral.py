@@ -37,11 +37,17 @@ class MixtralConfig(MistralConfig):
 
 @dataclass
 class MoE(moe.MoE):
-    """w1 is the gate, w3 the way up, w2 the way down."""
+    """w1 is the gate, w3 the way up, w2 the way down; mlx-lm stacks them and names them so."""
 
     router: Linear = weight("gate", "num_local_experts", HIDDEN)
-    gate_up_proj: ExpertLinear = weight("experts.{num_local_experts}.{w1,w3}", (INTERMEDIATE, INTERMEDIATE), HIDDEN)
-    down_proj: ExpertLinear = weight("experts.{num_local_experts}.w2", HIDDEN, INTERMEDIATE)
+    gate_up_proj: ExpertLinear = weight(
+        "experts.{num_local_experts}.{w1,w3}|switch_mlp.{gate,up}_proj[num_local_experts]",
+        (INTERMEDIATE, INTERMEDIATE),
+        HIDDEN,
+    )
+    down_proj: ExpertLinear = weight(
+        "experts.{num_local_experts}.w2|switch_mlp.down_proj[num_local_experts]", HIDDEN, INTERMEDIATE
+    )
 
 
 @dataclass

@@ -64,11 +64,15 @@ class FeedForward(Chooses):
 
 @dataclass
 class MoE(moe.MoE):
-    """Experts as Qwen names them."""
+    """Experts as Qwen names them, or stacked by mlx-lm."""
 
     router: Linear = weight("gate", "num_experts", HIDDEN)
-    gate_up_proj: ExpertLinear = weight("experts.{num_experts}.{gate,up}_proj", (EXPERT, EXPERT), HIDDEN)
-    down_proj: ExpertLinear = weight("experts.{num_experts}.down_proj", HIDDEN, EXPERT)
+    gate_up_proj: ExpertLinear = weight(
+        "experts.{num_experts}.{gate,up}_proj|switch_mlp.{gate,up}_proj[num_experts]", (EXPERT, EXPERT), HIDDEN
+    )
+    down_proj: ExpertLinear = weight(
+        "experts.{num_experts}.down_proj|switch_mlp.down_proj[num_experts]", HIDDEN, EXPERT
+    )
 
 
 @dataclass

@@ -73,6 +73,7 @@ FAMILIES: Mapping[str, Family] = {
     "apertus": Family("apertus", "ApertusConfig", "Apertus"),
     "deepseek_v2": Family("deepseek_v2", "DeepseekV2Config", "DeepseekV2"),
     "deepseek_v3": Family("deepseek_v3", "DeepseekV3Config", "DeepseekV3"),
+    "gpt_oss": Family("gpt_oss", "GptOssConfig", "GptOss"),
     "gemma": Family("gemma", "GemmaConfig", "Gemma"),
     "gemma2": Family("gemma2", "Gemma2Config", "Gemma2"),
     "gemma3_text": Family("gemma3_text", "Gemma3Config", "Gemma3"),

@@ -78,7 +78,7 @@ class _Builder:
     def assemble(self, tree: Tree) -> mx.array:
         if isinstance(tree, Join):
             parts = [self.assemble(item) for item in tree.parts]
-            return mx.stack(parts) if tree.stacked else mx.concatenate(parts)
+            return mx.stack(parts) if tree.stacked else mx.concatenate(parts, axis=tree.axis)
         array = self.source.read(tree.name)
         return array if tree.rows is None else mx.contiguous(array[tree.rows[0] : tree.rows[1]])
 
@@ -147,11 +147,14 @@ def _split(plan: ArrayPlan, tree: Tree, value: mx.array) -> Iterator[tuple[Leaf,
             yield from _split(plan, part, value[index])
             continue
         rows = _rows(plan, part)
-        yield from _split(plan, part, value[start : start + rows])
+        yield from _split(plan, part, value[(slice(None),) * tree.axis + (slice(start, start + rows),)])
         start += rows
 
 
 def _rows(plan: ArrayPlan, tree: Tree) -> int:
     """Rows of a piece of a concatenated field."""
-    wanted = set(leaves(tree))
-    return sum(shape[0] for leaf, shape in leaf_shapes(plan.tree, plan.sizes) if leaf in wanted)
+    if isinstance(tree, Join):
+        return _rows(plan, tree.parts[0]) if tree.stacked else sum(_rows(plan, part) for part in tree.parts)
+    return next(
+        shape[0 if leaf.stack is None else 1] for leaf, shape in leaf_shapes(plan.tree, plan.sizes) if leaf == tree
+    )

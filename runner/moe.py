@@ -32,44 +32,29 @@ class ExpertLinear(Chooses):
         form = forms.pop()
         width = shape[-1]
         assert isinstance(width, int)
-        stacked = len(shape) == 3  # one stored tensor [experts, out, in], else one for each expert
-        if form is None:
-            return Choice(StoredExperts if stacked else JoinedExperts, {})
-        return Choice(StoredQuantizedExperts if stacked else JoinedQuantizedExperts, form.scope(width))
+        return Choice(PlainExperts, {}) if form is None else Choice(QuantizedExperts, form.scope(width))
 
 
 @dataclass
 class PlainExperts(ExpertLinear):
     """Weights as floating-point numbers, `[experts, out, in]`."""
 
-    weight: mx.array
+    weight: mx.array = tensor("weight", "$0", "$1")
+    bias: mx.array | None = tensor("bias", "$0", when="bias")
     ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
-        return self.ops.gather_linear(x, self.weight, experts)
-
-
-@dataclass
-class JoinedExperts(PlainExperts):
-    """Read from a tensor for each expert."""
-
-    weight: mx.array = tensor("weight", "$0", "$1")
-
-
-@dataclass
-class StoredExperts(PlainExperts):
-    """Read from one tensor for all."""
-
-    weight: mx.array = tensor("weight", "$0", "$1", "$2")
+        return _biased(self.ops.gather_linear(x, self.weight, experts), self.bias, experts)
 
 
 @dataclass
 class QuantizedExperts(ExpertLinear):
     """Packed weights `[experts, out, in * bits / 32]`, and scales (and biases) of groups of inputs."""
 
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array | None
+    weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
+    scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
+    biases: mx.array | None = tensor("biases", "$0", "groups", when="affine")
+    bias: mx.array | None = tensor("bias", "$0", when="bias")
     bits: int = setting()
     group_size: int = setting()
     mode: str = setting()
@@ -77,25 +62,13 @@ class QuantizedExperts(ExpertLinear):
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
         form = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        return self.ops.gather_quantized_linear(x, self.weight, self.scales, self.biases, experts, **form)
+        y = self.ops.gather_quantized_linear(x, self.weight, self.scales, self.biases, experts, **form)
+        return _biased(y, self.bias, experts)
 
 
-@dataclass
-class JoinedQuantizedExperts(QuantizedExperts):
-    """Read from a tensor for each expert."""
-
-    weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
-    scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
-    biases: mx.array | None = tensor("biases", "$0", "groups", when="affine")
-
-
-@dataclass
-class StoredQuantizedExperts(QuantizedExperts):
-    """Read from one tensor for all."""
-
-    weight: mx.array = tensor("weight", "$0", "$1", "packed", dtypes=PACKED)
-    scales: mx.array = tensor("scales", "$0", "$1", "groups", dtypes=SCALES)
-    biases: mx.array | None = tensor("biases", "$0", "$1", "groups", when="affine")
+def _biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:
+    """y `[..., 1, out]` plus each expert's bias."""
+    return y if bias is None else y + bias[experts][..., None, :].astype(y.dtype)
 
 
 @dataclass
@@ -111,10 +84,14 @@ class MoE:
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts `[B, L, K]` of each token and their float32 shares."""
-        shares = mx.softmax(self.router(x).astype(mx.float32), axis=-1)
+        shares = mx.softmax(self.scores(x), axis=-1)
         experts = best(shares, self.num_experts_per_tok)
         shares = mx.take_along_axis(shares, experts, axis=-1)
         return experts, shares / mx.sum(shares, axis=-1, keepdims=True) if self.norm_topk_prob else shares
+
+    def scores(self, x: mx.array) -> mx.array:
+        """What the router says of each expert, `[B, L, E]`: in float32, since close ones must not change places."""
+        return self.router(x.astype(mx.float32)).astype(mx.float32)
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[B, L, hidden_size]` to the same."""

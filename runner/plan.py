@@ -262,7 +262,7 @@ class _Planner:
     def array(
         self, path: str, tag: Tag, tree: Tree, sizes: tuple[Size, ...], config: Config, scope: Mapping[str, Any]
     ) -> ArrayPlan:
-        transform: Transform = tag.transform if tag.transform is not IDENTITY else scope.get("transform", IDENTITY)
+        transform = tag.transform.then(scope.get("transform", IDENTITY))
         twin: Tree | None = scope.get("same_as")
         same_as = None if twin is None else expand(twin, tag.name, config)
         header = self.headers.get(next(leaves(tree)).name)
@@ -291,8 +291,8 @@ def _rows(
 ) -> tuple[Tree, tuple[Size, ...]]:
     index, dims = part
     rows = [size_of(dim, config, scope) for dim in dims if not isinstance(dim, tuple)]
-    if not isinstance(tree, Leaf):
-        raise TypeError("a part is taken of one tensor, not of a joined one")
+    if not isinstance(tree, Leaf) or tree.stack is not None:
+        raise TypeError("a part is taken of one tensor, not of a joined or stacked one")
     start = sum(rows[:index])
     return Leaf(tree.name, (start, start + rows[index], sum(rows))), (rows[index], *sizes[1:])
 

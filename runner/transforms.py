@@ -48,6 +48,28 @@ TRANSPOSE = Transform(
 )
 """Matrices stored `[..., in, out]` (GPT-2's Conv1D, gpt-oss's experts); vectors stay."""
 
+
+def _alternate(array: mx.array) -> mx.array:
+    first, second = mx.split(array, 2, axis=1)
+    return mx.stack([first, second], axis=2).reshape(array.shape)
+
+
+HALVES = Transform(
+    "halves",
+    lambda array: mx.concatenate([array[:, ::2], array[:, 1::2]], axis=1),
+    _alternate,
+    lambda shape: shape,
+)
+"""Rows (axis 1, below a stack) of two matrices that alternate in the file: those of the first, then of the second."""
+
+MX_BLOCKS = Transform(
+    "mx blocks",
+    lambda array: mx.contiguous(array.flatten(-2)).view(mx.uint32),
+    lambda array: array.view(mx.uint8).reshape(*array.shape[:-1], -1, 16),
+    lambda shape: (*shape[:-1], shape[-1] // 4, 16),
+)
+"""Blocks of 32 numbers of 4 bits, stored as `[..., blocks, 16]` bytes: the words that MLX has for them."""
+
 PLUS_ONE = Transform(
     "+1",
     lambda array: (array.astype(mx.float32) + 1).astype(mx.float32),

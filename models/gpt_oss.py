@@ -1,0 +1,160 @@
+"""gpt-oss: sinks that take a share of each head's attention, windows in every other layer, experts with biases.
+
+Source: arXiv:2508.10925, and `transformers.models.gpt_oss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from runner import blocks, layer_types, moe
+from runner.blocks import HIDDEN, INTERMEDIATE
+from runner.cache import Batch, KVCache
+from runner.config import FULL, SLIDING, Config
+from runner.errors import ConfigError
+from runner.models import llama
+from runner.models.llama import LlamaConfig
+from runner.moe import ExpertLinear, PlainExperts, QuantizedExperts
+from runner.nn import GLU, Linear, Quantization, merge_heads
+from runner.rope import RopeScaling
+from runner.transforms import HALVES, IDENTITY, MX_BLOCKS, TRANSPOSE
+from runner.weights import Choice, Header, Size, Tree, leaves, setting, tensor, weight
+
+STRETCHED = RopeScaling(
+    kind="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptOssConfig(LlamaConfig):
+    """`config.json` of a gpt-oss. The `router_*` keys are about training; the two at the end say again what
+    `num_experts_per_tok` and the rope's original length say, and transformers reads neither."""
+
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 131072
+    rope_theta: float = 150000.0
+    attention_bias: bool = True
+    sliding_window: int | None = 128
+    layer_types: tuple[str, ...] | None = None
+    num_local_experts: int = 128
+    num_experts_per_tok: int = 4
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    router_aux_loss_coef: float | None = None
+    output_router_logits: bool | None = None
+    experts_per_token: int | None = None
+    initial_context_length: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rope_scaling", self.rope_scaling or STRETCHED)
+        super().__post_init__()
+        if self.hidden_act != "silu":
+            raise ConfigError(f"config.json: hidden_act {self.hidden_act!r} is not supported for a gpt-oss, only silu")
+
+    @property
+    def norm_topk_prob(self) -> bool:
+        """The shares of the chosen experts add up to one."""
+        return True
+
+    def cache_window(self, index: int) -> int | None:
+        default = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
+        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
+        return self.sliding_window if kinds[index] == SLIDING else None
+
+    @classmethod
+    def reads_packed(cls, method: Mapping[str, Any]) -> bool:
+        return set(method) <= {"quant_method", "modules_to_not_convert"} and method["quant_method"] == "mxfp4"
+
+
+@dataclass
+class Attention(llama.Attention):
+    """Each head has one more score, of a key that has no value."""
+
+    sinks: mx.array = weight("sinks", "num_attention_heads")
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        q, k, v = self.heads(self.qkv_proj(x), batch)
+        history = cache.append(k, v)
+        return self.o_proj(merge_heads(self.attend(q, history, batch.mask, sinks=self.sinks.astype(q.dtype))))
+
+
+@dataclass
+class ClampedGLU(GLU):
+    """`gate * sigmoid(alpha * gate) * (up + 1)`, of numbers kept within the limit."""
+
+    swiglu_alpha: float = setting()
+    swiglu_limit: float = setting()
+
+    def __call__(self, gate_up: mx.array) -> mx.array:
+        gate, up = mx.split(gate_up, 2, axis=-1)
+        gate, up = mx.minimum(gate, self.swiglu_limit), mx.clip(up, -self.swiglu_limit, self.swiglu_limit)
+        return gate * mx.sigmoid(self.swiglu_alpha * gate) * (up + 1)
+
+
+class Experts(ExpertLinear):
+    """As published, plain or packed, or as mlx-lm names and orders them."""
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        name, width = next(leaves(tree)).name, shape[-1]
+        assert isinstance(width, int)
+        if f"{name}.weight" in headers:
+            choice = super().choose(tree, shape, headers, config)
+            return Choice(choice.cls, {**choice.scope, "transform": IDENTITY})
+        if f"{name}_blocks" in headers:
+            return Choice(PackedExperts, Quantization(4, 32, "mxfp4").scope(width))
+        return Choice(TransposedExperts, {})
+
+
+@dataclass
+class TransposedExperts(PlainExperts):
+    """Numbers `[experts, in, out]`."""
+
+    weight: mx.array = tensor("", "$0", "$1", transform=TRANSPOSE)
+    bias: mx.array | None = tensor("_bias", "$0", when="bias")
+
+
+@dataclass
+class PackedExperts(QuantizedExperts):
+    """MXFP4: blocks of 32 numbers in 16 bytes, and an exponent for each; MLX's layout, byte for byte."""
+
+    weight: mx.array = tensor("_blocks", "$0", "packed", dtypes=frozenset({"U8"}), transform=MX_BLOCKS)
+    scales: mx.array = tensor("_scales", "$0", "groups", dtypes=frozenset({"U8"}))
+    bias: mx.array | None = tensor("_bias", "$0", when="bias")
+
+
+@dataclass
+class MoE(moe.MoE):
+    """Rows of gate and up alternate in the published tensors."""
+
+    glu: ClampedGLU
+    router: Linear = weight("router", "num_local_experts", HIDDEN, bias=True)
+    gate_up_proj: Experts = weight(
+        "experts.gate_up_proj[num_local_experts]|experts.{gate,up}_proj[num_local_experts]",
+        (INTERMEDIATE, INTERMEDIATE),
+        HIDDEN,
+        bias=True,
+        transform=HALVES,
+    )
+    down_proj: Experts = weight("experts.down_proj[num_local_experts]", HIDDEN, INTERMEDIATE, bias=True)
+
+
+@dataclass
+class Block(blocks.PreNorm):
+    """Llama's frame, with those."""
+
+    self_attn: Attention = weight("self_attn")
+    mlp: MoE = weight("mlp")
+
+
+@dataclass
+class GptOss(blocks.Decoder):
+    """Llama's frame with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
