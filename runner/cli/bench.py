@@ -53,7 +53,7 @@ def bench(
     output: Output = "md",
     plot: Plot = None,
 ) -> None:
-    """Measure tokens per second, in llama-bench's words: pp512 reads a prompt, tg128 generates."""
+    """Measure tokens per second. Names are llama-bench's: pp512 reads a prompt, tg128 generates."""
     from runner import backend
 
     backend.require()

@@ -16,7 +16,7 @@ Target = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to ma
 
 
 def convert(source: Source, target: Target) -> None:
-    """Turn a GGUF file into a directory of config, tokenizer and safetensors; prints that directory."""
+    """Turn a GGUF file into a directory of config, tokenizer and safetensors. Prints that directory."""
     from runner import backend
 
     backend.require()

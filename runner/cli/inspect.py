@@ -21,7 +21,7 @@ LONGEST_VALUE = 100  # characters of a config value before it is cut (never in -
 
 
 def inspect(model: Model, *, unfold: All = False, as_json: AsJson = False) -> None:
-    """Show a model's config, tokenizer, sampling defaults and tensors, without reading the tensors."""
+    """Show a model's config, tokenizer, sampling defaults and tensors. The tensors are not read."""
     from runner.inspect_model import inspect as inspect_model
 
     report = inspect_model(model)
@@ -34,7 +34,7 @@ def inspect(model: Model, *, unfold: All = False, as_json: AsJson = False) -> No
     sampling = {**report.sampling, "eos_token_ids": sorted(report.eos_token_ids)}
     tables.show(
         title,
-        tables.cell(str(report.path), "dim"),
+        *([tables.cell(str(report.path), "dim")] if str(report.path) != report.path.name else []),
         *tables.section("config", pairs(report.config)),
         *tables.section("tokenizer", pairs(report.tokenizer)),
         *tables.section("generation defaults", pairs(sampling)),

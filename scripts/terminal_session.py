@@ -1,0 +1,83 @@
+"""Commands for pages: run by a shell, or on a pseudo-terminal where someone types."""
+
+from __future__ import annotations
+
+import codecs
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+PATIENCE = 600.0  # seconds for one command
+PROMPTS = ("> ", "… ")
+ROWS = 50
+
+
+def shell(command: str, directory: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output (stdout and stderr as they come) of a line for a shell."""
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=directory,
+        env={**environment, "TERM": "dumb"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return done.returncode, done.stdout.decode()
+
+
+class Session:
+    """A command on a terminal of its own. TERM is the environment's, or dumb: no colours, no cursor movements."""
+
+    def __init__(self, command: str, directory: Path, environment: dict[str, str]) -> None:
+        self.command = command
+        self.directory = directory
+        self.environment = {"TERM": "dumb", "INPUTRC": "/dev/null", **environment}
+
+    def run(self, typed: Sequence[str]) -> tuple[int, str]:
+        """Types each line when the program asks for one. Exit code and all that the terminal showed."""
+        master, slave = pty.openpty()
+        columns = int(self.environment["COLUMNS"])
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
+        process = subprocess.Popen(
+            ["bash", "-c", self.command],
+            cwd=self.directory,
+            env=self.environment,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+        )
+        os.close(slave)
+        try:
+            text = self._converse(master, list(typed))
+            return process.wait(timeout=PATIENCE), text
+        finally:
+            process.kill()
+            process.wait()
+            os.close(master)
+
+    def _converse(self, master: int, waiting: list[str]) -> str:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        seen, answered, deadline = "", 0, time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if select.select([master], [], [], 0.2)[0]:
+                try:
+                    data = os.read(master, 65536)
+                except OSError:  # the other side has closed
+                    data = b""
+                if not data:
+                    return seen.replace("\r\n", "\n").replace("\r", "")
+                seen += decoder.decode(data)
+            elif waiting and len(seen) > answered and seen.rsplit("\n", 1)[-1] in PROMPTS:
+                os.write(master, waiting.pop(0).encode() + b"\r")
+                answered = len(seen)
+        raise subprocess.TimeoutExpired(self.command, PATIENCE)
