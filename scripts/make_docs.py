@@ -6,7 +6,7 @@
     scripts/make_docs.py --check                    exits 1 where a page is stale, or a command in it fails
 
 A ```console block holds commands after `$ `, each followed by its output; `> ` begins what is typed into a chat.
---check takes a tiny checkpoint for the model, so it compares what no model decides: the help texts and the parts of README.md.
+--check takes a tiny checkpoint for the model, so it compares what no model decides: help texts and README.md's parts.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ NOTES = "The ferry leaves at nine and takes two hours. Bring a coat: it is windy
 CONTEXT = 1024  # tokens of the tiny checkpoint: room for every conversation in the pages
 CONSOLE = re.compile(r"```console\n(.*?)```\n", re.DOTALL)
 PART = re.compile(r"(<!-- from the code: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WIDTH = 122  # columns of the drawing
 CAST = (
     f'runner generate {NAME} "What is the capital of France?" --temperature 0 --verbose',
-    f"runner inspect {NAME} | tail -21",
+    f"runner inspect {NAME} | grep -E 'field|alike|weight '",
 )
 
 
@@ -143,14 +144,19 @@ class Workplace:
         from rich.console import Console
         from rich.text import Text
 
-        console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True, color_system="standard")
-        environment = {**self.environment, "TERM": "xterm-256color", "COLUMNS": "110"}
+        console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="standard")
+        environment = {**self.environment, "TERM": "xterm-256color", "COLUMNS": str(WIDTH)}
         for command in CAST:
             code, text = Session(command, self.directory, environment).run([])
             assert code == 0, text
             console.print(Text.from_ansi(f"\x1b[1;32m$\x1b[0m {command}\n{text}"))
         drawing = console.export_svg(title="runner", unique_id="runner")
-        return "\n".join(line.rstrip() for line in re.sub(r"@font-face \{.*?\}\s*", "", drawing).splitlines()) + "\n"
+        return (
+            "\n".join(
+                line.rstrip() for line in re.sub(r"@font-face \{.*?\}\s*", "", drawing, flags=re.DOTALL).splitlines()
+            )
+            + "\n"
+        )
 
 
 def files() -> str:
