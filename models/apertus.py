@@ -5,36 +5,37 @@ Source: arXiv:2509.14233, xIELU arXiv:2411.13010, and `transformers.models.apert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
 from runner import blocks
 from runner.blocks import HIDDEN, INTERMEDIATE
-from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import qwen3
 from runner.models.llama import LlamaConfig
 from runner.nn import Linear
+from runner.rope import RopeScaling
 from runner.weights import weight
+
+STRETCHED = RopeScaling(
+    kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApertusConfig(LlamaConfig):
     """`config.json` of an Apertus."""
 
+    ACTS: ClassVar[frozenset[str]] = frozenset({"xielu"})
+    ONLY: ClassVar[Mapping[str, object]] = {"qk_norm": True, "post_norm": False}
     rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 65536
     rope_theta: float = 12000000.0
+    rope_scaling: RopeScaling | None = STRETCHED
     hidden_act: str = "xielu"
-    qk_norm: bool = True
-    post_norm: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.hidden_act, self.qk_norm, self.post_norm) != ("xielu", True, False):
-            raise ConfigError("config.json: an Apertus has hidden_act 'xielu', qk_norm true and post_norm false")
-        object.__setattr__(self, "hidden_act", "silu")  # of no use here: the activation has tensors of its own
-        super().__post_init__()
 
 
 @dataclass

@@ -17,6 +17,7 @@ class Ernie45Config(LlamaConfig):
 
     num_key_value_heads: int = 2
     head_dim: int = 128
+    max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     tie_word_embeddings: bool = True

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner import blocks, layer_types
-from runner.config import FULL, SLIDING
+from runner.config import FULL, SLIDING, key
 from runner.models import olmo2, qwen3
 from runner.models.llama import LlamaConfig
 from runner.weights import weight
@@ -20,8 +20,9 @@ class Exaone4Config(LlamaConfig):
     """`config.json` of an EXAONE 4; the pattern is a number, or letters: L for a window, G for everything."""
 
     rms_norm_eps: float = 1e-5
-    sliding_window: int | None = None
-    sliding_window_pattern: int | str | None = 4
+    num_key_value_heads: int = 32
+    sliding_window: int | None = 4096
+    sliding_window_pattern: int | str | None = key(default=4, minimum=0)
     layer_types: tuple[str, ...] | None = None
 
     def cache_window(self, index: int) -> int | None:

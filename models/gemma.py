@@ -24,7 +24,9 @@ from runner.weights import setting, weight
 class GemmaConfig(LlamaConfig):
     """`config.json` of a Gemma; "gelu" always means the tanh form there, and `hidden_activation` wins."""
 
+    num_key_value_heads: int = 16
     head_dim: int = 256
+    max_position_embeddings: int = 8192
     hidden_act: str = "gelu_pytorch_tanh"
     hidden_activation: str | None = None
     tie_word_embeddings: bool = True

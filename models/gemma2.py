@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
 from runner import layer_types
 from runner.blocks import HIDDEN
 from runner.cache import Batch, KVCache
-from runner.config import SLIDING
+from runner.config import SLIDING, key
 from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import gemma
@@ -26,12 +27,13 @@ from runner.weights import setting, weight
 class Gemma2Config(GemmaConfig):
     """`config.json` of a Gemma 2; `cache_implementation` is about transformers' memory."""
 
+    INERT: ClassVar[frozenset[str]] = frozenset({"cache_implementation"})
+    num_key_value_heads: int = 4
     query_pre_attn_scalar: float = 256.0
-    sliding_window: int = 4096
+    sliding_window: int = key(also="sliding_window_size", default=4096)  # published files have both names
     layer_types: tuple[str, ...] | None = None
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
-    cache_implementation: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
-from runner.config import key
 from runner.fast import RMSNorm
 from runner.models import gemma2, qwen3
 from runner.models.gemma2 import Gemma2Config
@@ -19,12 +18,16 @@ from runner.weights import weight
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Config(Gemma2Config):
-    """`config.json` of a Gemma 3; windowed layers rotate by `rope_local_base_freq`, unstretched."""
+    """`config.json` of a Gemma 3; windowed layers rotate by `rope_local_base_freq`, unstretched.
 
+    `_sliding_window_pattern` is transformers 5's copy of the pattern, beside the types of the layers.
+    """
+
+    INERT: ClassVar[frozenset[str]] = Gemma2Config.INERT | {"_sliding_window_pattern"}
+    max_position_embeddings: int = 131072
     rope_theta: float = 1000000.0
     rope_local_base_freq: float = 10000.0
     sliding_window_pattern: int = 6
-    written_pattern: int | None = key("_sliding_window_pattern", default=None)  # transformers 5's copy of it
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
 

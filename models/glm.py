@@ -21,6 +21,7 @@ class GlmConfig(LlamaConfig):
 
     num_key_value_heads: int = 2
     head_dim: int = 128
+    max_position_embeddings: int = 131072
     partial_rotary_factor: float = 0.5
     rms_norm_eps: float = 1.5625e-07
     attention_bias: bool = True

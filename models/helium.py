@@ -21,6 +21,7 @@ class HeliumConfig(LlamaConfig):
 
     num_key_value_heads: int = 20
     head_dim: int = 128
+    max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-8
     rope_theta: float = 100000.0
 

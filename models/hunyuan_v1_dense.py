@@ -7,32 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
 from runner import blocks
 from runner.cache import Batch
+from runner.config import key
 from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.llama import LlamaConfig
-from runner.rope import RopeScaling
 from runner.weights import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class HunyuanConfig(LlamaConfig):
-    """`config.json` of a Hunyuan; "dynamic" with an `alpha` is a base of theta * alpha^(d / (d - 2)) at any length."""
+    """`config.json` of a Hunyuan; "dynamic" with an `alpha` is a base of theta * alpha^(d / (d - 2)) at any length.
 
+    The inert ones are ids, what `use_cla` (never set) would read, and a classifier's.
+    """
+
+    ONLY: ClassVar[Mapping[str, object]] = {"norm_type": "rms", "use_qk_norm": True, "use_rotary_pos_emb": True}
+    INERT: ClassVar[frozenset[str]] = frozenset(
+        {"cla_share_factor", "class_num", "dense_list", "eod_token_id", "im_end_id", "im_newline_id", "im_start_id"}
+        | {"mask_init_id", "org_vocab_size", "pad_id", "pool_type", "text_end_id", "text_start_id"}
+    )
     rms_norm_eps: float = 1e-5
-    use_qk_norm: bool = True
-    eod_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.use_qk_norm:
-            raise ConfigError("config.json: use_qk_norm = false is not supported")
+    head_dim: int = key(also="attention_head_dim", default=0)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -47,7 +49,6 @@ class HunyuanConfig(LlamaConfig):
         config = super().from_dict({**raw, place: kept})
         exponent = config.head_dim / max(config.head_dim - 2, 1)
         object.__setattr__(config, "rope_theta", config.rope_theta * alpha**exponent)
-        object.__setattr__(config, "rope_scaling", RopeScaling())
         return config
 
 

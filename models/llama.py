@@ -5,12 +5,13 @@ Source: arXiv:2302.13971, arXiv:2407.21783, and `transformers.models.llama`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.activations import check_activation
+from runner.activations import ACTIVATIONS, check_activation
 from runner.blocks import HIDDEN, INTERMEDIATE, KV, Decoder, Norm, PreNorm, Q
 from runner.cache import Batch, KVCache
 from runner.config import Config
@@ -25,6 +26,9 @@ from runner.weights import setting, weight
 class LlamaConfig(Config):
     """`config.json` of a Llama; defaults are those of `transformers.LlamaConfig`."""
 
+    NULL: ClassVar[Mapping[str, object]] = {"num_key_value_heads": 0, "head_dim": 0}  # all heads; an even share
+    ACTS: ClassVar[frozenset[str]] = frozenset(ACTIVATIONS)
+    """What `hidden_act` can be."""
     intermediate_size: int
     num_key_value_heads: int = 0
     head_dim: int = 0
@@ -43,7 +47,7 @@ class LlamaConfig(Config):
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"{self.num_attention_heads} attention heads, {self.num_key_value_heads} key-value heads"
             raise ConfigError(f"config.json: {heads}: the first must be a multiple of the second")
-        check_activation(self.hidden_act)
+        check_activation(self.hidden_act, self.ACTS)
 
     @property
     def rotary_dim(self) -> int:
@@ -69,6 +73,8 @@ class LlamaConfig(Config):
 class MistralConfig(LlamaConfig):
     """Mistral: a Llama whose attention looks back `sliding_window` tokens."""
 
+    num_key_value_heads: int = 8
+    max_position_embeddings: int = 131072
     sliding_window: int | None = 4096
 
     def cache_window(self, index: int) -> int | None:

@@ -32,6 +32,7 @@ class Olmo2Config(LlamaConfig):
 class Olmo3Config(Olmo2Config):
     """`config.json` of an OLMo 3: three of four layers see a window, and those do not stretch their positions."""
 
+    rope_theta: float = 500000.0
     sliding_window: int = 4096
     layer_types: tuple[str, ...] | None = None
     rope_local_base_freq: float | None = None

@@ -6,8 +6,9 @@ Source: arXiv:2404.14219, and `transformers.models.phi3`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from runner.blocks import HIDDEN, KV, Q
 from runner.models import glm, llama
@@ -20,6 +21,8 @@ from runner.weights import weight
 class Phi3Config(LlamaConfig):
     """`config.json` of a Phi-3; LongRoPE's original length stands beside its factors."""
 
+    ONLY: ClassVar[Mapping[str, object]] = {"full_attn_mod": 1, "interpolate_factor": 1}
+    max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     original_max_position_embeddings: int = 4096
     partial_rotary_factor: float = 1.0

@@ -21,6 +21,8 @@ from runner.weights import weight
 class Qwen2Config(LlamaConfig):
     """`config.json` of a Qwen2; the window counts where `use_sliding_window` says so."""
 
+    num_key_value_heads: int = 32
+    max_position_embeddings: int = 32768
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
     max_window_layers: int = key(default=28, minimum=0)

@@ -20,6 +20,7 @@ class SeedOssConfig(LlamaConfig):
     """`config.json` of a Seed-OSS."""
 
     head_dim: int = 128
+    max_position_embeddings: int = 524288
     num_key_value_heads: int = 8
     attention_bias: bool = True
     attention_out_bias: bool = False

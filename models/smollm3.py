@@ -6,6 +6,7 @@ Source: the model's report (huggingface.co/blog/smollm3), and `transformers.mode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from runner import layer_types
 from runner.config import FULL, SLIDING
@@ -16,8 +17,14 @@ from runner.models.llama import LlamaConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SmolLM3Config(LlamaConfig):
-    """`config.json` of a SmolLM3; `no_rope_layers` has a 1 for each layer that rotates (the name is the reverse)."""
+    """`config.json` of a SmolLM3; `no_rope_layers` has a 1 for each layer that rotates (the name is the reverse).
 
+    `max_window_layers` is left from Qwen 2, whose code this began as.
+    """
+
+    INERT: ClassVar[frozenset[str]] = frozenset({"max_window_layers"})
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 32768
     rope_theta: float = 2000000.0
     tie_word_embeddings: bool = True
     use_sliding_window: bool = False
@@ -25,15 +32,15 @@ class SmolLM3Config(LlamaConfig):
     no_rope_layer_interval: int = 4
     no_rope_layers: tuple[int, ...] | None = None
     layer_types: tuple[str, ...] | None = None
-    max_window_layers: int | None = None  # written by transformers, read by nobody
 
     def __post_init__(self) -> None:
         super().__post_init__()
         rotates = self.no_rope_layers
         if rotates is None:
             rotates = tuple(int((i + 1) % self.no_rope_layer_interval != 0) for i in range(self.num_hidden_layers))
-        if len(rotates) != self.num_hidden_layers:
+        if len(rotates) < self.num_hidden_layers:
             raise ConfigError(f"config.json: {len(rotates)} no_rope_layers for {self.num_hidden_layers} layers")
+        rotates = rotates[: self.num_hidden_layers]
         object.__setattr__(self, "no_rope_layers", rotates)
 
     @property

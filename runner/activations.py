@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import mlx.core as mx
 
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 """`hidden_act`'s names, as `transformers.activations.ACT2FN` has them."""
 
 
-def check_activation(name: str) -> None:
-    """Raises `ConfigError` for an activation that is not in `ACTIVATIONS`."""
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"config.json: hidden_act {name!r} is not known; known are {', '.join(sorted(ACTIVATIONS))}")
+def check_activation(name: str, known: Collection[str] = frozenset(ACTIVATIONS)) -> None:
+    """Raises `ConfigError` for an activation that is not in `known`."""
+    if name not in known:
+        raise ConfigError(f"config.json: hidden_act {name!r} is not known; known are {', '.join(sorted(known))}")
