@@ -159,7 +159,7 @@ def _centred(zero: int) -> Callable[[Bytes], tuple[Array, Array]]:
 
     def affine(blocks: Bytes) -> tuple[Array, Array]:
         scales = _half(blocks, 0)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return scales, scales * np.float16(-zero)
 
     return affine
