@@ -135,8 +135,9 @@ def test_an_editable_install_gives_runner_alone(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path / "tree", kernels=False)
     user = tmp_path / "user"
     user.mkdir()
-    arguments = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--prefix", "prefix", "-e", str(tree))
-    command("-m", "pip", "install", *arguments, cwd=user)
+    # Without --ignore-installed pip takes this environment's own package, and its command, for the old version.
+    arguments = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
+    command("-m", "pip", "install", *arguments, "--prefix", "prefix", "-e", str(tree), cwd=user)
     (site,) = (user / "prefix").glob("lib*/python*/site-packages")
     start = f"import site, importlib.util; site.addsitedir({str(site)!r})\n"
     absent = "print([name for name in ('models', 'configs', 'tests') if importlib.util.find_spec(name)])"
