@@ -91,7 +91,7 @@ class Bloom(AlibiDecoder):
     layers: Sequence[ConfiguredBlock] = weight("transformer.h|h", length="num_hidden_layers")
     norm: LayerNorm = weight("transformer.ln_f|ln_f", HIDDEN)
     lm_head: Linear = weight(
-        "lm_head|transformer.word_embeddings|word_embeddings", VOCAB, HIDDEN, otherwise="tie_word_embeddings"
+        "lm_head||transformer.word_embeddings|word_embeddings", VOCAB, HIDDEN, otherwise="tie_word_embeddings"
     )
 
     def embed(self, batch: Batch) -> mx.array:

@@ -117,4 +117,4 @@ class Falcon(bloom.AlibiDecoder):
     embed_tokens: Embedding = weight("transformer.word_embeddings", VOCAB, HIDDEN)
     layers: Sequence[ConfiguredBlock] = weight("transformer.h", length="num_hidden_layers")
     norm: LayerNorm = weight("transformer.ln_f", HIDDEN)
-    lm_head: Linear = weight("lm_head|transformer.word_embeddings", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
+    lm_head: Linear = weight("lm_head||transformer.word_embeddings", VOCAB, HIDDEN, otherwise="tie_word_embeddings")

@@ -97,7 +97,7 @@ class GPT2(LayerNormDecoder):
     embed_positions: Embedding = weight("transformer.wpe|wpe|model.wpe", "max_position_embeddings", HIDDEN)
     layers: Sequence[Block] = weight("transformer.h|h|model.h", length="num_hidden_layers")
     norm: LayerNorm = weight("transformer.ln_f|ln_f|model.ln_f", HIDDEN)
-    lm_head: Linear = weight("lm_head|transformer.wte|wte|model.wte", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
+    lm_head: Linear = weight("lm_head||transformer.wte|wte|model.wte", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
     max_position_embeddings: int = setting()
 
     def embed(self, batch: Batch) -> mx.array:

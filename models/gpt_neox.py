@@ -85,4 +85,6 @@ class GPTNeoX(LayerNormDecoder):
     embed_tokens: Embedding = weight("gpt_neox.embed_in|model.embed_in", VOCAB, HIDDEN)
     layers: Sequence[ConfiguredBlock] = weight("gpt_neox.layers|model.h", length="num_hidden_layers")
     norm: LayerNorm = weight("gpt_neox.final_layer_norm|model.final_layer_norm", HIDDEN)
-    lm_head: Linear = weight("embed_out|gpt_neox.embed_in", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
+    lm_head: Linear = weight(
+        "embed_out|model.embed_out||gpt_neox.embed_in|model.embed_in", VOCAB, HIDDEN, otherwise="tie_word_embeddings"
+    )

@@ -133,7 +133,7 @@ class OPT(Frame):
     embed_positions: Embedding = weight("model.decoder.embed_positions|decoder.embed_positions", "rows", HIDDEN)
     layers: Sequence[ConfiguredBlock] = weight("model.decoder.layers|decoder.layers", length="num_hidden_layers")
     lm_head: Linear = weight(
-        "lm_head|model.decoder.embed_tokens|decoder.embed_tokens", VOCAB, NARROW, otherwise="tie_word_embeddings"
+        "lm_head||model.decoder.embed_tokens|decoder.embed_tokens", VOCAB, NARROW, otherwise="tie_word_embeddings"
     )
     project_in: Linear | None = weight("model.decoder.project_in|decoder.project_in", HIDDEN, NARROW, when="narrow")
     project_out: Linear | None = weight("model.decoder.project_out|decoder.project_out", NARROW, HIDDEN, when="narrow")

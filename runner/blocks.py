@@ -129,7 +129,7 @@ class Frame:
     embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)
     layers: Sequence[Layer] = weight("model.layers", length="num_hidden_layers")
     norm: Norm = weight("model.norm", HIDDEN)
-    lm_head: Linear = weight("lm_head|model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
+    lm_head: Linear = weight("lm_head||model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
     norm_eps: float = setting()
 
     def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:

@@ -223,14 +223,20 @@ class _Planner:
         return self.names[kind]
 
     def locate(self, tag: Tag, tree: Tree, config: Config) -> tuple[Tree, Tree | None]:
-        options = [expand(tree, name, config) for name in tag.name.split("|")]
-        if tag.otherwise is not None and not getattr(config, tag.otherwise):
-            options = options[:1]
+        own, _, twins = tag.name.partition("||")
+        allowed = bool(twins) and (tag.otherwise is None or bool(getattr(config, tag.otherwise)))
         if self.declared:
-            return options[-1 if tag.otherwise else 0], None
-        present = [option for option in options if self.present(option)] or options[:1]
-        twin = present[1] if tag.otherwise is not None and len(present) > 1 else None
-        return present[0], twin
+            return expand(tree, (twins if allowed else own).split("|")[0], config), None
+        first = self.found(own, tree, config)
+        twin = self.found(twins, tree, config) if allowed else None
+        if first is None and twin is not None:
+            return twin, None
+        return first or expand(tree, own.split("|")[0], config), twin
+
+    def found(self, names: str, tree: Tree, config: Config) -> Tree | None:
+        """The first of the alternatives that the checkpoint has."""
+        options = (expand(tree, name, config) for name in names.split("|"))
+        return next((option for option in options if self.present(option)), None)
 
     def present(self, tree: Tree) -> bool:
         return any(leaf.name in self.prefixes for leaf in leaves(tree))

@@ -11,7 +11,7 @@ A tag is a name and a shape. Names of nested dataclasses join with dots; in a na
 - `{num_experts}` (one word: an integer of the config) stacks `.0 .1 ...` along a new first axis,
 - `[num_experts]` at its end says that the tensor is stored so stacked; joining is along the axis after that,
 - `_` at its start continues the parent's name without a dot,
-- `a|b` takes the first that the checkpoint has.
+- `a|b` takes the first that the checkpoint has, `a|b||c|d` one of the last where it has none of the first.
 
 A dimension is an int, a config name, or a product of them (`"num_attention_heads*head_dim"`); a tuple gives one size
 for each joined part. A child module reads its parent's dimensions as `"$0"`, `"$1"`. `plan` checks all names, shapes
@@ -112,8 +112,8 @@ def weight(
         optional: None where the checkpoint has no such tensor (for a dataclass: no tensor below its name).
         when: a config flag that says whether the field exists; None, and its tensors refused, where it is false.
         bias: whether a `Linear` here has a bias: a bool, or the config flag that says so.
-        otherwise: the config flag that allows the alternatives after the first `|` (a tied head). Where the flag is set
-            and the checkpoint holds both, equal tensors are shared and the first one wins over a different one.
+        otherwise: the config flag that allows what stands behind `||` (a tied head). Where the flag is set and the
+            checkpoint holds both, equal tensors are shared and the first one wins over a different one.
         transform: how the stored tensor becomes the field's value.
         part: `(index, sizes)`: this field holds piece `index` of a tensor stored as one, rows of the given sizes.
         dtypes: accepted dtypes, in safetensors' spelling.

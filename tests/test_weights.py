@@ -6,39 +6,19 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import pytest
+from sources import Arrays
 
 from runner import loading
 from runner.config import Config
 from runner.errors import WeightsError
 from runner.fast import RMSNorm
 from runner.nn import Embedding, JoinedLinear, Linear, QuantizedLinear
-from runner.plan import plan
+from runner.plan import count_parameters, plan
 from runner.transforms import PLUS_ONE, TRANSPOSE, permute_rows
 from runner.weights import weight
 
 D, E = "hidden_size", "vocab_size"
 CONFIG = Config(model_type="t", vocab_size=3, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
-NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32"}
-
-
-@dataclass(frozen=True)
-class Info:
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-class Arrays:
-    """A source that counts what is read."""
-
-    def __init__(self, arrays: dict[str, mx.array]) -> None:
-        self.arrays = arrays
-        self.headers = {k: Info(NAMES[v.dtype], tuple(v.shape), v.nbytes) for k, v in arrays.items()}
-        self.reads: list[str] = []
-
-    def read(self, name: str) -> mx.array:
-        self.reads.append(name)
-        return self.arrays[name]
 
 
 def rand(*shape: int) -> mx.array:
@@ -87,7 +67,7 @@ class Block:
 class Tied:
     embed: Embedding = weight("embed", E, D)
     layers: list[Block] = weight("layers", length="num_hidden_layers")
-    head: Linear = weight("head|embed", E, D, otherwise="tie_word_embeddings")
+    head: Linear = weight("head||embed", E, D, otherwise="tie_word_embeddings")
     extra: RMSNorm | None = weight("extra", D, optional=True)
 
 
@@ -149,6 +129,29 @@ def test_a_tied_head_shares_the_embedding() -> None:
     found = dict(loading.arrays(model))
     assert found["embed.weight"] is found["head.weight"]
     assert loading.nbytes(model) == (3 * 64 + 2 * 64) * 4
+
+
+@dataclass
+class Renamed:
+    embed: Embedding = weight("embed|model.embed", E, D)
+    head: Linear = weight("head|model.head||embed|model.embed", E, D, otherwise="tie_word_embeddings")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_alternatives_behind_two_bars_need_the_flag(tied: bool, prefix: str) -> None:
+    config = Config(**{**vars(CONFIG), "tie_word_embeddings": tied})
+    arrays = {f"{prefix}embed.weight": rand(3, 64), f"{prefix}head.weight": rand(3, 64) + 1}
+    model = load(Renamed, arrays, config)
+    assert isinstance(model, Renamed) and mx.array_equal(model.head(mx.eye(64)).T, arrays[f"{prefix}head.weight"])
+    del arrays[f"{prefix}head.weight"]
+    if tied:
+        found = dict(loading.arrays(load(Renamed, arrays, config)))
+        assert found["embed.weight"] is found["head.weight"]
+    else:
+        with pytest.raises(WeightsError, match=r"missing: head.weight: expected \[3, 64\]"):
+            plan(Renamed, config, Arrays(arrays).headers)
+    assert count_parameters(plan(Renamed, config, None)) == (1 if tied else 2) * 3 * 64
 
 
 def test_every_problem_is_named_at_once_before_reading() -> None:
