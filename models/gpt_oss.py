@@ -13,13 +13,12 @@ import mlx.core as mx
 
 from runner import blocks, layer_types, moe
 from runner.blocks import HIDDEN, INTERMEDIATE
-from runner.cache import Batch, KVCache
 from runner.config import FULL, SLIDING, Config
 from runner.errors import ConfigError
 from runner.models import llama
 from runner.models.llama import LlamaConfig
 from runner.moe import ExpertLinear, PlainExperts, QuantizedExperts
-from runner.nn import GLU, Linear, Quantization, merge_heads
+from runner.nn import GLU, Linear, Quantization, SinkAttend
 from runner.rope import RopeScaling
 from runner.transforms import HALVES, IDENTITY, MX_BLOCKS, TRANSPOSE
 from runner.weights import Choice, Header, Size, Tree, leaves, setting, tensor, weight
@@ -76,12 +75,7 @@ class GptOssConfig(LlamaConfig):
 class Attention(llama.Attention):
     """Each head has one more score, of a key that has no value."""
 
-    sinks: mx.array = weight("sinks", "num_attention_heads")
-
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        q, k, v = self.heads(self.qkv_proj(x), batch)
-        history = cache.append(k, v)
-        return self.o_proj(merge_heads(self.attend(q, history, batch.mask, sinks=self.sinks.astype(q.dtype))))
+    attend: SinkAttend
 
 
 @dataclass

@@ -9,32 +9,36 @@ import mlx.core as mx
 import numpy as np
 
 
-def by_expert(x: mx.array, experts: mx.array, multiply: Callable[[mx.array, int], mx.array]) -> mx.array:
+def by_expert(
+    x: mx.array, experts: mx.array, multiply: Callable[[mx.array, int], mx.array], *, in_order: bool = False
+) -> mx.array:
     """`multiply(rows, e)` for the rows of x that chose expert e, each expert's matrix read once.
 
     Args:
         x: `[..., 1, in]`, its leading dimensions broadcast to those of `experts`.
         experts: `[...]`, integers; evaluated here, since which products there are depends on them.
         multiply: `[rows, in]` and an expert -> `[rows, out]`.
+        in_order: whether `experts` is `[rows]` and sorted.
 
     Returns:
         `[..., 1, out]`.
     """
     rows = mx.broadcast_to(x, (*experts.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])
     chosen = np.array(experts).flatten()
-    order = np.argsort(chosen, kind="stable")
-    rows, chosen = rows[mx.array(order)], chosen[order]
+    if not in_order:
+        order = np.argsort(chosen, kind="stable")
+        rows, chosen = rows[mx.array(order)], chosen[order]
     starts = [0, *(np.flatnonzero(np.diff(chosen)) + 1).tolist(), len(chosen)]
     pieces = [multiply(rows[a:b], int(chosen[a])) for a, b in itertools.pairwise(starts)]
-    result = mx.concatenate(pieces)[mx.array(np.argsort(order))]
-    return result.reshape(*experts.shape, 1, -1)
+    result = mx.concatenate(pieces)
+    return (result if in_order else result[mx.array(np.argsort(order))]).reshape(*experts.shape, 1, -1)
 
 
-def gather_linear(linear: Callable[..., mx.array]) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+def gather_linear(linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """`Ops.gather_linear` from a device's `Ops.linear`."""
 
-    def gather(x: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
-        return by_expert(x, experts, lambda rows, expert: linear(rows, weight[expert], None))
+    def gather(x: mx.array, weight: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+        return by_expert(x, experts, lambda rows, expert: linear(rows, weight[expert], None), in_order=in_order)
 
     return gather
 
@@ -52,12 +56,13 @@ def gather_quantized_linear(quantized_linear: Callable[..., mx.array]) -> Callab
         group_size: int,
         bits: int,
         mode: str,
+        in_order: bool = False,
     ) -> mx.array:
         def multiply(rows: mx.array, expert: int) -> mx.array:
             shifts = None if biases is None else biases[expert]
             packed = weight[expert], scales[expert], shifts
             return quantized_linear(rows, *packed, None, group_size=group_size, bits=bits, mode=mode)
 
-        return by_expert(x, experts, multiply)
+        return by_expert(x, experts, multiply, in_order=in_order)
 
     return gather

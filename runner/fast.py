@@ -100,8 +100,9 @@ def _activate(x: mx.array, activation: str) -> mx.array:
     return ACTIVATIONS[activation](x)
 
 
-def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
-    return mx.gather_mm(x, weight.swapaxes(-1, -2).astype(x.dtype), rhs_indices=experts)
+def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+    matrices = weight.swapaxes(-1, -2).astype(x.dtype)
+    return mx.gather_mm(x, matrices, rhs_indices=experts, sorted_indices=in_order)
 
 
 def _gather_quantized_linear(
@@ -114,9 +115,19 @@ def _gather_quantized_linear(
     group_size: int,
     bits: int,
     mode: str,
+    in_order: bool = False,
 ) -> mx.array:
     return mx.gather_qmm(
-        x, weight, scales, biases, rhs_indices=experts, transpose=True, group_size=group_size, bits=bits, mode=mode
+        x,
+        weight,
+        scales,
+        biases,
+        rhs_indices=experts,
+        transpose=True,
+        sorted_indices=in_order,
+        group_size=group_size,
+        bits=bits,
+        mode=mode,
     )
 
 
@@ -144,7 +155,7 @@ class Ops:
     glu: Callable[[mx.array, str], mx.array] = _glu
     activate: Callable[[mx.array, str], mx.array] = _activate
     argmax: Callable[[mx.array], mx.array] = _argmax
-    gather_linear: Callable[[mx.array, mx.array, mx.array], mx.array] = _gather_linear
+    gather_linear: Callable[..., mx.array] = _gather_linear
     gather_quantized_linear: Callable[..., mx.array] = _gather_quantized_linear
     storage: Storage = PLAIN
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from runner.cache import History
 from runner.config import Config
-from runner.errors import UsageError, WeightsError
+from runner.errors import WeightsError
 from runner.fast import Mask, Ops, provided_ops, scaled_dot_product_attention, window_mask
 from runner.weights import (
     PACKED,
@@ -55,6 +55,10 @@ class Linear(Chooses):
     def __call__(self, x: mx.array) -> mx.array:
         raise NotImplementedError
 
+    def matrix(self) -> mx.array:
+        """W `[out, in]` as numbers: unpacked where it is packed."""
+        raise NotImplementedError
+
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         """Plain, quantised, or (parts quantised differently) joined after the product."""
@@ -76,6 +80,9 @@ class PlainLinear(Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.ops.linear(x, self.weight, self.bias)
+
+    def matrix(self) -> mx.array:
+        return self.weight
 
 
 @dataclass
@@ -103,6 +110,11 @@ class QuantizedLinear(Linear):
             mode=self.mode,
         )
 
+    def matrix(self) -> mx.array:
+        return mx.dequantize(
+            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+        )
+
 
 @dataclass
 class JoinedLinear(Linear):
@@ -112,6 +124,9 @@ class JoinedLinear(Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
+
+    def matrix(self) -> mx.array:
+        return mx.concatenate([part.matrix() for part in self.parts])
 
 
 class Embedding(Chooses):
@@ -256,14 +271,14 @@ class Attend:
     softcap: float | None = setting("attn_logit_softcapping", default=None)
     ops: Ops = provided_ops()
 
-    def __call__(
-        self, query: mx.array, history: History, mask: Mask = None, *, sinks: mx.array | None = None
-    ) -> mx.array:
+    def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
         """`query` `[B, H, L, D]` -> `[B, H, L, Dv]`; see `scaled_dot_product_attention`."""
         if self.softcap is not None:
-            if sinks is not None:
-                raise UsageError("attention: a softcap and sinks at once")
             return capped_attention(query, history, mask, scale=self.scale, softcap=self.softcap)
+        return self.uncapped(query, history, mask, None)
+
+    def uncapped(self, query: mx.array, history: History, mask: Mask, sinks: mx.array | None) -> mx.array:
+        """The device's attention over what `history` has stored."""
         return scaled_dot_product_attention(
             query,
             history.stored_keys,
@@ -275,6 +290,16 @@ class Attend:
             sinks=sinks,
             ops=self.ops,
         )
+
+
+@dataclass
+class SinkAttend(Attend):
+    """With one more score for each head, of a key that has no value (arXiv:2309.17453, learned)."""
+
+    sinks: mx.array = tensor("sinks", "num_attention_heads")
+
+    def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
+        return self.uncapped(query, history, mask, self.sinks.astype(query.dtype))
 
 
 def capped_attention(query: mx.array, history: History, mask: Mask = None, *, scale: float, softcap: float) -> mx.array:
