@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from runner import resources
 from runner.errors import UsageError
@@ -174,12 +175,11 @@ class Sampler:
         self._penalised = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
-        self._counts = mx.zeros((vocab_size,), dtype=mx.float32)
-        self._seen: deque[mx.array] = deque()
-        if self._penalised and params.penalize_prompt:
-            kept = prompt_ids[-params.penalty_window :] if params.penalty_window else prompt_ids
-            for token in kept:
-                self._remember(mx.array(token))
+        kept = list(prompt_ids) if self._penalised and params.penalize_prompt else []
+        kept = kept[-params.penalty_window :] if params.penalty_window else kept
+        # Counted at once: an operation for each token of a long prompt would be a graph of thousands.
+        self._counts = mx.array(np.bincount(kept, minlength=vocab_size).astype(np.float32))
+        self._seen = deque(mx.array(token) for token in kept) if params.penalty_window else deque()
 
     def __call__(self, logits: mx.array) -> Sampled:
         """Pick from logits `[V]`; nothing is evaluated here."""

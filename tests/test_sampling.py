@@ -71,6 +71,18 @@ def test_draws_follow_the_twin(seed: int, params: SamplingParams) -> None:
     assert chi < 60  # 11 degrees of freedom: a fair sampler exceeds this once in 10^8
 
 
+@pytest.mark.parametrize("window", [0, 1, 3, 50])
+@pytest.mark.parametrize("prompt", [[], [1, 2, 2, 7, 1]])
+def test_penalties_see_prompt_and_answer_through_one_window(window: int, prompt: list[int]) -> None:
+    params = SamplingParams(temperature=0, frequency_penalty=1.0, presence_penalty=0.5, penalty_window=window)
+    logits = np.linspace(0, 2, V)
+    sampler, seen = Sampler(params, V, prompt), list(prompt)
+    for _ in range(8):
+        wanted = int(np.argmax(twin(logits, params.replace(temperature=1), seen)))
+        assert int(sampler(mx.array(logits.astype(np.float32))).token) == wanted
+        seen.append(wanted)
+
+
 def test_greedy_logprobs_and_seeds() -> None:
     logits = mx.array([0.0, 3.0, 3.0, 1.0])
     picked = Sampler(SamplingParams(temperature=0, logprobs=2), 4, [])(logits)
