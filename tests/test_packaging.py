@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -21,11 +22,11 @@ SHIPPED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", 
 MINE = "WHOSE = 'the user'\n"
 
 
-def command(*words: str, cwd: Path, **environment: str) -> str:
+def command(*words: str, cwd: Path, python: Path | str = sys.executable, **environment: str) -> str:
     """Runs `python words`; its stdout and stderr together. The repository is not on its path."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
     done = subprocess.run(
-        [sys.executable, *words],
+        [str(python), *words],
         cwd=cwd,
         env={**env, **environment},
         stdout=subprocess.PIPE,
@@ -46,6 +47,14 @@ def copy_tree(target: Path, *, kernels: bool) -> Path:
     for name in SHIPPED:
         shutil.copy(ROOT / name, target / name)
     return target
+
+
+def bare_environment(place: Path) -> Path:
+    """The Python of a new environment that has what this one has, but not the project: only `site` reads its link."""
+    venv.create(place)
+    (site,) = place.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(f"{Path(pytest.__file__).parent.parent}\n")
+    return place / "bin" / "python"
 
 
 @pytest.fixture(scope="module")
@@ -131,22 +140,20 @@ def test_an_installed_package_runs_and_is_typed(installed: Path) -> None:
 
 
 def test_an_editable_install_gives_runner_alone(tmp_path: Path) -> None:
-    """To Python, pytest and mypy: `runner.models` is there, `models` is the user's, and no one else's without one."""
+    """To Python and pytest: `runner.models` is there, `models` is the user's, and no one else's without one."""
     tree = copy_tree(tmp_path / "tree", kernels=False)
+    python = bare_environment(tmp_path / "venv")
+    # Without --ignore-installed pip might take this environment's own package, and its command, for the old version.
+    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
+    command("-m", "pip", "install", *options, "-e", str(tree), cwd=tmp_path, python=python)
     user = tmp_path / "user"
     user.mkdir()
-    # Without --ignore-installed pip takes this environment's own package, and its command, for the old version.
-    arguments = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
-    command("-m", "pip", "install", *arguments, "--prefix", "prefix", "-e", str(tree), cwd=user)
-    (site,) = (user / "prefix").glob("lib*/python*/site-packages")
-    start = f"import site, importlib.util; site.addsitedir({str(site)!r})\n"
-    absent = "print([name for name in ('models', 'configs', 'tests') if importlib.util.find_spec(name)])"
-    assert command("-c", start + absent, cwd=user) == "[]\n"
+    found = "[name for name in ('models', 'configs', 'tests') if importlib.util.find_spec(name)]"
+    assert command("-c", f"import importlib.util; print({found})", cwd=user, python=python) == "[]\n"
     (user / "models.py").write_text(MINE)
-    (user / "conftest.py").write_text(start)
     checks = f"    import models, runner, runner.models.llama as llama\n    assert models.WHOSE and {str(tree)!r} in "
     (user / "test_mine.py").write_text(f"def test_mine() -> None:\n{checks}str(llama.__file__)\n")
-    assert "1 passed" in command("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=user)
+    assert "1 passed" in command("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=user, python=python)
 
 
 def test_mypy_and_pytest_know_one_name_for_a_model_file(tmp_path: Path) -> None:
