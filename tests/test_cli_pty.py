@@ -128,6 +128,7 @@ def test_several_lines_and_unknown_commands(chat: Terminal, tmp_path: Path) -> N
     chat.expect(r"\(4 messages in")
     questions = [message["content"] for message in json.loads(saved.read_text()) if message["role"] == "user"]
     assert questions == ["one\ntwo", "three\nfour"]
+    chat.expect("> ")  # an end of file typed before the prompt is the terminal's, not the program's
     chat.send("\x04")
     assert chat.close() == 0
 
