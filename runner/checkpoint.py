@@ -93,17 +93,40 @@ class Checkpoint:
         generation = {}
         if _exists(directory, "generation_config.json"):
             generation = read_json(member(directory, "generation_config.json"))
+        config = read_json(member(directory, "config.json"))
+        return cls._of(directory, config, generation, shards, headers)
+
+    @classmethod
+    def open_file(cls, directory: Path, weights: str, config: str) -> Checkpoint:
+        """The same of a directory whose two files have other names (an adapter's), without a generation config.
+
+        Raises:
+            CheckpointError: naming the file and the problem.
+        """
+        header = read_header(member(directory, weights))
+        return cls._of(directory, read_json(member(directory, config)), {}, {weights: header}, header.tensors)
+
+    @classmethod
+    def _of(
+        cls,
+        directory: Path,
+        config: dict[str, Any],
+        generation: dict[str, Any],
+        shards: Mapping[str, ShardHeader],
+        headers: Mapping[str, TensorInfo],
+    ) -> Checkpoint:
         metadata: dict[str, str] = {}
         for shard in shards.values():
             metadata = shard.metadata | metadata
-        config = read_json(member(directory, "config.json"))
         files = {directory / name: shard for name, shard in shards.items()}
         raw = frozenset(
             file
             for file, shard in files.items()
             if any(info.dtype not in MLX_DTYPES for info in shard.tensors.values())
         )
-        return cls(directory, config, generation, MappingProxyType(headers), metadata, MappingProxyType(files), raw)
+        return cls(
+            directory, config, generation, MappingProxyType(dict(headers)), metadata, MappingProxyType(files), raw
+        )
 
     def read(self, name: str) -> mx.array:
         """The tensor `name`, lazily: MLX reads its bytes when it is evaluated.

@@ -35,12 +35,12 @@ class Problems:
         """Something else, in words."""
         self.found.append(("", message, ""))
 
-    def message(self, candidates: Sequence[str]) -> str:
-        """All problems, one line each; a missing name is followed by the nearest of `candidates`."""
+    def message(self, candidates: Sequence[str], title: str = "the checkpoint does not fit the model") -> str:
+        """All problems, one line each below `title`; a missing name is followed by the nearest of `candidates`."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for kind, name, text in self.found:
             groups.setdefault((kind, re.sub(r"\.\d+\.", ".*.", name) if kind else name, text), []).append(name)
-        lines = [f"the checkpoint does not fit the model ({len(self.found)} problems)"]
+        lines = [f"{title} ({len(self.found)} problems)"]
         for (kind, pattern, text), names in groups.items():
             if not kind:
                 lines.append(f"  {pattern}")
