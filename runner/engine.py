@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner import loading
+from runner.adapters import AdapterFiles, Adapters, fit
 from runner.cache import Batch, KVCache
 from runner.config import Config
 from runner.device import Device, current
@@ -30,6 +31,7 @@ class Engine:
     """A loaded model. `layout` says which tensor each field came from; `loading.tensors` writes it back with that.
 
     `storage` is how its caches keep their rows: exactly, where a dtype was asked for, else as the device likes it.
+    `adapters` are those that were loaded with it.
     """
 
     config: Config
@@ -37,6 +39,7 @@ class Engine:
     layout: ModulePlan
     device: Device
     storage: Storage
+    adapters: Adapters | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,21 +70,31 @@ class Engine:
 
 
 def assemble(
-    raw: Mapping[str, Any], source: Source, *, dtype: str | None = None, progress: Progress | None = None
+    raw: Mapping[str, Any],
+    source: Source,
+    *,
+    dtype: str | None = None,
+    adapters: Sequence[AdapterFiles] = (),
+    progress: Progress | None = None,
 ) -> Engine:
     """The model of a `config.json` object with the tensors of `source`; see `runner.load` for `dtype` and errors."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     config_class, model_class = find(raw)
+    adapted = fit(raw, (config_class, model_class), source, adapters) if adapters else None
+    if adapted is not None:
+        raw, source = adapted.base.raw, adapted.base.source
     config = config_class.from_dict(raw)
     device = current()
     provided = {"ops": device.ops, "activations": DTYPES[dtype] if dtype else device.activations}
     layout = plan(model_class, config, source.headers, provided)
+    if adapted is not None:
+        layout = adapted.applied(layout, device.ops, DTYPES[dtype] if dtype else None)
     model = loading.build(layout, source, dtype=DTYPES[dtype] if dtype else None, progress=progress)
-    return Engine(config, model, layout, device, device.storage if dtype is None else device.ops.storage)
+    return Engine(config, model, layout, device, device.storage if dtype is None else device.ops.storage, adapted)
 
 
-def open_engine(path: Path, *, dtype: str | None = None) -> Engine:
+def open_engine(path: Path, *, dtype: str | None = None, adapters: Sequence[AdapterFiles] = ()) -> Engine:
     """The model in a directory or GGUF file, whether or not it has a tokenizer."""
     files = open_files(path)
-    return assemble(files.config, files.source, dtype=dtype)
+    return assemble(files.config, files.source, dtype=dtype, adapters=adapters)

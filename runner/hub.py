@@ -75,6 +75,22 @@ def resolve(model: str, *, revision: str | None = None, progress: bool = True) -
     return _fetch(repo, revision, progress)
 
 
+def resolve_adapter(adapter: str, *, progress: bool = True) -> Path:
+    """Where an adapter is: an existing directory itself, else a hub id `org/name[@revision]`, in the cache or fetched.
+
+    Raises:
+        HubError: as `resolve`.
+    """
+    path = os.path.expanduser(adapter)
+    if os.path.exists(path):
+        return Path(path)
+    repo, revision = _parse(adapter, None)
+    cached = _snapshot(repo, revision)
+    if cached is not None and all((cached / name).is_file() for name in ADAPTER_FILES):
+        return cached
+    return _fetch_adapter(repo, revision, progress)
+
+
 def pull(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
     """Fetch a model, or bring the cached one up to date with its branch; returns its directory.
 
@@ -150,6 +166,7 @@ def _shards(snapshot: Path) -> list[str]:
     return sorted(set(read_index(member(snapshot, INDEX)).values()))
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model", "merges.txt")
 
 
@@ -206,6 +223,26 @@ def _fetch(repo: str, revision: str, progress: bool) -> Path:
         _download(repo, commit, shards)
         if revision != commit:
             hf_hub_download(repo, "config.json", revision=revision)  # all cached: this records the revision's commit
+    return snapshot
+
+
+def _fetch_adapter(repo: str, revision: str, progress: bool) -> Path:
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"the adapter {repo}@{revision} is not in the cache ({_cache()}), and HF_HUB_OFFLINE is set")
+    with _one_line(repo, revision), _progress_bars(progress):
+        info = HfApi().model_info(repo, revision=revision)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+        if info.sha is None or not _COMMIT.fullmatch(info.sha):
+            raise HubError(f"{repo}@{revision}: the hub named no commit")
+        for name in ADAPTER_FILES:
+            if name not in files:
+                pickle = ", only adapter_model.bin, a pickle" if "adapter_model.bin" in files else ""
+                raise HubError(f"{repo} has no {name}{pickle}: not an adapter in PEFT's safetensors format")
+        snapshot = _download(repo, info.sha, list(ADAPTER_FILES))
+        if revision != info.sha:
+            hf_hub_download(repo, ADAPTER_FILES[0], revision=revision)  # cached: this records the revision's commit
     return snapshot
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from runner.adapters import Given, open_adapters
 from runner.config import Config
 from runner.device import Device
 from runner.engine import Engine, assemble
 from runner.errors import ConfigError, ContextLengthError, UsageError
 from runner.families import Model
 from runner.generate import Cancelled, decode, prefill
-from runner.hub import resolve
+from runner.hub import resolve, resolve_adapter
 from runner.model_files import ModelFiles, open_files
 from runner.progress import ProgressBar
 from runner.prompt_cache import PromptCache
@@ -108,6 +109,22 @@ class LanguageModel:
     def nbytes(self) -> int:
         """Bytes of the weights in memory."""
         return self.engine.nbytes
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """Names and weights of the adapters it was loaded with."""
+        return {} if self.engine.adapters is None else dict(self.engine.adapters.weights)
+
+    def set_adapters(self, weights: Mapping[str, float]) -> None:
+        """Change the weights of adapters by name, from the next answer on; the others keep theirs, 0 leaves one out.
+
+        Raises:
+            UsageError: no adapter has the name, or it cannot have the weight (a DoRA has 0 or 1, one with whole tensors
+                what it was loaded with).
+        """
+        if self.engine.adapters is None:
+            raise UsageError("this model was loaded without adapters: name them in load(adapters=...)")
+        self.engine.adapters.set_weights(weights)
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Logits at every position, `[T, V]` float32, in one pass and without a cache to keep.
@@ -228,6 +245,7 @@ def load(
     *,
     dtype: str | None = None,
     revision: str | None = None,
+    adapters: Given = (),
     progress: bool = False,
 ) -> LanguageModel:
     """Load a model from a directory, a GGUF file or a hub id `org/name[@revision]`.
@@ -235,6 +253,8 @@ def load(
     Args:
         dtype: "float32", "float16" or "bfloat16" for weights and activations; None: what is stored, computed in what is
             fastest and no less exact on this machine.
+        adapters: LoRA or DoRA adapters in PEFT's format, by directory or hub id: a list of "PATH" or "PATH=WEIGHT", or
+            a mapping from them to weights. They add up; the base's weights stay as they are.
         progress: show bars on stderr for a download, and for reading that takes over a second.
 
     Raises:
@@ -242,8 +262,9 @@ def load(
     """
     files = open_files(resolve(str(model), revision=revision, progress=progress))
     tokenizer = files.tokenizer()
+    opened = open_adapters(adapters, lambda spec: resolve_adapter(spec, progress=progress))
     with ProgressBar(f"loading {files.path.name}", enabled=progress) as bar:
-        engine = assemble(files.config, files.source, dtype=dtype, progress=bar.update)
+        engine = assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=bar.update)
     params, ignored = SamplingParams.from_generation_config(files.generation_config)
     return LanguageModel(files.path, engine, tokenizer, params, ignored, end_tokens(files, tokenizer))
 

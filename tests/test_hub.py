@@ -484,3 +484,36 @@ def test_importing_does_not_load_the_hub_library() -> None:
         "import sys, runner.hub; assert not {'huggingface_hub', 'mlx.core', 'safetensors', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+ADAPTER = {"adapter_config.json": b"{ }", "adapter_model.safetensors": b"a" * 100}
+
+
+def test_an_adapter_is_two_files(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/lora", ADAPTER | UNWANTED | {"tokenizer.json": b"{}", "optimizer.safetensors": b"o"})
+    wanted: Call = ("resolve_adapter", ["org/lora"], {})
+    (path,), _ = call(tmp_path, fake.endpoint, wanted)
+    assert names(path) == set(ADAPTER)
+    fake.requests.clear()
+    found, errors = call(tmp_path, fake.endpoint, wanted, ("resolve_adapter", [f"org/lora@{COMMIT}"], {}))
+    assert found == [path, path] and fake.requests == [] and errors == ""
+    (local,), _ = call(tmp_path, fake.endpoint, ("resolve_adapter", [path], {}), HF_HUB_OFFLINE="1")
+    assert local == path
+
+
+def test_adapters_that_cannot_be_had(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/model", SMALL | SINGLE)
+    fake.add("org/old", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
+    wanted: list[Call] = [
+        ("resolve_adapter", [name], {}) for name in ("org/model", "org/old", "org/none", "no such/a/b")
+    ]
+    found, _ = call(tmp_path, fake.endpoint, *wanted)
+    error_of(found[0], "org/model has no adapter_config.json")
+    error_of(found[1], "org/old has no adapter_model.safetensors, only adapter_model.bin, a pickle")
+    error_of(found[2], "org/none is not on")
+    error_of(found[3], "'no such/a/b' is neither an existing directory nor a hub id")
+    (offline,), _ = call(tmp_path, fake.endpoint, ("resolve_adapter", ["org/x"], {}), HF_HUB_OFFLINE="1")
+    error_of(offline, "org/x@main is not in the cache", "HF_HUB_OFFLINE")

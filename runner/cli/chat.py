@@ -14,7 +14,7 @@ import typer
 from runner.cli import engine, terminal
 from runner.cli.chat_input import LineReader
 from runner.cli.conversation import Conversation
-from runner.cli.options import DType, LengthOptions, Model, SamplingOptions, System, Verbose
+from runner.cli.options import Adapter, DType, LengthOptions, Model, SamplingOptions, System, Verbose
 from runner.errors import ContextLengthError, RunnerError, UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def chat(
     *,
     system: System = None,
     dtype: DType = None,
+    adapter: Adapter = None,
     sampling: SamplingOptions,
     length: LengthOptions,
     verbose: Verbose = False,
@@ -46,7 +47,7 @@ def chat(
     conversation = Conversation()
     if system is not None:
         conversation.system = terminal.checked_utf8(system, "--system")
-    lm = engine.open_model(model, dtype)
+    lm = engine.open_model(model, dtype, adapter)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template: it continues text, see 'runner generate --raw'")
     Chat(lm, conversation, keywords, verbose).run()

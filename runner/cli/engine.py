@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runner.cli import terminal
@@ -11,14 +12,17 @@ if TYPE_CHECKING:
     from runner.language_model import LanguageModel, Timings
 
 
-def open_model(model: str, dtype: str | None) -> LanguageModel:
-    """Load `model`, with a progress bar where there is a terminal. Raises BackendError first where MLX cannot run."""
+def open_model(model: str, dtype: str | None, adapters: Sequence[str] | None = None) -> LanguageModel:
+    """Load `model`, with adapters as in `runner.load`, and with a progress bar where there is a terminal.
+
+    Raises BackendError first where MLX cannot run.
+    """
     from runner import backend
 
     backend.require()
     import runner
 
-    lm = runner.load(model, dtype=dtype, progress=sys.stderr.isatty())
+    lm = runner.load(model, dtype=dtype, adapters=adapters or (), progress=sys.stderr.isatty())
     if lm.device.notice is not None:
         terminal.note(f"{lm.device.notice} ('runner doctor' says more)", "yellow")
     return lm

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runner.cli import engine, terminal
-from runner.cli.options import OUTPUT, DType, LengthOptions, Model, SamplingOptions, System, Verbose
+from runner.cli.options import OUTPUT, Adapter, DType, LengthOptions, Model, SamplingOptions, System, Verbose
 from runner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def generate(
     chat: Chat = None,
     system: System = None,
     dtype: DType = None,
+    adapter: Adapter = None,
     sampling: SamplingOptions,
     length: LengthOptions,
     as_json: JsonLines = False,
@@ -64,7 +65,7 @@ def generate(
         raise UsageError("--logprobs is part of the JSON: add --json")
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
-    lm = engine.open_model(model, dtype)
+    lm = engine.open_model(model, dtype, adapter)
     status = terminal.Status()
     output = terminal.Output()
     last: Chunk | None = None

@@ -21,6 +21,12 @@ DType = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(metavar="NAME", help="Compute in float32, float16 or bfloat16, whatever the checkpoint's own."),
 ]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH[=WEIGHT]", help="A LoRA or DoRA adapter in PEFT's format: a directory or hub id; may be repeated."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Speed and peak memory on stderr, afterwards.", rich_help_panel=OUTPUT)

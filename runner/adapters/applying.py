@@ -1,0 +1,163 @@
+"""Adapters put into a plan: each field that they change becomes a layer that computes the base and them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from runner.adapters.layers import AdaptedEmbedding, AdaptedExperts, AdaptedLinear, Delta, Magnitude, TokenRows
+from runner.adapters.matching import Factors, SavedRows
+from runner.adapters.sites import Rows, Site, kind_of, pieces_of, width_of
+from runner.fast import Ops
+from runner.moe import ExpertLinear
+from runner.nn import Embedding, Linear
+from runner.plan import ArrayPlan, ModulePlan, Value
+
+_LAYERS: Mapping[type, type] = {Linear: AdaptedLinear, Embedding: AdaptedEmbedding, ExpertLinear: AdaptedExperts}
+
+
+class Applying:
+    """Puts the layers of adapters into a plan."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        factors: Mapping[str, Sequence[Factors]],
+        rows: Mapping[str, Sequence[SavedRows]],
+        weights: Mapping[str, float],
+        ops: Ops,
+        dtype: mx.Dtype | None,
+    ) -> None:
+        self.factors, self.rows, self.weights = factors, rows, weights
+        self.ops, self.dtype = ops, dtype
+        self.by_leaf = {(site.leaf, site.kind): name for name, site in sites.items()}
+
+    def module(self, item: ModulePlan) -> ModulePlan:
+        kind = kind_of(item)
+        if kind is not None:
+            return self.adapted(item, kind)
+        fields: dict[str, Any] = {}
+        for name, field in item.fields.items():
+            if isinstance(field, list):
+                fields[name] = [self.module(child) for child in field]
+            else:
+                fields[name] = self.module(field) if isinstance(field, ModulePlan) else field
+        return dataclasses.replace(item, fields=fields)
+
+    def adapted(self, item: ModulePlan, kind: type) -> ModulePlan:
+        array = item.fields["weight"]
+        assert isinstance(array, ArrayPlan)
+        pieces = pieces_of(array)
+        names = [self.by_leaf.get((rows.leaf, kind), "") for matrix in pieces for rows in matrix]
+        found = {factors.adapter for name in names for factors in self.factors.get(name, ())}
+        tokens = [rows for name in names for rows in self.rows.get(name, ())]
+        if not found and not tokens:
+            return item
+        deltas: list[Delta] = []
+        magnitudes: list[Magnitude] = []
+        for adapter in self.weights:
+            if adapter not in found:
+                continue
+            if kind is ExpertLinear:
+                deltas.append(self.experts(adapter, width_of(item), pieces))
+                continue
+            delta, magnitude = self.delta(adapter, kind, array, pieces[0])
+            deltas.append(delta)
+            magnitudes += [] if magnitude is None else [magnitude]
+        fields: dict[str, Any] = {
+            "base": item,
+            "deltas": Value(deltas),
+            "weights": Value(self.weights),
+            "ops": Value(self.ops),
+        }
+        if kind is Linear:
+            fields["magnitudes"] = Value(magnitudes)
+        if kind is not ExpertLinear:
+            fields["tokens"] = Value([self.token_rows(rows) for rows in tokens])
+        return ModulePlan(item.path, _LAYERS[kind], fields)
+
+    def of(self, adapter: str, rows: Rows, kind: type) -> Factors | None:
+        """The adapter's factors for a site, if it has any."""
+        factors = self.factors.get(self.by_leaf.get((rows.leaf, kind), ""), ())
+        return next((item for item in factors if item.adapter == adapter), None)
+
+    def delta(self, adapter: str, kind: type, array: ArrayPlan, matrix: list[Rows]) -> tuple[Delta, Magnitude | None]:
+        parts = [(rows, factors) for rows in matrix if (factors := self.of(adapter, rows, kind)) is not None]
+        out = sum(rows.stop - rows.start for rows in matrix)
+        order = _order(array, out)
+        downs = [self.cast(factors.down()) for _, factors in parts]
+        ups = [self.cast(factors.up()) for _, factors in parts]
+        scale = _scales([factors.scale for _, factors in parts], [down.shape[0] for down in downs])
+        whole = len(matrix) == 1 and matrix[0].stop - matrix[0].start == matrix[0].total
+        down = downs[0] if len(downs) == 1 else mx.concatenate(downs)
+        up = ups[0] if whole else _blocks(out, [(rows, up) for (rows, _), up in zip(parts, ups, strict=True)])
+        up = up if order is None else up[order]
+        if kind is Embedding:
+            down, up = up, down.T
+        down, up = mx.contiguous(down), mx.contiguous(up)
+        mx.eval(down, up)
+        delta = Delta(adapter, down, up, scale)
+        if all(factors.magnitude is None for _, factors in parts):
+            return delta, None
+        lengths, there = mx.ones(out), mx.zeros(out, dtype=mx.bool_)
+        for rows, factors in parts:
+            length = factors.lengths()
+            if length is not None:
+                place = slice(rows.offset, rows.offset + rows.stop - rows.start)
+                lengths[place] = length[rows.start : rows.stop].astype(mx.float32)
+                there[place] = True
+        return delta, Magnitude(delta, *((lengths, there) if order is None else (lengths[order], there[order])))
+
+    def token_rows(self, saved: SavedRows) -> TokenRows:
+        rows = self.cast(saved.read())
+        mx.eval(rows)
+        return TokenRows(saved.adapter, mx.array(saved.tokens), rows)
+
+    def experts(self, adapter: str, width: int, pieces: list[list[Rows]]) -> Delta:
+        """Each expert's A below one another, and its B, scaled, in blocks; zeros for those that have none."""
+        found = [[self.of(adapter, rows, ExpertLinear) for rows in matrix] for matrix in pieces]
+        ranks = [max(0 if item is None else item.rank for item in column) for column in zip(*found, strict=True)]
+        out = sum(rows.stop - rows.start for rows in pieces[0])
+        downs, ups = [], []
+        for matrix, row in zip(pieces, found, strict=True):
+            down, up = mx.zeros((sum(ranks), width)), mx.zeros((out, sum(ranks)))
+            start = 0
+            for rows, item, rank in zip(matrix, row, ranks, strict=True):
+                if item is not None:
+                    end = start + item.rank
+                    down[start:end] = item.down().astype(mx.float32)
+                    up[rows.offset : rows.offset + rows.total, start:end] = item.up().astype(mx.float32) * item.scale
+                start += rank
+            downs.append(down)
+            ups.append(up)
+        stacked = self.cast(mx.stack(downs)), self.cast(mx.stack(ups))
+        mx.eval(stacked)
+        return Delta(adapter, *stacked, 1.0)
+
+    def cast(self, array: mx.array) -> mx.array:
+        return array if self.dtype is None else array.astype(self.dtype)
+
+
+def _order(array: ArrayPlan, out: int) -> mx.array | None:
+    """Which stored row each row of the field is; None where the order is the stored one."""
+    places = array.transform.invert(mx.arange(out)[:, None]).flatten()  # of each stored row: its row of the field
+    order = mx.argsort(places)
+    return None if bool(mx.all(order == mx.arange(out))) else order
+
+
+def _scales(scales: Sequence[float], ranks: Sequence[int]) -> mx.array | float:
+    if len(set(scales)) == 1:
+        return scales[0]
+    return mx.concatenate([mx.full((rank,), scale) for scale, rank in zip(scales, ranks, strict=True)])
+
+
+def _blocks(out: int, parts: Sequence[tuple[Rows, mx.array]]) -> mx.array:
+    """`[out, R]` with each part's rows at their place, in columns of their own."""
+    columns = []
+    for rows, up in parts:
+        piece = up[rows.start : rows.stop]
+        columns.append(mx.pad(piece, [(rows.offset, out - rows.offset - piece.shape[0]), (0, 0)]))
+    return mx.concatenate(columns, axis=1)

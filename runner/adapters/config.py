@@ -1,0 +1,252 @@
+"""`adapter_config.json` of PEFT's LoRA and DoRA: every key that changes numbers is used, or refused by name.
+
+Source of what keys mean: PEFT 0.21 (`peft.tuners.lora.config`, `check_target_module_exists`, `get_pattern_key`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.adapters.pattern import NamePattern
+from runner.errors import ConfigError
+from runner.local_files import shown
+
+Modules = tuple[str, ...] | NamePattern
+"""Names of modules, or a pattern of them."""
+
+HARMLESS = frozenset(
+    ["auto_mapping", "base_model_name_or_path", "corda_config", "ephemeral_gpu_offload", "eva_config",
+     "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+     "peft_version", "qalora_group_size", "revision", "runtime_config", "velora_config"]
+)  # fmt: skip
+"""About training, about where the base came from, or settings of methods that other keys switch on. `fan_in_fan_out`
+says how the base stores its matrices, which the base's family knows."""
+
+STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""`init_lora_weights` whose base stayed as it was."""
+
+CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq")
+"""Those that changed the base before training: the adapter fits only that changed base."""
+
+ALL_LINEAR = "all-linear"
+MAX_RANK = 1 << 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The keys that are used. Modules are named as transformers names them, without `base_model.model.`."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: str = "none"
+    target_modules: Modules = ()
+    exclude_modules: Modules = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: tuple[tuple[NamePattern, int], ...] = ()
+    alpha_pattern: tuple[tuple[NamePattern, float], ...] = ()
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> AdapterConfig:
+        """Read `adapter_config.json`'s object.
+
+        Raises:
+            ConfigError: another method than LoRA, a bad value, or a key that could change numbers and is not
+                understood; all of them at once.
+        """
+        if "fine_tune_type" in raw or "lora_parameters" in raw:
+            raise ConfigError("an adapter of mlx-lm, which is not read: only PEFT's format is")
+        problems = _refused(raw)
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(cls):
+            if raw.get(item.name) is None:
+                continue
+            try:
+                values[item.name] = _READ[item.name](raw[item.name])
+            except ConfigError as error:
+                problems.append(f"{item.name} {error}, not {_short(raw[item.name])}")
+        if isinstance(values.get("target_modules"), NamePattern) and values.get("layers_to_transform"):
+            problems.append("layers_to_transform needs target_modules as a list")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return cls(**values)
+
+    def targets(self, names: Sequence[str], *, linear: bool) -> bool:
+        """Whether the module that goes by any of `names` has an adapter; `linear`: whether it is a matrix within
+        the layers, which `all-linear` means."""
+        return any(self._targets(name, linear) for name in names)
+
+    def _targets(self, name: str, linear: bool) -> bool:
+        if _listed(self.exclude_modules, name) or any(_within(saved, name) for saved in self.modules_to_save):
+            return False
+        if isinstance(self.target_modules, NamePattern):
+            all_linear = self.target_modules.text.lower() == ALL_LINEAR
+            return linear if all_linear else self.target_modules.matches(name)
+        if name in self.target_modules:
+            return True
+        return _listed(self.target_modules, name) and (not self.layers_to_transform or self._layer(name))
+
+    def _layer(self, name: str) -> bool:
+        """Whether `name` lies in one of `layers_to_transform`: the first number behind one of `layers_pattern`."""
+        before = "|".join(map(re.escape, self.layers_pattern)) or r"[^.]*"
+        start = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+        found = re.match(rf"{start}(?:{before})\.(\d+)\.", name)
+        return found is not None and int(found[1]) in self.layers_to_transform
+
+    def rank(self, names: Sequence[str]) -> int:
+        """r of the module that goes by `names`."""
+        return int(_chosen(self.rank_pattern, names, self.r))
+
+    def scale(self, names: Sequence[str]) -> float:
+        """What B A is multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+        rank = self.rank(names)
+        return _chosen(self.alpha_pattern, names, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def saves(self, name: str) -> bool:
+        """Whether the module is one that was trained as a whole."""
+        return any(_within(saved, name) or name.endswith(saved) for saved in self.modules_to_save)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refused(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the keys that are not kept."""
+    problems = []
+    if raw.get("peft_type") != "LORA":
+        problems.append(f"peft_type {_short(raw.get('peft_type'))} is not supported, only 'LORA' is")
+    if raw.get("task_type") not in (None, "CAUSAL_LM"):
+        problems.append(f"task_type {_short(raw['task_type'])} is not supported, only 'CAUSAL_LM' is")
+    start = raw.get("init_lora_weights", True)
+    if isinstance(start, str) and CHANGED_BASE.fullmatch(start):
+        problems.append(
+            f"init_lora_weights {start!r} changed the base before training, so the adapter does not fit the base "
+            "itself: save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    elif start is not None and start not in STARTS:
+        problems.append(f"init_lora_weights {_short(start)} is not understood")
+    known = {item.name for item in dataclasses.fields(AdapterConfig)}
+    known |= HARMLESS | {"peft_type", "task_type", "init_lora_weights"}
+    for name in raw:
+        if name not in known and raw[name] not in (None, False, [], {}):
+            problems.append(f"key {shown(name)} = {_short(raw[name])} could change the numbers and is not supported")
+    return problems
+
+
+# --- matching names ---------------------------------------------------------------------------------------------------
+
+
+def _listed(modules: Modules, name: str) -> bool:
+    """`target_modules` and `exclude_modules`: a pattern of the whole name, or names that it ends with."""
+    if isinstance(modules, NamePattern):
+        return modules.matches(name)
+    return any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def _within(module: str, name: str) -> bool:
+    """Whether `name` is `module` or lies in it, wherever that is."""
+    return f".{module}." in f".{name}."
+
+
+def _chosen(patterns: Sequence[tuple[NamePattern, float]], names: Sequence[str], default: float) -> float:
+    """The value of the first pattern that matches the end of a name."""
+    return next((value for pattern, value in patterns if any(map(pattern.ends, names))), default)
+
+
+# --- reading values ---------------------------------------------------------------------------------------------------
+
+
+def _positive(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_RANK:
+        raise ConfigError(f"must be an integer from 1 to {MAX_RANK}")
+    return value
+
+
+def _index(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+        raise ConfigError("must be an index, or a list of them")
+    return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise ConfigError("must be a finite number")
+    return float(value)
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError("must be true or false")
+    return value
+
+
+def _bias(value: object) -> str:
+    if value not in ("none", "all", "lora_only"):
+        raise ConfigError("must be none, all or lora_only")
+    return str(value)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ConfigError("must be a list of names")
+    return tuple(value)
+
+
+def _modules(value: object) -> Modules:
+    return NamePattern.compile(value) if isinstance(value, str) else _names(value)
+
+
+def _indices(value: object) -> tuple[int, ...]:
+    return tuple(_index(item) for item in (value if isinstance(value, list) else [value]))
+
+
+def _tokens(value: object) -> dict[str, tuple[int, ...]]:
+    """Indices by the name of an embedding; those of a bare list belong to the model's own, called "" here."""
+    named = value if isinstance(value, dict) else {"": value}
+    return {name: _indices(indices) for name, indices in named.items()}
+
+
+def _ranks(value: object) -> tuple[tuple[NamePattern, int], ...]:
+    return tuple((pattern, _positive(rank)) for pattern, rank in _patterns(value))
+
+
+def _alphas(value: object) -> tuple[tuple[NamePattern, float], ...]:
+    return tuple((pattern, _number(alpha)) for pattern, alpha in _patterns(value))
+
+
+def _patterns(value: object) -> list[tuple[NamePattern, object]]:
+    if not isinstance(value, dict):
+        raise ConfigError("must be an object")
+    return [(NamePattern.compile(pattern), entry) for pattern, entry in value.items()]
+
+
+_READ = {
+    "r": _positive,
+    "lora_alpha": _number,
+    "use_rslora": _flag,
+    "use_dora": _flag,
+    "bias": _bias,
+    "target_modules": _modules,
+    "exclude_modules": _modules,
+    "layers_to_transform": _indices,
+    "layers_pattern": _names,
+    "modules_to_save": _names,
+    "rank_pattern": _ranks,
+    "alpha_pattern": _alphas,
+    "trainable_token_indices": _tokens,
+    "ensure_weight_tying": _flag,
+}

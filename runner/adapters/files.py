@@ -1,0 +1,108 @@
+"""The directory of an adapter in PEFT's format: its config and the headers of its tensors, both checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.adapters.config import AdapterConfig
+from runner.checkpoint import Checkpoint
+from runner.errors import CheckpointError, ConfigError, UsageError
+from runner.local_files import member, read_json, shown
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+Given = Mapping[str, float] | Iterable[str]
+"""Adapters by directory or hub id: with their weights, or as "PATH" (weight 1) or "PATH=WEIGHT"."""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter on disk. `name`: by which its weight is set; `weight`: of what it adds, 0 leaves it out."""
+
+    name: str
+    weight: float
+    config: AdapterConfig
+    source: Checkpoint
+
+    @classmethod
+    def open(cls, path: Path, name: str, weight: float = 1.0) -> AdapterFiles:
+        """Read and check `adapter_config.json` and the header of `adapter_model.safetensors`.
+
+        Raises:
+            CheckpointError: a file is missing or malformed, or the weights are a pickle.
+            ConfigError: the config asks for what is not supported.
+        """
+        if not os.path.isdir(path):
+            what = "is a file; an adapter is a directory" if os.path.exists(path) else "no such directory"
+            raise CheckpointError(f"{path}: {what}")
+        if not os.path.lexists(path / CONFIG):
+            raise CheckpointError(f"{path}: no {CONFIG}; is this an adapter's directory?")
+        try:
+            config = AdapterConfig.from_dict(read_json(member(path, CONFIG)))
+        except ConfigError as error:
+            raise ConfigError(f"{path / CONFIG}: {error}") from error
+        if not os.path.lexists(path / WEIGHTS):
+            why = f"no {WEIGHTS}"
+            if os.path.lexists(path / PICKLE):
+                why = (
+                    f"only {PICKLE}, a pickle; reading one can run code of its author, so it is refused: save the "
+                    "adapter again where you trust it (PEFT: save_pretrained writes safetensors)"
+                )
+            raise CheckpointError(f"{path}: {why}")
+        return cls(name, weight, config, Checkpoint.open_file(path, WEIGHTS, CONFIG))
+
+
+def open_adapters(given: Given, resolve: Callable[[str], Path]) -> list[AdapterFiles]:
+    """The adapters of `runner.load`'s argument, in order; `resolve` finds the directory of each.
+
+    One is called by the last part of its path or hub id, or where two share that by all that was given.
+
+    Raises:
+        UsageError: a weight is not a finite number, or an adapter comes twice.
+        RunnerError: as `AdapterFiles.open`, or `resolve`.
+    """
+    if isinstance(given, str):
+        raise UsageError(f"adapters must be a list or a mapping to weights, not the string {given!r}")
+    if isinstance(given, Mapping):
+        weights = {str(spec): checked_weight(str(spec), value) for spec, value in given.items()}
+    else:
+        weights = {}
+        for item in map(str, given):
+            spec, weight = parse(item)
+            if spec in weights:
+                raise UsageError(f"the adapter {spec} is given twice")
+            weights[spec] = weight
+    names = [_last_part(spec) for spec in weights]
+    return [
+        AdapterFiles.open(resolve(spec), name if names.count(name) == 1 else spec, weight)
+        for (spec, weight), name in zip(weights.items(), names, strict=True)
+    ]
+
+
+def parse(item: str) -> tuple[str, float]:
+    """ "PATH=WEIGHT" or "PATH"; where all of it is an existing directory's name, there is no weight in it."""
+    path, equals, number = item.rpartition("=")
+    if not equals or os.path.isdir(os.path.expanduser(item)):
+        return item, 1.0
+    try:
+        weight = float(number)
+    except ValueError as error:
+        raise UsageError(f"{item}: expected PATH or PATH=WEIGHT, and {shown(number)} is not a number") from error
+    return path, checked_weight(path, weight)
+
+
+def checked_weight(name: str, weight: object) -> float:
+    """`weight`; raises `UsageError` where it is not a finite number."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise UsageError(f"the weight of adapter {name} must be a finite number, not {weight!r}")
+    return float(weight)
+
+
+def _last_part(spec: str) -> str:
+    """Of a path or a hub id without its revision."""
+    return re.split(r"[/\\]", re.sub(r"@[^/]*$", "", spec).rstrip("/\\"))[-1] or spec

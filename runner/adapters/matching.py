@@ -1,0 +1,240 @@
+"""One adapter against a model: each of its tensors finds its place, or is named; no tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.adapters.files import AdapterFiles
+from runner.adapters.sites import FLOATS, HEAD, TABLE, Site, short
+from runner.errors import WeightsError
+from runner.moe import ExpertLinear
+from runner.nn import Embedding, Linear
+from runner.overlay import Change, Info
+from runner.problems import Problems
+from runner.weights import Source
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])(?:\.default)?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.default)?"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?)"
+)
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One adapter's matrices for one site, by the names they have in its file; read when they are asked for."""
+
+    adapter: str
+    source: Source
+    kind: type
+    scale: float
+    a: str
+    b: str
+    magnitude: str | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.source.headers[self.a].shape[0]
+
+    def up(self) -> mx.array:
+        """`[out, r]`."""
+        return self.source.read(self.a).T if self.kind is Embedding else self.source.read(self.b)
+
+    def down(self) -> mx.array:
+        """`[r, width]`."""
+        return self.source.read(self.b).T if self.kind is Embedding else self.source.read(self.a)
+
+    def lengths(self) -> mx.array | None:
+        """DoRA's m, `[out]`."""
+        return None if self.magnitude is None else self.source.read(self.magnitude)
+
+
+@dataclass(frozen=True)
+class SavedRows:
+    """Rows that one adapter has for single tokens, by the name of their tensor."""
+
+    adapter: str
+    source: Source
+    name: str
+    tokens: tuple[int, ...]
+
+    def read(self) -> mx.array:
+        """`[n, width]`."""
+        return self.source.read(self.name)
+
+
+class Matching:
+    """One adapter against the sites of a model: its factors, and the tensors it replaces."""
+
+    def __init__(
+        self, adapter: AdapterFiles, base: Source, sites: Mapping[str, Site], tied: str | None, ties: bool
+    ) -> None:
+        """`tied`: the table that the head shares, if the checkpoint has one tensor for both; `ties`: whether the config
+        says that it shares it."""
+        self.adapter, self.config = adapter, adapter.config
+        self.base, self.sites = base, sites
+        self.tied, self.ties = tied, ties
+        self.head = next((name for name, site in sites.items() if site.group == HEAD), "lm_head")
+        self.problems = Problems()
+        self.by_short = {short(name): site for name, site in sites.items()}
+        self.base_short = {short(name): name for name in base.headers}
+        self.factors: dict[str, Factors] = {}
+        self.rows: dict[str, SavedRows] = {}
+        self.changes: dict[str, Change] = {}
+        self.untied = False
+        """Whether head and embeddings, one tensor in the base, are two with this adapter."""
+        self.match()
+
+    def match(self) -> None:
+        found: dict[str, dict[str, str]] = {}
+        self.left: list[str] = []
+        for full, header in self.adapter.source.headers.items():
+            name = full.removeprefix("base_model.model.")
+            factor = _FACTOR.fullmatch(name)
+            if header.dtype not in FLOATS:
+                self.problems.dtype(full, header.dtype, FLOATS)
+            elif factor is not None:
+                kind = "m" if factor["magnitude"] else factor["linear"] or f"e{factor['embedding']}"
+                found.setdefault(factor["module"], {})[kind] = full
+            elif name.endswith(_TOKENS):
+                self.tokens(name.removesuffix(_TOKENS), full)
+            else:
+                self.whole(name.replace(".base_layer.", ".").replace(".modules_to_save.", "."), full)
+        for module, tensors in found.items():
+            self.module(module, tensors)
+        self.expect(found)
+        if self.problems.found:
+            title = f"{self.adapter.source.directory}: the adapter does not fit the model"
+            raise WeightsError(self.problems.message(self.left, title))
+
+    def site(self, module: str) -> Site | None:
+        return self.sites.get(module) or self.by_short.get(short(module))
+
+    def in_all_linear(self, site: Site) -> bool:
+        """Whether `all-linear` means it."""
+        return site.kind is not Embedding and site.name != self.head
+
+    def whole_tables(self) -> list[str]:
+        """Sites whose rows are tokens."""
+        return [name for name, site in self.sites.items() if name == self.head or site.group == TABLE]
+
+    def unused(self, full: str) -> None:
+        self.left.append(full)
+        self.problems.unused(full, self.adapter.source.headers[full].shape)
+
+    def module(self, module: str, tensors: dict[str, str]) -> None:
+        """The factors of one module."""
+        site, adapter = self.site(module), self.adapter
+        if site is None:
+            for full in tensors.values():
+                self.unused(full)
+            return
+        names = [module, *site.spellings]
+        if not self.config.targets(names, linear=self.in_all_linear(site)):
+            self.problems.other(f"{module} has an adapter, but adapter_config.json does not target it")
+            return
+        a, b = ("eA", "eB") if site.kind is Embedding else ("A", "B")
+        rank, (out, width) = self.config.rank(names), site.shape
+        shapes: dict[str, tuple[int, ...]] = {
+            a: (rank, out if site.kind is Embedding else width),
+            b: (width if site.kind is Embedding else out, rank),
+        }
+        if self.config.use_dora:
+            shapes["m"] = (out,)
+            if site.kind is not Linear:
+                self.problems.other(f"{module}: DoRA is supported for linear layers only")
+                return
+        for kind, full in tensors.items():
+            shape = adapter.source.headers[full].shape
+            if kind not in shapes:
+                self.unused(full)
+            elif shape != shapes[kind]:
+                self.problems.shape(full, shape, shapes[kind])
+        for kind, expected in shapes.items():
+            if kind not in tensors:
+                self.problems.missing(f"base_model.model.{module}.{_SUFFIX[kind]}", expected)
+        if tensors.keys() >= shapes.keys():
+            scale = self.config.scale(names)
+            self.factors[site.name] = Factors(
+                adapter.name, adapter.source, site.kind, scale, tensors[a], tensors[b], tensors.get("m")
+            )
+            if site.name == self.tied and self.config.ensure_weight_tying:
+                self.problems.other("ensure_weight_tying is not supported for LoRA of embeddings that the head shares")
+
+    def expect(self, found: Mapping[str, object]) -> None:
+        """Each module that the config targets must be there; of a field with experts, all or none."""
+        there = {site.name for module in found if (site := self.site(module)) is not None}
+        groups = {self.sites[name].group for name in there}
+        for site in self.sites.values():
+            if site.name in there or (site.kind is ExpertLinear and site.group not in groups):
+                continue
+            if self.config.targets(site.spellings, linear=self.in_all_linear(site)):
+                kind = "eA" if site.kind is Embedding else "A"
+                rank = self.config.rank(site.spellings)
+                shape = (rank, site.shape[0 if site.kind is Embedding else 1])
+                self.problems.missing(f"base_model.model.{site.name}.{_SUFFIX[kind]}", shape)
+        saved = [short(name) for name in self.changes]
+        for module in self.config.modules_to_save:
+            if not any(re.search(rf"(^|[._]){re.escape(module)}\.", name) for name in saved):
+                self.problems.other(f"modules_to_save names {module!r}, of which there is no tensor")
+
+    def whole(self, name: str, full: str) -> None:
+        """A tensor that stands in for one of the base."""
+        header = self.adapter.source.headers[full]
+        module, _, last = name.rpartition(".")
+        site = self.site(module)
+        own = self.base_short.get(short(name)) if name not in self.base.headers else name
+        shape: tuple[int, ...] | None = None
+        if site is not None and last == "weight" and not site.transposed:
+            own, shape = f"{site.name}.weight", site.shape
+        elif own is not None:
+            shape = self.base.headers[own].shape
+        saved = self.config.saves(module)
+        table = site is not None and (site.kind is Embedding or site.name == self.head)
+        if own is None or shape is None or not (saved or table or (last == "bias" and self.config.bias != "none")):
+            self.unused(full)
+            return
+        if header.shape != shape:
+            self.problems.shape(full, header.shape, shape)
+            return
+        if self.tied is not None and site is not None and site.name in (self.head, self.tied):
+            self.untied |= site.name == self.head or (saved and not self.config.ensure_weight_tying)
+        source = self.adapter.source
+        self.changes[own] = Change(Info(header.dtype, shape), lambda: source.read(full))
+
+    def tokens(self, module: str, full: str) -> None:
+        """Rows of a table that stand in for the base's; a head that shares the table shares them."""
+        indices = self.config.trainable_token_indices
+        site = self.site(module)
+        key = next((key for key in indices if module == key or module.endswith(f".{key}")), "")
+        if site is None or not indices.get(key) or site.name not in self.whole_tables():
+            self.unused(full)
+            return
+        if site.name == self.head and self.ties:
+            self.problems.other(f"{full}: rows of a head that shares the embeddings are not supported by themselves")
+            return
+        tokens, shape = indices[key], (len(indices[key]), site.shape[1])
+        if self.adapter.source.headers[full].shape != shape:
+            self.problems.shape(full, self.adapter.source.headers[full].shape, shape)
+            return
+        if len(set(tokens)) < len(tokens) or max(tokens) >= site.shape[0]:
+            self.problems.other(f"trainable_token_indices: expected different tokens below {site.shape[0]}")
+            return
+        rows = SavedRows(self.adapter.name, self.adapter.source, full, tokens)
+        self.rows[site.name] = rows
+        if self.ties and site.group == TABLE and self.head in self.sites:
+            self.rows[self.head] = rows
+
+
+_SUFFIX = {
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "eA": "lora_embedding_A",
+    "eB": "lora_embedding_B",
+    "m": "lora_magnitude_vector",
+}

@@ -1,0 +1,163 @@
+"""Where adapters can be: the stored matrices of a model's plan, and which rows of which field each became.
+
+An adapter of `q_proj` changes the first rows of the fused product, one of a matrix that is permuted when read is
+permuted too: the plan knows both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.loading import STORED
+from runner.moe import ExpertLinear
+from runner.nn import Embedding, Linear, Quantization
+from runner.plan import ArrayPlan, ModulePlan, Value
+from runner.transforms import IDENTITY
+from runner.weights import TAG, Join, Source, Tree, leaf_shapes
+
+HEAD, TABLE = "lm_head", "embed_tokens"
+"""The fields of a model that hold its head and its embeddings."""
+
+FLOATS = frozenset({"F32", "F16", "BF16"})
+PREFIXES = ("model.", "transformer.", "gpt_neox.")
+"""What files of a base model lack, or writers of files have exchanged."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A stored matrix `[out, width]` (of a table: `[vocab_size, width]`), under the name of its module.
+
+    Attributes:
+        leaf: the name its tensors have: another one where the head shares the table of embeddings.
+        transposed: stored `[width, out]`.
+        form: how it is packed, if it is.
+        group: the field it is part of; experts of one field have it in common.
+    """
+
+    name: str
+    leaf: str
+    kind: type
+    shape: tuple[int, int]
+    transposed: bool
+    form: Quantization | None
+    group: str
+
+    @property
+    def spellings(self) -> list[str]:
+        """Names that patterns of modules may mean it by."""
+        return list(dict.fromkeys([self.name, *(prefix + short(self.name) for prefix in PREFIXES[:2])]))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`[start, stop)` of a site's rows, which lie from `offset` on in a field."""
+
+    leaf: str
+    offset: int
+    start: int
+    stop: int
+    total: int
+
+
+def short(name: str) -> str:
+    """A name without the prefixes that files differ in."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def kind_of(module: ModulePlan) -> type | None:
+    """Which of the three the fields of `module` make; None for others, and for what joins several."""
+    kinds = [kind for kind in (Linear, Embedding, ExpertLinear) if issubclass(module.cls, kind)]
+    return kinds[0] if kinds and isinstance(module.fields.get("weight"), ArrayPlan) else None
+
+
+def pieces_of(array: ArrayPlan) -> list[list[Rows]]:
+    """The stored matrices of a field: of each expert, or of the only one there is; none where experts are stored as
+    one tensor, which no adapter of this format names."""
+    tree = array.tree
+    if isinstance(tree, Join) and tree.stacked:
+        experts = [_matrix(array, part) for part in tree.parts] if array.transform is IDENTITY else []
+        return experts if all(experts) else []
+    matrix = _matrix(array, tree)
+    return [matrix] if matrix else []
+
+
+def _matrix(array: ArrayPlan, tree: Tree) -> list[Rows]:
+    result: list[Rows] = []
+    offset = 0
+    for leaf, shape in leaf_shapes(tree, array.sizes):
+        if leaf.stack is not None or len(shape) != 2 or not leaf.name.endswith(".weight"):
+            return []
+        start, stop, total = leaf.rows or (0, shape[0], shape[0])
+        result.append(Rows(leaf.name.removesuffix(".weight"), offset, start, stop, total))
+        offset += stop - start
+    return result
+
+
+def modules(item: ModulePlan) -> Iterator[tuple[ModulePlan, type]]:
+    """Every module that adapters can change, with its kind."""
+    kind = kind_of(item)
+    if kind is not None:
+        yield item, kind
+        return
+    for field in item.fields.values():
+        for child in field if isinstance(field, list) else [field]:
+            if isinstance(child, ModulePlan):
+                yield from modules(child)
+
+
+def _form(module: ModulePlan) -> Quantization | None:
+    values = [module.fields.get(name) for name in ("bits", "group_size", "mode")]
+    return Quantization(*(item.value for item in values if isinstance(item, Value))) if values[0] else None
+
+
+def width_of(module: ModulePlan) -> int:
+    array, form = module.fields["weight"], _form(module)
+    assert isinstance(array, ArrayPlan)
+    return array.shape[-1] if form is None else array.shape[-1] * 32 // form.bits
+
+
+def find_sites(layout: ModulePlan, head: str) -> dict[str, Site]:
+    """By name; `head` is the name of a head that shares the table of embeddings."""
+    tables: set[str] = set()
+    sites: dict[str, Site] = {}
+    for module, kind in sorted(modules(layout), key=lambda item: item[1] is not Embedding):
+        array = module.fields["weight"]
+        assert isinstance(array, ArrayPlan)
+        transposed = array.transform.stored_shape((2, 3)) == (3, 2)
+        for rows in (rows for matrix in pieces_of(array) for rows in matrix):
+            name = head if kind is Linear and rows.leaf in tables else rows.leaf
+            if kind is Embedding:
+                tables.add(name)
+            sites[name] = Site(
+                name, rows.leaf, kind, (rows.total, width_of(module)), transposed, _form(module), module.path
+            )
+    return sites
+
+
+def head_name(model_class: type) -> str:
+    """What the family calls a head that is stored by itself."""
+    names = [item.metadata[TAG].name for item in dataclasses.fields(model_class) if item.name == HEAD]
+    return names[0].partition("||")[0].split("|")[0] if names else "lm_head"
+
+
+def stored_dtype(source: Source, site: Site) -> str:
+    """The dtype of `numbers`."""
+    scales = source.headers.get(f"{site.leaf}.scales")
+    dtype = source.headers[f"{site.leaf}.weight"].dtype if scales is None else scales.dtype
+    return dtype if dtype in FLOATS else "BF16"
+
+
+def numbers(source: Source, site: Site) -> mx.array:
+    """A matrix as it is stored, unpacked where it is packed: in the dtype of its scales, or bfloat16."""
+    weight = source.read(f"{site.leaf}.weight")
+    if site.form is not None and f"{site.leaf}.scales" in source.headers:
+        form, scales = site.form, source.read(f"{site.leaf}.scales")
+        biases = source.read(f"{site.leaf}.biases") if form.mode == "affine" else None
+        weight = mx.dequantize(weight, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode)
+    return weight.astype(STORED[stored_dtype(source, site)])
