@@ -35,18 +35,18 @@ class Change:
 
 
 class Overlay:
-    """`base` with `changes` by name. Where a packed matrix becomes plain numbers, its scales and biases go."""
+    """`base` with `changes` by name and without what is `gone`; where packed matrices become numbers, scales go too."""
 
-    def __init__(self, base: Source, changes: Mapping[str, Change]) -> None:
+    def __init__(self, base: Source, changes: Mapping[str, Change], gone: frozenset[str] = frozenset()) -> None:
         self._base = base
         self._changes = dict(changes)
-        gone = {
+        packed = {
             f"{name.removesuffix('weight')}{part}"
             for name in changes
             if name.endswith(".weight")
             for part in ("scales", "biases")
         }
-        kept = {name: header for name, header in base.headers.items() if name not in gone}
+        kept = {name: header for name, header in base.headers.items() if name not in gone | packed}
         self.headers: Mapping[str, Header] = {**kept, **{name: item.header for name, item in changes.items()}}
 
     def read(self, name: str) -> mx.array:

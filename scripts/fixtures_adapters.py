@@ -29,6 +29,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as torch_save_file
@@ -132,6 +133,27 @@ CASES = [
     one("gemma2", "fixtures_families/gemma2-base", lora(["q_proj", "up_proj", "embed_tokens"])),
     one("mixtral", "fixtures_families/mixtral-base", lora(["q_proj", "w1", "w2", "w3"]), by_checkpoint=True),
     one("mixtral-some", "fixtures_families/mixtral-base", lora(["o_proj", "w2"]), by_checkpoint=True),
+    one(
+        "mixtral-parameters",
+        "fixtures_families/mixtral-base",
+        lora(
+            ["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"], rank_pattern={"down_proj": 2}
+        ),
+    ),
+    one("qwen3_moe", "fixtures_families/qwen3_moe-base", lora([], target_parameters=["1.mlp.experts.down_proj"])),
+    one(
+        "gpt_oss",
+        "fixtures_families/gpt_oss-base",
+        lora(
+            ["q_proj", "o_proj"],
+            target_parameters=["0.mlp.experts.gate_up_proj", "0.mlp.experts.down_proj", "1.mlp.experts.gate_up_proj"],
+        ),
+    ),
+    one(
+        "gpt_oss-mxfp4",
+        "fixtures_families/gpt_oss-mxfp4",
+        lora(["q_proj", "o_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    ),
     one("opt", "fixtures_families/opt-base", lora(["q_proj", "fc1", "out_proj"])),
 ]
 
@@ -180,7 +202,10 @@ def fill(model: Any, base: Mapping[str, torch.Tensor], seed: int) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        weight = layer.get_base_layer().weight.data
+        inner = layer.get_base_layer()
+        while isinstance(inner, LoraLayer):
+            inner = inner.get_base_layer()
+        weight = (layer.get_param() if isinstance(layer, ParamWrapper) else inner.weight).data
         for adapter in layer.scaling:
             table = adapter in layer.lora_embedding_B
             up = layer.lora_embedding_B[adapter] if table else layer.lora_B[adapter].weight

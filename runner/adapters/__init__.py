@@ -1,8 +1,8 @@
 """LoRA and DoRA adapters in PEFT's format: read, matched with a model, applied to its layers or merged."""
 
+from runner.adapters.base import Base as Base
 from runner.adapters.files import AdapterFiles as AdapterFiles
 from runner.adapters.files import Given as Given
 from runner.adapters.files import open_adapters as open_adapters
 from runner.adapters.model import Adapters as Adapters
-from runner.adapters.model import Base as Base
 from runner.adapters.model import fit as fit

@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from runner.adapters.base import Base
 from runner.adapters.layers import AdaptedEmbedding, AdaptedExperts, AdaptedLinear, Delta, Magnitude, TokenRows
-from runner.adapters.matching import Factors, SavedRows
-from runner.adapters.sites import Rows, Site, kind_of, pieces_of, width_of
+from runner.adapters.parts import Factors, Parts, SavedRows, StackFactors
+from runner.adapters.sites import Rows, Stack, in_field_order, kind_of, pieces_of, row_order, width_of
 from runner.fast import Ops
 from runner.moe import ExpertLinear
 from runner.nn import Embedding, Linear
@@ -23,17 +24,12 @@ class Applying:
     """Puts the layers of adapters into a plan."""
 
     def __init__(
-        self,
-        sites: Mapping[str, Site],
-        factors: Mapping[str, Sequence[Factors]],
-        rows: Mapping[str, Sequence[SavedRows]],
-        weights: Mapping[str, float],
-        ops: Ops,
-        dtype: mx.Dtype | None,
+        self, base: Base, parts: Parts, weights: Mapping[str, float], ops: Ops, dtype: mx.Dtype | None
     ) -> None:
-        self.factors, self.rows, self.weights = factors, rows, weights
+        self.parts, self.weights = parts, weights
         self.ops, self.dtype = ops, dtype
-        self.by_leaf = {(site.leaf, site.kind): name for name, site in sites.items()}
+        self.by_leaf = {(site.leaf, site.kind): name for name, site in base.sites.items()}
+        self.by_path = {stack.path: stack for stack in base.stacks.values()}
 
     def module(self, item: ModulePlan) -> ModulePlan:
         kind = kind_of(item)
@@ -52,14 +48,20 @@ class Applying:
         assert isinstance(array, ArrayPlan)
         pieces = pieces_of(array)
         names = [self.by_leaf.get((rows.leaf, kind), "") for matrix in pieces for rows in matrix]
-        found = {factors.adapter for name in names for factors in self.factors.get(name, ())}
-        tokens = [rows for name in names for rows in self.rows.get(name, ())]
+        found = {factors.adapter for name in names for factors in self.parts.factors.get(name, ())}
+        tokens = [rows for name in names for rows in self.parts.rows.get(name, ())]
+        stack = self.by_path.get(item.path)
+        stacked = {factors.adapter: factors for factors in self.parts.stacked.get(stack.name, ())} if stack else {}
+        found |= stacked.keys()
         if not found and not tokens:
             return item
         deltas: list[Delta] = []
         magnitudes: list[Magnitude] = []
         for adapter in self.weights:
             if adapter not in found:
+                continue
+            if stack is not None and adapter in stacked:
+                deltas.append(self.stack(stacked[adapter], stack))
                 continue
             if kind is ExpertLinear:
                 deltas.append(self.experts(adapter, width_of(item), pieces))
@@ -81,13 +83,13 @@ class Applying:
 
     def of(self, adapter: str, rows: Rows, kind: type) -> Factors | None:
         """The adapter's factors for a site, if it has any."""
-        factors = self.factors.get(self.by_leaf.get((rows.leaf, kind), ""), ())
+        factors = self.parts.factors.get(self.by_leaf.get((rows.leaf, kind), ""), ())
         return next((item for item in factors if item.adapter == adapter), None)
 
     def delta(self, adapter: str, kind: type, array: ArrayPlan, matrix: list[Rows]) -> tuple[Delta, Magnitude | None]:
         parts = [(rows, factors) for rows in matrix if (factors := self.of(adapter, rows, kind)) is not None]
         out = sum(rows.stop - rows.start for rows in matrix)
-        order = _order(array, out)
+        order = row_order(array.transform, out)
         downs = [self.cast(factors.down()) for _, factors in parts]
         ups = [self.cast(factors.up()) for _, factors in parts]
         scale = _scales([factors.scale for _, factors in parts], [down.shape[0] for down in downs])
@@ -137,15 +139,14 @@ class Applying:
         mx.eval(stacked)
         return Delta(adapter, *stacked, 1.0)
 
+    def stack(self, factors: StackFactors, stack: Stack) -> Delta:
+        """A and B of all experts."""
+        down, up = self.cast(factors.downs), self.cast(mx.contiguous(in_field_order(stack, factors.ups)))
+        mx.eval(down, up)
+        return Delta(factors.adapter, down, up, factors.scale)
+
     def cast(self, array: mx.array) -> mx.array:
         return array if self.dtype is None else array.astype(self.dtype)
-
-
-def _order(array: ArrayPlan, out: int) -> mx.array | None:
-    """Which stored row each row of the field is; None where the order is the stored one."""
-    places = array.transform.invert(mx.arange(out)[:, None]).flatten()  # of each stored row: its row of the field
-    order = mx.argsort(places)
-    return None if bool(mx.all(order == mx.arange(out))) else order
 
 
 def _scales(scales: Sequence[float], ranks: Sequence[int]) -> mx.array | float:

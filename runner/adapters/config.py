@@ -53,6 +53,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] = ()
     rank_pattern: tuple[tuple[NamePattern, int], ...] = ()
     alpha_pattern: tuple[tuple[NamePattern, float], ...] = ()
+    target_parameters: tuple[str, ...] = ()
     trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ensure_weight_tying: bool = False
 
@@ -85,6 +86,10 @@ class AdapterConfig:
         """Whether the module that goes by any of `names` has an adapter; `linear`: whether it is a matrix within
         the layers, which `all-linear` means."""
         return any(self._targets(name, linear) for name in names)
+
+    def targets_parameter(self, names: Sequence[str]) -> bool:
+        """Whether the tensor (of all experts of a layer) that goes by any of `names` has an adapter."""
+        return any(_listed(self.target_parameters, name) for name in names)
 
     def _targets(self, name: str, linear: bool) -> bool:
         if _listed(self.exclude_modules, name) or any(_within(saved, name) for saved in self.modules_to_save):
@@ -247,6 +252,7 @@ _READ = {
     "modules_to_save": _names,
     "rank_pattern": _ranks,
     "alpha_pattern": _alphas,
+    "target_parameters": _names,
     "trainable_token_indices": _tokens,
     "ensure_weight_tying": _flag,
 }

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-import mlx.core as mx
 
 from runner.adapters.files import AdapterFiles
-from runner.adapters.sites import FLOATS, HEAD, TABLE, Site, short
+from runner.adapters.parts import Factors, SavedRows, StackFactors
+from runner.adapters.sites import FLOATS, HEAD, PREFIXES, TABLE, Site, Stack, short
 from runner.errors import WeightsError
 from runner.moe import ExpertLinear
 from runner.nn import Embedding, Linear
@@ -24,60 +22,22 @@ _FACTOR = re.compile(
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
-@dataclass(frozen=True)
-class Factors:
-    """One adapter's matrices for one site, by the names they have in its file; read when they are asked for."""
-
-    adapter: str
-    source: Source
-    kind: type
-    scale: float
-    a: str
-    b: str
-    magnitude: str | None = None
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.source.headers[self.a].shape[0]
-
-    def up(self) -> mx.array:
-        """`[out, r]`."""
-        return self.source.read(self.a).T if self.kind is Embedding else self.source.read(self.b)
-
-    def down(self) -> mx.array:
-        """`[r, width]`."""
-        return self.source.read(self.b).T if self.kind is Embedding else self.source.read(self.a)
-
-    def lengths(self) -> mx.array | None:
-        """DoRA's m, `[out]`."""
-        return None if self.magnitude is None else self.source.read(self.magnitude)
-
-
-@dataclass(frozen=True)
-class SavedRows:
-    """Rows that one adapter has for single tokens, by the name of their tensor."""
-
-    adapter: str
-    source: Source
-    name: str
-    tokens: tuple[int, ...]
-
-    def read(self) -> mx.array:
-        """`[n, width]`."""
-        return self.source.read(self.name)
-
-
 class Matching:
     """One adapter against the sites of a model: its factors, and the tensors it replaces."""
 
     def __init__(
-        self, adapter: AdapterFiles, base: Source, sites: Mapping[str, Site], tied: str | None, ties: bool
+        self,
+        adapter: AdapterFiles,
+        base: Source,
+        sites: Mapping[str, Site],
+        stacks: Mapping[str, Stack],
+        tied: str | None,
+        ties: bool,
     ) -> None:
         """`tied`: the table that the head shares, if the checkpoint has one tensor for both; `ties`: whether the config
         says that it shares it."""
         self.adapter, self.config = adapter, adapter.config
-        self.base, self.sites = base, sites
+        self.base, self.sites, self.stacks = base, sites, stacks
         self.tied, self.ties = tied, ties
         self.head = next((name for name, site in sites.items() if site.group == HEAD), "lm_head")
         self.problems = Problems()
@@ -85,6 +45,7 @@ class Matching:
         self.base_short = {short(name): name for name in base.headers}
         self.factors: dict[str, Factors] = {}
         self.rows: dict[str, SavedRows] = {}
+        self.stacked: dict[str, StackFactors] = {}
         self.changes: dict[str, Change] = {}
         self.untied = False
         """Whether head and embeddings, one tensor in the base, are two with this adapter."""
@@ -131,8 +92,9 @@ class Matching:
         """The factors of one module."""
         site, adapter = self.site(module), self.adapter
         if site is None:
-            for full in tensors.values():
-                self.unused(full)
+            if not self.stack(module, tensors):
+                for full in tensors.values():
+                    self.unused(full)
             return
         names = [module, *site.spellings]
         if not self.config.targets(names, linear=self.in_all_linear(site)):
@@ -166,6 +128,26 @@ class Matching:
             if site.name == self.tied and self.config.ensure_weight_tying:
                 self.problems.other("ensure_weight_tying is not supported for LoRA of embeddings that the head shares")
 
+    def stack(self, module: str, tensors: dict[str, str]) -> bool:
+        """The factors of all experts of a field. Where two parameters of a module have some, PEFT calls those of one
+        `base_layer`: their shapes tell which is which."""
+        if tensors.keys() != {"A", "B"} or self.config.use_dora:
+            return False
+        above = short(module.replace(".base_layer", ""))
+        a, b = (self.adapter.source.headers[tensors[part]].shape for part in "AB")
+        for stack in self.stacks.values():
+            experts, out, width = stack.shape
+            names = [stack.name, f"{PREFIXES[0]}{short(stack.name)}"]
+            if short(stack.name).rpartition(".")[0] != above or not self.config.targets_parameter(names):
+                continue
+            columns = experts * self.config.rank(names)
+            if (a, b) == ((columns, width), (out, columns)):
+                source, scale = self.adapter.source, self.config.scale(names)
+                factors = StackFactors(self.adapter.name, source, scale, tensors["A"], tensors["B"], experts)
+                self.stacked[stack.name] = factors
+                return True
+        return False
+
     def expect(self, found: Mapping[str, object]) -> None:
         """Each module that the config targets must be there; of a field with experts, all or none."""
         there = {site.name for module in found if (site := self.site(module)) is not None}
@@ -178,6 +160,12 @@ class Matching:
                 rank = self.config.rank(site.spellings)
                 shape = (rank, site.shape[0 if site.kind is Embedding else 1])
                 self.problems.missing(f"base_model.model.{site.name}.{_SUFFIX[kind]}", shape)
+        for stack in self.stacks.values():
+            experts, out, width = stack.shape
+            if stack.name not in self.stacked and self.config.targets_parameter([stack.name]):
+                rank = self.config.rank([stack.name])
+                what = f"A [{experts * rank}, {width}] and B [{out}, {experts * rank}]"
+                self.problems.other(f"target_parameters has {stack.name}, of which there are no {what}")
         saved = [short(name) for name in self.changes]
         for module in self.config.modules_to_save:
             if not any(re.search(rf"(^|[._]){re.escape(module)}\.", name) for name in saved):

@@ -7,6 +7,7 @@ permuted too: the plan knows both.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from runner.loading import STORED
 from runner.moe import ExpertLinear
 from runner.nn import Embedding, Linear, Quantization
 from runner.plan import ArrayPlan, ModulePlan, Value
-from runner.transforms import IDENTITY
-from runner.weights import TAG, Join, Source, Tree, leaf_shapes
+from runner.transforms import IDENTITY, Transform
+from runner.weights import TAG, Join, Source, Tree, leaf_shapes, leaves
 
 HEAD, TABLE = "lm_head", "embed_tokens"
 """The fields of a model that hold its head and its embeddings."""
@@ -61,6 +62,36 @@ class Rows:
     start: int
     stop: int
     total: int
+
+
+@dataclass(frozen=True)
+class StackLeaf:
+    """A tensor that holds `rows` rows of each expert, which lie from `offset` on in the field."""
+
+    name: str
+    offset: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A field with a matrix `[out, width]` for each expert, which transformers has as one parameter.
+
+    Attributes:
+        name: transformers' (`model.layers.0.mlp.experts.down_proj`); files and older releases may have another.
+        path: the field.
+        shape: `[experts, out, width]`.
+        order: how transformers' order of rows becomes the field's.
+        pieces, leaves: the stored tensors, where each expert has its own, or where they have them in common.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, int, int]
+    order: Transform
+    form: Quantization | None
+    pieces: list[list[Rows]]
+    leaves: list[StackLeaf]
 
 
 def short(name: str) -> str:
@@ -117,6 +148,7 @@ def _form(module: ModulePlan) -> Quantization | None:
 
 
 def width_of(module: ModulePlan) -> int:
+    """Numbers in a row of its matrix, however they are packed."""
     array, form = module.fields["weight"], _form(module)
     assert isinstance(array, ArrayPlan)
     return array.shape[-1] if form is None else array.shape[-1] * 32 // form.bits
@@ -140,24 +172,75 @@ def find_sites(layout: ModulePlan, head: str) -> dict[str, Site]:
     return sites
 
 
+_EXPERTS = re.compile(r"(.+)\.(?:experts|switch_mlp)\.")
+
+
+def find_stacks(layout: ModulePlan) -> dict[str, Stack]:
+    """The fields with experts by name."""
+    stacks: dict[str, Stack] = {}
+    for item in layout.fields.values():
+        for child in item if isinstance(item, list) else [item]:
+            if not isinstance(child, ModulePlan):
+                continue
+            if kind_of(child) is ExpertLinear:
+                stack = _stack(layout, child)
+                stacks |= {} if stack is None else {stack.name: stack}
+            else:
+                stacks |= find_stacks(child)
+    return stacks
+
+
+def _stack(parent: ModulePlan, module: ModulePlan) -> Stack | None:
+    array = module.fields["weight"]
+    assert isinstance(array, ArrayPlan)
+    layer = _EXPERTS.match(next(leaves(array.tree)).name)
+    if layer is None:
+        return None
+    field = module.path.rpartition(".")[2]
+    order = next(item.metadata[TAG].transform for item in dataclasses.fields(parent.cls) if item.name == field)
+    name = f"{layer[1].replace('.block_sparse_moe', '.mlp')}.experts.{field}"
+    stored: list[StackLeaf] = []
+    offset = 0
+    for leaf, shape in leaf_shapes(array.tree, array.sizes):
+        if leaf.stack is not None:
+            stored.append(StackLeaf(leaf.name, offset, shape[1]))
+            offset += shape[1]
+    experts, out = array.shape[:2]
+    shape = (experts, out, width_of(module))
+    return Stack(name, module.path, shape, order, _form(module), pieces_of(array), stored)
+
+
+def row_order(transform: Transform, out: int, *, stacked: bool = False) -> mx.array | None:
+    """Which row each of a field's `out` rows was before `transform`; None where they stay in order."""
+    rows = mx.arange(out)[:, None]
+    places = transform.invert(rows[None] if stacked else rows).flatten()  # where each of those before goes
+    order = mx.argsort(places)
+    return None if bool(mx.all(order == mx.arange(out))) else order
+
+
+def in_field_order(stack: Stack, ups: mx.array) -> mx.array:
+    """B `[E, out, r]` of a parameter of transformers with its rows in the field's order."""
+    order = row_order(stack.order, ups.shape[1], stacked=True)
+    return ups if order is None else ups[:, order]
+
+
 def head_name(model_class: type) -> str:
     """What the family calls a head that is stored by itself."""
     names = [item.metadata[TAG].name for item in dataclasses.fields(model_class) if item.name == HEAD]
     return names[0].partition("||")[0].split("|")[0] if names else "lm_head"
 
 
-def stored_dtype(source: Source, site: Site) -> str:
+def stored_dtype(source: Source, leaf: str) -> str:
     """The dtype of `numbers`."""
-    scales = source.headers.get(f"{site.leaf}.scales")
-    dtype = source.headers[f"{site.leaf}.weight"].dtype if scales is None else scales.dtype
-    return dtype if dtype in FLOATS else "BF16"
+    header = source.headers.get(f"{leaf}.scales", source.headers[f"{leaf}.weight"])
+    return header.dtype if header.dtype in FLOATS else "BF16"
 
 
-def numbers(source: Source, site: Site) -> mx.array:
+def numbers(source: Source, leaf: str, form: Quantization | None) -> mx.array:
     """A matrix as it is stored, unpacked where it is packed: in the dtype of its scales, or bfloat16."""
-    weight = source.read(f"{site.leaf}.weight")
-    if site.form is not None and f"{site.leaf}.scales" in source.headers:
-        form, scales = site.form, source.read(f"{site.leaf}.scales")
-        biases = source.read(f"{site.leaf}.biases") if form.mode == "affine" else None
+    weight = source.read(f"{leaf}.weight")
+    if form is not None and f"{leaf}.scales" in source.headers:
+        scales = source.read(f"{leaf}.scales")
+        biases = source.read(f"{leaf}.biases") if form.mode == "affine" else None
         weight = mx.dequantize(weight, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode)
-    return weight.astype(STORED[stored_dtype(source, site)])
+    return weight.astype(STORED[stored_dtype(source, leaf)])

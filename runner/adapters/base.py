@@ -1,0 +1,44 @@
+"""A model that adapters are put on: its config, its tensors, and the places in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from runner.adapters.sites import Site, Stack
+from runner.overlay import Change, Overlay
+from runner.weights import Source
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model's config and tensors, and where adapters can be. `tied`: the table that the head shares."""
+
+    raw: Mapping[str, Any]
+    source: Source
+    sites: Mapping[str, Site]
+    stacks: Mapping[str, Stack]
+    head: str
+    tied: str | None
+
+    def changed(self, changes: Mapping[str, Change], untied: bool, gone: frozenset[str] = frozenset()) -> Base:
+        """With `changes`, without what is `gone`, and where `untied` with a copy of the shared table as a head."""
+        raw = {**self.raw, "tie_word_embeddings": False} if untied else self.raw
+        if not untied or self.tied is None:
+            return dataclasses.replace(self, raw=raw, source=Overlay(self.source, changes, gone))
+        copies: dict[str, Change] = {}
+        for suffix in ("weight", "scales", "biases"):
+            header = self.source.headers.get(f"{self.tied}.{suffix}")
+            if header is not None and f"{self.head}.weight" not in changes:
+                copies[f"{self.head}.{suffix}"] = Change(header, _reader(self.source, f"{self.tied}.{suffix}"))
+        sites = {name: dataclasses.replace(site, leaf=name) for name, site in self.sites.items()}
+        source = Overlay(self.source, {**copies, **changes}, gone)
+        return dataclasses.replace(self, raw=raw, source=source, sites=sites, tied=None)
+
+
+def _reader(source: Source, name: str) -> Callable[[], mx.array]:
+    return lambda: source.read(name)
