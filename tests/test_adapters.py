@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -12,11 +13,14 @@ from typing import Any
 import gguf_writer
 import mlx.core as mx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sources import Arrays
 
 import runner
 from runner import loading
 from runner.adapters import AdapterFiles, fit, open_adapters
+from runner.adapters.config import AdapterConfig
 from runner.cache import Batch
 from runner.device import CPU_WITHOUT_KERNELS, Device
 from runner.engine import Engine, assemble, open_engine
@@ -379,7 +383,7 @@ def test_adapters_by_path_weight_and_name(tmp_path: Path) -> None:
     assert opened([odd]) == {"odd=1": 1.0}
     assert opened({style: 0.25, odd: -1}) == {"style": 0.25, "odd=1": -1.0}
     assert opened([f"{style}/=0.5", other]) == {f"{style}/": 0.5, other: 1.0}
-    for given, message in (
+    for wrong, message in (
         ([f"{style}=much"], "expected PATH or PATH=WEIGHT, and 'much' is not a number"),
         ([f"{style}=inf"], "must be a finite number"),
         ([style, f"{style}=2"], "is given twice"),
@@ -387,7 +391,7 @@ def test_adapters_by_path_weight_and_name(tmp_path: Path) -> None:
         ({style: "1"}, "must be a finite number"),
     ):
         with pytest.raises(UsageError, match=message):
-            opened(given)
+            opened(wrong)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -446,6 +450,28 @@ def test_configs_that_are_refused(tmp_path: Path, config: dict[str, Any], messag
     assert "adapter_config.json" in str(caught.value)
 
 
+ODD = [None, True, False, 0, 1, -1, 8, 1 << 40, 0.5, 1e300, "", "q_proj", "all", "lora_only", ".*", "("]
+odd = st.sampled_from(ODD)
+values = odd | st.lists(odd, max_size=3) | st.dictionaries(st.sampled_from(["", "a", "q_.*", ")"]), odd, max_size=3)
+KEYS = [
+    *AdapterConfig.__dataclass_fields__,
+    "peft_type",
+    "task_type",
+    "init_lora_weights",
+    "layer_replication",
+    "other",
+]
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), values, max_size=6))
+def test_any_config_is_read_or_refused(raw: dict[str, Any]) -> None:
+    with contextlib.suppress(ConfigError):
+        config = AdapterConfig.from_dict({"peft_type": "LORA", **raw})
+        assert config.scale(["model.layers.0.self_attn.q_proj"]) is not None
+        config.targets(["model.layers.0.self_attn.q_proj"], linear=True)
+
+
 def test_every_bad_key_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"LOHA.*lora_bias.*r must"):
         AdapterFiles.open(damaged(tmp_path, peft_type="LOHA", lora_bias=True, r=0), "a")
@@ -500,6 +526,32 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tensors: Any, config:
     with pytest.raises(WeightsError, match=message) as caught:
         open_engine(base(QV), adapters=[AdapterFiles.open(path, "a")])
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [Q0.replace("model.model.model.", "model.model."), f"{Q0}.default"])
+def test_two_names_of_one_matrix(tmp_path: Path, name: str) -> None:
+    def again(arrays: dict[str, mx.array]) -> None:
+        for part in ("A", "B"):
+            copy = f"{Q0}.lora_{part}.default.weight" if "default" in name else f"{name}.lora_{part}.weight"
+            arrays[copy] = arrays[f"{Q0}.lora_{part}.weight"]
+
+    with pytest.raises(WeightsError, match="is there twice, under two names"):
+        open_engine(base(QV), adapters=[AdapterFiles.open(damaged(tmp_path, tensors=again), "a")])
+
+
+def test_biases_that_were_trained_must_be_there(tmp_path: Path) -> None:
+    case, bias = HERE / "fixtures_adapters" / "llama-biases-lora-only", "model.layers.0.mlp.down_proj.base_layer.bias"
+    path = damaged(tmp_path, case, drop(f"base_model.model.{bias}"))
+    with pytest.raises(WeightsError, match=r"missing: base_model.model.model.layers.0.mlp.down_proj.bias: expected"):
+        open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
+    shutil.rmtree(path)
+    path = damaged(tmp_path, case, bias="all")
+    with pytest.raises(WeightsError, match=r"missing: .*\(2 tensors\)"):
+        open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
+    shutil.rmtree(path)
+    path = damaged(tmp_path, case, bias="none")
+    with pytest.raises(WeightsError, match=r"unused: .*down_proj.base_layer.bias \(2 tensors\)"):
+        open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
 
 
 @pytest.mark.parametrize("indices", [[3, 100, 336], [3, 3, 7]])

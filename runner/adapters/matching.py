@@ -13,7 +13,7 @@ from runner.moe import ExpertLinear
 from runner.nn import Embedding, Linear
 from runner.overlay import Change, Info
 from runner.problems import Problems
-from runner.weights import Source
+from runner.weights import HARMLESS, Source
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])(?:\.default)?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.default)?"
@@ -61,7 +61,10 @@ class Matching:
                 self.problems.dtype(full, header.dtype, FLOATS)
             elif factor is not None:
                 kind = "m" if factor["magnitude"] else factor["linear"] or f"e{factor['embedding']}"
-                found.setdefault(factor["module"], {})[kind] = full
+                tensors = found.setdefault(factor["module"], {})
+                if kind in tensors:
+                    self.twice(full)
+                tensors[kind] = full
             elif name.endswith(_TOKENS):
                 self.tokens(name.removesuffix(_TOKENS), full)
             else:
@@ -88,6 +91,9 @@ class Matching:
         self.left.append(full)
         self.problems.unused(full, self.adapter.source.headers[full].shape)
 
+    def twice(self, full: str) -> None:
+        self.problems.other(f"{full} is there twice, under two names")
+
     def module(self, module: str, tensors: dict[str, str]) -> None:
         """The factors of one module."""
         site, adapter = self.site(module), self.adapter
@@ -96,6 +102,8 @@ class Matching:
                 for full in tensors.values():
                     self.unused(full)
             return
+        if site.name in self.factors:
+            self.twice(next(iter(tensors.values())))
         names = [module, *site.spellings]
         if not self.config.targets(names, linear=self.in_all_linear(site)):
             self.problems.other(f"{module} has an adapter, but adapter_config.json does not target it")
@@ -141,7 +149,7 @@ class Matching:
             if short(stack.name).rpartition(".")[0] != above or not self.config.targets_parameter(names):
                 continue
             columns = experts * self.config.rank(names)
-            if (a, b) == ((columns, width), (out, columns)):
+            if (a, b) == ((columns, width), (out, columns)) and stack.name not in self.stacked:
                 source, scale = self.adapter.source, self.config.scale(names)
                 factors = StackFactors(self.adapter.name, source, scale, tensors["A"], tensors["B"], experts)
                 self.stacked[stack.name] = factors
@@ -166,6 +174,12 @@ class Matching:
                 rank = self.config.rank([stack.name])
                 what = f"A [{experts * rank}, {width}] and B [{out}, {experts * rank}]"
                 self.problems.other(f"target_parameters has {stack.name}, of which there are no {what}")
+        for name, header in self.base.headers.items():
+            module = name.removesuffix(".bias")
+            site = self.site(module)
+            own = self.config.bias == "all" or (self.config.bias == "lora_only" and site and site.name in there)
+            if own and name.endswith(".bias") and name not in self.changes and not HARMLESS.search(name):
+                self.problems.missing(f"base_model.model.{name}", header.shape)
         saved = [short(name) for name in self.changes]
         for module in self.config.modules_to_save:
             if not any(re.search(rf"(^|[._]){re.escape(module)}\.", name) for name in saved):
@@ -192,6 +206,8 @@ class Matching:
             return
         if self.tied is not None and site is not None and site.name in (self.head, self.tied):
             self.untied |= site.name == self.head or (saved and not self.config.ensure_weight_tying)
+        if own in self.changes:
+            self.twice(full)
         source = self.adapter.source
         self.changes[own] = Change(Info(header.dtype, shape), lambda: source.read(full))
 
@@ -213,6 +229,8 @@ class Matching:
         if len(set(tokens)) < len(tokens) or max(tokens) >= site.shape[0]:
             self.problems.other(f"trainable_token_indices: expected different tokens below {site.shape[0]}")
             return
+        if site.name in self.rows:
+            self.twice(full)
         rows = SavedRows(self.adapter.name, self.adapter.source, full, tokens)
         self.rows[site.name] = rows
         if self.ties and site.group == TABLE and self.head in self.sites:

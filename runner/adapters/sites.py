@@ -24,7 +24,7 @@ HEAD, TABLE = "lm_head", "embed_tokens"
 """The fields of a model that hold its head and its embeddings."""
 
 FLOATS = frozenset({"F32", "F16", "BF16"})
-PREFIXES = ("model.", "transformer.", "gpt_neox.")
+PREFIXES = ("model.", "transformer.", "gpt_neox.", "language_model.")
 """What files of a base model lack, or writers of files have exchanged."""
 
 
@@ -96,8 +96,8 @@ class Stack:
 
 def short(name: str) -> str:
     """A name without the prefixes that files differ in."""
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
+    while any(name.startswith(prefix) for prefix in PREFIXES):
+        name = name.partition(".")[2]
     return name
 
 
