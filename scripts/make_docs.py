@@ -162,7 +162,7 @@ class Workplace:
 def files() -> str:
     """One row for each file of the package: the first sentence of what it says of itself."""
     rows = ["| file | what it is |", "|---|---|"]
-    places = [ROOT / "runner", *(ROOT / "runner" / name for name in ("bench", "cli", "gguf", "kernels"))]
+    places = [ROOT / "runner", *(ROOT / "runner" / name for name in ("adapters", "bench", "cli", "gguf", "kernels"))]
     for place in places:
         for path in sorted(place.glob("*.py"), key=lambda path: (path.name != "__init__.py", path.name)):
             if place.name == "cli" and path.name != "__init__.py":

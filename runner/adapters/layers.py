@@ -45,7 +45,11 @@ class TokenRows:
     def looked_up(self, ids: mx.array, y: mx.array) -> mx.array:
         """`y` `[..., width]`, what the table has for `ids` `[...]`, with these rows in it."""
         hits = ids[..., None] == self.tokens
-        return mx.where(mx.any(hits, axis=-1, keepdims=True), self.rows[mx.argmax(hits, axis=-1)].astype(y.dtype), y)
+        return mx.where(
+            mx.any(hits, axis=-1, keepdims=True),
+            self.rows[mx.argmax(hits.astype(mx.int32), axis=-1)].astype(y.dtype),
+            y,
+        )
 
     def scored(self, x: mx.array, y: mx.array, ops: Ops) -> mx.array:
         """`y` `[..., vocab_size]`, the table's products with `x`, with those of these rows in it."""

@@ -2,8 +2,8 @@
 """Writes tests/fixtures_adapters: adapters of the tiny checkpoints as PEFT saves them, and what PEFT makes of them.
 
     pip install -r scripts/requirements-oracle.txt
-    python scripts/fixtures_adapters.py                 everything
-    python scripts/fixtures_adapters.py llama-qv ...    some of them
+    python scripts/make_adapters.py                 everything
+    python scripts/make_adapters.py llama-qv ...    some of them
 
 The adapters are random: each product B A has about half the size of the matrix it changes. Every adapter is written by
 `save_pretrained`, read back by `PeftModel.from_pretrained` onto a fresh base, and only then asked for logits. A packed
@@ -314,7 +314,7 @@ def make(case: Case, target: Path) -> None:
             prompts = json.loads((TESTS / case.base / "expected.json").read_text())["prompts"]
             save_file({f"logits.{name}": value for name, value in found.items()}, directory / "expected.safetensors")
             recipe = {
-                "script": "scripts/fixtures_adapters.py",
+                "script": "scripts/make_adapters.py",
                 "torch": str(torch.__version__).split("+")[0],
                 "transformers": transformers.__version__,
                 "peft": peft.__version__,
