@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner import blocks
-from runner.models import qwen2_moe, qwen3
+from runner.blocks import ConfiguredMLP
+from runner.models import llama, qwen3
 from runner.models.qwen2_moe import Qwen2MoeConfig
+from runner.moe import SwitchMoE
 from runner.weights import weight
 
 
@@ -28,13 +30,9 @@ class Qwen3MoeConfig(Qwen2MoeConfig):
         object.__setattr__(self, "num_experts", self.num_local_experts or self.num_experts)
         super().__post_init__()
 
-
-class FeedForward(qwen2_moe.FeedForward):
-    """No shared expert."""
-
-    @classmethod
-    def experts(cls) -> type:
-        return qwen2_moe.MoE
+    @property
+    def mlp_class(self) -> type:
+        return SwitchMoE if self.sparse else llama.MLP
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Block(blocks.PreNorm):
     """Llama's frame, with experts in some layers."""
 
     self_attn: qwen3.Attention = weight("self_attn")
-    mlp: FeedForward = weight("mlp")
+    mlp: ConfiguredMLP = weight("mlp")
 
 
 @dataclass

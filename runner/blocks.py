@@ -11,7 +11,7 @@ import mlx.core as mx
 from runner.cache import Batch, KVCache
 from runner.config import Config
 from runner.fast import LayerNorm, RMSNorm
-from runner.nn import Activation, Embedding, Linear
+from runner.nn import GLU, Activation, Embedding, Linear
 from runner.weights import Choice, Chooses, Header, Size, Tree, setting, weight
 
 HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
@@ -46,6 +46,38 @@ class PlainMLP(FeedForward):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(self.act(self.up_proj(x)))
+
+
+@dataclass
+class GatedMLP(FeedForward):
+    """Gate and up as one product, down; `$0` wide inside."""
+
+    glu: GLU
+    gate_up_proj: Linear = weight("{gate,up}_proj", ("$0", "$0"), HIDDEN)
+    down_proj: Linear = weight("down_proj", HIDDEN, "$0")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.glu(self.gate_up_proj(x)))
+
+
+@runtime_checkable
+class HasMLPClass(Protocol):
+    """A config that says which feed-forward layer its `layer_index` has."""
+
+    @property
+    def mlp_class(self) -> type: ...
+
+
+class ConfiguredMLP(Chooses):
+    """A feed-forward layer of the class that the config's `mlp_class` names: experts in some layers, one in others."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        assert isinstance(config, HasMLPClass)
+        return Choice(config.mlp_class, {})
 
 
 @dataclass

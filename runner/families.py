@@ -72,7 +72,7 @@ FAMILIES: Mapping[str, Family] = {
     "opt": Family("opt", "OPTConfig", "OPT"),
     "apertus": Family("apertus", "ApertusConfig", "Apertus"),
     "deepseek_v2": Family("deepseek_v2", "DeepseekV2Config", "DeepseekV2"),
-    "deepseek_v3": Family("deepseek_v3", "DeepseekV3Config", "DeepseekV3"),
+    "deepseek_v3": Family("deepseek_v3", "DeepseekV3Config", "DeepseekV2"),
     "gpt_oss": Family("gpt_oss", "GptOssConfig", "GptOss"),
     "gemma": Family("gemma", "GemmaConfig", "Gemma"),
     "gemma2": Family("gemma2", "Gemma2Config", "Gemma2"),

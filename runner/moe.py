@@ -7,7 +7,7 @@ Sources: Mixtral arXiv:2401.04088, Qwen-MoE, and their code in transformers. Top
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -17,11 +17,18 @@ from runner.fast import Ops, provided_ops
 from runner.nn import GLU, Linear, layer_form
 from runner.weights import PACKED, SCALES, Choice, Chooses, Header, Size, Tree, leaf_shapes, leaves, setting, tensor
 
+EXPERT = "moe_intermediate_size"
+SORTED_FROM = 64
+"""Rows (tokens times choices) from which sorting them pays; mlx-lm's number."""
+
 
 class ExpertLinear(Chooses):
-    """A matrix for each expert: x `[..., 1, in]` and chosen experts `[...]` -> `[..., 1, out]`."""
+    """A matrix for each expert: x `[..., 1, in]` and chosen experts `[...]` -> `[..., 1, out]`.
 
-    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
+    `in_order`: the experts are `[rows]`, and sorted.
+    """
+
+    def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
         raise NotImplementedError
 
     @classmethod
@@ -43,8 +50,8 @@ class PlainExperts(ExpertLinear):
     bias: mx.array | None = tensor("bias", "$0", when="bias")
     ops: Ops = provided_ops()
 
-    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
-        return _biased(self.ops.gather_linear(x, self.weight, experts), self.bias, experts)
+    def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+        return _biased(self.ops.gather_linear(x, self.weight, experts, in_order=in_order), self.bias, experts)
 
 
 @dataclass
@@ -60,8 +67,8 @@ class QuantizedExperts(ExpertLinear):
     mode: str = setting()
     ops: Ops = provided_ops()
 
-    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
-        form = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+    def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+        form = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode, "in_order": in_order}
         y = self.ops.gather_quantized_linear(x, self.weight, self.scales, self.biases, experts, **form)
         return _biased(y, self.bias, experts)
 
@@ -73,32 +80,67 @@ def _biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:
 
 @dataclass
 class MoE:
-    """Router and experts; subclasses name the tensors."""
+    """Router and experts; subclasses name the tensors, their configs say how experts are chosen and weighed.
+
+    `scoring_func` is softmax or sigmoid; a `correction` takes part in the choice, not in the shares (DeepSeek V3).
+    """
 
     glu: GLU
     router: Linear
     gate_up_proj: ExpertLinear
     down_proj: ExpertLinear
+    correction: mx.array | None = field(default=None, kw_only=True)
     num_experts_per_tok: int = setting()
     norm_topk_prob: bool = setting()
+    scoring_func: str = setting(default="softmax")
+    n_group: int = setting(default=1)
+    topk_group: int = setting(default=1)
+    group_members: int = setting(default=1)
+    routed_scaling_factor: float = setting(default=1.0)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Experts `[B, L, K]` of each token and their float32 shares."""
-        shares = mx.softmax(self.scores(x), axis=-1)
-        experts = best(shares, self.num_experts_per_tok)
-        shares = mx.take_along_axis(shares, experts, axis=-1)
-        return experts, shares / mx.sum(shares, axis=-1, keepdims=True) if self.norm_topk_prob else shares
-
-    def scores(self, x: mx.array) -> mx.array:
-        """What the router says of each expert, `[B, L, E]`: in float32, since close ones must not change places."""
-        return self.router(x.astype(mx.float32)).astype(mx.float32)
+        """Experts `[B, L, K]` of each token and their shares, in float32: close scores must not change places."""
+        logits = self.router(x.astype(mx.float32)).astype(mx.float32)
+        scores = mx.sigmoid(logits) if self.scoring_func == "sigmoid" else mx.softmax(logits, axis=-1)
+        ranks = scores if self.correction is None else scores + self.correction
+        ranks = in_best_groups(ranks, self.n_group, self.topk_group, self.group_members)
+        experts = best(ranks, self.num_experts_per_tok)
+        shares = mx.take_along_axis(scores, experts, axis=-1)
+        if self.norm_topk_prob:
+            shares = shares / (mx.sum(shares, axis=-1, keepdims=True) + 1e-20)
+        return experts, shares * self.routed_scaling_factor
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[B, L, hidden_size]` to the same."""
         experts, shares = self.route(x)
-        hidden = self.glu(self.gate_up_proj(x[:, :, None, None], experts))
-        outputs = self.down_proj(hidden, experts)[..., 0, :]  # [B, L, K, hidden_size]
-        return mx.sum(outputs * shares[..., None].astype(outputs.dtype), axis=2)
+        outputs = self.sorted(x, experts) if experts.size >= SORTED_FROM else self.feed(x[:, :, None, None], experts)
+        return mx.sum(outputs[..., 0, :] * shares[..., None].astype(outputs.dtype), axis=2)
+
+    def feed(self, rows: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+        """What `experts` `[...]` make of `rows` `[..., 1, hidden_size]`."""
+        hidden = self.glu(self.gate_up_proj(rows, experts, in_order=in_order))
+        return self.down_proj(hidden, experts, in_order=in_order)
+
+    def sorted(self, x: mx.array, experts: mx.array) -> mx.array:
+        """The same as `feed`, expert by expert: each matrix is read once for all of its rows. `[B, L, K, 1, hidden]`"""
+        chosen = experts.flatten()
+        order = mx.argsort(chosen)
+        rows = x.reshape(-1, 1, x.shape[-1])[order // experts.shape[-1]]
+        outputs = self.feed(rows, chosen[order], in_order=True)
+        return outputs[mx.argsort(order)].reshape(*experts.shape, 1, -1)
+
+
+@dataclass
+class SwitchMoE(MoE):
+    """Experts of `moe_intermediate_size` as most families name them, or stacked by mlx-lm."""
+
+    router: Linear = tensor("gate", "num_experts", "hidden_size")
+    gate_up_proj: ExpertLinear = tensor(
+        "experts.{num_experts}.{gate,up}_proj|switch_mlp.{gate,up}_proj[num_experts]", (EXPERT, EXPERT), "hidden_size"
+    )
+    down_proj: ExpertLinear = tensor(
+        "experts.{num_experts}.down_proj|switch_mlp.down_proj[num_experts]", "hidden_size", EXPERT
+    )
 
 
 def best(scores: mx.array, count: int) -> mx.array:

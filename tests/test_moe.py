@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from runner.cache import History
 from runner.device import CPU_WITHOUT_KERNELS, current
 from runner.fast import PORTABLE, Ops
-from runner.nn import capped_attention
+from runner.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts
+from runner.nn import GLU, PlainLinear, capped_attention
 
 TABLES = list({ops.name: ops for ops in (PORTABLE, CPU_WITHOUT_KERNELS, current().ops)}.values())
 by_table = pytest.mark.parametrize("ops", TABLES, ids=lambda ops: ops.name)
@@ -50,6 +51,63 @@ def test_gathered_products(
     found = ops.gather_quantized_linear(x, *packed, ids, **form)
     wanted = looped(x, mx.dequantize(*packed, **form), ids)
     assert mx.allclose(found, wanted, atol=5e-3)
+
+
+@by_table
+@given(rows=st.integers(1, 40), spread=st.integers(1, 6), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_products_of_rows_in_order(ops: Ops, rows: int, spread: int, seed: int) -> None:
+    """What `in_order` promises changes no number."""
+    weight, x = rand(6, 48, 64, seed=seed), rand(rows, 1, 64, seed=seed + 1)
+    ids = mx.sort(mx.random.randint(0, spread, (rows,), key=mx.random.key(seed)).astype(mx.uint32))
+    assert mx.allclose(ops.gather_linear(x, weight, ids, in_order=True), looped(x, weight, ids), atol=1e-3)
+    packed = mx.quantize(weight, group_size=32, bits=4)
+    form = {"group_size": 32, "bits": 4, "mode": "affine"}
+    found = ops.gather_quantized_linear(x, *packed, ids, **form, in_order=True)
+    assert mx.allclose(found, looped(x, mx.dequantize(*packed, **form), ids), atol=5e-3)
+
+
+@by_table
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 40), (2, 17)])
+def test_sorting_by_expert_changes_nothing(ops: Ops, packed: bool, batch: int, length: int) -> None:
+    def experts(out: int, width: int, seed: int) -> ExpertLinear:
+        weight, bias = rand(6, out, width, seed=seed) / width**0.5, rand(6, out, seed=seed + 1)
+        if not packed:
+            return PlainExperts(weight, bias, ops=ops)
+        return QuantizedExperts(
+            *mx.quantize(weight, group_size=32, bits=8), bias, bits=8, group_size=32, mode="affine", ops=ops
+        )
+
+    layer = MoE(
+        GLU(activation="silu", ops=ops), PlainLinear(rand(6, 64, seed=1), ops=ops), experts(64, 64, 2),
+        experts(64, 32, 4), num_experts_per_tok=3, norm_topk_prob=True,
+    )  # fmt: skip
+    x = rand(batch, length, 64, seed=6)
+    chosen, _ = layer.route(x)
+    plain, in_order = layer.feed(x[:, :, None, None], chosen), layer.sorted(x, chosen)
+    assert plain.shape == in_order.shape == (batch, length, 3, 1, 64)
+    assert mx.allclose(plain, in_order, atol=5e-3 if packed else 1e-5)
+
+
+def test_many_rows_are_sorted_and_few_are_not() -> None:
+    seen: list[bool] = []
+
+    class Watched(MoE):
+        def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+            experts = mx.zeros((*x.shape[:2], 2), dtype=mx.uint32)
+            return experts, mx.ones(experts.shape)
+
+        def feed(self, rows: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+            seen.append(in_order)
+            return mx.broadcast_to(rows, (*experts.shape, 1, rows.shape[-1]))
+
+    matrix, stacked = PlainLinear(rand(2, 4, seed=0)), PlainExperts(rand(2, 4, 4, seed=0))
+    layer = Watched(GLU(activation="silu"), matrix, stacked, stacked, num_experts_per_tok=2, norm_topk_prob=False)
+    for length in (1, SORTED_FROM // 2 - 1, SORTED_FROM // 2):
+        x = rand(1, length, 4, seed=length)
+        assert mx.allclose(layer(x), 2 * x)
+    assert seen == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""Multi-head latent attention: the keys and values of all heads are made from one narrow row a token, the latent.
+
+Source: DeepSeek V2, arXiv:2405.04434 section 2.1; the absorbed form is its appendix C.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.cache import Batch, History, KVCache
+from runner.config import Config
+from runner.fast import RMSNorm, RoPE
+from runner.nn import Attend, Linear, merge_heads, split_heads
+from runner.weights import Choice, Chooses, Header, Size, Tree, setting, weight
+
+HIDDEN, LATENT, QUERY_LATENT = "hidden_size", "kv_lora_rank", "q_lora_rank"
+QUERIES = "num_attention_heads*qk_head_dim"
+KEYS, VALUES = "num_attention_heads*qk_nope_head_dim", "num_attention_heads*v_head_dim"
+NORM_EPS = 1e-6  # of the norms inside attention, whatever rms_norm_eps says
+
+
+class Queries(Chooses):
+    """`[B, L, hidden_size] -> [B, L, heads * qk_head_dim]`, through a latent where the config has `q_lora_rank`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        return Choice(PlainQueries if vars(config)[QUERY_LATENT] is None else LatentQueries, {})
+
+
+@dataclass
+class PlainQueries(Queries):
+    """One matrix."""
+
+    q_proj: Linear = weight("q_proj", QUERIES, HIDDEN)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.q_proj(x)
+
+
+@dataclass
+class LatentQueries(Queries):
+    """Down to the latent, a norm, and up."""
+
+    q_a_proj: Linear = weight("q_a_proj", QUERY_LATENT, HIDDEN, bias="attention_bias")
+    q_a_layernorm: RMSNorm = weight("q_a_layernorm", QUERY_LATENT)
+    q_b_proj: Linear = weight("q_b_proj", QUERIES, QUERY_LATENT)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x), NORM_EPS))
+
+
+@dataclass
+class LatentAttention:
+    """The cache holds `kv_lora_rank + qk_rope_head_dim` numbers a token, for all heads: a latent and a rotated key.
+
+    `kv_b_proj` makes each head's keys and values of the latents. Where there are few queries it is cheaper to move it
+    to the other side of both products: queries become rows like latents, all heads attend to the latents themselves,
+    and what they gather is turned into values.
+    """
+
+    rope: RoPE
+    attend: Attend
+    queries: Queries = weight("")
+    kv_a_proj: Linear = weight(
+        "kv_a_proj_with_mqa", ("kv_lora_rank", "qk_rope_head_dim"), HIDDEN, bias="attention_bias"
+    )
+    kv_a_layernorm: RMSNorm = weight("kv_a_layernorm", LATENT)
+    kv_b_proj: Linear = weight("kv_b_proj", (KEYS, VALUES), LATENT)
+    o_proj: Linear = weight("o_proj", HIDDEN, VALUES, bias="attention_bias")
+    kv_lora_rank: int = setting()
+    qk_nope_head_dim: int = setting()
+    qk_rope_head_dim: int = setting()
+    v_head_dim: int = setting()
+    activations: mx.Dtype | None = setting(default=None)
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        q, turned = mx.split(
+            split_heads(self.queries(x), self.qk_nope_head_dim + self.qk_rope_head_dim), [self.qk_nope_head_dim], -1
+        )
+        turned = self.rope(turned, batch.offset, batch.length)
+        latent, key = mx.split(self.kv_a_proj(x)[:, None], [self.kv_lora_rank], axis=-1)  # [B, 1, L, ...]
+        key = self.rope(key, batch.offset, batch.length)
+        stored = cache.append(self.kv_a_layernorm(latent, NORM_EPS), key)
+        form = self.absorbed if self.few(x.shape[1], stored.length) else self.expanded
+        return self.o_proj(merge_heads(form(q, turned, stored, batch)))
+
+    def few(self, queries: int, keys: int) -> bool:
+        """Whether the absorbed form has fewer products, for each head and column of the latents."""
+        both = self.qk_nope_head_dim + self.v_head_dim
+        expanded = keys * self.kv_lora_rank * both + queries * keys * (both + self.qk_rope_head_dim)
+        absorbed = queries * self.kv_lora_rank * both + queries * keys * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
+        return absorbed < expanded
+
+    def expanded(self, q: mx.array, turned: mx.array, stored: History, batch: Batch) -> mx.array:
+        """Heads `[B, H, L, v_head_dim]` of queries `q` and their rotated part: every key and value is made."""
+        rows = split_heads(self.kv_b_proj(stored.keys[:, 0]), self.qk_nope_head_dim + self.v_head_dim)
+        k, v = mx.split(rows, [self.qk_nope_head_dim], axis=-1)
+        shared = mx.broadcast_to(stored.values, (*k.shape[:3], stored.values.shape[-1]))
+        history = History(mx.concatenate([k, shared], axis=-1), v, stored.length)
+        return self.attend(mx.concatenate([q, turned], axis=-1), history, batch.mask)
+
+    def absorbed(self, q: mx.array, turned: mx.array, stored: History, batch: Batch) -> mx.array:
+        """The same; one key and value, for all heads, are a token's row in the cache."""
+        to_keys, to_values = self.matrices
+        rows = mx.concatenate([stored.keys, stored.values], axis=-1)
+        history = History(rows, rows[..., : self.kv_lora_rank], stored.length)
+        gathered = self.attend(mx.concatenate([q @ to_keys, turned], axis=-1), history, batch.mask)
+        return gathered @ to_values.swapaxes(-1, -2)
+
+    @functools.cached_property
+    def matrices(self) -> tuple[mx.array, mx.array]:
+        """`kv_b_proj` head by head, `[H, qk_nope_head_dim, kv_lora_rank]` and `[H, v_head_dim, kv_lora_rank]`: unpacked
+        and in the dtype of activations, once."""
+        matrix = self.kv_b_proj.matrix().reshape(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        matrix = matrix if self.activations is None else matrix.astype(self.activations)
+        return matrix[:, : self.qk_nope_head_dim], matrix[:, self.qk_nope_head_dim :]

@@ -1,0 +1,102 @@
+"""Latent attention: the absorbed form against the expanded one, which makes every key and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from runner.cache import Batch, History, KVCache
+from runner.device import CPU_WITHOUT_KERNELS, current
+from runner.fast import PORTABLE, Ops, RMSNorm, RoPE
+from runner.mla import LatentAttention, PlainQueries
+from runner.nn import Attend, Linear, PlainLinear, QuantizedLinear
+
+HEADS, NOPE, ROTATED, VALUES, RANK, HIDDEN = 4, 16, 8, 24, 64, 32
+TABLES = list({ops.name: ops for ops in (PORTABLE, CPU_WITHOUT_KERNELS, current().ops)}.values())
+by_table = pytest.mark.parametrize("ops", TABLES, ids=lambda ops: ops.name)
+
+
+def rand(*shape: int, seed: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)) / shape[-1] ** 0.5
+
+
+def attention(ops: Ops, bits: int | None = None) -> LatentAttention:
+    matrix = rand(HEADS * (NOPE + VALUES), RANK, seed=1)
+    linear: Linear = PlainLinear(matrix, ops=ops)
+    if bits is not None:
+        packed = mx.quantize(matrix, group_size=32, bits=bits)
+        linear = QuantizedLinear(*packed, bits=bits, group_size=32, mode="affine", ops=ops)
+    return LatentAttention(
+        RoPE(dims=ROTATED, traditional=True, ops=ops),
+        Attend(scale=0.3, ops=ops),
+        PlainQueries(PlainLinear(rand(HEADS * (NOPE + ROTATED), HIDDEN, seed=2), ops=ops)),
+        PlainLinear(rand(RANK + ROTATED, HIDDEN, seed=3), ops=ops),
+        RMSNorm(1 + rand(RANK, seed=4), ops=ops),
+        linear,
+        PlainLinear(rand(HIDDEN, HEADS * VALUES, seed=5), ops=ops),
+        kv_lora_rank=RANK,
+        qk_nope_head_dim=NOPE,
+        qk_rope_head_dim=ROTATED,
+        v_head_dim=VALUES,
+    )
+
+
+def inputs(queries: int, keys: int) -> tuple[mx.array, mx.array, History]:
+    """Queries, their rotated part, and a cache with room for more rows than it has."""
+    q, turned = rand(2, HEADS, queries, NOPE, seed=6), rand(2, HEADS, queries, ROTATED, seed=7)
+    return q, turned, History(rand(2, 1, keys + 5, RANK, seed=8), rand(2, 1, keys + 5, ROTATED, seed=9), keys)
+
+
+@by_table
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 40), (3, 40), (9, 9)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_absorbed_form_is_the_expanded_one(
+    ops: Ops, bits: int | None, queries: int, keys: int, masked: bool
+) -> None:
+    layer = attention(ops, bits)
+    mask = mx.arange(keys) >= 1 if masked and keys > queries else None  # the first key is padding
+    batch = Batch(mx.zeros((2, queries), dtype=mx.int32), keys - queries, mask=mask)
+    wanted = layer.expanded(*inputs(queries, keys), batch)
+    found = layer.absorbed(*inputs(queries, keys), batch)
+    assert found.shape == wanted.shape == (2, HEADS, queries, VALUES)
+    # The kernels multiply packed weights with rows of 16 bits; the absorbed form has them as numbers.
+    assert float(mx.max(mx.abs(found - wanted))) < (1e-5 if bits is None else 1e-3) * float(mx.max(mx.abs(wanted)))
+
+
+@by_table
+def test_decoding_after_a_prompt_is_one_pass(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, used = attention(ops), []
+    for name in ("expanded", "absorbed"):
+        form = vars(LatentAttention)[name]
+
+        def traced(self: LatentAttention, *given: Any, form: Any = form, name: str = name) -> mx.array:
+            used.append(name)
+            result: mx.array = form(self, *given)
+            return result
+
+        monkeypatch.setattr(LatentAttention, name, traced)
+    x = rand(1, 30, HIDDEN, seed=10)
+    ids = mx.zeros((1, 30), dtype=mx.int32)
+    whole = layer(x, Batch(ids), KVCache())
+    cache = KVCache()
+    parts = [layer(x[:, :20], Batch(ids[:, :20]), cache)]
+    parts += [layer(x[:, i : i + 1], Batch(ids[:, i : i + 1], i), cache) for i in range(20, 30)]
+    assert mx.allclose(mx.concatenate(parts, axis=1), whole, atol=1e-5)
+    assert used == ["expanded"] * 2 + ["absorbed"] * 10
+
+
+def test_the_form_with_fewer_products_is_taken() -> None:
+    """DeepSeek's sizes: single tokens and short continuations of a long history are absorbed, prompts are not."""
+    layer = attention(PORTABLE)
+    layer.kv_lora_rank, layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim = 512, 128, 64, 128
+    assert layer.few(1, 2) and layer.few(1, 4096) and layer.few(100, 4096)
+    assert not layer.few(512, 512) and not layer.few(512, 4096) and not layer.few(20, 20)
+
+
+def test_packed_matrices_are_unpacked_once() -> None:
+    layer = attention(PORTABLE, 4)
+    assert layer.matrices is layer.matrices
+    assert [matrix.shape for matrix in layer.matrices] == [(HEADS, NOPE, RANK), (HEADS, VALUES, RANK)]
