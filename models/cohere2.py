@@ -30,6 +30,7 @@ FIXED = {
 class Cohere2Config(CohereConfig):
     """`config.json` of a Command-R7B; `layer_switch` repeats the pattern, `cache_implementation` is about memory."""
 
+    rope_theta: float = 10000.0
     sliding_window: int = 4096
     sliding_window_pattern: int = 4
     layer_types: tuple[str, ...] | None = None

@@ -26,7 +26,7 @@ from runner.weights import weight
 class DeepseekConfig(LlamaConfig):
     """What `config.json` of V2 and V3 have in common; `ep_size` and the `aux` keys are about training."""
 
-    q_lora_rank: int | None = None
+    q_lora_rank: int | None = 1536
     kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
@@ -37,7 +37,7 @@ class DeepseekConfig(LlamaConfig):
     moe_intermediate_size: int = 1407
     num_experts: int = key("n_routed_experts", default=64)
     n_shared_experts: int = 2
-    num_experts_per_tok: int = 2
+    num_experts_per_tok: int
     n_group: int | None = 1
     topk_group: int | None = 1
     routed_scaling_factor: float = 1.0
@@ -50,6 +50,8 @@ class DeepseekConfig(LlamaConfig):
     output_router_logits: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.head_dim not in (0, self.qk_rope_head_dim):
+            raise ConfigError(f"config.json: head_dim = {self.head_dim} and qk_rope_head_dim = {self.qk_rope_head_dim}")
         super().__post_init__()
         object.__setattr__(self, "qk_head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim)
         object.__setattr__(self, "n_group", self.n_group or 1)

@@ -21,6 +21,15 @@ from runner.weights import weight
 class DeepseekV3Config(DeepseekConfig):
     """`config.json` of a DeepSeek V3; layers that predict further tokens are left unread."""
 
+    max_position_embeddings: int = 4096
+    first_k_dense_replace: int = key(default=3, minimum=0)
+    moe_intermediate_size: int = 2048
+    num_experts: int = key("n_routed_experts", default=256)
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int | None = 8
+    topk_group: int | None = 4
+    routed_scaling_factor: float = 2.5
     norm_topk_prob: bool = True
     topk_method: str = "noaux_tc"
     scoring_func: str = "sigmoid"

@@ -22,7 +22,7 @@ from runner.weights import setting, weight
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig(LlamaConfig):
-    """`config.json` of a Gemma; "gelu" always means the tanh form there, and `hidden_activation` wins."""
+    """`config.json` of a Gemma."""
 
     num_key_value_heads: int = 16
     head_dim: int = 256
@@ -32,9 +32,14 @@ class GemmaConfig(LlamaConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        named = self.hidden_activation or self.hidden_act
-        object.__setattr__(self, "hidden_act", "gelu_pytorch_tanh" if named == "gelu" else named)
+        object.__setattr__(self, "hidden_act", self.activation)
         super().__post_init__()
+
+    @property
+    def activation(self) -> str:
+        """`hidden_activation` wins; "gelu" always means the tanh form here."""
+        named = self.hidden_activation or self.hidden_act
+        return "gelu_pytorch_tanh" if named == "gelu" else named
 
 
 @dataclass

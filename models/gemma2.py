@@ -41,6 +41,11 @@ class Gemma2Config(GemmaConfig):
             raise ConfigError(f"config.json: query_pre_attn_scalar must be positive, not {self.query_pre_attn_scalar}")
 
     @property
+    def activation(self) -> str:
+        """`hidden_act` is never read."""
+        return self.hidden_activation or "gelu_pytorch_tanh"
+
+    @property
     def attention_scale(self) -> float:
         return float(self.query_pre_attn_scalar**-0.5)
 

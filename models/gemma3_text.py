@@ -5,8 +5,8 @@ Source: arXiv:2503.19786, and `transformers.models.gemma3`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from runner.fast import RMSNorm
@@ -24,11 +24,12 @@ class Gemma3Config(Gemma2Config):
     """
 
     INERT: ClassVar[frozenset[str]] = Gemma2Config.INERT | {"_sliding_window_pattern"}
+    ONLY: ClassVar[Mapping[str, object]] = {"attn_logit_softcapping": None}
     max_position_embeddings: int = 131072
     rope_theta: float = 1000000.0
     rope_local_base_freq: float = 10000.0
     sliding_window_pattern: int = 6
-    attn_logit_softcapping: float | None = None
+    attn_logit_softcapping: float | None = field(init=False, default=None)
     final_logit_softcapping: float | None = None
 
     @property

@@ -5,8 +5,9 @@ Source: arXiv:2406.12793, and `transformers.models.glm`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from runner.blocks import HIDDEN, INTERMEDIATE, KV, Q
 from runner.models import llama
@@ -19,6 +20,7 @@ from runner.weights import weight
 class GlmConfig(LlamaConfig):
     """`config.json` of a GLM."""
 
+    NULL: ClassVar[Mapping[str, object]] = {**LlamaConfig.NULL, "partial_rotary_factor": 1.0}
     num_key_value_heads: int = 2
     head_dim: int = 128
     max_position_embeddings: int = 131072

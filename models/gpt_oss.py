@@ -38,6 +38,7 @@ class GptOssConfig(LlamaConfig):
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 131072
     rope_theta: float = 150000.0
+    rope_scaling: RopeScaling | None = STRETCHED
     attention_bias: bool = True
     sliding_window: int | None = 128
     layer_types: tuple[str, ...] | None = None
@@ -51,7 +52,6 @@ class GptOssConfig(LlamaConfig):
     initial_context_length: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rope_scaling", self.rope_scaling or STRETCHED)
         super().__post_init__()
         if self.hidden_act != "silu":
             raise ConfigError(f"config.json: hidden_act {self.hidden_act!r} is not supported for a gpt-oss, only silu")

@@ -22,6 +22,7 @@ class MixtralConfig(MistralConfig):
     """`config.json` of a Mixtral; the `router_*` keys are about training."""
 
     rms_norm_eps: float = 1e-5
+    rope_theta: float = 1000000.0
     sliding_window: int | None = None
     num_local_experts: int = 8
     num_experts_per_tok: int = 2

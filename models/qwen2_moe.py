@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner import blocks
-from runner.blocks import HIDDEN, ConfiguredMLP, GatedMLP
+from runner.blocks import HIDDEN, KV, ConfiguredMLP, GatedMLP, Q
 from runner.config import key
 from runner.models import llama, qwen2
 from runner.models.qwen2 import Qwen2Config
@@ -59,10 +59,17 @@ class MoE(SwitchMoE):
 
 
 @dataclass
+class Attention(qwen2.Attention):
+    """The biases on the way in have a flag."""
+
+    qkv_proj: Linear = weight("{q,k,v}_proj", (Q, KV, KV), HIDDEN, bias="qkv_bias")
+
+
+@dataclass
 class Block(blocks.PreNorm):
     """Llama's frame, with experts in some layers."""
 
-    self_attn: qwen2.Attention = weight("self_attn")
+    self_attn: Attention = weight("self_attn")
     mlp: ConfiguredMLP = weight("mlp")
 
 

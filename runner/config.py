@@ -186,7 +186,9 @@ def _take_rope_parameters(result: dict[str, Any], parameters: object) -> None:
     if not isinstance(parameters, Mapping):
         raise ConfigError(f"config.json: rope_parameters must be an object, not {parameters!r}")
     scaling = dict(parameters)
-    if scaling and set(scaling) <= {FULL, SLIDING}:
+    if set(scaling) & {FULL, SLIDING}:
+        if set(scaling) - {FULL, SLIDING}:
+            raise ConfigError(f"config.json: rope_parameters must be for all layers or by type, not {_short(scaling)}")
         if not all(isinstance(value, Mapping) for value in scaling.values()):
             raise ConfigError(
                 f"config.json: rope_parameters needs an object for each type of layer, not {_short(scaling)}"
@@ -217,6 +219,9 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
         Quantized.from_dict(method)
     hints = typing.get_type_hints(cls)
     problems: list[str] = []
+    parameters = raw.get("rope_parameters")
+    if "rope_local_base_freq" in hints and isinstance(parameters, Mapping) and set(parameters) - {FULL, SLIDING}:
+        problems.append(f"rope_parameters needs an object for each type of layer, not {_short(dict(parameters))}")
     arguments: dict[str, Any] = {}
     known: set[str | None] = {*cls.INERT, *cls.ONLY}
     for item in dataclasses.fields(cls):
@@ -227,6 +232,9 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
         required = item.default is MISSING and item.default_factory is MISSING
         if name in cls.NULL and name in values and values[name] is None:
             arguments[item.name] = cls.NULL[name]
+            continue
+        if hints[item.name] is bool and name in values and values[name] is None:
+            arguments[item.name] = False  # as Python's own code would read it
             continue
         if name not in values or (values[name] is None and not _accepts_none(hints[item.name])):
             if required:
