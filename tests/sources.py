@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32"}
+NAMES = {
+    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32", mx.uint8: "U8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

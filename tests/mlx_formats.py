@@ -1,0 +1,79 @@
+"""MLX's packed formats, unpacked with NumPy from what they are said to be: the reference for tests and tables.
+
+A row's numbers follow each other as a stream of bits, the first in the lowest ones. `affine`: unsigned codes, `scale *
+code + bias` for each group. `mxfp4`, `mxfp8` (OCP Microscaling Formats 1.0): E2M1 or E4M3 numbers, and for each 32 a
+power of two. `nvfp4`: E2M1 numbers, and for each 16 an E4M3 number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is packed, as `mx.quantize` has it."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    @property
+    def name(self) -> str:
+        return f"affine {self.bits} bit, groups of {self.group_size}" if self.mode == "affine" else self.mode
+
+    @property
+    def entry(self) -> dict[str, int | str]:
+        """What `quantization` in config.json says of it; mlx-lm leaves out that a mode is affine."""
+        entry: dict[str, int | str] = {"group_size": self.group_size, "bits": self.bits}
+        return entry if self.mode == "affine" else {**entry, "mode": self.mode}
+
+    def pack(self, name: str, matrix: mx.array) -> dict[str, mx.array]:
+        """The tensors of a layer `name` that hold `matrix`."""
+        parts = mx.quantize(matrix, group_size=self.group_size, bits=self.bits, mode=self.mode)
+        return {f"{name}.{leaf}": part for leaf, part in zip(("weight", "scales", "biases"), parts, strict=False)}
+
+
+FORMATS = [
+    *(Format(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
+    Format(4, 32, "mxfp4"),
+    Format(8, 32, "mxfp8"),
+    Format(4, 16, "nvfp4"),
+]
+
+
+def small_float(code: int, exponent: int, mantissa: int) -> float:
+    """The number of a sign, `exponent` and `mantissa` bits; E4M3 has NaN where all of them are set, and no infinity."""
+    sign = -1.0 if code >> (exponent + mantissa) else 1.0
+    power, fraction = (code >> mantissa) & ((1 << exponent) - 1), code & ((1 << mantissa) - 1)
+    bias = (1 << (exponent - 1)) - 1
+    if exponent == 4 and (power, fraction) == (15, 7):
+        return math.nan
+    if power == 0:
+        return sign * math.ldexp(fraction, 1 - bias - mantissa)
+    return sign * math.ldexp((1 << mantissa) + fraction, power - bias - mantissa)
+
+
+E2M1 = np.array([small_float(code, 2, 1) for code in range(16)])
+E4M3 = np.array([small_float(code, 4, 3) for code in range(256)])
+
+
+def unpacked(parts: dict[str, mx.array], name: str, form: Format) -> np.ndarray:
+    """The matrix that the layer `name` of `parts` stands for, float64."""
+    words = np.array(parts[f"{name}.weight"])
+    stream = np.unpackbits(words.view(np.uint8).reshape(words.shape[0], -1), axis=-1, bitorder="little")
+    codes = stream.reshape(words.shape[0], -1, form.bits) @ (1 << np.arange(form.bits))
+    scales = parts[f"{name}.scales"]
+    if form.mode == "affine":
+        scale, bias = (
+            np.array(part.astype(mx.float32), dtype=np.float64) for part in (scales, parts[f"{name}.biases"])
+        )
+        return np.repeat(scale, form.group_size, -1) * codes + np.repeat(bias, form.group_size, -1)
+    bytes_ = np.array(scales)
+    powers = E4M3[bytes_] if form.mode == "nvfp4" else 2.0 ** (bytes_.astype(np.float64) - 127)
+    numbers = E4M3[codes] if form.bits == 8 else E2M1[codes]
+    return numbers * np.repeat(powers, form.group_size, -1)
