@@ -83,6 +83,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": Family("qwen2_moe", "Qwen2MoeConfig", "Qwen2Moe"),
     "qwen3_moe": Family("qwen3_moe", "Qwen3MoeConfig", "Qwen3Moe"),
     "granitemoe": Family("granitemoe", "GraniteMoeConfig", "GraniteMoe"),
+    "olmoe": Family("olmoe", "OlmoeConfig", "Olmoe"),
     "olmo3": Family("olmo2", "Olmo3Config", "Olmo2"),
 }
 

@@ -114,6 +114,11 @@ OLMO3 = base(
     layer_types=["sliding_attention", "sliding_attention", "full_attention"], rope_scaling=None,
     rope_theta=500000, **HALF, **WINDOW,
 )  # fmt: skip
+OLMOE = base(
+    "olmoe", "OlmoeForCausalLM", attention_bias=False, clip_qkv=None, intermediate_size=16, norm_topk_prob=False,
+    num_experts=4, num_experts_per_tok=2, output_router_logits=False, pad_token_id=0, rms_norm_eps=1e-05,
+    rope_scaling=None, router_aux_loss_coef=0.01,
+)  # fmt: skip
 GRANITE = base(
     "granite", "GraniteForCausalLM", attention_bias=False, attention_multiplier=0.5, embedding_multiplier=3.0,
     logits_scaling=2.0, mlp_bias=False, residual_multiplier=0.6, rope_scaling=None, **TIED,

@@ -40,6 +40,7 @@ from fixtures_configs import (
     OLMO,
     OLMO2,
     OLMO3,
+    OLMOE,
     OPT,
     PHI,
     PHI3,
@@ -123,6 +124,8 @@ CASES: tuple[Case, ...] = (
     case(OLMO3, "base"),
     case(OLMO3, "yarn", {"rope_scaling": {**YARN, "attention_factor": 1.2}}),
     case(OLMO3, "yarn-v5", {"rope_scaling": {**YARN, "attention_factor": 1.2}}, **V5),
+    case(OLMOE, "base"),
+    case(OLMOE, "clipped", {"clip_qkv": 0.8, "norm_topk_prob": True, "attention_bias": True}, **V5),
     case(GRANITE, "base", **SCALED),
     case(
         GRANITE, "bias", {"attention_bias": True, "mlp_bias": True}, extra_tensors=("redundant_head",), **V5,

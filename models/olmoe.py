@@ -1,0 +1,54 @@
+"""OLMoE: OLMo 2's norms on q and k, OLMo's clip behind them, and experts in every layer.
+
+Source: arXiv:2409.02060, and `transformers.models.olmoe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner import blocks
+from runner.models import olmo, olmo2
+from runner.models.llama import LlamaConfig
+from runner.moe import SwitchMoE
+from runner.weights import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class OlmoeConfig(LlamaConfig):
+    """`config.json` of an OLMoE; the `router_*` keys are about training."""
+
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 4096
+    clip_qkv: float | None = None
+    num_experts: int = 64
+    num_experts_per_tok: int = 8
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float | None = None
+    output_router_logits: bool | None = None
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """Of each expert."""
+        return self.intermediate_size
+
+
+@dataclass
+class Attention(olmo2.Attention, olmo.Attention):
+    """Normed, then clipped, then rotated."""
+
+
+@dataclass
+class Block(blocks.PreNorm):
+    """Llama's frame, with those."""
+
+    self_attn: Attention = weight("self_attn")
+    mlp: SwitchMoE = weight("mlp")
+
+
+@dataclass
+class Olmoe(blocks.Decoder):
+    """Llama's frame with those blocks."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
