@@ -14,9 +14,9 @@ import mlx.core as mx
 from runner.blocks import HIDDEN, VOCAB, ConfiguredBlock, LayerNormDecoder
 from runner.cache import Batch, KVCache
 from runner.config import fixed, key
+from runner.decoder_config import UnrotatedConfig
 from runner.fast import LayerNorm
 from runner.models import gpt_neox
-from runner.models.gpt2 import UnrotatedConfig
 from runner.nn import Embedding, Linear
 from runner.positions import Alibi
 from runner.weights import weight

@@ -12,9 +12,9 @@ import mlx.core as mx
 
 from runner.blocks import HIDDEN, Frame, Parallel
 from runner.config import fixed
+from runner.decoder_config import LayerNormConfig
 from runner.fast import ScaledLayerNorm
 from runner.models import llama
-from runner.models.stablelm import LayerNormConfig
 from runner.nn import StoredHeadNorms
 from runner.weights import setting, weight
 

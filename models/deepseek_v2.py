@@ -14,24 +14,16 @@ from runner import blocks
 from runner.blocks import ConfiguredMLP, GatedMLP
 from runner.config import key
 from runner.errors import ConfigError
-from runner.mla import LatentAttention
+from runner.mla import LatentAttention, LatentConfig
 from runner.models import llama
-from runner.models.llama import LlamaConfig
 from runner.moe import SwitchMoE
-from runner.rope import yarn_mscale
 from runner.weights import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekConfig(LlamaConfig):
+class DeepseekConfig(LatentConfig):
     """What `config.json` of V2 and V3 have in common; `ep_size` and the `aux` keys are about training."""
 
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    qk_head_dim: int = key(default=0, minimum=0)
-    v_head_dim: int = 128
     first_k_dense_replace: int = key(default=0, minimum=0)
     moe_layer_freq: int = 1
     moe_intermediate_size: int = 1407
@@ -50,28 +42,9 @@ class DeepseekConfig(LlamaConfig):
     output_router_logits: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.head_dim not in (0, self.qk_rope_head_dim):
-            raise ConfigError(f"config.json: head_dim = {self.head_dim} and qk_rope_head_dim = {self.qk_rope_head_dim}")
         super().__post_init__()
-        object.__setattr__(self, "qk_head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim)
         object.__setattr__(self, "n_group", self.n_group or 1)
         object.__setattr__(self, "topk_group", self.topk_group or 1)
-
-    @property
-    def rotary_dim(self) -> int:
-        return self.qk_rope_head_dim
-
-    @property
-    def traditional(self) -> bool:
-        """Neighbours are a pair."""
-        return True
-
-    @property
-    def attention_scale(self) -> float:
-        scaling = self.rope_scaling
-        stretched = scaling is not None and scaling.kind == "yarn" and scaling.mscale_all_dim
-        factor = yarn_mscale(scaling.factor or 1.0, scaling.mscale_all_dim or 1.0) if scaling and stretched else 1.0
-        return float(self.qk_head_dim**-0.5) * factor * factor
 
     @property
     def mlp_class(self) -> type:

@@ -13,10 +13,10 @@ import mlx.core as mx
 
 from runner.blocks import HIDDEN, VOCAB, ConfiguredBlock, Parallel
 from runner.config import fixed, key
+from runner.decoder_config import LayerNormConfig
 from runner.errors import ConfigError
 from runner.fast import LayerNorm
 from runner.models import bloom, gpt_neox
-from runner.models.stablelm import LayerNormConfig
 from runner.nn import Embedding, Linear
 from runner.positions import Alibi
 from runner.weights import weight

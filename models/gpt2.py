@@ -7,32 +7,21 @@ or (those that mlx-lm wrote) below `model.`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
 
 from runner.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, LayerNormDecoder, PlainMLP, Q, Sequential
 from runner.cache import Batch
-from runner.config import fixed, key
+from runner.config import key
+from runner.decoder_config import UnrotatedConfig
 from runner.fast import LayerNorm
 from runner.layouts import Conv1D
 from runner.models import llama
-from runner.models.stablelm import LayerNormConfig
 from runner.nn import Embedding, Linear
 from runner.positions import positions
-from runner.rope import RopeScaling
 from runner.weights import setting, weight
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnrotatedConfig(LayerNormConfig):
-    """What families without rotary positions share: no key says anything about them, and all heads have keys."""
-
-    num_key_value_heads: int = fixed(0)
-    rope_theta: float = fixed(10000.0)
-    rope_scaling: RopeScaling | None = field(init=False, default=None)
-    partial_rotary_factor: float = fixed(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

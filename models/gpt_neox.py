@@ -21,10 +21,10 @@ from runner.blocks import (
     Sequential,
 )
 from runner.config import fixed, key
+from runner.decoder_config import LayerNormConfig
 from runner.fast import LayerNorm
 from runner.layouts import FusedQKV
 from runner.models import llama
-from runner.models.stablelm import LayerNormConfig
 from runner.nn import Embedding, Linear
 from runner.weights import weight
 

@@ -13,15 +13,15 @@ import mlx.core as mx
 
 from runner import blocks, layer_types, moe
 from runner.blocks import HIDDEN, INTERMEDIATE
-from runner.config import FULL, SLIDING, Config
+from runner.config import FULL, SLIDING
 from runner.errors import ConfigError
+from runner.layouts import TurnedExperts
 from runner.models import llama
 from runner.models.llama import LlamaConfig
-from runner.moe import ExpertLinear, PlainExperts, QuantizedExperts
-from runner.nn import GLU, Linear, Quantization, SinkAttend
+from runner.nn import GLU, Linear, SinkAttend
 from runner.rope import RopeScaling
-from runner.transforms import HALVES, IDENTITY, MX_BLOCKS, TRANSPOSE
-from runner.weights import Choice, Header, Size, Tree, leaves, setting, tensor, weight
+from runner.transforms import HALVES
+from runner.weights import setting, weight
 
 STRETCHED = RopeScaling(
     kind="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
@@ -91,52 +91,20 @@ class ClampedGLU(GLU):
         return gate * mx.sigmoid(self.swiglu_alpha * gate) * (up + 1)
 
 
-class Experts(ExpertLinear):
-    """As published, plain or packed, or as mlx-lm names and orders them."""
-
-    @classmethod
-    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        name, width = next(leaves(tree)).name, shape[-1]
-        assert isinstance(width, int)
-        if f"{name}.weight" in headers:
-            choice = super().choose(tree, shape, headers, config)
-            return Choice(choice.cls, {**choice.scope, "transform": IDENTITY})
-        if f"{name}_blocks" in headers:
-            return Choice(PackedExperts, Quantization(4, 32, "mxfp4").scope(width))
-        return Choice(TransposedExperts, {})
-
-
-@dataclass
-class TransposedExperts(PlainExperts):
-    """Numbers `[experts, in, out]`."""
-
-    weight: mx.array = tensor("", "$0", "$1", transform=TRANSPOSE)
-    bias: mx.array | None = tensor("_bias", "$0", when="bias")
-
-
-@dataclass
-class PackedExperts(QuantizedExperts):
-    """MXFP4: blocks of 32 numbers in 16 bytes, and an exponent for each; MLX's layout, byte for byte."""
-
-    weight: mx.array = tensor("_blocks", "$0", "packed", dtypes=frozenset({"U8"}), transform=MX_BLOCKS)
-    scales: mx.array = tensor("_scales", "$0", "groups", dtypes=frozenset({"U8"}))
-    bias: mx.array | None = tensor("_bias", "$0", when="bias")
-
-
 @dataclass
 class MoE(moe.MoE):
     """Rows of gate and up alternate in the published tensors."""
 
     glu: ClampedGLU
     router: Linear = weight("router", "num_local_experts", HIDDEN, bias=True)
-    gate_up_proj: Experts = weight(
+    gate_up_proj: TurnedExperts = weight(
         "experts.gate_up_proj[num_local_experts]|experts.{gate,up}_proj[num_local_experts]",
         (INTERMEDIATE, INTERMEDIATE),
         HIDDEN,
         bias=True,
         transform=HALVES,
     )
-    down_proj: Experts = weight("experts.down_proj[num_local_experts]", HIDDEN, INTERMEDIATE, bias=True)
+    down_proj: TurnedExperts = weight("experts.down_proj[num_local_experts]", HIDDEN, INTERMEDIATE, bias=True)
 
 
 @dataclass

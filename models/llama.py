@@ -5,68 +5,22 @@ Source: arXiv:2302.13971, arXiv:2407.21783, and `transformers.models.llama`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.activations import ACTIVATIONS, check_activation
 from runner.blocks import HIDDEN, INTERMEDIATE, KV, Decoder, Norm, PreNorm, Q
 from runner.cache import Batch, KVCache
-from runner.config import Config
-from runner.errors import ConfigError
+from runner.decoder_config import DecoderConfig
 from runner.fast import RoPE
 from runner.nn import GLU, Attend, Linear, merge_heads, split_heads
-from runner.rope import RopeScaling, depends_on_length
 from runner.weights import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(Config):
-    """`config.json` of a Llama; defaults are those of `transformers.LlamaConfig`."""
-
-    NULL: ClassVar[Mapping[str, object]] = {"num_key_value_heads": 0, "head_dim": 0}  # all heads; an even share
-    ACTS: ClassVar[frozenset[str]] = frozenset(ACTIVATIONS)
-    """What `hidden_act` can be."""
-    intermediate_size: int
-    num_key_value_heads: int = 0
-    head_dim: int = 0
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    def __post_init__(self) -> None:
-        # A frozen class fills in what config.json may leave out.
-        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
-        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
-        super().__post_init__()
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"{self.num_attention_heads} attention heads, {self.num_key_value_heads} key-value heads"
-            raise ConfigError(f"config.json: {heads}: the first must be a multiple of the second")
-        check_activation(self.hidden_act, self.ACTS)
-
-    @property
-    def rotary_dim(self) -> int:
-        """All of a head is rotated."""
-        return self.head_dim
-
-    @property
-    def rope_depends_on_length(self) -> bool:
-        return self.rope_scaling is not None and depends_on_length(self.rope_scaling)
-
-    @property
-    def norm_eps(self) -> float:
-        """Of the norm before the head."""
-        return self.rms_norm_eps
-
-    @property
-    def attention_scale(self) -> float:
-        """What scores are multiplied by."""
-        return float(self.head_dim**-0.5)
+class LlamaConfig(DecoderConfig):
+    """`config.json` of a Llama."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ import mlx.core as mx
 
 from runner.blocks import HIDDEN, LayerNormDecoder, PlainMLP, Sequential
 from runner.config import key
+from runner.decoder_config import LayerNormConfig
 from runner.fast import LayerNorm
 from runner.models import llama
-from runner.models.stablelm import LayerNormConfig
 from runner.transforms import PLUS_ONE
 from runner.weights import tensor, weight
 

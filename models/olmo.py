@@ -13,9 +13,9 @@ import mlx.core as mx
 from runner.blocks import Frame, Sequential
 from runner.cache import Batch
 from runner.config import fixed
+from runner.decoder_config import LayerNormConfig
 from runner.fast import PlainLayerNorm
 from runner.models import llama
-from runner.models.stablelm import LayerNormConfig
 from runner.weights import setting, weight
 
 

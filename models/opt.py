@@ -5,7 +5,7 @@ Source: arXiv:2205.01068, and `transformers.models.opt`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,13 +13,13 @@ import mlx.core as mx
 
 from runner.blocks import HIDDEN, INTERMEDIATE, VOCAB, ConfiguredBlock, Frame, PlainMLP, Q, Sequential
 from runner.cache import Batch, KVCache
-from runner.config import Config, fixed, key
-from runner.fast import LayerNorm, PlainLayerNorm
+from runner.config import fixed, key
+from runner.decoder_config import UnrotatedConfig
+from runner.fast import Ops, provided_ops
 from runner.models import llama
-from runner.models.gpt2 import UnrotatedConfig
 from runner.nn import Embedding, Linear
 from runner.positions import positions
-from runner.weights import Choice, Chooses, Header, Size, Tree, setting, weight
+from runner.weights import setting, tensor, weight
 
 FIRST = 2  # rows of the table before position 0
 NARROW = "word_embed_proj_dim"
@@ -52,6 +52,11 @@ class OPTConfig(UnrotatedConfig):
         return self.max_position_embeddings + FIRST
 
     @property
+    def normed_at_the_end(self) -> bool:
+        """Whether there is a norm before the head."""
+        return self.do_layer_norm_before and not self.remove_final_layer_norm
+
+    @property
     def narrow(self) -> bool:
         """Whether embeddings are projected to the width of the layers and back."""
         return self.word_embed_proj_dim != self.hidden_size
@@ -61,34 +66,16 @@ class OPTConfig(UnrotatedConfig):
         return Block if self.do_layer_norm_before else PostNormBlock
 
 
-class Norm(Chooses):
+@dataclass
+class Norm:
     """A LayerNorm, with or without what it learnt."""
 
-    def __call__(self, x: mx.array, eps: float) -> mx.array:
-        raise NotImplementedError
-
-    @classmethod
-    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        assert isinstance(config, OPTConfig)
-        return Choice(LayerNorm if config.layer_norm_elementwise_affine else PlainLayerNorm, {})
-
-
-class FinalNorm(Norm):
-    """The one before the head, where there is one."""
-
-    @classmethod
-    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        assert isinstance(config, OPTConfig)
-        there = config.do_layer_norm_before and not config.remove_final_layer_norm
-        return super().choose(tree, shape, headers, config) if there else Choice(NoNorm, {})
-
-
-@dataclass
-class NoNorm:
-    """Leaves its input as it is."""
+    weight: mx.array | None = tensor("weight", HIDDEN, when="layer_norm_elementwise_affine")
+    bias: mx.array | None = tensor("bias", HIDDEN, when="layer_norm_elementwise_affine")
+    ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, eps: float) -> mx.array:
-        return x
+        return self.ops.layer_norm(x, self.weight, self.bias, eps)
 
 
 @dataclass
@@ -110,9 +97,9 @@ class MLP(PlainMLP):
 class Block(Sequential):
     """Norm, sublayer, add; twice."""
 
-    input_layernorm: Norm = weight("self_attn_layer_norm", HIDDEN)
+    input_layernorm: Norm = weight("self_attn_layer_norm")
     self_attn: Attention = weight("self_attn")
-    post_attention_layernorm: Norm = weight("final_layer_norm", HIDDEN)
+    post_attention_layernorm: Norm = weight("final_layer_norm")
     mlp: MLP = weight("")
 
 
@@ -125,7 +112,7 @@ class PostNormBlock(Block):
         return self.post_attention_layernorm(x + self.mlp(x), self.norm_eps)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OPT(Frame):
     """A stack of one of those, with a table of positions, and in 350M projections at both ends."""
 
@@ -137,7 +124,7 @@ class OPT(Frame):
     )
     project_in: Linear | None = weight("model.decoder.project_in|decoder.project_in", HIDDEN, NARROW, when="narrow")
     project_out: Linear | None = weight("model.decoder.project_out|decoder.project_out", NARROW, HIDDEN, when="narrow")
-    norm: FinalNorm = weight("model.decoder.final_layer_norm|decoder.final_layer_norm", HIDDEN)
+    norm: Norm | None = weight("model.decoder.final_layer_norm|decoder.final_layer_norm", when="normed_at_the_end")
     max_position_embeddings: int = setting()
 
     def embed(self, batch: Batch) -> mx.array:

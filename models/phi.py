@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from runner.blocks import HIDDEN, INTERMEDIATE, VOCAB, LayerNormDecoder, Parallel, PlainMLP, Q
 from runner.config import fixed
+from runner.decoder_config import LayerNormConfig
 from runner.errors import ConfigError
 from runner.fast import LayerNorm
 from runner.models import llama
-from runner.models.stablelm import LayerNormConfig
 from runner.nn import Linear
 from runner.weights import weight
 

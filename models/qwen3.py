@@ -8,14 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
-
-from runner.cache import Batch
 from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.qwen2 import Qwen2Config
-from runner.nn import split_heads
-from runner.weights import setting, weight
+from runner.weights import weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +23,11 @@ class Qwen3Config(Qwen2Config):
 
 
 @dataclass
-class Attention(llama.Attention):
+class Attention(llama.NormedAttention):
     """Norms of `head_dim` numbers, shared by all heads."""
 
     q_norm: RMSNorm = weight("q_norm", "head_dim")
     k_norm: RMSNorm = weight("k_norm", "head_dim")
-    rms_norm_eps: float = setting()
-
-    def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-        ends = [self.num_attention_heads, self.num_attention_heads + self.num_key_value_heads]
-        q, k, v = mx.split(split_heads(qkv, self.head_dim), ends, axis=1)
-        q = self.rope(self.q_norm(q, self.rms_norm_eps), batch.offset, batch.length)
-        return q, self.rope(self.k_norm(k, self.rms_norm_eps), batch.offset, batch.length), v
 
 
 @dataclass

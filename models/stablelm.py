@@ -9,31 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.blocks import HIDDEN, ConfiguredBlock, LayerNormDecoder, Parallel, Q, Sequential
-from runner.config import fixed, key
+from runner.config import key
+from runner.decoder_config import LayerNormConfig
 from runner.fast import LayerNorm
 from runner.models import llama
-from runner.models.llama import LlamaConfig
 from runner.nn import JoinedHeadNorms, Linear
 from runner.weights import weight
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerNormConfig(LlamaConfig):
-    """What families with LayerNorms share; the keys that only some of them have are theirs to declare."""
-
-    rms_norm_eps: float = fixed(0.0)
-    attention_bias: bool = fixed(False)
-    mlp_bias: bool = fixed(False)
-    layer_norm_eps: float = 1e-5
-    partial_rotary_factor: float = 1.0
-
-    @property
-    def norm_eps(self) -> float:
-        return self.layer_norm_eps
-
-    @property
-    def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ from typing import ClassVar
 
 from runner.blocks import HIDDEN, INTERMEDIATE, LayerNormDecoder, PlainMLP, Sequential
 from runner.config import key
+from runner.decoder_config import LayerNormConfig
 from runner.errors import ConfigError
 from runner.fast import LayerNorm
 from runner.models import llama
-from runner.models.stablelm import LayerNormConfig
 from runner.nn import Linear
 from runner.weights import weight
 

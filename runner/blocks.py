@@ -160,7 +160,7 @@ class Frame:
 
     embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)
     layers: Sequence[Layer] = weight("model.layers", length="num_hidden_layers")
-    norm: Norm = weight("model.norm", HIDDEN)
+    norm: Norm | None = weight("model.norm", HIDDEN)
     lm_head: Linear = weight("lm_head||model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
     norm_eps: float = setting()
 
@@ -172,7 +172,7 @@ class Frame:
         """The layers and the last norm, `[B, L, hidden_size]` to the same."""
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, batch, cache)
-        return self.norm(x, self.norm_eps)
+        return x if self.norm is None else self.norm(x, self.norm_eps)
 
     def embed(self, batch: Batch) -> mx.array:
         """What the first layer sees, `[B, L, hidden_size]`."""

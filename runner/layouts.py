@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
 
 from runner.config import Config
-from runner.nn import Linear, PlainLinear
-from runner.transforms import IDENTITY, TRANSPOSE, permute_rows
-from runner.weights import Choice, Header, Size, Tree, leaves, size_of
+from runner.moe import ExpertLinear, PlainExperts, QuantizedExperts
+from runner.nn import Linear, PlainLinear, Quantization
+from runner.transforms import IDENTITY, MX_BLOCKS, TRANSPOSE, permute_rows
+from runner.weights import Choice, Header, Size, Tree, leaves, size_of, tensor
 
 
 class Conv1D(Linear):
@@ -21,6 +25,38 @@ class Conv1D(Linear):
         choice = Linear.choose(tree, shape, headers, config)
         turned = choice.cls is PlainLinear and not next(leaves(tree)).name.startswith("model.")
         return Choice(choice.cls, {**choice.scope, "transform": TRANSPOSE if turned else IDENTITY})
+
+
+class TurnedExperts(ExpertLinear):
+    """gpt-oss's experts: `[experts, in, out]`, or MXFP4 with names of its own; or as mlx-lm names and orders them."""
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        name, width = next(leaves(tree)).name, shape[-1]
+        assert isinstance(width, int)
+        if f"{name}.weight" in headers:
+            choice = super().choose(tree, shape, headers, config)
+            return Choice(choice.cls, {**choice.scope, "transform": IDENTITY})
+        if f"{name}_blocks" in headers:
+            return Choice(PackedExperts, Quantization(4, 32, "mxfp4").scope(width))
+        return Choice(TransposedExperts, {})
+
+
+@dataclass
+class TransposedExperts(PlainExperts):
+    """Numbers `[experts, in, out]`."""
+
+    weight: mx.array = tensor("", "$0", "$1", transform=TRANSPOSE)
+    bias: mx.array | None = tensor("_bias", "$0", when="bias")
+
+
+@dataclass
+class PackedExperts(QuantizedExperts):
+    """MXFP4: blocks of 32 numbers in 16 bytes, and an exponent for each; MLX's layout, byte for byte."""
+
+    weight: mx.array = tensor("_blocks", "$0", "packed", dtypes=frozenset({"U8"}), transform=MX_BLOCKS)
+    scales: mx.array = tensor("_scales", "$0", "groups", dtypes=frozenset({"U8"}))
+    bias: mx.array | None = tensor("_bias", "$0", when="bias")
 
 
 class FusedQKV(Linear):

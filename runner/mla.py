@@ -12,15 +12,52 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.cache import Batch, History, KVCache
-from runner.config import Config
+from runner.config import Config, key
+from runner.decoder_config import DecoderConfig
+from runner.errors import ConfigError
 from runner.fast import RMSNorm, RoPE
 from runner.nn import Attend, Linear, merge_heads, split_heads
+from runner.rope import yarn_mscale
 from runner.weights import Choice, Chooses, Header, Size, Tree, setting, weight
 
 HIDDEN, LATENT, QUERY_LATENT = "hidden_size", "kv_lora_rank", "q_lora_rank"
 QUERIES = "num_attention_heads*qk_head_dim"
 KEYS, VALUES = "num_attention_heads*qk_nope_head_dim", "num_attention_heads*v_head_dim"
 NORM_EPS = 1e-6  # of the norms inside attention, whatever rms_norm_eps says
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig(DecoderConfig):
+    """What such attention reads of `config.json`."""
+
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    qk_head_dim: int = key(default=0, minimum=0)
+    v_head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in (0, self.qk_rope_head_dim):
+            raise ConfigError(f"config.json: head_dim = {self.head_dim} and qk_rope_head_dim = {self.qk_rope_head_dim}")
+        super().__post_init__()
+        object.__setattr__(self, "qk_head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def traditional(self) -> bool:
+        """Neighbours are a pair."""
+        return True
+
+    @property
+    def attention_scale(self) -> float:
+        scaling = self.rope_scaling
+        stretched = scaling is not None and scaling.kind == "yarn" and scaling.mscale_all_dim
+        factor = yarn_mscale(scaling.factor or 1.0, scaling.mscale_all_dim or 1.0) if scaling and stretched else 1.0
+        return float(self.qk_head_dim**-0.5) * factor * factor
 
 
 class Queries(Chooses):
@@ -31,7 +68,8 @@ class Queries(Chooses):
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        return Choice(PlainQueries if vars(config)[QUERY_LATENT] is None else LatentQueries, {})
+        assert isinstance(config, LatentConfig)
+        return Choice(PlainQueries if config.q_lora_rank is None else LatentQueries, {})
 
 
 @dataclass
