@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from runner.families import find
+from runner.plan import plan
+from runner.weights import leaf_shapes
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,17 @@ FORMATS = [
 ]
 
 
+LLAMA = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
+}  # fmt: skip
+MOE = {
+    "model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 128, "num_experts": 4,
+    "num_experts_per_tok": 2, "mlp_only_layers": [0], "norm_topk_prob": True,
+}  # fmt: skip
+
+
 def small_float(code: int, exponent: int, mantissa: int) -> float:
     """The number of a sign, `exponent` and `mantissa` bits; E4M3 has NaN where all of them are set, and no infinity."""
     sign = -1.0 if code >> (exponent + mantissa) else 1.0
@@ -77,3 +93,35 @@ def unpacked(parts: dict[str, mx.array], name: str, form: Format) -> np.ndarray:
     powers = E4M3[bytes_] if form.mode == "nvfp4" else 2.0 ** (bytes_.astype(np.float64) - 127)
     numbers = E4M3[codes] if form.bits == 8 else E2M1[codes]
     return numbers * np.repeat(powers, form.group_size, -1)
+
+
+def floats(raw: dict[str, Any]) -> dict[str, mx.array]:
+    """A checkpoint of random numbers; norms are around one."""
+    config_class, model_class = find(raw)
+    shapes = {
+        leaf.name: shape
+        for array in plan(model_class, config_class.from_dict(raw), None).arrays()
+        for leaf, shape in leaf_shapes(array.tree, array.sizes)
+    }
+    tensors = {}
+    for index, (name, shape) in enumerate(sorted(shapes.items())):
+        noise = mx.random.normal(shape, key=mx.random.key(index))
+        tensors[name] = 1 + 0.3 * noise if "norm" in name else 1.3 * noise / shape[-1] ** 0.5
+    return tensors
+
+
+def packed(
+    tensors: dict[str, mx.array], form: Format, others: dict[str, Format | None] | None = None
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """The packed checkpoint, matrices as `form` or as `others` say, and what it stands for."""
+    stored, meant = {}, {}
+    for name, tensor in tensors.items():
+        layer = name.removesuffix(".weight")
+        own = (others or {}).get(layer, form)
+        if tensor.ndim != 2 or own is None:
+            stored[name] = meant[name] = tensor
+            continue
+        parts = own.pack(layer, tensor)
+        stored |= parts
+        meant[name] = mx.array(unpacked(parts, layer, own).astype(np.float32))
+    return stored, meant

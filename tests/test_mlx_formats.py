@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_formats import FORMATS, Format, unpacked
+from mlx_formats import FORMATS, LLAMA, MOE, Format, floats, packed, unpacked
 from sources import Arrays
 
 from runner import engine, loading
@@ -18,54 +18,13 @@ from runner.families import find
 from runner.fast import PORTABLE
 from runner.nn import Embedding, Linear
 from runner.plan import plan
-from runner.weights import leaf_shapes, weight
+from runner.weights import weight
 
-LLAMA = {
-    "model_type": "llama", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
-}  # fmt: skip
-MOE = {
-    "model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 128, "num_experts": 4,
-    "num_experts_per_tok": 2, "mlp_only_layers": [0], "norm_topk_prob": True,
-}  # fmt: skip
 DEVICES = [current(), Device("unpacking", CPU_WITHOUT_KERNELS), Device("mlx", PORTABLE)]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
 by_format = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 by_device = pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-
-
-def floats(raw: dict[str, Any]) -> dict[str, mx.array]:
-    """A checkpoint of random numbers; norms are around one."""
-    config_class, model_class = find(raw)
-    shapes = {
-        leaf.name: shape
-        for array in plan(model_class, config_class.from_dict(raw), None).arrays()
-        for leaf, shape in leaf_shapes(array.tree, array.sizes)
-    }
-    tensors = {}
-    for index, (name, shape) in enumerate(sorted(shapes.items())):
-        noise = mx.random.normal(shape, key=mx.random.key(index))
-        tensors[name] = 1 + 0.3 * noise if "norm" in name else 1.3 * noise / shape[-1] ** 0.5
-    return tensors
-
-
-def packed(
-    tensors: dict[str, mx.array], form: Format, others: dict[str, Format | None] | None = None
-) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """The packed checkpoint, matrices as `form` or as `others` say, and what it stands for."""
-    stored, meant = {}, {}
-    for name, tensor in tensors.items():
-        layer = name.removesuffix(".weight")
-        own = (others or {}).get(layer, form)
-        if tensor.ndim != 2 or own is None:
-            stored[name] = meant[name] = tensor
-            continue
-        parts = own.pack(layer, tensor)
-        stored |= parts
-        meant[name] = mx.array(unpacked(parts, layer, own).astype(np.float32))
-    return stored, meant
 
 
 def logits(raw: dict[str, Any], tensors: dict[str, mx.array]) -> mx.array:
