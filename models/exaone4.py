@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from runner import blocks, layer_types
 from runner.config import FULL, SLIDING, key
-from runner.models import olmo2, qwen3
+from runner.models import llama, qwen3
 from runner.models.llama import LlamaConfig
 from runner.weights import weight
 
@@ -43,10 +43,11 @@ class Exaone4Config(LlamaConfig):
 
 
 @dataclass
-class Block(olmo2.PostNorm):
+class Block(blocks.PostNorm):
     """OLMo 2's frame, with Qwen 3's attention."""
 
     self_attn: qwen3.Attention = weight("self_attn")
+    mlp: llama.MLP = weight("mlp")
 
 
 @dataclass

@@ -11,13 +11,12 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner import layer_types
+from runner import blocks, layer_types
 from runner.blocks import HIDDEN
-from runner.cache import Batch, KVCache
 from runner.config import SLIDING, key
 from runner.errors import ConfigError
 from runner.fast import RMSNorm
-from runner.models import gemma
+from runner.models import gemma, llama
 from runner.models.gemma import GemmaConfig
 from runner.transforms import PLUS_ONE
 from runner.weights import setting, weight
@@ -61,17 +60,15 @@ class Gemma2Config(GemmaConfig):
 
 
 @dataclass
-class Block(gemma.Block):
-    """Norm, sublayer, norm, add; twice."""
+class Block(blocks.BothNorms):
+    """Gemma's, with norms on both sides of the sublayers."""
 
-    pre_feedforward_layernorm: RMSNorm = weight("pre_feedforward_layernorm", HIDDEN, transform=PLUS_ONE)
-    post_feedforward_layernorm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN, transform=PLUS_ONE)
-
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        eps = self.rms_norm_eps
-        attended = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x, eps), batch, cache), eps)
-        x, normed = self.pre_feedforward_layernorm.add(x, attended, eps)
-        return x + self.post_feedforward_layernorm(self.mlp(normed), eps)
+    input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN, transform=PLUS_ONE)
+    self_attn: llama.Attention = weight("self_attn")
+    attention_norm: RMSNorm = weight("post_attention_layernorm", HIDDEN, transform=PLUS_ONE)
+    post_attention_layernorm: RMSNorm = weight("pre_feedforward_layernorm", HIDDEN, transform=PLUS_ONE)
+    mlp: llama.MLP = weight("mlp")
+    mlp_norm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN, transform=PLUS_ONE)
 
 
 @dataclass

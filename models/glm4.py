@@ -8,32 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
-
-from runner.blocks import HIDDEN
-from runner.cache import Batch, KVCache
-from runner.fast import RMSNorm
-from runner.models import glm, llama
+from runner import blocks
+from runner.models import glm
 from runner.models.glm import GlmConfig as GlmConfig
 from runner.weights import weight
 
 
 @dataclass
-class Block(glm.Block):
-    """Norm, sublayer, norm, add; twice."""
+class Block(blocks.BothNorms):
+    """GLM's attention and MLP between norms."""
 
-    post_self_attn_layernorm: RMSNorm = weight("post_self_attn_layernorm", HIDDEN)
-    post_mlp_layernorm: RMSNorm = weight("post_mlp_layernorm", HIDDEN)
-
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        eps = self.rms_norm_eps
-        attended = self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x, eps), batch, cache), eps)
-        x, normed = self.post_attention_layernorm.add(x, attended, eps)
-        return x + self.post_mlp_layernorm(self.mlp(normed), eps)
+    self_attn: glm.Attention = weight("self_attn")
+    mlp: glm.MLP = weight("mlp")
 
 
 @dataclass
-class Glm4(llama.Llama):
-    """Llama's, with those blocks."""
+class Glm4(blocks.Decoder):
+    """Llama's frame with those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

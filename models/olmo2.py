@@ -12,8 +12,8 @@ from typing import Self
 import mlx.core as mx
 
 from runner import blocks, layer_types
-from runner.blocks import HIDDEN, KV, Q
-from runner.cache import Batch, KVCache
+from runner.blocks import KV, Q
+from runner.cache import Batch
 from runner.config import SLIDING
 from runner.fast import RMSNorm
 from runner.models import llama
@@ -67,25 +67,11 @@ class Attention(llama.Attention):
 
 
 @dataclass
-class PostNorm(blocks.Layer):
-    """Sublayer, norm, add; twice."""
-
-    self_attn: blocks.Layer = weight("self_attn")
-    post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
-    mlp: llama.MLP = weight("mlp")
-    post_feedforward_layernorm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN)
-    rms_norm_eps: float = setting()
-
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        x = x + self.post_attention_layernorm(self.self_attn(x, batch, cache), self.rms_norm_eps)
-        return x + self.post_feedforward_layernorm(self.mlp(x), self.rms_norm_eps)
-
-
-@dataclass
-class Block(PostNorm):
-    """That frame, with that attention."""
+class Block(blocks.PostNorm):
+    """Norms behind the sublayers."""
 
     self_attn: Attention = weight("self_attn")
+    mlp: llama.MLP = weight("mlp")
 
 
 @dataclass

@@ -97,6 +97,35 @@ class PreNorm(Layer):
 
 
 @dataclass
+class PostNorm(Layer):
+    """Sublayer, norm, add; twice."""
+
+    self_attn: Layer = weight("self_attn")
+    post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
+    mlp: FeedForward = weight("mlp")
+    post_feedforward_layernorm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN)
+    rms_norm_eps: float = setting()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        x = x + self.post_attention_layernorm(self.self_attn(x, batch, cache), self.rms_norm_eps)
+        return x + self.post_feedforward_layernorm(self.mlp(x), self.rms_norm_eps)
+
+
+@dataclass
+class BothNorms(PreNorm):
+    """Norm, sublayer, norm, add; twice."""
+
+    attention_norm: RMSNorm = weight("post_self_attn_layernorm", HIDDEN)
+    mlp_norm: RMSNorm = weight("post_mlp_layernorm", HIDDEN)
+
+    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        eps = self.rms_norm_eps
+        attended = self.attention_norm(self.self_attn(self.input_layernorm(x, eps), batch, cache), eps)
+        x, normed = self.post_attention_layernorm.add(x, attended, eps)
+        return x + self.mlp_norm(self.mlp(normed), eps)
+
+
+@dataclass
 class Sequential(Layer):
     """The same order with LayerNorms: norm, sublayer, add; twice."""
 
