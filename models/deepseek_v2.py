@@ -16,7 +16,7 @@ from runner.config import key
 from runner.errors import ConfigError
 from runner.mla import LatentAttention, LatentConfig
 from runner.models import llama
-from runner.moe import SwitchMoE
+from runner.moe import SwitchMoE, check_routing
 from runner.weights import weight
 
 
@@ -45,6 +45,13 @@ class DeepseekConfig(LatentConfig):
         super().__post_init__()
         object.__setattr__(self, "n_group", self.n_group or 1)
         object.__setattr__(self, "topk_group", self.topk_group or 1)
+        groups = (1, 1) if self.topk_method == "greedy" else (self.n_group or 1, self.topk_group or 1)
+        check_routing(self.num_experts, self.num_experts_per_tok, *groups, self.group_members)
+
+    @property
+    def group_members(self) -> int:
+        """A group is ranked by the sum of so many of its best experts."""
+        return 1
 
     @property
     def mlp_class(self) -> type:

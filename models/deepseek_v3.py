@@ -48,7 +48,6 @@ class DeepseekV3Config(DeepseekConfig):
 
     @property
     def group_members(self) -> int:
-        """Groups are ranked by the sum of their two best."""
         return 2
 
     @property

@@ -53,6 +53,7 @@ class GptOssConfig(LlamaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        moe.check_routing(self.num_local_experts, self.num_experts_per_tok)
         if self.hidden_act != "silu":
             raise ConfigError(f"config.json: hidden_act {self.hidden_act!r} is not supported for a gpt-oss, only silu")
 

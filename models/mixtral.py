@@ -30,6 +30,10 @@ class MixtralConfig(MistralConfig):
     router_jitter_noise: float | None = None
     output_router_logits: bool | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        moe.check_routing(self.num_local_experts, self.num_experts_per_tok)
+
     @property
     def norm_topk_prob(self) -> bool:
         """The shares of the chosen experts add up to one."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from runner import blocks
 from runner.models import olmo, olmo2
 from runner.models.llama import LlamaConfig
-from runner.moe import SwitchMoE
+from runner.moe import SwitchMoE, check_routing
 from runner.weights import weight
 
 
@@ -27,6 +27,10 @@ class OlmoeConfig(LlamaConfig):
     norm_topk_prob: bool = False
     router_aux_loss_coef: float | None = None
     output_router_logits: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_routing(self.num_experts, self.num_experts_per_tok)
 
     @property
     def moe_intermediate_size(self) -> int:

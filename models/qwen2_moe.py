@@ -15,7 +15,7 @@ from runner.blocks import HIDDEN, KV, ConfiguredMLP, GatedMLP, Q
 from runner.config import key
 from runner.models import llama, qwen2
 from runner.models.qwen2 import Qwen2Config
-from runner.moe import SwitchMoE
+from runner.moe import SwitchMoE, check_routing
 from runner.nn import Linear
 from runner.weights import weight
 
@@ -35,6 +35,10 @@ class Qwen2MoeConfig(Qwen2Config):
     norm_topk_prob: bool = False
     router_aux_loss_coef: float | None = None
     output_router_logits: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_routing(self.num_experts, self.num_experts_per_tok)
 
     @property
     def sparse(self) -> bool:

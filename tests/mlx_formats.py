@@ -54,11 +54,13 @@ FORMATS = [
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
 }  # fmt: skip
 MOE = {
     "model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 128, "num_experts": 4,
-    "num_experts_per_tok": 2, "mlp_only_layers": [0], "norm_topk_prob": True,
+    "num_experts_per_tok": 2, "mlp_only_layers": [1], "norm_topk_prob": True, "decoder_sparse_step": 1,
+    "tie_word_embeddings": False, "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
 }  # fmt: skip
 
 
