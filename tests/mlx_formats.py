@@ -8,6 +8,7 @@ power of two. `nvfp4`: E2M1 numbers, and for each 16 an E4M3 number.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +52,12 @@ FORMATS = [
 ]
 
 
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
     "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
 }  # fmt: skip
-MOE = {
+MOE: dict[str, Any] = {
     "model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 128, "num_experts": 4,
     "num_experts_per_tok": 2, "mlp_only_layers": [1], "norm_topk_prob": True, "decoder_sparse_step": 1,
@@ -127,3 +128,16 @@ def packed(
         stored |= parts
         meant[name] = mx.array(unpacked(parts, layer, own).astype(np.float32))
     return stored, meant
+
+
+def stacked(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The same with each layer's experts in one tensor, as mlx-lm writes them."""
+    result: dict[str, mx.array] = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(.*)\.experts\.(\d+)\.(.*)", name)
+        if found is None:
+            result[name] = tensor
+        elif found[2] == "0":
+            parts = [tensors[f"{found[1]}.experts.{index}.{found[3]}"] for index in range(MOE["num_experts"])]
+            result[f"{found[1]}.switch_mlp.{found[3]}"] = mx.stack(parts)
+    return result

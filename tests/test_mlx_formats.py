@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_formats import FORMATS, LLAMA, MOE, Format, floats, packed, unpacked
+from mlx_formats import FORMATS, LLAMA, MOE, Format, floats, packed, stacked, unpacked
 from sources import Arrays
 
 from runner import engine, loading
@@ -95,19 +95,12 @@ def test_layers_of_their_own(device: Device, monkeypatch: pytest.MonkeyPatch) ->
 def test_experts_stacked_by_mlx_lm() -> None:
     raw, form = {**MOE, "mlp_only_layers": []}, Format(4, 64)
     stored, meant = packed(floats(raw), form)
-    stacked = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
-    for layer in range(2):
-        for part in ("gate_proj", "up_proj", "down_proj"):
-            for leaf in ("weight", "scales", "biases"):
-                names = [f"model.layers.{layer}.mlp.experts.{i}.{part}.{leaf}" for i in range(4)]
-                stacked[f"model.layers.{layer}.mlp.switch_mlp.{part}.{leaf}"] = mx.stack([stored[n] for n in names])
     # The router of a mixture is often kept in 8 bits.
     router = "model.layers.0.mlp.gate"
     parts = Format(8, 64).pack(router, floats(raw)[f"{router}.weight"])
-    stacked |= parts
     meant[f"{router}.weight"] = mx.array(unpacked(parts, router, Format(8, 64)).astype(np.float32))
     quantization = {**form.entry, router: Format(8, 64).entry}
-    assert distance(logits({**raw, "quantization": quantization}, stacked), logits(raw, meant)) < 2e-3
+    assert distance(logits({**raw, "quantization": quantization}, stacked(stored) | parts), logits(raw, meant)) < 2e-3
 
 
 @pytest.mark.parametrize(
