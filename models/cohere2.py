@@ -5,10 +5,11 @@ Source: arXiv:2504.00698, and `transformers.models.cohere2`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner import layer_types
-from runner.config import SLIDING
+from runner.decoder_config import WindowedConfig
 from runner.errors import ConfigError
 from runner.models.cohere import Cohere as Cohere
 from runner.models.cohere import CohereConfig
@@ -27,13 +28,11 @@ FIXED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cohere2Config(CohereConfig):
+class Cohere2Config(CohereConfig, WindowedConfig):
     """`config.json` of a Command-R7B; `layer_switch` repeats the pattern, `cache_implementation` is about memory."""
 
     rope_theta: float = 10000.0
-    sliding_window: int = 4096
     sliding_window_pattern: int = 4
-    layer_types: tuple[str, ...] | None = None
     layer_switch: int | None = None
     cache_implementation: str | None = None
     order_of_interleaved_layers: str = "local_attn_first"
@@ -50,10 +49,9 @@ class Cohere2Config(CohereConfig):
             if vars(self)[name] != wanted:
                 raise ConfigError(f"config.json: {name} = {vars(self)[name]!r} is not supported, only {wanted!r}")
 
-    def cache_window(self, index: int) -> int | None:
-        default = layer_types.every(self.sliding_window_pattern, self.num_hidden_layers)
-        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
-        return self.sliding_window if kinds[index] == SLIDING else None
+    @property
+    def usual_layer_types(self) -> Sequence[str]:
+        return layer_types.every(self.sliding_window_pattern, self.num_hidden_layers)
 
     @property
     def rotary_dim(self) -> int:

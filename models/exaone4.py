@@ -10,31 +10,27 @@ from dataclasses import dataclass
 
 from runner import blocks, layer_types
 from runner.config import FULL, SLIDING, key
+from runner.decoder_config import WindowedConfig
 from runner.models import llama, qwen3
-from runner.models.llama import LlamaConfig
 from runner.weights import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exaone4Config(LlamaConfig):
+class Exaone4Config(WindowedConfig):
     """`config.json` of an EXAONE 4; the pattern is a number, or letters: L for a window, G for everything."""
 
     rms_norm_eps: float = 1e-5
     num_key_value_heads: int = 32
-    sliding_window: int | None = 4096
     sliding_window_pattern: int | str | None = key(default=4, minimum=0)
-    layer_types: tuple[str, ...] | None = None
 
-    def cache_window(self, index: int) -> int | None:
+    @property
+    def usual_layer_types(self) -> Sequence[str]:
         pattern, count = self.sliding_window_pattern, self.num_hidden_layers
         if self.sliding_window is None or not pattern:
-            default = [FULL] * count
-        elif isinstance(pattern, str):
-            default = [SLIDING if pattern[i % len(pattern)] == "L" else FULL for i in range(count)]
-        else:
-            default = layer_types.every(pattern, count)
-        kinds = layer_types.checked(self.layer_types, count, default)
-        return self.sliding_window if kinds[index] == SLIDING else None
+            return [FULL] * count
+        if isinstance(pattern, str):
+            return [SLIDING if pattern[i % len(pattern)] == "L" else FULL for i in range(count)]
+        return layer_types.every(pattern, count)
 
     @property
     def rotary_dim(self) -> int:

@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from runner import blocks, layer_types
 from runner.blocks import HIDDEN
-from runner.config import SLIDING, key
+from runner.config import key
+from runner.decoder_config import WindowedConfig
 from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import gemma, llama
@@ -23,14 +24,13 @@ from runner.weights import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gemma2Config(GemmaConfig):
+class Gemma2Config(GemmaConfig, WindowedConfig):
     """`config.json` of a Gemma 2; `cache_implementation` is about transformers' memory."""
 
     INERT: ClassVar[frozenset[str]] = frozenset({"cache_implementation"})
     num_key_value_heads: int = 4
     query_pre_attn_scalar: float = 256.0
     sliding_window: int = key(also="sliding_window_size", default=4096)  # published files have both names
-    layer_types: tuple[str, ...] | None = None
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
 
@@ -53,10 +53,9 @@ class Gemma2Config(GemmaConfig):
         """Every so many layers one sees everything."""
         return 2
 
-    def cache_window(self, index: int) -> int | None:
-        default = layer_types.every(self.pattern, self.num_hidden_layers)
-        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
-        return self.sliding_window if kinds[index] == SLIDING else None
+    @property
+    def usual_layer_types(self) -> Sequence[str]:
+        return layer_types.every(self.pattern, self.num_hidden_layers)
 
 
 @dataclass

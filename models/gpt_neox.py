@@ -8,18 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.blocks import (
-    HIDDEN,
-    INTERMEDIATE,
-    KV,
-    VOCAB,
-    ConfiguredBlock,
-    LayerNormDecoder,
-    ParallelNorms,
-    PlainMLP,
-    Q,
-    Sequential,
-)
+from runner import blocks
+from runner.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, ConfiguredBlock, LayerNormDecoder, PlainMLP, Q
 from runner.config import fixed, key
 from runner.decoder_config import LayerNormConfig
 from runner.fast import LayerNorm
@@ -62,7 +52,7 @@ class MLP(PlainMLP):
 
 
 @dataclass
-class Block(Sequential):
+class Block(blocks.Sequential):
     """One sublayer after the other."""
 
     input_layernorm: LayerNorm = weight("input_layernorm", HIDDEN)
@@ -72,10 +62,10 @@ class Block(Sequential):
 
 
 @dataclass
-class ParallelBlock(Block, ParallelNorms):
+class ParallelBlock(Block, blocks.ParallelNorms):
     """Both at once."""
 
-    __call__ = ParallelNorms.__call__
+    __call__ = blocks.ParallelNorms.__call__
 
 
 @dataclass

@@ -11,13 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner import blocks, layer_types, moe
+from runner import blocks, moe
 from runner.blocks import HIDDEN, INTERMEDIATE
 from runner.config import FULL, SLIDING
+from runner.decoder_config import WindowedConfig
 from runner.errors import ConfigError
 from runner.layouts import TurnedExperts
 from runner.models import llama
-from runner.models.llama import LlamaConfig
 from runner.nn import GLU, Linear, SinkAttend
 from runner.rope import RopeScaling
 from runner.transforms import HALVES
@@ -29,7 +29,7 @@ STRETCHED = RopeScaling(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptOssConfig(LlamaConfig):
+class GptOssConfig(WindowedConfig):
     """`config.json` of a gpt-oss. The `router_*` keys are about training; the two at the end say again what
     `num_experts_per_tok` and the rope's original length say, and transformers reads neither."""
 
@@ -41,7 +41,6 @@ class GptOssConfig(LlamaConfig):
     rope_scaling: RopeScaling | None = STRETCHED
     attention_bias: bool = True
     sliding_window: int | None = 128
-    layer_types: tuple[str, ...] | None = None
     num_local_experts: int = 128
     num_experts_per_tok: int = 4
     swiglu_alpha: float = 1.702
@@ -62,10 +61,9 @@ class GptOssConfig(LlamaConfig):
         """The shares of the chosen experts add up to one."""
         return True
 
-    def cache_window(self, index: int) -> int | None:
-        default = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
-        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
-        return self.sliding_window if kinds[index] == SLIDING else None
+    @property
+    def usual_layer_types(self) -> Sequence[str]:
+        return [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
 
     @classmethod
     def reads_packed(cls, method: Mapping[str, Any]) -> bool:

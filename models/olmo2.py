@@ -14,7 +14,7 @@ import mlx.core as mx
 from runner import blocks, layer_types
 from runner.blocks import KV, Q
 from runner.cache import Batch
-from runner.config import SLIDING
+from runner.decoder_config import WindowedConfig
 from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.llama import LlamaConfig
@@ -29,19 +29,15 @@ class Olmo2Config(LlamaConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Olmo3Config(Olmo2Config):
+class Olmo3Config(Olmo2Config, WindowedConfig):
     """`config.json` of an OLMo 3: three of four layers see a window, and those do not stretch their positions."""
 
     rope_theta: float = 500000.0
-    sliding_window: int = 4096
-    layer_types: tuple[str, ...] | None = None
     rope_local_base_freq: float | None = None
 
-    def cache_window(self, index: int) -> int | None:
-        kinds = layer_types.checked(
-            self.layer_types, self.num_hidden_layers, layer_types.every(4, self.num_hidden_layers)
-        )
-        return self.sliding_window if kinds[index] == SLIDING else None
+    @property
+    def usual_layer_types(self) -> Sequence[str]:
+        return layer_types.every(4, self.num_hidden_layers)
 
     def for_layer(self, index: int) -> Self:
         layer = super().for_layer(index)

@@ -8,31 +8,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import layer_types
 from runner.blocks import HIDDEN, KV, Q
 from runner.config import FULL, SLIDING, key
+from runner.decoder_config import WindowedConfig
 from runner.models import llama
-from runner.models.llama import LlamaConfig
 from runner.nn import Linear
 from runner.weights import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2Config(LlamaConfig):
+class Qwen2Config(WindowedConfig):
     """`config.json` of a Qwen2; the window counts where `use_sliding_window` says so."""
 
     num_key_value_heads: int = 32
     max_position_embeddings: int = 32768
     use_sliding_window: bool = False
-    sliding_window: int | None = 4096
     max_window_layers: int = key(default=28, minimum=0)
-    layer_types: tuple[str, ...] | None = None
 
-    def cache_window(self, index: int) -> int | None:
+    @property
+    def usual_layer_types(self) -> Sequence[str]:
         windowed = self.use_sliding_window and self.sliding_window is not None
-        default = [SLIDING if windowed and i >= self.max_window_layers else FULL for i in range(self.num_hidden_layers)]
-        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
-        return self.sliding_window if kinds[index] == SLIDING else None
+        return [SLIDING if windowed and i >= self.max_window_layers else FULL for i in range(self.num_hidden_layers)]
 
 
 @dataclass

@@ -5,18 +5,18 @@ Source: the model's report (huggingface.co/blog/smollm3), and `transformers.mode
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runner import layer_types
 from runner.config import FULL, SLIDING
+from runner.decoder_config import WindowedConfig
 from runner.errors import ConfigError
 from runner.models.llama import Llama as Llama
-from runner.models.llama import LlamaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmolLM3Config(LlamaConfig):
+class SmolLM3Config(WindowedConfig):
     """`config.json` of a SmolLM3; `no_rope_layers` has a 1 for each layer that rotates (the name is the reverse).
 
     `max_window_layers` is left from Qwen 2, whose code this began as.
@@ -31,7 +31,6 @@ class SmolLM3Config(LlamaConfig):
     sliding_window: int | None = None
     no_rope_layer_interval: int = 4
     no_rope_layers: tuple[int, ...] | None = None
-    layer_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,8 +47,7 @@ class SmolLM3Config(LlamaConfig):
         rotates = self.no_rope_layers or ()
         return self.head_dim if self.layer_index is None or rotates[self.layer_index] else 0
 
-    def cache_window(self, index: int) -> int | None:
+    @property
+    def usual_layer_types(self) -> Sequence[str]:
         windowed = self.use_sliding_window and self.sliding_window is not None
-        default = [SLIDING if windowed and not rotates else FULL for rotates in self.no_rope_layers or ()]
-        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, default)
-        return self.sliding_window if kinds[index] == SLIDING else None
+        return [SLIDING if windowed and not rotates else FULL for rotates in self.no_rope_layers or ()]

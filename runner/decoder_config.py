@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from runner import layer_types
 from runner.activations import ACTIVATIONS, check_activation
-from runner.config import Config, fixed
+from runner.config import SLIDING, Config, fixed
 from runner.errors import ConfigError
 from runner.rope import RopeScaling, depends_on_length
 
@@ -57,6 +58,23 @@ class DecoderConfig(Config):
     def attention_scale(self) -> float:
         """What scores are multiplied by."""
         return float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedConfig(DecoderConfig):
+    """Some layers see a window, others everything."""
+
+    sliding_window: int | None = 4096
+    layer_types: tuple[str, ...] | None = None
+
+    @property
+    def usual_layer_types(self) -> Sequence[str]:
+        """Those of a config that does not list them."""
+        raise NotImplementedError
+
+    def cache_window(self, index: int) -> int | None:
+        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, self.usual_layer_types)
+        return self.sliding_window if kinds[index] == SLIDING else None
 
 
 @dataclass(frozen=True, kw_only=True)
