@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,16 @@ def write_checkpoint(
     """
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes is {max_shard_bytes}; expected at least 1")
+    with new_directory(directory, config, extra_files) as temporary:
+        _Shards(temporary, max_shard_bytes).write(tensors)
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path, config: dict[str, Any], extra_files: Mapping[str, bytes | str]) -> Iterator[Path]:
+    """A hidden sibling of `directory` with everything but the weights, to write those to; renamed when that is done.
+
+    After an error nothing is left of it. Arguments and errors as `write_checkpoint`'s.
+    """
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{directory}: already exists and is not an empty directory; choose another or remove it")
@@ -56,7 +67,7 @@ def write_checkpoint(
                 file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
         except OSError as error:
             raise CheckpointError(f"{directory}: cannot be written: {error.strerror or error}") from error
-        _Shards(temporary, max_shard_bytes).write(tensors)
+        yield temporary
         try:
             temporary.rename(target)  # replaces an empty directory, fails on one that was filled meanwhile
         except OSError as error:
