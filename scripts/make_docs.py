@@ -71,6 +71,7 @@ def workplace(directory: Path, model: Path, gguf: Path) -> dict[str, str]:
     shutil.copytree(model, directory / NAME)
     (directory / f"{NAME}.Q4_1.gguf").symlink_to(gguf)
     (directory / "notes.txt").write_text(NOTES)
+    shutil.copy(ROOT / "README.md", directory / "text.txt")
     repository = directory / "cache" / f"models--HuggingFaceTB--{NAME}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(REVISION)

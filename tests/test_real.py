@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import runner
+from runner.perplexity import perplexity, read_ids
 
 MODEL = os.environ.get("RUNNER_DEMO_MODEL")
 pytestmark = pytest.mark.real
@@ -36,6 +38,18 @@ def test_stop_strings_budgets_and_cancelling(lm: runner.LanguageModel) -> None:
     short = lm.chat(QUESTION, temperature=0, max_tokens=3)
     assert (len(short.tokens), short.finish_reason) == (3, "length")
     assert lm.chat(QUESTION, temperature=0, cancelled=lambda: True).finish_reason == "cancelled"
+
+
+def test_perplexity_is_that_of_a_model_that_knows_the_language(lm: runner.LanguageModel) -> None:
+    """The MIT License, which every model has read often; its words in another order, which none has."""
+    words = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8").split()
+    found = {}
+    for name, text in (("as written", " ".join(words)), ("sorted", " ".join(sorted(words)))):
+        ids, bos = read_ids(lm.tokenizer, text)
+        assert bos is None  # this tokenizer adds none
+        found[name] = perplexity(lm.engine, ids, bos=bos, chunk=128).perplexity
+    assert 1 < found["as written"].value < 10 < found["sorted"].value
+    assert all(0 < estimate.error < estimate.value for estimate in found.values())
 
 
 def test_too_long_a_prompt_is_refused_with_both_numbers(lm: runner.LanguageModel) -> None:

@@ -22,6 +22,7 @@ from runner.cli.helptext import Command, Group
 from runner.cli.hub import list_models, pull
 from runner.cli.inspect import inspect
 from runner.cli.options import spread
+from runner.cli.perplexity import perplexity
 from runner.errors import RunnerError, UsageError
 
 BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE (128 + 13)
@@ -45,7 +46,12 @@ COMMANDS: tuple[Entry, ...] = (
     Entry("list", list_models, "runner list --json"),
     Entry("bench", bench, "runner bench Llama-3.2-1B --quantize 4 -p 512 -n 128"),
     Entry("doctor", doctor, "runner doctor"),
-    Entry("convert", convert, "runner convert SmolLM2-135M-Instruct-Q8_0.gguf SmolLM2-135M-Instruct/"),
+    Entry("convert", convert, "runner convert HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-4bit --quantize 4"),
+    Entry(
+        "perplexity",
+        perplexity,
+        "runner perplexity SmolLM2-4bit book.txt --against HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
 )
 
 

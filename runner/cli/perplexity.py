@@ -1,0 +1,131 @@
+"""`runner perplexity`: how well a model predicts a text, and how far from another model's its predictions are."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from runner.cli import engine, terminal
+from runner.cli.options import AsJson, DType, Model
+from runner.errors import UsageError
+
+if TYPE_CHECKING:
+    from runner.language_model import LanguageModel
+    from runner.perplexity import Comparison, Estimate, Perplexity
+
+Text = Annotated[
+    Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True, help="A text, in UTF-8.")
+]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Compare with this model's predictions, those of the original, say."),
+]
+Chunk = Annotated[int, typer.Option(metavar="N", min=4, help="Tokens of a chunk; its second half is judged.")]
+Chunks = Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after N chunks.")]
+
+
+def perplexity(
+    model: Model,
+    text: Text,
+    *,
+    against: Against = None,
+    chunk: Chunk = 512,
+    chunks: Chunks = None,
+    dtype: DType = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a model by a text, as llama-perplexity does: mean over chunks, ± standard error."""
+    words = read_text(text)
+    lm = engine.open_model(model, dtype)
+    base = None if against is None else engine.open_model(against, dtype)
+    found, comparison = judge(lm, words, base=base, chunk=chunk, chunks=chunks)
+    output = terminal.Output()
+    if as_json:
+        output.line(json.dumps(as_dict(found, comparison, chunk), indent=2, allow_nan=False))
+        return
+    judged = f"{found.tokens} tokens judged, of {found.chunks} chunks of {chunk}"
+    rows = [("perplexity", f"{shown(found.perplexity)}   {judged}")]
+    if comparison is not None:
+        most = f"{comparison.kl_max:.6f} at most, {comparison.kl_999:.6f} in 99.9 %"
+        rows += [
+            ("perplexity of the other", shown(comparison.base.perplexity)),
+            ("KL divergence", f"{shown(comparison.kl_divergence, 6)}   {most}"),
+            ("same likeliest token", f"{shown(comparison.same_top, 3, 100)} %"),
+        ]
+    width = max(len(name) for name, _ in rows)
+    for name, values in rows:
+        output.line(f"{name:<{width}}   {values}")
+
+
+def read_text(path: Path) -> str:
+    """The file's text; UsageError where it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise UsageError(f"{path} is not UTF-8 text: see byte {problem.start}") from problem
+
+
+def judge(
+    lm: LanguageModel,
+    text: str,
+    *,
+    base: LanguageModel | None = None,
+    chunk: int = 512,
+    chunks: int | None = None,
+    title: str = "perplexity",
+) -> tuple[Perplexity, Comparison | None]:
+    """Judge `lm` by `text`, with a line on stderr that says how far it is."""
+    from runner.perplexity import compare, read_ids
+    from runner.perplexity import perplexity as measure
+
+    ids, bos = read_ids(lm.tokenizer, text)
+    if base is not None and read_ids(base.tokenizer, text) != (ids, bos):
+        raise UsageError("the models' tokenizers differ: they cut this text into different tokens")
+    status = terminal.Status()
+
+    def running(done: int, total: int, value: float) -> None:
+        status.show(f"{title}  chunk {done}/{total}  {value:.4f}")
+
+    try:
+        if base is None:
+            return measure(lm.engine, ids, bos=bos, chunk=chunk, chunks=chunks, running=running), None
+        return compare(lm.engine, base.engine, ids, bos=bos, chunk=chunk, chunks=chunks, running=running)
+    finally:
+        status.clear()
+
+
+def shown(estimate: Estimate, digits: int = 4, scale: float = 1) -> str:
+    """`14.2130 ± 0.2100`."""
+    return f"{estimate.value * scale:.{digits}f} ± {estimate.error * scale:.{digits}f}"
+
+
+def as_dict(found: Perplexity, comparison: Comparison | None, chunk: int) -> dict[str, Any]:
+    """What `--json` prints; an infinite perplexity is null."""
+    result: dict[str, Any] = {
+        "perplexity": finite(found.perplexity.value),
+        "perplexity_error": finite(found.perplexity.error),
+        "tokens": found.tokens,
+        "chunks": found.chunks,
+        "chunk": chunk,
+    }
+    if comparison is not None:
+        result["against"] = {
+            "perplexity": finite(comparison.base.perplexity.value),
+            "perplexity_error": finite(comparison.base.perplexity.error),
+            "kl_divergence": finite(comparison.kl_divergence.value),
+            "kl_divergence_error": finite(comparison.kl_divergence.error),
+            "kl_divergence_999": finite(comparison.kl_999),
+            "kl_divergence_max": finite(comparison.kl_max),
+            "same_top": comparison.same_top.value,
+            "same_top_error": comparison.same_top.error,
+        }
+    return result
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None where JSON cannot say it."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,211 @@
+"""How well a model predicts a text, and how far its predictions are from another model's: the judge of lossy choices.
+
+The method is llama-perplexity's (llama.cpp, tools/perplexity/perplexity.cpp), so that numbers can be compared: the text
+is cut into chunks that know nothing of each other, and only the second half of each is judged, where every token has
+at least half a chunk before it. Where the tokenizer adds BOS, it takes the place of a chunk's first token. A chunk of n
+tokens has n - 1 - n // 2 that are judged; a rest shorter than a chunk is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from runner.cache import Batch
+from runner.engine import Engine
+from runner.errors import UsageError
+from runner.generate import PREFILL_CHUNK
+from runner.tokenizer import Tokenizer
+
+CHUNK = 512
+"""Tokens of a chunk where nothing else is asked for: llama-perplexity's."""
+
+ROWS = 64
+"""Positions whose logits are in memory at once: those of a chunk take hundreds of MB in a large vocabulary."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`exp` of the mean negative log-likelihood of `tokens` tokens in `chunks` chunks; its error to first order."""
+
+    perplexity: Estimate
+    tokens: int
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against a base, on the same tokens.
+
+    Attributes:
+        base: the base's perplexity.
+        kl_divergence: mean of `sum_v p(v) log(p(v) / q(v))` in nats, p the base's and q the model's probabilities.
+        kl_999: what 99.9 % of positions do not exceed.
+        kl_max: the largest.
+        same_top: share of positions where both find the same token likeliest, with a binomial standard error.
+    """
+
+    base: Perplexity
+    kl_divergence: Estimate
+    kl_999: float
+    kl_max: float
+    same_top: Estimate
+
+
+Running = Callable[[int, int, float], None]
+"""Called with chunks done and in all, and the perplexity so far."""
+
+
+def read_ids(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
+    """Ids of a text with the BOS that the tokenizer adds in front, and that BOS (None: it adds none)."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    adds = bos is not None and tokenizer.encode("a")[:1] == [bos] and tokenizer.encode("a", False)[:1] != [bos]
+    return ([bos, *ids], bos) if adds and bos is not None else (ids, None)
+
+
+def perplexity(
+    engine: Engine,
+    ids: Sequence[int],
+    *,
+    bos: int | None = None,
+    chunk: int = CHUNK,
+    chunks: int | None = None,
+    running: Running | None = None,
+) -> Perplexity:
+    """Judge a model by the tokens `ids`.
+
+    Args:
+        bos: takes the place of each chunk's first token; see `read_ids`.
+        chunk: tokens of a chunk.
+        chunks: how many at most; None: all.
+
+    Raises:
+        UsageError: `chunk` is below 4 or longer than the model's context, or `ids` are no whole chunk.
+    """
+    losses = _Losses()
+    pieces = _cut(engine, ids, bos, chunk, chunks)
+    for index, piece in enumerate(pieces):
+        for logits, targets in _judged(engine, piece):
+            losses.add(_negative_log_likelihood(_log_probabilities(logits), targets))
+        if running is not None:
+            running(index + 1, len(pieces), losses.perplexity(index + 1).perplexity.value)
+    return losses.perplexity(len(pieces))
+
+
+def compare(
+    engine: Engine,
+    base: Engine,
+    ids: Sequence[int],
+    *,
+    bos: int | None = None,
+    chunk: int = CHUNK,
+    chunks: int | None = None,
+    running: Running | None = None,
+) -> tuple[Perplexity, Comparison]:
+    """Judge a model, and hold it against `base`; arguments and errors as `perplexity`'s.
+
+    Raises:
+        UsageError: the two have vocabularies of different sizes.
+    """
+    sizes = engine.config.vocab_size, base.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"the models' vocabularies differ: {sizes[0]} and {sizes[1]} tokens")
+    mine, its = _Losses(), _Losses()
+    divergences: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
+    same = 0
+    pieces = _cut(engine, ids, bos, chunk, chunks)
+    _cut(base, ids, bos, chunk, chunks)
+    for index, piece in enumerate(pieces):
+        for (logits, targets), (base_logits, _) in zip(_judged(engine, piece), _judged(base, piece), strict=True):
+            q, p = _log_probabilities(logits), _log_probabilities(base_logits)
+            mine.add(_negative_log_likelihood(q, targets))
+            its.add(_negative_log_likelihood(p, targets))
+            share = mx.exp(p)
+            divergence = mx.sum(mx.where(share > 0, share * (p - q), 0.0), axis=-1)
+            divergences.append(np.array(divergence, dtype=np.float64))
+            same += int(mx.sum(mx.argmax(logits, axis=-1) == mx.argmax(base_logits, axis=-1)))
+        if running is not None:
+            running(index + 1, len(pieces), mine.perplexity(index + 1).perplexity.value)
+    every = np.concatenate(divergences)
+    share_same = same / len(every)
+    comparison = Comparison(
+        base=its.perplexity(len(pieces)),
+        kl_divergence=_estimate(every),
+        kl_999=float(np.quantile(every, 0.999)),
+        kl_max=float(every.max()),
+        same_top=Estimate(share_same, math.sqrt(share_same * (1 - share_same) / max(len(every) - 1, 1))),
+    )
+    return mine.perplexity(len(pieces)), comparison
+
+
+def _cut(engine: Engine, ids: Sequence[int], bos: int | None, chunk: int, chunks: int | None) -> list[list[int]]:
+    """The chunks, each with BOS for its first token."""
+    context = engine.config.max_position_embeddings
+    if not 4 <= chunk <= context:
+        raise UsageError(
+            f"a chunk must have 4 tokens at least and {context} (the model's context) at most, not {chunk}"
+        )
+    if chunks is not None and chunks < 1:
+        raise UsageError(f"chunks must be at least 1, not {chunks}")
+    count = len(ids) // chunk
+    if count == 0:
+        raise UsageError(f"the text has {len(ids)} tokens, less than a chunk of {chunk}: take a longer text")
+    pieces = [list(ids[i * chunk : (i + 1) * chunk]) for i in range(count if chunks is None else min(chunks, count))]
+    engine.checked([token for piece in pieces for token in piece])
+    return pieces if bos is None else [[bos, *piece[1:]] for piece in pieces]
+
+
+def _judged(engine: Engine, ids: list[int]) -> Iterator[tuple[mx.array, mx.array]]:
+    """Logits `[N, V]` (float32) of the second half of a chunk, `ROWS` positions at a time, and the ids that follow."""
+    first, last = len(ids) // 2, len(ids) - 1
+    caches = engine.new_caches()
+    for start in range(0, last, PREFILL_CHUNK):
+        piece = ids[start : min(start + PREFILL_CHUNK, last)]
+        hidden = engine.model(Batch(mx.array([piece], dtype=mx.int32), start, last), caches)
+        mx.eval(hidden)
+        for row in range(max(first, start), start + len(piece), ROWS):
+            end = min(row + ROWS, start + len(piece))
+            logits = engine.model.logits(hidden[:, row - start : end - start])[0].astype(mx.float32)
+            yield logits, mx.array(ids[row + 1 : end + 1], dtype=mx.int32)
+
+
+def _log_probabilities(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _negative_log_likelihood(log_probabilities: mx.array, targets: mx.array) -> mx.array:
+    return -mx.take_along_axis(log_probabilities, targets[:, None], axis=-1)[:, 0]
+
+
+@dataclass
+class _Losses:
+    """Negative log-likelihoods, summed in float64."""
+
+    values: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = field(default_factory=list)
+
+    def add(self, losses: mx.array) -> None:
+        self.values.append(np.array(losses, dtype=np.float64))
+
+    def perplexity(self, chunks: int) -> Perplexity:
+        losses = np.concatenate(self.values)
+        mean = _estimate(losses)
+        value = math.exp(mean.value) if mean.value < 700 else math.inf
+        return Perplexity(Estimate(value, value * mean.error), len(losses), chunks)
+
+
+def _estimate(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Estimate:
+    """Mean and standard error, `sqrt((mean of squares - square of mean) / (n - 1))`, as llama-perplexity has it."""
+    return Estimate(float(values.mean()), math.sqrt(float(values.var()) / max(len(values) - 1, 1)))
