@@ -40,7 +40,11 @@ def member(directory: Path, name: str) -> Path:
     """
     if not is_plain_name(name):
         raise CheckpointError(f"{directory}: {shown(name)} is not a plain file name; refusing to follow it")
-    path = directory / name
+    return contained(directory, directory / name)
+
+
+def contained(directory: Path, path: Path) -> Path:
+    """`path` itself, a regular file that lies in `directory` or a folder of it, as `member` demands."""
     home = directory.resolve()
     roots = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from runner.checkpoint import Checkpoint
 from runner.gguf import GGUF
+from runner.side_files import side_files
 from runner.tokenizer import Tokenizer
 from runner.weights import Source
 
@@ -17,13 +18,15 @@ from runner.weights import Source
 @dataclass(frozen=True)
 class ModelFiles:
     """`config` and `generation_config` as the hub's files of these names have them, the tensors, and the tokenizer,
-    which is read when it is asked for: a model computes without one."""
+    which is read when it is asked for: a model computes without one. `side_files`: what lies beside config and weights,
+    by name, to write a copy of the model."""
 
     path: Path
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     source: Source
     tokenizer: Callable[[], Tokenizer]
+    side_files: Callable[[], dict[str, bytes | str]]
 
 
 def open_files(path: Path) -> ModelFiles:
@@ -34,6 +37,13 @@ def open_files(path: Path) -> ModelFiles:
     """
     if os.path.isfile(path):
         gguf = GGUF.open(path)
-        return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer)
+        return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files)
     found = Checkpoint.open(path)
-    return ModelFiles(path, found.config, found.generation_config, found, lambda: Tokenizer.from_directory(path))
+    return ModelFiles(
+        path,
+        found.config,
+        found.generation_config,
+        found,
+        lambda: Tokenizer.from_directory(path),
+        lambda: side_files(path),
+    )

@@ -18,12 +18,14 @@ from gguf_bytes import header, vocabulary
 from test_gguf import config_of, config_of_llama, write
 
 import runner
+from runner.convert import convert
 from runner.engine import open_engine
 from runner.errors import CheckpointError, UsageError
-from runner.gguf import GGUF, convert
+from runner.gguf import GGUF
 from runner.gguf.container import open_container
 from runner.inspect_model import inspect
 from runner.loading import nbytes
+from runner.model_files import open_files
 
 HERE = Path(__file__).parent
 
@@ -46,7 +48,7 @@ def test_load_inspect_and_convert_take_the_file(tmp_path: Path) -> None:
     assert report.path == path and report.model_type == "llama"
     assert report.nbytes == nbytes(lm.model)
     assert 8.9 < report.bits_per_weight < 9.6  # 8 bits and two float16 for 32 numbers, and a few norms
-    convert(path, tmp_path / "out")
+    convert(open_files(path), tmp_path / "out")
     again = runner.load(tmp_path / "out")
     prompt = [5, 6, 7]
     assert mx.array_equal(again.logits(prompt), lm.logits(prompt))

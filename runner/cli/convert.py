@@ -1,25 +1,91 @@
-"""`runner convert`: a GGUF file into a Hub-style directory."""
+"""`runner convert`: a model into a Hub-style directory, packed or unpacked as asked."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from runner.cli import terminal
+from runner.cli import engine, terminal
+from runner.cli.perplexity import judge, read_text, shown
 
 Source = Annotated[
-    Path, typer.Argument(metavar="FILE.gguf", exists=True, dir_okay=False, readable=True, help="A GGUF file.")
+    str, typer.Argument(metavar="SRC", help="A directory, a hub id (org/name, org/name@revision), or a .gguf file.")
 ]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(metavar="FORM", help="Pack matrices: 2, 3, 4, 5, 6 or 8 bits, mxfp4, mxfp8 or nvfp4."),
+]
+GroupSize = Annotated[
+    int | None, typer.Option(metavar="N", help="Numbers that share a scale: 32, 64 (default) or 128, with bits.")
+]
+RecipeName = Annotated[
+    Literal["mixed"] | None,
+    typer.Option(metavar="mixed", help="With 2 to 5 bits: 6 for the head and, in half of the layers, values and down."),
+]
+DType = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(
+        metavar="NAME", help="Store numbers as float32, float16 or bfloat16. Unpacks what is packed, to this."
+    ),
+]
+Eval = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval", metavar="FILE", exists=True, dir_okay=False, readable=True,
+        help="Perplexity on this text, before and after.",
+    ),
+]  # fmt: skip
 
 
-def convert(source: Source, target: Target) -> None:
-    """Turn a GGUF file into a directory of config, tokenizer and safetensors. Prints that directory."""
+def convert(
+    source: Source,
+    target: Target,
+    *,
+    quantize: Quantize = None,
+    group_size: GroupSize = None,
+    recipe: RecipeName = None,
+    dtype: DType = None,
+    judged_by: Eval = None,
+) -> None:
+    """Write a model as a directory of config, tokenizer and safetensors, packed if asked for. Prints that directory."""
     from runner import backend
 
     backend.require()
-    from runner import gguf
+    from runner.convert import convert as write
+    from runner.errors import UsageError
+    from runner.hub import resolve
+    from runner.model_files import open_files
+    from runner.packing import packing
+    from runner.progress import ProgressBar
 
-    terminal.Output().line(str(gguf.convert(source, target)))
+    if quantize is None and (group_size is not None or recipe is not None):
+        raise UsageError(f"{'--group-size' if recipe is None else '--recipe'} needs --quantize")
+    wanted = None if quantize is None else packing(quantize, group_size, recipe)
+    text = None if judged_by is None else read_text(judged_by)
+    visible = sys.stderr.isatty()
+    files = open_files(resolve(source, progress=visible))
+    before = None if text is None else perplexity_of(str(files.path), text, "before")
+    with ProgressBar(f"converting {files.path.name}", enabled=visible) as bar:
+        report = write(files, target, packing=wanted, dtype=dtype, progress=bar.update)
+    forms = ", ".join(f"{count} {form}" for form, count in report.forms.items())
+    terminal.note(f"{report.bits_after:.2f} bits per weight, {report.bits_before:.2f} before ({forms})")
+    if report.unpackable:
+        more = f" and {len(report.unpackable) - 1} more" if len(report.unpackable) > 1 else ""
+        terminal.note(f"not packed: {report.unpackable[0]}{more}: inputs do not divide into groups", "yellow")
+    if text is not None and before is not None:
+        after = perplexity_of(str(target), text, "after")
+        terminal.note(f"perplexity {after} after, {before} before")
+    terminal.Output().line(str(target))
+
+
+def perplexity_of(model: str, text: str, when: str) -> str:
+    """`14.2130 ± 0.2100`; the model is let go afterwards."""
+    from runner.perplexity import CHUNK
+
+    lm = engine.open_model(model, None)
+    found, _ = judge(lm, text, chunk=min(CHUNK, lm.context_length), title=f"perplexity {when}")
+    return shown(found.perplexity)

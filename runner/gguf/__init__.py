@@ -1,4 +1,4 @@
-"""GGUF files, read directly or converted to a hub-style directory.
+"""GGUF files, read directly: what `convert` writes them as is a hub-style directory.
 
 container, blocks                      bytes: header, tensors, block formats
 architectures, settings, pretokenizers tables, and config.json from metadata
@@ -7,6 +7,6 @@ tokenizer, checkpoint                  tokenizer.json from metadata; the whole a
 
 from __future__ import annotations
 
-from runner.gguf.checkpoint import GGUF, convert
+from runner.gguf.checkpoint import GGUF
 
-__all__ = ["GGUF", "convert"]
+__all__ = ["GGUF"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from runner.checkpoint import write_checkpoint
 from runner.errors import CheckpointError
 from runner.gguf.architectures import IGNORED, ROPE_TENSORS, TOP, Architecture
 from runner.gguf.blocks import GROUP, NUMPY, nbytes
@@ -112,6 +111,14 @@ class GGUF:
         """The tokenizer; raises `TokenizerError` where the file's is malformed or not known."""
         return tokenizer_of(self.vocabulary, self.container.path, self.architecture.rstrip)
 
+    def side_files(self) -> dict[str, bytes | str]:
+        """What a hub-style directory of this model holds beside config and weights, by name; raises as `tokenizer`."""
+        generation_config = json.dumps(self.generation_config, indent=2)
+        return {
+            **tokenizer_files(self.vocabulary, self.architecture.rstrip),
+            "generation_config.json": generation_config,
+        }
+
 
 def _in_order(rows: Any, head_rows: int | None) -> Any:
     """llama.cpp pairs neighbours (2i, 2i+1) of a head in its rotary embedding: they go back to (i, i + D/2)."""
@@ -168,27 +175,3 @@ def _quantization(headers: Mapping[str, Part]) -> dict[str, Any]:
     common = max(set(counts), key=counts.count)
     others = {name: {"group_size": GROUP, "bits": value} for name, value in bits.items() if value != common}
     return {"group_size": GROUP, "bits": common, **others}
-
-
-def convert(src: Path, out: Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Convert the GGUF file `src` into the new directory `out`: config, tokenizer, chat template, packed weights.
-
-    Args:
-        progress: called with arrays done and in all.
-
-    Raises:
-        CheckpointError: `src` is malformed or holds what is not supported, or `out` exists and is not empty.
-        TokenizerError: its tokenizer is malformed or not supported.
-    """
-    source = GGUF.open(src)
-
-    def tensors() -> Iterator[tuple[str, mx.array]]:
-        for index, name in enumerate(source.headers):
-            yield name, source.read(name)
-            if progress is not None:
-                progress(index + 1, len(source.headers))
-
-    files = tokenizer_files(source.vocabulary, source.architecture.rstrip)
-    files["generation_config.json"] = json.dumps(source.generation_config, indent=2)
-    write_checkpoint(out, tensors(), source.config, files)
-    return out

@@ -1,0 +1,107 @@
+"""A model written anew: packed, unpacked or in another dtype, a piece of one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from runner.checkpoint_writer import new_directory
+from runner.convert_plan import Conversion, Job, plan_conversion
+from runner.loading import Progress
+from runner.model_files import ModelFiles
+from runner.packing import Packing, pack, unpack
+from runner.shard_writer import Piece, write_shards
+from runner.transforms import Transform
+from runner.weights import Source, leaves
+
+SHARD_BYTES = 5 << 30
+"""Of one file: what mlx-lm and the hub cut at."""
+
+PIECE_BYTES = 4 << 20
+"""Of the source's numbers that are worked on at once."""
+
+
+def convert(
+    files: ModelFiles,
+    out: Path,
+    *,
+    packing: Packing | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Conversion:
+    """Write the model `files` into the new directory `out`, which appears when it is complete, or not at all.
+
+    Args:
+        packing: what matrices of layers, embeddings and experts become; routers and gates of experts stay. Without it
+            they stay as they are.
+        dtype: "float32", "float16" or "bfloat16" for all floating-point tensors; packed matrices are unpacked to it
+            (and packed anew, with `packing`). Without it, what is packed stays as it is.
+        progress: called with bytes of the source done and in all.
+
+    Raises:
+        CheckpointError: the source does not fit its model, or `out` exists and is not empty, or cannot be written.
+        UsageError: nothing is left to pack, or no such dtype.
+    """
+    work = plan_conversion(files.config, files.source, packing=packing, dtype=dtype)
+    with new_directory(out, work.config, files.side_files()) as directory:
+        write_shards(directory, work.headers, pieces(work, files.source, progress), max_shard_bytes)
+    return work
+
+
+def pieces(work: Conversion, source: Source, progress: Progress | None = None) -> Iterator[Piece]:
+    """The tensors of `work.headers`, made of those of `source` and in their order, a piece at a time."""
+    transforms = {leaf.name: array.transform for array in work.layout.arrays() for leaf in leaves(array.tree)}
+    names = [[leaf.name for leaf, _ in job.arrays.values()] for job in work.jobs]
+    total = sum(source.headers[name].nbytes for group in names for name in group)
+    done = 0
+    for job, group in zip(work.jobs, names, strict=True):
+        yield from _run(job, work, source, transforms)
+        mx.clear_cache()  # buffers of this tensor that MLX would keep for the next
+        done += sum(source.headers[name].nbytes for name in group)
+        if progress is not None:
+            progress(done, total)
+
+
+def _run(job: Job, work: Conversion, source: Source, transforms: Mapping[str, Transform]) -> Iterator[Piece]:
+    stored = {field: source.read(leaf.name) for field, (leaf, _) in job.arrays.items()}
+    mx.eval(*stored.values())
+    leaf, order = job.arrays["weight"]
+    new_order = transforms[job.outputs["weight"].target.names[0]]
+    turned = order.name != new_order.name  # equal ones move whole rows at most: the copy has them where they were
+    first = stored["weight"].shape[0] if stored["weight"].ndim else 1
+    size = sum(array.nbytes for array in stored.values())
+    parts = len(job.outputs["weight"].target.names)
+    whole = (turned or parts > 1) and leaf.stack is None
+    step = first if whole else max(1, first * PIECE_BYTES // max(size, 1))
+    for start in range(0, first, step):
+        rows = {field: array[start : start + step] if array.ndim else array[None] for field, array in stored.items()}
+        if turned:
+            rows = {field: job.arrays[field][1].apply(array) for field, array in rows.items()}
+        for field, array in _converted(job, rows, new_order if turned else None).items():
+            target = job.outputs[field].target
+            split = mx.split(array, parts, axis=0 if leaf.stack is None else 1) if parts > 1 else [array]
+            for name, part in zip(target.names, split, strict=True):
+                place = start * (part.nbytes // part.shape[0])
+                if target.slot is not None:
+                    header = work.headers[name]
+                    place += target.slot * (header.nbytes // header.shape[0])
+                yield Piece(name, place, part)
+
+
+def _converted(job: Job, rows: Mapping[str, mx.array], order: Transform | None) -> dict[str, mx.array]:
+    """Some rows of a job's arrays, as they are written."""
+    if job.form is None:
+        array = rows["weight"]
+    else:
+        assert job.dtype is not None, "what is unpacked has a dtype"
+        array = unpack(rows, job.form, job.dtype)
+    if order is not None:
+        array = order.invert(array)
+    if job.dtype is not None:
+        array = array.astype(job.dtype)
+    made = {"weight": array} if job.into is None else pack(array, job.into)
+    mx.eval(*made.values())
+    return made

@@ -1,0 +1,404 @@
+"""What becomes of each tensor of a model that is converted: decided from headers, and held against the model's tags.
+
+What is a matrix of a layer is asked of the tags, never guessed from names; so is which ones pick or weigh experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from runner.config import normalise
+from runner.engine import DTYPES
+from runner.errors import CheckpointError, UsageError, WeightsError
+from runner.families import find
+from runner.mlx_names import RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
+from runner.moe import ExpertLinear, MoE
+from runner.nn import Embedding, Linear, Quantization
+from runner.packing import Packing
+from runner.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
+from runner.shard_writer import WIDTHS, Planned, bytes_of
+from runner.transforms import Transform
+from runner.weights import FLOAT, Header, Leaf, Source, leaf_shapes, leaves
+
+NAMES: Mapping[mx.Dtype, str] = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+STORED: Mapping[str, mx.Dtype] = {name: dtype for dtype, name in NAMES.items()}
+QUANTIZATION = ("quantization", "quantization_config", "compression_config")
+"""Keys that say how a checkpoint is packed: as the source was, so none of them is copied."""
+
+ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
+"""Keys of transformers before version 5, which mlx-lm reads for most families: written beside `rope_parameters`."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where one array of a job goes; `shape` is that of each of the target's tensors, without the stack of a slot."""
+
+    target: Target
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step: stored arrays of the source, and what is written for them, by field ("weight", "scales", "biases").
+
+    `form` and `into` say how the numbers are packed before and after, `dtype` what they are between (None: as stored).
+    An array that is copied is a "weight" of neither form.
+    """
+
+    arrays: Mapping[str, tuple[Leaf, Transform]]
+    form: Quantization | None
+    into: Quantization | None
+    dtype: mx.Dtype | None
+    outputs: Mapping[str, Output]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The whole plan: what is written, the config it needs, and the model's layout with it.
+
+    `bits` a weight before and after, scales and all; `forms` counts matrices by form ("4-bit g64", "plain");
+    `unpackable` are those that were to be packed and whose inputs do not divide into groups.
+    """
+
+    config: dict[str, Any]
+    headers: Mapping[str, Planned]
+    layout: ModulePlan
+    jobs: Sequence[Job]
+    forms: Mapping[str, int]
+    unpackable: tuple[str, ...]
+    bits_before: float
+    bits_after: float
+
+
+def plan_conversion(
+    raw: Mapping[str, Any], source: Source, *, packing: Packing | None = None, dtype: str | None = None
+) -> Conversion:
+    """Plan it from a `config.json` object and the headers of `source`; arguments and errors as `runner.convert`'s.
+
+    No tensor is read, but for the two of a tied head that the source has nevertheless.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    return _Planner(raw, source, packing, None if dtype is None else DTYPES[dtype]).conversion()
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of the source (or a stack of them): its stored arrays by field, and its shape as a layer multiplies it.
+
+    `form` is how it is packed, None for plain numbers; `packed` the shapes of its arrays then, as a layer has them.
+    """
+
+    path: str
+    stem: str
+    arrays: Mapping[str, tuple[Leaf, Transform]]
+    packed: Mapping[str, tuple[int, ...]]
+    shape: tuple[int, ...]
+    form: Quantization | None
+    gate: bool
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """Any other tensor, with dtype and shape as the model has it.
+
+    `layer`: it belongs to a matrix, whose name it shares; `kept`: its dtype must not change.
+    """
+
+    leaf: Leaf
+    transform: Transform
+    dtype: str
+    shape: tuple[int, ...]
+    layer: bool
+    kept: bool
+
+
+class _Planner:
+    """Decides what becomes of each tensor."""
+
+    def __init__(self, raw: Mapping[str, Any], source: Source, packing: Packing | None, dtype: mx.Dtype | None) -> None:
+        self.raw = raw
+        self.source = source
+        self.packing = packing
+        self.dtype = dtype
+        self.config_class, self.model_class = find(raw)
+        self.config = self.config_class.from_dict(raw)
+        self.layout = plan(self.model_class, self.config, source.headers)
+        used = {leaf.name for array in self.layout.arrays() for leaf in leaves(array.tree)}
+        foreign = next((name for name in sorted(used) if source.headers[name].dtype not in WIDTHS), None)
+        if foreign is not None:
+            raise CheckpointError(f"{foreign} has dtype {source.headers[foreign].dtype}, which MLX does not hold")
+        self.untied = False
+        self.found: dict[str, _Matrix | _Plain] = {}
+        for item in self.tensors(self.layout, gate=False):
+            self.found.setdefault(item.stem if isinstance(item, _Matrix) else item.leaf.name, item)
+        heads = {
+            leaf.name
+            for name, item in self.layout.fields.items()
+            if name == "lm_head" and isinstance(item, ModulePlan)
+            for array in item.arrays()
+            for leaf in leaves(array.tree)
+        }
+        self.heads = {SUFFIX.sub("", name) for name in heads}
+
+    def tensors(self, module: ModulePlan, *, gate: bool) -> Iterator[_Matrix | _Plain]:
+        """Everything below `module` that is stored, matrices together with their scales."""
+        matrix = issubclass(module.cls, Linear | Embedding | ExpertLinear) and "weight" in module.fields
+        if matrix and self.shadowed(module):
+            return
+        if matrix:
+            yield from self.matrices(module, gate)
+        routes = issubclass(module.cls, MoE)
+        for name, item in module.fields.items():
+            if isinstance(item, ArrayPlan) and not (matrix and name in ("weight", "scales", "biases")):
+                for leaf, shape in leaf_shapes(item.tree, item.sizes):
+                    dtype = self.source.headers[leaf.name].dtype
+                    yield _Plain(leaf, item.transform, dtype, shape, layer=matrix, kept=routes)
+            elif isinstance(item, ModulePlan):
+                yield from self.tensors(item, gate=routes and issubclass(item.cls, Linear))
+            elif isinstance(item, list):
+                for element in item:
+                    yield from self.tensors(element, gate=gate)
+
+    def matrices(self, module: ModulePlan, gate: bool) -> Iterator[_Matrix]:
+        """Those of one layer: several where parts are fused or experts stored one by one."""
+        values = {name: item.value for name, item in module.fields.items() if isinstance(item, Value)}
+        packed = "scales" in module.fields
+        form = Quantization(values["bits"], values["group_size"], values["mode"]) if packed else None
+        fields = {
+            name: item
+            for name in ("weight", "scales", "biases")
+            if isinstance(item := module.fields.get(name), ArrayPlan)
+        }
+        stored = {name: list(leaf_shapes(item.tree, item.sizes)) for name, item in fields.items()}
+        for index, (leaf, shape) in enumerate(stored["weight"]):
+            width = shape[-1] if form is None else shape[-1] * 32 // form.bits
+            yield _Matrix(
+                path=module.path,
+                stem=SUFFIX.sub("", leaf.name),
+                arrays={name: (stored[name][index][0], item.transform) for name, item in fields.items()},
+                packed={name: shapes[index][1] for name, shapes in stored.items()},
+                shape=(*shape[:-1], width),
+                form=form,
+                gate=gate,
+            )
+
+    def shadowed(self, module: ModulePlan) -> bool:
+        """Whether a tied head is in the file as well, and equal to the embedding: it is left out then.
+
+        One that differs is what the model uses: it is kept, and the two are tied no more.
+        """
+        arrays = [item for item in module.fields.values() if isinstance(item, ArrayPlan)]
+        twins = [(item.tree, item.same_as) for item in arrays if item.same_as is not None]
+        if not twins:
+            return False
+        equal = all(
+            self.digest(a.name) == self.digest(b.name)
+            for tree, twin in twins
+            for a, b in zip(leaves(tree), leaves(twin), strict=True)
+        )
+        self.untied |= not equal
+        return equal
+
+    def digest(self, name: str) -> tuple[str, tuple[int, ...], bytes]:
+        """What two tensors of equal numbers have in common; one of them is in memory at a time."""
+        header = self.source.headers[name]
+        return header.dtype, header.shape, hashlib.sha256(bytes_of(self.source.read(name))).digest()
+
+    def conversion(self) -> Conversion:
+        """The plan, held against the model's tags."""
+        forms = {stem: self.form_of(item) for stem, item in self.found.items() if isinstance(item, _Matrix)}
+        unpackable = tuple(
+            stem
+            for stem, item in self.found.items()
+            if isinstance(item, _Matrix) and self.wanted(item) and forms[stem] is None
+        )
+        if self.packing is not None and not any(
+            form is not None and self.rewritten(item)
+            for stem, form in forms.items()
+            if isinstance(item := self.found[stem], _Matrix)
+        ):
+            raise UsageError(self.nothing_to_pack(unpackable))
+        packed = any(forms.values())
+        foreign = any(name.endswith("_blocks") for name in self.source.headers)
+        try:
+            return self.laid_out(forms, unpackable, rename=packed or foreign)
+        except WeightsError:
+            if not packed or self.raw["model_type"] in RENAMED.keys() | SPLIT.keys():
+                raise
+            return self.laid_out(forms, unpackable, rename=False)  # its tags have no other name for experts
+
+    def wanted(self, item: _Matrix) -> bool:
+        """Whether `packing` is for this matrix."""
+        return self.packing is not None and not item.gate and self.rewritten(item)
+
+    def rewritten(self, item: _Matrix) -> bool:
+        """Whether its numbers come from the source as numbers: what is packed is copied where no dtype is asked for."""
+        return item.form is None or self.dtype is not None
+
+    def form_of(self, item: _Matrix) -> Quantization | None:
+        """How a matrix is written."""
+        if not self.rewritten(item):
+            return item.form
+        if self.packing is None or not self.wanted(item):
+            return None
+        path = "lm_head" if item.stem in self.heads else item.path
+        form = self.packing.of(path, item.stem, self.config.num_hidden_layers)
+        return None if item.shape[-1] % form.group_size else form
+
+    def nothing_to_pack(self, unpackable: tuple[str, ...]) -> str:
+        assert self.packing is not None
+        if unpackable:
+            size = self.packing.form.group_size
+            return f"no matrix of this model has inputs that divide into groups of {size}; try a smaller --group-size"
+        return (
+            "all matrices of this model are packed already; packing them again loses twice: start from the original, "
+            "or add --dtype float16 (or another) to unpack them first"
+        )
+
+    def laid_out(
+        self, forms: Mapping[str, Quantization | None], unpackable: tuple[str, ...], *, rename: bool
+    ) -> Conversion:
+        """Names, shapes and jobs, with mlx-lm's names or the source's own."""
+        jobs: list[Job] = []
+        layers: dict[str, Quantization | None] = {}
+        for stem, item in self.found.items():
+            if isinstance(item, _Plain):
+                jobs.append(self.copied(item, rename))
+                continue
+            made = self.matrix_jobs(item, forms[stem], rename)
+            jobs += made
+            for name in made[0].outputs["weight"].target.names:
+                layers[SUFFIX.sub("", name)] = forms[stem]
+        position = {name: index for index, name in enumerate(self.source.headers)}
+        jobs.sort(key=lambda job: position[job.arrays["weight"][0].name])
+        headers = _headers(jobs)
+        config = self.written_config(layers)
+        layout = plan(self.model_class, self.config_class.from_dict(config), headers)
+        return Conversion(
+            config=config,
+            headers=headers,
+            layout=layout,
+            jobs=jobs,
+            forms=Counter(map(_words, layers.values())),
+            unpackable=unpackable,
+            bits_before=_bits(self.layout, self.source.headers),
+            bits_after=_bits(layout, headers),
+        )
+
+    def matrix_jobs(self, item: _Matrix, into: Quantization | None, rename: bool) -> list[Job]:
+        """One job for a matrix that is packed, unpacked or cast; one for each array of a packed one that stays so."""
+        if not self.rewritten(item):
+            copies = []
+            for field, (leaf, transform) in item.arrays.items():
+                stored = "U32" if field == "weight" else self.source.headers[leaf.name].dtype  # blocks become words
+                plain = _Plain(leaf, transform, stored, item.packed[field], layer=True, kept=True)
+                copies.append(self.copied(plain, rename))
+            return copies
+        leaf, _ = item.arrays["weight"]
+        if item.form is None and into is None and not rename:
+            shape = self.source.headers[leaf.name].shape  # in the file's order
+        else:
+            shape = item.shape
+        name = leaf.name if item.form is None and not rename else f"{item.stem}.weight"
+        target = self.target(name, layer=True, rename=rename)
+        shape = _share(shape, target, leaf)
+        dtype = self.dtype or STORED[self.source.headers[leaf.name].dtype]
+        outputs = {"weight": Output(target, NAMES[dtype], shape)}
+        if into is not None:
+            words, groups = shape[-1] * into.bits // 32, shape[-1] // into.group_size
+            outputs["weight"] = Output(target, "U32", (*shape[:-1], words))
+            scales = Output(_field(target, "scales"), "U8", (*shape[:-1], groups))
+            if into.mode == "affine":
+                scales = dataclasses.replace(scales, dtype=NAMES[dtype])
+                outputs["biases"] = dataclasses.replace(scales, target=_field(target, "biases"))
+            outputs["scales"] = scales
+        return [Job(item.arrays, item.form, into, dtype, outputs)]
+
+    def copied(self, item: _Plain, rename: bool) -> Job:
+        """A tensor that is written as it is, or in another dtype."""
+        header = self.source.headers[item.leaf.name]
+        dtype, shape = (item.dtype, item.shape) if rename else (header.dtype, header.shape)  # else in the file's order
+        cast = self.dtype if dtype in FLOAT and not item.kept else None
+        target = self.target(item.leaf.name, layer=item.layer, rename=rename)
+        output = Output(target, dtype if cast is None else NAMES[cast], _share(shape, target, item.leaf))
+        return Job({"weight": (item.leaf, item.transform)}, None, None, cast, {"weight": output})
+
+    def target(self, name: str, *, layer: bool, rename: bool) -> Target:
+        """Where a tensor goes."""
+        model_type = str(self.raw["model_type"])
+        if not rename:
+            return Target((name,))
+        return layer_target(model_type, name) if layer else Target((renamed(model_type, name),))
+
+    def written_config(self, layers: Mapping[str, Quantization | None]) -> dict[str, Any]:
+        """The source's, with what changed. Packed layers are described as mlx-lm does: the commonest form, and those
+        that differ by name."""
+        config = {name: value for name, value in self.raw.items() if name not in QUANTIZATION}
+        if self.dtype is not None:
+            spelled = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+            config |= dict.fromkeys(spelled, str(self.dtype).removeprefix("mlx.core."))
+        if self.untied:
+            config["tie_word_embeddings"] = False
+        counts = Counter(form for form in layers.values() if form is not None)
+        if counts:
+            ((common, _),) = counts.most_common(1)
+            others = {
+                name: dataclasses.asdict(form) for name, form in layers.items() if form is not None and form != common
+            }
+            config["quantization"] = {**dataclasses.asdict(common), **others}
+            config["quantization_config"] = config["quantization"]  # the hub looks for this one
+            spelled_out = normalise(self.raw)
+            config |= {name: spelled_out[name] for name in ROPE if name in spelled_out and name not in config}
+        return config
+
+
+def _headers(jobs: Sequence[Job]) -> dict[str, Planned]:
+    """The tensors that the jobs write; slots of a stack become one."""
+    found: dict[str, Output] = {}
+    slots: dict[str, set[int]] = {}
+    for job in jobs:
+        for output in job.outputs.values():
+            for name in output.target.names:
+                slot = output.target.slot
+                if slot is not None and slot not in slots.setdefault(name, set()):
+                    slots[name].add(slot)
+                elif name in found:
+                    raise CheckpointError(f"two tensors of this model would be written as {name}")
+                if found.setdefault(name, output).shape != output.shape or found[name].dtype != output.dtype:
+                    raise CheckpointError(f"parts of {name} differ: {found[name].shape} and {output.shape}")
+    return {
+        name: Planned(output.dtype, (len(slots[name]), *output.shape) if name in slots else output.shape)
+        for name, output in found.items()
+    }
+
+
+def _share(shape: tuple[int, ...], target: Target, leaf: Leaf) -> tuple[int, ...]:
+    """The shape of each of a target's tensors, which share the rows."""
+    axis = 0 if leaf.stack is None else 1
+    count = len(target.names)
+    return (*shape[:axis], shape[axis] // count, *shape[axis + 1 :]) if count > 1 else shape
+
+
+def _field(target: Target, field: str) -> Target:
+    return dataclasses.replace(target, names=tuple(f"{SUFFIX.sub('', name)}.{field}" for name in target.names))
+
+
+def _bits(layout: ModulePlan, headers: Mapping[str, Header]) -> float:
+    """Bits a weight, scales and all."""
+    used = {leaf.name for array in layout.arrays() for leaf in leaves(array.tree)}
+    return 8 * sum(headers[name].nbytes for name in used) / max(count_parameters(layout), 1)
+
+
+def _words(form: Quantization | None) -> str:
+    if form is None:
+        return "plain"
+    return f"{form.bits}-bit{'' if form.mode == 'affine' else f' {form.mode}'} g{form.group_size}"

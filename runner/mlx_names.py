@@ -1,0 +1,66 @@
+"""Names that mlx-lm gives to tensors of packed checkpoints: it renames the hub's where they are plain, and only there.
+
+Sources: `sanitize` of mlx_lm/models/*.py, version 0.32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SUFFIX = re.compile(r"(\.weight|\.scales|\.biases|\.bias|_blocks|_scales|_bias)$")
+"""What follows a layer's name; the underlined ones are gpt-oss's."""
+
+_DOTTED = {"": ".weight", "_blocks": ".weight", "_scales": ".scales", "_bias": ".bias"}
+_EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(\w+)$")
+_STACKED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "gpt2": ((r"^(transformer\.)?(?=(wte|wpe|h|ln_f)\b)", "model."),),
+    "gpt_neox": ((r"^gpt_neox\.layers\.", "model.h."), (r"^(gpt_neox\.)?(?=(embed_in|embed_out|final)\w*)", "model.")),
+}
+"""Patterns of a tensor's name, and what stands there instead."""
+
+SPLIT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "granitemoe": {
+        "input_linear": ("switch_mlp.gate_proj", "switch_mlp.up_proj"),
+        "output_linear": ("switch_mlp.down_proj",),
+    },
+    "gpt_oss": {"gate_up_proj": ("gate_proj", "up_proj")},
+}
+"""Last words of a layer's name, and the layers that share its rows evenly there."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Tensors that share the rows of a stored one evenly; `slot`: its place in a stack."""
+
+    names: tuple[str, ...]
+    slot: int | None = None
+
+
+def layer_target(model_type: str, name: str) -> Target:
+    """Where a tensor of a layer goes: `...experts.3.w1.weight` becomes row 3 of `...switch_mlp.gate_proj.weight`."""
+    found = SUFFIX.search(name)
+    suffix = "" if found is None else found[1]
+    stem = name.removesuffix(suffix)
+    suffix = _DOTTED.get(suffix, suffix)
+    expert = _EXPERT.match(stem)
+    if expert is not None:
+        stacked = f"{expert[1]}.switch_mlp.{_STACKED.get(expert[3], expert[3])}"
+        return Target((stacked + suffix,), int(expert[2]))
+    before, _, last = stem.rpartition(".")
+    parts = SPLIT.get(model_type, {}).get(last)
+    if parts is not None:
+        return Target(tuple(f"{before}.{part}{suffix}" for part in parts))
+    return Target((renamed(model_type, stem + suffix),))
+
+
+def renamed(model_type: str, name: str) -> str:
+    """The name of any other tensor."""
+    for pattern, replacement in RENAMED.get(model_type, ()):
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    return name

@@ -1,0 +1,125 @@
+"""How matrices can be packed when a model is converted: the forms of `--quantize`, and recipes that mix two."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.errors import UsageError
+from runner.nn import Quantization
+
+FORMS: Mapping[str, Quantization] = {
+    **{str(bits): Quantization(bits, 64, "affine") for bits in (2, 3, 4, 5, 6, 8)},
+    "mxfp4": Quantization(4, 32, "mxfp4"),
+    "mxfp8": Quantization(8, 32, "mxfp8"),
+    "nvfp4": Quantization(4, 16, "nvfp4"),
+}
+"""What `--quantize` takes, with the group size that MLX has for it by default."""
+
+AFFINE_GROUPS = (32, 64, 128)
+"""Group sizes that `mx.quantize` has for affine forms; each other mode has one."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """More bits for the matrices whose errors weigh most. Fields are named as models name them, whatever a file does.
+
+    Attributes:
+        bits: of those matrices; the group size is that of all.
+        heads: fields that always get them, one tied to an embedding with that embedding.
+        fields: fields that get them in some layers: see `in_layer`.
+        parts: the same for single matrices of a fused field, by the last word of their name in the file.
+    """
+
+    bits: int
+    heads: tuple[str, ...]
+    fields: tuple[str, ...]
+    parts: tuple[str, ...]
+
+    @staticmethod
+    def in_layer(index: int, layers: int) -> bool:
+        """The first and last eighth of the layers, and every third between."""
+        eighth = layers // 8
+        return index < eighth or index >= 7 * layers // 8 or (index - eighth) % 3 == 2
+
+    def favours(self, path: str, stem: str, layers: int) -> bool:
+        """Whether the matrix that the file calls `stem`, in the field `path` of a model of `layers`, gets more bits."""
+        words = [word for word in path.split(".") if word != "parts" and not word.isdigit()]
+        if words[-1] in self.heads:
+            return True
+        if words[-1] not in self.fields and stem.rpartition(".")[2] not in self.parts:
+            return False
+        numbers = [int(word) for word in path.split(".") if word.isdigit()]
+        return bool(numbers) and self.in_layer(numbers[0], layers)
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "mixed": Recipe(bits=6, heads=("lm_head",), fields=("down_proj", "kv_a_proj", "kv_b_proj"), parts=("v_proj",))
+}
+"""`mixed` is llama.cpp's Q4_K_M (`use_more_bits` in src/llama-quant.cpp) in the form that mlx-lm gave it as `mixed_4_6`
+(mlx_lm/convert.py): values, the way down and the head; the two compressed projections stand for values in MLA."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a model's matrices become."""
+
+    form: Quantization
+    recipe: Recipe | None = None
+
+    def of(self, path: str, stem: str, layers: int) -> Quantization:
+        """The form of one matrix; arguments of `Recipe.favours`."""
+        if self.recipe is not None and self.recipe.favours(path, stem, layers):
+            return dataclasses.replace(self.form, bits=self.recipe.bits)
+        return self.form
+
+
+def packing(quantize: str, group_size: int | None = None, recipe: str | None = None) -> Packing:
+    """Read the options.
+
+    Raises:
+        UsageError: a form, group size or recipe that there is not, or that do not go together.
+    """
+    if quantize not in FORMS:
+        raise UsageError(f"--quantize must be one of {', '.join(FORMS)}, not {quantize!r}")
+    form = FORMS[quantize]
+    allowed = AFFINE_GROUPS if form.mode == "affine" else (form.group_size,)
+    if group_size is not None and group_size not in allowed:
+        raise UsageError(
+            f"--group-size must be {' or '.join(map(str, allowed))} with --quantize {quantize}, not {group_size}"
+        )
+    form = dataclasses.replace(form, group_size=group_size or form.group_size)
+    if recipe is None:
+        return Packing(form)
+    if recipe not in RECIPES:
+        raise UsageError(f"--recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
+    if form.mode != "affine" or form.bits >= RECIPES[recipe].bits:
+        raise UsageError(
+            f"--recipe {recipe} gives {RECIPES[recipe].bits} bits to some matrices: it goes with --quantize 2 to 5, "
+            f"not {quantize}"
+        )
+    return Packing(form, RECIPES[recipe])
+
+
+def pack(matrix: mx.array, form: Quantization) -> dict[str, mx.array]:
+    """`[..., out, in]` floats as `weight`, `scales` and (affine) `biases`, as `mx.quantize` makes them."""
+    arrays = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=form.mode)
+    return dict(zip(("weight", "scales", "biases"), arrays, strict=False))
+
+
+def unpack(arrays: Mapping[str, mx.array], form: Quantization, dtype: mx.Dtype) -> mx.array:
+    """The inverse, rounded once: affine scales are widened first, and what other modes hold fits in float32."""
+    wide = {name: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for name, a in arrays.items()}
+    numbers = mx.dequantize(
+        wide["weight"],
+        wide["scales"],
+        wide.get("biases"),
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
+        dtype=mx.float32,
+    )
+    return numbers.astype(dtype)
