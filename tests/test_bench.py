@@ -17,11 +17,13 @@ from runner import resources
 from runner.bench import Case, cases, open_subject, report, run
 from runner.bench.bandwidth import _numpy_pass, read_bandwidth
 from runner.bench.measure import cache_bytes, filled, generate, read, rewind, weight_bytes
-from runner.bench.models import FORMS, Form, describe, random_weights
+from runner.bench.models import describe, random_weights
 from runner.cli.app import run as command
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import UsageError
 from runner.families import FAMILIES
+from runner.nn import Quantization
+from runner.packing import FORMS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODEL = FIXTURES / "llama-gqa"
@@ -39,7 +41,7 @@ TINY = {
 }
 
 
-def tiny(form: Form | None = None, **changes: Any) -> Engine:
+def tiny(form: Quantization | None = None, **changes: Any) -> Engine:
     raw = {**TINY, **changes}
     return assemble(raw, random_weights(raw, form=form, seed=3))
 
@@ -147,7 +149,7 @@ def test_random_weights_depend_on_seed_and_name_alone() -> None:
 
 def test_packed_random_weights_have_the_same_spread() -> None:
     for bits in (4, 8):
-        source = random_weights(TINY, form=Form(bits, 32, "affine"), seed=0)
+        source = random_weights(TINY, form=Quantization(bits, 32, "affine"), seed=0)
         name = "model.layers.0.mlp.gate_proj"
         full = mx.dequantize(*(source.read(f"{name}.{part}") for part in ("weight", "scales", "biases")), 32, bits)
         assert float(mx.std(full.astype(mx.float32))) == pytest.approx(0.02, rel=0.1)

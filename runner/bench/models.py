@@ -20,7 +20,8 @@ from runner.errors import UsageError
 from runner.families import find
 from runner.hub import resolve
 from runner.model_files import open_files
-from runner.nn import Embedding, Linear
+from runner.nn import Embedding, Linear, Quantization
+from runner.packing import FORMS
 from runner.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
 from runner.weights import Chooses, Leaf, leaf_shapes, leaves
 
@@ -30,23 +31,6 @@ STD = 0.02
 STORED: Mapping[str, mx.Dtype] = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-
-@dataclass(frozen=True)
-class Form:
-    """How random matrices are packed; `bits`, `group_size` and `mode` as `mx.quantize` has them."""
-
-    bits: int
-    group_size: int
-    mode: str
-
-
-FORMS: Mapping[str, Form] = {
-    **{str(bits): Form(bits, 64, "affine") for bits in (2, 3, 4, 5, 6, 8)},
-    "mxfp4": Form(4, 32, "mxfp4"),
-    "mxfp8": Form(8, 32, "mxfp8"),
-    "nvfp4": Form(4, 16, "nvfp4"),
-}
-"""What `--quantize` takes, with the group size that MLX has for it by default."""
 
 SCALES: Mapping[str, int] = {"mxfp4": 120, "mxfp8": 120, "nvfp4": 8}
 """A byte that means a small number (2^-7, 2^-7, 2^-6) in the format each mode stores its scales in."""
@@ -76,7 +60,7 @@ class RandomWeights:
     """
 
     headers: Mapping[str, Header]
-    form: Form | None
+    form: Quantization | None
     seed: int
 
     def read(self, name: str) -> mx.array:
@@ -93,7 +77,7 @@ class RandomWeights:
             values += 1  # a norm's weights: near zero they would silence the layer
         return mx.array(values).astype(STORED[header.dtype])
 
-    def _constant(self, name: str, header: Header, form: Form) -> mx.array:
+    def _constant(self, name: str, header: Header, form: Quantization) -> mx.array:
         if header.dtype == "U8":
             return mx.full(header.shape, SCALES[form.mode], dtype=mx.uint8)
         most = (1 << form.bits) - 1
@@ -146,7 +130,7 @@ def open_subject(
 
 
 def random_weights(
-    raw: Mapping[str, Any], *, form: Form | None = None, dtype: str | None = None, seed: int = 0
+    raw: Mapping[str, Any], *, form: Quantization | None = None, dtype: str | None = None, seed: int = 0
 ) -> RandomWeights:
     """The tensors that a checkpoint with this `config.json` holds, random; matrices of layers packed as `form` says.
 
@@ -180,7 +164,7 @@ def _matrices(module: ModulePlan) -> Iterator[Leaf]:
                 yield from _matrices(element)
 
 
-def _packed(name: str, shape: tuple[int, ...], form: Form, stored: str) -> dict[str, Header]:
+def _packed(name: str, shape: tuple[int, ...], form: Quantization, stored: str) -> dict[str, Header]:
     if shape[-1] % form.group_size or shape[-1] * form.bits % 32:
         raise UsageError(f"{name} {list(shape)} cannot be packed in groups of {form.group_size}; try --group-size 32")
     groups = (*shape[:-1], shape[-1] // form.group_size)
