@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,8 +15,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from sources import Arrays
-from test_reference import FIXTURES, QUANTISED, error, expected
+from test_reference import FIXTURES, QUANTISED, error
 
+import runner
 from runner.bench.models import random_weights
 from runner.checkpoint import Checkpoint
 from runner.convert import convert, pieces
@@ -25,6 +27,7 @@ from runner.errors import CheckpointError, UsageError
 from runner.model_files import ModelFiles, open_files
 from runner.nn import Quantization
 from runner.packing import FORMS, RECIPES, Packing, pack, packing, unpack
+from runner.perplexity import perplexity, read_ids
 from runner.shard_writer import WIDTHS
 from runner.side_files import NAMES
 from runner.weights import Source
@@ -251,6 +254,35 @@ def test_unpacking_is_packings_inverse(form: Quantization) -> None:
     assert np.max(np.abs(back - np.array(matrix))) < {2: 1.5, 3: 0.8, 4: 1.0, 5: 0.3, 6: 0.2, 8: 0.3}[form.bits]
 
 
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_float_forms_are_bit_for_bit_those_of_mlx(mode: str, dtype: mx.Dtype) -> None:
+    rng = np.random.default_rng(4)
+    halfway = rng.choice([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6], (64, 256))
+    rows = [
+        rng.normal(0, 1, (64, 256)),
+        rng.normal(0, 1, (64, 256)) * 2.0 ** rng.integers(-20, 20, (64, 256)),  # far apart in one group
+        halfway * rng.choice([-1, 1], halfway.shape) / 8,  # ties, and largest numbers that fit without a rest
+        2.0 ** rng.integers(-12, 6, (64, 256)) * (7 if mode == "mxfp8" else 6),
+        np.zeros((1, 256)),
+    ]
+    matrix = mx.array(np.concatenate(rows).astype(np.float32)).astype(dtype)
+    form = FORMS[mode]
+    twin = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=mode)
+    found = pack(matrix, form)
+    for name, array in zip(("weight", "scales"), twin, strict=True):
+        assert found[name].dtype == array.dtype and mx.array_equal(found[name], array)
+    stacked = pack(matrix.reshape(1, *matrix.shape), form)
+    assert mx.array_equal(stacked["weight"][0], twin[0])
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_groups_of_vanishing_numbers_become_zeros_and_no_nan(mode: str) -> None:
+    """An embedding's row that was never trained: MLX 0.32's own scale of 1e-38 is NaN."""
+    packed = pack(mx.full((2, 64), 1e-38), FORMS[mode])
+    assert float(mx.max(mx.abs(unpack(packed, FORMS[mode], mx.float32)))) < 1e-36
+
+
 def test_a_tied_head_that_is_in_the_file_is_left_out_where_it_is_the_same(tmp_path: Path) -> None:
     path = HERE / "fixtures" / "llama-tied-redundant-head"
     assert "lm_head.weight" in Checkpoint.open(path).headers and open_files(path).config["tie_word_embeddings"]
@@ -462,4 +494,16 @@ def test_the_command(tmp_path: Path) -> None:
         done = run("convert", *arguments)
         assert (done.returncode, done.stdout) == (code, "") and done.stderr.count("\n") == 1, done
         assert message in done.stderr
-    assert not (tmp_path / "new").exists() and expected(LLAMA)
+    assert not (tmp_path / "new").exists()
+    eval_command = ["convert", str(LLAMA), str(tmp_path / "judged"), "--quantize", "3", "--group-size", "32"]
+    done = run(*eval_command, "--eval", str(text))
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"perplexity (\S+) ± \S+ after, (\S+) ± \S+ before", done.stderr)
+    assert found is not None
+    for path, value in ((tmp_path / "judged", found[1]), (LLAMA, found[2])):
+        lm = runner.load(path)
+        ids, bos = read_ids(lm.tokenizer, text.read_text())
+        assert float(value) == pytest.approx(perplexity(lm.engine, ids, bos=bos, chunk=128).perplexity.value, abs=1e-3)
+    text.write_text("short")
+    done = run(*eval_command[:2], str(tmp_path / "short"), "--quantize", "8", "--group-size", "32", "--eval", str(text))
+    assert done.returncode == 2 and "less than a chunk of 128" in done.stderr and not (tmp_path / "short").exists()
