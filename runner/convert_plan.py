@@ -18,7 +18,7 @@ from runner.config import normalise
 from runner.engine import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
 from runner.families import find
-from runner.mlx_names import RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
+from runner.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
 from runner.moe import ExpertLinear, MoE
 from runner.nn import Embedding, Linear, Quantization
 from runner.packing import Packing
@@ -238,7 +238,10 @@ class _Planner:
 
     def wanted(self, item: _Matrix) -> bool:
         """Whether `packing` is for this matrix."""
-        return self.packing is not None and not item.gate and self.rewritten(item)
+        if self.packing is None or item.gate or not self.rewritten(item):
+            return False
+        plain = AFFINE_ONLY.get(str(self.raw["model_type"]), ())
+        return self.packing.form.mode == "affine" or item.stem.rpartition(".")[2] not in plain
 
     def rewritten(self, item: _Matrix) -> bool:
         """Whether its numbers come from the source as numbers: what is packed is copied where no dtype is asked for."""

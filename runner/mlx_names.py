@@ -31,6 +31,9 @@ SPLIT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 """Last words of a layer's name, and the layers that share its rows evenly there."""
 
+AFFINE_ONLY: Mapping[str, tuple[str, ...]] = {"deepseek_v3": ("kv_b_proj",)}
+"""Last words of layers that it unpacks itself, with a bias for each group: in the float forms they must stay plain."""
+
 
 @dataclass(frozen=True)
 class Target:

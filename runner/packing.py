@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -130,8 +131,12 @@ def pack(matrix: mx.array, form: Quantization) -> dict[str, mx.array]:
 def _scales(wanted: mx.array, mode: str) -> tuple[mx.array, mx.array]:
     """Bytes of the scales, and the numbers they stand for: an E4M3 float, or the power of two that is not smaller."""
     if mode == "nvfp4":
-        scales = mx.to_fp8(wanted)
-        return scales, mx.from_fp8(scales, dtype=mx.float32)
+        flat = mx.pad(
+            wanted.flatten(), (0, -wanted.size % 4)
+        )  # MLX's CPU takes 8-bit floats four at a time, and no rest
+        scales = mx.to_fp8(flat)
+        steps = mx.from_fp8(scales, dtype=mx.float32)
+        return scales[: wanted.size].reshape(wanted.shape), steps[: wanted.size].reshape(wanted.shape)
     exponents = mx.clip(mx.ceil(mx.log2(mx.where(wanted > 0, wanted, 1))), -126, 127) + 127
     return exponents.astype(mx.uint8), (exponents.astype(mx.uint32) << 23).view(mx.float32)
 
@@ -148,14 +153,19 @@ def _nibbles(numbers: mx.array) -> mx.array:
 
 def unpack(arrays: Mapping[str, mx.array], form: Quantization, dtype: mx.Dtype) -> mx.array:
     """The inverse, rounded once: affine scales are widened first, and what other modes hold fits in float32."""
-    wide = {name: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for name, a in arrays.items()}
+    shape = arrays["weight"].shape[:-1]
+    rest = -math.prod(shape) % 4 if form.mode == "nvfp4" else 0
+    rows = {}
+    for name, array in arrays.items():
+        wide = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+        rows[name] = mx.pad(wide.reshape(-1, array.shape[-1]), [(0, rest), (0, 0)])
     numbers = mx.dequantize(
-        wide["weight"],
-        wide["scales"],
-        wide.get("biases"),
+        rows["weight"],
+        rows["scales"],
+        rows.get("biases"),
         group_size=form.group_size,
         bits=form.bits,
         mode=form.mode,
         dtype=mx.float32,
     )
-    return numbers.astype(dtype)
+    return numbers[: math.prod(shape)].reshape(*shape, -1).astype(dtype)

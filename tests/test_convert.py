@@ -25,7 +25,7 @@ from runner.convert_plan import plan_conversion
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, UsageError
 from runner.model_files import ModelFiles, open_files
-from runner.nn import Quantization
+from runner.nn import Quantization, QuantizedEmbedding
 from runner.packing import FORMS, RECIPES, Packing, pack, packing, unpack
 from runner.perplexity import perplexity, read_ids
 from runner.shard_writer import WIDTHS
@@ -96,7 +96,7 @@ def test_each_family_comes_back_in_its_own_order(path: Path, tmp_path: Path) -> 
     assert not report.unpackable and report.forms["4-bit mxfp4 g32"] > 5
     assert set(report.forms) <= {"4-bit mxfp4 g32", "plain"}
     routed = "num_experts_per_tok" in raw
-    assert (report.forms.get("plain", 0) > 0) == routed  # routers alone stay as they are
+    assert (report.forms.get("plain", 0) > 0) == routed  # routers stay as they are
     unpacked = convert(open_files(tmp_path / "packed"), tmp_path / "plain", dtype="float32")
     assert unpacked.bits_after == 32 and set(unpacked.forms) == {"plain"}
     assert "quantization" not in open_files(tmp_path / "plain").config
@@ -176,6 +176,17 @@ def test_packed_checkpoints_have_the_names_that_mlx_lm_loads(name: str, tmp_path
     if name == "gpt_oss-mxfp4":  # published packed: the experts stay what they were, and say so
         form = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
         assert config["quantization"]["model.layers.0.mlp.experts.down_proj"] == form
+
+
+@pytest.mark.parametrize(("form", "packed"), [("4", True), ("mxfp4", False)])
+def test_what_mlx_lm_unpacks_itself_has_biases_or_is_plain(form: str, packed: bool, tmp_path: Path) -> None:
+    raw = raw_config(HERE / "fixtures_families" / "deepseek_v3-yarn")
+    wanted = packing(form, 32)
+    convert(files_of(raw, exact_weights(raw)), tmp_path / "out", packing=wanted)
+    names = Checkpoint.open(tmp_path / "out").headers
+    assert "model.layers.0.self_attn.o_proj.scales" in names
+    assert ("model.layers.0.self_attn.kv_b_proj.biases" in names) == packed
+    assert packed or "model.layers.0.self_attn.kv_b_proj.scales" not in names
 
 
 def test_both_spellings_of_rope_are_written_with_packed_weights(tmp_path: Path) -> None:
@@ -274,6 +285,21 @@ def test_float_forms_are_bit_for_bit_those_of_mlx(mode: str, dtype: mx.Dtype) ->
         assert found[name].dtype == array.dtype and mx.array_equal(found[name], array)
     stacked = pack(matrix.reshape(1, *matrix.shape), form)
     assert mx.array_equal(stacked["weight"][0], twin[0])
+
+
+@pytest.mark.parametrize("rows", range(1, 6))
+def test_nvfp4_of_any_number_of_groups(rows: int) -> None:
+    """MLX's CPU decodes scales four at a time and refuses a rest: neither rows of a table nor pieces may meet that."""
+    form = FORMS["nvfp4"]
+    matrix = mx.random.normal((20, 96), key=mx.random.key(2)) / 8
+    whole = mx.quantize(matrix, group_size=16, bits=4, mode="nvfp4")
+    part = pack(matrix[:rows], form)
+    assert mx.array_equal(part["weight"], whole[0][:rows]) and mx.array_equal(part["scales"], whole[1][:rows])
+    numbers = mx.dequantize(*whole, group_size=16, bits=4, mode="nvfp4", dtype=mx.float32)
+    assert mx.array_equal(unpack(part, form, mx.float32), numbers[:rows])
+    table = QuantizedEmbedding(whole[0], whole[1], None, bits=4, group_size=16, mode="nvfp4", activations=mx.float32)
+    ids = mx.array([list(range(rows))])
+    assert mx.array_equal(table(ids), numbers[None, :rows])
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])

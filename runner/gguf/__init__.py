@@ -1,4 +1,4 @@
-"""GGUF files, read directly: what `convert` writes them as is a hub-style directory.
+"""GGUF files, read as they are: as checkpoints of the hub, tensor by tensor.
 
 container, blocks                      bytes: header, tensors, block formats
 architectures, settings, pretokenizers tables, and config.json from metadata
