@@ -146,16 +146,20 @@ class LatentAttention:
 
     def absorbed(self, q: mx.array, turned: mx.array, stored: History, batch: Batch) -> mx.array:
         """The same; one key and value, for all heads, are a token's row in the cache."""
-        to_keys, to_values = self.matrices
+        to_keys, to_values = self.matrices() if self.kv_b_proj.changeable else self.kept_matrices
         rows = mx.concatenate([stored.keys, stored.values], axis=-1)
         history = History(rows, rows[..., : self.kv_lora_rank], stored.length)
         gathered = self.attend(mx.concatenate([q @ to_keys, turned], axis=-1), history, batch.mask)
         return gathered @ to_values.swapaxes(-1, -2)
 
     @functools.cached_property
+    def kept_matrices(self) -> tuple[mx.array, mx.array]:
+        """`matrices`, unpacked once."""
+        return self.matrices()
+
     def matrices(self) -> tuple[mx.array, mx.array]:
-        """`kv_b_proj` head by head, `[H, qk_nope_head_dim, kv_lora_rank]` and `[H, v_head_dim, kv_lora_rank]`: unpacked
-        and in the dtype of activations, once."""
+        """`kv_b_proj` head by head, `[H, qk_nope_head_dim, kv_lora_rank]` and `[H, v_head_dim, kv_lora_rank]`, as
+        numbers in the dtype of activations."""
         matrix = self.kv_b_proj.matrix().reshape(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         matrix = matrix if self.activations is None else matrix.astype(self.activations)
         return matrix[:, : self.qk_nope_head_dim], matrix[:, self.qk_nope_head_dim :]

@@ -59,6 +59,11 @@ class Linear(Chooses):
         """W `[out, in]` as numbers: unpacked where it is packed."""
         raise NotImplementedError
 
+    @property
+    def changeable(self) -> bool:
+        """Whether `matrix()` may be another one at the next call, so that nobody keeps it."""
+        return False
+
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         """Plain, quantised, or (parts quantised differently) joined after the product."""

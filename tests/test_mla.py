@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from runner.adapters.layers import AdaptedLinear, Delta
 from runner.cache import Batch, History, KVCache
 from runner.device import CPU_WITHOUT_KERNELS, current
 from runner.fast import PORTABLE, Ops, RMSNorm, RoPE
@@ -67,6 +68,22 @@ def test_the_absorbed_form_is_the_expanded_one(
 
 
 @by_table
+def test_the_absorbed_form_follows_an_adapter_whose_weight_changes(ops: Ops) -> None:
+    layer, weights = attention(ops), {"a": 1.0}
+    out = HEADS * (NOPE + VALUES)
+    delta = Delta("a", rand(2, RANK, seed=10), rand(out, 2, seed=11), 2.0)
+    layer.kv_b_proj = AdaptedLinear(layer.kv_b_proj, [delta], [], [], weights, ops)
+    batch = Batch(mx.zeros((2, 1), dtype=mx.int32), 39)
+    found = []
+    for weight in (1.0, 0.5, 0.0):
+        weights["a"] = weight
+        found.append(layer.absorbed(*inputs(1, 40), batch))
+        wanted = layer.expanded(*inputs(1, 40), batch)
+        assert float(mx.max(mx.abs(found[-1] - wanted))) < 1e-5 * float(mx.max(mx.abs(wanted)))
+    assert not mx.allclose(found[0], found[2], rtol=1e-2)
+
+
+@by_table
 def test_decoding_after_a_prompt_is_one_pass(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, used = attention(ops), []
     for name in ("expanded", "absorbed"):
@@ -98,5 +115,5 @@ def test_the_form_with_fewer_products_is_taken() -> None:
 
 def test_packed_matrices_are_unpacked_once() -> None:
     layer = attention(PORTABLE, 4)
-    assert layer.matrices is layer.matrices
-    assert [matrix.shape for matrix in layer.matrices] == [(HEADS, NOPE, RANK), (HEADS, VALUES, RANK)]
+    assert layer.kept_matrices is layer.kept_matrices
+    assert [matrix.shape for matrix in layer.kept_matrices] == [(HEADS, NOPE, RANK), (HEADS, VALUES, RANK)]

@@ -116,6 +116,10 @@ class AdaptedLinear(Linear):
             y = rows.scored(x, y, self.ops) if self.weights[rows.adapter] else y
         return y
 
+    @property
+    def changeable(self) -> bool:
+        return True
+
     def matrix(self) -> mx.array:
         """W `[out, in]` float32 with the adapters in it."""
         result = self.base.matrix().astype(mx.float32)
@@ -141,13 +145,13 @@ class AdaptedExperts(ExpertLinear):
     weights: Mapping[str, float]
     ops: Ops = PORTABLE
 
-    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
-        y = self.base(x, experts)
+    def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+        y = self.base(x, experts, in_order=in_order)
         for delta in self.deltas:
             weight = self.weights[delta.adapter]
             if weight:
-                lows = self.ops.gather_linear(x, delta.down, experts) * (delta.scale * weight)
-                y = y + self.ops.gather_linear(lows, delta.up, experts).astype(y.dtype)
+                lows = self.ops.gather_linear(x, delta.down, experts, in_order=in_order) * (delta.scale * weight)
+                y = y + self.ops.gather_linear(lows, delta.up, experts, in_order=in_order).astype(y.dtype)
         return y
 
 
