@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
+from runner.adapters import AdapterFiles, fit
 from runner.checkpoint_writer import new_directory
 from runner.convert_plan import Conversion, Job, plan_conversion
+from runner.families import find
 from runner.loading import Progress
 from runner.model_files import ModelFiles
 from runner.packing import Packing, pack, unpack
@@ -21,6 +24,18 @@ SHARD_BYTES = 5 << 30
 
 PIECE_BYTES = 4 << 20
 """Of the source's numbers that are worked on at once."""
+
+
+def merged(files: ModelFiles, adapters: Sequence[AdapterFiles]) -> ModelFiles:
+    """`files` with adapters added to the matrices they name, which come as numbers, whether or not they were packed.
+
+    Raises:
+        CheckpointError, WeightsError, ConfigError: an adapter does not fit the model.
+    """
+    if not adapters:
+        return files
+    base = fit(files.config, find(files.config), files.source, adapters).merged()
+    return dataclasses.replace(files, config=base.raw, source=base.source)
 
 
 def convert(

@@ -22,7 +22,7 @@ from runner import loading
 from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
 from runner.cache import Batch
-from runner.checkpoint import write_checkpoint
+from runner.convert import convert, merged
 from runner.device import CPU_WITHOUT_KERNELS, Device
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
@@ -98,10 +98,10 @@ def test_greedy_tokens(case: Path) -> None:
 @by_case
 def test_merged_is_applied(case: Path) -> None:
     files = open_files(base(case))
-    merged = fit(files.config, find(files.config), Float32(files.source), adapters(case)).merged()
+    added = fit(files.config, find(files.config), Float32(files.source), adapters(case)).merged()
     # Numbers of 4 bits have no scales in float32: what is added to them is rounded to bfloat16.
-    check_logits(case, assemble(merged.raw, merged.source, dtype="float32"), 0.03 if "mxfp4" in case.name else None)
-    assert set(merged.source.headers) >= set(name for name in files.source.headers if name.endswith("bias"))
+    check_logits(case, assemble(added.raw, added.source, dtype="float32"), 0.03 if "mxfp4" in case.name else None)
+    assert set(added.source.headers) >= set(name for name in files.source.headers if name.endswith("bias"))
 
 
 @by_case
@@ -117,21 +117,6 @@ def test_merged_tensors_are_as_their_headers_say(case: Path) -> None:
             changed += 1
             assert header.dtype in ("F32", "BF16", "F16")
     assert changed
-
-
-@pytest.mark.parametrize("name", ["llama-embeddings-tied", "llama-saved-tied", "llama-mlx-4bit-dora", "gpt_oss-mxfp4"])
-def test_a_merged_model_is_written_and_opened(name: str, tmp_path: Path) -> None:
-    """Also where some matrices are packed still and others, which an adapter changed, are not."""
-    case = HERE / "fixtures_adapters" / name
-    files = open_files(base(case))
-    merged = fit(files.config, find(files.config), files.source, adapters(case)).merged()
-    tensors = ((name, merged.source.read(name)) for name in merged.source.headers)
-    write_checkpoint(tmp_path / "merged", tensors, dict(merged.raw))
-    written = open_engine(tmp_path / "merged", dtype="float32")
-    check_logits(case, written, 0.1)  # rounded to bfloat16
-    wanted = assemble(merged.raw, merged.source, dtype="float32")
-    prompt = expected(case)["prompts"]["long"]
-    assert mx.array_equal(written.logits(prompt), wanted.logits(prompt))
 
 
 class Float32:
@@ -231,8 +216,8 @@ def test_on_a_gguf_file(kind: Any, tmp_path: Path) -> None:
     if kind == gguf_writer.Type.F32:
         check_logits(QV, engine)
     files = open_files(path)
-    merged = fit(files.config, find(files.config), Float32(files.source), adapters(QV)).merged()
-    wanted = assemble(merged.raw, merged.source, dtype="float32").logits(PROMPT)
+    added = fit(files.config, find(files.config), Float32(files.source), adapters(QV)).merged()
+    wanted = assemble(added.raw, added.source, dtype="float32").logits(PROMPT)
     assert error(engine.logits(PROMPT), wanted) < QUANTISED
     assert error(open_engine(path, dtype="float32").logits(PROMPT), wanted) > 0.5
 
@@ -604,3 +589,31 @@ def test_no_tensor_is_read_before_all_fit(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(type(item.source), "read", fail)
     with pytest.raises(WeightsError):
         open_engine(base(QV), adapters=[item])
+
+
+@by_case
+def test_convert_writes_the_model_with_its_adapters(case: Path, tmp_path: Path) -> None:
+    files = merged(open_files(base(case)), adapters(case))
+    convert(files, tmp_path / "out")
+    wanted = assemble(files.config, files.source, dtype="float32")
+    found = open_engine(tmp_path / "out", dtype="float32")
+    for ids in expected(case)["prompts"].values():
+        assert error(found.logits(ids), wanted.logits(ids)) < 1e-6
+
+
+def test_convert_and_perplexity_take_adapters(tmp_path: Path) -> None:
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", "runner", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout
+
+    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog " * 30)
+    out, text, adapter = str(tmp_path / "out"), str(tmp_path / "text"), f"{QV / 'adapter'}=0.5"
+    run("convert", str(base(QV)), out, "--adapter", adapter)
+    judged = ("--chunk", "64", "--dtype", "float32", "--json")
+    alone, applied, written = (
+        json.loads(run("perplexity", *words, *judged))["perplexity"]
+        for words in ((str(base(QV)), text), (str(base(QV)), text, "--adapter", adapter), (out, text))
+    )
+    assert applied == pytest.approx(written, rel=2e-3)  # the matrices written are rounded to the base's dtype
+    assert applied != pytest.approx(alone, rel=2e-2)

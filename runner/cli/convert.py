@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from runner.cli import engine, terminal
+from runner.cli.options import Adapter
 from runner.cli.perplexity import judge, read_text, shown
 
 Source = Annotated[
@@ -49,15 +50,18 @@ def convert(
     group_size: GroupSize = None,
     recipe: RecipeName = None,
     dtype: DType = None,
+    adapter: Adapter = None,
     judged_by: Eval = None,
 ) -> None:
     """Write a model as a directory of config, tokenizer and safetensors, packed if asked for. Prints that directory."""
     from runner import backend
 
     backend.require()
+    from runner.adapters import open_adapters
     from runner.convert import convert as write
+    from runner.convert import merged
     from runner.errors import UsageError
-    from runner.hub import resolve
+    from runner.hub import resolve, resolve_adapter
     from runner.model_files import open_files
     from runner.packing import packing
     from runner.progress import ProgressBar
@@ -68,9 +72,10 @@ def convert(
     text = None if judged_by is None else read_text(judged_by)
     visible = sys.stderr.isatty()
     files = open_files(resolve(source, progress=visible))
+    adapters = open_adapters(adapter or (), lambda spec: resolve_adapter(spec, progress=visible))
     before = None if text is None else perplexity_of(str(files.path), text, "before")
     with ProgressBar(f"converting {files.path.name}", enabled=visible) as bar:
-        report = write(files, target, packing=wanted, dtype=dtype, progress=bar.update)
+        report = write(merged(files, adapters), target, packing=wanted, dtype=dtype, progress=bar.update)
     forms = ", ".join(f"{count} {form}" for form, count in report.forms.items())
     terminal.note(f"{report.bits_after:.2f} bits per weight, {report.bits_before:.2f} before ({forms})")
     if report.unpackable:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runner.cli import engine, terminal
-from runner.cli.options import AsJson, DType, Model
+from runner.cli.options import Adapter, AsJson, DType, Model
 from runner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,12 +35,13 @@ def perplexity(
     against: Against = None,
     chunk: Chunk = 512,
     chunks: Chunks = None,
+    adapter: Adapter = None,
     dtype: DType = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a model by a text, as llama-perplexity does: mean over chunks, ± standard error."""
     words = read_text(text)
-    lm = engine.open_model(model, dtype)
+    lm = engine.open_model(model, dtype, adapter)
     base = None if against is None else engine.open_model(against, dtype)
     found, comparison = judge(lm, words, base=base, chunk=chunk, chunks=chunks)
     output = terminal.Output()
