@@ -18,9 +18,10 @@ Progress = Callable[[int, int], None]
 
 
 def build(plan: ModulePlan, source: Source, *, dtype: mx.Dtype | None = None, progress: Progress | None = None) -> Any:
-    """Construct the planned dataclass tree, reading one field at a time.
+    """Construct the planned dataclass tree, reading one field at a time, the largest before the others.
 
-    Memory never holds more than the model and the parts of one fused field.
+    Memory holds the model and one stored tensor, in its own dtype and in the field's: large ones come while little else
+    is there. A transform may need a copy of its field.
 
     Args:
         dtype: floating-point tensors become this; None keeps what is stored.
@@ -36,14 +37,26 @@ class _Builder:
         self.uses = Counter(array.tree for array in plan.arrays())
         self.uses.update(array.same_as for array in plan.arrays() if array.same_as is not None)
         self.shared: dict[tuple[Tree, str], mx.array] = {}
-        self.total = sum(source.headers[leaf.name].nbytes for tree in self.uses for leaf in leaves(tree))
+        self.total = sum(self.nbytes(tree) for tree in self.uses)
         self.done = 0
+        self.values: dict[str, mx.array] = {}
+        for array in sorted(plan.arrays(), key=self.urgency):
+            self.values[array.path] = self.array(array)
+
+    def urgency(self, plan: ArrayPlan) -> int:
+        """Fields of a twentieth of the model or more by size, before all others in their order."""
+        size = self.nbytes(plan.tree)
+        return -size if size > self.total // 20 else 0
+
+    def nbytes(self, tree: Tree) -> int:
+        """Bytes of the stored tensors."""
+        return sum(self.source.headers[leaf.name].nbytes for leaf in leaves(tree))
 
     def module(self, plan: ModulePlan) -> Any:
         values: dict[str, Any] = {}
         for name, item in plan.fields.items():
             if isinstance(item, ArrayPlan):
-                values[name] = self.array(item)
+                values[name] = self.values[item.path]
             elif isinstance(item, ModulePlan):
                 values[name] = self.module(item)
             elif isinstance(item, list):
@@ -64,23 +77,58 @@ class _Builder:
         key = (tree, plan.transform.name)
         if key in self.shared:
             return self.shared[key]
-        array = plan.transform.apply(self.assemble(tree))
-        if self.dtype is not None and mx.issubdtype(array.dtype, mx.floating):
-            array = array.astype(self.dtype)
+        # Other transforms than the identity compute, in the dtype that is stored.
+        dtype = self.dtype if plan.transform is IDENTITY else None
+        array = _cast(plan.transform.apply(self.assemble(tree, dtype)), self.dtype)
         mx.eval(array)
-        self.done += sum(self.source.headers[leaf.name].nbytes for leaf in leaves(tree))
+        if mx.get_cache_memory() > self.total // 20:
+            mx.clear_cache()  # of parts that were joined, and of what was cast
+        self.done += self.nbytes(tree)
         if self.progress is not None:
             self.progress(self.done, self.total)
         if self.uses[tree] > 1:
             self.shared[key] = array
         return array
 
-    def assemble(self, tree: Tree) -> mx.array:
-        if isinstance(tree, Join):
-            parts = [self.assemble(item) for item in tree.parts]
+    def assemble(self, tree: Tree, dtype: mx.Dtype | None) -> mx.array:
+        """The stored tensors as one array, floating-point ones in `dtype`. Parts are read one after the other."""
+        if isinstance(tree, Leaf):
+            array = self.source.read(tree.name)
+            rows = array if tree.rows is None else mx.contiguous(array[tree.rows[0] : tree.rows[1]])
+            return _cast(rows, dtype)
+        if len({self.source.headers[leaf.name].dtype for leaf in leaves(tree)}) > 1:
+            parts = [self.assemble(part, dtype) for part in tree.parts]
             return mx.stack(parts) if tree.stacked else mx.concatenate(parts, axis=tree.axis)
-        array = self.source.read(tree.name)
-        return array if tree.rows is None else mx.contiguous(array[tree.rows[0] : tree.rows[1]])
+        whole: mx.array | None = None
+        start = 0
+        for part in tree.parts:
+            piece = self.assemble(part, dtype)
+            piece = piece[None] if tree.stacked else piece
+            if whole is None:
+                shape = list(piece.shape)
+                shape[tree.axis] = self.length(tree)
+                whole = mx.zeros(shape, piece.dtype)
+            end = start + piece.shape[tree.axis]
+            whole[(slice(None),) * tree.axis + (slice(start, end),)] = piece
+            mx.eval(whole)  # in place; the part is let go
+            start = end
+        assert whole is not None
+        return whole
+
+    def length(self, tree: Join) -> int:
+        """Of what the parts of `tree` become, along the axis where they are put together."""
+        if tree.stacked:
+            return len(tree.parts)
+        return sum(self._rows(part, tree.axis) for part in tree.parts)
+
+    def _rows(self, tree: Tree, axis: int) -> int:
+        if isinstance(tree, Join):
+            return self._rows(tree.parts[0], axis - 1) if tree.stacked else self.length(tree)
+        return self.source.headers[tree.name].shape[axis] if tree.rows is None else tree.rows[1] - tree.rows[0]
+
+
+def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    return array if dtype is None or not mx.issubdtype(array.dtype, mx.floating) else array.astype(dtype)
 
 
 def arrays(module: object, path: str = "") -> Iterator[tuple[str, mx.array]]:
