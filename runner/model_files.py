@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint import Checkpoint
-from runner.gguf import GGUF
 from runner.side_files import side_files
 from runner.tokenizer import Tokenizer
 from runner.weights import Source
@@ -36,6 +35,8 @@ def open_files(path: Path) -> ModelFiles:
         CheckpointError: it is neither, or malformed.
     """
     if os.path.isfile(path):
+        from runner.gguf import GGUF  # with NumPy, a third of the imports of a short answer
+
         gguf = GGUF.open(path)
         return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files)
     found = Checkpoint.open(path)

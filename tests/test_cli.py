@@ -56,6 +56,18 @@ def test_help_and_import_load_nothing_heavy() -> None:
     assert "Commands:" in done.stdout
 
 
+def test_an_answer_loads_only_what_it_needs() -> None:
+    # NumPy and pydantic come too: safetensors' own check of a file loads the one, typer the other.
+    spared = ["runner.gguf", "runner.bench", "huggingface_hub.hf_api", "rich.console", "sentencepiece", "asyncio"]
+    code = (
+        "import sys\nfrom runner.cli.app import run\n"
+        f"assert run(['generate', {MODEL!r}, 'abc', '--max-tokens', '2']) == 0\n"
+        f"print([name for name in {spared!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
 def test_importing_the_package_loads_no_part_of_it() -> None:
     code = "import sys, runner; print(sorted(name for name in sys.modules if name.startswith(('runner', 'mlx'))))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
