@@ -235,11 +235,14 @@ class LayerNorm:
     """Layer normalisation over the last axis (arXiv:1607.06450)."""
 
     weight: mx.array = tensor("weight", "$0")
-    bias: mx.array = tensor("bias", "$0")
+    bias: mx.array | None = field(default=None, metadata=tensor("bias", "$0").metadata)
     ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, eps: float) -> mx.array:
-        """`(x - mean) / sqrt(var + eps) * weight + bias`; same shape and dtype as `x`."""
+        """`(x - mean) / sqrt(var + eps) * weight + bias`; same shape and dtype as `x`.
+
+        Built by hand it needs no bias; a checkpoint that lacks it is refused, unless the family has `ScaledLayerNorm`.
+        """
         _check_width("LayerNorm", x, self.weight)
         return self.ops.layer_norm(x, self.weight, self.bias, eps)
 

@@ -143,7 +143,7 @@ class LanguageModel:
         prompt: str | Sequence[int],
         *,
         max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         prompt_cache: PromptCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -154,7 +154,7 @@ class LanguageModel:
         Args:
             prompt: text (special tokens in it are plain text), or ids.
             max_tokens: None: what is left of the context.
-            stop: text that ends the answer, and is not part of it.
+            stop: text (or several) that ends the answer, and is not part of it; None: none.
             prompt_cache: what earlier turns left (`prompt_cache()` makes one); None: nothing is kept.
             on_prefill: called with prompt tokens done and in all.
             cancelled: asked between two prompt chunks and two tokens.
@@ -167,7 +167,7 @@ class LanguageModel:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         ids = self.engine.checked(ids)
         params = self.sampling.replace(**sampling)
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
         room = self.context_length - len(ids)
         if room < 1:
             raise ContextLengthError(len(ids), self.context_length)

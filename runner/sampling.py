@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from runner import resources
 from runner.errors import UsageError
@@ -175,11 +174,14 @@ class Sampler:
         self._penalised = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
-        kept = list(prompt_ids) if self._penalised and params.penalize_prompt else []
-        kept = kept[-params.penalty_window :] if params.penalty_window else kept
-        # Counted at once: an operation for each token of a long prompt would be a graph of thousands.
-        self._counts = mx.array(np.bincount(kept, minlength=vocab_size).astype(np.float32))
-        self._seen = deque(mx.array(token) for token in kept) if params.penalty_window else deque()
+        self._counts = mx.zeros((vocab_size,), dtype=mx.float32)
+        self._seen: deque[mx.array] = deque()
+        if self._penalised and params.penalize_prompt:
+            kept = prompt_ids[-params.penalty_window :] if params.penalty_window else prompt_ids
+            if kept:
+                self._counts = self._counts.at[mx.array(list(kept))].add(1)  # a token that comes twice counts twice
+            if params.penalty_window:
+                self._seen.extend(map(mx.array, kept))
 
     def __call__(self, logits: mx.array) -> Sampled:
         """Pick from logits `[V]`; nothing is evaluated here."""

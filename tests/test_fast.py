@@ -78,6 +78,7 @@ def test_norms() -> None:
     centred = x - mx.mean(x, axis=-1, keepdims=True)
     wanted = centred / mx.sqrt(mx.mean(centred * centred, axis=-1, keepdims=True) + 1e-3) * w + b
     assert mx.allclose(LayerNorm(w, b)(x, 1e-3), wanted, atol=1e-5)
+    assert mx.allclose(LayerNorm(w)(x, 1e-3), wanted - b, atol=1e-5)
     with pytest.raises(UsageError, match="last axis"):
         RMSNorm(w)(rand(2, 15), 1e-5)
 
