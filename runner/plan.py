@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,7 +189,7 @@ class _Planner:
             when = bool(getattr(config, when))
         if not when:
             return Value(None)
-        tree, same_as = self.locate(tag, tree, config)
+        tree, same_as = self.locate(path, tag, tree, config)
         if tag.optional and not self.present(tree):
             return Value(None)
         sizes = resolve(tag.shape, config, scope)
@@ -222,7 +223,14 @@ class _Planner:
             self.names[kind] = frozenset(properties | {item.name for item in dataclasses.fields(config)})
         return self.names[kind]
 
-    def locate(self, tag: Tag, tree: Tree, config: Config) -> tuple[Tree, Tree | None]:
+    def check_count(self, path: str, name: str, count: int) -> None:
+        """Each of `count` layers or experts has a tensor at least; millions of them take hours to be found missing."""
+        if not self.declared and count > len(self.headers):
+            raise WeightsError(f"{path}: config.json says {name} = {count}, of {len(self.headers)} tensors in all")
+
+    def locate(self, path: str, tag: Tag, tree: Tree, config: Config) -> tuple[Tree, Tree | None]:
+        for name in re.findall(r"\{(\w+)\}", tag.name):
+            self.check_count(path, name, size_of(name, config, {}))
         own, _, twins = tag.name.partition("||")
         allowed = bool(twins) and (tag.otherwise is None or bool(getattr(config, tag.otherwise)))
         if self.declared:
@@ -260,6 +268,7 @@ class _Planner:
                 for i, part in enumerate(tree.parts)
             ]
         count = size_of(tag.length, config, scope)
+        self.check_count(path, tag.length, count)
         return [
             self.module(f"{path}.{i}", element, expand(tree, str(i), config), sizes, config.for_layer(i), {})
             for i in range(count)

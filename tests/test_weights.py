@@ -154,6 +154,13 @@ def test_alternatives_behind_two_bars_need_the_flag(tied: bool, prefix: str) -> 
     assert count_parameters(plan(Renamed, config, None)) == (1 if tied else 2) * 3 * 64
 
 
+@pytest.mark.parametrize(("cls", "name"), [(Tied, "num_hidden_layers"), (Stacked, "vocab_size")])
+def test_more_layers_or_experts_than_tensors_are_refused_at_once(cls: type, name: str) -> None:
+    config = Config(**{**vars(CONFIG), name: 1 << 24})
+    with pytest.raises(WeightsError, match=f"config.json says {name} = 16777216, of 1 tensors in all"):
+        plan(cls, config, Arrays({"embed.weight": rand(3, 64)}).headers)
+
+
 def test_every_problem_is_named_at_once_before_reading() -> None:
     arrays = tied_arrays()
     arrays["layers.0.nrom.weight"] = arrays.pop("layers.0.norm.weight")
