@@ -19,6 +19,7 @@ from runner.models.llama import LlamaConfig
 from runner.nn import Linear
 from runner.rope import RopeScaling
 from runner.weights import weight
+from runner.xielu import XIELU
 
 STRETCHED = RopeScaling(
     kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
@@ -36,21 +37,6 @@ class ApertusConfig(LlamaConfig):
     rope_theta: float = 12000000.0
     rope_scaling: RopeScaling | None = STRETCHED
     hidden_act: str = "xielu"
-
-
-@dataclass
-class XIELU:
-    """x above 0: `p x^2 + b x`; below: `n (e^x - 1 - x) + b x`, p = softplus(alpha_p), n = b + softplus(alpha_n)."""
-
-    alpha_p: mx.array = weight("alpha_p", 1)
-    alpha_n: mx.array = weight("alpha_n", 1)
-    beta: mx.array = weight("beta")
-    eps: mx.array = weight("eps")
-
-    def __call__(self, x: mx.array) -> mx.array:
-        p, n = mx.logaddexp(self.alpha_p, 0.0), self.beta + mx.logaddexp(self.alpha_n, 0.0)
-        below = (mx.expm1(mx.minimum(x, self.eps)) - x) * n
-        return (mx.where(x > 0, p * x * x, below) + self.beta * x).astype(x.dtype)
 
 
 @dataclass

@@ -16,9 +16,10 @@ from runner.config import Config, key
 from runner.decoder_config import DecoderConfig
 from runner.errors import ConfigError
 from runner.fast import RMSNorm, RoPE
+from runner.moe import ExpertLinear
 from runner.nn import Attend, Linear, merge_heads, split_heads
 from runner.rope import yarn_mscale
-from runner.weights import Choice, Chooses, Header, Size, Tree, setting, weight
+from runner.weights import Choice, Chooses, Header, Size, Tree, leaves, setting, weight
 
 HIDDEN, LATENT, QUERY_LATENT = "hidden_size", "kv_lora_rank", "q_lora_rank"
 QUERIES = "num_attention_heads*qk_head_dim"
@@ -94,6 +95,60 @@ class LatentQueries(Queries):
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x), NORM_EPS))
 
 
+class KeysAndValues(Chooses):
+    """What makes keys and values of latents: `[..., kv_lora_rank]` to those of each head, `[..., rows]`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.matrix().T
+
+    def matrix(self) -> mx.array:
+        """`[rows, kv_lora_rank]`: a head's keys, its values, the next head's keys."""
+        raise NotImplementedError
+
+    @property
+    def changeable(self) -> bool:
+        """See `Linear.changeable`."""
+        return False
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        apart = f"{next(leaves(tree)).name}.embed_q.weight" in headers
+        return Choice(ApartKeysAndValues if apart else JoinedKeysAndValues, {})
+
+
+@dataclass
+class JoinedKeysAndValues(KeysAndValues):
+    """As published."""
+
+    kv_b_proj: Linear = weight("kv_b_proj", (KEYS, VALUES), LATENT)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.kv_b_proj(x)
+
+    def matrix(self) -> mx.array:
+        return self.kv_b_proj.matrix()
+
+    @property
+    def changeable(self) -> bool:
+        return self.kv_b_proj.changeable
+
+
+@dataclass
+class ApartKeysAndValues(KeysAndValues):
+    """As mlx-lm writes them for DeepSeek V3: head by head, the keys' turned over."""
+
+    embed_q: ExpertLinear = weight("embed_q[num_attention_heads]", LATENT, "qk_nope_head_dim")
+    unembed_out: ExpertLinear = weight("unembed_out[num_attention_heads]", "v_head_dim", LATENT)
+
+    def matrix(self) -> mx.array:
+        heads = [self.embed_q.matrices().swapaxes(-1, -2), self.unembed_out.matrices()]
+        return mx.concatenate(heads, axis=1).flatten(0, 1)
+
+    @property
+    def changeable(self) -> bool:
+        return self.embed_q.changeable or self.unembed_out.changeable
+
+
 @dataclass
 class LatentAttention:
     """The cache holds `kv_lora_rank + qk_rope_head_dim` numbers a token, for all heads: a latent and a rotated key.
@@ -110,7 +165,7 @@ class LatentAttention:
         "kv_a_proj_with_mqa", ("kv_lora_rank", "qk_rope_head_dim"), HIDDEN, bias="attention_bias"
     )
     kv_a_layernorm: RMSNorm = weight("kv_a_layernorm", LATENT)
-    kv_b_proj: Linear = weight("kv_b_proj", (KEYS, VALUES), LATENT)
+    kv_b_proj: KeysAndValues = weight("")
     o_proj: Linear = weight("o_proj", HIDDEN, VALUES, bias="attention_bias")
     kv_lora_rank: int = setting()
     qk_nope_head_dim: int = setting()

@@ -31,6 +31,15 @@ class ExpertLinear(Chooses):
     def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
         raise NotImplementedError
 
+    def matrices(self) -> mx.array:
+        """`[experts, out, in]` as numbers."""
+        raise NotImplementedError
+
+    @property
+    def changeable(self) -> bool:
+        """See `Linear.changeable`."""
+        return False
+
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         forms = {layer_form(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
@@ -53,6 +62,9 @@ class PlainExperts(ExpertLinear):
     def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
         return _biased(self.ops.gather_linear(x, self.weight, experts, in_order=in_order), self.bias, experts)
 
+    def matrices(self) -> mx.array:
+        return self.weight
+
 
 @dataclass
 class QuantizedExperts(ExpertLinear):
@@ -71,6 +83,11 @@ class QuantizedExperts(ExpertLinear):
         form = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode, "in_order": in_order}
         y = self.ops.gather_quantized_linear(x, self.weight, self.scales, self.biases, experts, **form)
         return _biased(y, self.bias, experts)
+
+    def matrices(self) -> mx.array:
+        return mx.dequantize(
+            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+        )
 
 
 def _biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:

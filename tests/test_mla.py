@@ -11,7 +11,8 @@ from runner.adapters.layers import AdaptedLinear, Delta
 from runner.cache import Batch, History, KVCache
 from runner.device import CPU_WITHOUT_KERNELS, current
 from runner.fast import PORTABLE, Ops, RMSNorm, RoPE
-from runner.mla import LatentAttention, PlainQueries
+from runner.mla import ApartKeysAndValues, JoinedKeysAndValues, LatentAttention, PlainQueries
+from runner.moe import ExpertLinear, PlainExperts, QuantizedExperts
 from runner.nn import Attend, Linear, PlainLinear, QuantizedLinear
 
 HEADS, NOPE, ROTATED, VALUES, RANK, HIDDEN = 4, 16, 8, 24, 64, 32
@@ -35,7 +36,7 @@ def attention(ops: Ops, bits: int | None = None) -> LatentAttention:
         PlainQueries(PlainLinear(rand(HEADS * (NOPE + ROTATED), HIDDEN, seed=2), ops=ops)),
         PlainLinear(rand(RANK + ROTATED, HIDDEN, seed=3), ops=ops),
         RMSNorm(1 + rand(RANK, seed=4), ops=ops),
-        linear,
+        JoinedKeysAndValues(linear),
         PlainLinear(rand(HIDDEN, HEADS * VALUES, seed=5), ops=ops),
         kv_lora_rank=RANK,
         qk_nope_head_dim=NOPE,
@@ -72,7 +73,8 @@ def test_the_absorbed_form_follows_an_adapter_whose_weight_changes(ops: Ops) -> 
     layer, weights = attention(ops), {"a": 1.0}
     out = HEADS * (NOPE + VALUES)
     delta = Delta("a", rand(2, RANK, seed=10), rand(out, 2, seed=11), 2.0)
-    layer.kv_b_proj = AdaptedLinear(layer.kv_b_proj, [delta], [], [], weights, ops)
+    base = PlainLinear(rand(out, RANK, seed=1), ops=ops)
+    layer.kv_b_proj = JoinedKeysAndValues(AdaptedLinear(base, [delta], [], [], weights, ops))
     batch = Batch(mx.zeros((2, 1), dtype=mx.int32), 39)
     found = []
     for weight in (1.0, 0.5, 0.0):
@@ -117,3 +119,21 @@ def test_packed_matrices_are_unpacked_once() -> None:
     layer = attention(PORTABLE, 4)
     assert layer.kept_matrices is layer.kept_matrices
     assert [matrix.shape for matrix in layer.kept_matrices] == [(HEADS, NOPE, RANK), (HEADS, VALUES, RANK)]
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_heads_apart_are_the_joined_ones(bits: int | None) -> None:
+    """mlx-lm's form of DeepSeek V3: keys `[heads, latent, key]`, values `[heads, value, latent]`."""
+    layer = attention(PORTABLE)
+    keys, values = layer.matrices()
+    joined = JoinedKeysAndValues(PlainLinear(mx.concatenate([keys, values], axis=1).flatten(0, 1)))
+
+    stored: ExpertLinear = PlainExperts(values)
+    if bits is not None:
+        packed = mx.quantize(values, group_size=32, bits=bits)
+        stored = QuantizedExperts(*packed, bits=bits, group_size=32, mode="affine")
+    apart = ApartKeysAndValues(PlainExperts(mx.contiguous(keys.swapaxes(-1, -2))), stored)
+    x = rand(2, 5, RANK, seed=11)
+    assert apart.matrix().shape == joined.matrix().shape
+    assert mx.allclose(apart.matrix(), joined.matrix(), atol=1e-6 if bits is None else 3e-3)
+    assert mx.allclose(apart(x), joined(x), atol=1e-5 if bits is None else 3e-3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +22,7 @@ from runner.nn import Embedding, Linear
 from runner.plan import plan
 from runner.weights import weight
 
+HERE = Path(__file__).parent
 DEVICES = [current(), Device("unpacking", CPU_WITHOUT_KERNELS), Device("mlx", PORTABLE)]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
@@ -119,3 +122,24 @@ def test_what_config_and_tensors_say_must_agree(entry: Any, error: type[Exceptio
     with pytest.raises(error) as caught:
         logits({**LLAMA, "quantization": entry}, stored)
     assert words in str(caught.value)
+
+
+def test_names_and_shapes_that_only_mlx_lm_writes() -> None:
+    """DeepSeek V3's keys and values head by head, and Apertus' activation with plain numbers."""
+    for name in ("deepseek_v3-yarn", "apertus-base"):
+        path = HERE / "fixtures_families" / name
+        raw, tensors = json.loads((path / "config.json").read_text()), mx.load(str(path / "model.safetensors"))
+        assert isinstance(tensors, dict)
+        written: dict[str, mx.array] = {}
+        for key, tensor in tensors.items():
+            if key.endswith(("alpha_p", "alpha_n")):
+                written[key] = tensor.squeeze()
+            elif key.endswith("kv_b_proj.weight"):
+                heads = tensor.reshape(raw["num_attention_heads"], -1, raw["kv_lora_rank"])
+                keys, values = heads[:, : raw["qk_nope_head_dim"]], heads[:, raw["qk_nope_head_dim"] :]
+                written[key.replace("kv_b_proj", "embed_q")] = mx.contiguous(keys.swapaxes(1, 2))
+                written[key.replace("kv_b_proj", "unembed_out")] = mx.contiguous(values)
+            else:
+                written[key] = tensor
+        assert {key: tensor.shape for key, tensor in written.items()} != {k: t.shape for k, t in tensors.items()}
+        assert distance(logits(raw, written), logits(raw, tensors)) < 1e-5, name

@@ -154,6 +154,19 @@ class AdaptedExperts(ExpertLinear):
                 y = y + self.ops.gather_linear(lows, delta.up, experts, in_order=in_order).astype(y.dtype)
         return y
 
+    def matrices(self) -> mx.array:
+        """`[E, out, in]` float32 with the adapters in them."""
+        result = self.base.matrices().astype(mx.float32)
+        for delta in self.deltas:
+            if self.weights[delta.adapter]:
+                up = delta.up.astype(mx.float32) * (delta.scale * self.weights[delta.adapter])
+                result = result + up @ delta.down.astype(mx.float32)
+        return result
+
+    @property
+    def changeable(self) -> bool:
+        return True
+
 
 @dataclass
 class AdaptedEmbedding(Embedding):

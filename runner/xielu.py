@@ -1,0 +1,49 @@
+"""xIELU (arXiv:2411.13010): an activation that learns its own bends.
+
+Source: `transformers.activations.XIELUActivation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.config import Config
+from runner.weights import Choice, Chooses, Header, Size, Tree, leaves, weight
+
+
+class XIELU(Chooses):
+    """x above 0: `p x^2 + b x`; below: `n (e^x - 1 - x) + b x`, p = softplus(alpha_p), n = b + softplus(alpha_n)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        alpha = headers.get(f"{next(leaves(tree)).name}.alpha_p")
+        return Choice(ScalarXIELU if alpha is not None and not alpha.shape else PlainXIELU, {})
+
+
+@dataclass
+class PlainXIELU(XIELU):
+    """As published: vectors of one number."""
+
+    alpha_p: mx.array = weight("alpha_p", 1)
+    alpha_n: mx.array = weight("alpha_n", 1)
+    beta: mx.array = weight("beta")
+    eps: mx.array = weight("eps")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        p, n = mx.logaddexp(self.alpha_p, 0.0), self.beta + mx.logaddexp(self.alpha_n, 0.0)
+        below = (mx.expm1(mx.minimum(x, self.eps)) - x) * n
+        return (mx.where(x > 0, p * x * x, below) + self.beta * x).astype(x.dtype)
+
+
+@dataclass
+class ScalarXIELU(PlainXIELU):
+    """As mlx-lm writes it: numbers."""
+
+    alpha_p: mx.array = weight("alpha_p")
+    alpha_n: mx.array = weight("alpha_n")
