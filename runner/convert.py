@@ -22,7 +22,7 @@ from runner.weights import Source, leaves
 SHARD_BYTES = 5 << 30
 """Of one file: what mlx-lm and the hub cut at."""
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 """Of the source's numbers that are worked on at once."""
 
 

@@ -484,7 +484,7 @@ def three_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc (ru_maxrss would be the parent's)")
-@pytest.mark.parametrize(("form", "dtype"), [("4", "-"), ("8", "-"), ("mxfp8", "-"), ("-", "float32")])
+@pytest.mark.parametrize(("form", "dtype"), [("4", "-"), ("8", "-"), ("mxfp8", "-"), ("nvfp4", "-"), ("-", "float32")])
 def test_memory_stays_within_one_and_a_half_shards(three_shards: Path, form: str, dtype: str, tmp_path: Path) -> None:
     """The embedding fills its shard, so what is made of it must not be in memory with it."""
     largest = max(path.stat().st_size for path in three_shards.glob("*.safetensors"))
