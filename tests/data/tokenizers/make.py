@@ -261,7 +261,7 @@ def texts() -> list[str]:
         "a b é",
         "x<extra>y <extra>",
     ]
-    return fixed + ["".join(chooser.choices(PARTS, k=chooser.randint(1, 8))) for _ in range(240)]
+    return fixed + ["".join(chooser.choices(PARTS, k=chooser.randint(1, 8))) for _ in range(490)]
 
 
 def attempt(tokenizer: Any, messages: Any, options: Any) -> str | None:
