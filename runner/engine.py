@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +61,21 @@ class Engine:
         return self.model.logits(hidden)[0].astype(mx.float32)
 
     def checked(self, ids: Sequence[int]) -> list[int]:
-        """`ids` as a list; raises `UsageError` where there are none, or one that the vocabulary has not."""
+        """`ids` (NumPy's integers too) as a list of ints.
+
+        Raises:
+            UsageError: there are none, one is no integer, or the vocabulary has it not.
+        """
+        try:
+            ids = [operator.index(token) for token in ids]
+        except TypeError as error:
+            raise UsageError(f"a prompt is text or integer token ids: {error}") from error
         if not ids:
             raise UsageError("the prompt is empty: no tokens to run")
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.config.vocab_size:
             raise UsageError(f"token ids must be 0 to {self.config.vocab_size - 1}; got {low if low < 0 else high}")
-        return list(ids)
+        return ids
 
 
 def assemble(

@@ -164,15 +164,14 @@ class LanguageModel:
             ContextLengthError: the prompt leaves no room for an answer.
             UsageError: an argument is out of range.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        ids = self.engine.checked(ids)
+        ids = self.engine.checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         params = self.sampling.replace(**sampling)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         room = self.context_length - len(ids)
         if room < 1:
             raise ContextLengthError(len(ids), self.context_length)
-        if max_tokens is not None and max_tokens < 1:
-            raise UsageError(f"max_tokens must be at least 1, not {max_tokens}")
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise UsageError(f"max_tokens must be an integer from 1, not {max_tokens!r}")
         budget = room if max_tokens is None else min(max_tokens, room)
         kept = self.prompt_cache() if prompt_cache is None else prompt_cache
         return self._run(ids, params, StopMatcher(stops), budget, kept, on_prefill, cancelled)

@@ -95,8 +95,11 @@ class SamplingParams:
                 raise UsageError(f"{name} must be {word} from {low} to {high}, not {value!r}")
         if not isinstance(self.penalize_prompt, bool):
             raise UsageError(f"penalize_prompt must be true or false, not {self.penalize_prompt!r}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError(f"logit_bias maps token ids to finite numbers; got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
-            if isinstance(token, bool) or not isinstance(token, int) or not math.isfinite(bias):
+            numbers = isinstance(bias, int | float) and math.isfinite(bias)
+            if isinstance(token, bool) or not isinstance(token, int) or not numbers:
                 raise UsageError(f"logit_bias maps token ids to finite numbers; got {token!r}: {bias!r}")
 
     @classmethod

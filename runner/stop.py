@@ -11,7 +11,9 @@ class StopMatcher:
     """Feed pieces of text; get back what is safe to show. Holds back only what could still become a stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Raises `UsageError` for an empty stop string, which would end every answer before it begins."""
+        """Raises `UsageError` for what is no text, and an empty one, which would end every answer before it begins."""
+        if not all(isinstance(stop, str) for stop in stops):
+            raise UsageError(f"stop strings must be text, not {stops!r}")
         if any(not stop for stop in stops):
             raise UsageError("a stop string must not be empty")
         self._stops = tuple(stops)

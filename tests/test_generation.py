@@ -6,14 +6,16 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import runner
 from runner.cache import Batch, KVCache
 from runner.engine import open_engine
-from runner.errors import RunnerError
+from runner.errors import RunnerError, UsageError
 from runner.families import Model
 from runner.generate import Cancelled, decode, prefill
 from runner.language_model import LanguageModel
@@ -128,6 +130,33 @@ def test_no_stop_strings_may_be_said_with_none(lm: LanguageModel) -> None:
     assert (
         lm.generate(PROMPT, max_tokens=2, seed=1, stop=None).tokens == lm.generate(PROMPT, max_tokens=2, seed=1).tokens
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ([1.5], {}, "integer token ids"),
+        (["a"], {}, "integer token ids"),
+        (None, {}, "integer token ids"),
+        ([], {}, "empty"),
+        ([1 << 20], {}, "got 1048576"),
+        ("a", {"max_tokens": 1.5}, "max_tokens must be an integer"),
+        ("a", {"max_tokens": True}, "max_tokens must be an integer"),
+        ("a", {"stop": [3]}, "stop strings must be text"),
+        ("a", {"logit_bias": [1]}, "logit_bias maps"),
+        ("a", {"logit_bias": {3: "x"}}, "logit_bias maps"),
+        ("a", {"topk": 3}, "did you mean 'top_k'"),
+    ],
+)
+def test_wrong_arguments_are_named(lm: LanguageModel, prompt: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        lm.generate(prompt, **options)
+
+
+def test_ids_may_be_numpys(lm: LanguageModel) -> None:
+    wanted = lm.generate(PROMPT, max_tokens=3, seed=1).tokens
+    for ids in (np.array(PROMPT), [np.int64(token) for token in PROMPT], tuple(PROMPT)):
+        assert lm.generate(ids, max_tokens=3, seed=1).tokens == wanted
 
 
 @pytest.mark.parametrize("place", ["config.json", "generation_config.json", "tokenizer_config.json"])
