@@ -1,7 +1,7 @@
 // Float linear layers: one row at a time while few rows of x are there, packed panels after that. Included inside an
 // ISA namespace. Weights become float32 a tile at a time; nothing of the size of the weights is ever allocated.
 
-constexpr int kFewRows = 16;    // up to here every weight is read once and met by all rows of x in registers
+constexpr int kFewRows = RUNNER_ISA == 2 ? 8 : 16;  // up to here each weight is read once, for all rows of x in registers
 constexpr int kTileRows = 48;   // weight rows of a tile: a multiple of kRows on every ISA
 constexpr int kTileDepth = 512;
 constexpr int kTileCols = 256;  // rows of x of a tile
@@ -74,7 +74,23 @@ RUNNER_INLINE void codes_to_bytes(const uint8_t* from, int64_t count, uint8_t* t
   for (; to < end; from += BITS, to += 8) eight_codes<BITS>(from, to);
 }
 
+// Nibbles as bytes; count is a multiple of 32.
+RUNNER_INLINE void nibbles_to_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
+#if RUNNER_ISA > 0
+  const __m128i nibble = _mm_set1_epi8(15);
+  for (const uint8_t* end = to + count; to < end; from += 16, to += 32) {
+    __m128i both = _mm_loadu_si128((const __m128i*)from);
+    __m128i even = _mm_and_si128(both, nibble), odd = _mm_and_si128(_mm_srli_epi16(both, 4), nibble);
+    _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi8(even, odd));
+    _mm_storeu_si128((__m128i*)(to + 16), _mm_unpackhi_epi8(even, odd));
+  }
+#else
+  for (int64_t i = 0; i < count / 2; ++i) to[2 * i] = from[i] & 15, to[2 * i + 1] = from[i] >> 4;
+#endif
+}
+
 inline void codes_to_bytes(const uint8_t* from, int bits, int64_t count, uint8_t* to) {
+  if (bits == 4) return nibbles_to_bytes(from, count, to);
   if (bits == 2) return codes_to_bytes<2>(from, count, to);
   if (bits == 3) return codes_to_bytes<3>(from, count, to);
   if (bits == 5) return codes_to_bytes<5>(from, count, to);
@@ -89,20 +105,13 @@ void dequantise_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, f
   const auto* b = (const typename T::S*)a.shifts + n * groups_of(a) + k0 / a.group;
   for (int64_t g = 0; g < count; g += a.group, ++s, ++b) {
     float scale = T::to(*s), shift = T::to(*b);
-    if (a.bits == 4) {
-      for (int i = 0; i < a.group / 2; ++i) {
-        dst[2 * i] = (float)(q[i] & 15) * scale + shift;
-        dst[2 * i + 1] = (float)(q[i] >> 4) * scale + shift;
-      }
-    } else {
-      uint8_t bytes[128];  // the largest group
-      const uint8_t* code = q;
-      if (a.bits != 8) {
-        codes_to_bytes(q, a.bits, a.group, bytes);
-        code = bytes;
-      }
-      for (int i = 0; i < a.group; ++i) dst[i] = (float)code[i] * scale + shift;
+    uint8_t bytes[128];  // the largest group
+    const uint8_t* code = q;
+    if (a.bits != 8) {
+      codes_to_bytes(q, a.bits, a.group, bytes);
+      code = bytes;
     }
+    for (int i = 0; i < a.group; i += W) store(dst + i, fma(load_u8(code + i), set1(scale), set1(shift)));
     q += a.group * a.bits / 8;
     dst += a.group;
   }
@@ -211,11 +220,16 @@ inline void gemv(const LinearArgs& a) {
   Pool::get().parallel_for((int)((a.n + per - 1) / per), [&](int chunk) {
     int64_t n = chunk * per, end = n + per < a.n ? n + per : a.n;
     if (a.bits) {
-      float* w = (float*)scratch(Slot::tile, a.k * 4);
-      for (; n < end; ++n) {
-        weight_row(a, n, 0, a.k, w);
-        few_rows<F32, 1>(a, w, x, n);
-      }
+      float* w = (float*)scratch(Slot::tile, 4 * a.k * 4);
+      auto rows = [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        for (; n + R <= end; n += R) {
+          for (int r = 0; r < R; ++r) weight_row(a, n + r, 0, a.k, w + r * a.k);
+          few_rows<F32, R>(a, w, x, n);
+        }
+      };
+      rows(Int<4>{});
+      rows(Int<1>{});
       return;
     }
     with_type(a.wt, [&](auto t) {

@@ -8,9 +8,10 @@
 
 // How the bytes of x lie: one chunk meets 64 bytes of weights. Four bits: 128 values as
 // [even high][odd high][even mid][odd mid][even low][odd low], as the two nibbles of a byte are neighbours; eight bits:
-// [high][mid][low] of 64 values.
+// [high][mid][low] of 64 values. AVX2 has no product of bytes that would not saturate there: 16-bit lanes, a chunk as
+// [even upper][odd upper][even low][odd low] of 32 values twice, upper = 256 * high + mid.
 RUNNER_INLINE int64_t chunk_values(int bits) { return bits == 4 ? 128 : 64; }
-RUNNER_INLINE int64_t chunk_stride(int bits) { return 3 * chunk_values(bits); }
+RUNNER_INLINE int64_t chunk_stride(int bits) { return bits == 4 || RUNNER_ISA == 512 ? 3 * chunk_values(bits) : 256; }
 
 struct QuantX {
   int8_t* q;      // [m][chunks][chunk_stride]
@@ -34,12 +35,38 @@ RUNNER_INLINE void group_range(const float* x, int group, float* most, float* to
 
 constexpr float kMostByteCode = 8323072.0f;  // 127 * 65536: the high byte stays in int8
 
+#if RUNNER_ISA == 2
+// The low bytes of 32 integers, those of even places to one address and those of odd ones to another.
+RUNNER_INLINE void store_even_odd_bytes(const __m256i v[4], int8_t* even, int8_t* odd) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  __m256i first = _mm256_packus_epi32(_mm256_and_si256(v[0], byte), _mm256_and_si256(v[1], byte));
+  __m256i second = _mm256_packus_epi32(_mm256_and_si256(v[2], byte), _mm256_and_si256(v[3], byte));
+  __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order);
+  bytes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, apart), 0xd8);
+  _mm_storeu_si128((__m128i*)even, _mm256_castsi256_si128(bytes));
+  _mm_storeu_si128((__m128i*)odd, _mm256_extracti128_si256(bytes, 1));
+}
+
+// 32 integers of 16 bits: the even ones, then the odd ones.
+RUNNER_INLINE void store_even_odd_words(const __m256i v[4], int8_t* to) {
+  const __m256i word = _mm256_set1_epi32(0xffff);
+  __m256i a = _mm256_permute4x64_epi64(_mm256_packs_epi32(v[0], v[1]), 0xd8);
+  __m256i b = _mm256_permute4x64_epi64(_mm256_packs_epi32(v[2], v[3]), 0xd8);
+  __m256i even = _mm256_packus_epi32(_mm256_and_si256(a, word), _mm256_and_si256(b, word));
+  __m256i odd = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+  _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(even, 0xd8));
+  _mm256_storeu_si256((__m256i*)(to + 32), _mm256_permute4x64_epi64(odd, 0xd8));
+}
+#endif
+
 // 32 values of x as codes, 16 bytes each of even and odd high, mid and low (four bits), or 32 bytes each. Returns the
 // codes' sum: the shift then meets the same rounded x as the weights, and the rounding error is multiplied by w, which
 // is centred, not by q, which is not (three times less error).
 RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, int bits, int8_t* to) {
-  int step = bits == 4 ? 64 : 16;  // distance from even to odd values, or from the first 16 to the next
-  int piece = bits == 4 ? 128 : 64;  // from high to mid to low
+  [[maybe_unused]] int step = bits == 4 ? 64 : 16;  // from even to odd values, or from the first 16 to the next
+  [[maybe_unused]] int piece = bits == 4 ? 128 : 64;  // from high to mid to low
 #if RUNNER_ISA == 512
   __m512i a = _mm512_cvtps_epi32(load(x) * set1(inverse)), b = _mm512_cvtps_epi32(load(x + 16) * set1(inverse));
   int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
@@ -61,21 +88,27 @@ RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, int bits, int8_
   split(a, to);
   split(b, to + step);
 #else
-  int32_t sum = 0;
-  alignas(32) int32_t code[32];
-  for (int i = 0; i < 32; i += 8) {
-    _mm256_store_si256((__m256i*)(code + i), _mm256_cvtps_epi32(load(x + i) * set1(inverse)));
+  const __m256i half = _mm256_set1_epi32(128);
+  __m256i code[4], upper[4], high[4], total = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    code[i] = _mm256_cvtps_epi32(load(x + 8 * i) * set1(inverse));
+    total = _mm256_add_epi32(total, code[i]);
+    upper[i] = _mm256_srai_epi32(_mm256_add_epi32(code[i], half), 8);
+    high[i] = _mm256_srai_epi32(_mm256_add_epi32(upper[i], half), 8);
   }
-  auto split = [&](int32_t c, int8_t* at) {
-    int32_t upper = (c + 128) >> 8;
-    at[0] = (int8_t)((upper + 128) >> 8);
-    at[piece] = (int8_t)upper;  // modulo 256: what the high byte leaves
-    at[2 * piece] = (int8_t)c;
-    sum += c;
-  };
-  for (int i = 0; i < 16; ++i) {
-    split(bits == 4 ? code[2 * i] : code[i], to + i);
-    split(bits == 4 ? code[2 * i + 1] : code[i + 16], to + i + step);
+  __m128i pair = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+  pair = _mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0x4e));
+  int32_t sum = _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xb1)));
+  if (bits == 4) {
+    store_even_odd_bytes(high, to, to + step);
+    store_even_odd_bytes(upper, to + piece, to + piece + step);  // modulo 256: what `high` leaves
+    store_even_odd_bytes(code, to + 2 * piece, to + 2 * piece + step);
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) code[i] = _mm256_sub_epi32(code[i], _mm256_slli_epi32(upper[i], 8));
+    store_even_odd_words(upper, to);
+    store_even_odd_words(code, to + 64);
   }
 #endif
   return sum;
@@ -105,7 +138,8 @@ RUNNER_INLINE void quantise_row(const LinearArgs& a, int64_t m, const QuantX& to
     float inverse = most > 1e-30f ? kMostByteCode / most : 0.0f;
     for (int64_t i = g * a.group; i < (g + 1) * a.group; i += 32) {
       int64_t in = i % values;
-      codes += quantise_32(x + i, inverse, a.bits, q + i / values * chunk_stride(a.bits) + (a.bits == 4 ? in / 2 : in));
+      int64_t at = a.bits == 4 ? in / 2 : RUNNER_ISA == 512 ? in : 4 * in;
+      codes += quantise_32(x + i, inverse, a.bits, q + i / values * chunk_stride(a.bits) + at);
     }
     sum[g] = scale[g] * (float)codes;
   }
@@ -145,7 +179,7 @@ RUNNER_INLINE VF load_some(const typename T::S* p, int64_t n) {
 
 // R rows of weights against M rows of x.
 template <int BITS, int G, class T, int R, int M>
-RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t m0, float out[R][M]) {
+RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t, int64_t m0, float out[R][M]) {
   constexpr int kValues = BITS == 4 ? 128 : 64, kStride = 3 * kValues;
   constexpr int kLane = kValues / 16;                  // values of one int32 lane
   constexpr int kChunks = 16 * G / kValues;            // chunks of 16 groups
@@ -230,79 +264,122 @@ constexpr int kQuantRows = 4, kQuantM = 4;
 
 #else  // AVX2
 
-RUNNER_INLINE __m256i pairs(__m256i w, __m256i x) { return _mm256_maddubs_epi16(w, x); }
-
-// 32 bytes of weights against one half chunk of x: sums of q (65536 high + 256 mid + low) per lane of 4 bytes.
+// 32 bytes of weights as the operands of half_product: nibbles, or bytes in 16-bit lanes, of even and of odd places.
 template <int BITS>
-RUNNER_INLINE VF half_chunk(__m256i w, const int8_t* p) {
-  const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), byte = _mm256_set1_epi16(256);
-  __m256i w0 = _mm256_and_si256(w, nibble), w1 = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
-  auto x = [&](int at) { return _mm256_loadu_si256((const __m256i*)(p + at)); };
+RUNNER_INLINE void even_odd(__m256i w, __m256i* even, __m256i* odd) {
   if constexpr (BITS == 4) {
-    auto both = [&](int at) { return _mm256_add_epi16(pairs(w0, x(at)), pairs(w1, x(at + 64))); };
-    __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(both(0), byte), _mm256_madd_epi16(both(128), one));
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(upper, 8), _mm256_madd_epi16(both(256), one)));
-  } else {  // the two nibbles of a byte apart: a full byte times int8 would saturate 16 bits
-    auto both = [&](int at, int by) {
-      __m256i low = _mm256_madd_epi16(pairs(w0, x(at)), _mm256_set1_epi16((int16_t)by));
-      return _mm256_add_epi32(low, _mm256_madd_epi16(pairs(w1, x(at)), _mm256_set1_epi16((int16_t)(16 * by))));
-    };
-    __m256i upper = _mm256_add_epi32(both(0, 256), both(64, 1));
-    return fma(_mm256_cvtepi32_ps(upper), set1(256.0f), _mm256_cvtepi32_ps(both(128, 1)));
+    const __m256i nibble = _mm256_set1_epi8(15);
+    *even = _mm256_and_si256(w, nibble);
+    *odd = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+  } else {
+    *even = _mm256_and_si256(w, _mm256_set1_epi16(255));
+    *odd = _mm256_srli_epi16(w, 8);
   }
 }
 
+// Those against half a chunk of x: sums of q (65536 high + 256 mid + low) per lane of 4 bytes.
+template <int BITS>
+RUNNER_INLINE VF half_product(__m256i even, __m256i odd, const int8_t* p) {
+  auto x = [&](int at) { return _mm256_loadu_si256((const __m256i*)(p + at)); };
+  if constexpr (BITS == 4) {
+    const __m256i one = _mm256_set1_epi16(1), byte = _mm256_set1_epi16(256);
+    auto both = [&](int at) {
+      return _mm256_add_epi16(_mm256_maddubs_epi16(even, x(at)), _mm256_maddubs_epi16(odd, x(at + 64)));
+    };
+    __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(both(0), byte), _mm256_madd_epi16(both(128), one));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(upper, 8), _mm256_madd_epi16(both(256), one)));
+  } else {  // eight bits times 24 do not fit 32
+    auto both = [&](int at) {
+      return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(even, x(at)), _mm256_madd_epi16(odd, x(at + 32))));
+    };
+    return fma(both(0), set1(256.0f), both(64));
+  }
+}
+
+// The last chunk of the last row, with zeros after it.
+inline const uint8_t* padded_chunk(const uint8_t* from, int64_t bytes, uint8_t* to) {
+  memset(to, 0, 64);
+  memcpy(to, from, (size_t)bytes);
+  return to;
+}
+
+// The first `count` values from p on, zeros after them.
+template <class T>
+RUNNER_INLINE VF load_some(const typename T::S* p, int64_t count) {
+  alignas(32) typename T::S part[W] = {};
+  for (int64_t i = 0; i < W && i < count; ++i) part[i] = p[i];
+  return T::load_v(part);
+}
+
+// R rows of weights against M rows of x. Whole vectors are read past the end of a row, which meets zeros of x; the last
+// row of the matrix is for R = 1, which reads no further.
 template <int BITS, int G, class T, int R, int M>
-RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t m0, float out[R][M]) {
-  constexpr int kStride = BITS == 4 ? 384 : 192, kHalf = BITS == 4 ? 64 : 32;  // values of half a chunk
-  int64_t groups = a.k / G, row_bytes = a.k * BITS / 8;
+RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t rows, int64_t m0,
+                              float out[R][M]) {
+  constexpr int kHalf = BITS == 4 ? 64 : 32;  // values of half a chunk, 32 bytes of weights
+  constexpr int kHalves = W * G / kHalf;      // half chunks of W groups, an even number
+  constexpr int kPiece = BITS == 4 ? 32 : 128;  // from the first half of a chunk of x to the second
+  const int64_t groups = a.k / G, row_bytes = a.k * BITS / 8;
   const uint8_t* w = (const uint8_t*)a.w + n * row_bytes;
   const int8_t* q = x.q + m0 * x.stride;
   const float *sx = x.scale + m0 * x.padded, *xs = x.sum + m0 * x.padded;
   const auto* scales = (const typename T::S*)a.scales + n * groups;
   const auto* shifts = (const typename T::S*)a.shifts + n * groups;
-  VF acc[R][M];
-  float tail[R][M];  // the shift's share of the last few groups
+  const __m256i second = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);  // lanes of the second group, where two meet
+  alignas(32) static constexpr int32_t mask[2 * W] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  prefetch((const char*)scales + kAhead / 8);
+  prefetch((const char*)shifts + kAhead / 8);
+  VF acc[R][M], s[R][M];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) acc[r][m] = zero();
+  }
+  // Half a chunk at p against 32 bytes at `from`; `h` is its number among those of W groups.
+  auto half = [&](const uint8_t* from, const int8_t* p, int h, int r) __attribute__((always_inline)) {
+    __m256i even, odd, index = _mm256_set1_epi32(h * kHalf / G);
+    if constexpr (kHalf > G) index = _mm256_add_epi32(index, second);
+    even_odd<BITS>(_mm256_loadu_si256((const __m256i*)from), &even, &odd);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      acc[r][m] = zero();
-      tail[r][m] = 0;
-      int64_t g = 0;
-      for (; g + W <= groups; g += W) {
-        acc[r][m] = fma(T::load_v(shifts + r * groups + g), load(xs + m * x.padded + g), acc[r][m]);
-      }
-      for (; g < groups; ++g) tail[r][m] += T::to(shifts[r * groups + g]) * xs[m * x.padded + g];
+      VF whole = half_product<BITS>(even, odd, p + m * x.stride);
+      acc[r][m] = fma(whole, _mm256_permutevar8x32_ps(s[r][m], index), acc[r][m]);
     }
-  }
-  for (int64_t c = 0; c * 32 < row_bytes; ++c) {  // half chunks
-    int64_t g = c * kHalf / G;
-    alignas(32) uint8_t part[32] = {};
+  };
+  const int64_t chunks = x.chunks, near = rows * row_bytes - 64;  // `near`: last place from which 64 bytes may be read
+  for (int64_t g = 0, line = 0; g < groups; g += W) {
+    const VF some = load((const float*)mask + (groups - g < W ? W - (groups - g) : 0));
+    const bool whole = R > 1 || rows * groups - g >= W;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const uint8_t* from = w + r * row_bytes + c * 32;
-      if (row_bytes - c * 32 < 32) {
-        memcpy(part, from, (size_t)(row_bytes - c * 32));
-        from = part;
-      }
-      __m256i wv = _mm256_loadu_si256((const __m256i*)from);
-      if (c % 2 == 0) prefetch(ahead<R>(w, row_bytes, r, c / 2));
-      float s0 = T::to(scales[r * groups + g]);
-      float s1 = kHalf > G && g + 1 < groups ? T::to(scales[r * groups + g + 1]) : s0;
+      const auto *sp = scales + r * groups + g, *bp = shifts + r * groups + g;
+      VF sw = _mm256_and_ps(whole ? T::load_v(sp) : load_some<T>(sp, groups - g), some);
+      VF bw = _mm256_and_ps(whole ? T::load_v(bp) : load_some<T>(bp, groups - g), some);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const float* sm = sx + m * x.padded + g;
-        VF s = set1(s0 * sm[0]);
-        if constexpr (kHalf > G) s = _mm256_insertf128_ps(s, _mm_set1_ps(s1 * sm[1]), 1);
-        acc[r][m] = fma(half_chunk<BITS>(wv, q + m * x.stride + c / 2 * kStride + c % 2 * 32), s, acc[r][m]);
+        s[r][m] = sw * load(sx + m * x.padded + g);
+        acc[r][m] = fma(bw, load(xs + m * x.padded + g), acc[r][m]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < kHalves && line < chunks; h += 2, ++line) {
+      const int8_t* p = q + line * (BITS == 4 ? 384 : 256);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        int64_t at = r * row_bytes + line * 64;
+        const uint8_t* from = w + at;
+        alignas(32) uint8_t part[64];
+        if (R == 1 && at > near) from = padded_chunk(from, near + 64 - at, part);
+        prefetch(ahead<R>(w, row_bytes, r, line));
+        half(from, p, h, r);
+        half(from + 32, p + kPiece, h + 1, r);
       }
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) out[r][m] = hsum(acc[r][m]) + tail[r][m];
+    for (int m = 0; m < M; ++m) out[r][m] = hsum(acc[r][m]);
   }
 }
 constexpr int kQuantRows = 4, kQuantM = 2;
@@ -311,19 +388,21 @@ constexpr int kQuantRows = 4, kQuantM = 2;
 
 constexpr int64_t kLongRow = 512;  // bytes from which one row alone is long enough a stream
 
+// Rows [n, end) of w, which holds `all` rows.
 template <int BITS, int G, class T>
-void quant_gemv_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t end) {
+void quant_gemv_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t end, int64_t all) {
   auto rows = [&](auto count, auto ms, int64_t m) {
     constexpr int R = decltype(count)::value, M = decltype(ms)::value;
     float out[R][M];
-    quant_rows<BITS, G, T, R, M>(a, x, n, m, out);
+    quant_rows<BITS, G, T, R, M>(a, x, n, all - n, m, out);
     for (int r = 0; r < R; ++r) {
       for (int j = 0; j < M; ++j) store_out(a, m + j, n + r, out[r][j]);
     }
   };
+  const int64_t many = all - 8 < end ? all - 8 : end;  // eight more rows are enough to read past the end of one
   if (a.m == 1) {
     if (a.k * BITS / 8 <= kLongRow) {
-      for (; n + kQuantRows <= end; n += kQuantRows) rows(Int<kQuantRows>{}, Int<1>{}, 0);
+      for (; n + kQuantRows <= many; n += kQuantRows) rows(Int<kQuantRows>{}, Int<1>{}, 0);
     }
     for (; n < end; ++n) rows(Int<1>{}, Int<1>{}, 0);
     return;
@@ -333,7 +412,7 @@ void quant_gemv_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t en
     for (; m + kQuantM <= a.m; m += kQuantM) rows(count, Int<kQuantM>{}, m);
     for (; m < a.m; ++m) rows(count, Int<1>{}, m);
   };
-  for (; n + 2 <= end; n += 2) all_rows_of_x(Int<2>{});
+  for (; n + 2 <= many; n += 2) all_rows_of_x(Int<2>{});
   for (; n < end; ++n) all_rows_of_x(Int<1>{});
 }
 
@@ -351,7 +430,7 @@ RUNNER_INLINE void with_layout(const LinearArgs& a, F&& f) {
 
 // Rows [n, n + rows) of a layer whose codes are not of 4 or 8 bits, as a layer of their own with 8.
 inline LinearArgs widened(const LinearArgs& a, int64_t n, int64_t rows) {
-  uint8_t* bytes = (uint8_t*)scratch(Slot::tile, rows * a.k);
+  uint8_t* bytes = (uint8_t*)scratch(Slot::tile, rows * a.k + 64);  // vectors are read past the end
   codes_to_bytes((const uint8_t*)a.w + n * a.k * a.bits / 8, a.bits, rows * a.k, bytes);
   LinearArgs part = a;
   part.w = bytes;
@@ -375,7 +454,8 @@ inline bool quant_gemv_widened(const LinearArgs& a) {
         int64_t end = (chunk + 1) * per < a.n ? (chunk + 1) * per : a.n;
         for (int64_t n = chunk * per; n < end; n += kQuantRows) {
           int64_t rows = end - n < kQuantRows ? end - n : kQuantRows;
-          quant_gemv_rows<decltype(bits)::value, decltype(group)::value, decltype(t)>(widened(a, n, rows), x, 0, rows);
+          constexpr int B = decltype(bits)::value, G = decltype(group)::value;
+          quant_gemv_rows<B, G, decltype(t)>(widened(a, n, rows), x, 0, rows, a.n - n);
         }
       });
     });
@@ -393,7 +473,7 @@ inline bool quant_gemv(const LinearArgs& a) {
     with_type(a.st, [&](auto t) {
       Pool::get().parallel_for((int)((a.n + per - 1) / per), [&](int chunk) {
         int64_t n = chunk * per, end = n + per < a.n ? n + per : a.n;
-        quant_gemv_rows<decltype(bits)::value, decltype(group)::value, decltype(t)>(a, x, n, end);
+        quant_gemv_rows<decltype(bits)::value, decltype(group)::value, decltype(t)>(a, x, n, end, a.n);
       });
     });
   });

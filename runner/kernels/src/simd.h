@@ -32,6 +32,9 @@ RUNNER_INLINE void store_f16(uint16_t* p, VF v) {
 RUNNER_INLINE VF load_i16(const int16_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
 }
+RUNNER_INLINE VF load_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 RUNNER_INLINE void store_i16(int16_t* p, VF v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
 }
@@ -83,6 +86,9 @@ RUNNER_INLINE void store_f16(uint16_t* p, VF v) {
 RUNNER_INLINE VF load_i16(const int16_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
+RUNNER_INLINE VF load_u8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 RUNNER_INLINE void store_i16(int16_t* p, VF v) {
   __m256i code = _mm256_cvtps_epi32(v);
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1)));
@@ -121,6 +127,7 @@ RUNNER_INLINE VF load_bf16(const uint16_t* p) {
   return (VF)u;
 }
 RUNNER_INLINE VF load_i16(const int16_t* p) { return VF{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
+RUNNER_INLINE VF load_u8(const uint8_t* p) { return VF{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
 RUNNER_INLINE void store_i16(int16_t* p, VF v) {
   for (int i = 0; i < W; ++i) p[i] = (int16_t)__builtin_rintf(v[i]);
 }
