@@ -34,6 +34,7 @@ __all__ = [
     "read_seconds",
     "rms_norm",
     "rope",
+    "small_float_linear",
     "unavailable",
 ]
 
@@ -100,6 +101,18 @@ def quantized_linear(
     float path.
     """
     return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
+
+
+def small_float_linear(
+    x: mx.array, weight: mx.array, scales: mx.array, bias: mx.array | None = None, *, mode: str
+) -> mx.array:
+    """x @ dequantised(weight).T + bias for matrices of small floats: `mx.quantize`'s modes mxfp4, mxfp8 and nvfp4.
+
+    x float [..., in]; weight uint32 [out, in * bits / 32], bits 4, 8 and 4; scales uint8 [out, in / group], groups of
+    32, 32 and 16; bias float [out]. Returns [..., out] of x's type. Few rows of x meet mxfp4 on x86 in integers, as in
+    `quantized_linear`.
+    """
+    return _C.small_float_linear(x, weight, scales, bias, mode)
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:

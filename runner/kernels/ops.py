@@ -12,6 +12,7 @@ from runner.kv_storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 
 _PACKED = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
+_SMALL_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
 def _quantized_linear(
@@ -27,6 +28,8 @@ def _quantized_linear(
 ) -> mx.array:
     if mode == "affine" and biases is not None and bits in _PACKED and group_size in _GROUPS:
         return kernels.quantized_linear(x, weight, scales, biases, bias, group_size=group_size, bits=bits)
+    if _SMALL_FLOATS.get(mode) == (bits, group_size) and biases is None:
+        return kernels.small_float_linear(x, weight, scales, bias, mode=mode)
     full = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
     return kernels.linear(x, full, bias)
 

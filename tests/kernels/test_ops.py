@@ -91,6 +91,49 @@ def test_quantized_linear(
     assert_close(found, twins.linear(x, full, bias), rounded_to=xt, tolerance=3e-4)
 
 
+SMALL_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+@fast_settings
+@given(
+    ROWS, st.integers(1, 90), st.integers(1, 24), st.sampled_from([*SMALL_FLOATS]), FLOATS, st.booleans(), Layout, SEEDS
+)
+def test_matrices_of_small_floats(
+    ops: Ops, rows: int, n: int, groups: int, mode: str, xt: mx.Dtype, biased: bool, layout: str, seed: int
+) -> None:
+    """Every code, with scales far apart."""
+    bits, group_size = SMALL_FLOATS[mode]
+    xt, k = meant(ops, xt), groups * group_size
+    numbers = np.random.default_rng(seed)
+    octets = numbers.integers(0, 256, (n, k * bits // 8), dtype=np.uint8)
+    if mode == "mxfp8":
+        octets[octets & 127 == 127] = 126
+    low, high = (40, 90) if mode == "nvfp4" else (115, 130)
+    scales = mx.array(numbers.integers(low, high, (n, groups), dtype=np.uint8))
+    packed = mx.array(octets.view(np.uint32))
+    x, bias = rand(rows, k, seed=seed + 1, dtype=xt, layout=layout), rand(n, seed=seed + 2, dtype=xt)
+    bias = bias if biased else None
+    form: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+    found = ops.quantized_linear(x, packed, scales, None, bias, **form)
+    assert found.dtype == xt
+    full = mx.array(twins.small_floats(packed, scales, mode).astype(np.float32))
+    assert_close(found, twins.linear(x, full, bias), rounded_to=xt, tolerance=3e-4)
+
+
+@pytest.mark.parametrize("mode", ["mxfp8", "nvfp4"])
+def test_the_small_float_that_is_nan(ops: Ops, mode: str) -> None:
+    packed, scales = mx.zeros((3, 16 if mode == "mxfp8" else 8), mx.uint32), mx.full((3, 4), 1, mx.uint8)
+    if mode == "mxfp8":
+        packed, scales = mx.where(mx.arange(3)[:, None] == 1, mx.array(0x7F, mx.uint32), packed), scales[:, :2]
+    else:
+        scales = mx.where(mx.arange(3)[:, None] == 1, mx.array(0x7F, mx.uint8), scales)
+    bits, group_size = SMALL_FLOATS[mode]
+    found = ops.quantized_linear(
+        mx.ones((2, 64)), packed, scales, None, None, group_size=group_size, bits=bits, mode=mode
+    )
+    assert np.isnan(numpy(found)).tolist() == [[False, True, False]] * 2
+
+
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 3000, 576), (16, 50, 8192), (260, 50, 2176), (1100, 49, 1152)])
 @pytest.mark.parametrize("bits", [0, 2, 3, 4, 5, 6, 8])
 def test_linear_layers_of_several_tiles(ops: Ops, rows: int, n: int, k: int, bits: int) -> None:

@@ -53,6 +53,30 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> Any:
     return y if bias is None else y + numpy(bias)
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+"""Magnitudes of four-bit floats (OCP Microscaling 1.0, 5.3.3)."""
+
+
+def e4m3(codes: Any) -> Any:
+    """Eight-bit floats (5.3.1): bias 7, subnormals, no infinity, NaN where all lower bits are set."""
+    exponent, fraction = codes.astype(int) >> 3 & 15, codes & 7
+    size = np.where(exponent == 0, fraction / 8 * 2.0**-6, (1 + fraction / 8) * 2.0 ** (exponent - 7.0))
+    return np.where(codes & 127 == 127, np.nan, np.where(codes & 128, -size, size))
+
+
+def small_floats(packed: mx.array, scales: mx.array, mode: str) -> Any:
+    """The matrix that MLX's `packed` and `scales` of `mode` stand for: its codes lie lowest bits first."""
+    octets = np.array(packed).view(np.uint8)
+    if mode == "mxfp8":
+        codes = e4m3(octets)
+    else:
+        nibbles = np.stack([octets & 15, octets >> 4], axis=-1).reshape(len(octets), -1)
+        codes = np.where(nibbles & 8, -1, 1) * E2M1[nibbles & 7]
+    powers = np.array(scales)
+    factors = e4m3(powers) if mode == "nvfp4" else 2.0 ** (powers.astype(float) - 127)
+    return codes * np.repeat(factors, codes.shape[1] // factors.shape[1], axis=1)
+
+
 def norm(x: Any, weight: Any, bias: Any, eps: float, mean: bool) -> Any:
     x = x.astype(np.float64)
     if mean:

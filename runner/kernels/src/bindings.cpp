@@ -47,6 +47,7 @@ NB_MODULE(_C, m) {
   m.def("linear", &runner::linear_op, "x"_a, "weight"_a, "bias"_a = nb::none());
   m.def("quantized_linear", &runner::quantized_linear_op, "x"_a, "weight"_a, "scales"_a, "biases"_a,
         "bias"_a = nb::none(), "group_size"_a, "bits"_a);
+  m.def("small_float_linear", &runner::small_float_linear_op, "x"_a, "weight"_a, "scales"_a, "bias"_a.none(), "mode"_a);
   m.def("norm", &runner::norm_op, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, "mean"_a);
   m.def("add_rms_norm", &runner::add_rms_norm_op, "x"_a, "residual"_a, "weight"_a.none(), "eps"_a);
   m.def("rope", &runner::rope_op, "x"_a, "offset"_a, "dims"_a, "traditional"_a, "freqs"_a.none(), "base"_a.none(),

@@ -28,10 +28,11 @@ inline void linear(const LinearArgs& a) {
   if (a.m == 0 || a.n == 0) return;
 #if RUNNER_ISA > 0
   bool layout = a.bits > 0 && (a.group == 32 || a.group == 64 || a.group == 128);
+  if (a.format == Format::mxfp8 || a.format == Format::nvfp4) layout = false;
   if (layout && a.m <= kFewRows && quant_gemv(a)) return;
 #endif
 #if RUNNER_ISA == 512
-  if (layout && (a.bits == 4 || a.bits == 8) && a.m > kFewRows && quant_gemm(a)) return;
+  if (layout && a.format == Format::affine && (a.bits == 4 || a.bits == 8) && a.m > kFewRows && quant_gemm(a)) return;
 #endif
   linear_float(a);
 }

@@ -8,8 +8,13 @@ namespace runner {
 enum class DType : uint8_t { f32, bf16, f16, i16 };  // i16: rows of a cache only, see AppendArgs
 inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
+// How the codes of packed weights and their scales are meant, in MLX's layouts. affine: w = scale * q + shift. The others
+// have no shifts and scales of one byte: mxfp4 and mxfp8 (OCP Microscaling 1.0) an e2m1 or e4m3 code times a power of
+// two (e8m0), nvfp4 an e2m1 code times an e4m3 number.
+enum class Format : uint8_t { affine, mxfp4, mxfp8, nvfp4 };
+
 // out[M, N] = x[M, K] @ w[N, K]^T + bias[N]; rows contiguous. bits == 0: w is plain of type wt;
-// else w is MLX's packed affine layout: w = scale * q + shift per `group` values of a row.
+// else w is packed, `bits` a code, with a scale for each `group` values of a row.
 struct LinearArgs {
   const void* x;
   void* out;  // dtype xt
@@ -19,8 +24,9 @@ struct LinearArgs {
   DType wt;
   const void* scales;
   const void* shifts;
-  DType st;
+  DType st;  // of an affine layer's scales and shifts
   int group, bits;
+  Format format;
   const void* bias;  // may be null
   DType bt;
 };

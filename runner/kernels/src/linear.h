@@ -117,8 +117,30 @@ void dequantise_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, f
   }
 }
 
+// Codes of e2m1 doubled are the integers 0 1 2 3 4 6 8 12 and their negatives: plus 12, bytes without a sign.
+constexpr int kFp4Zero = 12;
+alignas(16) constexpr uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+// The same for a layer of small floats: exact, as a code times a scale always fits float32.
+inline void dequantise_floats(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, float* dst) {
+  const uint8_t* q = (const uint8_t*)a.w + (n * a.k + k0) * a.bits / 8;
+  const uint8_t* s = (const uint8_t*)a.scales + n * groups_of(a) + k0 / a.group;
+  for (int64_t g = 0; g < count; g += a.group, ++s, dst += a.group) {
+    float scale = a.format == Format::nvfp4 ? e4m3_to_float(*s) : E8M0::to(*s);
+    if (a.bits == 4) {
+      float of_code[16];
+      for (int i = 0; i < 16; ++i) of_code[i] = (float)(kFp4[i] - kFp4Zero) * 0.5f * scale;
+      for (int i = 0; i < a.group / 2; ++i, ++q) dst[2 * i] = of_code[*q & 15], dst[2 * i + 1] = of_code[*q >> 4];
+    } else {
+      for (int i = 0; i < a.group; ++i, ++q) dst[i] = e4m3_to_float(*q) * scale;
+    }
+  }
+}
+
 inline void weight_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, float* dst) {
-  if (a.bits) {
+  if (a.format != Format::affine) {
+    dequantise_floats(a, n, k0, count, dst);
+  } else if (a.bits) {
     with_type(a.st, [&](auto t) { dequantise_row<decltype(t)>(a, n, k0, count, dst); });
   } else {
     with_type(a.wt, [&](auto t) {

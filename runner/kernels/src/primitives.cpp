@@ -15,12 +15,12 @@ namespace {
 
 class Linear : public CpuPrimitive {
  public:
-  Linear(mx::Stream stream, int group, int bits, bool has_bias)
-      : CpuPrimitive(stream), group_(group), bits_(bits), has_bias_(has_bias) {}
+  Linear(mx::Stream stream, int group, int bits, Format format, bool has_bias)
+      : CpuPrimitive(stream), group_(group), bits_(bits), format_(format), has_bias_(has_bias) {}
   const char* name() const override { return "runner::Linear"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& o = static_cast<const Linear&>(other);
-    return group_ == o.group_ && bits_ == o.bits_ && has_bias_ == o.has_bias_;
+    return group_ == o.group_ && bits_ == o.bits_ && format_ == o.format_ && has_bias_ == o.has_bias_;
   }
 
   // inputs: x, weight, (scales, shifts), (bias)
@@ -38,11 +38,12 @@ class Linear : public CpuPrimitive {
     a.bits = bits_;
     a.group = group_;
     size_t next = 2;
+    a.format = format_;
     if (bits_) {
       a.st = type_of(inputs[2]);
       a.scales = d.contiguous(inputs[2]);
-      a.shifts = d.contiguous(inputs[3]);
-      next = 4;
+      if (format_ == Format::affine) a.shifts = d.contiguous(inputs[3]);
+      next = format_ == Format::affine ? 4 : 3;
     } else {
       a.wt = type_of(inputs[1]);
     }
@@ -55,6 +56,7 @@ class Linear : public CpuPrimitive {
 
  private:
   int group_, bits_;
+  Format format_;
   bool has_bias_;
 };
 
@@ -210,7 +212,7 @@ mx::array linear_op(const mx::array& x, const mx::array& weight, const MaybeArra
     need_vector("linear", "bias", *bias, weight.shape(0));
     inputs.push_back(*bias);
   }
-  auto primitive = std::make_shared<Linear>(cpu_stream(), 0, 0, bias.has_value());
+  auto primitive = std::make_shared<Linear>(cpu_stream(), 0, 0, Format::affine, bias.has_value());
   return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
 }
 
@@ -240,7 +242,36 @@ mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const
     need_vector(op, "bias", *bias, weight.shape(0));
     inputs.push_back(*bias);
   }
-  auto primitive = std::make_shared<Linear>(cpu_stream(), group_size, bits, bias.has_value());
+  auto primitive = std::make_shared<Linear>(cpu_stream(), group_size, bits, Format::affine, bias.has_value());
+  return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
+}
+
+mx::array small_float_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
+                                const MaybeArray& bias, const std::string& mode) {
+  const char* op = "small_float_linear";
+  if (mode != "mxfp4" && mode != "mxfp8" && mode != "nvfp4") {
+    refuse(op, ": mode is '", mode, "'; expected mxfp4, mxfp8 or nvfp4");
+  }
+  Format format = mode == "mxfp4" ? Format::mxfp4 : mode == "mxfp8" ? Format::mxfp8 : Format::nvfp4;
+  int bits = format == Format::mxfp8 ? 8 : 4, group = format == Format::nvfp4 ? 16 : 32;
+  need_float(op, "x", x);
+  need_dims(op, "weight", weight, 2);
+  if (weight.dtype() != mx::uint32) refuse(op, ": weight is ", weight.dtype(), "; expected uint32");
+  int64_t in = int64_t(weight.shape(1)) * 32 / bits;
+  if (x.ndim() < 1 || x.shape(-1) != in || in % group) {
+    refuse(op, ": x has shape ", x.shape(), ", weight ", weight.shape(), " of ", mode,
+           "; the last dimension of x must be ", in, ", a multiple of ", group);
+  }
+  mx::Shape expected{weight.shape(0), static_cast<int>(in / group)};
+  if (scales.dtype() != mx::uint8 || scales.shape() != expected) {
+    refuse(op, ": scales are ", scales.dtype(), scales.shape(), "; expected uint8 ", expected);
+  }
+  std::vector<mx::array> inputs{x, weight, scales};
+  if (bias) {
+    need_vector(op, "bias", *bias, weight.shape(0));
+    inputs.push_back(*bias);
+  }
+  auto primitive = std::make_shared<Linear>(cpu_stream(), group, bits, format, bias.has_value());
   return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
 }
 

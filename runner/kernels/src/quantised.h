@@ -4,7 +4,7 @@
 // of the group's largest value, float32's own. (With two bytes a value beside a large one lost so much that logits were
 // off by 1.6e-3 of their deviation.) Then, per group,
 //   sum w x = s_w s_x sum q (65536 high + 256 mid + low) + shift sum x
-// with exact integer sums; the last sum is float32.
+// with exact integer sums; the last sum is float32. Weights in mxfp4 are of that kind too: q = 2 w / s + 12, from 0 to 24.
 
 // How the bytes of x lie: one chunk meets 64 bytes of weights. Four bits: 128 values as
 // [even high][odd high][even mid][odd mid][even low][odd low], as the two nibbles of a byte are neighbours; eight bits:
@@ -163,12 +163,22 @@ inline QuantX quantise_x(const LinearArgs& a) {
   return to;
 }
 
+// What a layer of scales of type T stands for: mxfp4 has no shifts, they follow from its scales.
+template <class T>
+constexpr bool is_fp4() {
+  return sizeof(typename T::S) == 1;
+}
+
 #if RUNNER_ISA == 512
 
 template <class T>
 RUNNER_INLINE VF load_some(const typename T::S* p, int64_t n) {
   if constexpr (sizeof(typename T::S) == 4) {
     return _mm512_maskz_loadu_ps((__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1), p);
+  } else if constexpr (sizeof(typename T::S) == 1) {
+    typename T::S part[16] = {};
+    for (int64_t i = 0; i < 16 && i < n; ++i) part[i] = p[i];
+    return T::load_v(part);
   } else {
     if (n >= 16) return T::load_v(p);
     alignas(32) uint16_t part[16];
@@ -204,7 +214,13 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
     VF s[R][M];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      VF sw = load_some<T>(scales + r * groups + g, groups - g), bw = load_some<T>(shifts + r * groups + g, groups - g);
+      VF sw = load_some<T>(scales + r * groups + g, groups - g), bw;
+      if constexpr (is_fp4<T>()) {
+        sw = sw * set1(0.5f);
+        bw = sw * set1(-kFp4Zero);
+      } else {
+        bw = load_some<T>(shifts + r * groups + g, groups - g);
+      }
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         s[r][m] = sw * load(sx + m * x.padded + g);
@@ -224,6 +240,11 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
         if constexpr (BITS == 4) {
           w1[r] = _mm512_and_si512(_mm512_srli_epi16(w0[r], 4), nibble);
           w0[r] = _mm512_and_si512(w0[r], nibble);
+          if constexpr (is_fp4<T>()) {
+            const __m512i value = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)kFp4));
+            w0[r] = _mm512_shuffle_epi8(value, w0[r]);
+            w1[r] = _mm512_shuffle_epi8(value, w1[r]);
+          }
         }
       }
 #pragma GCC unroll 4
@@ -265,12 +286,17 @@ constexpr int kQuantRows = 4, kQuantM = 4;
 #else  // AVX2
 
 // 32 bytes of weights as the operands of half_product: nibbles, or bytes in 16-bit lanes, of even and of odd places.
-template <int BITS>
+template <int BITS, class T>
 RUNNER_INLINE void even_odd(__m256i w, __m256i* even, __m256i* odd) {
   if constexpr (BITS == 4) {
     const __m256i nibble = _mm256_set1_epi8(15);
     *even = _mm256_and_si256(w, nibble);
     *odd = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+    if constexpr (is_fp4<T>()) {
+      const __m256i value = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kFp4));
+      *even = _mm256_shuffle_epi8(value, *even);
+      *odd = _mm256_shuffle_epi8(value, *odd);
+    }
   } else {
     *even = _mm256_and_si256(w, _mm256_set1_epi16(255));
     *odd = _mm256_srli_epi16(w, 8);
@@ -339,7 +365,7 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
   auto half = [&](const uint8_t* from, const int8_t* p, int h, int r) __attribute__((always_inline)) {
     __m256i even, odd, index = _mm256_set1_epi32(h * kHalf / G);
     if constexpr (kHalf > G) index = _mm256_add_epi32(index, second);
-    even_odd<BITS>(_mm256_loadu_si256((const __m256i*)from), &even, &odd);
+    even_odd<BITS, T>(_mm256_loadu_si256((const __m256i*)from), &even, &odd);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       VF whole = half_product<BITS>(even, odd, p + m * x.stride);
@@ -352,9 +378,15 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
     const bool whole = R > 1 || rows * groups - g >= W;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const auto *sp = scales + r * groups + g, *bp = shifts + r * groups + g;
-      VF sw = _mm256_and_ps(whole ? T::load_v(sp) : load_some<T>(sp, groups - g), some);
-      VF bw = _mm256_and_ps(whole ? T::load_v(bp) : load_some<T>(bp, groups - g), some);
+      const auto* sp = scales + r * groups + g;
+      [[maybe_unused]] const auto* bp = shifts + r * groups + g;
+      VF sw = _mm256_and_ps(whole ? T::load_v(sp) : load_some<T>(sp, groups - g), some), bw;
+      if constexpr (is_fp4<T>()) {
+        sw = sw * set1(0.5f);
+        bw = sw * set1(-kFp4Zero);
+      } else {
+        bw = _mm256_and_ps(whole ? T::load_v(bp) : load_some<T>(bp, groups - g), some);
+      }
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         s[r][m] = sw * load(sx + m * x.padded + g);
@@ -469,13 +501,16 @@ inline bool quant_gemv(const LinearArgs& a) {
   QuantX x = quantise_x(a);
   if (!x.finite) return false;
   int64_t per = rows_per_chunk(a.n, a.k * a.bits / 8, 4);
-  with_layout(a, [&](auto bits, auto group) {
-    with_type(a.st, [&](auto t) {
-      Pool::get().parallel_for((int)((a.n + per - 1) / per), [&](int chunk) {
-        int64_t n = chunk * per, end = n + per < a.n ? n + per : a.n;
-        quant_gemv_rows<decltype(bits)::value, decltype(group)::value, decltype(t)>(a, x, n, end, a.n);
-      });
+  auto run = [&](auto bits, auto group, auto t) {
+    Pool::get().parallel_for((int)((a.n + per - 1) / per), [&](int chunk) {
+      int64_t n = chunk * per, end = n + per < a.n ? n + per : a.n;
+      quant_gemv_rows<decltype(bits)::value, decltype(group)::value, decltype(t)>(a, x, n, end, a.n);
     });
-  });
+  };
+  if (a.format == Format::mxfp4) {
+    run(Int<4>{}, Int<32>{}, E8M0{});
+  } else {
+    with_layout(a, [&](auto bits, auto group) { with_type(a.st, [&](auto t) { run(bits, group, t); }); });
+  }
   return true;
 }

@@ -227,6 +227,25 @@ struct I16 {
   static RUNNER_INLINE float to(S x) { return (float)x; }
 };
 
+// Powers of two as one byte: 2^(x - 127). 0 is a subnormal float; 255, NaN by the standard, is infinity in MLX and here.
+struct E8M0 {
+  using S = uint8_t;
+  static constexpr bool kCodes = false;
+  static RUNNER_INLINE float to(S x) { return bits_to_float(x ? (uint32_t)x << 23 : 1u << 22); }
+  static RUNNER_INLINE VF load_v(const S* p) {
+    alignas(64) float v[W];
+    for (int i = 0; i < W; ++i) v[i] = to(p[i]);
+    return load(v);
+  }
+};
+
+// Small floats as one byte: sign, four bits of exponent, three of fraction; no infinity, one NaN.
+RUNNER_INLINE float e4m3_to_float(uint8_t x) {
+  if ((x & 0x7f) == 0x7f) return __builtin_nanf("");
+  uint32_t magnitude = (uint32_t)(x & 0x7f) << 20;
+  return bits_to_float((uint32_t)(x & 0x80) << 24 | float_to_bits(bits_to_float(magnitude) * bits_to_float(0x7b800000)));
+}
+
 // Calls f with the type that stands for `t`.
 template <class F>
 RUNNER_INLINE auto with_type(DType t, F&& f) {
