@@ -34,11 +34,19 @@ def by_expert(
     return (result if in_order else result[mx.array(np.argsort(order))]).reshape(*experts.shape, 1, -1)
 
 
+def matrix(stacked: mx.array, expert: int) -> mx.array:
+    """One expert's part of `[E, ...]`, where it lies: `stacked[expert]` would be a copy."""
+    return mx.squeeze(stacked[expert : expert + 1], 0)
+
+
 def gather_linear(linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """`Ops.gather_linear` from a device's `Ops.linear`."""
 
     def gather(x: mx.array, weight: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
-        return by_expert(x, experts, lambda rows, expert: linear(rows, weight[expert], None), in_order=in_order)
+        def multiply(rows: mx.array, expert: int) -> mx.array:
+            return linear(rows, matrix(weight, expert), None)
+
+        return by_expert(x, experts, multiply, in_order=in_order)
 
     return gather
 
@@ -59,8 +67,8 @@ def gather_quantized_linear(quantized_linear: Callable[..., mx.array]) -> Callab
         in_order: bool = False,
     ) -> mx.array:
         def multiply(rows: mx.array, expert: int) -> mx.array:
-            shifts = None if biases is None else biases[expert]
-            packed = weight[expert], scales[expert], shifts
+            shifts = None if biases is None else matrix(biases, expert)
+            packed = matrix(weight, expert), matrix(scales, expert), shifts
             return quantized_linear(rows, *packed, None, group_size=group_size, bits=bits, mode=mode)
 
         return by_expert(x, experts, multiply, in_order=in_order)
