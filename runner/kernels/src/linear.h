@@ -121,18 +121,33 @@ void dequantise_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, f
 constexpr int kFp4Zero = 12;
 alignas(16) constexpr uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
+// Those bytes of `count` codes, a multiple of 16.
+RUNNER_INLINE void fp4_to_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
+#if RUNNER_ISA > 0
+  const __m128i nibble = _mm_set1_epi8(15), value = _mm_load_si128((const __m128i*)kFp4);
+  for (const uint8_t* end = to + count; to < end; from += 8, to += 16) {
+    __m128i both = _mm_loadl_epi64((const __m128i*)from);
+    __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(both, nibble), _mm_and_si128(_mm_srli_epi16(both, 4), nibble));
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(value, codes));
+  }
+#else
+  for (int64_t i = 0; i < count / 2; ++i) to[2 * i] = kFp4[from[i] & 15], to[2 * i + 1] = kFp4[from[i] >> 4];
+#endif
+}
+
 // The same for a layer of small floats: exact, as a code times a scale always fits float32.
 inline void dequantise_floats(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, float* dst) {
   const uint8_t* q = (const uint8_t*)a.w + (n * a.k + k0) * a.bits / 8;
   const uint8_t* s = (const uint8_t*)a.scales + n * groups_of(a) + k0 / a.group;
-  for (int64_t g = 0; g < count; g += a.group, ++s, dst += a.group) {
+  for (int64_t g = 0; g < count; g += a.group, ++s, q += a.group * a.bits / 8, dst += a.group) {
     float scale = a.format == Format::nvfp4 ? e4m3_to_float(*s) : E8M0::to(*s);
     if (a.bits == 4) {
-      float of_code[16];
-      for (int i = 0; i < 16; ++i) of_code[i] = (float)(kFp4[i] - kFp4Zero) * 0.5f * scale;
-      for (int i = 0; i < a.group / 2; ++i, ++q) dst[2 * i] = of_code[*q & 15], dst[2 * i + 1] = of_code[*q >> 4];
+      uint8_t bytes[32];
+      fp4_to_bytes(q, a.group, bytes);
+      VF half = set1(0.5f * scale);
+      for (int i = 0; i < a.group; i += W) store(dst + i, (load_u8(bytes + i) - set1(kFp4Zero)) * half);
     } else {
-      for (int i = 0; i < a.group; ++i, ++q) dst[i] = e4m3_to_float(*q) * scale;
+      for (int i = 0; i < a.group; ++i) dst[i] = e4m3_to_float(q[i]) * scale;
     }
   }
 }
