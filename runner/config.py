@@ -68,7 +68,8 @@ class Quantized:
             raise ConfigError(f"quantization must be an object, not {_short(raw)}")
         if "quant_method" in raw:
             raise ConfigError(
-                f"quant_method {raw['quant_method']!r} is not supported; use an MLX or a plain checkpoint"
+                f"quant_method {raw['quant_method']!r} is not supported for this model; gptq, awq, fp8, "
+                "compressed-tensors, MLX's own and plain checkpoints are"
             )
         layers: dict[str, tuple[int, int, str] | None] = {}
         for name, value in raw.items():

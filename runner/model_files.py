@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint import Checkpoint
+from runner.published import as_mlx
 from runner.side_files import side_files
 from runner.tokenizer import Tokenizer
 from runner.weights import Source
@@ -33,6 +34,7 @@ def open_files(path: Path) -> ModelFiles:
 
     Raises:
         CheckpointError: it is neither, or malformed.
+        ConfigError: it is quantised in a way that is not supported.
     """
     if os.path.isfile(path):
         from runner.gguf import GGUF  # with NumPy, a third of the imports of a short answer
@@ -40,11 +42,12 @@ def open_files(path: Path) -> ModelFiles:
         gguf = GGUF.open(path)
         return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files)
     found = Checkpoint.open(path)
+    config, source = as_mlx(found.config, found)
     return ModelFiles(
         path,
-        found.config,
+        config,
         found.generation_config,
-        found,
+        source,
         lambda: Tokenizer.from_directory(path),
         lambda: side_files(path),
     )
