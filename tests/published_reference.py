@@ -5,6 +5,7 @@ Every `*_numbers` is a plain loop over the format's own definition; nothing here
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -120,6 +121,160 @@ def awq(rng: np.random.Generator, rows: int, width: int, *, group_size: int = 32
     return Case({k: mx.array(v) for k, v in tensors.items()}, numbers, options)
 
 
+def e4m3(code: int) -> float:
+    """The number of an E4M3 byte, from the specification."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    assert (exponent, mantissa) != (15, 7), "NaN"
+    size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
+    return -size if code & 128 else size
+
+
+def e2m1(code: int) -> float:
+    """The number of an E2M1 nibble."""
+    exponent, mantissa = code >> 1 & 3, code & 1
+    size = mantissa * 0.5 if exponent == 0 else (2 + mantissa) * 2.0 ** (exponent - 2)
+    return -size if code & 8 else size
+
+
+def e4m3_codes(rng: np.random.Generator, *shape: int) -> Array:
+    """Bytes of E4M3 that are numbers."""
+    codes = rng.integers(0, 256, shape).astype(np.uint8)
+    return np.where(codes & 127 == 127, 0, codes).astype(np.uint8)
+
+
+def scaled_numbers(codes: Array, scales: Array, block: tuple[int, int]) -> Array:
+    """E4M3 bytes under a float32 scale for each block."""
+    result = np.zeros(codes.shape, np.float32)
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            result[i, j] = np.float32(e4m3(int(codes[i, j]))) * scales[i // block[0], j // block[1]]
+    return result
+
+
+def float8(
+    rng: np.random.Generator, rows: int, width: int, *, block: tuple[int, int] = (16, 16),
+    name: str = "weight_scale_inv", powers: bool = False, dtype: mx.Dtype = mx.float32,
+) -> Case:  # fmt: skip
+    """E4M3 with a scale for each block; the scales float32, or bytes of E8M0 where `dtype` is uint8."""
+    codes = e4m3_codes(rng, rows, width)
+    grid = (math.ceil(rows / block[0]), math.ceil(width / block[1]))
+    exponents = rng.integers(118, 122, grid)
+    scales = 2.0 ** (exponents - 127.0) if powers else rng.uniform(0.0001, 0.004, grid)
+    stored = mx.array(exponents.astype(np.uint8)) if dtype == mx.uint8 else mx.array(scales.astype(np.float32))
+    stored = stored.astype(dtype)
+    meant = scales.astype(np.float32) if dtype == mx.uint8 else np.array(stored.astype(mx.float32))
+    return Case({"weight": mx.array(codes), name: stored}, scaled_numbers(codes, meant, block))
+
+
+def fp8(rng: np.random.Generator, rows: int, width: int, **kind: Any) -> Case:
+    """DeepSeek's layout."""
+    case = float8(rng, rows, width, **kind)
+    case.options = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3",
+        "weight_block_size": list(kind.get("block", (16, 16))),
+        "scale_fmt": "ue8m0" if kind.get("powers") else "float",
+    }  # fmt: skip
+    return case
+
+
+def compressed(format: str, weights: dict[str, Any], activations: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`quantization_config` as llm-compressor writes it."""
+    group = {
+        "targets": ["Linear"], "weights": {"dynamic": False, "observer": "minmax", **weights}, "format": format,
+        "input_activations": activations, "output_activations": None,
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*gate$"], "kv_cache_scheme": None, "quantization_status": "compressed",
+        "global_compression_ratio": 1.5, "sparsity_config": {}, "transform_config": {}, "version": "0.12.2",
+    }  # fmt: skip
+
+
+def ct_integers(
+    rng: np.random.Generator, rows: int, width: int, *, bits: int = 4, group_size: int | None = 32,
+    symmetric: bool = True, pack: bool = True, order: bool = False, dtype: mx.Dtype = mx.bfloat16,
+) -> Case:  # fmt: skip
+    """pack-quantized, or int-quantized; `group_size` None: a scale for each output."""
+    size = group_size or width
+    groups = math.ceil(width / size)
+    low = -(1 << (bits - 1))
+    codes = rng.integers(low, -low, (rows, width))
+    zeros = np.zeros((rows, groups), int) if symmetric else rng.integers(low, -low, (rows, groups))
+    scales = mx.array((rng.uniform(0.02, 0.5, (rows, groups)) / 2**bits).astype(np.float32)).astype(dtype)
+    meant = np.array(scales.astype(mx.float32))
+    index = rng.permutation(np.arange(width) // size) if order else np.arange(width) // size
+    numbers = np.zeros((rows, width), np.float32)
+    for i in range(rows):
+        for j in range(width):
+            numbers[i, j] = meant[i, index[j]] * (codes[i, j] - zeros[i, index[j]])
+    tensors = {"weight_scale": scales}
+    if pack:
+        tensors["weight_packed"] = mx.array(np.stack([packed(row - low, bits) for row in codes]))
+        tensors["weight_shape"] = mx.array([rows, width], mx.int64)
+        if not symmetric:
+            columns = [packed(zeros[:, g] - low, bits) for g in range(groups)]
+            tensors["weight_zero_point"] = mx.array(np.stack(columns, axis=1))
+    else:
+        tensors["weight"] = mx.array(codes.astype(np.int8))
+        if not symmetric:
+            tensors["weight_zero_point"] = mx.array(zeros.astype(np.int8))
+    if order:
+        tensors["weight_g_idx"] = mx.array(index.astype(np.int32))
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "group_size": group_size}
+    weights |= {"strategy": "group" if group_size else "channel", "actorder": "group" if order else None}
+    dynamic = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    options = compressed("pack-quantized" if pack else "int-quantized", weights, None if pack else dynamic)
+    return Case(tensors, numbers, options)
+
+
+def ct_float8(rng: np.random.Generator, rows: int, width: int, *, strategy: str = "channel", size: int = 16) -> Case:
+    """float-quantized, or mxfp8-quantized where `strategy` is "mx"."""
+    block = {"channel": (1, width), "tensor": (rows, width), "block": (size, size), "group": (1, size), "mx": (1, 32)}
+    exponents = {"powers": True, "dtype": mx.uint8} if strategy == "mx" else {}
+    case = float8(rng, rows, width, block=block[strategy], name="weight_scale", **exponents)
+    if strategy == "tensor":
+        case.tensors["weight_scale"] = case.tensors["weight_scale"].reshape(1)
+    weights: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+    if strategy == "block":
+        weights["block_structure"] = [size, size]
+    if strategy in ("group", "mx"):
+        weights |= {"strategy": "group", "group_size": block[strategy][1]}
+    dynamic = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    case.options = compressed("mxfp8-quantized" if strategy == "mx" else "float-quantized", weights, dynamic)
+    return case
+
+
+def ct_float4(rng: np.random.Generator, rows: int, width: int, *, overall: float | None = 1000.0) -> Case:
+    """nvfp4-pack-quantized under the global scale `overall`; mxfp4-pack-quantized where that is None."""
+    size = 32 if overall is None else 16
+    nibbles = rng.integers(0, 16, (rows, width))
+    if overall is None:
+        stored = rng.integers(120, 125, (rows, width // size)).astype(np.uint8)
+        scales = np.float32([[2.0 ** (int(e) - 127) for e in row] for row in stored])
+    else:
+        stored = rng.integers(0x50, 0x60, (rows, width // size)).astype(np.uint8)
+        scales = np.float32([[np.float32(e4m3(int(e))) / np.float32(overall) for e in row] for row in stored])
+    numbers = np.zeros((rows, width), np.float32)
+    for i in range(rows):
+        for j in range(width):
+            numbers[i, j] = np.float32(e2m1(int(nibbles[i, j]))) * scales[i, j // size]
+    pairs = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).astype(np.uint8)
+    tensors = {"weight_packed": mx.array(pairs), "weight_scale": mx.array(stored)}
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": size, "strategy": "group"}
+    if overall is None:
+        return Case(tensors, numbers, compressed("mxfp4-pack-quantized", weights))
+    tensors["weight_global_scale"] = mx.array([overall], mx.float32)
+    tensors["input_global_scale"] = mx.array([3.0], mx.float32)
+    local = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+    options = compressed("nvfp4-pack-quantized", {**weights, "strategy": "tensor_group"}, local)
+    return Case(tensors, numbers, options)
+
+
+def bfloat16(numbers: Array) -> Array:
+    """float32 numbers rounded to bfloat16."""
+    return np.array(mx.array(numbers).astype(mx.bfloat16).astype(mx.float32))
+
+
 def write_model(out: Path, fixture: Path, cases: Mapping[str, Case], options: Mapping[str, Any]) -> Path:
     """The checkpoint `fixture` with these layers in their quantised form."""
     source = Checkpoint.open(fixture)
@@ -128,7 +283,30 @@ def write_model(out: Path, fixture: Path, cases: Mapping[str, Case], options: Ma
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{suffix}": array for suffix, array in case.tensors.items()}
     write_checkpoint(out, tensors.items(), {**source.config, "quantization_config": dict(options)})
+    rename_float8(out / "model.safetensors", cases)
     return out
+
+
+def is_float8(suffix: str, case: Case) -> bool:
+    """Whether a tensor of bytes holds E4M3: weights do, and nvfp4's scales."""
+    array = case.tensors[suffix]
+    return array.dtype == mx.uint8 and (
+        suffix == "weight" or (suffix == "weight_scale" and "weight_global_scale" in case.tensors)
+    )
+
+
+def rename_float8(file: Path, cases: Mapping[str, Case]) -> None:
+    """MLX writes no 8-bit floats: their header entries say U8 until here."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for name, case in cases.items():
+        for suffix in case.tensors:
+            if is_float8(suffix, case):
+                header[f"{name}.{suffix}"]["dtype"] = "F8_E4M3"
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def write_plain(out: Path, fixture: Path, cases: Mapping[str, Case]) -> Path:

@@ -15,7 +15,7 @@ import numpy as np
 
 from runner.errors import CheckpointError, ConfigError, WeightsError
 from runner.local_files import shown
-from runner.published import awq, gptq
+from runner.published import awq, compressed_tensors, fp8, gptq
 from runner.published.layers import ITEM_SIZE, Form, Layer
 from runner.published.options import short
 from runner.published.tensors import Tensors
@@ -24,6 +24,8 @@ from runner.weights import Header, Source
 METHODS: Mapping[str, Callable[[Mapping[str, Any], Tensors], list[Layer]]] = {
     "gptq": gptq.layers,
     "awq": awq.layers,
+    "fp8": fp8.layers,
+    "compressed-tensors": compressed_tensors.layers,
 }
 """By `quant_method`."""
 
@@ -107,14 +109,14 @@ def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any]
 
 
 def _alike(layers: list[Layer]) -> list[Layer]:
-    """The experts of a layer are one stacked matrix: where one of them must become plain numbers, all do."""
+    """Experts' matrices with the same input are one stacked matrix: where one must become plain numbers, all do."""
 
-    def experts(layer: Layer) -> str | None:
+    def stack(layer: Layer) -> tuple[str, int] | None:
         found = re.match(r"(.*\.experts)\.\d+\.", layer.name)
-        return None if found is None else found[1]
+        return None if found is None else (found[1], layer.shape[1])
 
-    plain = {experts(layer) for layer in layers if layer.form is None}
-    return [layer.plain() if experts(layer) is not None and experts(layer) in plain else layer for layer in layers]
+    plain = {stack(layer) for layer in layers if layer.form is None} - {None}
+    return [layer.plain() if stack(layer) in plain else layer for layer in layers]
 
 
 def _quantization(forms: Mapping[str, Form | None]) -> dict[str, Any]:

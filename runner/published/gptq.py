@@ -94,7 +94,6 @@ def _settings(raw: Mapping[str, Any]) -> Settings:
 
 def _layer(name: str, settings: Settings, tensors: Tensors) -> Layer:
     words, rows = tensors.shape(f"{name}.qweight", ("I32",), None, None)
-    ordered = f"{name}.g_idx" in tensors.headers
     bits, width = _bits(name, words, settings, tensors)
     groups, _ = tensors.shape(f"{name}.scales", FLOATS, None, rows)
     if rows * bits % 32:
@@ -102,13 +101,9 @@ def _layer(name: str, settings: Settings, tensors: Tensors) -> Layer:
     tensors.shape(f"{name}.qzeros", ("I32",), groups, rows * bits // 32)
     group_size = _group_size(name, width, groups, settings)
     form = affine_form(bits, group_size, width)
-    order = None
+    ordered = tensors.group_order(f"{name}.g_idx", width, groups, group_size)
     if ordered:
-        index = np.array(tensors.read(f"{name}.g_idx")).astype(np.int64)
-        if index.min() < 0 or index.max() >= groups:
-            raise WeightsError(f"{name}.g_idx: names groups {index.min()} to {index.max()}, but there are {groups}")
-        if not np.array_equal(index, np.arange(width) // group_size):
-            form, order = None, f"{name}.g_idx"
+        form = None
     dtype = tensors.headers[f"{name}.scales"].dtype
     if dtype == "F32" and not settings.middle:
         form = None  # s z would need more bits than float32 has
@@ -132,7 +127,7 @@ def _layer(name: str, settings: Settings, tensors: Tensors) -> Layer:
         group_size,
         lambda read: mx.contiguous(read(f"{name}.qweight").T).view(mx.uint32),
         affine,
-        None if order is None else lambda read: np.array(read(f"{name}.g_idx")),
+        (lambda read: np.array(read(f"{name}.g_idx"))) if ordered else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
+import numpy as np
 
 from runner.errors import WeightsError
 from runner.local_files import shown
@@ -50,3 +51,26 @@ class Tensors:
                 f"expected {' or '.join(dtypes)} [{wanted}]"
             )
         return header.shape
+
+    def single(self, name: str) -> bool:
+        """Whether tensor `name` is there and holds one number."""
+        header = self.headers.get(name)
+        return header is not None and all(size == 1 for size in header.shape)
+
+    def group_order(self, name: str, width: int, groups: int, group_size: int, *, unset: int | None = None) -> bool:
+        """Whether the tensor `name`, the group of each of `width` inputs, has an order of its own.
+
+        False where it is `i // group_size`, where there is none, and where it was never filled in (`unset` throughout).
+
+        Raises:
+            WeightsError: it has another dtype or shape, or names a group that there is not.
+        """
+        if name not in self.headers:
+            return False
+        self.shape(name, ("I32", "I64"), width)
+        index = np.array(self.read(name)).astype(np.int64)
+        if (unset is not None and (index == unset).all()) or np.array_equal(index, np.arange(width) // group_size):
+            return False
+        if index.min() < 0 or index.max() >= groups:
+            raise WeightsError(f"{shown(name)} names groups {index.min()} to {index.max()}, but there are {groups}")
+        return True
