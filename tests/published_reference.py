@@ -287,6 +287,14 @@ def write_model(out: Path, fixture: Path, cases: Mapping[str, Case], options: Ma
     return out
 
 
+def write_layer(out: Path, case: Case) -> Path:
+    """A directory with one layer, `a`."""
+    tensors = {f"a.{suffix}": array for suffix, array in case.tensors.items()}
+    write_checkpoint(out, tensors.items(), {"quantization_config": case.options})
+    rename_float8(out / "model.safetensors", {"a": case})
+    return out
+
+
 def is_float8(suffix: str, case: Case) -> bool:
     """Whether a tensor of bytes holds E4M3: weights do, and nvfp4's scales."""
     array = case.tensors[suffix]
