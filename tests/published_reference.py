@@ -271,8 +271,9 @@ def ct_float4(rng: np.random.Generator, rows: int, width: int, *, overall: float
 
 
 def bfloat16(numbers: Array) -> Array:
-    """float32 numbers rounded to bfloat16."""
-    return np.array(mx.array(numbers).astype(mx.bfloat16).astype(mx.float32))
+    """float32 numbers rounded to bfloat16, the nearest, ties to even: their upper 16 bits."""
+    raw = numbers.astype(np.float32).view(np.uint32)
+    return (raw + np.uint32(0x7FFF) + (raw >> 16 & 1) >> 16 << 16).view(np.float32)
 
 
 def write_model(out: Path, fixture: Path, cases: Mapping[str, Case], options: Mapping[str, Any]) -> Path:

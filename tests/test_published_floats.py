@@ -31,7 +31,6 @@ from runner.engine import open_engine
 from runner.errors import ConfigError, RunnerError, WeightsError
 from runner.published import as_mlx
 from runner.published.floats import E2M1, E4M3
-from runner.published.layers import rounded
 
 ROOT = Path(__file__).parent
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
@@ -47,13 +46,6 @@ def test_the_tables_are_those_of_the_specification() -> None:
     assert all(np.isnan(E4M3[code]) if code & 127 == 127 else E4M3[code] == e4m3(code) for code in range(256))
     assert [float(x) for x in E2M1] == [e2m1(code) for code in range(16)]
     assert np.array_equal(E4M3, np.array(mx.from_fp8(mx.arange(256).astype(mx.uint8), mx.float32)), equal_nan=True)
-
-
-@SETTINGS
-@given(st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=1, max_size=50))
-def test_bfloat16_is_rounded_as_mlx_rounds(numbers: list[float]) -> None:
-    found = mx.array(rounded(np.float32(numbers), "BF16", "a")).view(mx.bfloat16)
-    assert np.array_equal(np.array(found.astype(mx.float32)), bfloat16(np.float32(numbers)))
 
 
 @SETTINGS

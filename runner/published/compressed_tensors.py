@@ -271,7 +271,8 @@ def _float4(name: str, groups: list[Group], tensors: Tensors) -> Layer:
             raise WeightsError(f"{overall} is {divisor}, expected a positive number")
 
     def factors(read: Read) -> Array:
-        scales: Array = read_scales(read, scale, dtype) / divisor
+        with np.errstate(over="ignore"):  # refused when the weights are rounded
+            scales: Array = read_scales(read, scale, dtype) / divisor
         return scales
 
     def bytes_of(read: Read) -> Array:

@@ -76,9 +76,7 @@ class Float8(Layer):
         columns = np.arange(self.shape[1]) // self.block[1]
         for rows in self.row_chunks():
             inner = np.arange(self.shape[0])[rows] // self.block[0]
-            with np.errstate(over="ignore"):  # refused when it is rounded
-                numbers = E4M3[codes[rows]] * factors[inner][:, columns]
-            yield numbers
+            yield np.take(E4M3, codes[rows]) * np.take(factors[inner], columns, axis=1)
 
     def words(self, read: Read) -> mx.array:
         codes = read(self.codes)
@@ -110,7 +108,7 @@ class Float4(Layer):
         codes, factors = np.array(read(self.codes)), self.factors(read)
         for rows in self.row_chunks():
             pairs = np.stack([codes[rows] & 15, codes[rows] >> 4], axis=-1)
-            yield E2M1[pairs.reshape(len(pairs), -1)] * np.repeat(factors[rows], self.group_size, axis=1)
+            yield np.take(E2M1, pairs.reshape(len(pairs), -1)) * np.repeat(factors[rows], self.group_size, axis=1)
 
     def words(self, read: Read) -> mx.array:
         return read(self.codes).view(mx.uint32)

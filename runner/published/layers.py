@@ -72,22 +72,14 @@ class Layer(ABC):
         Raises:
             CheckpointError: a number in it is not finite, or not what the format allows.
         """
-        if self.form is None:
-            return self._plain(read)
-        return {".weight": self.words, ".scales": self.scale_part, ".biases": self.bias_part}[suffix](read)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused when it is rounded
+            if self.form is None:
+                return mx.concatenate([rounded(rows, self.dtype, self.name) for rows in self.numbers(read)])
+            return {".weight": self.words, ".scales": self.scale_part, ".biases": self.bias_part}[suffix](read)
 
     def plain(self) -> Self:
         """The same matrix, to become plain numbers."""
         return dataclasses.replace(self, form=None)
-
-    def _plain(self, read: Read) -> mx.array:
-        result = np.empty(self.shape, {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}[self.dtype])
-        done = 0
-        for rows in self.numbers(read):
-            result[done : done + len(rows)] = rounded(rows, self.dtype, self.name)
-            done += len(rows)
-        array = mx.array(result)
-        return array.view(mx.bfloat16) if self.dtype == "BF16" else array
 
     def row_chunks(self) -> Iterator[slice]:
         """Rows that make up about `CHUNK` numbers."""
@@ -119,7 +111,7 @@ class Affine(Layer):
         bits: of q.
         group_size: inputs of a group, as stored.
         codes: q as MLX's words `[out, in * bits / 32]`.
-        affine: s `[out, groups]` float32, and z as integers of a signed dtype.
+        affine: s `[out, groups]` float32, and z int16.
         order: the group of each input `[in]`, where it is not `i // group_size`.
     """
 
@@ -143,8 +135,7 @@ class Affine(Layer):
         """`[out, stored groups]` as MLX's groups have it, in the scales' dtype."""
         assert self.form is not None
         starts = np.arange(0, self.shape[1], self.form.group_size) // self.group_size
-        array = mx.array(rounded(values[:, starts], self.scales, self.name))
-        return array.view(mx.bfloat16) if self.scales == "BF16" else array
+        return rounded(values[:, starts], self.scales, self.name)
 
     def numbers(self, read: Read) -> Iterator[Array]:
         words = np.array(self.codes(read))
@@ -152,8 +143,8 @@ class Affine(Layer):
         width = self.shape[1]
         groups = np.arange(width) // self.group_size if self.order is None else self.order(read)
         for rows in self.row_chunks():
-            integers = unpack(words[rows], self.bits, width).astype(np.int32) - zeros[rows][:, groups]
-            yield scales[rows][:, groups] * integers
+            integers = unpack(words[rows], self.bits, width) - np.take(zeros[rows], groups, axis=1)
+            yield np.take(scales[rows], groups, axis=1) * integers
 
 
 def affine_form(bits: int, group_size: int, width: int) -> Form | None:
@@ -169,33 +160,30 @@ def unpack(words: Array, bits: int, count: int) -> Array:
     stream = np.ascontiguousarray(words).view(np.uint8)
     result: Array
     if 8 % bits == 0:
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        result = stream[:, :, None] >> shifts & np.uint8((1 << bits) - 1)
-        return result.reshape(len(words), -1)[:, :count]
+        places = 8 // bits
+        result = np.empty((len(words), stream.shape[1] * places), np.uint8)
+        for place in range(places):
+            result[:, place::places] = stream >> np.uint8(bits * place) & np.uint8((1 << bits) - 1)
+        return result[:, :count]
     flat = np.unpackbits(stream, axis=1, bitorder="little", count=count * bits).reshape(len(words), count, bits)
     result = (flat << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
     return result
 
 
-def rounded(values: Array, dtype: str, name: str) -> Array:
-    """float32 numbers as `dtype` (bfloat16 as its bits), rounded to nearest, ties to even.
+def rounded(values: Array, dtype: str, name: str) -> mx.array:
+    """float32 numbers as `dtype`, rounded to nearest, ties to even; evaluated.
 
     Raises:
         CheckpointError: one is not finite, or becomes infinite.
     """
-    result: Array
-    with np.errstate(over="ignore", invalid="ignore"):
-        if dtype == "BF16":
-            raw: Array = np.ascontiguousarray(values, np.float32).view(np.uint32)
-            result = ((raw + np.uint32(0x7FFF) + (raw >> 16 & 1)) >> 16).astype(np.uint16)
-            # A NaN may have been carried into another number.
-            finite = bool(np.isfinite(values).all() and ((result & 0x7F80) != 0x7F80).all())
-        else:
-            result = values.astype(np.float16 if dtype == "F16" else np.float32)
-            finite = bool(np.isfinite(result).all())
-    if not finite:
+    number = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}[dtype]
+    # Rounding keeps the order, and a NaN is both the least and the greatest.
+    extremes = mx.array([float(values.min()), float(values.max())]).astype(number)
+    if not bool(mx.all(mx.isfinite(extremes))):
         raise CheckpointError(f"{name}: a scale or weight is not finite, or too large for {dtype}")
-    return result
+    array = mx.array(values).astype(number)
+    mx.eval(array)
+    return array
 
 
 def float32(array: mx.array) -> Array:
