@@ -15,6 +15,7 @@ from published_reference import Case, awq, gptq, linears, write_model, write_pla
 from published_source import opened, values
 from sources import Arrays
 
+from runner.checkpoint import Checkpoint
 from runner.engine import open_engine
 from runner.errors import ConfigError, RunnerError, WeightsError
 from runner.published import as_mlx
@@ -105,19 +106,33 @@ def test_a_model_computes_what_its_weights_mean(kind: str, fixture: str, tmp_pat
     assert (model.nbytes < plain.nbytes) or "desc" in kind
 
 
-def test_zero_biases_of_old_quantisers_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fixture", ["fixtures/llama-gqa", "fixtures_families/qwen2-base"])
+def test_zero_biases_of_old_quantisers_are_left_out(fixture: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
-    directory = FIXTURES / "llama-gqa"
+    directory = FIXTURES.parent / fixture
     cases = {name: gptq(rng, *shape) for name, shape in linears(directory).items()}
     plain = open_engine(write_plain(tmp_path / "plain", directory, cases))
-    for case in cases.values():
-        case.tensors["bias"] = mx.zeros(case.numbers.shape[0], mx.float16)
     options = next(iter(cases.values())).options
+    stored = Checkpoint.open(directory).headers
+    added = [name for name in cases if f"{name}.bias" not in stored]
+    assert 0 < len(added) <= len(cases)
+    for name in added:
+        cases[name].tensors["bias"] = mx.zeros(cases[name].numbers.shape[0], mx.float16)
     model = open_engine(write_model(tmp_path / "zero", directory, cases, options))
     assert np.allclose(np.array(model.logits([5, 6])), np.array(plain.logits([5, 6])), atol=1e-3)
-    next(iter(cases.values())).tensors["bias"][0] = 1
+    cases[added[0]].tensors["bias"][0] = 1
     with pytest.raises(WeightsError, match=r"unused.*bias"):
         open_engine(write_model(tmp_path / "one", directory, cases, options))
+
+
+def test_zero_biases_that_the_family_has_stay(tmp_path: Path) -> None:
+    directory = FIXTURES / "llama-attention-bias"
+    cases = {name: gptq(np.random.default_rng(2), *shape) for name, shape in linears(directory).items()}
+    for name, case in cases.items():
+        if "self_attn" in name:
+            case.tensors["bias"] = mx.zeros(case.numbers.shape[0], mx.float16)
+    path = write_model(tmp_path / "zero", directory, cases, next(iter(cases.values())).options)
+    assert open_engine(path).logits([5, 6]).shape[0] == 2
 
 
 def test_dynamic_gives_layers_their_own_bits() -> None:

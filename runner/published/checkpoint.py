@@ -14,12 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from runner.errors import CheckpointError, ConfigError, WeightsError
+from runner.families import find
 from runner.local_files import shown
+from runner.plan import plan
 from runner.published import awq, compressed_tensors, fp8, gptq
 from runner.published.layers import ITEM_SIZE, Form, Layer
 from runner.published.options import short
 from runner.published.tensors import Tensors
-from runner.weights import Header, Source
+from runner.weights import Header, Source, leaves
 
 METHODS: Mapping[str, Callable[[Mapping[str, Any], Tensors], list[Layer]]] = {
     "gptq": gptq.layers,
@@ -31,8 +33,6 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any], Tensors], list[Layer]]] = {
 
 BY_FAMILY = "mxfp4"
 """Read by the tags of the families that are published so (gpt-oss); `Config.reads_packed` refuses it elsewhere."""
-
-WITHOUT_BIAS = ("llama", "mistral", "mixtral")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any]
     quantization = _quantization({layer.name: layer.form for layer in layers})
     if quantization:
         result["quantization"] = quantization
-    return result, Published(source, layers, _zero_biases(config, layers, tensors))
+    return result, Published(source, layers, _zero_biases(result, layers, tensors))
 
 
 def _alike(layers: list[Layer]) -> list[Layer]:
@@ -130,8 +130,11 @@ def _quantization(forms: Mapping[str, Form | None]) -> dict[str, Any]:
 
 
 def _zero_biases(config: Mapping[str, Any], layers: list[Layer], tensors: Tensors) -> frozenset[str]:
-    """Biases that older quantisers added to every layer, of families that have none: all of them zero."""
-    if config.get("model_type") not in WITHOUT_BIAS or config.get("attention_bias") or config.get("mlp_bias"):
-        return frozenset()
+    """Biases of zeros that older quantisers gave to every layer, also where the family has none."""
     names = [f"{layer.name}.bias" for layer in layers if f"{layer.name}.bias" in tensors.headers]
-    return frozenset(name for name in names if not np.any(np.array(tensors.read(name).astype(mx.float32))))
+    zero = frozenset(name for name in names if not np.any(np.array(tensors.read(name).astype(mx.float32))))
+    if not zero:
+        return zero
+    config_class, model_class = find(config)
+    declared = plan(model_class, config_class.from_dict(config), None)
+    return zero - {leaf.name for array in declared.arrays() for leaf in leaves(array.tree)}
