@@ -5,6 +5,9 @@
 // off by 1.6e-3 of their deviation.) Then, per group,
 //   sum w x = s_w s_x sum q (65536 high + 256 mid + low) + shift sum x
 // with exact integer sums; the last sum is float32. Weights in mxfp4 are of that kind too: q = 2 w / s + 12, from 0 to 24.
+//
+// AVX2, where products of bytes are what a token waits for, leaves `low` out where no value is over kLarge times the
+// row's root mean square: the error is then 2^-16 of at most that. Few groups of a row have such a value.
 
 // How the bytes of x lie: one chunk meets 64 bytes of weights. Four bits: 128 values as
 // [even high][odd high][even mid][odd mid][even low][odd low], as the two nibbles of a byte are neighbours; eight bits:
@@ -17,6 +20,7 @@ struct QuantX {
   int8_t* q;      // [m][chunks][chunk_stride]
   float* scale;   // [m][padded groups], zeros past the last
   float* sum;     // likewise: sum of the group's rounded values
+  uint8_t* fine;  // AVX2: [m][2 * chunks], whether half a chunk has low bytes; where not, its scales are 256 times more
   int64_t chunks, padded, stride;
   bool finite;
 };
@@ -33,7 +37,14 @@ RUNNER_INLINE void group_range(const float* x, int group, float* most, float* to
   *total = hsum(s);
 }
 
+RUNNER_INLINE float mean_square(const float* x, int64_t n) {
+  VF acc = zero();
+  for (int64_t i = 0; i < n; i += W) acc = fma(load(x + i), load(x + i), acc);
+  return hsum(acc) / (float)n;
+}
+
 constexpr float kMostByteCode = 8323072.0f;  // 127 * 65536: the high byte stays in int8
+constexpr float kLarge = 4.0f;
 
 #if RUNNER_ISA == 2
 // The low bytes of 32 integers, those of even places to one address and those of odd ones to another.
@@ -61,10 +72,10 @@ RUNNER_INLINE void store_even_odd_words(const __m256i v[4], int8_t* to) {
 }
 #endif
 
-// 32 values of x as codes, 16 bytes each of even and odd high, mid and low (four bits), or 32 bytes each. Returns the
-// codes' sum: the shift then meets the same rounded x as the weights, and the rounding error is multiplied by w, which
+// 32 values of x as codes, 16 bytes each of even and odd high, mid and low (four bits), or 32 bytes each; `shift` is 8
+// where low is 0 (AVX2), else 0. Returns the codes' sum: the shift of weights then meets the same rounded x as the weights, and the rounding error is multiplied by w, which
 // is centred, not by q, which is not (three times less error).
-RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, int bits, int8_t* to) {
+RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, [[maybe_unused]] int shift, int bits, int8_t* to) {
   [[maybe_unused]] int step = bits == 4 ? 64 : 16;  // from even to odd values, or from the first 16 to the next
   [[maybe_unused]] int piece = bits == 4 ? 128 : 64;  // from high to mid to low
 #if RUNNER_ISA == 512
@@ -92,7 +103,7 @@ RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, int bits, int8_
   __m256i code[4], upper[4], high[4], total = _mm256_setzero_si256();
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    code[i] = _mm256_cvtps_epi32(load(x + 8 * i) * set1(inverse));
+    code[i] = _mm256_slli_epi32(_mm256_cvtps_epi32(load(x + 8 * i) * set1(inverse)), shift);
     total = _mm256_add_epi32(total, code[i]);
     upper[i] = _mm256_srai_epi32(_mm256_add_epi32(code[i], half), 8);
     high[i] = _mm256_srai_epi32(_mm256_add_epi32(upper[i], half), 8);
@@ -114,6 +125,20 @@ RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, int bits, int8_
   return sum;
 }
 
+// Which halves of chunks get low bytes, all those that a group with a large value is in; `most` holds each group's.
+RUNNER_INLINE const uint8_t* large_halves(const LinearArgs& a, const float* x, const float* most, uint8_t* to,
+                                          int64_t halves) {
+  if (RUNNER_ISA != 2) return to;
+  memset(to, 0, (size_t)halves);
+  const float limit = kLarge * kLarge * mean_square(x, a.k);
+  const int64_t values = chunk_values(a.bits) / 2;
+  for (int64_t g = 0; g < groups_of(a); ++g) {
+    if (most[g] * most[g] <= limit) continue;
+    for (int64_t h = g * a.group / values; h * values < (g + 1) * a.group; ++h) to[h] = 1;
+  }
+  return to;
+}
+
 template <class T>
 RUNNER_INLINE void quantise_row(const LinearArgs& a, int64_t m, const QuantX& to, float* line, bool* finite) {
   const float* x = (const float*)a.x + m * a.k;
@@ -127,21 +152,27 @@ RUNNER_INLINE void quantise_row(const LinearArgs& a, int64_t m, const QuantX& to
   for (int64_t g = 0; g < to.padded; ++g) scale[g] = sum[g] = 0;
   if (a.k % values) memset(q + (to.chunks - 1) * chunk_stride(a.bits), 0, (size_t)chunk_stride(a.bits));
   for (int64_t g = 0; g < groups; ++g) {
-    float most, total;
-    group_range(x + g * a.group, a.group, &most, &total);
+    float total;
+    group_range(x + g * a.group, a.group, &scale[g], &total);
     if (!(total - total == 0.0f)) {
       *finite = false;
       return;
     }
-    scale[g] = most / kMostByteCode;
+  }
+  const uint8_t* fine = large_halves(a, x, scale, to.fine + 2 * m * to.chunks, 2 * to.chunks);
+  for (int64_t g = 0; g < groups; ++g) {
+    const float most = scale[g];
+    const int shift = RUNNER_ISA == 2 && !fine[2 * g * a.group / values] ? 8 : 0;
+    const float most_code = shift ? kMostByteCode / 256.0f : kMostByteCode;
     int32_t codes = 0;
-    float inverse = most > 1e-30f ? kMostByteCode / most : 0.0f;
+    float inverse = most > 1e-30f ? most_code / most : 0.0f;
     for (int64_t i = g * a.group; i < (g + 1) * a.group; i += 32) {
       int64_t in = i % values;
       int64_t at = a.bits == 4 ? in / 2 : RUNNER_ISA == 512 ? in : 4 * in;
-      codes += quantise_32(x + i, inverse, a.bits, q + i / values * chunk_stride(a.bits) + at);
+      codes += quantise_32(x + i, inverse, shift, a.bits, q + i / values * chunk_stride(a.bits) + at);
     }
-    sum[g] = scale[g] * (float)codes;
+    scale[g] = most / most_code;
+    sum[g] = most / kMostByteCode * (float)codes;
   }
 }
 
@@ -150,12 +181,13 @@ inline QuantX quantise_x(const LinearArgs& a) {
   to.chunks = (a.k + chunk_values(a.bits) - 1) / chunk_values(a.bits);
   to.padded = (groups_of(a) + 15) / 16 * 16;
   to.stride = to.chunks * chunk_stride(a.bits);
-  int64_t bytes = a.m * (to.stride + 8 * to.padded);
+  int64_t bytes = a.m * (to.stride + 8 * to.padded + 2 * to.chunks);
   char* block = (char*)scratch(Slot::packed, bytes);
   float* line = (float*)scratch(Slot::row, a.k * 4);
   to.q = (int8_t*)block;
   to.scale = (float*)(block + a.m * to.stride);
   to.sum = to.scale + a.m * to.padded;
+  to.fine = (uint8_t*)(to.sum + a.m * to.padded);
   to.finite = true;
   with_type(a.xt, [&](auto t) {
     for (int64_t m = 0; m < a.m; ++m) quantise_row<decltype(t)>(a, m, to, line, &to.finite);
@@ -303,9 +335,10 @@ RUNNER_INLINE void even_odd(__m256i w, __m256i* even, __m256i* odd) {
   }
 }
 
-// Those against half a chunk of x: sums of q (65536 high + 256 mid + low) per lane of 4 bytes.
+// Those against half a chunk of x: sums of q (65536 high + 256 mid + low) per lane of 4 bytes, or of q (256 high + mid)
+// where it is not fine.
 template <int BITS>
-RUNNER_INLINE VF half_product(__m256i even, __m256i odd, const int8_t* p) {
+RUNNER_INLINE VF half_product(__m256i even, __m256i odd, const int8_t* p, bool fine) {
   auto x = [&](int at) { return _mm256_loadu_si256((const __m256i*)(p + at)); };
   if constexpr (BITS == 4) {
     const __m256i one = _mm256_set1_epi16(1), byte = _mm256_set1_epi16(256);
@@ -313,12 +346,14 @@ RUNNER_INLINE VF half_product(__m256i even, __m256i odd, const int8_t* p) {
       return _mm256_add_epi16(_mm256_maddubs_epi16(even, x(at)), _mm256_maddubs_epi16(odd, x(at + 64)));
     };
     __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(both(0), byte), _mm256_madd_epi16(both(128), one));
+    if (!fine) return _mm256_cvtepi32_ps(upper);
     return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(upper, 8), _mm256_madd_epi16(both(256), one)));
   } else {  // eight bits times 24 do not fit 32
     auto both = [&](int at) {
       return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(even, x(at)), _mm256_madd_epi16(odd, x(at + 32))));
     };
-    return fma(both(0), set1(256.0f), both(64));
+    VF upper = both(0);
+    return fine ? fma(upper, set1(256.0f), both(64)) : upper;
   }
 }
 
@@ -362,13 +397,14 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
     for (int m = 0; m < M; ++m) acc[r][m] = zero();
   }
   // Half a chunk at p against 32 bytes at `from`; `h` is its number among those of W groups.
-  auto half = [&](const uint8_t* from, const int8_t* p, int h, int r) __attribute__((always_inline)) {
+  auto half = [&](const uint8_t* from, const int8_t* p, const uint8_t* fine, int h, int r)
+                  __attribute__((always_inline)) {
     __m256i even, odd, index = _mm256_set1_epi32(h * kHalf / G);
     if constexpr (kHalf > G) index = _mm256_add_epi32(index, second);
     even_odd<BITS, T>(_mm256_loadu_si256((const __m256i*)from), &even, &odd);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      VF whole = half_product<BITS>(even, odd, p + m * x.stride);
+      VF whole = half_product<BITS>(even, odd, p + m * x.stride, fine[2 * m * x.chunks]);
       acc[r][m] = fma(whole, _mm256_permutevar8x32_ps(s[r][m], index), acc[r][m]);
     }
   };
@@ -396,6 +432,7 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
 #pragma GCC unroll 2
     for (int h = 0; h < kHalves && line < chunks; h += 2, ++line) {
       const int8_t* p = q + line * (BITS == 4 ? 384 : 256);
+      const uint8_t* fine = x.fine + 2 * (m0 * x.chunks + line);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         int64_t at = r * row_bytes + line * 64;
@@ -403,8 +440,8 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
         alignas(32) uint8_t part[64];
         if (R == 1 && at > near) from = padded_chunk(from, near + 64 - at, part);
         prefetch(ahead<R>(w, row_bytes, r, line));
-        half(from, p, h, r);
-        half(from + 32, p + kPiece, h + 1, r);
+        half(from, p, fine, h, r);
+        half(from + 32, p + kPiece, fine + 1, h + 1, r);
       }
     }
   }

@@ -14,7 +14,6 @@ struct QuantPanel {
 };
 
 constexpr float kMostCode = 32767.0f, kMostRest = 65534.0f;
-constexpr float kLarge = 4.0f;
 constexpr int kQuantDepth = 1024;  // columns of a weight tile
 
 RUNNER_INLINE int64_t quant_panel_bytes(const LinearArgs& a) {
@@ -27,12 +26,6 @@ RUNNER_INLINE QuantPanel quant_panel(const LinearArgs& a, void* block, int64_t p
   int64_t step = groups_of(a) * kPanel;
   int32_t* q = (int32_t*)base;
   return {q, q + a.k / 2 * kPanel, scale, scale + step, scale + 2 * step, (uint8_t*)(scale + 3 * step)};
-}
-
-RUNNER_INLINE float mean_square(const float* x, int64_t n) {
-  VF acc = zero();
-  for (int64_t i = 0; i < n; i += W) acc = fma(load(x + i), load(x + i), acc);
-  return hsum(acc) / (float)n;
 }
 
 // One row of x as codes and rests, and its scales and sums into column `column` of the panel. False: not finite.
