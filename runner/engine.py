@@ -6,12 +6,11 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from runner import loading
-from runner.adapters import AdapterFiles, Adapters, fit
 from runner.cache import Batch, KVCache
 from runner.config import Config
 from runner.device import Device, current
@@ -23,6 +22,9 @@ from runner.loading import Progress
 from runner.model_files import open_files
 from runner.plan import ModulePlan, plan
 from runner.weights import Source
+
+if TYPE_CHECKING:
+    from runner.adapters import AdapterFiles, Adapters
 
 DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -90,8 +92,11 @@ def assemble(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     config_class, model_class = find(raw)
-    adapted = fit(raw, (config_class, model_class), source, adapters) if adapters else None
-    if adapted is not None:
+    adapted: Adapters | None = None
+    if adapters:
+        from runner.adapters import fit  # a tenth of the imports of a short answer
+
+        adapted = fit(raw, (config_class, model_class), source, adapters)
         raw, source = adapted.base.raw, adapted.base.source
     config = config_class.from_dict(raw)
     device = current()

@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from runner.adapters import Given, open_adapters
 from runner.config import Config
 from runner.device import Device
 from runner.engine import Engine, assemble
@@ -24,6 +23,9 @@ from runner.prompt_cache import PromptCache
 from runner.sampling import Sampled, Sampler, SamplingParams
 from runner.stop import StopMatcher
 from runner.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from runner.adapters import AdapterFiles, Given
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,11 @@ def load(
     """
     files = open_files(resolve(str(model), revision=revision, progress=progress))
     tokenizer = files.tokenizer()
-    opened = open_adapters(adapters, lambda spec: resolve_adapter(spec, progress=progress))
+    opened: Sequence[AdapterFiles] = ()
+    if adapters:
+        from runner.adapters import open_adapters
+
+        opened = open_adapters(adapters, lambda spec: resolve_adapter(spec, progress=progress))
     with ProgressBar(f"loading {files.path.name}", enabled=progress) as bar:
         engine = assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=bar.update)
     params, ignored = SamplingParams.from_generation_config(files.generation_config)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint import Checkpoint
-from runner.published import as_mlx
 from runner.side_files import side_files
 from runner.tokenizer import Tokenizer
 from runner.weights import Source
@@ -42,7 +41,12 @@ def open_files(path: Path) -> ModelFiles:
         gguf = GGUF.open(path)
         return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files)
     found = Checkpoint.open(path)
-    config, source = as_mlx(found.config, found)
+    config: Mapping[str, Any] = found.config
+    source: Source = found
+    if any(config.get(name) for name in ("quantization_config", "compression_config")):
+        from runner.published import as_mlx
+
+        config, source = as_mlx(found.config, found)
     return ModelFiles(
         path,
         config,

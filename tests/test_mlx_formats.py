@@ -23,7 +23,9 @@ from runner.plan import plan
 from runner.weights import weight
 
 HERE = Path(__file__).parent
-DEVICES = [current(), Device("unpacking", CPU_WITHOUT_KERNELS), Device("mlx", PORTABLE)]
+DEVICES = [current(), Device("unpacking", CPU_WITHOUT_KERNELS)]
+if mx.default_device() == mx.Device(mx.cpu):  # on an NVIDIA GPU some of MLX's own products are wrong: see runner.device
+    DEVICES.append(Device("mlx", PORTABLE))
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
 by_format = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
@@ -54,7 +56,7 @@ def test_matrices_are_the_references(form: Format) -> None:
     wanted = unpacked(parts, "layer", form)
     assert np.corrcoef(wanted.flatten(), np.array(matrix).flatten())[0, 1] > 0.9  # it is this matrix
     raw = {**LLAMA, "quantization": form.entry}
-    tree = plan(Holder, find(raw)[0].from_dict(raw), Arrays(parts).headers)
+    tree = plan(Holder, find(raw)[0].from_dict(raw), Arrays(parts).headers, {"ops": current().ops})
     holder = loading.build(tree, Arrays(parts))
     largest = np.abs(wanted).max()
     assert np.abs(np.array(holder.layer.matrix().astype(mx.float32)) - wanted).max() <= 2e-7 * largest
