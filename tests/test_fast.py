@@ -152,24 +152,26 @@ def test_a_rope_type_without_code_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "inputs", "group", "dtype", "unpacks"),
+    ("rows", "outputs", "inputs", "group", "dtype", "unpacks"),
     [
-        (2, 64, 64, mx.bfloat16, True),
-        (40, 128, 128, mx.float32, True),
-        (40, 256, 128, mx.float32, True),
-        (1, 64, 64, mx.float32, False),
-        (40, 256, 128, mx.bfloat16, False),
-        (40, 256, 64, mx.float32, False),
+        (2, 128, 64, 64, mx.bfloat16, True),
+        (40, 128, 128, 128, mx.float32, True),
+        (40, 128, 256, 128, mx.float32, True),
+        (37, 32, 64, 32, mx.float32, True),
+        (2, 96, 256, 64, mx.float32, True),
+        (1, 96, 64, 64, mx.float32, False),
+        (40, 128, 256, 128, mx.bfloat16, False),
+        (40, 192, 256, 64, mx.float32, False),
     ],
 )
 def test_cuda_unpacks_where_its_product_is_wrong(
-    rows: int, inputs: int, group: int, dtype: mx.Dtype, unpacks: bool
+    rows: int, outputs: int, inputs: int, group: int, dtype: mx.Dtype, unpacks: bool
 ) -> None:
-    weight, scales, biases = mx.quantize(rand(96, inputs).astype(dtype), group_size=group, bits=4)
+    weight, scales, biases = mx.quantize(rand(outputs, inputs).astype(dtype), group_size=group, bits=4)
     x = rand(rows, inputs, seed=1).astype(dtype)
     form = {"group_size": group, "bits": 4, "mode": "affine"}
     found = CUDA.quantized_linear(x, weight, scales, biases, None, **form)
     wanted = x.astype(mx.float32) @ mx.dequantize(weight, scales, biases, **form).astype(mx.float32).T
     assert found.dtype == dtype  # a CPU adds bfloat16 products in bfloat16: 10 % of their deviation
     assert mx.allclose(found.astype(mx.float32), wanted, atol=3.0 if dtype == mx.bfloat16 else 1e-3, rtol=0)
-    assert wrong_on_cuda(x, group, "affine") is unpacks
+    assert wrong_on_cuda(x, outputs, group, "affine") is unpacks

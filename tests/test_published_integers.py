@@ -111,14 +111,14 @@ def test_zero_biases_of_old_quantisers_are_left_out(fixture: str, tmp_path: Path
     rng = np.random.default_rng(2)
     directory = FIXTURES.parent / fixture
     cases = {name: gptq(rng, *shape) for name, shape in linears(directory).items()}
-    plain = open_engine(write_plain(tmp_path / "plain", directory, cases))
+    plain = open_engine(write_plain(tmp_path / "plain", directory, cases), dtype="float32")
     options = next(iter(cases.values())).options
     stored = Checkpoint.open(directory).headers
     added = [name for name in cases if f"{name}.bias" not in stored]
     assert 0 < len(added) <= len(cases)
     for name in added:
         cases[name].tensors["bias"] = mx.zeros(cases[name].numbers.shape[0], mx.float16)
-    model = open_engine(write_model(tmp_path / "zero", directory, cases, options))
+    model = open_engine(write_model(tmp_path / "zero", directory, cases, options), dtype="float32")
     assert np.allclose(np.array(model.logits([5, 6])), np.array(plain.logits([5, 6])), atol=1e-3)
     cases[added[0]].tensors["bias"][0] = 1
     with pytest.raises(WeightsError, match=r"unused.*bias"):
