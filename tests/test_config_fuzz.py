@@ -15,7 +15,7 @@ from runner.errors import RunnerError
 from runner.families import find
 from runner.plan import plan
 
-FIXTURES = sorted(path.parent for path in Path(__file__).parent.glob("fixtures*/*/expected.json"))
+FIXTURES = sorted(path.parent for path in Path(__file__).parent.glob("fixtures*/*/config.json"))
 ROUNDS = 60
 """Mutations of each fixture's config: over 130 fixtures, more than 7,000 in all."""
 
