@@ -141,7 +141,8 @@ class Ops:
 
     `glu(gate_up, activation)` and `activate(x, activation)` take `hidden_act`'s names; `attention` gets `mask` as an
     array, "causal" (aligned to the last key) or None for all keys, may read `key` and `value` where they lie, and takes
-    their first `length` rows (None: all), in whatever form `storage` keeps them.
+    their first `length` rows (None: all), in whatever form `storage` keeps them. `schedule(*arrays)` starts to compute
+    them, as `mx.async_eval` does.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Ops:
     glu: Callable[[mx.array, str], mx.array] = _glu
     activate: Callable[[mx.array, str], mx.array] = _activate
     argmax: Callable[[mx.array], mx.array] = _argmax
+    schedule: Callable[..., None] = mx.async_eval
     gather_linear: Callable[..., mx.array] = _gather_linear
     gather_quantized_linear: Callable[..., mx.array] = _gather_quantized_linear
     storage: Storage = PLAIN

@@ -63,21 +63,26 @@ def prefill(
 
 
 def decode(
-    model: Model, logits: mx.array, caches: list[KVCache], sample: Sample, max_tokens: int
+    model: Model,
+    logits: mx.array,
+    caches: list[KVCache],
+    sample: Sample,
+    max_tokens: int,
+    schedule: Callable[..., None] = mx.async_eval,
 ) -> Iterator[tuple[mx.array, ...]]:
     """Yield what `sample` returns for up to `max_tokens` tokens; while one is read, the next is being computed.
 
-    The token stays on the device between the steps. The last token yielded is not in `caches`, unless the caller stops
-    early: then it is.
+    The token stays on the device between the steps; `schedule` is the device's (`Ops.schedule`). The last token yielded
+    is not in `caches`, unless the caller stops early: then it is.
     """
     current = sample(logits)
-    mx.async_eval(*current)
+    schedule(*current)
     for index in range(max_tokens):
         following = None
         if index + 1 < max_tokens:
             hidden = model(Batch(current[0].reshape(1, 1), caches[0].offset), caches)
             following = sample(model.logits(hidden)[0, -1])
-            mx.async_eval(*following)
+            schedule(*following)
         yield current
         if following is not None:
             current = following

@@ -200,7 +200,8 @@ class LanguageModel:
         except Cancelled:
             yield answer.cancelled()
             return
-        for index, step in enumerate(decode(self.model, logits, kept.caches, sample, budget)):
+        steps = decode(self.model, logits, kept.caches, sample, budget, self.device.ops.schedule)
+        for index, step in enumerate(steps):
             stopped = cancelled is not None and cancelled()
             chunk = answer.add(step, last=index + 1 == budget, cancelled=stopped)
             kept.add(chunk.token)

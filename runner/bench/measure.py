@@ -170,7 +170,7 @@ def generate(engine: Engine, first: np.ndarray, caches: list[KVCache], count: in
     for _ in range(count):
         hidden = engine.model(Batch(token.reshape(-1, 1), caches[0].offset), caches)
         token = engine.device.ops.argmax(engine.model.logits(hidden)[:, -1])
-        mx.async_eval(token)
+        engine.device.ops.schedule(token)
         mx.eval(previous)
         previous = token
     mx.eval(token)

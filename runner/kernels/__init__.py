@@ -34,6 +34,7 @@ __all__ = [
     "read_seconds",
     "rms_norm",
     "rope",
+    "schedule",
     "small_float_linear",
     "unavailable",
 ]
@@ -193,3 +194,8 @@ def glu(gate_up: mx.array, activation: Activation = "silu") -> mx.array:
 def argmax(x: mx.array) -> mx.array:
     """Index (uint32) of the greatest value of the last dimension; the lowest on a tie. NaN never wins."""
     return _C.argmax(x)
+
+
+def schedule(*arrays: mx.array) -> None:
+    """`mx.async_eval(*arrays)`, which hands the extension's operations to the CPU as one task instead of one by one."""
+    _C.schedule(list(arrays))

@@ -100,6 +100,7 @@ KERNELS = Ops(
     attention=_attention,
     glu=_glu,
     argmax=kernels.argmax,
+    schedule=kernels.schedule,
     gather_linear=expertwise.gather_linear(kernels.linear),
     gather_quantized_linear=expertwise.gather_quantized_linear(_quantized_linear),
     storage=Storage(PLAIN.empty, kernels.append, unpacked),

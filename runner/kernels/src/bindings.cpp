@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
 #include "kernels.h"
 #include "mlx/version.h"
@@ -57,4 +58,5 @@ NB_MODULE(_C, m) {
   m.def("append", &runner::append_op, "keys"_a, "values"_a, "k"_a, "v"_a, "at"_a);
   m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
   m.def("argmax", &runner::argmax_op, "x"_a);
+  m.def("schedule", &runner::schedule, "arrays"_a, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -28,8 +28,7 @@ class Attention : public CpuPrimitive {
   }
 
   // inputs: q, k, v, (mask [B, H, L, S]), (sinks [H])
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    Dispatcher d(stream());
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     AttentionArgs a{};
     a.qt = type_of(inputs[0]);
     a.kt = type_of(inputs[1]);
@@ -77,13 +76,13 @@ class Append : public CpuPrimitive {
  public:
   Append(mx::Stream stream, int64_t at) : CpuPrimitive(stream), at_(at) {}
   const char* name() const override { return "runner::Append"; }
+  bool in_place() const override { return true; }
   bool is_equivalent(const mx::Primitive& other) const override {
     return at_ == static_cast<const Append&>(other).at_;
   }
 
   // inputs: keys, values, k, v; outputs: the buffers again
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    Dispatcher d(stream());
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     for (int i = 0; i < 2; ++i) {
       const mx::array &buffer = inputs[i], &x = inputs[2 + i];
       // MLX would copy the buffer while an earlier step's attention is still queued to read it. That one reads rows

@@ -172,6 +172,20 @@ inline void glu(const GluArgs& a) {
   });
 }
 
+inline void add(const AddArgs& a) {
+  over_rows((a.size + kSerialSize - 1) / kSerialSize, kSerialSize, [&](int64_t first, int64_t last) {
+    with_type(a.type, [&](auto t) {
+      using T = decltype(t);
+      using S = typename T::S;
+      int64_t i = first * kSerialSize, end = last * kSerialSize < a.size ? last * kSerialSize : a.size;
+      const S *x = (const S*)a.x, *y = (const S*)a.y;
+      S* out = (S*)a.out;
+      for (; i + W <= end; i += W) T::store_v(out + i, T::load_v(x + i) + T::load_v(y + i));
+      for (; i < end; ++i) out[i] = T::from(T::to(x[i]) + T::to(y[i]));
+    });
+  });
+}
+
 // Greatest value of a span and its first index; NaN never wins.
 template <class T>
 RUNNER_INLINE void argmax_span(const typename T::S* x, int64_t n, float* most, int64_t* at) {

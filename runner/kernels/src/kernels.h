@@ -102,6 +102,14 @@ struct GluArgs {
   Activation act;
 };
 
+// out = x + y, `size` values
+struct AddArgs {
+  const void *x, *y;
+  void* out;
+  DType type;
+  int64_t size;
+};
+
 struct ArgmaxArgs {
   const void* x;
   uint32_t* out;
@@ -118,6 +126,7 @@ struct Kernels {
   void (*append)(const AppendArgs&);
   void (*glu)(const GluArgs&);
   void (*argmax)(const ArgmaxArgs&);
+  void (*add)(const AddArgs&);
 };
 
 const Kernels* scalar_kernels();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -38,11 +39,16 @@ inline void copy_strided(const char* src, char* dst, size_t item, const mx::Shap
   }
 }
 
+// Work for the stream's thread, in order.
+using Tasks = std::vector<std::function<void()>>;
+
 // One evaluation: pointers are taken now, while MLX holds the arrays; the work runs later on the stream's thread, and
-// MLX keeps the buffers of inputs, outputs and temporaries alive until then.
+// MLX keeps the buffers of inputs, outputs and temporaries alive until then. With a list of tasks the work goes there
+// instead of to the stream.
 class Dispatcher {
  public:
   explicit Dispatcher(const mx::Stream& stream) : encoder_(mx::cpu::get_command_encoder(stream)) {}
+  Dispatcher(const mx::Stream& stream, Tasks& list) : encoder_(mx::cpu::get_command_encoder(stream)), list_(&list) {}
 
   mx::array& allocate(mx::array& out) {
     out.set_data(mx::allocator::malloc(out.nbytes()));
@@ -71,7 +77,11 @@ class Dispatcher {
 
   template <class F>
   void run(F&& f) {
-    encoder_.dispatch(std::forward<F>(f));
+    if (list_) {
+      list_->emplace_back(std::forward<F>(f));
+    } else {
+      encoder_.dispatch(std::forward<F>(f));
+    }
   }
 
  private:
@@ -84,19 +94,28 @@ class Dispatcher {
   }
 
   void copy_later(const mx::array& a, mx::array& copy) {
-    encoder_.dispatch([src = a.data<char>(), dst = copy.data<char>(), item = a.itemsize(), shape = a.shape(),
-                       strides = a.strides(), empty = a.size() == 0] {
+    run([src = a.data<char>(), dst = copy.data<char>(), item = a.itemsize(), shape = a.shape(), strides = a.strides(),
+         empty = a.size() == 0] {
       if (!empty) copy_strided(src, dst, item, shape, strides);
     });
   }
 
   mx::cpu::CommandEncoder& encoder_;
+  Tasks* list_ = nullptr;
 };
 
 // Inference on the CPU only: no gradients, no vmap (the base class throws for both).
 class CpuPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
+  // Whether the outputs are the inputs' memory.
+  virtual bool in_place() const { return false; }
+  // Allocates `outputs` and gives the dispatcher what fills them.
+  virtual void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) = 0;
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) final {
+    Dispatcher d(stream());
+    plan(inputs, outputs, d);
+  }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::runtime_error(std::string(name()) + " runs on the CPU only; build the graph with plain MLX ops there");
   }

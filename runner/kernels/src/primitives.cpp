@@ -24,8 +24,7 @@ class Linear : public CpuPrimitive {
   }
 
   // inputs: x, weight, (scales, shifts), (bias)
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    Dispatcher d(stream());
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     auto& out = d.allocate(outputs[0]);
     LinearArgs a{};
     a.xt = type_of(inputs[0]);
@@ -74,8 +73,7 @@ class Norm : public CpuPrimitive {
   }
 
   // inputs: x, (residual), (weight), (shift); outputs: (x + residual), normed
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    Dispatcher d(stream());
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     NormArgs a{};
     size_t next = 1;
     a.xt = type_of(inputs[0]);
@@ -118,8 +116,7 @@ class Rope : public CpuPrimitive {
   }
 
   // inputs: x [B, H, L, D], (offset int32, one or B, where it is no number), (freqs float32 [dims / 2])
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    Dispatcher d(stream());
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     const mx::array& x = inputs[0];
     RopeArgs a{};
     a.xt = type_of(x);
@@ -157,8 +154,7 @@ class Glu : public CpuPrimitive {
   bool is_equivalent(const mx::Primitive& other) const override {
     return activation_ == static_cast<const Glu&>(other).activation_;
   }
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    Dispatcher d(stream());
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     GluArgs a{};
     a.xt = type_of(inputs[0]);
     a.dim = outputs[0].shape(-1);
@@ -178,8 +174,7 @@ class Argmax : public CpuPrimitive {
   using CpuPrimitive::CpuPrimitive;
   const char* name() const override { return "runner::Argmax"; }
   bool is_equivalent(const mx::Primitive&) const override { return true; }
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    Dispatcher d(stream());
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     ArgmaxArgs a{};
     a.xt = type_of(inputs[0]);
     a.dim = inputs[0].shape(-1);

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "mlx/array.h"
 #include "mlx/stream.h"
@@ -31,5 +32,8 @@ std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array
                                           const mx::array& v, int at);
 mx::array glu_op(const mx::array& gate_up, const std::string& activation);
 mx::array argmax_op(const mx::array& x);
+
+// mx::async_eval, cheaper; see schedule.cpp.
+void schedule(const std::vector<mx::array>& outputs);
 
 }  // namespace runner

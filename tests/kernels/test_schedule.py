@@ -1,0 +1,138 @@
+"""Scheduling a graph as one task gives what MLX gives, whatever stands in the graph and whoever holds parts of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runner.engine import open_engine
+from runner.fast import PORTABLE, Ops
+from runner.generate import decode, prefill
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+DIM = 32
+
+
+def grown(ops: Ops, seed: int, count: int) -> list[mx.array]:
+    """`count` arrays `[1, 2, 32]`, each made of earlier ones by an op of the table or of MLX."""
+    picks = np.random.default_rng(seed)
+    weight = mx.array(picks.standard_normal((DIM, DIM)).astype(np.float32)) * 0.1
+    both = mx.concatenate([weight, weight])
+    gain = mx.ones(DIM)
+    made = [mx.array(picks.standard_normal((1, 2, DIM)).astype(np.float32)) for _ in range(2)]
+    for _ in range(count):
+        x, y = (made[i] for i in picks.integers(0, len(made), 2))
+        kind = picks.integers(0, 10)
+        if kind == 0:
+            made.append(ops.linear(x, weight, None))
+        elif kind == 1:
+            made.append(x + y)
+        elif kind == 2:
+            made += ops.add_rms_norm(x, y, gain, 1e-5)
+        elif kind == 3:
+            made.append(ops.rms_norm(x, gain, 1e-5))
+        elif kind == 4:  # views, one of them of something that is not contiguous
+            made.append(x.swapaxes(1, 2).reshape(1, 2, DIM) * 0.5)
+        elif kind == 5:
+            made += [part.reshape(1, 2, DIM) for part in mx.split(ops.linear(x, both, None), 2, axis=-1)]
+        elif kind == 6:
+            heads = x.reshape(1, 2, 2, 16).swapaxes(1, 2)
+            turned = ops.rope(heads, 3, dims=16, traditional=False, base=1e4, scale=1.0, freqs=None)
+            made.append(
+                ops.attention(turned, turned, heads, "causal", scale=0.25, window=None, sinks=None).flatten(2, 3)
+            )
+            made[-1] = made[-1].reshape(1, 2, DIM)
+        elif kind == 7:
+            made.append(ops.glu(mx.concatenate([x, y], axis=-1), "silu"))
+        elif kind == 8:
+            made.append(mx.tanh(x) - y[:, ::-1])
+        else:
+            made.append(x + y[:, :1])  # a sum that broadcasts
+    return made[2:]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(st.integers(0, 2**31), st.integers(1, 40), st.data())
+def test_random_graphs(ops: Ops, seed: int, count: int, data: st.DataObject) -> None:
+    """Some arrays are evaluated before, some are on their way, some are asked for; all are right afterwards."""
+    expected, found = grown(ops, seed, count), grown(ops, seed, count)
+    mx.eval(expected)
+    index = st.integers(0, len(found) - 1)
+    mx.eval([found[i] for i in data.draw(st.lists(index, max_size=2))])
+    mx.async_eval([found[i] for i in data.draw(st.lists(index, max_size=2))])
+    ops.schedule(*[found[i] for i in data.draw(st.lists(index, max_size=3))])
+    ops.schedule(*[found[i] for i in data.draw(st.lists(index, min_size=1, max_size=4))])
+    later = ops.linear(found[0] + found[-1], mx.eye(DIM), None)  # made of what is on its way
+    for i in data.draw(st.permutations(range(len(found)))):
+        assert np.array_equal(np.array(found[i]), np.array(expected[i]), equal_nan=True)
+    assert np.array_equal(np.array(later), np.array(expected[0] + expected[-1]), equal_nan=True)
+
+
+def test_the_cases_without_a_task(ops: Ops) -> None:
+    """Nothing to do, nothing left to do, another stream of the CPU, and results too large to be taken all at once."""
+    ops.schedule()
+    x, weight = mx.ones((1, DIM)), mx.eye(DIM)
+    done = ops.linear(x, weight, None)
+    ops.schedule(done, done)
+    ops.schedule(done)
+    with mx.stream(mx.new_stream(mx.cpu)):
+        elsewhere = ops.linear(done, weight, None)
+    ops.schedule(elsewhere + 1)
+    large = ops.linear(mx.ones((1 << 15, DIM)), mx.ones((1024, DIM)), None)
+    ops.schedule(mx.sum(large[:2]))
+    assert np.array_equal(np.array(done + elsewhere), np.full((1, DIM), 2.0))
+    assert large[-1, -1].item() == DIM
+
+
+def test_rows_are_appended_once_and_in_order(ops: Ops) -> None:
+    """A cache is written in place: each step's task reads what that step wrote, before the next one writes."""
+    write = ops.storage.write
+    keys, values = mx.zeros((1, 1, 8, 4)), mx.zeros((1, 1, 8, 4))
+    sums = []
+    for at in range(8):
+        row = mx.full((1, 1, 1, 4), float(at + 1))
+        keys, values = write(keys, values, row, -row, at)
+        sums.append(mx.sum(keys + 0.0))
+        ops.schedule(sums[-1])
+    assert [each.item() for each in sums] == [4.0 * sum(range(1, at + 2)) for at in range(8)]
+    assert np.array_equal(np.array(values[0, 0, :, 0]), -np.arange(1.0, 9.0))
+
+
+@pytest.mark.parametrize("path", sorted(str(p.parent.relative_to(FIXTURES)) for p in FIXTURES.rglob("config.json")))
+def test_tokens_of_every_fixture(path: str) -> None:
+    """What decoding hands over as one task is what MLX computes one by one."""
+    engine = open_engine(FIXTURES / path)
+    ops, answers = engine.device.ops, []
+    for schedule in (ops.schedule, PORTABLE.schedule):
+        caches = engine.new_caches()
+        logits = prefill(engine.model, [1 + i % 30 for i in range(12)], caches)
+        steps = decode(engine.model, logits, caches, lambda row: (ops.argmax(row), row), 5, schedule)
+        answers.append([(step[0].item(), np.array(step[1].astype(mx.float32))) for step in steps])
+    for one, other in zip(*answers, strict=True):
+        assert one[0] == other[0] and np.array_equal(one[1], other[1], equal_nan=True)
+
+
+def test_what_a_task_reads_stays_until_it_has_run(ops: Ops) -> None:
+    """The inputs are let go, and their memory filled with others, while the task that reads them waits for its turn."""
+    weight = mx.eye(256)
+    busy = mx.random.normal((64, 256))
+    mx.eval(weight, busy)
+    for value in range(1, 30):
+        rows = [mx.full((1, 256), float(value)) for _ in range(4)]
+        mx.eval(rows)
+        before = busy
+        for _ in range(20):
+            before = ops.linear(before, weight, None)
+        ops.schedule(before)
+        total = ops.linear(rows[0], weight, None)
+        for row in rows[1:]:
+            total = ops.linear(row, weight, None) + total
+        ops.schedule(total)
+        del rows, row
+        others = [mx.array(np.full((1, 256), -1.0, dtype=np.float32)) for _ in range(64)]
+        assert np.array_equal(np.array(total), np.full((1, 256), 4.0 * value)) and len(others) == 64
