@@ -91,6 +91,19 @@ def test_quantized_linear(
     assert_close(found, twins.linear(x, full, bias), rounded_to=xt, tolerance=3e-4)
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_scales_that_are_nan_spoil_their_rows_only(ops: Ops, bits: int, group_size: int) -> None:
+    """Kernels read whole vectors of scales, past the end of a row of 5, 9 or 16 groups."""
+    for groups, rows in [(5, 1), (9, 1), (16, 1), (5, 3)]:
+        packed, scales, shifts = mx.quantize(rand(40, groups * group_size, seed=1), group_size=group_size, bits=bits)
+        scales[11, 0], shifts[17, groups - 1] = float("nan"), float("inf")
+        x = rand(rows, groups * group_size, seed=2)
+        found = ops.quantized_linear(x, packed, scales, shifts, None, group_size=group_size, bits=bits, mode="affine")
+        bad = ~np.isfinite(numpy(found))
+        assert np.array_equal(bad, np.broadcast_to(np.isin(np.arange(40), [11, 17]), (rows, 40)))
+
+
 SMALL_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 

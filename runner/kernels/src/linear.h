@@ -220,6 +220,12 @@ RUNNER_INLINE void store_out(const LinearArgs& a, int64_t m, int64_t n, float va
   with_type(a.xt, [&](auto t) { store_out<decltype(t)>(a, m, n, value); });
 }
 
+// W results of the first row of x.
+RUNNER_INLINE void store_outs(const LinearArgs& a, int64_t n, VF values) {
+  if (a.bias) with_type(a.bt, [&](auto t) { values = values + decltype(t)::load_v((const typename decltype(t)::S*)a.bias + n); });
+  with_type(a.xt, [&](auto t) { decltype(t)::store_v((typename decltype(t)::S*)a.out + n, values); });
+}
+
 // Rows [n, n + R) of w against all of x (few rows, float32, contiguous).
 template <class T, int R>
 RUNNER_INLINE void few_rows(const LinearArgs& a, const typename T::S* w, const float* x, int64_t n) {

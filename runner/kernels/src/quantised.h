@@ -451,11 +451,135 @@ RUNNER_INLINE void quant_rows(const LinearArgs& a, const QuantX& x, int64_t n, i
     for (int m = 0; m < M; ++m) out[r][m] = hsum(acc[r][m]);
   }
 }
-constexpr int kQuantRows = 4, kQuantM = 2;
+constexpr int kQuantRows = W, kQuantM = 2;
+
+// Constants of half_sums, which the compiler would otherwise build anew at each use.
+struct HalfConstants {
+  __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), byte = _mm256_set1_epi16(256);
+  RUNNER_INLINE HalfConstants() { asm("" : "+x"(nibble), "+x"(one), "+x"(byte)); }
+};
+
+// 32 bytes of weights against half a chunk at p that is not fine: sums of q (256 high + mid), as half_product's.
+template <int BITS, class T>
+RUNNER_INLINE __m256i half_sums(const HalfConstants& c, const uint8_t* from, const int8_t* p) {
+  auto x = [&](int at) { return _mm256_load_si256((const __m256i*)(p + at)); };
+  const __m256i w = _mm256_loadu_si256((const __m256i*)from);
+  if constexpr (BITS == 4) {
+    __m256i even = _mm256_and_si256(w, c.nibble), odd = _mm256_and_si256(_mm256_srli_epi16(w, 4), c.nibble);
+    if constexpr (is_fp4<T>()) {
+      const __m256i value = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kFp4));
+      even = _mm256_shuffle_epi8(value, even);
+      odd = _mm256_shuffle_epi8(value, odd);
+    }
+    __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(even, x(0)), _mm256_maddubs_epi16(odd, x(64)));
+    __m256i mid = _mm256_add_epi16(_mm256_maddubs_epi16(even, x(128)), _mm256_maddubs_epi16(odd, x(192)));
+    return _mm256_add_epi32(_mm256_madd_epi16(high, c.byte), _mm256_madd_epi16(mid, c.one));
+  } else {
+    const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+    return _mm256_add_epi32(_mm256_madd_epi16(even, x(0)), _mm256_madd_epi16(odd, x(32)));
+  }
+}
+
+// Lane i of the lower half: the sum over the lower half of u[i]; of the upper half likewise.
+RUNNER_INLINE __m256i sums_by_half(const __m256i u[4]) {
+  __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(u[0], u[1]), _mm256_unpackhi_epi32(u[0], u[1]));
+  __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(u[2], u[3]), _mm256_unpackhi_epi32(u[2], u[3]));
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+
+// W rows of weights from n on against one row of x: results [n, n + W). Four halves of chunks meet their scales at once.
+// Up to 32 bytes and W scales past the last of the rows are read.
+template <int BITS, int G, class T>
+RUNNER_INLINE VF quant_block(const LinearArgs& a, const QuantX& x, int64_t n) {
+  constexpr int kHalf = BITS == 4 ? 64 : 32;    // values of half a chunk, 32 bytes of weights
+  constexpr int kPiece = BITS == 4 ? 32 : 128;  // from the first half of a chunk of x to the second
+  constexpr int kChunk = BITS == 4 ? 384 : 256;
+  constexpr int kFours = W * G / (4 * kHalf);   // fours of halves that W groups are
+  const int64_t groups = a.k / G, row_bytes = a.k * BITS / 8, halves = (a.k + kHalf - 1) / kHalf;
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), low = _mm256_and_si256(lane, _mm256_set1_epi32(3));
+  // Lanes of W scales that lanes of sums_by_half belong to.
+  const __m256i at = kHalf > G ? _mm256_add_epi32(_mm256_add_epi32(low, low), _mm256_srli_epi32(lane, 2))
+                               : _mm256_srli_epi32(low, G / kHalf == 4 ? 2 : G / kHalf == 2 ? 1 : 0);
+  alignas(32) static constexpr int32_t mask[2 * W] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const uint8_t* w = (const uint8_t*)a.w + n * row_bytes;
+  const auto* scales = (const typename T::S*)a.scales + n * groups;
+  [[maybe_unused]] const auto* shifts = (const typename T::S*)a.shifts + n * groups;
+  const int8_t* const xq = x.q;
+  const uint8_t* const xfine = x.fine;
+  const float *const xscale = x.scale, *const xsum = x.sum;
+  const HalfConstants c;
+  VF out[W];
+  for (int r = 0; r < W; ++r) {
+    VF acc = zero(), s = zero();
+    prefetch((const char*)scales + kAhead / 8);
+    prefetch((const char*)shifts + kAhead / 8);
+    // W scales and shifts, of which `some` belong to the row: what follows it may be NaN.
+    auto load_scales = [&](int64_t g, auto all) __attribute__((always_inline)) {
+      s = T::load_v(scales + g);
+      VF shift;
+      if constexpr (is_fp4<T>()) {
+        s = s * set1(0.5f);
+        shift = s * set1(-kFp4Zero);
+      } else {
+        shift = T::load_v(shifts + g);
+      }
+      if constexpr (!decltype(all)::value) {
+        const VF some = load((const float*)mask + W - (groups - g));
+        s = _mm256_and_ps(s, some);
+        shift = _mm256_and_ps(shift, some);
+      }
+      s = s * load(xscale + g);
+      acc = fma(shift, load(xsum + g), acc);
+    };
+    // Half a chunk, `h` of the row and `i` of those that s has the scales of.
+    auto one = [&](int64_t h, int i) __attribute__((always_inline)) {
+      const uint8_t* from = w + 32 * h;
+      const int8_t* p = xq + h / 2 * kChunk + h % 2 * kPiece;
+      __m256i index = _mm256_set1_epi32(i * kHalf / G);
+      if (kHalf > G) index = _mm256_add_epi32(index, _mm256_srli_epi32(lane, 2));
+      VF whole;
+      if (xfine[h]) {
+        __m256i even, odd;
+        even_odd<BITS, T>(_mm256_loadu_si256((const __m256i*)from), &even, &odd);
+        whole = half_product<BITS>(even, odd, p, true);
+      } else {
+        whole = _mm256_cvtepi32_ps(half_sums<BITS, T>(c, from, p));
+      }
+      acc = fma(whole, _mm256_permutevar8x32_ps(s, index), acc);
+    };
+    int64_t h = 0;
+    for (; h + 4 * kFours <= halves && h * kHalf / G + W <= groups; h += 4 * kFours) {
+      load_scales(h * kHalf / G, Int<1>{});
+#pragma GCC unroll 2
+      for (int part = 0; part < kFours; ++part) {
+        const uint8_t* from = w + 32 * (h + 4 * part);
+        const int8_t* p = xq + (h / 2 + 2 * part) * kChunk;
+        prefetch(from + kAhead);
+        prefetch(from + kAhead + 64);
+        uint32_t fine = 0;
+        memcpy(&fine, xfine + h + 4 * part, 4);
+        if (fine == 0) [[likely]] {
+          const __m256i u[4] = {half_sums<BITS, T>(c, from, p), half_sums<BITS, T>(c, from + 32, p + kPiece),
+                                half_sums<BITS, T>(c, from + 64, p + kChunk),
+                                half_sums<BITS, T>(c, from + 96, p + kChunk + kPiece)};
+          const __m256i index = _mm256_add_epi32(at, _mm256_set1_epi32(part * 4 * kHalf / G));
+          acc = fma(_mm256_cvtepi32_ps(sums_by_half(u)), _mm256_permutevar8x32_ps(s, index), acc);
+        } else {
+          for (int i = 4 * part; i < 4 * part + 4; ++i) one(h + i, i);
+        }
+      }
+    }
+    if (h < halves) load_scales(h * kHalf / G, Int<0>{});
+    for (int i = 0; h < halves; ++h, ++i) one(h, i);
+    out[r] = acc;
+    w += row_bytes, scales += groups, shifts += groups;
+  }
+  return sums(out);
+}
 
 #endif
 
-constexpr int64_t kLongRow = 512;  // bytes from which one row alone is long enough a stream
+[[maybe_unused]] constexpr int64_t kLongRow = 512;  // bytes from which one row alone is long enough a stream
 
 // Rows [n, end) of w, which holds `all` rows.
 template <int BITS, int G, class T>
@@ -470,9 +594,13 @@ void quant_gemv_rows(const LinearArgs& a, const QuantX& x, int64_t n, int64_t en
   };
   const int64_t many = all - 8 < end ? all - 8 : end;  // eight more rows are enough to read past the end of one
   if (a.m == 1) {
+#if RUNNER_ISA == 2
+    for (; n + W <= many; n += W) store_outs(a, n, quant_block<BITS, G, T>(a, x, n));
+#else
     if (a.k * BITS / 8 <= kLongRow) {
       for (; n + kQuantRows <= many; n += kQuantRows) rows(Int<kQuantRows>{}, Int<1>{}, 0);
     }
+#endif
     for (; n < end; ++n) rows(Int<1>{}, Int<1>{}, 0);
     return;
   }
