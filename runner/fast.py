@@ -7,7 +7,7 @@ hand, without a loader, they use `PORTABLE`: plain MLX, right on every backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -196,28 +196,34 @@ def scaled_dot_product_attention(
     Raises:
         UsageError: a rank, head count or length does not fit; the message names both shapes.
     """
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise UsageError(f"attention needs query [B, H, L, D], key and value [B, KV, S, D]; got {shapes}")
-    keys = key.shape[2] if length is None else length
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != row_width(key):
-        raise UsageError(f"attention: batch, key-value heads, lengths or head sizes differ: {shapes}")
-    if query.shape[1] % key.shape[1]:
-        raise UsageError(f"attention: {query.shape[1]} query heads are no multiple of {key.shape[1]} key-value heads")
-    if isinstance(mask, mx.array):
+    q, k, v = query.shape, key.shape, value.shape
+    if not len(q) == len(k) == len(v) == 4:
+        raise UsageError(f"attention needs query [B, H, L, D], key and value [B, KV, S, D]; got {_shapes(q, k, v)}")
+    keys = k[2] if length is None else length
+    if k[:3] != v[:3] or q[0] != k[0] or q[3] != row_width(key):
+        raise UsageError(f"attention: batch, key-value heads, lengths or head sizes differ: {_shapes(q, k, v)}")
+    if q[1] % k[1]:
+        raise UsageError(f"attention: {q[1]} query heads are no multiple of {k[1]} key-value heads")
+    rule: mx.array | Literal["causal"] | None
+    if mask is None:
+        if q[2] > keys:
+            raise UsageError(f"causal attention has more queries ({q[2]}) than keys ({keys})")
+        # One query, being the last position, sees every key: no mask to apply.
+        rule = "causal" if q[2] > 1 else None
+    elif isinstance(mask, mx.array):
         _check_mask(mask, query, keys)
-        return ops.attention(query, key, value, mask, scale=scale, window=window, sinks=sinks, length=keys)
-    if mask == NO_MASK:
-        if window is not None:
-            raise UsageError("attention: NO_MASK and a window exclude each other")
-        return ops.attention(query, key, value, None, scale=scale, window=None, sinks=sinks, length=keys)
-    if mask is not None:
+        rule = mask
+    elif mask != NO_MASK:
         raise UsageError(f"attention: mask must be an array, NO_MASK or None (causal), not {mask!r}")
-    if query.shape[2] > keys:
-        raise UsageError(f"causal attention has more queries ({query.shape[2]}) than keys ({keys})")
-    # One query, being the last position, sees every key: no mask to apply.
-    causal = "causal" if query.shape[2] > 1 else None
-    return ops.attention(query, key, value, causal, scale=scale, window=window, sinks=sinks, length=keys)
+    elif window is not None:
+        raise UsageError("attention: NO_MASK and a window exclude each other")
+    else:
+        rule = None
+    return ops.attention(query, key, value, rule, scale=scale, window=window, sinks=sinks, length=keys)
+
+
+def _shapes(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> str:
+    return f"query {query}, key {key}, value {value}"
 
 
 def _check_mask(mask: mx.array, query: mx.array, keys: int) -> None:

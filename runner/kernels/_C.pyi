@@ -22,26 +22,29 @@ def quantized_linear(
 def small_float_linear(
     x: mx.array, weight: mx.array, scales: mx.array, bias: mx.array | None, mode: str
 ) -> mx.array: ...
-def norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float, mean: bool) -> mx.array: ...
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array: ...
+def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array: ...
 def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps: float) -> tuple[mx.array, mx.array]: ...
 def rope(
     x: mx.array,
     offset: int | mx.array,
+    *,
     dims: int,
     traditional: bool,
-    freqs: mx.array | None,
     base: float | None,
     scale: float,
+    freqs: mx.array | None,
 ) -> mx.array: ...
 def attention(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    scale: float,
+    query: mx.array,
+    key: mx.array,
+    value: mx.array,
     mask: str | mx.array | None,
+    *,
+    scale: float,
     window: int | None,
     sinks: mx.array | None,
-    length: int | None,
+    length: int | None = None,
 ) -> mx.array: ...
 def append(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) -> tuple[mx.array, mx.array]: ...
 def glu(gate_up: mx.array, activation: str) -> mx.array: ...

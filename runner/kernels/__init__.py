@@ -118,12 +118,12 @@ def small_float_linear(
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x float [..., dim], weight float [dim]."""
-    return _C.norm(x, weight, None, eps, False)
+    return _C.rms_norm(x, weight, eps)
 
 
 def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension. x float [..., dim]."""
-    return _C.norm(x, weight, bias, eps, True)
+    return _C.layer_norm(x, weight, bias, eps)
 
 
 def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps: float) -> tuple[mx.array, mx.array]:
@@ -147,7 +147,7 @@ def rope(
     the first `dims` values turn by (offset + l) * scale / freqs[i], freqs [dims / 2] or base^(2 i / dims); pairs are
     (i, i + dims / 2), or neighbours if `traditional`. Returns [B, H, L, D], contiguous.
     """
-    return _C.rope(x, offset, dims, traditional, freqs, base, scale)
+    return _C.rope(x, offset, dims=dims, traditional=traditional, base=base, scale=scale, freqs=freqs)
 
 
 def attention(
@@ -170,7 +170,7 @@ def attention(
     bool (True = visible) or float (added to the scores). sinks float [H]: one more score per head that takes its
     share and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, DV] of q's type.
     """
-    return _C.attention(q, k, v, scale, mask, window, sinks, length)
+    return _C.attention(q, k, v, mask, scale=scale, window=window, sinks=sinks, length=length)
 
 
 def append(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) -> tuple[mx.array, mx.array]:

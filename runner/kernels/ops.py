@@ -1,13 +1,12 @@
-"""The table of ops that a CPU computes with where the extension is built."""
+"""The table of ops that a CPU computes with where the extension is built: its functions themselves where they fit."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import mlx.core as mx
 
 from runner import expertwise, kernels
 from runner.fast import PORTABLE, Ops
+from runner.kernels import _C
 from runner.kv_storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 
 _PACKED = (2, 3, 4, 5, 6, 8)
@@ -27,38 +26,11 @@ def _quantized_linear(
     mode: str,
 ) -> mx.array:
     if mode == "affine" and biases is not None and bits in _PACKED and group_size in _GROUPS:
-        return kernels.quantized_linear(x, weight, scales, biases, bias, group_size=group_size, bits=bits)
+        return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
     if _SMALL_FLOATS.get(mode) == (bits, group_size) and biases is None:
-        return kernels.small_float_linear(x, weight, scales, bias, mode=mode)
+        return _C.small_float_linear(x, weight, scales, bias, mode)
     full = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-    return kernels.linear(x, full, bias)
-
-
-def _rope(
-    x: mx.array,
-    offset: int | mx.array,
-    *,
-    dims: int,
-    traditional: bool,
-    base: float | None,
-    scale: float,
-    freqs: mx.array | None,
-) -> mx.array:
-    return kernels.rope(x, offset, dims=dims, traditional=traditional, freqs=freqs, base=base, scale=scale)
-
-
-def _attention(
-    query: mx.array,
-    key: mx.array,
-    value: mx.array,
-    mask: mx.array | Literal["causal"] | None,
-    *,
-    scale: float,
-    window: int | None,
-    sinks: mx.array | None,
-    length: int | None = None,
-) -> mx.array:
-    return kernels.attention(query, key, value, scale=scale, mask=mask, window=window, sinks=sinks, length=length)
+    return _C.linear(x, full, bias)
 
 
 def _dense(rows: mx.array, capacity: int) -> mx.array:
@@ -85,27 +57,27 @@ _ACTIVATIONS: dict[str, kernels.Activation] = {
 
 def _glu(gate_up: mx.array, activation: str) -> mx.array:
     if activation in _ACTIVATIONS:
-        return kernels.glu(gate_up, _ACTIVATIONS[activation])
+        return _C.glu(gate_up, _ACTIVATIONS[activation])
     return PORTABLE.glu(gate_up, activation)
 
 
 KERNELS = Ops(
     name="cpu kernels",
-    linear=kernels.linear,
+    linear=_C.linear,
     quantized_linear=_quantized_linear,
-    rms_norm=kernels.rms_norm,
-    add_rms_norm=kernels.add_rms_norm,
-    layer_norm=kernels.layer_norm,
-    rope=_rope,
-    attention=_attention,
+    rms_norm=_C.rms_norm,
+    add_rms_norm=_C.add_rms_norm,
+    layer_norm=_C.layer_norm,
+    rope=_C.rope,
+    attention=_C.attention,
     glu=_glu,
-    argmax=kernels.argmax,
+    argmax=_C.argmax,
     schedule=kernels.schedule,
-    gather_linear=expertwise.gather_linear(kernels.linear),
+    gather_linear=expertwise.gather_linear(_C.linear),
     gather_quantized_linear=expertwise.gather_quantized_linear(_quantized_linear),
-    storage=Storage(PLAIN.empty, kernels.append, unpacked),
+    storage=Storage(PLAIN.empty, _C.append, unpacked),
 )
 """`runner.fast.Ops` over `runner.kernels`; what has no kernel is plain MLX."""
 
-DENSE = Storage(_dense, kernels.append, unpacked)
+DENSE = Storage(_dense, _C.append, unpacked)
 """Caches of half the size, within 1e-3 of the logits' deviation."""

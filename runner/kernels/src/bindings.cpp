@@ -49,12 +49,23 @@ NB_MODULE(_C, m) {
   m.def("quantized_linear", &runner::quantized_linear_op, "x"_a, "weight"_a, "scales"_a, "biases"_a,
         "bias"_a = nb::none(), "group_size"_a, "bits"_a);
   m.def("small_float_linear", &runner::small_float_linear_op, "x"_a, "weight"_a, "scales"_a, "bias"_a.none(), "mode"_a);
-  m.def("norm", &runner::norm_op, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, "mean"_a);
+  m.def(
+      "rms_norm",
+      [](const mlx::core::array& x, const runner::MaybeArray& weight, float eps) {
+        return runner::norm_op(x, weight, std::nullopt, eps, false);
+      },
+      "x"_a, "weight"_a.none(), "eps"_a);
+  m.def(
+      "layer_norm",
+      [](const mlx::core::array& x, const runner::MaybeArray& weight, const runner::MaybeArray& bias, float eps) {
+        return runner::norm_op(x, weight, bias, eps, true);
+      },
+      "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
   m.def("add_rms_norm", &runner::add_rms_norm_op, "x"_a, "residual"_a, "weight"_a.none(), "eps"_a);
-  m.def("rope", &runner::rope_op, "x"_a, "offset"_a, "dims"_a, "traditional"_a, "freqs"_a.none(), "base"_a.none(),
-        "scale"_a);
-  m.def("attention", &runner::attention_op, "q"_a, "k"_a, "v"_a, "scale"_a, "mask"_a.none(), "window"_a.none(),
-        "sinks"_a.none(), "length"_a.none());
+  m.def("rope", &runner::rope_op, "x"_a, "offset"_a, nb::kw_only(), "dims"_a, "traditional"_a, "base"_a.none(), "scale"_a,
+        "freqs"_a.none());
+  m.def("attention", &runner::attention_op, "query"_a, "key"_a, "value"_a, "mask"_a.none(), nb::kw_only(), "scale"_a,
+        "window"_a.none(), "sinks"_a.none(), "length"_a.none() = nb::none());
   m.def("append", &runner::append_op, "keys"_a, "values"_a, "k"_a, "v"_a, "at"_a);
   m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
   m.def("argmax", &runner::argmax_op, "x"_a);

@@ -111,8 +111,8 @@ class Append : public CpuPrimitive {
 
 }  // namespace
 
-mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                       const std::variant<std::monostate, std::string, mx::array>& mask,
+mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v,
+                       const std::variant<std::monostate, std::string, mx::array>& mask, float scale,
                        const std::optional<int>& window, const MaybeArray& sinks, const std::optional<int>& length) {
   const char* op = "attention";
   need_dims(op, "q", q, 4);

@@ -307,7 +307,7 @@ std::pair<mx::array, mx::array> add_rms_norm_op(const mx::array& x, const mx::ar
 }
 
 mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset, int dims, bool traditional,
-                  const MaybeArray& freqs, const std::optional<float>& base, float scale) {
+                  const std::optional<float>& base, float scale, const MaybeArray& freqs) {
   need_float("rope", "x", x);
   need_dims("rope", "x", x, 4);
   if (dims < 2 || dims % 2 || dims > x.shape(3)) {

@@ -24,9 +24,9 @@ mx::array norm_op(const mx::array& x, const MaybeArray& weight, const MaybeArray
 std::pair<mx::array, mx::array> add_rms_norm_op(const mx::array& x, const mx::array& residual,
                                                 const MaybeArray& weight, float eps);
 mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset, int dims, bool traditional,
-                  const MaybeArray& freqs, const std::optional<float>& base, float scale);
-mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                       const std::variant<std::monostate, std::string, mx::array>& mask,
+                  const std::optional<float>& base, float scale, const MaybeArray& freqs);
+mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v,
+                       const std::variant<std::monostate, std::string, mx::array>& mask, float scale,
                        const std::optional<int>& window, const MaybeArray& sinks, const std::optional<int>& length);
 std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array& values, const mx::array& k,
                                           const mx::array& v, int at);

@@ -463,7 +463,8 @@ struct HalfConstants {
 template <int BITS, class T>
 RUNNER_INLINE __m256i half_sums(const HalfConstants& c, const uint8_t* from, const int8_t* p) {
   auto x = [&](int at) { return _mm256_load_si256((const __m256i*)(p + at)); };
-  const __m256i w = _mm256_loadu_si256((const __m256i*)from);
+  __m256i w = _mm256_loadu_si256((const __m256i*)from);
+  asm("" : "+x"(w));  // loaded once: two loads a cycle are what this waits for
   if constexpr (BITS == 4) {
     __m256i even = _mm256_and_si256(w, c.nibble), odd = _mm256_and_si256(_mm256_srli_epi16(w, 4), c.nibble);
     if constexpr (is_fp4<T>()) {
