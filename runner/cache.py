@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,6 +85,21 @@ class KVCache:
         self._keys, self._values = self.storage.write(self._keys, self._values, keys, values, stored)
         self.offset += count
         return History(self._keys, self._values, end, self.window, self.storage)
+
+    @property
+    def room(self) -> int:
+        """How many more tokens fit before the buffers are laid out anew."""
+        return 0 if self._keys is None else self._keys.shape[2] - (self.offset - self._start)
+
+    def ahead(self, count: int) -> KVCache:
+        """This cache with `count` more tokens, within `room`, over the same buffers: to build graphs with."""
+        later = copy.copy(self)
+        later.offset += count
+        return later
+
+    def joined(self) -> None:
+        """A token's keys and values were written behind the last one's, into the same buffers."""
+        self.offset += 1
 
     def trim(self, count: int) -> None:
         """Forget the newest `count` tokens.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
@@ -43,6 +43,33 @@ def _quantized_linear(
 ) -> mx.array:
     y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
     return y if bias is None else y + bias
+
+
+def _embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    rows = weight[ids]
+    return rows if dtype is None else rows.astype(dtype)
+
+
+def _quantized_embed(
+    ids: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    dtype: mx.Dtype | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    if mode == "nvfp4" and ids.size % 4:  # MLX's CPU decodes these scales four at a time, and no rest
+        padded = mx.concatenate([ids.flatten(), mx.zeros(-ids.size % 4, ids.dtype)])
+        rows = _quantized_embed(padded, weight, scales, biases, dtype, group_size=group_size, bits=bits, mode=mode)
+        return rows[: ids.size].reshape(*ids.shape, -1)
+    shifts, sizes = None if biases is None else biases[ids], scales[ids]
+    if dtype is not None and shifts is not None:
+        sizes, shifts = sizes.astype(dtype), shifts.astype(dtype)
+    rows = mx.dequantize(weight[ids], sizes, shifts, group_size=group_size, bits=bits, mode=mode)
+    return rows if dtype is None else rows.astype(dtype)
 
 
 def _rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
@@ -135,6 +162,24 @@ def _argmax(x: mx.array) -> mx.array:
     return mx.argmax(x, axis=-1)
 
 
+class Program(Protocol):
+    """A step that was recorded: `run(token)` starts it for the next token, int32 or uint32 `[B, 1]`."""
+
+    def run(self, token: mx.array) -> mx.array: ...
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Records what a step does, to do it again without building its graph; see `runner.replay`.
+
+    `slot(shape)`: ids that stand for any token. `record(slot, outputs, ahead)`: `outputs[i]` is the step's result over
+    them, `ahead[i]` positions after the first one's; None where the steps differ in more than such positions.
+    """
+
+    slot: Callable[[list[int]], mx.array]
+    record: Callable[[mx.array, list[mx.array], list[int]], Program | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ops:
     """What a device computes a model with. Each entry has `PORTABLE`'s signature and, within rounding, its result.
@@ -148,6 +193,8 @@ class Ops:
     name: str
     linear: Callable[[mx.array, mx.array, mx.array | None], mx.array] = _linear
     quantized_linear: Callable[..., mx.array] = _quantized_linear
+    embed: Callable[[mx.array, mx.array, mx.Dtype | None], mx.array] = _embed
+    quantized_embed: Callable[..., mx.array] = _quantized_embed
     rms_norm: Callable[[mx.array, mx.array | None, float], mx.array] = _rms_norm
     add_rms_norm: Callable[[mx.array, mx.array, mx.array | None, float], tuple[mx.array, mx.array]] = _add_rms_norm
     layer_norm: Callable[[mx.array, mx.array | None, mx.array | None, float], mx.array] = _layer_norm
@@ -157,6 +204,7 @@ class Ops:
     activate: Callable[[mx.array, str], mx.array] = _activate
     argmax: Callable[[mx.array], mx.array] = _argmax
     schedule: Callable[..., None] = mx.async_eval
+    recorder: Recorder | None = None
     gather_linear: Callable[..., mx.array] = _gather_linear
     gather_quantized_linear: Callable[..., mx.array] = _gather_quantized_linear
     storage: Storage = PLAIN

@@ -10,7 +10,9 @@ from runner.cache import Batch, KVCache, RotatingKVCache
 from runner.config import Config
 from runner.errors import UsageError
 from runner.families import Model
+from runner.fast import PORTABLE, Ops
 from runner.kv_storage import PLAIN, Storage
+from runner.replay import Steps
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt in one pass: enough to fill the machine, few enough to cancel soon and keep activations small."""
@@ -68,21 +70,21 @@ def decode(
     caches: list[KVCache],
     sample: Sample,
     max_tokens: int,
-    schedule: Callable[..., None] = mx.async_eval,
+    ops: Ops = PORTABLE,
 ) -> Iterator[tuple[mx.array, ...]]:
     """Yield what `sample` returns for up to `max_tokens` tokens; while one is read, the next is being computed.
 
-    The token stays on the device between the steps; `schedule` is the device's (`Ops.schedule`). The last token yielded
-    is not in `caches`, unless the caller stops early: then it is.
+    The token stays on the device between the steps; `ops` is the device's. The last token yielded is not in `caches`,
+    unless the caller stops early: then it is.
     """
+    steps = Steps(model, caches, ops)
     current = sample(logits)
-    schedule(*current)
+    ops.schedule(*current)
     for index in range(max_tokens):
         following = None
         if index + 1 < max_tokens:
-            hidden = model(Batch(current[0].reshape(1, 1), caches[0].offset), caches)
-            following = sample(model.logits(hidden)[0, -1])
-            schedule(*following)
+            following = sample(steps(current[0].reshape(1, 1))[0])
+            ops.schedule(*following)
         yield current
         if following is not None:
             current = following

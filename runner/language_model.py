@@ -200,7 +200,7 @@ class LanguageModel:
         except Cancelled:
             yield answer.cancelled()
             return
-        steps = decode(self.model, logits, kept.caches, sample, budget, self.device.ops.schedule)
+        steps = decode(self.model, logits, kept.caches, sample, budget, self.device.ops)
         for index, step in enumerate(steps):
             stopped = cancelled is not None and cancelled()
             chunk = answer.add(step, last=index + 1 == budget, cancelled=stopped)

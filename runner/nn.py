@@ -154,10 +154,10 @@ class PlainEmbedding(Embedding):
 
     weight: mx.array = tensor("weight", "$0", "$1")
     activations: mx.Dtype | None = setting(default=None)
+    ops: Ops = provided_ops()
 
     def __call__(self, ids: mx.array) -> mx.array:
-        rows = self.weight[ids]
-        return rows if self.activations is None else rows.astype(self.activations)
+        return self.ops.embed(ids, self.weight, self.activations)
 
 
 @dataclass
@@ -171,19 +171,19 @@ class QuantizedEmbedding(Embedding):
     group_size: int = setting()
     mode: str = setting()
     activations: mx.Dtype | None = setting(default=None)
+    ops: Ops = provided_ops()
 
     def __call__(self, ids: mx.array) -> mx.array:
-        if self.mode == "nvfp4" and ids.size % 4:  # MLX's CPU decodes these scales four at a time, and no rest
-            padded = mx.concatenate([ids.flatten(), mx.zeros(-ids.size % 4, ids.dtype)])
-            return self(padded)[: ids.size].reshape(*ids.shape, -1)
-        biases = None if self.biases is None else self.biases[ids]
-        scales = self.scales[ids]
-        if self.activations is not None and biases is not None:
-            scales, biases = scales.astype(self.activations), biases.astype(self.activations)
-        rows = mx.dequantize(
-            self.weight[ids], scales, biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+        return self.ops.quantized_embed(
+            ids,
+            self.weight,
+            self.scales,
+            self.biases,
+            self.activations,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
         )
-        return rows if self.activations is None else rows.astype(self.activations)
 
 
 def _choice(form: Quantization | None, shape: tuple[Size, ...], plain: type, quantized: type) -> Choice:

@@ -26,6 +26,7 @@ from runner.engine import Engine
 from runner.errors import UsageError
 from runner.generate import PREFILL_CHUNK
 from runner.nn import Embedding
+from runner.replay import Steps
 
 EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
 """What configs call the number of experts: a token meets some of them only."""
@@ -165,12 +166,13 @@ def read(engine: Engine, ids: np.ndarray, caches: list[KVCache]) -> mx.array:
 
 def generate(engine: Engine, first: np.ndarray, caches: list[KVCache], count: int) -> None:
     """Feed `first` `[B, 1]`, then the likeliest tokens; as `generate.decode`, one step is computed ahead."""
+    ops = engine.device.ops
+    steps = Steps(engine.model, caches, ops)
     token = mx.array(first)
     previous = token
     for _ in range(count):
-        hidden = engine.model(Batch(token.reshape(-1, 1), caches[0].offset), caches)
-        token = engine.device.ops.argmax(engine.model.logits(hidden)[:, -1])
-        engine.device.ops.schedule(token)
+        token = ops.argmax(steps(token.reshape(-1, 1)))
+        ops.schedule(token)
         mx.eval(previous)
         previous = token
     mx.eval(token)

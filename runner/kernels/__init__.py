@@ -25,11 +25,13 @@ __all__ = [
     "append",
     "argmax",
     "attention",
+    "embed",
     "glu",
     "isa",
     "layer_norm",
     "linear",
     "num_threads",
+    "quantized_embed",
     "quantized_linear",
     "read_seconds",
     "rms_norm",
@@ -114,6 +116,28 @@ def small_float_linear(
     `quantized_linear`.
     """
     return _C.small_float_linear(x, weight, scales, bias, mode)
+
+
+def embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype) -> mx.array:
+    """weight[ids] in `dtype`: ids int32 or uint32 [...], weight float [V, dim]. Returns [..., dim].
+
+    A negative id counts from the end; one that is not in the table gives NaN.
+    """
+    return _C.embed(ids, weight, dtype)
+
+
+def quantized_embed(
+    ids: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    *,
+    group_size: int,
+    bits: int,
+    dtype: mx.Dtype,
+) -> mx.array:
+    """`embed` of a table in the layout of `quantized_linear`'s weight."""
+    return _C.quantized_embed(ids, weight, scales, biases, group_size, bits, dtype)
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:

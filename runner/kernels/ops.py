@@ -5,12 +5,13 @@ from __future__ import annotations
 import mlx.core as mx
 
 from runner import expertwise, kernels
-from runner.fast import PORTABLE, Ops
+from runner.fast import PORTABLE, Ops, Recorder
 from runner.kernels import _C
 from runner.kv_storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 
 _PACKED = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
+_IDS = (mx.int32, mx.uint32)
 _SMALL_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
@@ -31,6 +32,26 @@ def _quantized_linear(
         return _C.small_float_linear(x, weight, scales, bias, mode)
     full = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
     return _C.linear(x, full, bias)
+
+
+def _embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    return _C.embed(ids, weight, dtype or weight.dtype) if ids.dtype in _IDS else PORTABLE.embed(ids, weight, dtype)
+
+
+def _quantized_embed(
+    ids: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    dtype: mx.Dtype | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    if mode == "affine" and biases is not None and bits in _PACKED and group_size in _GROUPS and ids.dtype in _IDS:
+        return _C.quantized_embed(ids, weight, scales, biases, group_size, bits, dtype or scales.dtype)
+    return PORTABLE.quantized_embed(ids, weight, scales, biases, dtype, group_size=group_size, bits=bits, mode=mode)
 
 
 def _dense(rows: mx.array, capacity: int) -> mx.array:
@@ -65,6 +86,8 @@ KERNELS = Ops(
     name="cpu kernels",
     linear=_C.linear,
     quantized_linear=_quantized_linear,
+    embed=_embed,
+    quantized_embed=_quantized_embed,
     rms_norm=_C.rms_norm,
     add_rms_norm=_C.add_rms_norm,
     layer_norm=_C.layer_norm,
@@ -73,6 +96,7 @@ KERNELS = Ops(
     glu=_glu,
     argmax=_C.argmax,
     schedule=kernels.schedule,
+    recorder=Recorder(_C.slot, _C.record),
     gather_linear=expertwise.gather_linear(_C.linear),
     gather_quantized_linear=expertwise.gather_quantized_linear(_quantized_linear),
     storage=Storage(PLAIN.empty, _C.append, unpacked),

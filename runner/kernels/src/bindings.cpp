@@ -11,6 +11,7 @@
 #include "mlx/version.h"
 #include "pool.h"
 #include "primitives.h"
+#include "program.h"
 #include "read_memory.h"
 
 namespace nb = nanobind;
@@ -49,6 +50,9 @@ NB_MODULE(_C, m) {
   m.def("quantized_linear", &runner::quantized_linear_op, "x"_a, "weight"_a, "scales"_a, "biases"_a,
         "bias"_a = nb::none(), "group_size"_a, "bits"_a);
   m.def("small_float_linear", &runner::small_float_linear_op, "x"_a, "weight"_a, "scales"_a, "bias"_a.none(), "mode"_a);
+  m.def("embed", &runner::embed_op, "ids"_a, "weight"_a, "dtype"_a);
+  m.def("quantized_embed", &runner::quantized_embed_op, "ids"_a, "weight"_a, "scales"_a, "biases"_a, "group_size"_a,
+        "bits"_a, "dtype"_a);
   m.def(
       "rms_norm",
       [](const mlx::core::array& x, const runner::MaybeArray& weight, float eps) {
@@ -69,5 +73,9 @@ NB_MODULE(_C, m) {
   m.def("append", &runner::append_op, "keys"_a, "values"_a, "k"_a, "v"_a, "at"_a);
   m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
   m.def("argmax", &runner::argmax_op, "x"_a);
+  m.def("slot", &runner::slot_op, "shape"_a);
+  m.def("record", &runner::Program::record, "slot"_a, "outputs"_a, "ahead"_a);
+  nb::class_<runner::Program>(m, "Program")
+      .def("run", &runner::Program::run, "token"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("schedule", &runner::schedule, "arrays"_a, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -22,9 +22,13 @@ class Attention : public CpuPrimitive {
         length_(length) {}
   const char* name() const override { return "runner::Attention"; }
   bool is_equivalent(const mx::Primitive& other) const override {
+    return same_but_position(other) && length_ == static_cast<const Attention&>(other).length_;
+  }
+  int64_t position() const override { return length_; }
+  bool same_but_position(const mx::Primitive& other) const override {
     auto& o = static_cast<const Attention&>(other);
     return scale_ == o.scale_ && causal_ == o.causal_ && window_ == o.window_ && mask_kind_ == o.mask_kind_ &&
-           sinks_ == o.sinks_ && length_ == o.length_;
+           sinks_ == o.sinks_;
   }
 
   // inputs: q, k, v, (mask [B, H, L, S]), (sinks [H])
@@ -58,7 +62,12 @@ class Attention : public CpuPrimitive {
       a.sinkt = type_of(inputs[next]);
       a.sinks = d.contiguous(inputs[next]);
     }
-    if (outputs[0].size()) d.run([a] { kernels().attention(a); });
+    if (outputs[0].size() == 0) return;
+    d.run([a](int64_t ahead) {
+      AttentionArgs here = a;
+      here.s += ahead;
+      kernels().attention(here);
+    });
   }
 
  private:
@@ -77,6 +86,8 @@ class Append : public CpuPrimitive {
   Append(mx::Stream stream, int64_t at) : CpuPrimitive(stream), at_(at) {}
   const char* name() const override { return "runner::Append"; }
   bool in_place() const override { return true; }
+  int64_t position() const override { return at_; }
+  bool same_but_position(const mx::Primitive&) const override { return true; }
   bool is_equivalent(const mx::Primitive& other) const override {
     return at_ == static_cast<const Append&>(other).at_;
   }
@@ -101,7 +112,12 @@ class Append : public CpuPrimitive {
       a.b = x.shape(0), a.h = x.shape(1), a.l = x.shape(2), a.d = x.shape(3);
       a.sb = strides[0], a.sh = strides[1], a.sl = strides[2];
       a.at = at_, a.capacity = buffer.shape(2);
-      if (x.size()) d.run([a] { kernels().append(a); });
+      if (x.size() == 0) continue;
+      d.run([a](int64_t ahead) {
+        AppendArgs here = a;
+        here.at += ahead;
+        kernels().append(here);
+      });
     }
   }
 

@@ -120,6 +120,7 @@ struct ArgmaxArgs {
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
+  void (*embed)(const LinearArgs&);  // out[m, k] = rows of w by the numbers x, int32; NaN where there is no such row
   void (*norm)(const NormArgs&);
   void (*rope)(const RopeArgs&);
   void (*attention)(const AttentionArgs&);

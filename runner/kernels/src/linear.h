@@ -256,6 +256,27 @@ inline const float* float_rows(const LinearArgs& a) {
   return x;
 }
 
+// Rows of w by their numbers in x; a negative one counts from the end.
+inline void embed(const LinearArgs& a) {
+  constexpr int64_t kRowsEach = 16;
+  Pool::get().parallel_for((int)((a.m + kRowsEach - 1) / kRowsEach), [&](int chunk) {
+    float* row = (float*)scratch(Slot::row, a.k * 4);
+    for (int64_t m = chunk * kRowsEach; m < a.m && m < (chunk + 1) * kRowsEach; ++m) {
+      int64_t id = ((const int32_t*)a.x)[m];
+      if (id < 0) id += a.n;
+      if (id >= 0 && id < a.n) {
+        weight_row(a, id, 0, a.k, row);
+      } else {
+        for (int64_t i = 0; i < a.k; ++i) row[i] = __builtin_nanf("");
+      }
+      with_type(a.xt, [&](auto t) {
+        using T = decltype(t);
+        from_float<T>(row, (typename T::S*)a.out + m * a.k, a.k);
+      });
+    }
+  });
+}
+
 inline void gemv(const LinearArgs& a) {
   const float* x = float_rows(a);
   int64_t row_bytes = a.bits ? a.k * a.bits / 8 * 4 : a.k * size_of(a.wt);

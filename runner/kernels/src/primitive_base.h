@@ -5,6 +5,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -39,16 +40,25 @@ inline void copy_strided(const char* src, char* dst, size_t item, const mx::Shap
   }
 }
 
-// Work for the stream's thread, in order.
-using Tasks = std::vector<std::function<void()>>;
+// Work for the stream's thread, which is told how many positions ahead of the planned one it is done.
+using Task = std::function<void(int64_t ahead)>;
+
+// Work in order, and arrays that it needs besides inputs and outputs.
+struct Listing {
+  std::vector<Task> tasks;
+  std::vector<mx::array> held;
+};
+
+constexpr size_t kMostBytes = 64 << 20;  // of the results of a list's operations, whose memory is taken all at once
 
 // One evaluation: pointers are taken now, while MLX holds the arrays; the work runs later on the stream's thread, and
-// MLX keeps the buffers of inputs, outputs and temporaries alive until then. With a list of tasks the work goes there
-// instead of to the stream.
+// MLX keeps the buffers of inputs, outputs and temporaries alive until then. With a list the work goes there instead of
+// to the stream, and whoever runs it keeps them.
 class Dispatcher {
  public:
   explicit Dispatcher(const mx::Stream& stream) : encoder_(mx::cpu::get_command_encoder(stream)) {}
-  Dispatcher(const mx::Stream& stream, Tasks& list) : encoder_(mx::cpu::get_command_encoder(stream)), list_(&list) {}
+  Dispatcher(const mx::Stream& stream, Listing& list)
+      : encoder_(mx::cpu::get_command_encoder(stream)), list_(&list) {}
 
   mx::array& allocate(mx::array& out) {
     out.set_data(mx::allocator::malloc(out.nbytes()));
@@ -75,11 +85,14 @@ class Dispatcher {
     copy_later(a, out);
   }
 
+  // f() or f(ahead)
   template <class F>
   void run(F&& f) {
-    if (list_) {
-      list_->emplace_back(std::forward<F>(f));
+    if constexpr (std::is_invocable_v<std::decay_t<F>&, int64_t>) {
+      if (list_) return (void)list_->tasks.emplace_back(std::forward<F>(f));
+      encoder_.dispatch(std::forward<F>(f), int64_t(0));
     } else {
+      if (list_) return (void)list_->tasks.emplace_back([f = std::forward<F>(f)](int64_t) mutable { f(); });
       encoder_.dispatch(std::forward<F>(f));
     }
   }
@@ -88,7 +101,11 @@ class Dispatcher {
   const void* copied(const mx::array& a) {
     mx::array copy(a.shape(), a.dtype(), nullptr, {});
     copy.set_data(mx::allocator::malloc(a.nbytes()));
-    encoder_.add_temporary(copy);
+    if (list_) {
+      list_->held.push_back(copy);
+    } else {
+      encoder_.add_temporary(copy);
+    }
     copy_later(a, copy);
     return copy.data<void>();
   }
@@ -101,15 +118,18 @@ class Dispatcher {
   }
 
   mx::cpu::CommandEncoder& encoder_;
-  Tasks* list_ = nullptr;
+  Listing* list_ = nullptr;
 };
 
 // Inference on the CPU only: no gradients, no vmap (the base class throws for both).
 class CpuPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
-  // Whether the outputs are the inputs' memory.
+  // Whether the outputs are the first inputs' memory.
   virtual bool in_place() const { return false; }
+  // Where in a sequence it works, for those that depend on it: the task takes how far ahead of that it is.
+  virtual int64_t position() const { return 0; }
+  virtual bool same_but_position(const mx::Primitive& other) const { return is_equivalent(other); }
   // Allocates `outputs` and gives the dispatcher what fills them.
   virtual void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) = 0;
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) final {
@@ -120,5 +140,15 @@ class CpuPrimitive : public mx::Primitive {
     throw std::runtime_error(std::string(name()) + " runs on the CPU only; build the graph with plain MLX ops there");
   }
 };
+
+inline int64_t position_of(const mx::array& a) {
+  auto* ours = dynamic_cast<const CpuPrimitive*>(&a.primitive());
+  return ours ? ours->position() : 0;
+}
+
+inline bool writes_in_place(const mx::array& a) {
+  auto* ours = dynamic_cast<const CpuPrimitive*>(&a.primitive());
+  return ours && ours->in_place();
+}
 
 }  // namespace runner

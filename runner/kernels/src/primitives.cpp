@@ -59,6 +59,45 @@ class Linear : public CpuPrimitive {
   bool has_bias_;
 };
 
+// ---- embedding
+
+class Embed : public CpuPrimitive {
+ public:
+  Embed(mx::Stream stream, int group, int bits, Format format)
+      : CpuPrimitive(stream), group_(group), bits_(bits), format_(format) {}
+  const char* name() const override { return "runner::Embed"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& o = static_cast<const Embed&>(other);
+    return group_ == o.group_ && bits_ == o.bits_ && format_ == o.format_;
+  }
+
+  // inputs: ids, weight, (scales, (shifts))
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
+    LinearArgs a{};
+    auto& out = d.allocate(outputs[0]);
+    a.xt = type_of(out);
+    a.x = d.contiguous(inputs[0]);
+    a.m = static_cast<int64_t>(inputs[0].size());
+    a.n = inputs[1].shape(0);
+    a.k = out.shape(-1);
+    a.out = out.data<void>();
+    a.w = d.contiguous(inputs[1]);
+    a.bits = bits_, a.group = group_, a.format = format_;
+    if (bits_) {
+      a.st = type_of(inputs[2]);
+      a.scales = d.contiguous(inputs[2]);
+      if (format_ == Format::affine) a.shifts = d.contiguous(inputs[3]);
+    } else {
+      a.wt = type_of(inputs[1]);
+    }
+    if (out.size()) d.run([a] { kernels().embed(a); });
+  }
+
+ private:
+  int group_, bits_;
+  Format format_;
+};
+
 // ---- norms
 
 class Norm : public CpuPrimitive {
@@ -111,8 +150,12 @@ class Rope : public CpuPrimitive {
       : CpuPrimitive(stream), spec_(spec), has_freqs_(has_freqs), offset_(offset) {}
   const char* name() const override { return "runner::Rope"; }
   bool is_equivalent(const mx::Primitive& other) const override {
+    return same_but_position(other) && offset_ == static_cast<const Rope&>(other).offset_;
+  }
+  int64_t position() const override { return offset_.value_or(0); }
+  bool same_but_position(const mx::Primitive& other) const override {
     auto& o = static_cast<const Rope&>(other);
-    return spec_ == o.spec_ && has_freqs_ == o.has_freqs_ && offset_ == o.offset_;
+    return spec_ == o.spec_ && has_freqs_ == o.has_freqs_ && offset_.has_value() == o.offset_.has_value();
   }
 
   // inputs: x [B, H, L, D], (offset int32, one or B, where it is no number), (freqs float32 [dims / 2])
@@ -131,7 +174,8 @@ class Rope : public CpuPrimitive {
     int64_t count = offset_ ? 1 : static_cast<int64_t>(inputs[1].size());
     auto freqs = has_freqs_ ? static_cast<const float*>(d.contiguous(inputs.back())) : nullptr;
     a.table_per_batch = count > 1;
-    d.run([a, spec = spec_, offsets, number = offset_.value_or(0), count, freqs]() mutable {
+    d.run([a, spec = spec_, offsets, start = offset_.value_or(0), count, freqs](int64_t ahead) mutable {
+      const int32_t number = start + static_cast<int32_t>(ahead);
       const RopeTable& table = rope_table(spec, offsets ? offsets : &number, count, a.l, freqs);
       a.cos = table.cos.data();
       a.sin = table.sin.data();
@@ -211,10 +255,9 @@ mx::array linear_op(const mx::array& x, const mx::array& weight, const MaybeArra
   return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
 }
 
-mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
-                              const mx::array& biases, const MaybeArray& bias, int group_size, int bits) {
-  const char* op = "quantized_linear";
-  need_float(op, "x", x);
+// Refuses what is no matrix in MLX's affine layout; returns its inputs.
+int64_t need_affine(const char* op, const mx::array& weight, const mx::array& scales, const mx::array& biases,
+                    int group_size, int bits) {
   need_dims(op, "weight", weight, 2);
   if (weight.dtype() != mx::uint32) refuse(op, ": weight is ", weight.dtype(), "; expected uint32");
   if (bits < 2 || bits > 8 || bits == 7) refuse(op, ": bits is ", bits, "; expected 2, 3, 4, 5, 6 or 8");
@@ -222,15 +265,24 @@ mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const
     refuse(op, ": group_size is ", group_size, "; expected 32, 64 or 128");
   }
   int64_t in = int64_t(weight.shape(1)) * 32 / bits;
-  if (x.ndim() < 1 || x.shape(-1) != in || in % group_size) {
-    refuse(op, ": x has shape ", x.shape(), ", weight ", weight.shape(), " of ", bits,
-           " bits; the last dimension of x must be ", in, ", a multiple of ", group_size);
-  }
+  if (in % group_size) refuse(op, ": weight ", weight.shape(), " of ", bits, " bits is no multiple of ", group_size);
   need_float(op, "scales", scales);
   mx::Shape expected{weight.shape(0), static_cast<int>(in / group_size)};
   if (scales.shape() != expected || biases.shape() != expected || biases.dtype() != scales.dtype()) {
     refuse(op, ": scales are ", scales.dtype(), scales.shape(), ", biases ", biases.dtype(), biases.shape(),
            "; expected one type and shape ", expected);
+  }
+  return in;
+}
+
+mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
+                              const mx::array& biases, const MaybeArray& bias, int group_size, int bits) {
+  const char* op = "quantized_linear";
+  need_float(op, "x", x);
+  int64_t in = need_affine(op, weight, scales, biases, group_size, bits);
+  if (x.ndim() < 1 || x.shape(-1) != in) {
+    refuse(op, ": x has shape ", x.shape(), ", weight ", weight.shape(), " of ", bits,
+           " bits; the last dimension of x must be ", in);
   }
   std::vector<mx::array> inputs{x, weight, scales, biases};
   if (bias) {
@@ -268,6 +320,26 @@ mx::array small_float_linear_op(const mx::array& x, const mx::array& weight, con
   }
   auto primitive = std::make_shared<Linear>(cpu_stream(), group, bits, format, bias.has_value());
   return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
+}
+
+mx::array embed_op(const mx::array& ids, const mx::array& weight, mx::Dtype dtype) {
+  if (ids.dtype() != mx::int32 && ids.dtype() != mx::uint32) refuse("embed: ids are ", ids.dtype(), "; expected int32");
+  need_float("embed", "weight", weight);
+  need_dims("embed", "weight", weight, 2);
+  mx::Shape shape = ids.shape();
+  shape.push_back(weight.shape(1));
+  return mx::array(shape, dtype, std::make_shared<Embed>(cpu_stream(), 0, 0, Format::affine), {ids, weight});
+}
+
+mx::array quantized_embed_op(const mx::array& ids, const mx::array& weight, const mx::array& scales,
+                             const mx::array& biases, int group_size, int bits, mx::Dtype dtype) {
+  const char* op = "quantized_embed";
+  if (ids.dtype() != mx::int32 && ids.dtype() != mx::uint32) refuse(op, ": ids are ", ids.dtype(), "; expected int32");
+  need_affine(op, weight, scales, biases, group_size, bits);
+  mx::Shape shape = ids.shape();
+  shape.push_back(weight.shape(1) * 32 / bits);
+  auto primitive = std::make_shared<Embed>(cpu_stream(), group_size, bits, Format::affine);
+  return mx::array(shape, dtype, std::move(primitive), {ids, weight, scales, biases});
 }
 
 mx::array norm_op(const mx::array& x, const MaybeArray& weight, const MaybeArray& shift, float eps, bool mean) {

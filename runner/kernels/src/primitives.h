@@ -20,6 +20,9 @@ mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const
                               const mx::array& biases, const MaybeArray& bias, int group_size, int bits);
 mx::array small_float_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
                                 const MaybeArray& bias, const std::string& mode);
+mx::array embed_op(const mx::array& ids, const mx::array& weight, mx::Dtype dtype);
+mx::array quantized_embed_op(const mx::array& ids, const mx::array& weight, const mx::array& scales,
+                             const mx::array& biases, int group_size, int bits, mx::Dtype dtype);
 mx::array norm_op(const mx::array& x, const MaybeArray& weight, const MaybeArray& shift, float eps, bool mean);
 std::pair<mx::array, mx::array> add_rms_norm_op(const mx::array& x, const mx::array& residual,
                                                 const MaybeArray& weight, float eps);

@@ -1,0 +1,138 @@
+#include "graph.h"
+
+#include <string_view>
+
+#include "kernels.h"
+
+namespace runner {
+namespace {
+
+// The ids of arrays that were met.
+class Met {
+ public:
+  Met() : slots_(1024, 0) {}
+  // False where it was met before.
+  bool insert(std::uintptr_t id) {
+    if (2 * ++count_ > slots_.size()) grow();
+    return place(id);
+  }
+
+ private:
+  bool place(std::uintptr_t id) {
+    size_t at = id * 0x9e3779b97f4a7c15ull >> 32;
+    for (;; ++at) {
+      auto& slot = slots_[at & (slots_.size() - 1)];
+      if (slot == id) return false;
+      if (slot == 0) {
+        slot = id;
+        return true;
+      }
+    }
+  }
+  void grow() {
+    auto old = std::move(slots_);
+    slots_.assign(2 * old.size(), 0);
+    for (auto id : old) {
+      if (id) place(id);
+    }
+  }
+
+  std::vector<std::uintptr_t> slots_;
+  size_t count_ = 0;
+};
+
+bool is_reshape(std::string_view name) { return name == "Reshape" || name == "Flatten" || name == "Unflatten"; }
+
+bool shares_memory(const mx::Primitive& primitive) {
+  if (auto* ours = dynamic_cast<const CpuPrimitive*>(&primitive)) return ours->in_place();
+  std::string_view is = primitive.name();
+  return is_reshape(is) || is == "Transpose" || is == "Split" || is == "Slice" || is == "Squeeze" || is == "ExpandDims";
+}
+
+// Whether MLX's primitive only looks at the same memory in another way, and gives the stream nothing to do.
+bool is_view(const mx::Primitive& primitive, const std::vector<mx::array>& inputs) {
+  if (inputs.empty() || !shares_memory(primitive)) return false;
+  return !is_reshape(primitive.name()) || inputs[0].flags().row_contiguous;
+}
+
+// x + y of equal shapes, the one operation of MLX's that stands in every layer
+bool plain_sum(const mx::Primitive& primitive, const std::vector<mx::array>& inputs) {
+  if (std::string_view(primitive.name()) != "Add") return false;
+  const mx::array &x = inputs[0], &y = inputs[1];
+  bool is_float = x.dtype() == mx::float32 || x.dtype() == mx::bfloat16 || x.dtype() == mx::float16;
+  return is_float && x.dtype() == y.dtype() && x.shape() == y.shape() && x.flags().row_contiguous &&
+         y.flags().row_contiguous;
+}
+
+void add(const std::vector<mx::array>& inputs, mx::array& out, Dispatcher& d) {
+  AddArgs a{};
+  a.type = type_of(inputs[0]);
+  a.x = inputs[0].data<void>();
+  a.y = inputs[1].data<void>();
+  a.out = d.allocate(out).data<void>();
+  a.size = static_cast<int64_t>(out.size());
+  d.run([a] { kernels().add(a); });
+}
+
+}  // namespace
+
+Graph walk(const std::vector<mx::array>& outputs, const mx::Stream& stream) {
+  Graph graph;
+  Met met;
+  std::vector<std::pair<const mx::array*, size_t>> stack;  // an array and how many of its inputs were looked at
+  auto enter = [&](const mx::array& a) {
+    if (a.status() != mx::array::Status::unscheduled || !a.has_primitive()) {
+      if (a.is_available()) {
+        graph.ready.push_back(a);
+      } else if (met.insert(a.id())) {
+        graph.pending.push_back(a);
+      }
+      return;
+    }
+    if (!met.insert(a.id())) return;
+    for (auto& sibling : a.siblings()) met.insert(sibling.id());
+    graph.one_stream &= a.primitive().stream() == stream && !a.is_tracer();
+    stack.emplace_back(&a, 0);
+  };
+  for (auto& output : outputs) {
+    enter(output);
+    while (!stack.empty()) {
+      auto& [a, next] = stack.back();
+      if (next < a->inputs().size()) {
+        enter(a->inputs()[next++]);
+      } else {
+        if (!shares_memory(a->primitive())) {
+          graph.bytes += a->nbytes();
+          for (auto& sibling : a->siblings()) graph.bytes += sibling.nbytes();
+        }
+        graph.operations->push_back(*a);
+        stack.pop_back();
+      }
+    }
+  }
+  return graph;
+}
+
+bool plan_operation(mx::array& a, Dispatcher& list) {
+  auto& primitive = a.primitive();
+  auto results = a.outputs();
+  if (auto* ours = dynamic_cast<CpuPrimitive*>(&primitive)) {
+    ours->plan(a.inputs(), results, list);
+  } else if (plain_sum(primitive, a.inputs())) {
+    add(a.inputs(), results[0], list);
+  } else if (is_view(primitive, a.inputs())) {
+    primitive.eval_cpu(a.inputs(), results);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool same_operation(const mx::array& a, const mx::array& b) {
+  auto &one = a.primitive(), &other = b.primitive();
+  if (std::string_view(one.name()) != other.name()) return false;
+  auto* ours = dynamic_cast<const CpuPrimitive*>(&one);
+  return ours ? ours->same_but_position(other) : one.is_equivalent(other);
+}
+
+}  // namespace runner

@@ -1,0 +1,35 @@
+// A step that is the same for each token, recorded once: what it does, with the memory it does it in.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "graph.h"
+
+namespace runner {
+
+// An array without values, int32, to build graphs over that are recorded. Computing it is an error.
+mx::array slot_op(const std::vector<int>& shape);
+
+class Program {
+ public:
+  // The graph of outputs[0] over `slot`, to be run for one token after another. outputs[i] is the same result ahead[i]
+  // positions later: ahead is 0, 1 and others, up to the last that it may be run for. None where the graphs differ in
+  // more than positions that advance with the token, or hold an operation of MLX's that computes.
+  static std::optional<Program> record(const mx::array& slot, const std::vector<mx::array>& outputs,
+                                       const std::vector<int64_t>& ahead);
+
+  // Starts to compute the next position's result, with the 32-bit integers `token` in the place of the slot.
+  mx::array run(const mx::array& token);
+
+  struct Recorded;
+
+ private:
+  std::shared_ptr<const Recorded> recorded_;
+  std::vector<mx::array> before_;   // what the next run waits for
+  std::vector<mx::array> written_;  // the caches' buffers, which whoever reads them later waits for
+  int64_t next_ = 0, count_ = 0;
+};
+
+}  // namespace runner
