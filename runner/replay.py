@@ -3,8 +3,8 @@
 Building and scheduling the some 500 operations of a small model takes as long as a quarter of computing them. A step is
 the same for each token but for positions, that is as long as the caches' buffers have room; so it is built for the
 next position, the one after, one in the middle and the last that there is room for, and recorded where these differ in
-nothing but positions that advance with the token. A model that looks at its token or decides by its position within
-that range gives other graphs, and is built anew for each token.
+nothing but positions that advance with the token. A model that looks at its token, or decides by its position within
+that range, gives other graphs and is built anew for each token (the tests compare every position, for every family).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from . import _C
 
 __all__ = [
+    "activate",
     "add_rms_norm",
     "append",
     "argmax",
@@ -213,6 +214,11 @@ def glu(gate_up: mx.array, activation: Activation = "silu") -> mx.array:
     "gelu" is exact (erf, to 2e-7), "gelu_approx" the tanh form.
     """
     return _C.glu(gate_up, activation)
+
+
+def activate(x: mx.array, activation: Activation) -> mx.array:
+    """activation(x), as in `glu`, for x float [..., I]."""
+    return _C.activate(x, activation)
 
 
 def argmax(x: mx.array) -> mx.array:

@@ -82,6 +82,12 @@ def _glu(gate_up: mx.array, activation: str) -> mx.array:
     return PORTABLE.glu(gate_up, activation)
 
 
+def _activate(x: mx.array, activation: str) -> mx.array:
+    if activation in _ACTIVATIONS:
+        return _C.activate(x, _ACTIVATIONS[activation])
+    return PORTABLE.activate(x, activation)
+
+
 KERNELS = Ops(
     name="cpu kernels",
     linear=_C.linear,
@@ -94,6 +100,7 @@ KERNELS = Ops(
     rope=_C.rope,
     attention=_C.attention,
     glu=_glu,
+    activate=_activate,
     argmax=_C.argmax,
     schedule=kernels.schedule,
     recorder=Recorder(_C.slot, _C.record),

@@ -104,6 +104,36 @@ def test_scales_that_are_nan_spoil_their_rows_only(ops: Ops, bits: int, group_si
         assert np.array_equal(bad, np.broadcast_to(np.isin(np.arange(40), [11, 17]), (rows, 40)))
 
 
+@fast_settings
+@given(
+    st.integers(1, 60),
+    st.integers(1, 6),
+    st.sampled_from([2, 3, 4, 5, 6, 8]),
+    st.sampled_from([32, 64, 128]),
+    st.lists(st.integers(-60, 59), min_size=1, max_size=40),
+    FLOATS,
+    FLOATS,
+    SEEDS,
+)
+def test_embed(
+    ops: Ops, n: int, groups: int, bits: int, group_size: int, ids: list[int], dtype: mx.Dtype, st_: mx.Dtype, seed: int
+) -> None:
+    """Rows by their numbers, negative ones from the end; plain and packed."""
+    dtype, st_ = meant(ops, dtype), meant(ops, st_)
+    numbers = mx.array([i % (2 * n) - n for i in ids], dtype=mx.int32)
+    table = rand(n, groups * group_size, seed=seed, dtype=st_)
+    found = ops.embed(numbers, table, dtype)
+    assert found.dtype == dtype
+    assert_close(found, numpy(table)[numpy(numbers).astype(int)], rounded_to=dtype, tolerance=1e-6)
+    packed, scales, shifts = mx.quantize(table.astype(mx.float32), group_size=group_size, bits=bits)
+    full = mx.dequantize(packed, scales, shifts, group_size=group_size, bits=bits)
+    found = ops.quantized_embed(
+        numbers[None], packed, scales, shifts, dtype, group_size=group_size, bits=bits, mode="affine"
+    )
+    assert found.dtype == dtype and found.shape == (1, len(ids), groups * group_size)
+    assert_close(found[0], numpy(full)[numpy(numbers).astype(int)], rounded_to=dtype, tolerance=1e-6)
+
+
 SMALL_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
@@ -333,6 +363,7 @@ def test_glu(ops: Ops, rows: int, dim: int, name: str, dtype: mx.Dtype, layout: 
     gate, up = numpy(x)[:, :dim], numpy(x)[:, dim:]
     expected = twins.activation(name, gate) * up
     assert_close(ops.glu(x, name), expected, rounded_to=dtype, tolerance=1e-5)
+    assert_close(ops.activate(x, name), twins.activation(name, numpy(x)), rounded_to=dtype, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])

@@ -21,7 +21,7 @@ def grown(ops: Ops, seed: int, count: int) -> list[mx.array]:
     made = [mx.array(picks.standard_normal((1, 2, DIM)).astype(np.float32)) for _ in range(2)]
     for _ in range(count):
         x, y = (made[i] for i in picks.integers(0, len(made), 2))
-        kind = picks.integers(0, 10)
+        kind = picks.integers(0, 11)
         if kind == 0:
             made.append(ops.linear(x, weight, None))
         elif kind == 1:
@@ -45,6 +45,8 @@ def grown(ops: Ops, seed: int, count: int) -> list[mx.array]:
             made.append(ops.glu(mx.concatenate([x, y], axis=-1), "silu"))
         elif kind == 8:
             made.append(mx.tanh(x) - y[:, ::-1])
+        elif kind == 9:
+            made += [x * 0.75, 0.5 * y, x / 3.0, 2.0 / (mx.abs(x) + 1.0), ops.activate(x, "gelu_pytorch_tanh")]
         else:
             made.append(x + y[:, :1])  # a sum that broadcasts
     return made[2:]

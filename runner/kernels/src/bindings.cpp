@@ -72,6 +72,7 @@ NB_MODULE(_C, m) {
         "window"_a.none(), "sinks"_a.none(), "length"_a.none() = nb::none());
   m.def("append", &runner::append_op, "keys"_a, "values"_a, "k"_a, "v"_a, "at"_a);
   m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
+  m.def("activate", &runner::activate_op, "x"_a, "activation"_a);
   m.def("argmax", &runner::argmax_op, "x"_a);
   m.def("slot", &runner::slot_op, "shape"_a);
   m.def("record", &runner::Program::record, "slot"_a, "outputs"_a, "ahead"_a);

@@ -146,13 +146,17 @@ RUNNER_INLINE VF activate(Activation act, VF x) {
   return sigmoid_times(x, inner + inner);
 }
 
+// `up` is null where there is no gate.
 template <class T>
 void glu_span(const GluArgs& a, const typename T::S* gate, const typename T::S* up, typename T::S* out, int64_t n) {
   int64_t i = 0;
-  for (; i + W <= n; i += W) T::store_v(out + i, activate(a.act, T::load_v(gate + i)) * T::load_v(up + i));
+  for (; i + W <= n; i += W) {
+    VF v = activate(a.act, T::load_v(gate + i));
+    T::store_v(out + i, up ? v * T::load_v(up + i) : v);
+  }
   if (i == n) return;
   float line[2 * W] = {};
-  for (int64_t j = i; j < n; ++j) line[j - i] = T::to(gate[j]), line[W + j - i] = T::to(up[j]);
+  for (int64_t j = i; j < n; ++j) line[j - i] = T::to(gate[j]), line[W + j - i] = up ? T::to(up[j]) : 1.0f;
   store(line, activate(a.act, load(line)) * load(line + W));
   for (int64_t j = i; j < n; ++j) out[j] = T::from(line[j - i]);
 }
@@ -165,14 +169,14 @@ inline void glu(const GluArgs& a) {
       using S = typename decltype(t)::S;
       for (int64_t i = first; i < last; ++i) {
         int64_t r = i / spans, at = i % spans * kSpan, n = a.dim - at < kSpan ? a.dim - at : kSpan;
-        const S* gate = (const S*)a.x + r * 2 * a.dim + at;
-        glu_span<decltype(t)>(a, gate, gate + a.dim, (S*)a.out + r * a.dim + at, n);
+        const S* gate = (const S*)a.x + r * (a.gated ? 2 : 1) * a.dim + at;
+        glu_span<decltype(t)>(a, gate, a.gated ? gate + a.dim : nullptr, (S*)a.out + r * a.dim + at, n);
       }
     });
   });
 }
 
-inline void add(const AddArgs& a) {
+inline void simple(const SimpleArgs& a) {
   over_rows((a.size + kSerialSize - 1) / kSerialSize, kSerialSize, [&](int64_t first, int64_t last) {
     with_type(a.type, [&](auto t) {
       using T = decltype(t);
@@ -180,8 +184,19 @@ inline void add(const AddArgs& a) {
       int64_t i = first * kSerialSize, end = last * kSerialSize < a.size ? last * kSerialSize : a.size;
       const S *x = (const S*)a.x, *y = (const S*)a.y;
       S* out = (S*)a.out;
-      for (; i + W <= end; i += W) T::store_v(out + i, T::load_v(x + i) + T::load_v(y + i));
-      for (; i < end; ++i) out[i] = T::from(T::to(x[i]) + T::to(y[i]));
+      const float number = a.op == Simple::plus ? 0.0f : T::to(*y);
+      auto each = [&](auto&& f, auto&& g) {
+        for (; i + W <= end; i += W) T::store_v(out + i, f(T::load_v(x + i), i));
+        for (; i < end; ++i) out[i] = T::from(g(T::to(x[i]), i));
+      };
+      if (a.op == Simple::plus) {
+        each([&](VF v, int64_t at) { return v + T::load_v(y + at); },
+             [&](float v, int64_t at) { return v + T::to(y[at]); });
+      } else if (a.op == Simple::times) {
+        each([&](VF v, int64_t) { return v * set1(number); }, [&](float v, int64_t) { return v * number; });
+      } else {
+        each([&](VF v, int64_t) { return v / set1(number); }, [&](float v, int64_t) { return v / number; });
+      }
     });
   });
 }

@@ -46,7 +46,8 @@ bool is_reshape(std::string_view name) { return name == "Reshape" || name == "Fl
 bool shares_memory(const mx::Primitive& primitive) {
   if (auto* ours = dynamic_cast<const CpuPrimitive*>(&primitive)) return ours->in_place();
   std::string_view is = primitive.name();
-  return is_reshape(is) || is == "Transpose" || is == "Split" || is == "Slice" || is == "Squeeze" || is == "ExpandDims";
+  return is_reshape(is) || is == "Transpose" || is == "Split" || is == "Slice" || is == "Squeeze" ||
+         is == "ExpandDims" || is == "Broadcast";
 }
 
 // Whether MLX's primitive only looks at the same memory in another way, and gives the stream nothing to do.
@@ -55,23 +56,33 @@ bool is_view(const mx::Primitive& primitive, const std::vector<mx::array>& input
   return !is_reshape(primitive.name()) || inputs[0].flags().row_contiguous;
 }
 
-// x + y of equal shapes, the one operation of MLX's that stands in every layer
-bool plain_sum(const mx::Primitive& primitive, const std::vector<mx::array>& inputs) {
-  if (std::string_view(primitive.name()) != "Add") return false;
-  const mx::array &x = inputs[0], &y = inputs[1];
-  bool is_float = x.dtype() == mx::float32 || x.dtype() == mx::bfloat16 || x.dtype() == mx::float16;
-  return is_float && x.dtype() == y.dtype() && x.shape() == y.shape() && x.flags().row_contiguous &&
-         y.flags().row_contiguous;
+bool one_value(const mx::array& a) {
+  if (a.size() == 0) return false;
+  for (size_t i = 0; i < a.ndim(); ++i) {
+    if (a.shape(i) > 1 && a.strides(i) != 0) return false;
+  }
+  return true;
 }
 
-void add(const std::vector<mx::array>& inputs, mx::array& out, Dispatcher& d) {
-  AddArgs a{};
-  a.type = type_of(inputs[0]);
-  a.x = inputs[0].data<void>();
-  a.y = inputs[1].data<void>();
+// What MLX's own operators leave in most layers: x + y of equal shapes, x times or over a number. False where it is none.
+bool plan_simple(const mx::Primitive& primitive, const std::vector<mx::array>& inputs, mx::array& out, Dispatcher& d) {
+  std::string_view is = primitive.name();
+  if (is != "Add" && is != "Multiply" && is != "Divide") return false;
+  const Simple op = is == "Add" ? Simple::plus : is == "Multiply" ? Simple::times : Simple::over;
+  const bool swapped = op == Simple::times && one_value(inputs[0]);
+  const mx::array &x = inputs[swapped], &y = inputs[!swapped];
+  bool is_float = x.dtype() == mx::float32 || x.dtype() == mx::bfloat16 || x.dtype() == mx::float16;
+  if (!is_float || x.dtype() != y.dtype() || x.shape() != y.shape() || !x.flags().row_contiguous) return false;
+  if (op == Simple::plus ? !y.flags().row_contiguous : !one_value(y)) return false;
+  SimpleArgs a{};
+  a.type = type_of(x);
+  a.x = x.data<void>();
+  a.y = y.data<void>();
   a.out = d.allocate(out).data<void>();
   a.size = static_cast<int64_t>(out.size());
-  d.run([a] { kernels().add(a); });
+  a.op = op;
+  d.run([a] { kernels().simple(a); });
+  return true;
 }
 
 }  // namespace
@@ -118,14 +129,13 @@ bool plan_operation(mx::array& a, Dispatcher& list) {
   auto results = a.outputs();
   if (auto* ours = dynamic_cast<CpuPrimitive*>(&primitive)) {
     ours->plan(a.inputs(), results, list);
-  } else if (plain_sum(primitive, a.inputs())) {
-    add(a.inputs(), results[0], list);
-  } else if (is_view(primitive, a.inputs())) {
-    primitive.eval_cpu(a.inputs(), results);
-  } else {
-    return false;
+    return true;
   }
-  return true;
+  if (is_view(primitive, a.inputs())) {
+    primitive.eval_cpu(a.inputs(), results);
+    return true;
+  }
+  return plan_simple(primitive, a.inputs(), results[0], list);
 }
 
 bool same_operation(const mx::array& a, const mx::array& b) {

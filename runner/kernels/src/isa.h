@@ -37,7 +37,7 @@ inline void linear(const LinearArgs& a) {
   linear_float(a);
 }
 
-const Kernels kTable = {RUNNER_ISA_NAME, linear, embed, norm, rope, attention, append, glu, argmax, add};
+const Kernels kTable = {RUNNER_ISA_NAME, linear, embed, norm, rope, attention, append, glu, argmax, simple};
 
 }  // namespace RUNNER_NS
 }  // namespace runner

@@ -95,19 +95,23 @@ struct AppendArgs {
 enum class Activation : uint8_t { silu, gelu, gelu_approx, relu };
 
 struct GluArgs {
-  const void* x;  // [rows, 2 * dim]: gate then up
+  const void* x;  // [rows, 2 * dim]: gate then up; without a gate [rows, dim]
   void* out;      // [rows, dim]
   DType xt;
   int64_t rows, dim;
   Activation act;
+  bool gated;
 };
 
-// out = x + y, `size` values
-struct AddArgs {
+enum class Simple : uint8_t { plus, times, over };
+
+// out = x + y, `size` values each; or x * y or x / y, with y one value
+struct SimpleArgs {
   const void *x, *y;
   void* out;
   DType type;
   int64_t size;
+  Simple op;
 };
 
 struct ArgmaxArgs {
@@ -127,7 +131,7 @@ struct Kernels {
   void (*append)(const AppendArgs&);
   void (*glu)(const GluArgs&);
   void (*argmax)(const ArgmaxArgs&);
-  void (*add)(const AddArgs&);
+  void (*simple)(const SimpleArgs&);
 };
 
 const Kernels* scalar_kernels();

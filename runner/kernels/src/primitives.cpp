@@ -193,10 +193,12 @@ class Rope : public CpuPrimitive {
 
 class Glu : public CpuPrimitive {
  public:
-  Glu(mx::Stream stream, Activation activation) : CpuPrimitive(stream), activation_(activation) {}
+  Glu(mx::Stream stream, Activation activation, bool gated)
+      : CpuPrimitive(stream), activation_(activation), gated_(gated) {}
   const char* name() const override { return "runner::Glu"; }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return activation_ == static_cast<const Glu&>(other).activation_;
+    auto& o = static_cast<const Glu&>(other);
+    return activation_ == o.activation_ && gated_ == o.gated_;
   }
   void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     GluArgs a{};
@@ -206,11 +208,13 @@ class Glu : public CpuPrimitive {
     a.x = d.contiguous(inputs[0]);
     a.out = d.allocate(outputs[0]).data<void>();
     a.act = activation_;
+    a.gated = gated_;
     if (a.rows) d.run([a] { kernels().glu(a); });
   }
 
  private:
   Activation activation_;
+  bool gated_;
 };
 
 class Argmax : public CpuPrimitive {
@@ -412,8 +416,15 @@ mx::array glu_op(const mx::array& gate_up, const std::string& activation) {
   if (gate_up.ndim() < 1 || gate_up.shape(-1) % 2) {
     refuse("glu: gate_up has shape ", gate_up.shape(), "; expected an even last dimension");
   }
-  auto primitive = std::make_shared<Glu>(cpu_stream(), activation_named(activation));
+  auto primitive = std::make_shared<Glu>(cpu_stream(), activation_named(activation), true);
   return mx::array(with_last(gate_up, gate_up.shape(-1) / 2), gate_up.dtype(), std::move(primitive), {gate_up});
+}
+
+mx::array activate_op(const mx::array& x, const std::string& activation) {
+  need_float("activate", "x", x);
+  if (x.ndim() < 1) refuse("activate: x is a scalar; expected at least one dimension");
+  auto primitive = std::make_shared<Glu>(cpu_stream(), activation_named(activation), false);
+  return mx::array(x.shape(), x.dtype(), std::move(primitive), {x});
 }
 
 mx::array argmax_op(const mx::array& x) {

@@ -34,6 +34,7 @@ mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& 
 std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array& values, const mx::array& k,
                                           const mx::array& v, int at);
 mx::array glu_op(const mx::array& gate_up, const std::string& activation);
+mx::array activate_op(const mx::array& x, const std::string& activation);
 mx::array argmax_op(const mx::array& x);
 
 // mx::async_eval, cheaper; see schedule.cpp.
