@@ -86,36 +86,46 @@ RUNNER_INLINE int64_t rows_ahead(int64_t stride) {
   return 12288 / (stride * (int64_t)sizeof(typename T::S) + 1) + 1;
 }
 
-// score[r * kMaxSplit + i] = q row r . key i, for R rows and keys [i, i + N); d a multiple of W, R * N at most W.
+// Keys whose sums with R rows of q fit the registers beside a vector of each row and of one key.
+template <int R>
+constexpr int keys_at_once() {
+  if (kRegisters == 32 || R < 3) return W / (R == 3 ? 4 : R);
+  return (kRegisters - R - 1) / R;
+}
+
+// score[r * kMaxSplit + i] = q row r . key i, for R rows and keys [i, i + N); d a multiple of W.
 template <class T, int R, int N>
 RUNNER_INLINE void score_block(const AttentionArgs& a, const float* q, const typename T::S* k, float* score) {
   constexpr int64_t kItem = sizeof(typename T::S);
+  constexpr int kBlocks = (R * N + W - 1) / W;
   const int64_t next = rows_ahead<T>(a.ks);
-  VF acc[W];
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) acc[i] = zero();
+  for (int i = 0; i < N; ++i) {
+    for (int64_t d = 0; d < a.d; d += 64 / kItem) prefetch(k + (i + next) * a.ks + d);
+  }
+  VF acc[kBlocks * W];
+#pragma GCC unroll 16
+  for (int i = 0; i < kBlocks * W; ++i) acc[i] = zero();
   for (int64_t d = 0; d < a.d; d += W) {
-    VF kv[N];
+    VF qv[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) qv[r] = load(q + r * a.d + d);
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
-      kv[i] = T::load_v(k + i * a.ks + d);
-      if (d * kItem % 64 == 0) prefetch(k + (i + next) * a.ks + d);
-    }
+      VF kv = T::load_v(k + i * a.ks + d);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      VF qv = load(q + r * a.d + d);
-#pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) acc[r * N + i] = fma(kv[i], qv, acc[r * N + i]);
+      for (int r = 0; r < R; ++r) acc[r * N + i] = fma(kv, qv[r], acc[r * N + i]);
     }
   }
-  float out[W];
-  store(out, sums(acc));
+  float out[kBlocks * W];
+#pragma GCC unroll 2
+  for (int b = 0; b < kBlocks; ++b) store(out + b * W, sums(acc + b * W));
   for (int r = 0; r < R; ++r) memcpy(score + r * kMaxSplit, out + r * N, N * 4);
 }
 
 template <class T, int R>
 RUNNER_INLINE void few_scores(const AttentionArgs& a, const float* q, const typename T::S* k, int64_t n, float* score) {
-  constexpr int N = W / (R == 3 ? 4 : R);
+  constexpr int N = keys_at_once<R>();
   int64_t i = 0;
   if (a.d % W == 0) {
     for (; i + N <= n; i += N) score_block<T, R, N>(a, q, k + i * a.ks, score + i);
@@ -132,52 +142,60 @@ RUNNER_INLINE void few_scores(const AttentionArgs& a, const float* q, const type
   }
 }
 
-// out[r * stride + d] = sum_i p[r * kMaxSplit + i] v[i][d]
+// out[r * stride + d] = sum_i p[r * kMaxSplit + i] v[i][d]. A few rows of v at a time meet all columns, so that rows come
+// from memory at an even pace: with all rows at a time, the first columns waited for memory and the others for nothing.
 template <class T, int R>
 RUNNER_INLINE void few_values(const AttentionArgs& a, const float* p, const typename T::S* v, int64_t n, float* out,
                               int64_t stride) {
   constexpr int C = kRegisters == 32 ? 4 : 2;  // vectors of d at a time
+  constexpr int64_t kSome = 16;
   constexpr int64_t kItem = sizeof(typename T::S);
   const int64_t next = rows_ahead<T>(a.vs);
-  int64_t d = 0;
-  auto step = [&](auto count) {
-    constexpr int N = decltype(count)::value;
-    for (; d + N * W <= a.dv; d += N * W) {
-      VF acc[R][N];
+  for (int64_t first = 0; first < n; first += kSome) {
+    const int64_t last = first + kSome < n ? first + kSome : n;
+    for (int64_t i = first; i < last; ++i) {
+      for (int64_t d = 0; d < a.dv; d += 64 / kItem) prefetch(v + (i + next) * a.vs + d);
+    }
+    int64_t d = 0;
+    auto step = [&](auto count) {
+      constexpr int N = decltype(count)::value;
+      for (; d + N * W <= a.dv; d += N * W) {
+        VF acc[R][N];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) acc[r][j] = zero();
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        VF vv[N];
+          for (int j = 0; j < N; ++j) acc[r][j] = first ? load(out + r * stride + d + j * W) : zero();
+        }
+        for (int64_t i = first; i < last; ++i) {
+          VF vv[N];
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) {
-          vv[j] = T::load_v(v + i * a.vs + d + j * W);
-          if (j * W * kItem % 64 == 0) prefetch(v + (i + next) * a.vs + d + j * W);
+          for (int j = 0; j < N; ++j) vv[j] = T::load_v(v + i * a.vs + d + j * W);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            VF w = set1(p[r * kMaxSplit + i]);
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) acc[r][j] = fma(w, vv[j], acc[r][j]);
+          }
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          VF w = set1(p[r * kMaxSplit + i]);
 #pragma GCC unroll 4
-          for (int j = 0; j < N; ++j) acc[r][j] = fma(w, vv[j], acc[r][j]);
+          for (int j = 0; j < N; ++j) store(out + r * stride + d + j * W, acc[r][j]);
         }
       }
-#pragma GCC unroll 4
+    };
+    step(Int<C>{});
+    step(Int<1>{});
+    for (; d < a.dv; ++d) {
       for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) store(out + r * stride + d + j * W, acc[r][j]);
+        float sum = first ? out[r * stride + d] : 0.0f;
+        for (int64_t i = first; i < last; ++i) sum += p[r * kMaxSplit + i] * T::to(v[i * a.vs + d]);
+        out[r * stride + d] = sum;
       }
     }
-  };
-  step(Int<C>{});
-  step(Int<1>{});
-  for (; d < a.dv; ++d) {
-    for (int r = 0; r < R; ++r) {
-      float sum = 0;
-      for (int64_t i = 0; i < n; ++i) sum += p[r * kMaxSplit + i] * T::to(v[i * a.vs + d]);
-      out[r * stride + d] = sum;
-    }
+  }
+  if (n <= 0) {
+    for (int r = 0; r < R; ++r) memset(out + r * stride, 0, (size_t)a.dv * 4);
   }
 }
 
