@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ from setuptools import Extension, setup
 
 
 def extensions() -> list[Extension]:
-    """The kernels, on Linux where MLX computes on the CPU; a machine without a compiler installs without them."""
+    """The kernels, on Linux where MLX computes on the CPU; a machine without a compiler installs without them.
+
+    RUNNER_STRICT_BUILD=1 (CI) makes warnings errors, and installs nothing without them.
+    """
     mlx, nanobind = importlib.util.find_spec("mlx"), importlib.util.find_spec("nanobind")
     sources = sorted(str(path) for path in Path("runner/kernels/src").glob("*.cpp"))
     if (
@@ -24,17 +28,13 @@ def extensions() -> list[Extension]:
         return []
     root = Path(next(iter(mlx.submodule_search_locations or [])))
     binding = Path(next(iter(nanobind.submodule_search_locations or [])))
+    strict = os.environ.get("RUNNER_STRICT_BUILD") == "1"
+    others = [root / "include", binding / "include", binding / "src", binding / "ext" / "robin_map" / "include"]
     return [
         Extension(
             "runner.kernels._C",
             sources,
             depends=sorted(str(path) for path in Path("runner/kernels/src").glob("*.h")),
-            include_dirs=[
-                str(root / "include"),
-                str(binding / "include"),
-                str(binding / "src"),
-                str(binding / "ext" / "robin_map" / "include"),
-            ],
             define_macros=[("NB_DOMAIN", "mlx"), ("NB_COMPACT_ASSERTIONS", None), ("NDEBUG", None)],
             # No run path: importing mlx.core has loaded the library by then, and the name finds it.
             library_dirs=[str(root / "lib")],
@@ -44,9 +44,13 @@ def extensions() -> list[Extension]:
                 "-O3",
                 "-fvisibility=hidden",
                 "-fno-strict-aliasing",
+                "-Wall",
+                "-Wextra",
+                *(["-Werror"] if strict else []),
+                *(f"-isystem{folder}" for folder in others),
             ],
             extra_link_args=["-pthread", "-Wl,-z,now", "-Wl,--strip-debug"],
-            optional=True,
+            optional=not strict,
             language="c++",
         )
     ]
