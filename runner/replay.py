@@ -51,7 +51,7 @@ class Steps:
 
     def _recorded(self, token: mx.array) -> Program | None:
         room = min(cache.room for cache in self._caches)
-        if self._recorder is None or self._built < PATIENCE or room < LEAST:
+        if self._recorder is None or self._built < PATIENCE or room < LEAST or token.dtype not in (mx.int32, mx.uint32):
             return None
         slot = self._recorder.slot(list(token.shape))
         ahead = [0, 1, room // 2, room - 1]

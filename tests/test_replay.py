@@ -145,6 +145,15 @@ def test_a_model_that_decides_for_itself(odd: type[Odd]) -> None:
     assert same(answer(engine, engine.device.ops, 80, model), answer(engine, built(engine.device.ops), 80, model))
 
 
+def test_tokens_of_another_type() -> None:
+    """A sampler may return what it likes; what a recording cannot take is built."""
+    engine = open_engine(TESTS / "fixtures" / "llama-gqa")
+    ops, caches = engine.device.ops, engine.new_caches()
+    logits = prefill(engine.model, PROMPT, caches)
+    steps = decode(engine.model, logits, caches, lambda row: (ops.argmax(row).astype(mx.int64),), 20, ops)
+    assert [int(step[0].item()) for step in steps] == [token for token, _ in answer(engine, built(ops), 20)]
+
+
 def test_two_answers_in_turn_and_from_two_threads() -> None:
     """Each has its own memory; a generator may be advanced by whichever thread a server has free."""
     engine = open_engine(TESTS / "fixtures" / "llama-gqa")

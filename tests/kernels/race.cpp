@@ -65,7 +65,7 @@ std::vector<float> everything() {
   norm.x = wide.data(), norm.out = out.data(), norm.rows = 200, norm.dim = 300, norm.eps = 1e-5f;
   kernels().norm(norm);
   all.insert(all.end(), out.begin(), out.end());
-  GluArgs glu{wide.data(), out.data(), DType::f32, 10, 3000, Activation::silu};
+  GluArgs glu{wide.data(), out.data(), DType::f32, 10, 3000, Activation::silu, true};
   kernels().glu(glu);
   all.insert(all.end(), out.begin(), out.begin() + 30000);
   uint32_t best;

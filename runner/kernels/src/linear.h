@@ -332,6 +332,12 @@ inline void store_tile(const LinearArgs& a, const float* t, int64_t n0, int64_t 
     using T = decltype(type);
     for (int64_t i = 0; i < cols; i += W) {
       int64_t some = cols - i < W ? cols - i : W;
+      if constexpr (sizeof(typename T::S) == 4) {
+        if (!a.bias) {
+          transpose(t + i, kTileCols, rows, some, (float*)a.out + (m0 + i) * a.n + n0, a.n);
+          continue;
+        }
+      }
       transpose(t + i, kTileCols, rows, some, line, kTileRows);
       for (int64_t m = 0; m < some; ++m) {
         float* row = line + m * kTileRows;
