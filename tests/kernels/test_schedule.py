@@ -114,7 +114,10 @@ def test_what_a_task_reads_stays_until_it_has_run(ops: Ops) -> None:
         total = ops.linear(rows[0], weight, None)
         for row in rows[1:]:
             total = ops.linear(row, weight, None) + total
+        twice, normed = ops.add_rms_norm(total, total, None, 0.0)
+        total = twice + ops.linear(normed, weight, None)  # 8 v and 1, which only this task holds
         ops.schedule(total)
-        del rows, row
+        del rows, row, twice, normed
         others = [mx.array(np.full((1, 256), -1.0, dtype=np.float32)) for _ in range(64)]
-        assert np.array_equal(np.array(total), np.full((1, 256), 4.0 * value)) and len(others) == 64
+        assert np.allclose(np.array(total), np.full((1, 256), 8.0 * value + 1.0), rtol=1e-5)
+        assert all(np.array_equal(np.array(other), np.full((1, 256), -1.0)) for other in others)

@@ -94,7 +94,7 @@ Graph walk(const std::vector<mx::array>& outputs, const mx::Stream& stream) {
   auto enter = [&](const mx::array& a) {
     if (a.status() != mx::array::Status::unscheduled || !a.has_primitive()) {
       if (a.is_available()) {
-        graph.ready.push_back(a);
+        graph.held.push_back(a);
       } else if (met.insert(a.id())) {
         graph.pending.push_back(a);
       }
@@ -116,6 +116,8 @@ Graph walk(const std::vector<mx::array>& outputs, const mx::Stream& stream) {
           graph.bytes += a->nbytes();
           for (auto& sibling : a->siblings()) graph.bytes += sibling.nbytes();
         }
+        // detach() makes an array let go of its siblings.
+        graph.held.insert(graph.held.end(), a->siblings().begin(), a->siblings().end());
         graph.operations->push_back(*a);
         stack.pop_back();
       }

@@ -14,7 +14,7 @@ using Operations = std::vector<mx::array>;
 struct Graph {
   std::shared_ptr<Operations> operations = std::make_shared<Operations>();
   std::vector<mx::array> pending;  // what they read that is being computed
-  std::vector<mx::array> ready;    // what else they read
+  std::vector<mx::array> held;     // what else they read, and all that those of several results make
   size_t bytes = 0;                // of their results
   bool one_stream = true;
 };

@@ -128,7 +128,7 @@ std::optional<Program> Program::record(const mx::array& slot, const std::vector<
   for (auto& a : *graph.operations) a.detach();
   recorded->tasks = std::move(listing.tasks);
   recorded->held = std::move(listing.held);
-  for (auto* arrays : {graph.operations.get(), &graph.pending, &graph.ready}) {
+  for (auto* arrays : {graph.operations.get(), &graph.pending, &graph.held}) {
     recorded->held.insert(recorded->held.end(), arrays->begin(), arrays->end());
   }
   program.before_ = std::move(graph.pending);

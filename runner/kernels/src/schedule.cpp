@@ -15,8 +15,8 @@ namespace {
 
 class AsOne : public CpuPrimitive {
  public:
-  AsOne(mx::Stream stream, std::shared_ptr<Operations> operations, std::vector<mx::array> ready)
-      : CpuPrimitive(stream), operations_(std::move(operations)), ready_(std::move(ready)) {}
+  AsOne(mx::Stream stream, std::shared_ptr<Operations> operations, std::vector<mx::array> held)
+      : CpuPrimitive(stream), operations_(std::move(operations)), held_(std::move(held)) {}
   const char* name() const override { return "runner::AsOne"; }
 
   void plan(const std::vector<mx::array>&, std::vector<mx::array>& outputs, Dispatcher& d) override {
@@ -31,10 +31,10 @@ class AsOne : public CpuPrimitive {
     }
     hand_over(listing, d);
     // Nothing that the tasks point at may go before they are done.
-    d.run([made = std::move(operations_), read = std::move(ready_), held = std::move(listing.held)]() mutable {
+    d.run([made = std::move(operations_), held = std::move(held_), copies = std::move(listing.held)]() mutable {
       made.reset();
-      read.clear();
       held.clear();
+      copies.clear();
     });
   }
 
@@ -49,7 +49,7 @@ class AsOne : public CpuPrimitive {
   }
 
   std::shared_ptr<Operations> operations_;
-  std::vector<mx::array> ready_;
+  std::vector<mx::array> held_;
 };
 
 }  // namespace
@@ -59,7 +59,7 @@ void schedule(const std::vector<mx::array>& outputs) {
   Graph graph = walk(outputs, stream);
   auto operations = graph.operations;
   if (!graph.one_stream || graph.bytes > kMostBytes || operations->empty()) return mx::async_eval(outputs);
-  auto primitive = std::make_shared<AsOne>(stream, operations, std::move(graph.ready));
+  auto primitive = std::make_shared<AsOne>(stream, operations, std::move(graph.held));
   mx::array whole({1}, mx::uint8, std::move(primitive), std::move(graph.pending));
   mx::async_eval({whole});
   auto done = [&](const mx::array& a) {
