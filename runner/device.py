@@ -74,12 +74,15 @@ def wrong_on_cuda(x: mx.array, outputs: int, group_size: int, mode: str) -> bool
 
     Measured on an H100 over bits, groups, shapes and dtypes: affine matrices of a single group per row (inputs =
     group_size) give wrong numbers for two rows of x or more; groups of 128 in float32 fail to launch from some 16 on;
-    with 32 outputs there is no kernel for 37 rows, affine and mxfp8 alike. Which numbers of outputs have one was not
-    searched: those that are no multiple of 64 are taken to have none, which is right and costs an unpacking.
+    with 32 outputs there is no kernel for 37 rows, affine and mxfp8 alike, and with 32 inputs as well none for one row
+    (with 96 and 64 there is). Which numbers of outputs have one was not searched: those that are no multiple of 64 are
+    taken to have none, which is right and costs an unpacking.
     """
-    several = x.size > x.shape[-1]
+    several, odd = x.size > x.shape[-1], outputs % 64 != 0
     one_group, wide = x.shape[-1] == group_size, group_size == 128 and x.dtype == mx.float32
-    return several and (outputs % 64 != 0 or (mode == "affine" and (one_group or wide)))
+    if not several:
+        return odd and x.shape[-1] == 32
+    return odd or (mode == "affine" and (one_group or wide))
 
 
 def _unpacked_linear(

@@ -160,6 +160,7 @@ def test_a_rope_type_without_code_is_refused() -> None:
         (37, 32, 64, 32, mx.float32, True),
         (2, 96, 256, 64, mx.float32, True),
         (1, 96, 64, 64, mx.float32, False),
+        (1, 32, 32, 32, mx.float32, True),
         (40, 128, 256, 128, mx.bfloat16, False),
         (40, 192, 256, 64, mx.float32, False),
     ],
