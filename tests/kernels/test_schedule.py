@@ -121,3 +121,16 @@ def test_what_a_task_reads_stays_until_it_has_run(ops: Ops) -> None:
         others = [mx.array(np.full((1, 256), -1.0, dtype=np.float32)) for _ in range(64)]
         assert np.allclose(np.array(total), np.full((1, 256), 8.0 * value + 1.0), rtol=1e-5)
         assert all(np.array_equal(np.array(other), np.full((1, 256), -1.0)) for other in others)
+
+
+def test_a_large_graph_lets_go_of_its_results(ops: Ops) -> None:
+    """400 products of 1 MB each, of which MLX has no more than some hundred under way."""
+    weight, x = mx.eye(256), mx.ones((1024, 256))
+    mx.eval(weight, x)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(400):
+        x = ops.linear(x, weight, None)
+    ops.schedule(x)
+    mx.eval(x)
+    assert mx.get_peak_memory() - before < 200 << 20

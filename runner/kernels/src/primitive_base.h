@@ -49,7 +49,9 @@ struct Listing {
   std::vector<mx::array> held;
 };
 
-constexpr size_t kMostBytes = 64 << 20;  // of the results of a list's operations, whose memory is taken all at once
+// Bytes of the results of a list's operations, whose memory is taken all at once: more than a token of a model with 8
+// billion weights needs, and little beside any model.
+constexpr size_t kMostBytes = 16 << 20;
 
 // One evaluation: pointers are taken now, while MLX holds the arrays; the work runs later on the stream's thread, and
 // MLX keeps the buffers of inputs, outputs and temporaries alive until then. With a list the work goes there instead of

@@ -58,7 +58,11 @@ void schedule(const std::vector<mx::array>& outputs) {
   auto stream = cpu_stream();
   Graph graph = walk(outputs, stream);
   auto operations = graph.operations;
-  if (!graph.one_stream || graph.bytes > kMostBytes || operations->empty()) return mx::async_eval(outputs);
+  if (!graph.one_stream || graph.bytes > kMostBytes || operations->empty()) {
+    operations.reset();
+    graph = {};  // or MLX could not let go of any result before the last
+    return mx::async_eval(outputs);
+  }
   auto primitive = std::make_shared<AsOne>(stream, operations, std::move(graph.held));
   mx::array whole({1}, mx::uint8, std::move(primitive), std::move(graph.pending));
   mx::async_eval({whole});
