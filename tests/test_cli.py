@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import own
 
 from runner.cli.app import COMMANDS
 
@@ -105,7 +106,7 @@ def test_json_is_an_object_a_token() -> None:
 
 def test_verbose_prints_three_lines_on_stderr() -> None:
     done = run("generate", MODEL, "abc", "--raw", "--verbose", *GREEDY)
-    lines = done.stderr.splitlines()
+    lines = own(done.stderr).splitlines()
     assert [line.split(":")[0] for line in lines] == ["Prompt", "Generation", "Peak memory"]
     assert "8 tokens" in lines[1]
     assert done.stdout == answer("abc", "--raw")
@@ -155,8 +156,9 @@ def test_stop_ends_before_the_text() -> None:
 def test_an_error_is_one_line_and_a_code(arguments: list[str], code: int, words: str) -> None:
     done = run(*arguments, HF_HUB_OFFLINE="1")
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert words in done.stderr
+    said = own(done.stderr)
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert words in said
 
 
 def test_bytes_that_are_no_text_are_refused() -> None:
@@ -167,7 +169,7 @@ def test_bytes_that_are_no_text_are_refused() -> None:
 def test_a_reader_that_leaves_ends_it_quietly() -> None:
     command = f"{sys.executable} -m runner generate {MODEL} abc --raw --temperature 0 | head -c 1"
     done = subprocess.run(command, shell=True, capture_output=True, timeout=60, check=False)
-    assert len(done.stdout) == 1 and done.stderr == b""
+    assert len(done.stdout) == 1 and own(done.stderr.decode()) == ""
 
 
 def test_inspect_reads_headers_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from command_line import own
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -186,7 +187,7 @@ def test_the_command(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The ferry leaves at nine, and takes two hours. " * 30)
     done = run("perplexity", str(LLAMA), str(text), "--chunk", "32", "--chunks", "3", "--against", str(LLAMA), "--json")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, own(done.stderr)) == (0, "")
     found = json.loads(done.stdout)
     lm = runner.load(LLAMA)
     ids, bos = read_ids(lm.tokenizer, text.read_text())
@@ -205,5 +206,14 @@ def test_the_command(tmp_path: Path) -> None:
         ([str(LLAMA), "/nowhere.txt"], "/nowhere.txt"),
     ):
         done = run("perplexity", *arguments)
-        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done
+        assert (done.returncode, done.stdout) == (2, "") and own(done.stderr).count("\n") == 1, done
         assert message in done.stderr
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="kernels are for CPUs")
+def test_missing_kernels_are_said_once_for_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNNER_KERNELS_ISA", "none")
+    (tmp_path / "text").write_text("The ferry leaves at nine, and takes two hours. " * 8)
+    done = run("perplexity", str(LLAMA), str(tmp_path / "text"), "--chunk", "32", "--against", str(LLAMA))
+    assert done.returncode == 0 and done.stderr.count("'runner doctor' says more") == 1
+    assert own(done.stderr) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,14 @@ def open_model(model: str, dtype: str | None, adapters: Sequence[str] | None = N
 
     lm = runner.load(model, dtype=dtype, adapters=adapters or (), progress=sys.stderr.isatty())
     if lm.device.notice is not None:
-        terminal.note(f"{lm.device.notice} ('runner doctor' says more)", "yellow")
+        _note_once(f"{lm.device.notice} ('runner doctor' says more)")
     return lm
+
+
+@functools.cache
+def _note_once(text: str) -> None:
+    """However many models a command loads."""
+    terminal.note(text, "yellow")
 
 
 def timing_lines(timings: Timings) -> tuple[str, str, str]:
