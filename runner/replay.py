@@ -41,10 +41,11 @@ class Steps:
         if self._program is None:
             self._built += 1
             return self._logits(token, self._caches)
+        logits = self._program.run(token)
         self._left -= 1
         for cache in self._caches:
             cache.joined()
-        return self._program.run(token)
+        return logits
 
     def _logits(self, ids: mx.array, caches: list[KVCache]) -> mx.array:
         return self._model.logits(self._model(Batch(ids, caches[0].offset), caches))[:, -1]
