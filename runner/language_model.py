@@ -21,8 +21,8 @@ from runner.model_files import ModelFiles, open_files
 from runner.progress import ProgressBar
 from runner.prompt_cache import PromptCache
 from runner.sampling import Sampled, Sampler, SamplingParams
-from runner.stop import StopMatcher
-from runner.tokenizer import Tokenizer
+from runner.text.stop import StopMatcher
+from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Given

@@ -10,7 +10,7 @@ from typing import Any
 
 from runner.checkpoint import Checkpoint
 from runner.side_files import side_files
-from runner.tokenizer import Tokenizer
+from runner.text.tokenizer import Tokenizer
 from runner.weights import Source
 
 

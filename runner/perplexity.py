@@ -19,7 +19,7 @@ from runner.cache import Batch
 from runner.engine import Engine
 from runner.errors import UsageError
 from runner.generate import PREFILL_CHUNK
-from runner.tokenizer import Tokenizer
+from runner.text.tokenizer import Tokenizer
 
 CHUNK = 512
 """Tokens of a chunk where nothing else is asked for: llama-perplexity's."""

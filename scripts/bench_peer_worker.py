@@ -70,7 +70,7 @@ class Runner(Engine):
 
     def __init__(self, model: str) -> None:
         from runner.bench import open_subject
-        from runner.tokenizer import Tokenizer
+        from runner.text.tokenizer import Tokenizer
 
         name, _, form = model.partition(":")
         self.subject = open_subject(name, quantize=form or None)

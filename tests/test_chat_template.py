@@ -15,10 +15,10 @@ import pytest
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from runner.chat_template import ChatTemplates, chat_inputs
 from runner.errors import TemplateError
-from runner.template_limits import Budget
-from runner.tokenizer import Tokenizer
+from runner.text.chat_template import ChatTemplates, chat_inputs
+from runner.text.template_limits import Budget
+from runner.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
 RECORDED = json.loads((DATA / "templates.json").read_text(encoding="utf-8"))

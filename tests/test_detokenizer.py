@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from runner.detokenizer import Detokenizer, WindowStream, byte_of
-from runner.tokenizer import Tokenizer
-from runner.tokenizer_backends import JsonBackend, load_json
-from runner.tokenizer_files import TokenizerFiles
+from runner.text.detokenizer import Detokenizer, WindowStream, byte_of
+from runner.text.tokenizer import Tokenizer
+from runner.text.tokenizer_backends import JsonBackend, load_json
+from runner.text.tokenizer_files import TokenizerFiles
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -15,7 +15,7 @@ from gguf_bytes import substring_vocabulary
 from runner.errors import TokenizerError
 from runner.gguf.pretokenizers import PRE_TOKENIZERS
 from runner.gguf.tokenizer import tokenizer_files, tokenizer_of, vocabulary_of
-from runner.tokenizer import Tokenizer
+from runner.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 SPM = HERE / "fixtures/llama-spm"

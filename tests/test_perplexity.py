@@ -24,7 +24,7 @@ from runner.errors import UsageError
 from runner.model_files import open_files
 from runner.packing import packing
 from runner.perplexity import _estimate, compare, perplexity, read_ids
-from runner.tokenizer import Tokenizer
+from runner.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 LLAMA = HERE / "fixtures" / "llama-gqa"

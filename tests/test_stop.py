@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.errors import UsageError
-from runner.stop import StopMatcher
+from runner.text.stop import StopMatcher
 
 pieces = st.lists(st.text("abc", max_size=4), max_size=12)
 stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import TokenizerError
-from runner.special_tokens import AddedToken, TokenScanner, choose_markers
-from runner.tokenizer import Tokenizer
+from runner.text.special_tokens import AddedToken, TokenScanner, choose_markers
+from runner.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
 KINDS = ("chatml", "llama")

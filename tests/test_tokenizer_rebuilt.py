@@ -16,11 +16,11 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from runner import tokenizer_rebuilt
-from runner.detokenizer import byte_alphabet
 from runner.errors import TokenizerError
-from runner.tokenizer import Tokenizer
-from runner.tokenizer_rebuilt import LLAMA3
+from runner.text import tokenizer_rebuilt
+from runner.text.detokenizer import byte_alphabet
+from runner.text.tokenizer import Tokenizer
+from runner.text.tokenizer_rebuilt import LLAMA3
 
 CORPUS = [Path(__file__).read_text(), "Köln, 東京 und 🙂🙃 naïve — don't I'LL we've 1234567  \n\n\t x" * 20]
 

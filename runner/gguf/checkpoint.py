@@ -20,7 +20,7 @@ from runner.gguf.container import Container, Entry, open_container
 from runner.gguf.settings import architecture_of, config_of, generation_config_of
 from runner.gguf.tokenizer import Vocabulary, tokenizer_files, tokenizer_of, vocabulary_of
 from runner.local_files import shown
-from runner.tokenizer import Tokenizer
+from runner.text.tokenizer import Tokenizer
 
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_]+)\.(weight|bias)")
 _TOP = re.compile(rf"({'|'.join(TOP)})\.(weight|bias)")

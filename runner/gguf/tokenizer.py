@@ -20,9 +20,9 @@ from runner.errors import TokenizerError
 from runner.gguf.container import brief
 from runner.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from runner.local_files import shown
-from runner.tokenizer import Tokenizer
-from runner.tokenizer_backends import JsonBackend, parse_json
-from runner.tokenizer_files import TokenizerFiles, bounded_template
+from runner.text.tokenizer import Tokenizer
+from runner.text.tokenizer_backends import JsonBackend, parse_json
+from runner.text.tokenizer_files import TokenizerFiles, bounded_template
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"

@@ -6,7 +6,7 @@ The sandbox keeps a template away from Python's internals; it does not keep it f
 - a loop pass, macro call, call, filter, test and operator is a *step*; steps and wall time are limited;
 - text is measured before it is made (`*`, `%`, `join`, `replace`, ...) and its sum over a rendering is limited;
 - a container is walked, with a limit, before anything prints or compares it: `[x, x]` forty times over is small in
-  memory and endless in print (`runner.template_limits` has the limits).
+  memory and endless in print (`runner.text.template_limits` has the limits).
 
 The module imports jinja2 and is itself imported at the first rendering only.
 """
@@ -32,7 +32,7 @@ from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from runner.errors import TemplateError
-from runner.template_limits import Budget, check_filter, check_format, check_operator, check_text_call
+from runner.text.template_limits import Budget, check_filter, check_format, check_operator, check_text_call
 
 _REMOVED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _REMOVED_METHODS = ("encode", "translate", "maketrans", "to_bytes", "from_bytes")
@@ -287,7 +287,7 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """transformers' `tojson`: no HTML escapes. Private-use characters stay themselves, whatever `ensure_ascii` says,
-    for they may mark users' text (`runner.special_tokens`)."""
+    for they may mark users' text (`runner.text.special_tokens`)."""
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if not ensure_ascii:
         return text

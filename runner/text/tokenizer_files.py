@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import TokenizerError
-from runner.special_tokens import AddedToken
+from runner.text.special_tokens import AddedToken
 
 _MAX_JSON = 64 << 20
 _MAX_TEMPLATE = 512 << 10

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from runner import tokenizer_rebuilt
-from runner.chat_template import ChatInputs, ChatTemplates, Message, chat_inputs
-from runner.detokenizer import Detokenizer
 from runner.errors import TokenizerError
-from runner.special_tokens import choose_markers
-from runner.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, load_json
-from runner.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from runner.text import tokenizer_rebuilt
+from runner.text.chat_template import ChatInputs, ChatTemplates, Message, chat_inputs
+from runner.text.detokenizer import Detokenizer
+from runner.text.special_tokens import choose_markers
+from runner.text.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, load_json
+from runner.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 _MAX_ID = 1 << 31
 

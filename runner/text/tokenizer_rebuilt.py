@@ -16,10 +16,10 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from runner.detokenizer import byte_alphabet
 from runner.errors import TokenizerError
-from runner.special_tokens import AddedToken
-from runner.tokenizer_files import TokenizerFiles
+from runner.text.detokenizer import byte_alphabet
+from runner.text.special_tokens import AddedToken
+from runner.text.tokenizer_files import TokenizerFiles
 
 MAX_FILE = 64 << 20
 MAX_TOKENS = 1 << 20

@@ -119,8 +119,8 @@ class ChatTemplates:
         return f"there are: {', '.join(self._templates)}" if self._templates else "the model has none"
 
     def render(self, source: str, inputs: ChatInputs) -> str:
-        """The text of `inputs` under template `source`, within the limits of `runner.template_sandbox`."""
-        from runner.template_sandbox import render_template  # jinja2 only where a chat is rendered
+        """The text of `inputs` under template `source`, within the limits of `runner.text.template_sandbox`."""
+        from runner.text.template_sandbox import render_template  # jinja2 only where a chat is rendered
 
         messages, cut = inputs.messages, inputs.continue_final_message
         if cut is not None:
@@ -137,7 +137,7 @@ class ChatTemplates:
         return text if cut is None else _cut_at_tag(text, inputs.messages[-1][cut])
 
     def _code(self, source: str) -> CodeType:
-        from runner.template_sandbox import compile_template
+        from runner.text.template_sandbox import compile_template
 
         if len(source) > _MAX_SOURCE:
             raise TemplateError(f"the chat template has {len(source)} characters, more than the {_MAX_SOURCE} allowed")

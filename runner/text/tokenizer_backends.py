@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from runner.detokenizer import DecoderPlan, Detokenizer, plan_decoder
 from runner.errors import TokenizerError
-from runner.special_tokens import AddedToken, Match, TokenScanner
-from runner.tokenizer_files import TokenizerFiles
+from runner.text.detokenizer import DecoderPlan, Detokenizer, plan_decoder
+from runner.text.special_tokens import AddedToken, Match, TokenScanner
+from runner.text.tokenizer_files import TokenizerFiles
 
 _MAX_VOCABULARY_FILE = 512 << 20
 
