@@ -12,7 +12,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from runner.blocks import HIDDEN, VOCAB, ConfiguredBlock, LayerNormDecoder
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
 from runner.config import fixed, key
 from runner.decoder_config import UnrotatedConfig
 from runner.fast import LayerNorm

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from runner import blocks
 from runner.blocks import HIDDEN
-from runner.cache import Batch
+from runner.cache.kv import Batch
 from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.llama import LlamaConfig

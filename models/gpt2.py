@@ -13,7 +13,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from runner.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, LayerNormDecoder, PlainMLP, Q, Sequential
-from runner.cache import Batch
+from runner.cache.kv import Batch
 from runner.config import key
 from runner.decoder_config import UnrotatedConfig
 from runner.fast import LayerNorm

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner import blocks
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
 from runner.models import llama
 from runner.models.llama import LlamaConfig
 from runner.weights import setting, weight

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import mlx.core as mx
 
 from runner import blocks
-from runner.cache import Batch
+from runner.cache.kv import Batch
 from runner.config import key
 from runner.errors import ConfigError
 from runner.fast import RMSNorm

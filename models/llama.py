@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.blocks import HIDDEN, INTERMEDIATE, KV, Decoder, Norm, PreNorm, Q
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
 from runner.decoder_config import DecoderConfig
 from runner.fast import RoPE
 from runner.nn import GLU, Attend, Linear, merge_heads, split_heads

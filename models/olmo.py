@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.blocks import Frame, Sequential
-from runner.cache import Batch
+from runner.cache.kv import Batch
 from runner.config import fixed
 from runner.decoder_config import LayerNormConfig
 from runner.fast import PlainLayerNorm

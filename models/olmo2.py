@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from runner import blocks, layer_types
 from runner.blocks import KV, Q
-from runner.cache import Batch
+from runner.cache.kv import Batch
 from runner.decoder_config import WindowedConfig
 from runner.fast import RMSNorm
 from runner.models import llama

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
 from runner.config import Config
 from runner.fast import LayerNorm, RMSNorm
 from runner.nn import GLU, Activation, Embedding, Linear

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner import expertwise
+from runner.cache.storage import PLAIN, Storage
 from runner.fast import PORTABLE, Ops
-from runner.kv_storage import PLAIN, Storage
 
 
 @dataclass(frozen=True)

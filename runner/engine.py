@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from runner import loading
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
+from runner.cache.storage import Storage
 from runner.config import Config
 from runner.device import Device, current
 from runner.errors import UsageError
 from runner.families import Model, find
 from runner.generate import new_caches
-from runner.kv_storage import Storage
 from runner.loading import Progress
 from runner.model_files import open_files
 from runner.plan import ModulePlan, plan

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
 from runner.config import Config
 from runner.errors import ConfigError
 

@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from runner import rope as frequencies
 from runner.activations import ACTIVATIONS
+from runner.cache.storage import PLAIN, Storage, row_width
 from runner.errors import UsageError
-from runner.kv_storage import PLAIN, Storage, row_width
 from runner.rope import RopeScaling
 from runner.weights import setting, tensor
 

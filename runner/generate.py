@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
-from runner.cache import Batch, KVCache, RotatingKVCache
+from runner.cache.kv import Batch, KVCache, RotatingKVCache
+from runner.cache.storage import PLAIN, Storage
 from runner.config import Config
 from runner.errors import UsageError
 from runner.families import Model
 from runner.fast import PORTABLE, Ops
-from runner.kv_storage import PLAIN, Storage
 from runner.replay import Steps
 
 PREFILL_CHUNK = 512

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache import Batch, History, KVCache
+from runner.cache.kv import Batch, History, KVCache
 from runner.config import Config, key
 from runner.decoder_config import DecoderConfig
 from runner.errors import ConfigError

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from runner.cache import Batch
+from runner.cache.kv import Batch
 from runner.engine import Engine
 from runner.errors import UsageError
 from runner.generate import PREFILL_CHUNK

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache import Batch
+from runner.cache.kv import Batch
 from runner.errors import UsageError
 from runner.fast import last_offset, window_mask
 from runner.weights import setting

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
 from runner.errors import RunnerError
 from runner.families import Model
 from runner.fast import Ops, Program

@@ -21,7 +21,7 @@ import runner
 from runner import loading
 from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
-from runner.cache import Batch
+from runner.cache.kv import Batch
 from runner.convert import convert, merged
 from runner.device import CPU_WITHOUT_KERNELS, Device
 from runner.engine import Engine, assemble, open_engine

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.cache import KVCache, RotatingKVCache
+from runner.cache.kv import KVCache, RotatingKVCache
 from runner.errors import UsageError
 
 

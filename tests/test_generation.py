@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import runner
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
 from runner.engine import open_engine
 from runner.errors import RunnerError, UsageError
 from runner.families import Model

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from runner.adapters.layers import AdaptedLinear, Delta
-from runner.cache import Batch, History, KVCache
+from runner.cache.kv import Batch, History, KVCache
 from runner.device import CPU_WITHOUT_KERNELS, current
 from runner.fast import PORTABLE, Ops, RMSNorm, RoPE
 from runner.mla import ApartKeysAndValues, JoinedKeysAndValues, LatentAttention, PlainQueries

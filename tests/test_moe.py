@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.cache import History
+from runner.cache.kv import History
 from runner.device import CPU_WITHOUT_KERNELS, current
 from runner.fast import PORTABLE, Ops
 from runner.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts

@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 import pytest
 
-from runner.cache import Batch
+from runner.cache.kv import Batch
 from runner.errors import UsageError
 from runner.fast import scaled_dot_product_attention
 from runner.positions import Alibi, alibi_slopes, positions

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
 from runner.device import current
 from runner.engine import Engine, open_engine
 from runner.errors import RunnerError

@@ -21,7 +21,7 @@ import numpy as np
 
 from runner import loading
 from runner.bench.models import Subject
-from runner.cache import Batch, KVCache
+from runner.cache.kv import Batch, KVCache
 from runner.engine import Engine
 from runner.errors import UsageError
 from runner.generate import PREFILL_CHUNK

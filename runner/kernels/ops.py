@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 
 from runner import expertwise, kernels
+from runner.cache.storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 from runner.fast import PORTABLE, Ops, Recorder
 from runner.kernels import _C
-from runner.kv_storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 
 _PACKED = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from twins import EPSILON, FLOATS, Layout, assert_close, numpy, rand
 
 from runner import kernels
+from runner.cache.storage import unpacked
 from runner.kernels import _C
-from runner.kv_storage import unpacked
 
 
 def test_a_query_that_sees_no_key() -> None:

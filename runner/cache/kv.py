@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from runner.cache.storage import PLAIN, Storage
 from runner.errors import UsageError
-from runner.kv_storage import PLAIN, Storage
 
 STEP = 256
 """Tokens a cache grows by, at least; growing copies, so that a long one grows by a quarter of itself."""
