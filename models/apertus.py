@@ -13,11 +13,11 @@ import mlx.core as mx
 
 from runner import blocks
 from runner.blocks import HIDDEN, INTERMEDIATE
+from runner.config.rope import RopeScaling
 from runner.fast import RMSNorm
 from runner.models import qwen3
 from runner.models.llama import LlamaConfig
 from runner.nn import Linear
-from runner.rope import RopeScaling
 from runner.weights import weight
 from runner.xielu import XIELU
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.blocks import HIDDEN, Frame, Parallel
-from runner.config import fixed
-from runner.decoder_config import LayerNormConfig
+from runner.config.base import fixed
+from runner.config.decoder import LayerNormConfig
 from runner.fast import ScaledLayerNorm
 from runner.models import llama
 from runner.nn import StoredHeadNorms

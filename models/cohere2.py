@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import layer_types
-from runner.decoder_config import WindowedConfig
+from runner.config import layer_types
+from runner.config.decoder import WindowedConfig
 from runner.errors import ConfigError
 from runner.models.cohere import Cohere as Cohere
 from runner.models.cohere import CohereConfig

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from runner import blocks
 from runner.blocks import ConfiguredMLP, GatedMLP
-from runner.config import key
+from runner.config.base import key
 from runner.errors import ConfigError
 from runner.mla import LatentAttention, LatentConfig
 from runner.models import llama

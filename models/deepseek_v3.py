@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.config import key
+from runner.config.base import key
 from runner.errors import ConfigError
 from runner.models import deepseek_v2
 from runner.models.deepseek_v2 import DeepseekConfig

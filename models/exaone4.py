@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import blocks, layer_types
-from runner.config import FULL, SLIDING, key
-from runner.decoder_config import WindowedConfig
+from runner import blocks
+from runner.config import layer_types
+from runner.config.base import FULL, SLIDING, key
+from runner.config.decoder import WindowedConfig
 from runner.models import llama, qwen3
 from runner.weights import weight
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 import mlx.core as mx
 
 from runner.blocks import HIDDEN, VOCAB, ConfiguredBlock, Parallel
-from runner.config import fixed, key
-from runner.decoder_config import LayerNormConfig
+from runner.config.base import fixed, key
+from runner.config.decoder import LayerNormConfig
 from runner.errors import ConfigError
 from runner.fast import LayerNorm
 from runner.models import bloom, gpt_neox

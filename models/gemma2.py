@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner import blocks, layer_types
+from runner import blocks
 from runner.blocks import HIDDEN
-from runner.config import key
-from runner.decoder_config import WindowedConfig
+from runner.config import layer_types
+from runner.config.base import key
+from runner.config.decoder import WindowedConfig
 from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import gemma, llama

@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from runner.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, LayerNormDecoder, PlainMLP, Q, Sequential
 from runner.cache.kv import Batch
-from runner.config import key
-from runner.decoder_config import UnrotatedConfig
+from runner.config.base import key
+from runner.config.decoder import UnrotatedConfig
 from runner.fast import LayerNorm
 from runner.layouts import Conv1D
 from runner.models import llama

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from runner import blocks
 from runner.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, ConfiguredBlock, LayerNormDecoder, PlainMLP, Q
-from runner.config import fixed, key
-from runner.decoder_config import LayerNormConfig
+from runner.config.base import fixed, key
+from runner.config.decoder import LayerNormConfig
 from runner.fast import LayerNorm
 from runner.layouts import FusedQKV
 from runner.models import llama

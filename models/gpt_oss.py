@@ -13,13 +13,13 @@ import mlx.core as mx
 
 from runner import blocks, moe
 from runner.blocks import HIDDEN, INTERMEDIATE
-from runner.config import FULL, SLIDING
-from runner.decoder_config import WindowedConfig
+from runner.config.base import FULL, SLIDING
+from runner.config.decoder import WindowedConfig
+from runner.config.rope import RopeScaling
 from runner.errors import ConfigError
 from runner.layouts import TurnedExperts
 from runner.models import llama
 from runner.nn import GLU, Linear, SinkAttend
-from runner.rope import RopeScaling
 from runner.transforms import HALVES
 from runner.weights import setting, weight
 

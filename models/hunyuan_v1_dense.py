@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from runner import blocks
 from runner.cache.kv import Batch
-from runner.config import key
+from runner.config.base import key
 from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import llama

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from runner.blocks import HIDDEN, INTERMEDIATE, KV, Decoder, Norm, PreNorm, Q
 from runner.cache.kv import Batch, KVCache
-from runner.decoder_config import DecoderConfig
+from runner.config.decoder import DecoderConfig
 from runner.fast import RoPE
 from runner.nn import GLU, Attend, Linear, merge_heads, split_heads
 from runner.weights import setting, weight

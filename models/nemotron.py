@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.blocks import HIDDEN, LayerNormDecoder, PlainMLP, Sequential
-from runner.config import key
-from runner.decoder_config import LayerNormConfig
+from runner.config.base import key
+from runner.config.decoder import LayerNormConfig
 from runner.fast import LayerNorm
 from runner.models import llama
 from runner.transforms import PLUS_ONE

@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from runner.blocks import Frame, Sequential
 from runner.cache.kv import Batch
-from runner.config import fixed
-from runner.decoder_config import LayerNormConfig
+from runner.config.base import fixed
+from runner.config.decoder import LayerNormConfig
 from runner.fast import PlainLayerNorm
 from runner.models import llama
 from runner.weights import setting, weight

@@ -11,10 +11,11 @@ from typing import Self
 
 import mlx.core as mx
 
-from runner import blocks, layer_types
+from runner import blocks
 from runner.blocks import KV, Q
 from runner.cache.kv import Batch
-from runner.decoder_config import WindowedConfig
+from runner.config import layer_types
+from runner.config.decoder import WindowedConfig
 from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.llama import LlamaConfig

@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from runner.blocks import HIDDEN, INTERMEDIATE, VOCAB, ConfiguredBlock, Frame, PlainMLP, Q, Sequential
 from runner.cache.kv import Batch, KVCache
-from runner.config import fixed, key
-from runner.decoder_config import UnrotatedConfig
+from runner.config.base import fixed, key
+from runner.config.decoder import UnrotatedConfig
 from runner.fast import Ops, provided_ops
 from runner.models import llama
 from runner.nn import Embedding, Linear

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.blocks import HIDDEN, INTERMEDIATE, VOCAB, LayerNormDecoder, Parallel, PlainMLP, Q
-from runner.config import fixed
-from runner.decoder_config import LayerNormConfig
+from runner.config.base import fixed
+from runner.config.decoder import LayerNormConfig
 from runner.errors import ConfigError
 from runner.fast import LayerNorm
 from runner.models import llama

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.blocks import HIDDEN, KV, Q
-from runner.config import FULL, SLIDING, key
-from runner.decoder_config import WindowedConfig
+from runner.config.base import FULL, SLIDING, key
+from runner.config.decoder import WindowedConfig
 from runner.models import llama
 from runner.nn import Linear
 from runner.weights import weight

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from runner import blocks
 from runner.blocks import HIDDEN, KV, ConfiguredMLP, GatedMLP, Q
-from runner.config import key
+from runner.config.base import key
 from runner.models import llama, qwen2
 from runner.models.qwen2 import Qwen2Config
 from runner.moe import SwitchMoE, check_routing

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.blocks import HIDDEN, ConfiguredBlock, LayerNormDecoder, Parallel, Q, Sequential
-from runner.config import key
-from runner.decoder_config import LayerNormConfig
+from runner.config.base import key
+from runner.config.decoder import LayerNormConfig
 from runner.fast import LayerNorm
 from runner.models import llama
 from runner.nn import JoinedHeadNorms, Linear

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from runner.blocks import HIDDEN, INTERMEDIATE, LayerNormDecoder, PlainMLP, Sequential
-from runner.config import key
-from runner.decoder_config import LayerNormConfig
+from runner.config.base import key
+from runner.config.decoder import LayerNormConfig
 from runner.errors import ConfigError
 from runner.fast import LayerNorm
 from runner.models import llama

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import mlx.core as mx
 
 from runner.cache.kv import Batch, KVCache
-from runner.config import Config
+from runner.config.base import Config
 from runner.fast import LayerNorm, RMSNorm
 from runner.nn import GLU, Activation, Embedding, Linear
 from runner.weights import Choice, Chooses, Header, Size, Tree, setting, weight

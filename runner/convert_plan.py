@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.config import normalise
+from runner.config.base import normalise
 from runner.engine import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
 from runner.families import find

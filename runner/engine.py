@@ -13,7 +13,7 @@ import mlx.core as mx
 from runner import loading
 from runner.cache.kv import Batch, KVCache
 from runner.cache.storage import Storage
-from runner.config import Config
+from runner.config.base import Config
 from runner.device import Device, current
 from runner.errors import UsageError
 from runner.families import Model, find

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from runner.cache.kv import Batch, KVCache
-from runner.config import Config
+from runner.config.base import Config
 from runner.errors import ConfigError
 
 ENTRY_POINTS = "runner.families"

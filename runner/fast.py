@@ -13,11 +13,11 @@ from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
-from runner import rope as frequencies
-from runner.activations import ACTIVATIONS
 from runner.cache.storage import PLAIN, Storage, row_width
+from runner.config import rope as frequencies
+from runner.config.activations import ACTIVATIONS
+from runner.config.rope import RopeScaling
 from runner.errors import UsageError
-from runner.rope import RopeScaling
 from runner.weights import setting, tensor
 
 NO_MASK: Literal["none"] = "none"

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from runner.cache.kv import Batch, KVCache, RotatingKVCache
 from runner.cache.storage import PLAIN, Storage
-from runner.config import Config
+from runner.config.base import Config
 from runner.errors import UsageError
 from runner.families import Model
 from runner.fast import PORTABLE, Ops

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from runner.config import Config
+from runner.config.base import Config
 from runner.device import Device
 from runner.engine import Engine, assemble
 from runner.errors import ConfigError, ContextLengthError, UsageError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.config import Config
+from runner.config.base import Config
 from runner.moe import ExpertLinear, PlainExperts, QuantizedExperts
 from runner.nn import Linear, PlainLinear, Quantization
 from runner.transforms import IDENTITY, MX_BLOCKS, TRANSPOSE, permute_rows

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.cache.kv import Batch, History, KVCache
-from runner.config import Config, key
-from runner.decoder_config import DecoderConfig
+from runner.config.base import Config, key
+from runner.config.decoder import DecoderConfig
+from runner.config.rope import yarn_mscale
 from runner.errors import ConfigError
 from runner.fast import RMSNorm, RoPE
 from runner.moe import ExpertLinear
 from runner.nn import Attend, Linear, merge_heads, split_heads
-from runner.rope import yarn_mscale
 from runner.weights import Choice, Chooses, Header, Size, Tree, leaves, setting, weight
 
 HIDDEN, LATENT, QUERY_LATENT = "hidden_size", "kv_lora_rank", "q_lora_rank"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from runner.config import Config
+from runner.config.base import Config
 from runner.errors import ConfigError, WeightsError
 from runner.fast import Ops, provided_ops
 from runner.nn import GLU, Linear, layer_form

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.config import Config
+from runner.config.base import Config
 from runner.errors import WeightsError
 from runner.problems import Problems
 from runner.transforms import IDENTITY, Transform

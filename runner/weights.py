@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from runner.config import Config
+from runner.config.base import Config
 from runner.transforms import IDENTITY, Transform
 
 Size = int | tuple[int, ...]

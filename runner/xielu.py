@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.config import Config
+from runner.config.base import Config
 from runner.weights import Choice, Chooses, Header, Size, Tree, leaves, weight
 
 

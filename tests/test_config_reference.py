@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from runner.config.rope import inverse_frequencies
 from runner.families import find
 from runner.fast import RoPE
 from runner.plan import ModulePlan, Value, plan
-from runner.rope import inverse_frequencies
 from runner.weights import leaf_shapes
 
 CASES: dict[str, dict[str, Any]] = json.loads(

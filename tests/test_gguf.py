@@ -17,7 +17,7 @@ from gguf_bytes import Tensors, file_bytes, vocabulary
 from test_reference import QUANTISED, TOLERANCE, error, expected
 
 from runner.checkpoint import Checkpoint
-from runner.config import Quantized
+from runner.config.base import Quantized
 from runner.convert import convert
 from runner.engine import assemble, open_engine
 from runner.errors import CheckpointError

@@ -17,7 +17,7 @@ from sources import NAMES, Info
 
 from runner import loading
 from runner.checkpoint import write_checkpoint
-from runner.config import Config
+from runner.config.base import Config
 from runner.families import find
 from runner.nn import Linear
 from runner.plan import plan

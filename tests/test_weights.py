@@ -9,7 +9,7 @@ import pytest
 from sources import Arrays
 
 from runner import loading
-from runner.config import Config
+from runner.config.base import Config
 from runner.errors import WeightsError
 from runner.fast import RMSNorm
 from runner.nn import Embedding, JoinedLinear, Linear, QuantizedLinear

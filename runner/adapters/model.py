@@ -18,7 +18,7 @@ from runner.adapters.matching import Matching
 from runner.adapters.merging import merged
 from runner.adapters.parts import Parts
 from runner.adapters.sites import HEAD, find_sites, find_stacks, head_name
-from runner.config import Config
+from runner.config.base import Config
 from runner.errors import UsageError
 from runner.fast import Ops
 from runner.overlay import Change

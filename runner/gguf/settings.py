@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from runner.config import MAX_DIMENSION
+from runner.config.base import MAX_DIMENSION
+from runner.config.rope import RopeScaling, attention_factor, inverse_frequencies
 from runner.errors import CheckpointError
 from runner.gguf.architectures import (
     ARCHITECTURES,
@@ -20,7 +21,6 @@ from runner.gguf.architectures import (
 )
 from runner.gguf.container import Container, brief
 from runner.local_files import shown
-from runner.rope import RopeScaling, attention_factor, inverse_frequencies
 
 _PUBLISHED_LLAMA3 = ((8.0, 8192), (32.0, 8192))  # factor and original context of Llama 3.1 / 3.3, and of 3.2
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from runner import layer_types
-from runner.activations import ACTIVATIONS, check_activation
-from runner.config import SLIDING, Config, fixed
+from runner.config import layer_types
+from runner.config.activations import ACTIVATIONS, check_activation
+from runner.config.base import SLIDING, Config, fixed
+from runner.config.rope import RopeScaling, depends_on_length
 from runner.errors import ConfigError
-from runner.rope import RopeScaling, depends_on_length
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
+from runner.config.harmless_keys import HARMLESS
+from runner.config.rope import RopeScaling
 from runner.errors import ConfigError
-from runner.harmless_keys import HARMLESS
-from runner.rope import RopeScaling
 
 _KEY = "runner.key"
 _ALSO = "runner.also"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runner.config import FULL, SLIDING
+from runner.config.base import FULL, SLIDING
 from runner.errors import ConfigError
 
 
