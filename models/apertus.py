@@ -18,7 +18,7 @@ from runner.fast import RMSNorm
 from runner.models import qwen3
 from runner.models.llama import LlamaConfig
 from runner.nn import Linear
-from runner.weights import weight
+from runner.weights.tags import weight
 from runner.xielu import XIELU
 
 STRETCHED = RopeScaling(

@@ -19,7 +19,7 @@ from runner.fast import LayerNorm
 from runner.models import gpt_neox
 from runner.nn import Embedding, Linear
 from runner.positions import Alibi
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from runner.config.decoder import LayerNormConfig
 from runner.fast import ScaledLayerNorm
 from runner.models import llama
 from runner.nn import StoredHeadNorms
-from runner.weights import setting, weight
+from runner.weights.tags import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from runner.errors import ConfigError
 from runner.mla import LatentAttention, LatentConfig
 from runner.models import llama
 from runner.moe import SwitchMoE, check_routing
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

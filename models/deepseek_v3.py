@@ -14,7 +14,7 @@ from runner.errors import ConfigError
 from runner.models import deepseek_v2
 from runner.models.deepseek_v2 import DeepseekConfig
 from runner.models.deepseek_v2 import DeepseekV2 as DeepseekV2
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

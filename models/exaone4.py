@@ -13,7 +13,7 @@ from runner.config import layer_types
 from runner.config.base import FULL, SLIDING, key
 from runner.config.decoder import WindowedConfig
 from runner.models import llama, qwen3
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from runner.cache.kv import Batch
 from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.llama import LlamaConfig
-from runner.transforms import PLUS_ONE
-from runner.weights import setting, weight
+from runner.weights.tags import setting, weight
+from runner.weights.transforms import PLUS_ONE
 
 
 @dataclass(frozen=True, kw_only=True)

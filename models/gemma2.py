@@ -20,8 +20,8 @@ from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import gemma, llama
 from runner.models.gemma import GemmaConfig
-from runner.transforms import PLUS_ONE
-from runner.weights import setting, weight
+from runner.weights.tags import setting, weight
+from runner.weights.transforms import PLUS_ONE
 
 
 @dataclass(frozen=True, kw_only=True)

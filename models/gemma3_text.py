@@ -12,8 +12,8 @@ from typing import ClassVar, Self
 from runner.fast import RMSNorm
 from runner.models import gemma2, qwen3
 from runner.models.gemma2 import Gemma2Config
-from runner.transforms import PLUS_ONE
-from runner.weights import weight
+from runner.weights.tags import weight
+from runner.weights.transforms import PLUS_ONE
 
 
 @dataclass(frozen=True, kw_only=True)

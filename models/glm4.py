@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from runner import blocks
 from runner.models import glm
 from runner.models.glm import GlmConfig as GlmConfig
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass

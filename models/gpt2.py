@@ -21,7 +21,7 @@ from runner.layouts import Conv1D
 from runner.models import llama
 from runner.nn import Embedding, Linear
 from runner.positions import positions
-from runner.weights import setting, weight
+from runner.weights.tags import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from runner.fast import LayerNorm
 from runner.layouts import FusedQKV
 from runner.models import llama
 from runner.nn import Embedding, Linear
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

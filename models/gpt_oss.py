@@ -20,8 +20,8 @@ from runner.errors import ConfigError
 from runner.layouts import TurnedExperts
 from runner.models import llama
 from runner.nn import GLU, Linear, SinkAttend
-from runner.transforms import HALVES
-from runner.weights import setting, weight
+from runner.weights.tags import setting, weight
+from runner.weights.transforms import HALVES
 
 STRETCHED = RopeScaling(
     kind="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096

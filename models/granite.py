@@ -14,7 +14,7 @@ from runner import blocks
 from runner.cache.kv import Batch, KVCache
 from runner.models import llama
 from runner.models.llama import LlamaConfig
-from runner.weights import setting, weight
+from runner.weights.tags import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from runner.models import granite, llama
 from runner.models.granite import GraniteConfig
 from runner.moe import ExpertLinear
 from runner.nn import Linear
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from runner.blocks import HIDDEN, Q
 from runner.models import llama
 from runner.models.llama import LlamaConfig
 from runner.nn import Linear
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from runner.errors import ConfigError
 from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.llama import LlamaConfig
-from runner.weights import setting, weight
+from runner.weights.tags import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)

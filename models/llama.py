@@ -15,7 +15,7 @@ from runner.cache.kv import Batch, KVCache
 from runner.config.decoder import DecoderConfig
 from runner.fast import RoPE
 from runner.nn import GLU, Attend, Linear, merge_heads, split_heads
-from runner.weights import setting, weight
+from runner.weights.tags import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)

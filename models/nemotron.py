@@ -15,8 +15,8 @@ from runner.config.base import key
 from runner.config.decoder import LayerNormConfig
 from runner.fast import LayerNorm
 from runner.models import llama
-from runner.transforms import PLUS_ONE
-from runner.weights import tensor, weight
+from runner.weights.tags import tensor, weight
+from runner.weights.transforms import PLUS_ONE
 
 
 @dataclass(frozen=True, kw_only=True)

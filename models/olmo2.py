@@ -19,7 +19,7 @@ from runner.config.decoder import WindowedConfig
 from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.llama import LlamaConfig
-from runner.weights import setting, weight
+from runner.weights.tags import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)

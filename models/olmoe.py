@@ -12,7 +12,7 @@ from runner import blocks
 from runner.models import olmo, olmo2
 from runner.models.llama import LlamaConfig
 from runner.moe import SwitchMoE, check_routing
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from runner.fast import Ops, provided_ops
 from runner.models import llama
 from runner.nn import Embedding, Linear
 from runner.positions import positions
-from runner.weights import setting, tensor, weight
+from runner.weights.tags import setting, tensor, weight
 
 FIRST = 2  # rows of the table before position 0
 NARROW = "word_embed_proj_dim"

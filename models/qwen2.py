@@ -13,7 +13,7 @@ from runner.config.base import FULL, SLIDING, key
 from runner.config.decoder import WindowedConfig
 from runner.models import llama
 from runner.nn import Linear
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from runner.models import llama, qwen2
 from runner.models.qwen2 import Qwen2Config
 from runner.moe import SwitchMoE, check_routing
 from runner.nn import Linear
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.qwen2 import Qwen2Config
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

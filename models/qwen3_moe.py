@@ -13,7 +13,7 @@ from runner.blocks import ConfiguredMLP
 from runner.models import llama, qwen3
 from runner.models.qwen2_moe import Qwen2MoeConfig
 from runner.moe import SwitchMoE
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

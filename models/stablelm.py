@@ -14,7 +14,7 @@ from runner.config.decoder import LayerNormConfig
 from runner.fast import LayerNorm
 from runner.models import llama
 from runner.nn import JoinedHeadNorms, Linear
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from runner.errors import ConfigError
 from runner.fast import LayerNorm
 from runner.models import llama
 from runner.nn import Linear
-from runner.weights import weight
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from runner.cache.kv import Batch, KVCache
 from runner.config.base import Config
 from runner.fast import LayerNorm, RMSNorm
 from runner.nn import GLU, Activation, Embedding, Linear
-from runner.weights import Choice, Chooses, Header, Size, Tree, setting, weight
+from runner.weights.tags import Choice, Chooses, Header, Size, Tree, setting, weight
 
 HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
 Q, KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"

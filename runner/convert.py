@@ -12,12 +12,12 @@ from runner.adapters import AdapterFiles, fit
 from runner.checkpoint_writer import new_directory
 from runner.convert_plan import Conversion, Job, plan_conversion
 from runner.families import find
-from runner.loading import Progress
 from runner.model_files import ModelFiles
 from runner.packing import Packing, pack, unpack
 from runner.shard_writer import Piece, write_shards
-from runner.transforms import Transform
-from runner.weights import Source, leaves
+from runner.weights.loading import Progress
+from runner.weights.tags import Source, leaves
+from runner.weights.transforms import Transform
 
 SHARD_BYTES = 5 << 30
 """Of one file: what mlx-lm and the hub cut at."""

@@ -22,10 +22,10 @@ from runner.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_
 from runner.moe import ExpertLinear, MoE
 from runner.nn import Embedding, Linear, Quantization
 from runner.packing import Packing
-from runner.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
 from runner.shard_writer import WIDTHS, Planned, bytes_of
-from runner.transforms import Transform
-from runner.weights import FLOAT, Header, Leaf, Source, leaf_shapes, leaves
+from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
+from runner.weights.tags import FLOAT, Header, Leaf, Source, leaf_shapes, leaves
+from runner.weights.transforms import Transform
 
 NAMES: Mapping[mx.Dtype, str] = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 STORED: Mapping[str, mx.Dtype] = {name: dtype for dtype, name in NAMES.items()}

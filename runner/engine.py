@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from runner import loading
 from runner.cache.kv import Batch, KVCache
 from runner.cache.storage import Storage
 from runner.config.base import Config
@@ -18,10 +17,11 @@ from runner.device import Device, current
 from runner.errors import UsageError
 from runner.families import Model, find
 from runner.generate import new_caches
-from runner.loading import Progress
 from runner.model_files import open_files
-from runner.plan import ModulePlan, plan
-from runner.weights import Source
+from runner.weights import loading
+from runner.weights.loading import Progress
+from runner.weights.plan import ModulePlan, plan
+from runner.weights.tags import Source
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Adapters

@@ -18,7 +18,7 @@ from runner.config import rope as frequencies
 from runner.config.activations import ACTIVATIONS
 from runner.config.rope import RopeScaling
 from runner.errors import UsageError
-from runner.weights import setting, tensor
+from runner.weights.tags import setting, tensor
 
 NO_MASK: Literal["none"] = "none"
 """The mask that hides nothing: every query sees every key."""

@@ -10,9 +10,9 @@ from runner.families import find
 from runner.hub import resolve
 from runner.language_model import end_tokens
 from runner.model_files import open_files
-from runner.plan import ArrayPlan, count_parameters, plan
 from runner.sampling import SamplingParams
-from runner.weights import Source, leaves
+from runner.weights.plan import ArrayPlan, count_parameters, plan
+from runner.weights.tags import Source, leaves
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import mlx.core as mx
 from runner.config.base import Config
 from runner.moe import ExpertLinear, PlainExperts, QuantizedExperts
 from runner.nn import Linear, PlainLinear, Quantization
-from runner.transforms import IDENTITY, MX_BLOCKS, TRANSPOSE, permute_rows
-from runner.weights import Choice, Header, Size, Tree, leaves, size_of, tensor
+from runner.weights.tags import Choice, Header, Size, Tree, leaves, size_of, tensor
+from runner.weights.transforms import IDENTITY, MX_BLOCKS, TRANSPOSE, permute_rows
 
 
 class Conv1D(Linear):

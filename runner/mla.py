@@ -19,7 +19,7 @@ from runner.errors import ConfigError
 from runner.fast import RMSNorm, RoPE
 from runner.moe import ExpertLinear
 from runner.nn import Attend, Linear, merge_heads, split_heads
-from runner.weights import Choice, Chooses, Header, Size, Tree, leaves, setting, weight
+from runner.weights.tags import Choice, Chooses, Header, Size, Tree, leaves, setting, weight
 
 HIDDEN, LATENT, QUERY_LATENT = "hidden_size", "kv_lora_rank", "q_lora_rank"
 QUERIES = "num_attention_heads*qk_head_dim"

@@ -11,7 +11,7 @@ from typing import Any
 from runner.checkpoint import Checkpoint
 from runner.side_files import side_files
 from runner.text.tokenizer import Tokenizer
-from runner.weights import Source
+from runner.weights.tags import Source
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,19 @@ from runner.config.base import Config
 from runner.errors import ConfigError, WeightsError
 from runner.fast import Ops, provided_ops
 from runner.nn import GLU, Linear, layer_form
-from runner.weights import PACKED, SCALES, Choice, Chooses, Header, Size, Tree, leaf_shapes, leaves, setting, tensor
+from runner.weights.tags import (
+    PACKED,
+    SCALES,
+    Choice,
+    Chooses,
+    Header,
+    Size,
+    Tree,
+    leaf_shapes,
+    leaves,
+    setting,
+    tensor,
+)
 
 EXPERT = "moe_intermediate_size"
 SORTED_FROM = 64

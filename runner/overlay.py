@@ -11,7 +11,7 @@ import mlx.core as mx
 from runner.errors import CheckpointError
 from runner.local_files import shown
 from runner.safetensors_header import BITS
-from runner.weights import Header, Source
+from runner.weights.tags import Header, Source
 
 
 @dataclass(frozen=True)

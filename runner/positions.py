@@ -10,7 +10,7 @@ import mlx.core as mx
 from runner.cache.kv import Batch
 from runner.errors import UsageError
 from runner.fast import last_offset, window_mask
-from runner.weights import setting
+from runner.weights.tags import setting
 
 
 def positions(batch: Batch, limit: int) -> mx.array:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import Config
-from runner.weights import Choice, Chooses, Header, Size, Tree, leaves, weight
+from runner.weights.tags import Choice, Chooses, Header, Size, Tree, leaves, weight
 
 
 class XIELU(Chooses):

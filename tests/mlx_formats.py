@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from runner.families import find
-from runner.plan import plan
-from runner.weights import leaf_shapes
+from runner.weights.plan import plan
+from runner.weights.tags import leaf_shapes
 
 
 @dataclass(frozen=True)

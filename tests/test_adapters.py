@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from sources import Arrays
 
 import runner
-from runner import loading
 from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
 from runner.cache.kv import Batch
@@ -31,6 +30,7 @@ from runner.fast import PORTABLE
 from runner.generate import new_caches, prefill
 from runner.model_files import open_files
 from runner.prompt_cache import PromptCache
+from runner.weights import loading
 
 HERE = Path(__file__).parent
 CASES = sorted(path.parent for path in HERE.glob("fixtures_adapters/*/expected.json"))

@@ -13,7 +13,7 @@ import pytest
 from runner.checkpoint import Checkpoint
 from runner.errors import RunnerError
 from runner.families import find
-from runner.plan import plan
+from runner.weights.plan import plan
 
 FIXTURES = sorted(path.parent for path in Path(__file__).parent.glob("fixtures*/*/config.json"))
 ROUNDS = 60

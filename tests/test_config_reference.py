@@ -15,8 +15,8 @@ import pytest
 from runner.config.rope import inverse_frequencies
 from runner.families import find
 from runner.fast import RoPE
-from runner.plan import ModulePlan, Value, plan
-from runner.weights import leaf_shapes
+from runner.weights.plan import ModulePlan, Value, plan
+from runner.weights.tags import leaf_shapes
 
 CASES: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data" / "config_reference.json").read_text(encoding="utf-8")

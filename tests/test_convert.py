@@ -30,7 +30,7 @@ from runner.packing import FORMS, RECIPES, Packing, pack, packing, unpack
 from runner.perplexity import perplexity, read_ids
 from runner.shard_writer import WIDTHS
 from runner.side_files import NAMES
-from runner.weights import Source
+from runner.weights.tags import Source
 
 HERE = Path(__file__).parent
 LLAMA = HERE / "fixtures" / "llama-gqa"

@@ -25,7 +25,7 @@ from runner.families import FAMILIES
 from runner.gguf import GGUF
 from runner.gguf.blocks import FORMATS, Packed, _nibbles, _packed_nibbles, pack
 from runner.model_files import open_files
-from runner.weights import Header
+from runner.weights.tags import Header
 
 HERE = Path(__file__).parent
 KINDS = [Type(number) for number in FORMATS]

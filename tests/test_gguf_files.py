@@ -24,8 +24,8 @@ from runner.errors import CheckpointError, UsageError
 from runner.gguf import GGUF
 from runner.gguf.container import open_container
 from runner.inspect_model import inspect
-from runner.loading import nbytes
 from runner.model_files import open_files
+from runner.weights.loading import nbytes
 
 HERE = Path(__file__).parent
 

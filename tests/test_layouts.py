@@ -8,13 +8,13 @@ import mlx.core as mx
 import pytest
 from sources import Arrays
 
-from runner import loading
 from runner.errors import WeightsError
 from runner.layouts import Conv1D, FusedQKV, grouped_rows
 from runner.models.llama import LlamaConfig
 from runner.nn import Linear, PlainLinear, QuantizedLinear
-from runner.plan import plan
-from runner.weights import weight
+from runner.weights import loading
+from runner.weights.plan import plan
+from runner.weights.tags import weight
 
 HEAD = 16
 

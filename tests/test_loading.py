@@ -15,13 +15,13 @@ import mlx.core as mx
 import pytest
 from sources import NAMES, Info
 
-from runner import loading
 from runner.checkpoint import write_checkpoint
 from runner.config.base import Config
 from runner.families import find
 from runner.nn import Linear
-from runner.plan import plan
-from runner.weights import leaf_shapes, weight
+from runner.weights import loading
+from runner.weights.plan import plan
+from runner.weights.tags import leaf_shapes, weight
 
 HERE = Path(__file__).parent
 SMALL = HERE / "fixtures" / "llama-gqa"

@@ -13,14 +13,15 @@ import pytest
 from mlx_formats import FORMATS, LLAMA, MOE, Format, floats, packed, stacked, unpacked
 from sources import Arrays
 
-from runner import engine, loading
+from runner import engine
 from runner.device import CPU_WITHOUT_KERNELS, Device, current
 from runner.errors import ConfigError, WeightsError
 from runner.families import find
 from runner.fast import PORTABLE
 from runner.nn import Embedding, Linear
-from runner.plan import plan
-from runner.weights import weight
+from runner.weights import loading
+from runner.weights.plan import plan
+from runner.weights.tags import weight
 
 HERE = Path(__file__).parent
 DEVICES = [current(), Device("unpacking", CPU_WITHOUT_KERNELS)]

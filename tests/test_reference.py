@@ -9,14 +9,14 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from runner import loading
 from runner.cache.kv import Batch
 from runner.checkpoint import Checkpoint
 from runner.engine import open_engine
 from runner.families import FAMILIES, find
 from runner.generate import new_caches, prefill
-from runner.plan import plan
-from runner.weights import HARMLESS
+from runner.weights import loading
+from runner.weights.plan import plan
+from runner.weights.tags import HARMLESS
 
 HERE = Path(__file__).parent
 FIXTURES = sorted(

@@ -8,14 +8,14 @@ import mlx.core as mx
 import pytest
 from sources import Arrays
 
-from runner import loading
 from runner.config.base import Config
 from runner.errors import WeightsError
 from runner.fast import RMSNorm
 from runner.nn import Embedding, JoinedLinear, Linear, QuantizedLinear
-from runner.plan import count_parameters, plan
-from runner.transforms import PLUS_ONE, TRANSPOSE, permute_rows
-from runner.weights import weight
+from runner.weights import loading
+from runner.weights.plan import count_parameters, plan
+from runner.weights.tags import weight
+from runner.weights.transforms import PLUS_ONE, TRANSPOSE, permute_rows
 
 D, E = "hidden_size", "vocab_size"
 CONFIG = Config(model_type="t", vocab_size=3, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)

@@ -15,7 +15,7 @@ from runner.adapters.sites import Rows, Stack, in_field_order, kind_of, pieces_o
 from runner.fast import Ops
 from runner.moe import ExpertLinear
 from runner.nn import Embedding, Linear
-from runner.plan import ArrayPlan, ModulePlan, Value
+from runner.weights.plan import ArrayPlan, ModulePlan, Value
 
 _LAYERS: Mapping[type, type] = {Linear: AdaptedLinear, Embedding: AdaptedEmbedding, ExpertLinear: AdaptedExperts}
 

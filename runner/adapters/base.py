@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from runner.adapters.sites import Site, Stack
 from runner.overlay import Change, Overlay
-from runner.weights import Source
+from runner.weights.tags import Source
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from runner.errors import WeightsError
 from runner.moe import ExpertLinear
 from runner.nn import Embedding, Linear
 from runner.overlay import Change, Info
-from runner.problems import Problems
-from runner.weights import HARMLESS, Source
+from runner.weights.problems import Problems
+from runner.weights.tags import HARMLESS, Source
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])(?:\.default)?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.default)?"

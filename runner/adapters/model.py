@@ -22,8 +22,8 @@ from runner.config.base import Config
 from runner.errors import UsageError
 from runner.fast import Ops
 from runner.overlay import Change
-from runner.plan import ModulePlan, plan
-from runner.weights import Source
+from runner.weights.plan import ModulePlan, plan
+from runner.weights.tags import Source
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from runner.nn import Embedding
-from runner.weights import Source
+from runner.weights.tags import Source
 
 
 @dataclass(frozen=True)

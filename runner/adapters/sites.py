@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.loading import STORED
 from runner.moe import ExpertLinear
 from runner.nn import Embedding, Linear, Quantization
-from runner.plan import ArrayPlan, ModulePlan, Value
-from runner.transforms import IDENTITY, Transform
-from runner.weights import TAG, Join, Source, Tree, leaf_shapes, leaves
+from runner.weights.loading import STORED
+from runner.weights.plan import ArrayPlan, ModulePlan, Value
+from runner.weights.tags import TAG, Join, Source, Tree, leaf_shapes, leaves
+from runner.weights.transforms import IDENTITY, Transform
 
 HEAD, TABLE = "lm_head", "embed_tokens"
 """The fields of a model that hold its head and its embeddings."""

@@ -19,7 +19,6 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from runner import loading
 from runner.bench.models import Subject
 from runner.cache.kv import Batch, KVCache
 from runner.engine import Engine
@@ -27,6 +26,7 @@ from runner.errors import UsageError
 from runner.generate import PREFILL_CHUNK
 from runner.nn import Embedding
 from runner.replay import Steps
+from runner.weights import loading
 
 EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
 """What configs call the number of experts: a token meets some of them only."""

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from runner import loading, resources
+from runner import resources
 from runner.engine import Engine, assemble
 from runner.errors import UsageError
 from runner.families import find
@@ -22,8 +22,9 @@ from runner.hub import resolve
 from runner.model_files import open_files
 from runner.nn import Embedding, Linear, Quantization
 from runner.packing import FORMS
-from runner.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
-from runner.weights import Chooses, Leaf, leaf_shapes, leaves
+from runner.weights import loading
+from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
+from runner.weights.tags import Chooses, Leaf, leaf_shapes, leaves
 
 STD = 0.02
 """Deviation of random weights: what most families initialise with, so that activations stay in an ordinary range."""

@@ -16,12 +16,12 @@ import numpy as np
 from runner.errors import CheckpointError, ConfigError, WeightsError
 from runner.families import find
 from runner.local_files import shown
-from runner.plan import plan
 from runner.published import awq, compressed_tensors, fp8, gptq
 from runner.published.layers import ITEM_SIZE, Form, Layer
 from runner.published.options import short
 from runner.published.tensors import Tensors
-from runner.weights import Header, Source, leaves
+from runner.weights.plan import plan
+from runner.weights.tags import Header, Source, leaves
 
 METHODS: Mapping[str, Callable[[Mapping[str, Any], Tensors], list[Layer]]] = {
     "gptq": gptq.layers,

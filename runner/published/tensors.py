@@ -9,7 +9,7 @@ import numpy as np
 
 from runner.errors import WeightsError
 from runner.local_files import shown
-from runner.weights import Header, Source
+from runner.weights.tags import Header, Source
 
 FLOATS = ("F16", "BF16", "F32")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.plan import ArrayPlan, ModulePlan, Value
-from runner.transforms import IDENTITY
-from runner.weights import Join, Leaf, Source, Tree, leaf_shapes, leaves
+from runner.weights.plan import ArrayPlan, ModulePlan, Value
+from runner.weights.tags import Join, Leaf, Source, Tree, leaf_shapes, leaves
+from runner.weights.transforms import IDENTITY
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from runner.config.base import Config
-from runner.transforms import IDENTITY, Transform
+from runner.weights.transforms import IDENTITY, Transform
 
 Size = int | tuple[int, ...]
 Dim = str | int | tuple[str | int, ...]

@@ -16,9 +16,8 @@ import mlx.core as mx
 
 from runner.config.base import Config
 from runner.errors import WeightsError
-from runner.problems import Problems
-from runner.transforms import IDENTITY, Transform
-from runner.weights import (
+from runner.weights.problems import Problems
+from runner.weights.tags import (
     HARMLESS,
     TAG,
     Chooses,
@@ -37,6 +36,7 @@ from runner.weights import (
     resolve,
     size_of,
 )
+from runner.weights.transforms import IDENTITY, Transform
 
 
 @dataclass(frozen=True)
