@@ -17,7 +17,7 @@ def extensions() -> list[Extension]:
     RUNNER_STRICT_BUILD=1 (CI) makes warnings errors, and installs nothing without them.
     """
     mlx, nanobind = importlib.util.find_spec("mlx"), importlib.util.find_spec("nanobind")
-    sources = sorted(str(path) for path in Path("runner/kernels/src").glob("*.cpp"))
+    sources = sorted(str(path) for path in Path("runner/ops/cpu/src").glob("*.cpp"))
     if (
         sys.platform != "linux"
         or platform.machine() not in ("x86_64", "aarch64")
@@ -32,9 +32,9 @@ def extensions() -> list[Extension]:
     others = [root / "include", binding / "include", binding / "src", binding / "ext" / "robin_map" / "include"]
     return [
         Extension(
-            "runner.kernels._C",
+            "runner.ops.cpu._C",
             sources,
-            depends=sorted(str(path) for path in Path("runner/kernels/src").glob("*.h")),
+            depends=sorted(str(path) for path in Path("runner/ops/cpu/src").glob("*.h")),
             define_macros=[("NB_DOMAIN", "mlx"), ("NB_COMPACT_ASSERTIONS", None), ("NDEBUG", None)],
             # No run path: importing mlx.core has loaded the library by then, and the name finds it.
             library_dirs=[str(root / "lib")],

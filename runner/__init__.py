@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'runner' has no attribute {name!r}")
     if _LAZY[name] == "runner.language_model":
-        from runner.backend import require
+        from runner.ops.backend import require
 
         require()
     return getattr(importlib.import_module(_LAZY[name]), name)

@@ -22,13 +22,13 @@ from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
 from runner.cache.kv import Batch
 from runner.convert import convert, merged
-from runner.device import CPU_WITHOUT_KERNELS, Device
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.families import find
 from runner.fast import PORTABLE
 from runner.generate import new_caches, prefill
 from runner.model_files import open_files
+from runner.ops.device import CPU_WITHOUT_KERNELS, Device
 from runner.prompt_cache import PromptCache
 from runner.weights import loading
 
@@ -194,7 +194,9 @@ SOME = [
     "gpt_oss-mxfp4", "gpt2", "gpt_neox-dora",
 ]  # fmt: skip
 TABLES = {CPU_WITHOUT_KERNELS.name: CPU_WITHOUT_KERNELS}
-if mx.default_device() == mx.Device(mx.cpu):  # on an NVIDIA GPU some of MLX's own products are wrong: see runner.device
+if mx.default_device() == mx.Device(
+    mx.cpu
+):  # on an NVIDIA GPU some of MLX's own products are wrong: see runner.ops.device
     TABLES[PORTABLE.name] = PORTABLE
 
 

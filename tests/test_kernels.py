@@ -10,9 +10,9 @@ import types
 import mlx.core as mx
 import pytest
 
-from runner import kernels
 from runner.errors import BackendError
-from runner.kernels import _load
+from runner.ops import cpu as kernels
+from runner.ops.cpu import _load
 
 
 class Fake(types.ModuleType):
@@ -32,7 +32,7 @@ class Fake(types.ModuleType):
 def test_a_missing_extension_has_a_reason_and_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RUNNER_KERNELS_ISA", raising=False)
     monkeypatch.setenv("PATH", "")  # no compiler: that is needed first
-    why = _load.load_extension("runner.kernels._no_such_module")
+    why = _load.load_extension("runner.ops.cpu._no_such_module")
     assert isinstance(why, _load.Unavailable)
     assert "not built" in why.reason and why.needs is not None and "g++" in why.needs
     assert why.fix.startswith(shlex.quote(sys.executable)) and "--no-deps" in why.fix
@@ -73,7 +73,7 @@ def test_importing_does_not_start_threads_or_change_the_device() -> None:
     code = (
         "import threading, os, mlx.core as mx\n"
         "before = mx.default_device(), len(os.listdir('/proc/self/task')) if os.path.isdir('/proc/self/task') else 0\n"
-        "import runner.kernels\n"
+        "import runner.ops.cpu\n"
         "after = mx.default_device(), len(os.listdir('/proc/self/task')) if os.path.isdir('/proc/self/task') else 0\n"
         "assert before == after, (before, after)\n"
     )
@@ -83,8 +83,8 @@ def test_importing_does_not_start_threads_or_change_the_device() -> None:
 def test_the_base_of_the_package_does_not_need_the_extension() -> None:
     code = (
         "import sys\n"
-        "sys.modules['runner.kernels._C'] = None\n"  # what an import of a module that is not there looks like
-        "import mlx.core as mx, runner.kernels as k\n"
+        "sys.modules['runner.ops.cpu._C'] = None\n"  # what an import of a module that is not there looks like
+        "import mlx.core as mx, runner.ops.cpu as k\n"
         "assert k.unavailable() is not None\n"
         "from runner.fast import PORTABLE\n"
         "assert PORTABLE.linear(mx.ones((2, 3)), mx.ones((4, 3)), None).tolist() == [[3.0] * 4] * 2\n"

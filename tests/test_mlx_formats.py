@@ -14,18 +14,20 @@ from mlx_formats import FORMATS, LLAMA, MOE, Format, floats, packed, stacked, un
 from sources import Arrays
 
 from runner import engine
-from runner.device import CPU_WITHOUT_KERNELS, Device, current
 from runner.errors import ConfigError, WeightsError
 from runner.families import find
 from runner.fast import PORTABLE
 from runner.nn import Embedding, Linear
+from runner.ops.device import CPU_WITHOUT_KERNELS, Device, current
 from runner.weights import loading
 from runner.weights.plan import plan
 from runner.weights.tags import weight
 
 HERE = Path(__file__).parent
 DEVICES = [current(), Device("unpacking", CPU_WITHOUT_KERNELS)]
-if mx.default_device() == mx.Device(mx.cpu):  # on an NVIDIA GPU some of MLX's own products are wrong: see runner.device
+if mx.default_device() == mx.Device(
+    mx.cpu
+):  # on an NVIDIA GPU some of MLX's own products are wrong: see runner.ops.device
     DEVICES.append(Device("mlx", PORTABLE))
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 

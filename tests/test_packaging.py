@@ -90,7 +90,7 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(wheel: tuple[Path, str]
     python |= {f"runner/models/{path.name}" for path in ROOT.glob("models/*.py")}
     data = {f"runner/configs/{path.parent.name}/{path.name}" for path in ROOT.glob("configs/*/*.json")}
     assert len(python) > 50 and len(data) > 10
-    wanted = python | data | {"runner/py.typed", "runner/kernels/_C.pyi"}
+    wanted = python | data | {"runner/py.typed", "runner/ops/cpu/_C.pyi"}
     assert {name for name in found if not name.startswith("mlx_runner-")} == wanted
     (top_level,) = (name for name in found if name.endswith("/top_level.txt"))
     with zipfile.ZipFile(wheel[0]) as archive:
@@ -108,7 +108,7 @@ def test_an_sdist_has_all_that_compiles_the_kernels(tmp_path: Path) -> None:
     (path,) = (tree / "out").glob("*.tar.gz")
     with tarfile.open(path) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("runner/kernels/src/*")}
+    wanted = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("runner/ops/cpu/src/*")}
     assert len(wanted) > 20 and wanted <= found
     assert {"runner/models/llama.py", "runner/configs/sampling/greedy.json", "setup.py", "LICENSE"} <= found
     assert not any(name.startswith("tests") for name in found)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from runner.cache.kv import Batch, KVCache
-from runner.device import current
 from runner.engine import Engine, open_engine
 from runner.errors import RunnerError
 from runner.families import Model
 from runner.fast import Ops
 from runner.generate import decode, prefill
+from runner.ops.device import current
 from runner.replay import LEAST, PATIENCE, Steps
 
 TESTS = Path(__file__).parent

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 
-from runner import kernels
+from runner.ops import cpu as kernels
 
 BUFFER = 1 << 30
 """Bytes read: 32 times the largest cache of an ordinary machine; a quarter of the memory where that is less."""

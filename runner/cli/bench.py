@@ -54,7 +54,7 @@ def bench(
     plot: Plot = None,
 ) -> None:
     """Measure tokens per second. Names are llama-bench's: pp512 reads a prompt, tg128 generates."""
-    from runner import backend
+    from runner.ops import backend
 
     backend.require()
     from runner.bench import cases, open_subject, report, run

@@ -54,7 +54,7 @@ def convert(
     judged_by: Eval = None,
 ) -> None:
     """Write a model as a directory of config, tokenizer and safetensors, packed if asked for. Prints that directory."""
-    from runner import backend
+    from runner.ops import backend
 
     backend.require()
     from runner.adapters import open_adapters

@@ -17,7 +17,7 @@ from runner.cli import terminal
 from runner.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from runner.backend import BackendReport
+    from runner.ops.backend import BackendReport
 
 # distribution -> what does not work without it; None for a part nothing works without
 PACKAGES: dict[str, str | None] = {
@@ -46,7 +46,7 @@ class Check:
 
 def doctor(*, as_json: AsJson = False) -> None:
     """Check this machine: python, MLX and its device, packages, cache. Exits 1 if models cannot run."""
-    from runner.backend import describe
+    from runner.ops.backend import describe
 
     checks = [check_python(), *check_mlx(describe()), *map(check_package, PACKAGES), *check_hub()]
     usable = all(check.state != "missing" for check in checks)

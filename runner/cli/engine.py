@@ -18,7 +18,7 @@ def open_model(model: str, dtype: str | None, adapters: Sequence[str] | None = N
 
     Raises BackendError first where MLX cannot run.
     """
-    from runner import backend
+    from runner.ops import backend
 
     backend.require()
     import runner

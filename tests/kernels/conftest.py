@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from runner import kernels
 from runner.fast import PORTABLE, Ops
+from runner.ops import cpu as kernels
 
 collect_ignore = [] if kernels.unavailable() is None else ["test_built.py"]
 
@@ -16,7 +16,7 @@ def available() -> list[str]:
     """ "mlx" always; the extension's tables where it is built, so that nothing is skipped where it is not."""
     if kernels.unavailable() is not None:
         return ["mlx"]
-    from runner.kernels import _C
+    from runner.ops.cpu import _C
 
     best = _C.isa()
     found = [name for name in ("scalar", "avx2", "avx512") if _C.set_isa(name)]
@@ -35,8 +35,8 @@ def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
     if request.param == "mlx":
         yield PORTABLE
         return
-    from runner.kernels import _C
-    from runner.kernels.ops import KERNELS
+    from runner.ops.cpu import _C
+    from runner.ops.cpu.ops import KERNELS
 
     best = _C.isa()
     assert _C.set_isa(request.param)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import EPSILON, FLOATS, Layout, assert_close, numpy, rand
 
-from runner import kernels
 from runner.cache.storage import unpacked
-from runner.kernels import _C
+from runner.ops import cpu as kernels
+from runner.ops.cpu import _C
 
 
 def test_a_query_that_sees_no_key() -> None:
@@ -81,7 +81,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(case: str) -> None:
 
 @pytest.mark.parametrize("name", available()[1:])
 def test_the_instruction_set_can_be_forced(name: str) -> None:
-    code = "from runner import kernels; print(kernels.isa(), kernels.num_threads())"
+    code = "from runner.ops import cpu as kernels; print(kernels.isa(), kernels.num_threads())"
     environment = {**os.environ, "RUNNER_KERNELS_ISA": name, "RUNNER_NUM_THREADS": "3"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True, timeout=60
@@ -97,7 +97,7 @@ def test_no_gradients() -> None:
 def test_a_forked_child_gets_threads_of_its_own() -> None:
     code = (
         "import os, sys\n"
-        "from runner.kernels import _C\n"
+        "from runner.ops.cpu import _C\n"
         "_C.set_num_threads(3)\n"
         "assert _C.self_test(1000)\n"
         "pid = os.fork()\n"

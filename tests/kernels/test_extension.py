@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 from twins import numpy, rand
 
-from runner import kernels
 from runner.fast import PORTABLE, Ops
+from runner.ops import cpu as kernels
 
 BUILT = kernels.unavailable() is None
 
@@ -42,7 +42,7 @@ def everything(ops: Ops, seed: int = 0) -> list[Any]:
 def test_the_number_of_threads_changes_no_bit(ops: Ops) -> None:
     def with_threads(n: int) -> list[Any]:
         if ops is not PORTABLE:
-            from runner.kernels import _C
+            from runner.ops.cpu import _C
 
             _C.set_num_threads(n)
         return everything(ops)

@@ -57,7 +57,7 @@ def describe() -> BackendReport:
         return BackendReport(version, platform.machine(), "none", 0, problem=str(error), fix=_fix())
     import mlx.core as mx
 
-    from runner.device import current
+    from runner.ops.device import current
 
     info = mx.device_info(mx.default_device())
     name = str(info.get("device_name") or info.get("architecture") or platform.processor() or platform.machine())

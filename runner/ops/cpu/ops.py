@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from runner import expertwise, kernels
 from runner.cache.storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 from runner.fast import PORTABLE, Ops, Recorder
-from runner.kernels import _C
+from runner.ops import cpu as kernels
+from runner.ops import expertwise
+from runner.ops.cpu import _C
 
 _PACKED = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
@@ -108,7 +109,7 @@ KERNELS = Ops(
     gather_quantized_linear=expertwise.gather_quantized_linear(_quantized_linear),
     storage=Storage(PLAIN.empty, _C.append, unpacked),
 )
-"""`runner.fast.Ops` over `runner.kernels`; what has no kernel is plain MLX."""
+"""`runner.fast.Ops` over `runner.ops.cpu`; what has no kernel is plain MLX."""
 
 DENSE = Storage(_dense, _C.append, unpacked)
 """Caches of half the size, within 1e-3 of the logits' deviation."""

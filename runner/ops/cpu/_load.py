@@ -11,7 +11,7 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from .. import installation
+from runner import installation
 
 
 @dataclass(frozen=True)

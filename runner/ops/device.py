@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner import expertwise
 from runner.cache.storage import PLAIN, Storage
 from runner.fast import PORTABLE, Ops
+from runner.ops import expertwise
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ def current() -> Device:
     """The device that MLX computes on by default."""
     if mx.default_device() != mx.Device(mx.cpu):
         return Device("MLX's CUDA kernels", CUDA) if mx.cuda.is_available() else Device("MLX's GPU kernels", PORTABLE)
-    from runner import kernels
+    from runner.ops import cpu as kernels
 
     why = kernels.unavailable()
     if why is None:
-        from runner.kernels.ops import DENSE, KERNELS
+        from runner.ops.cpu.ops import DENSE, KERNELS
 
         threads = kernels.num_threads()
         name = f"runner's CPU kernels ({kernels.isa()}, {threads} threads)"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
 
-from ..errors import BackendError
+from runner.errors import BackendError
+
 from ._load import Unavailable, load_extension
 
 if TYPE_CHECKING:
