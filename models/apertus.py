@@ -11,15 +11,15 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner import blocks
-from runner.blocks import HIDDEN, INTERMEDIATE
 from runner.config.rope import RopeScaling
-from runner.fast import RMSNorm
 from runner.models import qwen3
 from runner.models.llama import LlamaConfig
-from runner.nn import Linear
+from runner.nn import blocks
+from runner.nn.blocks import HIDDEN, INTERMEDIATE
+from runner.nn.fast import RMSNorm
+from runner.nn.linear import Linear
+from runner.nn.xielu import XIELU
 from runner.weights.tags import weight
-from runner.xielu import XIELU
 
 STRETCHED = RopeScaling(
     kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192

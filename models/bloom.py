@@ -11,14 +11,14 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.blocks import HIDDEN, VOCAB, ConfiguredBlock, LayerNormDecoder
 from runner.cache.kv import Batch, KVCache
 from runner.config.base import fixed, key
 from runner.config.decoder import UnrotatedConfig
-from runner.fast import LayerNorm
 from runner.models import gpt_neox
-from runner.nn import Embedding, Linear
-from runner.positions import Alibi
+from runner.nn.blocks import HIDDEN, VOCAB, ConfiguredBlock, LayerNormDecoder
+from runner.nn.fast import LayerNorm
+from runner.nn.linear import Embedding, Linear
+from runner.nn.positions import Alibi
 from runner.weights.tags import weight
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.blocks import HIDDEN, Frame, Parallel
 from runner.config.base import fixed
 from runner.config.decoder import LayerNormConfig
-from runner.fast import ScaledLayerNorm
 from runner.models import llama
-from runner.nn import StoredHeadNorms
+from runner.nn.blocks import HIDDEN, Frame, Parallel
+from runner.nn.fast import ScaledLayerNorm
+from runner.nn.linear import StoredHeadNorms
 from runner.weights.tags import setting, weight
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner import blocks
-from runner.blocks import ConfiguredMLP, GatedMLP
 from runner.config.base import key
 from runner.errors import ConfigError
-from runner.mla import LatentAttention, LatentConfig
 from runner.models import llama
-from runner.moe import SwitchMoE, check_routing
+from runner.nn import blocks
+from runner.nn.blocks import ConfiguredMLP, GatedMLP
+from runner.nn.mla import LatentAttention, LatentConfig
+from runner.nn.moe import SwitchMoE, check_routing
 from runner.weights.tags import weight
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import blocks
 from runner.config import layer_types
 from runner.config.base import FULL, SLIDING, key
 from runner.config.decoder import WindowedConfig
 from runner.models import llama, qwen3
+from runner.nn import blocks
 from runner.weights.tags import weight
 
 

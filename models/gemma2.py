@@ -11,15 +11,15 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner import blocks
-from runner.blocks import HIDDEN
 from runner.config import layer_types
 from runner.config.base import key
 from runner.config.decoder import WindowedConfig
 from runner.errors import ConfigError
-from runner.fast import RMSNorm
 from runner.models import gemma, llama
 from runner.models.gemma import GemmaConfig
+from runner.nn import blocks
+from runner.nn.blocks import HIDDEN
+from runner.nn.fast import RMSNorm
 from runner.weights.tags import setting, weight
 from runner.weights.transforms import PLUS_ONE
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-from runner.fast import RMSNorm
 from runner.models import gemma2, qwen3
 from runner.models.gemma2 import Gemma2Config
+from runner.nn.fast import RMSNorm
 from runner.weights.tags import weight
 from runner.weights.transforms import PLUS_ONE
 

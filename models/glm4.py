@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import blocks
 from runner.models import glm
 from runner.models.glm import GlmConfig as GlmConfig
+from runner.nn import blocks
 from runner.weights.tags import weight
 
 

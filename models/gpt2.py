@@ -12,15 +12,15 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, LayerNormDecoder, PlainMLP, Q, Sequential
 from runner.cache.kv import Batch
 from runner.config.base import key
 from runner.config.decoder import UnrotatedConfig
-from runner.fast import LayerNorm
-from runner.layouts import Conv1D
 from runner.models import llama
-from runner.nn import Embedding, Linear
-from runner.positions import positions
+from runner.nn.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, LayerNormDecoder, PlainMLP, Q, Sequential
+from runner.nn.fast import LayerNorm
+from runner.nn.layouts import Conv1D
+from runner.nn.linear import Embedding, Linear
+from runner.nn.positions import positions
 from runner.weights.tags import setting, weight
 
 

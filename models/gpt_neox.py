@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import blocks
-from runner.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, ConfiguredBlock, LayerNormDecoder, PlainMLP, Q
 from runner.config.base import fixed, key
 from runner.config.decoder import LayerNormConfig
-from runner.fast import LayerNorm
-from runner.layouts import FusedQKV
 from runner.models import llama
-from runner.nn import Embedding, Linear
+from runner.nn import blocks
+from runner.nn.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, ConfiguredBlock, LayerNormDecoder, PlainMLP, Q
+from runner.nn.fast import LayerNorm
+from runner.nn.layouts import FusedQKV
+from runner.nn.linear import Embedding, Linear
 from runner.weights.tags import weight
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner import blocks, moe
-from runner.blocks import HIDDEN, INTERMEDIATE
 from runner.config.base import FULL, SLIDING
 from runner.config.decoder import WindowedConfig
 from runner.config.rope import RopeScaling
 from runner.errors import ConfigError
-from runner.layouts import TurnedExperts
 from runner.models import llama
-from runner.nn import GLU, Linear, SinkAttend
+from runner.nn import blocks, moe
+from runner.nn.blocks import HIDDEN, INTERMEDIATE
+from runner.nn.layouts import TurnedExperts
+from runner.nn.linear import GLU, Linear, SinkAttend
 from runner.weights.tags import setting, weight
 from runner.weights.transforms import HALVES
 

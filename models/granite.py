@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner import blocks
 from runner.cache.kv import Batch, KVCache
 from runner.models import llama
 from runner.models.llama import LlamaConfig
+from runner.nn import blocks
 from runner.weights.tags import setting, weight
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import moe
-from runner.blocks import HIDDEN, INTERMEDIATE
 from runner.models import granite, llama
 from runner.models.granite import GraniteConfig
-from runner.moe import ExpertLinear
-from runner.nn import Linear
+from runner.nn import moe
+from runner.nn.blocks import HIDDEN, INTERMEDIATE
+from runner.nn.linear import Linear
+from runner.nn.moe import ExpertLinear
 from runner.weights.tags import weight
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.blocks import HIDDEN, Q
 from runner.models import llama
 from runner.models.llama import LlamaConfig
-from runner.nn import Linear
+from runner.nn.blocks import HIDDEN, Q
+from runner.nn.linear import Linear
 from runner.weights.tags import weight
 
 

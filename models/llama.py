@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.blocks import HIDDEN, INTERMEDIATE, KV, Decoder, Norm, PreNorm, Q
 from runner.cache.kv import Batch, KVCache
 from runner.config.decoder import DecoderConfig
-from runner.fast import RoPE
-from runner.nn import GLU, Attend, Linear, merge_heads, split_heads
+from runner.nn.blocks import HIDDEN, INTERMEDIATE, KV, Decoder, Norm, PreNorm, Q
+from runner.nn.fast import RoPE
+from runner.nn.linear import GLU, Attend, Linear, merge_heads, split_heads
 from runner.weights.tags import setting, weight
 
 

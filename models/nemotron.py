@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.blocks import HIDDEN, LayerNormDecoder, PlainMLP, Sequential
 from runner.config.base import key
 from runner.config.decoder import LayerNormConfig
-from runner.fast import LayerNorm
 from runner.models import llama
+from runner.nn.blocks import HIDDEN, LayerNormDecoder, PlainMLP, Sequential
+from runner.nn.fast import LayerNorm
 from runner.weights.tags import tensor, weight
 from runner.weights.transforms import PLUS_ONE
 

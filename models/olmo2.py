@@ -11,14 +11,14 @@ from typing import Self
 
 import mlx.core as mx
 
-from runner import blocks
-from runner.blocks import KV, Q
 from runner.cache.kv import Batch
 from runner.config import layer_types
 from runner.config.decoder import WindowedConfig
-from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.llama import LlamaConfig
+from runner.nn import blocks
+from runner.nn.blocks import KV, Q
+from runner.nn.fast import RMSNorm
 from runner.weights.tags import setting, weight
 
 

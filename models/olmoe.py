@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import blocks
 from runner.models import olmo, olmo2
 from runner.models.llama import LlamaConfig
-from runner.moe import SwitchMoE, check_routing
+from runner.nn import blocks
+from runner.nn.moe import SwitchMoE, check_routing
 from runner.weights.tags import weight
 
 

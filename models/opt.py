@@ -11,14 +11,14 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.blocks import HIDDEN, INTERMEDIATE, VOCAB, ConfiguredBlock, Frame, PlainMLP, Q, Sequential
 from runner.cache.kv import Batch, KVCache
 from runner.config.base import fixed, key
 from runner.config.decoder import UnrotatedConfig
-from runner.fast import Ops, provided_ops
 from runner.models import llama
-from runner.nn import Embedding, Linear
-from runner.positions import positions
+from runner.nn.blocks import HIDDEN, INTERMEDIATE, VOCAB, ConfiguredBlock, Frame, PlainMLP, Q, Sequential
+from runner.nn.fast import Ops, provided_ops
+from runner.nn.linear import Embedding, Linear
+from runner.nn.positions import positions
 from runner.weights.tags import setting, tensor, weight
 
 FIRST = 2  # rows of the table before position 0

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.blocks import HIDDEN, INTERMEDIATE, VOCAB, LayerNormDecoder, Parallel, PlainMLP, Q
 from runner.config.base import fixed
 from runner.config.decoder import LayerNormConfig
 from runner.errors import ConfigError
-from runner.fast import LayerNorm
 from runner.models import llama
-from runner.nn import Linear
+from runner.nn.blocks import HIDDEN, INTERMEDIATE, VOCAB, LayerNormDecoder, Parallel, PlainMLP, Q
+from runner.nn.fast import LayerNorm
+from runner.nn.linear import Linear
 from runner.weights.tags import weight
 
 

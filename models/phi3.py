@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runner.blocks import HIDDEN, KV, Q
 from runner.models import glm, llama
 from runner.models.llama import LlamaConfig
-from runner.nn import Linear
+from runner.nn.blocks import HIDDEN, KV, Q
+from runner.nn.linear import Linear
 from runner.weights.tags import weight
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.blocks import HIDDEN, KV, Q
 from runner.config.base import FULL, SLIDING, key
 from runner.config.decoder import WindowedConfig
 from runner.models import llama
-from runner.nn import Linear
+from runner.nn.blocks import HIDDEN, KV, Q
+from runner.nn.linear import Linear
 from runner.weights.tags import weight
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner import blocks
-from runner.blocks import HIDDEN, KV, ConfiguredMLP, GatedMLP, Q
 from runner.config.base import key
 from runner.models import llama, qwen2
 from runner.models.qwen2 import Qwen2Config
-from runner.moe import SwitchMoE, check_routing
-from runner.nn import Linear
+from runner.nn import blocks
+from runner.nn.blocks import HIDDEN, KV, ConfiguredMLP, GatedMLP, Q
+from runner.nn.linear import Linear
+from runner.nn.moe import SwitchMoE, check_routing
 from runner.weights.tags import weight
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.fast import RMSNorm
 from runner.models import llama
 from runner.models.qwen2 import Qwen2Config
+from runner.nn.fast import RMSNorm
 from runner.weights.tags import weight
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner import blocks
-from runner.blocks import ConfiguredMLP
 from runner.models import llama, qwen3
 from runner.models.qwen2_moe import Qwen2MoeConfig
-from runner.moe import SwitchMoE
+from runner.nn import blocks
+from runner.nn.blocks import ConfiguredMLP
+from runner.nn.moe import SwitchMoE
 from runner.weights.tags import weight
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.blocks import HIDDEN, ConfiguredBlock, LayerNormDecoder, Parallel, Q, Sequential
 from runner.config.base import key
 from runner.config.decoder import LayerNormConfig
-from runner.fast import LayerNorm
 from runner.models import llama
-from runner.nn import JoinedHeadNorms, Linear
+from runner.nn.blocks import HIDDEN, ConfiguredBlock, LayerNormDecoder, Parallel, Q, Sequential
+from runner.nn.fast import LayerNorm
+from runner.nn.linear import JoinedHeadNorms, Linear
 from runner.weights.tags import weight
 
 

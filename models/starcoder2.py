@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runner.blocks import HIDDEN, INTERMEDIATE, LayerNormDecoder, PlainMLP, Sequential
 from runner.config.base import key
 from runner.config.decoder import LayerNormConfig
 from runner.errors import ConfigError
-from runner.fast import LayerNorm
 from runner.models import llama
-from runner.nn import Linear
+from runner.nn.blocks import HIDDEN, INTERMEDIATE, LayerNormDecoder, PlainMLP, Sequential
+from runner.nn.fast import LayerNorm
+from runner.nn.linear import Linear
 from runner.weights.tags import weight
 
 

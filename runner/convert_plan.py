@@ -19,8 +19,8 @@ from runner.engine import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
 from runner.families import find
 from runner.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
-from runner.moe import ExpertLinear, MoE
-from runner.nn import Embedding, Linear, Quantization
+from runner.nn.linear import Embedding, Linear, Quantization
+from runner.nn.moe import ExpertLinear, MoE
 from runner.packing import Packing
 from runner.shard_writer import WIDTHS, Planned, bytes_of
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan

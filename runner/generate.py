@@ -11,7 +11,7 @@ from runner.cache.storage import PLAIN, Storage
 from runner.config.base import Config
 from runner.errors import UsageError
 from runner.families import Model
-from runner.fast import PORTABLE, Ops
+from runner.nn.fast import PORTABLE, Ops
 from runner.replay import Steps
 
 PREFILL_CHUNK = 512

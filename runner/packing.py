@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.errors import UsageError
-from runner.nn import Quantization
+from runner.nn.linear import Quantization
 
 FORMS: Mapping[str, Quantization] = {
     **{str(bits): Quantization(bits, 64, "affine") for bits in (2, 3, 4, 5, 6, 8)},

@@ -25,9 +25,9 @@ from runner.convert import convert, merged
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.families import find
-from runner.fast import PORTABLE
 from runner.generate import new_caches, prefill
 from runner.model_files import open_files
+from runner.nn.fast import PORTABLE
 from runner.ops.device import CPU_WITHOUT_KERNELS, Device
 from runner.prompt_cache import PromptCache
 from runner.weights import loading

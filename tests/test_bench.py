@@ -22,7 +22,7 @@ from runner.cli.app import run as command
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import UsageError
 from runner.families import FAMILIES
-from runner.nn import Quantization
+from runner.nn.linear import Quantization
 from runner.packing import FORMS
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -14,7 +14,7 @@ import pytest
 
 from runner.config.rope import inverse_frequencies
 from runner.families import find
-from runner.fast import RoPE
+from runner.nn.fast import RoPE
 from runner.weights.plan import ModulePlan, Value, plan
 from runner.weights.tags import leaf_shapes
 

@@ -25,7 +25,7 @@ from runner.convert_plan import plan_conversion
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, UsageError
 from runner.model_files import ModelFiles, open_files
-from runner.nn import Quantization, QuantizedEmbedding
+from runner.nn.linear import Quantization, QuantizedEmbedding
 from runner.packing import FORMS, RECIPES, Packing, pack, packing, unpack
 from runner.perplexity import perplexity, read_ids
 from runner.shard_writer import WIDTHS

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.fast import PORTABLE
+from runner.nn.fast import PORTABLE
 from runner.ops import expertwise
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from runner.config.rope import RopeScaling
 from runner.errors import ConfigError, UsageError
-from runner.fast import NO_MASK, PORTABLE, LayerNorm, Ops, RMSNorm, RoPE, scaled_dot_product_attention
+from runner.nn.fast import NO_MASK, PORTABLE, LayerNorm, Ops, RMSNorm, RoPE, scaled_dot_product_attention
 from runner.ops.device import CUDA, current, wrong_on_cuda
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "rope_reference.json").read_text())

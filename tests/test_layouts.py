@@ -9,9 +9,9 @@ import pytest
 from sources import Arrays
 
 from runner.errors import WeightsError
-from runner.layouts import Conv1D, FusedQKV, grouped_rows
 from runner.models.llama import LlamaConfig
-from runner.nn import Linear, PlainLinear, QuantizedLinear
+from runner.nn.layouts import Conv1D, FusedQKV, grouped_rows
+from runner.nn.linear import Linear, PlainLinear, QuantizedLinear
 from runner.weights import loading
 from runner.weights.plan import plan
 from runner.weights.tags import weight

@@ -18,7 +18,7 @@ from sources import NAMES, Info
 from runner.checkpoint import write_checkpoint
 from runner.config.base import Config
 from runner.families import find
-from runner.nn import Linear
+from runner.nn.linear import Linear
 from runner.weights import loading
 from runner.weights.plan import plan
 from runner.weights.tags import leaf_shapes, weight

@@ -9,10 +9,10 @@ import pytest
 
 from runner.adapters.layers import AdaptedLinear, Delta
 from runner.cache.kv import Batch, History, KVCache
-from runner.fast import PORTABLE, Ops, RMSNorm, RoPE
-from runner.mla import ApartKeysAndValues, JoinedKeysAndValues, LatentAttention, PlainQueries
-from runner.moe import ExpertLinear, PlainExperts, QuantizedExperts
-from runner.nn import Attend, Linear, PlainLinear, QuantizedLinear
+from runner.nn.fast import PORTABLE, Ops, RMSNorm, RoPE
+from runner.nn.linear import Attend, Linear, PlainLinear, QuantizedLinear
+from runner.nn.mla import ApartKeysAndValues, JoinedKeysAndValues, LatentAttention, PlainQueries
+from runner.nn.moe import ExpertLinear, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, current
 
 HEADS, NOPE, ROTATED, VALUES, RANK, HIDDEN = 4, 16, 8, 24, 64, 32

@@ -16,8 +16,8 @@ from sources import Arrays
 from runner import engine
 from runner.errors import ConfigError, WeightsError
 from runner.families import find
-from runner.fast import PORTABLE
-from runner.nn import Embedding, Linear
+from runner.nn.fast import PORTABLE
+from runner.nn.linear import Embedding, Linear
 from runner.ops.device import CPU_WITHOUT_KERNELS, Device, current
 from runner.weights import loading
 from runner.weights.plan import plan

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.cache.kv import History
-from runner.fast import PORTABLE, Ops
-from runner.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts
-from runner.nn import GLU, PlainLinear, capped_attention
+from runner.nn.fast import PORTABLE, Ops
+from runner.nn.linear import GLU, PlainLinear, capped_attention
+from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, current
 
 TABLES = list({ops.name: ops for ops in (PORTABLE, CPU_WITHOUT_KERNELS, current().ops)}.values())

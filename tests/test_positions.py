@@ -9,8 +9,8 @@ import pytest
 
 from runner.cache.kv import Batch
 from runner.errors import UsageError
-from runner.fast import scaled_dot_product_attention
-from runner.positions import Alibi, alibi_slopes, positions
+from runner.nn.fast import scaled_dot_product_attention
+from runner.nn.positions import Alibi, alibi_slopes, positions
 
 
 def batch(rows: int, length: int, offset: int | mx.array = 0, mask: mx.array | None = None) -> Batch:

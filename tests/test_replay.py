@@ -15,8 +15,8 @@ from runner.cache.kv import Batch, KVCache
 from runner.engine import Engine, open_engine
 from runner.errors import RunnerError
 from runner.families import Model
-from runner.fast import Ops
 from runner.generate import decode, prefill
+from runner.nn.fast import Ops
 from runner.ops.device import current
 from runner.replay import LEAST, PATIENCE, Steps
 

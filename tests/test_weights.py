@@ -10,8 +10,8 @@ from sources import Arrays
 
 from runner.config.base import Config
 from runner.errors import WeightsError
-from runner.fast import RMSNorm
-from runner.nn import Embedding, JoinedLinear, Linear, QuantizedLinear
+from runner.nn.fast import RMSNorm
+from runner.nn.linear import Embedding, JoinedLinear, Linear, QuantizedLinear
 from runner.weights import loading
 from runner.weights.plan import count_parameters, plan
 from runner.weights.tags import weight

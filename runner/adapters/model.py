@@ -20,7 +20,7 @@ from runner.adapters.parts import Parts
 from runner.adapters.sites import HEAD, find_sites, find_stacks, head_name
 from runner.config.base import Config
 from runner.errors import UsageError
-from runner.fast import Ops
+from runner.nn.fast import Ops
 from runner.overlay import Change
 from runner.weights.plan import ModulePlan, plan
 from runner.weights.tags import Source

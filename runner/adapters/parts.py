@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from runner.nn import Embedding
+from runner.nn.linear import Embedding
 from runner.weights.tags import Source
 
 

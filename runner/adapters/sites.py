@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.moe import ExpertLinear
-from runner.nn import Embedding, Linear, Quantization
+from runner.nn.linear import Embedding, Linear, Quantization
+from runner.nn.moe import ExpertLinear
 from runner.weights.loading import STORED
 from runner.weights.plan import ArrayPlan, ModulePlan, Value
 from runner.weights.tags import TAG, Join, Source, Tree, leaf_shapes, leaves

@@ -24,7 +24,7 @@ from runner.cache.kv import Batch, KVCache
 from runner.engine import Engine
 from runner.errors import UsageError
 from runner.generate import PREFILL_CHUNK
-from runner.nn import Embedding
+from runner.nn.linear import Embedding
 from runner.replay import Steps
 from runner.weights import loading
 

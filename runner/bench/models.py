@@ -20,7 +20,7 @@ from runner.errors import UsageError
 from runner.families import find
 from runner.hub import resolve
 from runner.model_files import open_files
-from runner.nn import Embedding, Linear, Quantization
+from runner.nn.linear import Embedding, Linear, Quantization
 from runner.packing import FORMS
 from runner.weights import loading
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.cache.storage import PLAIN, Storage
-from runner.fast import PORTABLE, Ops
+from runner.nn.fast import PORTABLE, Ops
 from runner.ops import expertwise
 
 

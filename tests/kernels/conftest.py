@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from runner.fast import PORTABLE, Ops
+from runner.nn.fast import PORTABLE, Ops
 from runner.ops import cpu as kernels
 
 collect_ignore = [] if kernels.unavailable() is None else ["test_built.py"]

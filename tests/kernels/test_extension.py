@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from twins import numpy, rand
 
-from runner.fast import PORTABLE, Ops
+from runner.nn.fast import PORTABLE, Ops
 from runner.ops import cpu as kernels
 
 BUILT = kernels.unavailable() is None

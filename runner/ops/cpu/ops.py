@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from runner.cache.storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
-from runner.fast import PORTABLE, Ops, Recorder
+from runner.nn.fast import PORTABLE, Ops, Recorder
 from runner.ops import cpu as kernels
 from runner.ops import expertwise
 from runner.ops.cpu import _C
@@ -109,7 +109,7 @@ KERNELS = Ops(
     gather_quantized_linear=expertwise.gather_quantized_linear(_quantized_linear),
     storage=Storage(PLAIN.empty, _C.append, unpacked),
 )
-"""`runner.fast.Ops` over `runner.ops.cpu`; what has no kernel is plain MLX."""
+"""`runner.nn.fast.Ops` over `runner.ops.cpu`; what has no kernel is plain MLX."""
 
 DENSE = Storage(_dense, _C.append, unpacked)
 """Caches of half the size, within 1e-3 of the logits' deviation."""

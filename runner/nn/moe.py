@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from runner.config.base import Config
 from runner.errors import ConfigError, WeightsError
-from runner.fast import Ops, provided_ops
-from runner.nn import GLU, Linear, layer_form
+from runner.nn.fast import Ops, provided_ops
+from runner.nn.linear import GLU, Linear, layer_form
 from runner.weights.tags import (
     PACKED,
     SCALES,

@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from runner.cache.kv import Batch, KVCache
 from runner.config.base import Config
-from runner.fast import LayerNorm, RMSNorm
-from runner.nn import GLU, Activation, Embedding, Linear
+from runner.nn.fast import LayerNorm, RMSNorm
+from runner.nn.linear import GLU, Activation, Embedding, Linear
 from runner.weights.tags import Choice, Chooses, Header, Size, Tree, setting, weight
 
 HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"

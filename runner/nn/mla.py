@@ -16,9 +16,9 @@ from runner.config.base import Config, key
 from runner.config.decoder import DecoderConfig
 from runner.config.rope import yarn_mscale
 from runner.errors import ConfigError
-from runner.fast import RMSNorm, RoPE
-from runner.moe import ExpertLinear
-from runner.nn import Attend, Linear, merge_heads, split_heads
+from runner.nn.fast import RMSNorm, RoPE
+from runner.nn.linear import Attend, Linear, merge_heads, split_heads
+from runner.nn.moe import ExpertLinear
 from runner.weights.tags import Choice, Chooses, Header, Size, Tree, leaves, setting, weight
 
 HIDDEN, LATENT, QUERY_LATENT = "hidden_size", "kv_lora_rank", "q_lora_rank"

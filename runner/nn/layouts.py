@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import Config
-from runner.moe import ExpertLinear, PlainExperts, QuantizedExperts
-from runner.nn import Linear, PlainLinear, Quantization
+from runner.nn.linear import Linear, PlainLinear, Quantization
+from runner.nn.moe import ExpertLinear, PlainExperts, QuantizedExperts
 from runner.weights.tags import Choice, Header, Size, Tree, leaves, size_of, tensor
 from runner.weights.transforms import IDENTITY, MX_BLOCKS, TRANSPOSE, permute_rows
 
