@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from runner.checkpoint.shard_writer import WIDTHS, Planned, bytes_of
 from runner.config.base import normalise
 from runner.engine import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
@@ -22,7 +23,6 @@ from runner.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_
 from runner.nn.linear import Embedding, Linear, Quantization
 from runner.nn.moe import ExpertLinear, MoE
 from runner.packing import Packing
-from runner.shard_writer import WIDTHS, Planned, bytes_of
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
 from runner.weights.tags import FLOAT, Header, Leaf, Source, leaf_shapes, leaves
 from runner.weights.transforms import Transform

@@ -12,11 +12,11 @@ import mlx.core as mx
 
 from runner.cache.kv import Batch, KVCache
 from runner.cache.storage import Storage
+from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
 from runner.errors import UsageError
 from runner.families import Model, find
 from runner.generate import new_caches
-from runner.model_files import open_files
 from runner.ops.device import Device, current
 from runner.weights import loading
 from runner.weights.loading import Progress

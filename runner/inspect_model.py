@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoint.hub import resolve
+from runner.checkpoint.model_files import open_files
 from runner.families import find
-from runner.hub import resolve
 from runner.language_model import end_tokens
-from runner.model_files import open_files
 from runner.sampling import SamplingParams
 from runner.weights.plan import ArrayPlan, count_parameters, plan
 from runner.weights.tags import Source, leaves

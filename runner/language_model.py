@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from runner.checkpoint.hub import resolve, resolve_adapter
+from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.config.base import Config
 from runner.engine import Engine, assemble
 from runner.errors import ConfigError, ContextLengthError, UsageError
 from runner.families import Model
 from runner.generate import Cancelled, decode, prefill
-from runner.hub import resolve, resolve_adapter
-from runner.model_files import ModelFiles, open_files
 from runner.ops.device import Device
 from runner.progress import ProgressBar
 from runner.prompt_cache import PromptCache

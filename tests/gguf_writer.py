@@ -1,7 +1,7 @@
 """Checkpoints in transformers' form as the GGUF files that llama.cpp's converters make of them.
 
 Names come from the `gguf` package's own maps (0.19.0); what is permuted, added or renamed follows llama.cpp's
-`conversion/*.py` of the same release. Independent of `runner.gguf`, which the tests hold against it.
+`conversion/*.py` of the same release. Independent of `runner.checkpoint.gguf`, which the tests hold against it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The published formats by hand: what their tensors mean, number by number, and how random ones are written.
 
-Every `*_numbers` is a plain loop over the format's own definition; nothing here is shared with `runner.published`.
+Every `*_numbers` is a plain loop over the format's own definition; nothing here is shared with
+`runner.checkpoint.quantized`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from runner.checkpoint import Checkpoint, write_checkpoint
+from runner.checkpoint.directory import Checkpoint, write_checkpoint
 
 Array = npt.NDArray[Any]
 

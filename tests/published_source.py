@@ -1,4 +1,4 @@
-"""Layers of a published format in memory, seen through `runner.published`."""
+"""Layers of a published format in memory, seen through `runner.checkpoint.quantized`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from published_reference import Array, Case, is_float8
 from sources import NAMES, Info
 
-from runner.published import as_mlx
+from runner.checkpoint.quantized import as_mlx
 
 DTYPES = {**NAMES, mx.uint8: "U8", mx.int8: "I8", mx.int64: "I64"}
 

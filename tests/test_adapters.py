@@ -21,12 +21,12 @@ import runner
 from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
 from runner.cache.kv import Batch
+from runner.checkpoint.model_files import open_files
 from runner.convert import convert, merged
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.families import find
 from runner.generate import new_caches, prefill
-from runner.model_files import open_files
 from runner.nn.fast import PORTABLE
 from runner.ops.device import CPU_WITHOUT_KERNELS, Device
 from runner.prompt_cache import PromptCache

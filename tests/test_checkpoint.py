@@ -16,10 +16,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner import safetensors_header
-from runner.checkpoint import RAW_DTYPES, Checkpoint, read_json, write_checkpoint
+from runner.checkpoint import safetensors_header
+from runner.checkpoint.directory import RAW_DTYPES, Checkpoint, read_json, write_checkpoint
+from runner.checkpoint.safetensors_header import BITS, read_header
 from runner.errors import CheckpointError, UsageError
-from runner.safetensors_header import BITS, read_header
 
 REPOSITORY = Path(__file__).parent.parent
 F32_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -64,7 +64,7 @@ def test_headers_come_without_mlx(tmp_path: Path) -> None:
     data = safetensors({"__metadata__": {"format": "pt"}, "a": F32_PAIR}, struct.pack("<2f", 1.5, -2))
     model_dir(tmp_path, {"model.safetensors": data, "generation_config.json": {"eos_token_id": [1, 2]}})
     code = (
-        "import sys; from pathlib import Path; from runner.checkpoint import Checkpoint\n"
+        "import sys; from pathlib import Path; from runner.checkpoint.directory import Checkpoint\n"
         f"c = Checkpoint.open(Path({str(tmp_path)!r}))\n"
         "i = c.headers['a']; assert (i.name, i.dtype, i.shape, i.nbytes) == ('a', 'F32', (2,), 8), i\n"
         "assert c.config == {'model_type': 't'} and c.generation_config == {'eos_token_id': [1, 2]}\n"
@@ -409,7 +409,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import mlx.core as mx
-from runner.checkpoint import Checkpoint
+from runner.checkpoint.directory import Checkpoint
 
 def high_water():  # of this process image alone: ru_maxrss would include what the parent had when it forked
     status = Path("/proc/self/status")

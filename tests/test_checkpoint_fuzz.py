@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner import safetensors_header
-from runner.checkpoint import Checkpoint, read_json
+from runner.checkpoint import safetensors_header
+from runner.checkpoint.directory import Checkpoint, read_json
 from runner.errors import CheckpointError
 
 HEADERS, INDEXES, CONFIGS = 7_000, 3_000, 2_000

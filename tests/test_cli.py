@@ -59,7 +59,14 @@ def test_help_and_import_load_nothing_heavy() -> None:
 
 def test_an_answer_loads_only_what_it_needs() -> None:
     # NumPy and pydantic come too: safetensors' own check of a file loads the one, typer the other.
-    spared = ["runner.gguf", "runner.bench", "huggingface_hub.hf_api", "rich.console", "sentencepiece", "asyncio"]
+    spared = [
+        "runner.checkpoint.gguf",
+        "runner.bench",
+        "huggingface_hub.hf_api",
+        "rich.console",
+        "sentencepiece",
+        "asyncio",
+    ]
     code = (
         "import sys\nfrom runner.cli.app import run\n"
         f"assert run(['generate', {MODEL!r}, 'abc', '--max-tokens', '2']) == 0\n"

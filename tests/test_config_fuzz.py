@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from runner.checkpoint import Checkpoint
+from runner.checkpoint.directory import Checkpoint
 from runner.errors import RunnerError
 from runner.families import find
 from runner.weights.plan import plan

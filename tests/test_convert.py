@@ -19,17 +19,17 @@ from test_reference import FIXTURES, QUANTISED, error
 
 import runner
 from runner.bench.models import random_weights
-from runner.checkpoint import Checkpoint
+from runner.checkpoint.directory import Checkpoint
+from runner.checkpoint.model_files import ModelFiles, open_files
+from runner.checkpoint.shard_writer import WIDTHS
+from runner.checkpoint.side_files import NAMES
 from runner.convert import convert, pieces
 from runner.convert_plan import plan_conversion
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, UsageError
-from runner.model_files import ModelFiles, open_files
 from runner.nn.linear import Quantization, QuantizedEmbedding
 from runner.packing import FORMS, RECIPES, Packing, pack, packing, unpack
 from runner.perplexity import perplexity, read_ids
-from runner.shard_writer import WIDTHS
-from runner.side_files import NAMES
 from runner.weights.tags import Source
 
 HERE = Path(__file__).parent
@@ -456,7 +456,7 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 from runner.convert import convert
-from runner.model_files import open_files
+from runner.checkpoint.model_files import open_files
 from runner.packing import packing
 small, large, out, form, dtype = sys.argv[1:]
 def run(source, target):
@@ -477,7 +477,7 @@ def three_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "model"
     source = random_weights(raw, dtype="bfloat16")
     files = open_files(LLAMA).side_files()
-    from runner.checkpoint_writer import write_checkpoint
+    from runner.checkpoint.writer import write_checkpoint
 
     write_checkpoint(path, ((name, source.read(name)) for name in source.headers), raw, files, SHARD + (4 << 20))
     assert len(list(path.glob("model-*"))) == 3

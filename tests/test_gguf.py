@@ -16,15 +16,15 @@ from gguf import GGMLQuantizationType as Type
 from gguf_bytes import Tensors, file_bytes, vocabulary
 from test_reference import QUANTISED, TOLERANCE, error, expected
 
-from runner.checkpoint import Checkpoint
+from runner.checkpoint.directory import Checkpoint
+from runner.checkpoint.gguf import GGUF
+from runner.checkpoint.gguf.blocks import FORMATS, Packed, _nibbles, _packed_nibbles, pack
+from runner.checkpoint.model_files import open_files
 from runner.config.base import Quantized
 from runner.convert import convert
 from runner.engine import assemble, open_engine
 from runner.errors import CheckpointError
 from runner.families import FAMILIES
-from runner.gguf import GGUF
-from runner.gguf.blocks import FORMATS, Packed, _nibbles, _packed_nibbles, pack
-from runner.model_files import open_files
 from runner.weights.tags import Header
 
 HERE = Path(__file__).parent

@@ -18,13 +18,13 @@ from gguf_bytes import header, vocabulary
 from test_gguf import config_of, config_of_llama, write
 
 import runner
+from runner.checkpoint.gguf import GGUF
+from runner.checkpoint.gguf.container import open_container
+from runner.checkpoint.model_files import open_files
 from runner.convert import convert
 from runner.engine import open_engine
 from runner.errors import CheckpointError, UsageError
-from runner.gguf import GGUF
-from runner.gguf.container import open_container
 from runner.inspect_model import inspect
-from runner.model_files import open_files
 from runner.weights.loading import nbytes
 
 HERE = Path(__file__).parent

@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf_bytes import file_bytes, header, string, vocabulary
 from test_gguf import blocks
 
+from runner.checkpoint.gguf import GGUF
 from runner.errors import RunnerError
-from runner.gguf import GGUF
 
 FLIPS, FIELDS, CUTS, VALUES = 3000, 4000, 600, 1500
 LIMIT, TRACED = 32 << 20, 4

@@ -12,9 +12,9 @@ import pytest
 import sentencepiece
 from gguf_bytes import substring_vocabulary
 
+from runner.checkpoint.gguf.pretokenizers import PRE_TOKENIZERS
+from runner.checkpoint.gguf.tokenizer import tokenizer_files, tokenizer_of, vocabulary_of
 from runner.errors import TokenizerError
-from runner.gguf.pretokenizers import PRE_TOKENIZERS
-from runner.gguf.tokenizer import tokenizer_files, tokenizer_of, vocabulary_of
 from runner.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent

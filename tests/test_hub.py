@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from runner import hub
+from runner.checkpoint import hub
 from runner.errors import HubError, UsageError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -480,9 +480,8 @@ def test_two_revisions() -> None:
 
 
 def test_importing_does_not_load_the_hub_library() -> None:
-    code = (
-        "import sys, runner.hub; assert not {'huggingface_hub', 'mlx.core', 'safetensors', 'numpy'} & set(sys.modules)"
-    )
+    heavy = {"huggingface_hub", "mlx.core", "safetensors", "numpy"}
+    code = f"import sys, runner.checkpoint.hub; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 from sources import NAMES, Info
 
-from runner.checkpoint import write_checkpoint
+from runner.checkpoint.directory import write_checkpoint
 from runner.config.base import Config
 from runner.families import find
 from runner.nn.linear import Linear

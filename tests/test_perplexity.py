@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runner
+from runner.checkpoint.model_files import open_files
 from runner.convert import convert
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import UsageError
-from runner.model_files import open_files
 from runner.packing import packing
 from runner.perplexity import _estimate, compare, perplexity, read_ids
 from runner.text.tokenizer import Tokenizer

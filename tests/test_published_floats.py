@@ -27,10 +27,10 @@ from published_reference import (
 )
 from published_source import Layers, opened, values
 
+from runner.checkpoint.quantized import as_mlx
+from runner.checkpoint.quantized.floats import E2M1, E4M3
 from runner.engine import open_engine
 from runner.errors import ConfigError, RunnerError, WeightsError
-from runner.published import as_mlx
-from runner.published.floats import E2M1, E4M3
 
 ROOT = Path(__file__).parent
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)

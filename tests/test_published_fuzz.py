@@ -18,10 +18,10 @@ from published_reference import Case, awq, ct_float4, ct_float8, ct_integers, fp
 from published_source import Layers, values
 
 import runner
+from runner.checkpoint.quantized import as_mlx
 from runner.engine import open_engine
 from runner.errors import RunnerError
 from runner.inspect_model import inspect
-from runner.published import as_mlx
 
 ROOT = Path(__file__).parent
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)

@@ -15,10 +15,10 @@ from published_reference import Case, awq, gptq, linears, write_model, write_pla
 from published_source import opened, values
 from sources import Arrays
 
-from runner.checkpoint import Checkpoint
+from runner.checkpoint.directory import Checkpoint
+from runner.checkpoint.quantized import as_mlx
 from runner.engine import open_engine
 from runner.errors import ConfigError, RunnerError, WeightsError
-from runner.published import as_mlx
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
@@ -73,7 +73,7 @@ def test_groups_that_mlx_has_not_become_plain_numbers() -> None:
 
 
 def test_many_rows_are_unpacked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.published.layers.CHUNK", 100)
+    monkeypatch.setattr("runner.checkpoint.quantized.layers.CHUNK", 100)
     case = gptq(np.random.default_rng(0), 32, 64, order=True)
     assert np.array_equal(values(*opened(case)), case.numbers.astype(np.float16).astype(np.float32))
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from runner.cache.kv import Batch
-from runner.checkpoint import Checkpoint
+from runner.checkpoint.directory import Checkpoint
 from runner.engine import open_engine
 from runner.families import FAMILIES, find
 from runner.generate import new_caches, prefill

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.checkpoint import Checkpoint
+from runner.checkpoint.directory import Checkpoint
+from runner.checkpoint.shard_writer import WIDTHS, Piece, Planned, write_shards
 from runner.errors import CheckpointError, UsageError
-from runner.shard_writer import WIDTHS, Piece, Planned, write_shards
 
 DTYPES = {"U8": mx.uint8, "F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32, "U32": mx.uint32}
 ONE = {"a": Planned("F32", (4, 2))}

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.adapters.sites import Site, Stack
-from runner.overlay import Change, Overlay
+from runner.checkpoint.overlay import Change, Overlay
 from runner.weights.tags import Source
 
 

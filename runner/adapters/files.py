@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.adapters.config import AdapterConfig
-from runner.checkpoint import Checkpoint
+from runner.checkpoint.directory import Checkpoint
 from runner.errors import CheckpointError, ConfigError, UsageError
 from runner.local_files import member, read_json, shown
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from runner.adapters.files import AdapterFiles
 from runner.adapters.parts import Factors, SavedRows, StackFactors
 from runner.adapters.sites import FLOATS, HEAD, PREFIXES, TABLE, Site, Stack, short
+from runner.checkpoint.overlay import Change, Info
 from runner.errors import WeightsError
 from runner.nn.linear import Embedding, Linear
 from runner.nn.moe import ExpertLinear
-from runner.overlay import Change, Info
 from runner.weights.problems import Problems
 from runner.weights.tags import HARMLESS, Source
 

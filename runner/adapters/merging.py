@@ -10,7 +10,7 @@ import mlx.core as mx
 from runner.adapters.base import Base
 from runner.adapters.parts import ExpertFactors, Factors, Parts, SavedRows, StackFactors
 from runner.adapters.sites import HEAD, TABLE, Site, Stack, StackLeaf, in_field_order, numbers, stored_dtype
-from runner.overlay import Change, Info
+from runner.checkpoint.overlay import Change, Info
 from runner.weights.loading import STORED
 from runner.weights.transforms import MX_BLOCKS
 

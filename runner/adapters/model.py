@@ -18,10 +18,10 @@ from runner.adapters.matching import Matching
 from runner.adapters.merging import merged
 from runner.adapters.parts import Parts
 from runner.adapters.sites import HEAD, find_sites, find_stacks, head_name
+from runner.checkpoint.overlay import Change
 from runner.config.base import Config
 from runner.errors import UsageError
 from runner.nn.fast import Ops
-from runner.overlay import Change
 from runner.weights.plan import ModulePlan, plan
 from runner.weights.tags import Source
 

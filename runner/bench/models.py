@@ -15,11 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from runner import resources
+from runner.checkpoint.hub import resolve
+from runner.checkpoint.model_files import open_files
 from runner.engine import Engine, assemble
 from runner.errors import UsageError
 from runner.families import find
-from runner.hub import resolve
-from runner.model_files import open_files
 from runner.nn.linear import Embedding, Linear, Quantization
 from runner.packing import FORMS
 from runner.weights import loading

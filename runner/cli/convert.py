@@ -58,11 +58,11 @@ def convert(
 
     backend.require()
     from runner.adapters import open_adapters
+    from runner.checkpoint.hub import resolve, resolve_adapter
+    from runner.checkpoint.model_files import open_files
     from runner.convert import convert as write
     from runner.convert import merged
     from runner.errors import UsageError
-    from runner.hub import resolve, resolve_adapter
-    from runner.model_files import open_files
     from runner.packing import packing
     from runner.progress import ProgressBar
 

@@ -16,14 +16,14 @@ HubId = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id: org/name,
 
 def pull(model: HubId) -> None:
     """Fetch a model from the hub into the cache; prints its directory."""
-    from runner import hub
+    from runner.checkpoint import hub
 
     terminal.Output().line(str(hub.pull(model, progress=sys.stderr.isatty())))
 
 
 def list_models(*, as_json: AsJson = False) -> None:
     """List the models in the cache."""
-    from runner import hub
+    from runner.checkpoint import hub
 
     models = hub.list_cached()
     output = terminal.Output()

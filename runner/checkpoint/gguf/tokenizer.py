@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from runner.checkpoint.gguf.container import brief
+from runner.checkpoint.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from runner.errors import TokenizerError
-from runner.gguf.container import brief
-from runner.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from runner.local_files import shown
 from runner.text.tokenizer import Tokenizer
 from runner.text.tokenizer_backends import JsonBackend, parse_json

@@ -7,6 +7,6 @@ tokenizer, checkpoint                  tokenizer.json from metadata; the whole a
 
 from __future__ import annotations
 
-from runner.gguf.checkpoint import GGUF
+from runner.checkpoint.gguf.checkpoint import GGUF
 
 __all__ = ["GGUF"]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from runner.checkpoint.quantized.layers import Array, Layer, Read, float32
 from runner.errors import CheckpointError
-from runner.published.layers import Array, Layer, Read, float32
 
 
 def _e4m3() -> Array:

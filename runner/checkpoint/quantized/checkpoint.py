@@ -13,13 +13,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from runner.checkpoint.quantized import awq, compressed_tensors, fp8, gptq
+from runner.checkpoint.quantized.layers import ITEM_SIZE, Form, Layer
+from runner.checkpoint.quantized.options import short
+from runner.checkpoint.quantized.tensors import Tensors
 from runner.errors import CheckpointError, ConfigError, WeightsError
 from runner.families import find
 from runner.local_files import shown
-from runner.published import awq, compressed_tensors, fp8, gptq
-from runner.published.layers import ITEM_SIZE, Form, Layer
-from runner.published.options import short
-from runner.published.tensors import Tensors
 from runner.weights.plan import plan
 from runner.weights.tags import Header, Source, leaves
 

@@ -5,4 +5,4 @@ leave alone (`modules_to_not_convert`, `ignore`, `targets`) need not be matched,
 Activations are not rounded: where a scheme would round them as it runs, the product here is the one it approximates.
 """
 
-from runner.published.checkpoint import as_mlx as as_mlx
+from runner.checkpoint.quantized.checkpoint import as_mlx as as_mlx

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.checkpoint.safetensors_header import INDEX, SINGLE, read_index
 from runner.errors import CheckpointError, HubError, UsageError
 from runner.local_files import member, shown
-from runner.safetensors_header import INDEX, SINGLE, read_index
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _ID = re.compile(rf"{_PART}/{_PART}")

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from runner.checkpoint.safetensors_header import read_header
 from runner.errors import CheckpointError, UsageError
 from runner.local_files import is_plain_name, parse_json, shown
-from runner.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import mlx.core as mx

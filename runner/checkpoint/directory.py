@@ -15,12 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from runner.checkpoint_writer import write_checkpoint as write_checkpoint
+from runner.checkpoint.safetensors_header import INDEX, SINGLE, ShardHeader, Stamp, read_header, read_index
+from runner.checkpoint.safetensors_header import TensorInfo as TensorInfo
+from runner.checkpoint.writer import write_checkpoint as write_checkpoint
 from runner.errors import CheckpointError
 from runner.local_files import member, shown
 from runner.local_files import read_json as read_json
-from runner.safetensors_header import INDEX, SINGLE, ShardHeader, Stamp, read_header, read_index
-from runner.safetensors_header import TensorInfo as TensorInfo
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -15,11 +15,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from runner.checkpoint.quantized.gptq import TRAINING
+from runner.checkpoint.quantized.layers import Affine, Array, Layer, Read, affine_form, float32
+from runner.checkpoint.quantized.options import Options
+from runner.checkpoint.quantized.tensors import FLOATS, Tensors
 from runner.errors import WeightsError
-from runner.published.gptq import TRAINING
-from runner.published.layers import Affine, Array, Layer, Read, affine_form, float32
-from runner.published.options import Options
-from runner.published.tensors import FLOATS, Tensors
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

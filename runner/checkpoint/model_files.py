@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint import Checkpoint
-from runner.side_files import side_files
+from runner.checkpoint.directory import Checkpoint
+from runner.checkpoint.side_files import side_files
 from runner.text.tokenizer import Tokenizer
 from runner.weights.tags import Source
 
@@ -36,7 +36,7 @@ def open_files(path: Path) -> ModelFiles:
         ConfigError: it is quantised in a way that is not supported.
     """
     if os.path.isfile(path):
-        from runner.gguf import GGUF  # with NumPy, a third of the imports of a short answer
+        from runner.checkpoint.gguf import GGUF  # with NumPy, a third of the imports of a short answer
 
         gguf = GGUF.open(path)
         return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files)
@@ -44,7 +44,7 @@ def open_files(path: Path) -> ModelFiles:
     config: Mapping[str, Any] = found.config
     source: Source = found
     if any(config.get(name) for name in ("quantization_config", "compression_config")):
-        from runner.published import as_mlx
+        from runner.checkpoint.quantized import as_mlx
 
         config, source = as_mlx(found.config, found)
     return ModelFiles(

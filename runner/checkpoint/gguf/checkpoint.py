@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from runner.checkpoint.gguf.architectures import IGNORED, ROPE_TENSORS, TOP, Architecture
+from runner.checkpoint.gguf.blocks import GROUP, NUMPY, nbytes
+from runner.checkpoint.gguf.container import Container, Entry, open_container
+from runner.checkpoint.gguf.settings import architecture_of, config_of, generation_config_of
+from runner.checkpoint.gguf.tokenizer import Vocabulary, tokenizer_files, tokenizer_of, vocabulary_of
 from runner.errors import CheckpointError
-from runner.gguf.architectures import IGNORED, ROPE_TENSORS, TOP, Architecture
-from runner.gguf.blocks import GROUP, NUMPY, nbytes
-from runner.gguf.container import Container, Entry, open_container
-from runner.gguf.settings import architecture_of, config_of, generation_config_of
-from runner.gguf.tokenizer import Vocabulary, tokenizer_files, tokenizer_of, vocabulary_of
 from runner.local_files import shown
 from runner.text.tokenizer import Tokenizer
 

@@ -18,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from runner.checkpoint.quantized.layers import BITS, Affine, Array, Layer, Read, affine_form, float32, unpack
+from runner.checkpoint.quantized.options import Options
+from runner.checkpoint.quantized.tensors import FLOATS, Tensors
 from runner.errors import ConfigError, WeightsError
-from runner.published.layers import BITS, Affine, Array, Layer, Read, affine_form, float32, unpack
-from runner.published.options import Options
-from runner.published.tensors import FLOATS, Tensors
 
 TRAINING = (
     "tokenizer", "dataset", "damp_percent", "damp_auto_increment", "act_group_aware", "true_sequential",

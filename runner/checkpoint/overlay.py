@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from runner.checkpoint.safetensors_header import BITS
 from runner.errors import CheckpointError
 from runner.local_files import shown
-from runner.safetensors_header import BITS
 from runner.weights.tags import Header, Source
 
 

@@ -24,13 +24,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from runner.checkpoint.quantized.floats import E4M3, Float4, read_scales
+from runner.checkpoint.quantized.fp8 import float8_layer
+from runner.checkpoint.quantized.layers import Affine, Array, Form, Layer, Read, affine_form, float32, unpack
+from runner.checkpoint.quantized.options import Options
+from runner.checkpoint.quantized.tensors import FLOATS, Tensors
 from runner.errors import ConfigError, WeightsError
 from runner.local_files import shown
-from runner.published.floats import E4M3, Float4, read_scales
-from runner.published.fp8 import float8_layer
-from runner.published.layers import Affine, Array, Form, Layer, Read, affine_form, float32, unpack
-from runner.published.options import Options
-from runner.published.tensors import FLOATS, Tensors
 
 FORMATS = (
     "pack-quantized", "int-quantized", "naive-quantized", "float-quantized",

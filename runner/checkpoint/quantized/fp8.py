@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from runner.checkpoint.quantized.floats import Float8, exponents_of, read_scales
+from runner.checkpoint.quantized.layers import Form, Layer
+from runner.checkpoint.quantized.options import Options
+from runner.checkpoint.quantized.tensors import FLOATS, Tensors
 from runner.errors import WeightsError
-from runner.published.floats import Float8, exponents_of, read_scales
-from runner.published.layers import Form, Layer
-from runner.published.options import Options
-from runner.published.tensors import FLOATS, Tensors
 
 SCALES = (*FLOATS, "F8_E8M0", "U8")
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from runner.checkpoint.safetensors_header import read_header
 from runner.errors import CheckpointError, UsageError
 from runner.local_files import shown
-from runner.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import mlx.core as mx

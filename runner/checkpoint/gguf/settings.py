@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.config.base import MAX_DIMENSION
-from runner.config.rope import RopeScaling, attention_factor, inverse_frequencies
-from runner.errors import CheckpointError
-from runner.gguf.architectures import (
+from runner.checkpoint.gguf.architectures import (
     ARCHITECTURES,
     COMMON_KEYS,
     HARMLESS,
@@ -19,7 +16,10 @@ from runner.gguf.architectures import (
     ZERO_MEANS_NONE,
     Architecture,
 )
-from runner.gguf.container import Container, brief
+from runner.checkpoint.gguf.container import Container, brief
+from runner.config.base import MAX_DIMENSION
+from runner.config.rope import RopeScaling, attention_factor, inverse_frequencies
+from runner.errors import CheckpointError
 from runner.local_files import shown
 
 _PUBLISHED_LLAMA3 = ((8.0, 8192), (32.0, 8192))  # factor and original context of Llama 3.1 / 3.3, and of 3.2

@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from runner.checkpoint.gguf.blocks import FORMATS, Format
+from runner.checkpoint.safetensors_header import MAX_DIM, Stamp
 from runner.errors import CheckpointError
-from runner.gguf.blocks import FORMATS, Format
 from runner.local_files import member, shown
-from runner.safetensors_header import MAX_DIM, Stamp
 
 MAGIC = b"GGUF"
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
