@@ -22,7 +22,7 @@ from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
 from runner.cache.kv import Batch
 from runner.checkpoint.model_files import open_files
-from runner.convert import convert, merged
+from runner.convert.convert import convert, merged
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.families import find

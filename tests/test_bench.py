@@ -19,11 +19,11 @@ from runner.bench.bandwidth import _numpy_pass, read_bandwidth
 from runner.bench.measure import cache_bytes, filled, generate, read, rewind, weight_bytes
 from runner.bench.models import describe, random_weights
 from runner.cli.app import run as command
+from runner.convert.packing import FORMS
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import UsageError
 from runner.families import FAMILIES
 from runner.nn.linear import Quantization
-from runner.packing import FORMS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODEL = FIXTURES / "llama-gqa"

@@ -1,4 +1,4 @@
-"""`runner.convert`: what is packed is what was there, names are mlx-lm's, memory stays small, a directory is whole."""
+"""`runner.convert.convert`: what is packed is what was there, names are mlx-lm's, memory stays small, a directory is whole."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from runner.checkpoint.directory import Checkpoint
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.checkpoint.shard_writer import WIDTHS
 from runner.checkpoint.side_files import NAMES
-from runner.convert import convert, pieces
-from runner.convert_plan import plan_conversion
+from runner.convert.convert import convert, pieces
+from runner.convert.packing import FORMS, RECIPES, Packing, pack, packing, unpack
+from runner.convert.plan import plan_conversion
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, UsageError
 from runner.nn.linear import Quantization, QuantizedEmbedding
-from runner.packing import FORMS, RECIPES, Packing, pack, packing, unpack
 from runner.perplexity import perplexity, read_ids
 from runner.weights.tags import Source
 
@@ -128,7 +128,7 @@ def test_pieces_of_any_size_are_the_same_tensors(monkeypatch: pytest.MonkeyPatch
     raw = raw_config(HERE / "fixtures_families" / "gpt_oss-base")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     convert(files_of(raw, exact_weights(raw)), whole, packing=packing("4", 32))
-    monkeypatch.setattr("runner.convert.PIECE_BYTES", 200)
+    monkeypatch.setattr("runner.convert.convert.PIECE_BYTES", 200)
     convert(files_of(raw, exact_weights(raw)), cut, packing=packing("4", 32), max_shard_bytes=4000)
     assert len(list(cut.glob("model-*-of-*.safetensors"))) > 4
     a, b = written(whole), written(cut)
@@ -141,7 +141,7 @@ def test_a_family_whose_tags_do_not_read_mlx_lms_names_keeps_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     raw = raw_config(HERE / "fixtures_families" / "mixtral-base")
-    monkeypatch.setattr("runner.mlx_names._STACKED", {"w1": "front_proj"})
+    monkeypatch.setattr("runner.convert.mlx_names._STACKED", {"w1": "front_proj"})
     source = exact_weights(raw)
     convert(files_of(raw, source), tmp_path / "out", packing=packing("mxfp4"))
     assert "model.layers.0.block_sparse_moe.experts.3.w1.scales" in Checkpoint.open(tmp_path / "out").headers
@@ -455,9 +455,9 @@ SHARD = 64 << 20
 MEASURE = """
 import json, re, sys
 from pathlib import Path
-from runner.convert import convert
+from runner.convert.convert import convert
 from runner.checkpoint.model_files import open_files
-from runner.packing import packing
+from runner.convert.packing import packing
 small, large, out, form, dtype = sys.argv[1:]
 def run(source, target):
     wanted = packing(form, 32 if form.isdigit() else None) if form != "-" else None

@@ -21,7 +21,7 @@ import runner
 from runner.checkpoint.gguf import GGUF
 from runner.checkpoint.gguf.container import open_container
 from runner.checkpoint.model_files import open_files
-from runner.convert import convert
+from runner.convert.convert import convert
 from runner.engine import open_engine
 from runner.errors import CheckpointError, UsageError
 from runner.inspect_model import inspect

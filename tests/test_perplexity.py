@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 import runner
 from runner.checkpoint.model_files import open_files
-from runner.convert import convert
+from runner.convert.convert import convert
+from runner.convert.packing import packing
 from runner.engine import Engine, assemble, open_engine
 from runner.errors import UsageError
-from runner.packing import packing
 from runner.perplexity import _estimate, compare, perplexity, read_ids
 from runner.text.tokenizer import Tokenizer
 

@@ -17,11 +17,11 @@ import numpy as np
 from runner import resources
 from runner.checkpoint.hub import resolve
 from runner.checkpoint.model_files import open_files
+from runner.convert.packing import FORMS
 from runner.engine import Engine, assemble
 from runner.errors import UsageError
 from runner.families import find
 from runner.nn.linear import Embedding, Linear, Quantization
-from runner.packing import FORMS
 from runner.weights import loading
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
 from runner.weights.tags import Chooses, Leaf, leaf_shapes, leaves

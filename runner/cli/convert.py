@@ -60,10 +60,10 @@ def convert(
     from runner.adapters import open_adapters
     from runner.checkpoint.hub import resolve, resolve_adapter
     from runner.checkpoint.model_files import open_files
-    from runner.convert import convert as write
-    from runner.convert import merged
+    from runner.convert.convert import convert as write
+    from runner.convert.convert import merged
+    from runner.convert.packing import packing
     from runner.errors import UsageError
-    from runner.packing import packing
     from runner.progress import ProgressBar
 
     if quantize is None and (group_size is not None or recipe is not None):

@@ -12,9 +12,9 @@ from runner.adapters import AdapterFiles, fit
 from runner.checkpoint.model_files import ModelFiles
 from runner.checkpoint.shard_writer import Piece, write_shards
 from runner.checkpoint.writer import new_directory
-from runner.convert_plan import Conversion, Job, plan_conversion
+from runner.convert.packing import Packing, pack, unpack
+from runner.convert.plan import Conversion, Job, plan_conversion
 from runner.families import find
-from runner.packing import Packing, pack, unpack
 from runner.weights.loading import Progress
 from runner.weights.tags import Source, leaves
 from runner.weights.transforms import Transform

@@ -16,13 +16,13 @@ import mlx.core as mx
 
 from runner.checkpoint.shard_writer import WIDTHS, Planned, bytes_of
 from runner.config.base import normalise
+from runner.convert.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
+from runner.convert.packing import Packing
 from runner.engine import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
 from runner.families import find
-from runner.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
 from runner.nn.linear import Embedding, Linear, Quantization
 from runner.nn.moe import ExpertLinear, MoE
-from runner.packing import Packing
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
 from runner.weights.tags import FLOAT, Header, Leaf, Source, leaf_shapes, leaves
 from runner.weights.transforms import Transform
@@ -81,7 +81,7 @@ class Conversion:
 def plan_conversion(
     raw: Mapping[str, Any], source: Source, *, packing: Packing | None = None, dtype: str | None = None
 ) -> Conversion:
-    """Plan it from a `config.json` object and the headers of `source`; arguments and errors as `runner.convert`'s.
+    """Plan it from a `config.json` object and the headers of `source`; arguments and errors as `runner.convert.convert`'s.
 
     No tensor is read, but for the two of a tied head that the source has nevertheless.
     """
