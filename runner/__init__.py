@@ -14,12 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runner.engine.sampling import SamplingParams as SamplingParams
     from runner.errors import RunnerError as RunnerError
     from runner.language_model import Chunk as Chunk
     from runner.language_model import Generation as Generation
     from runner.language_model import LanguageModel as LanguageModel
     from runner.language_model import load as load
-    from runner.sampling import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _LAZY = {
     "Generation": "runner.language_model",
     "LanguageModel": "runner.language_model",
     "RunnerError": "runner.errors",
-    "SamplingParams": "runner.sampling",
+    "SamplingParams": "runner.engine.sampling",
     "load": "runner.language_model",
 }
 

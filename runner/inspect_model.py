@@ -8,9 +8,9 @@ from typing import Any
 
 from runner.checkpoint.hub import resolve
 from runner.checkpoint.model_files import open_files
+from runner.engine.sampling import SamplingParams
 from runner.families import find
 from runner.language_model import end_tokens
-from runner.sampling import SamplingParams
 from runner.weights.plan import ArrayPlan, count_parameters, plan
 from runner.weights.tags import Source, leaves
 

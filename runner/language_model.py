@@ -13,14 +13,14 @@ import mlx.core as mx
 from runner.checkpoint.hub import resolve, resolve_adapter
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.config.base import Config
-from runner.engine import Engine, assemble
+from runner.engine.engine import Engine, assemble
+from runner.engine.generate import Cancelled, decode, prefill
+from runner.engine.prompt_cache import PromptCache
+from runner.engine.sampling import Sampled, Sampler, SamplingParams
 from runner.errors import ConfigError, ContextLengthError, UsageError
 from runner.families import Model
-from runner.generate import Cancelled, decode, prefill
 from runner.ops.device import Device
 from runner.progress import ProgressBar
-from runner.prompt_cache import PromptCache
-from runner.sampling import Sampled, Sampler, SamplingParams
 from runner.text.stop import StopMatcher
 from runner.text.tokenizer import Tokenizer
 

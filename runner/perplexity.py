@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from runner.cache.kv import Batch
-from runner.engine import Engine
+from runner.engine.engine import Engine
+from runner.engine.generate import PREFILL_CHUNK
 from runner.errors import UsageError
-from runner.generate import PREFILL_CHUNK
 from runner.text.tokenizer import Tokenizer
 
 CHUNK = 512

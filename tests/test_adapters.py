@@ -23,13 +23,13 @@ from runner.adapters.config import AdapterConfig
 from runner.cache.kv import Batch
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert, merged
-from runner.engine import Engine, assemble, open_engine
+from runner.engine.engine import Engine, assemble, open_engine
+from runner.engine.generate import new_caches, prefill
+from runner.engine.prompt_cache import PromptCache
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.families import find
-from runner.generate import new_caches, prefill
 from runner.nn.fast import PORTABLE
 from runner.ops.device import CPU_WITHOUT_KERNELS, Device
-from runner.prompt_cache import PromptCache
 from runner.weights import loading
 
 HERE = Path(__file__).parent
@@ -203,7 +203,7 @@ if mx.default_device() == mx.Device(
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("name", SOME)
 def test_on_every_table_of_ops(name: str, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.engine.current", lambda: Device(table, TABLES[table]))
+    monkeypatch.setattr("runner.engine.engine.current", lambda: Device(table, TABLES[table]))
     case = HERE / "fixtures_adapters" / name
     engine = open_engine(base(case), dtype="float32", adapters=adapters(case))
     assert engine.device.ops is TABLES[table]

@@ -20,7 +20,7 @@ from runner.bench.measure import cache_bytes, filled, generate, read, rewind, we
 from runner.bench.models import describe, random_weights
 from runner.cli.app import run as command
 from runner.convert.packing import FORMS
-from runner.engine import Engine, assemble, open_engine
+from runner.engine.engine import Engine, assemble, open_engine
 from runner.errors import UsageError
 from runner.families import FAMILIES
 from runner.nn.linear import Quantization

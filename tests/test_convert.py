@@ -1,4 +1,4 @@
-"""`runner.convert.convert`: what is packed is what was there, names are mlx-lm's, memory stays small, a directory is whole."""
+"""`runner.convert`: what is packed is what was there, names are mlx-lm's, memory stays small, a directory is whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runner.checkpoint.side_files import NAMES
 from runner.convert.convert import convert, pieces
 from runner.convert.packing import FORMS, RECIPES, Packing, pack, packing, unpack
 from runner.convert.plan import plan_conversion
-from runner.engine import Engine, assemble, open_engine
+from runner.engine.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, UsageError
 from runner.nn.linear import Quantization, QuantizedEmbedding
 from runner.perplexity import perplexity, read_ids

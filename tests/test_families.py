@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
 from runner.errors import ConfigError
 from runner.families import FAMILIES, find
 
@@ -147,7 +147,7 @@ not_a_family = "Outsider"
 LOADS = """
 import sys
 from pathlib import Path
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
 from runner.errors import ConfigError
 try:
     print(open_engine(Path(sys.argv[1])).logits([1, 9, 10])[-1, :4].tolist())

@@ -14,12 +14,12 @@ import pytest
 
 import runner
 from runner.cache.kv import Batch, KVCache
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
+from runner.engine.generate import Cancelled, decode, prefill
+from runner.engine.prompt_cache import PromptCache
 from runner.errors import RunnerError, UsageError
 from runner.families import Model
-from runner.generate import Cancelled, decode, prefill
 from runner.language_model import LanguageModel
-from runner.prompt_cache import PromptCache
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PROMPT = [1 + i % 40 for i in range(20)]

@@ -22,7 +22,7 @@ from runner.checkpoint.gguf.blocks import FORMATS, Packed, _nibbles, _packed_nib
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Quantized
 from runner.convert.convert import convert
-from runner.engine import assemble, open_engine
+from runner.engine.engine import assemble, open_engine
 from runner.errors import CheckpointError
 from runner.families import FAMILIES
 from runner.weights.tags import Header

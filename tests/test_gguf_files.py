@@ -22,7 +22,7 @@ from runner.checkpoint.gguf import GGUF
 from runner.checkpoint.gguf.container import open_container
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
 from runner.errors import CheckpointError, UsageError
 from runner.inspect_model import inspect
 from runner.weights.loading import nbytes
@@ -137,7 +137,7 @@ LOADER = """
 import json, resource, sys
 from pathlib import Path
 import mlx.core as mx
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
 from runner import loading
 open_engine(Path(sys.argv[1])).logits([1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -34,7 +34,7 @@ LOADER = """
 import json, resource, sys
 from pathlib import Path
 import mlx.core as mx
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 open_engine(Path(sys.argv[1])).logits([1])
 before = peak()

@@ -13,7 +13,7 @@ import pytest
 from mlx_formats import FORMATS, LLAMA, MOE, Format, floats, packed, stacked, unpacked
 from sources import Arrays
 
-from runner import engine
+from runner.engine import engine
 from runner.errors import ConfigError, WeightsError
 from runner.families import find
 from runner.nn.fast import PORTABLE

@@ -21,7 +21,7 @@ import runner
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
 from runner.convert.packing import packing
-from runner.engine import Engine, assemble, open_engine
+from runner.engine.engine import Engine, assemble, open_engine
 from runner.errors import UsageError
 from runner.perplexity import _estimate, compare, perplexity, read_ids
 from runner.text.tokenizer import Tokenizer

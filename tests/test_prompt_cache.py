@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import runner
+from runner.engine.prompt_cache import PromptCache
 from runner.language_model import Chunk, LanguageModel
-from runner.prompt_cache import PromptCache
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FIRST = [1, 30, 31, 32, 33, 34, 35, 36]

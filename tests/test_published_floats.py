@@ -29,7 +29,7 @@ from published_source import Layers, opened, values
 
 from runner.checkpoint.quantized import as_mlx
 from runner.checkpoint.quantized.floats import E2M1, E4M3
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
 from runner.errors import ConfigError, RunnerError, WeightsError
 
 ROOT = Path(__file__).parent

@@ -19,7 +19,7 @@ from published_source import Layers, values
 
 import runner
 from runner.checkpoint.quantized import as_mlx
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
 from runner.errors import RunnerError
 from runner.inspect_model import inspect
 

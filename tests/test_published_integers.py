@@ -17,7 +17,7 @@ from sources import Arrays
 
 from runner.checkpoint.directory import Checkpoint
 from runner.checkpoint.quantized import as_mlx
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
 from runner.errors import ConfigError, RunnerError, WeightsError
 
 FIXTURES = Path(__file__).parent / "fixtures"

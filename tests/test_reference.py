@@ -11,9 +11,9 @@ import pytest
 
 from runner.cache.kv import Batch
 from runner.checkpoint.directory import Checkpoint
-from runner.engine import open_engine
+from runner.engine.engine import open_engine
+from runner.engine.generate import new_caches, prefill
 from runner.families import FAMILIES, find
-from runner.generate import new_caches, prefill
 from runner.weights import loading
 from runner.weights.plan import plan
 from runner.weights.tags import HARMLESS

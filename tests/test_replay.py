@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from runner.cache.kv import Batch, KVCache
-from runner.engine import Engine, open_engine
+from runner.engine.engine import Engine, open_engine
+from runner.engine.generate import decode, prefill
+from runner.engine.replay import LEAST, PATIENCE, Steps
 from runner.errors import RunnerError
 from runner.families import Model
-from runner.generate import decode, prefill
 from runner.nn.fast import Ops
 from runner.ops.device import current
-from runner.replay import LEAST, PATIENCE, Steps
 
 TESTS = Path(__file__).parent
 FIXTURES = sorted(str(path.parent.relative_to(TESTS)) for path in TESTS.glob("fixtures*/**/config.json"))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner.engine.sampling import Sampler, SamplingParams
 from runner.errors import UsageError
-from runner.sampling import Sampler, SamplingParams
 
 V = 12
 

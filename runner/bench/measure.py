@@ -21,11 +21,11 @@ import numpy as np
 
 from runner.bench.models import Subject
 from runner.cache.kv import Batch, KVCache
-from runner.engine import Engine
+from runner.engine.engine import Engine
+from runner.engine.generate import PREFILL_CHUNK
+from runner.engine.replay import Steps
 from runner.errors import UsageError
-from runner.generate import PREFILL_CHUNK
 from runner.nn.linear import Embedding
-from runner.replay import Steps
 from runner.weights import loading
 
 EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})

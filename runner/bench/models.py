@@ -18,7 +18,7 @@ from runner import resources
 from runner.checkpoint.hub import resolve
 from runner.checkpoint.model_files import open_files
 from runner.convert.packing import FORMS
-from runner.engine import Engine, assemble
+from runner.engine.engine import Engine, assemble
 from runner.errors import UsageError
 from runner.families import find
 from runner.nn.linear import Embedding, Linear, Quantization

@@ -53,7 +53,7 @@ class SamplingOptions:
 
     def keywords(self, logprobs: int | None = None) -> dict[str, Any]:
         """The keyword arguments for `LanguageModel.stream`; raises UsageError before a model is loaded for nothing."""
-        from runner.sampling import SamplingParams
+        from runner.engine.sampling import SamplingParams
 
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         preset = given.pop("preset", None)

@@ -18,7 +18,7 @@ from runner.checkpoint.shard_writer import WIDTHS, Planned, bytes_of
 from runner.config.base import normalise
 from runner.convert.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
 from runner.convert.packing import Packing
-from runner.engine import DTYPES
+from runner.engine.engine import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
 from runner.families import find
 from runner.nn.linear import Embedding, Linear, Quantization
@@ -81,7 +81,9 @@ class Conversion:
 def plan_conversion(
     raw: Mapping[str, Any], source: Source, *, packing: Packing | None = None, dtype: str | None = None
 ) -> Conversion:
-    """Plan it from a `config.json` object and the headers of `source`; arguments and errors as `runner.convert.convert`'s.
+    """Plan a conversion from a `config.json` object and the headers of `source`.
+
+    Arguments and errors are those of `runner.convert.convert.convert`.
 
     No tensor is read, but for the two of a tied head that the source has nevertheless.
     """

@@ -170,7 +170,7 @@ class Program(Protocol):
 
 @dataclass(frozen=True)
 class Recorder:
-    """Records what a step does, to do it again without building its graph; see `runner.replay`.
+    """Records what a step does, to do it again without building its graph; see `runner.engine.replay`.
 
     `slot(shape)`: ids that stand for any token. `record(slot, outputs, ahead)`: `outputs[i]` is the step's result over
     them, `ahead[i]` positions after the first one's; None where the steps differ in more than such positions.

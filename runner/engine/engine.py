@@ -14,9 +14,9 @@ from runner.cache.kv import Batch, KVCache
 from runner.cache.storage import Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
+from runner.engine.generate import new_caches
 from runner.errors import UsageError
 from runner.families import Model, find
-from runner.generate import new_caches
 from runner.ops.device import Device, current
 from runner.weights import loading
 from runner.weights.loading import Progress

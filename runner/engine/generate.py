@@ -9,10 +9,10 @@ import mlx.core as mx
 from runner.cache.kv import Batch, KVCache, RotatingKVCache
 from runner.cache.storage import PLAIN, Storage
 from runner.config.base import Config
+from runner.engine.replay import Steps
 from runner.errors import UsageError
 from runner.families import Model
 from runner.nn.fast import PORTABLE, Ops
-from runner.replay import Steps
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt in one pass: enough to fill the machine, few enough to cancel soon and keep activations small."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runner.engine import Engine
+from runner.engine.engine import Engine
 
 
 class PromptCache:
