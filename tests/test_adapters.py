@@ -1,4 +1,4 @@
-"""Adapters against what PEFT computed with them (see scripts/make_adapters.py), and what is refused."""
+"""Adapters against what PEFT computed with them (see scripts/fixtures/make_adapters), and what is refused."""
 
 from __future__ import annotations
 

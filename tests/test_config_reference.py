@@ -1,7 +1,8 @@
 """Configs against what transformers makes of them: published ones, and with keys left out or null.
 
-tests/data/config_reference.json carries its recipe (scripts/make_config_reference). The fixtures hold the numbers of a
-forward pass; this holds what they cannot: full sizes, the defaults, and every key that a published config has.
+tests/data/config_reference.json carries its recipe (scripts/fixtures/make_config_reference). The fixtures hold the
+numbers of a forward pass; this holds what they cannot: full sizes, the defaults, and every key that a published config
+has.
 """
 
 from __future__ import annotations

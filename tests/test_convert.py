@@ -149,7 +149,7 @@ def test_a_family_whose_tags_do_not_read_mlx_lms_names_keeps_its_own(
     assert error(logits(found), logits(assemble(raw, source, dtype="float32"))) < QUANTISED
 
 
-# What mlx-lm 0.32.2 writes for these families (mlx_lm.convert of the same fixtures; scripts/compare_mlx_lm).
+# What mlx-lm 0.32.2 writes for these families (mlx_lm.convert of the same fixtures; scripts/compare/compare_mlx_lm).
 MLX_NAMES = {
     "mixtral-base": "layers.0.block_sparse_moe.switch_mlp.gate_proj.scales layers.0.block_sparse_moe.gate.weight",
     "qwen2_moe-base": "layers.1.mlp.switch_mlp.down_proj.weight layers.0.mlp.shared_expert.up_proj.biases",

@@ -31,8 +31,8 @@ def test_every_command_has_a_page_with_its_help() -> None:
 
 
 def test_the_commands_of_readme_and_pages_run_and_copies_are_current() -> None:
-    """scripts/make_docs.py runs each with a tiny checkpoint, and compares help texts and what is made from the code."""
-    command = [sys.executable, str(ROOT / "scripts" / "make_docs.py"), "--check"]
+    """scripts/docs/make_docs runs each with a tiny checkpoint, and compares help texts and what the code makes."""
+    command = [sys.executable, str(ROOT / "scripts" / "docs" / "make_docs"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -40,7 +40,7 @@ def test_the_commands_of_readme_and_pages_run_and_copies_are_current() -> None:
 def test_the_check_finds_a_stale_page_and_a_failing_command(tmp_path: Path) -> None:
     def check(text: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / "page.md").write_text(f"```console\n{text}```\n")
-        command = [sys.executable, str(ROOT / "scripts" / "make_docs.py"), "--check", str(tmp_path / "page.md")]
+        command = [sys.executable, str(ROOT / "scripts" / "docs" / "make_docs"), "--check", str(tmp_path / "page.md")]
         return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
     stale = check("$ runner list --help\nUsage: of another time\n")

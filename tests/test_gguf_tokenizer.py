@@ -177,7 +177,7 @@ WORDS = substring_vocabulary(SPLITS["texts"])
 @pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
 def test_words_are_llama_cpps(pre: str) -> None:
     """Every substring of the texts is a token and every way to join two is a merge, so each token is a whole word;
-    `scripts/make_gguf_pretokenizers` had llama.cpp cut the same texts."""
+    `scripts/fixtures/make_gguf_pretokenizers` had llama.cpp cut the same texts."""
     found = tokenizer(keys(model="gpt2", pre=pre, add_bos_token=False, **WORDS))
     for index, text in enumerate(SPLITS["texts"]):
         words = [found.decode([token]) for token in found.encode(text)]

@@ -1,7 +1,8 @@
 """Vocabularies without a tokenizer.json: ids equal those of a tokenizer.json of the same vocabulary.
 
-On the real files of Llama 3, cl100k and Mistral Nemo the same comparison is `scripts/compare_tokenizers`' business;
-here a small byte-level BPE is trained on the spot (tokenizers, this file's own text: the same on every machine).
+On the real files of Llama 3, cl100k and Mistral Nemo the same comparison is `scripts/compare/compare_tokenizers`'
+business; here a small byte-level BPE is trained on the spot (tokenizers, this file's own text: the same on every
+machine).
 """
 
 from __future__ import annotations

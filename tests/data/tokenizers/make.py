@@ -2,7 +2,7 @@
 
     python tests/data/tokenizers/make.py
 
-with transformers 5.23.0, tokenizers 0.23.3, sentencepiece 0.2.3 (scripts/requirements-oracle.txt):
+with transformers 5.23.0, tokenizers 0.23.3, sentencepiece 0.2.3 (scripts/fixtures/requirements-oracle.txt):
 
 - `chatml/`: byte-level BPE with NFC, a BOS, special tokens with and without `rstrip`, added tokens that are not
   special, two named templates in tokenizer_config.json.
