@@ -12,19 +12,19 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from places import ROOT, TESTS
 
 from runner.engine.engine import open_engine
 from runner.errors import ConfigError
 from runner.families import FAMILIES, find
 
-HERE = Path(__file__).parent
-LLAMA = HERE / "fixtures" / "llama-gqa-hub"
+LLAMA = TESTS / "fixtures" / "llama" / "llama-gqa-hub"
 
 
 def config(family: str) -> dict[str, Any]:
     """`config.json` of a fixture."""
-    folder = "fixtures" if family.startswith(("llama", "mistral")) else "fixtures_families"
-    result: dict[str, Any] = json.loads((HERE / folder / family / "config.json").read_text())
+    folder = "llama" if family.startswith(("llama", "mistral")) else "families"
+    result: dict[str, Any] = json.loads((TESTS / "fixtures" / folder / family / "config.json").read_text())
     return result
 
 
@@ -158,7 +158,7 @@ except ConfigError as error:
 
 def run_with(site: Path, model: Path) -> str:
     """What a process says that finds an installed distribution in `site`."""
-    path = os.pathsep.join([str(site), str(HERE.parent)])
+    path = os.pathsep.join([str(site), str(ROOT)])
     command = [sys.executable, "-c", LOADS, str(model)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True, cwd=site

@@ -16,6 +16,7 @@ import pytest
 from command_line import own
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import TESTS
 
 import runner
 from runner.checkpoint.model_files import open_files
@@ -26,9 +27,8 @@ from runner.errors import UsageError
 from runner.perplexity import _estimate, compare, perplexity, read_ids
 from runner.text.tokenizer import Tokenizer
 
-HERE = Path(__file__).parent
-LLAMA = HERE / "fixtures" / "llama-gqa"
-SPM = HERE / "fixtures" / "llama-spm"
+LLAMA = TESTS / "fixtures" / "llama" / "llama-gqa"
+SPM = TESTS / "fixtures" / "llama" / "llama-spm"
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 45, 100)]
 
 
@@ -146,7 +146,7 @@ def test_uniform_predictions_have_the_vocabularys_perplexity(engine: Engine) -> 
 
 @pytest.mark.parametrize(
     ("path", "added"),
-    [(LLAMA, 1), (SPM, 1), (HERE / "fixtures" / "llama-eps", None), (HERE / "data/tokenizers/llama", 1)],
+    [(LLAMA, 1), (SPM, 1), (TESTS / "fixtures" / "llama" / "llama-eps", None), (TESTS / "data/tokenizers/llama", 1)],
 )
 def test_bos_is_added_where_the_tokenizer_adds_it(path: Path, added: int | None) -> None:
     tokenizer = Tokenizer.from_directory(path)

@@ -1,0 +1,168 @@
+"""GGUF files through the front doors: load, inspect, convert; shards, refusals by name, memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf_writer as writer
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from gguf_bytes import header, vocabulary
+from gguf_cases import config_of, config_of_llama, write
+from places import ROOT, TESTS
+
+import runner
+from runner.checkpoint.gguf import GGUF
+from runner.checkpoint.gguf.container import open_container
+from runner.checkpoint.model_files import open_files
+from runner.convert.convert import convert
+from runner.engine.engine import open_engine
+from runner.errors import CheckpointError, UsageError
+from runner.inspect_model import inspect
+from runner.weights.loading import nbytes
+
+
+def small(tmp_path: Path, **metadata: Any) -> Path:
+    path = TESTS / "fixtures/llama/llama-mha"
+    config, weights = config_of(path), writer.weights_of(path)
+    parts = {**writer.metadata_of(config), **vocabulary(config["vocab_size"]), **metadata}
+    return write(tmp_path / "small.gguf", writer.tensors_of(config, weights, lambda name: Type.Q8_0), **parts)
+
+
+def test_load_inspect_and_convert_take_the_file(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    path = small(tmp_path, **{"tokenizer.chat_template": template, "tokenizer.chat_template.tool_use": "t",
+                              "general.sampling.temp": 0.5})  # fmt: skip
+    lm = runner.load(path)
+    assert lm.tokenizer.kind == "gguf gpt2" and lm.tokenizer.chat_templates == ("default", "tool_use")
+    assert lm.sampling.temperature == 0.5
+    report = inspect(path)
+    assert report.path == path and report.model_type == "llama"
+    assert report.nbytes == nbytes(lm.model)
+    assert 8.9 < report.bits_per_weight < 9.6  # 8 bits and two float16 for 32 numbers, and a few norms
+    convert(open_files(path), tmp_path / "out")
+    again = runner.load(tmp_path / "out")
+    prompt = [5, 6, 7]
+    assert mx.array_equal(again.logits(prompt), lm.logits(prompt))
+    assert (again.eos_token_ids, again.sampling, again.tokenizer.chat_templates) == (
+        lm.eos_token_ids,
+        lm.sampling,
+        lm.tokenizer.chat_templates,
+    )
+    assert again.tokenizer.encode("ab c") == lm.tokenizer.encode("ab c")
+    with pytest.raises(UsageError, match="is a file"):
+        runner.load(path, revision="main")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"general.architecture": "mamba"}, "'mamba' is not supported.*llama, qwen2"),
+        ({"general.type": "adapter"}, "adapter"),
+        ({"llama.expert_count": 8}, r"expert_count' = 8"),
+        ({"llama.attention.temperature_scale": 0.5}, "temperature_scale"),
+        ({"llama.attention.causal": False}, "causal"),
+        ({"llama.rope.scaling.type": "su"}, "'su'"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor = 1.5"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor"),
+        ({"llama.attention.value_length": 4}, "different sizes"),
+        ({"llama.block_count": "two"}, "block_count is 'two'"),
+        ({"llama.attention.head_count_kv": [4, 2]}, "differs from layer to layer"),
+        ({"llama.attention.head_count": 3}, "divide into heads"),
+        ({"llama.attention.head_count": 0}, "head_count is 0, expected an integer"),
+        ({"general.alignment": 12}, "alignment is 12"),
+        ({"split.count": 2}, "must end in -00001-of-00002.gguf"),
+        ({"split.count": 2, "split.no": 1}, "name the first one"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        GGUF.open(small(tmp_path, **metadata))
+
+
+def test_foreign_tensors_and_types_are_refused_by_name(tmp_path: Path) -> None:
+    config = config_of_llama(hidden=8, layers=1)
+    keys = {**writer.metadata_of(config), **vocabulary(300)}
+    table = {"token_embd.weight": (np.zeros((300, 8), np.float32), Type.F32)}
+    odd = {**table, "blk.0.attn_sinks.weight": (np.zeros(4, np.float32), Type.F32)}
+    with pytest.raises(CheckpointError, match=r"'blk.0.attn_sinks.weight' is not part of a llama"):
+        GGUF.open(write(tmp_path / "m.gguf", odd, **keys))
+    (tmp_path / "n.gguf").write_bytes(header(keys, {"token_embd.weight": ((300, 256), 23, 0)}) + bytes(300 * 136))
+    with pytest.raises(CheckpointError, match=r"has type IQ4_XS, which is not supported; these are: F32.*Q6_K"):
+        GGUF.open(tmp_path / "n.gguf")
+
+
+def test_shards_are_one_model(tmp_path: Path) -> None:
+    whole = open_container(small(tmp_path))
+    names = sorted(whole.tensors)
+    path = TESTS / "fixtures/llama/llama-mha"
+    tensors = writer.tensors_of(config_of(path), writer.weights_of(path), lambda name: Type.Q8_0)
+    for number in range(3):
+        keys: dict[str, Any] = {"split.no": number, "split.count": 3, "split.tensors.count": len(names)}
+        if number == 0:
+            keys |= {**writer.metadata_of(config_of(path)), **vocabulary(config_of(path)["vocab_size"])}
+        mine = {name: tensors[name] for name in names[number::3]}
+        write(tmp_path / f"m-0000{number + 1}-of-00003.gguf", mine, **keys)
+    first = tmp_path / "m-00001-of-00003.gguf"
+    assert mx.array_equal(open_engine(first).logits([1, 2]), open_engine(tmp_path / "small.gguf").logits([1, 2]))
+    with pytest.raises(CheckpointError, match="name the first one"):
+        GGUF.open(tmp_path / "m-00002-of-00003.gguf")
+    (tmp_path / "m-00003-of-00003.gguf").write_bytes((tmp_path / "m-00002-of-00003.gguf").read_bytes())
+    with pytest.raises(CheckpointError, match="does not say that it is shard 3"):
+        GGUF.open(first)
+    (tmp_path / "m-00003-of-00003.gguf").unlink()
+    with pytest.raises(CheckpointError, match=r"m-00003-of-00003\.gguf: no such file"):
+        GGUF.open(first)
+
+
+def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    found = GGUF.open(path)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="changed since it was opened"):
+        found.read("model.norm.weight")
+    with pytest.raises(CheckpointError, match="no tensor 'x'"):
+        found.read("x")
+
+
+LOADER = """
+import json, resource, sys
+from pathlib import Path
+import mlx.core as mx
+from runner.engine.engine import open_engine
+from runner.weights import loading
+open_engine(Path(sys.argv[1])).logits([1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model = open_engine(Path(sys.argv[2]))
+print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, loading.nbytes(model.model)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_K], ids=lambda kind: kind.name)
+def test_loading_holds_little_more_than_the_model(tmp_path: Path, kind: Type) -> None:
+    config = {**config_of_llama(hidden=1024, layers=16, vocab=8000), "intermediate_size": 4096}
+    count, size = gguf.GGML_QUANT_SIZES[kind]
+    shapes = {"attn_q": (1024, 1024), "attn_k": (512, 1024), "attn_v": (512, 1024), "attn_output": (1024, 1024),
+              "ffn_gate": (4096, 1024), "ffn_up": (4096, 1024), "ffn_down": (1024, 4096)}  # fmt: skip
+    tensors: dict[str, Any] = {"output_norm.weight": (np.ones(1024, np.float32), Type.F32)}
+    for name in ("token_embd", "output"):
+        tensors[f"{name}.weight"] = (np.zeros((8000, 1024 // count * size), np.uint8), kind)
+    for layer in range(16):
+        for name in ("attn_norm", "ffn_norm"):
+            tensors[f"blk.{layer}.{name}.weight"] = (np.ones(1024, np.float32), Type.F32)
+        for name, (rows, columns) in shapes.items():
+            tensors[f"blk.{layer}.{name}.weight"] = (np.zeros((rows, columns // count * size), np.uint8), kind)
+    path = write(tmp_path / "large.gguf", tensors, **writer.metadata_of(config), **vocabulary(8000))
+    command = [sys.executable, "-c", LOADER, str(small(tmp_path)), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=ROOT)
+    before, after, held = json.loads(done.stdout)
+    assert held > 150e6
+    assert after - before < 1.15 * held

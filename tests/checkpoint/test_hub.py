@@ -1,0 +1,518 @@
+"""Hub ids, the cache, and fetching, against a hub of our own: a thread with the three endpoints that a download uses.
+
+`huggingface_hub` reads its environment when it is imported, so each case runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from places import ROOT
+
+from runner.checkpoint import hub
+from runner.errors import HubError, UsageError
+
+COMMIT = "a" * 40
+NEWER = "b" * 40
+INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+
+SMALL = {
+    "config.json": b'{"model_type": "llama"}',
+    "generation_config.json": b"{}",
+    "tokenizer.json": b"{ }",
+    "tokenizer.model": b"spm",
+    "tokenizer_config.json": b"{\n}",
+    "chat_template.jinja": b"{{ x }}",
+    "additional_chat_templates/rag.jinja": b"{{ y }}",
+}
+UNWANTED = {
+    "pytorch_model.bin": b"pickle",
+    "pytorch_model.bin.index.json": b"{}",
+    "model.pt": b"pickle",
+    "modeling_x.py": b"raise SystemExit",
+    "onnx/model.onnx": b"onnx",
+    "onnx/config.json": b"{}",
+    "m.gguf": b"GGUF",
+    "consolidated.safetensors": b"the same weights again",
+    "README.md": b"# hello",
+}
+SINGLE = {"model.safetensors": b"w" * 1000}
+SHARDED = {name: name.encode() * 50 for name in INDEX["weight_map"].values()}
+SHARDED["model.safetensors.index.json"] = json.dumps(INDEX).encode()
+
+
+@dataclass
+class FakeHub:
+    """Repositories by id: revision -> commit, and the files of each commit."""
+
+    refs: dict[str, dict[str, str]] = field(default_factory=dict)
+    files: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    token: str | None = None
+    cut: int | None = None  # the next long answer ends after so many bytes
+    failing: str | None = None  # a file that the server fails to give
+    requests: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    endpoint: str = ""
+
+    def add(self, repo: str, files: dict[str, bytes], commit: str = COMMIT, revision: str = "main") -> None:
+        self.refs.setdefault(repo, {}).update({revision: commit, commit: commit})
+        self.files[repo, commit] = files
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = urlsplit(self.path).path
+        self.hub.requests.append(f"{self.command} {unquote(path)}")
+        parts = [unquote(part) for part in path.strip("/").split("/")]  # a revision's own slashes come escaped
+        api = parts[:2] == ["api", "models"]
+        org, name, kind, *rest = parts[2:] if api else parts
+        repo = f"{org}/{name}"
+        if repo not in self.hub.refs:
+            return self.send(404, {"X-Error-Code": "RepoNotFound"}, b"", body)
+        if api:
+            commit = self.hub.refs[repo].get(rest[0])
+            if commit is None:
+                return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"", body)
+            return self.send_json(self.listing(repo, commit, tree=kind == "tree"), body)
+        if repo in self.hub.gated and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.send(401, {"X-Error-Code": "GatedRepo"}, b"", body)
+        commit, file = self.hub.refs[repo][rest[0]], "/".join(rest[1:])
+        content = self.hub.files[repo, commit].get(file)
+        if content is None:
+            return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b"", body)
+        if file == self.hub.failing and body:
+            return self.send(500, {}, b"", body)
+        self.send_file(content, commit, body)
+
+    def listing(self, repo: str, commit: str, tree: bool) -> Any:
+        files = self.hub.files[repo, commit]
+        if not tree:
+            return {"id": repo, "modelId": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        return [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in files.items()
+        ]
+
+    def send_file(self, content: bytes, commit: str, body: bool) -> None:
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        wanted = self.headers.get("Range")
+        if wanted is None:
+            cut = self.hub.cut if body and len(content) > 500 else None
+            self.hub.cut = None if cut else self.hub.cut
+            return self.send(200, headers, content, body, cut)
+        self.hub.ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").split("-")[0])
+        headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.send(206, headers, content[start:], body)
+
+    def send_json(self, value: Any, body: bool) -> None:
+        self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode(), body)
+
+    def send(self, status: int, headers: dict[str, str], data: bytes, body: bool, cut: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data[:cut])
+        if body and cut is not None:
+            self.close_connection = True
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeHub]:
+    state = FakeHub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": state}))
+    state.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+CALL = """
+import json, sys
+from runner.checkpoint import hub
+from runner.errors import RunnerError
+results = []
+for name, args, kwargs in json.loads(sys.argv[1]):
+    try:
+        value = getattr(hub, name)(*args, **kwargs)
+    except RunnerError as error:
+        results.append([type(error).__name__, str(error)])
+    else:
+        listed = name == "list_cached"
+        results.append([[m.id, m.revision, m.nbytes, str(m.path)] for m in value] if listed else str(value))
+print(json.dumps(results))
+"""
+
+Call = tuple[str, list[str], dict[str, Any]]
+
+
+def call(tmp_path: Path, endpoint: str, *calls: Call, **environment: str) -> tuple[list[Any], str]:
+    """Each function's result (an error as [type, message]), and stderr."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    kept = {key: value for key, value in kept.items() if not key.lower().endswith("_proxy")}
+    kept |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "NO_PROXY": "*", "HF_HUB_ETAG_TIMEOUT": "3"}
+    kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-c", CALL, json.dumps(calls)]
+    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def resolve(model: str, **kwargs: Any) -> Call:
+    return ("resolve", [model], kwargs)
+
+
+def names(snapshot: str) -> set[str]:
+    root = Path(snapshot)
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def error_of(result: Any, *expected: str) -> None:
+    kind, message = result
+    assert kind == "HubError" and "\n" not in message
+    for part in expected:
+        assert part in message, message
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [SINGLE, SHARDED], ids=["single", "sharded"])
+def test_only_what_is_needed_and_then_no_request(fake: FakeHub, tmp_path: Path, weights: dict[str, bytes]) -> None:
+    fake.add("org/name", UNWANTED | SMALL | weights)
+    (path,), errors = call(tmp_path, fake.endpoint, resolve("org/name"))
+    assert path == str(tmp_path / f"hf/hub/models--org--name/snapshots/{COMMIT}")
+    assert names(path) == {*SMALL, *weights}
+    assert all((Path(path) / name).read_bytes() == data for name, data in (SMALL | weights).items())
+    assert "100%" in errors and "Traceback" not in errors
+    bodies = [request for request in fake.requests if request.startswith("GET /org/")]
+    assert len(bodies) == len(set(bodies)) == len(SMALL) + len(weights)
+
+    fake.requests.clear()
+    again = [resolve("org/name"), resolve("org/name@main"), resolve(f"org/name@{COMMIT}"), ("list_cached", [], {})]
+    (*paths, listed), errors = call(tmp_path, fake.endpoint, *again)
+    size = sum(len(data) for data in (SMALL | weights).values())
+    assert paths == [path] * 3 and listed == [["org/name", COMMIT, size, path]]
+    assert fake.requests == [] and errors == ""
+    (offline,), _ = call(tmp_path, fake.endpoint, ("pull", ["org/name"], {}), HF_HUB_OFFLINE="1")
+    assert offline == path and fake.requests == []
+
+
+def test_no_progress_bar_when_none_is_wanted(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/name", SMALL | SINGLE)
+    (path,), errors = call(tmp_path, fake.endpoint, resolve("org/name", progress=False), HF_TOKEN="hf_x")
+    assert names(path) == {*SMALL, *SINGLE} and "%" not in errors and "hf_x" not in errors
+
+
+def test_revisions_and_pull(fake: FakeHub, tmp_path: Path) -> None:
+    """`resolve` keeps to the cache when the branch moves on; `pull` follows it."""
+    fake.add("org/name", SMALL | SINGLE)
+    fake.add("org/name", SMALL | SINGLE, "c" * 40, "refs/pr/1")
+    first, other, by_argument = call(
+        tmp_path,
+        fake.endpoint,
+        resolve("org/name"),
+        resolve("org/name@refs/pr/1"),
+        resolve("org/name", revision=COMMIT),
+    )[0]
+    assert first == by_argument and first.endswith(COMMIT) and other.endswith("c" * 40)
+    fake.add("org/name", SMALL | {"model.safetensors": b"v2" * 400}, NEWER)
+    cached, pulled, after = call(
+        tmp_path, fake.endpoint, resolve("org/name"), ("pull", ["org/name"], {}), resolve("org/name")
+    )[0]
+    assert cached == first and pulled == after and pulled.endswith(NEWER)
+    assert (Path(pulled) / "model.safetensors").read_bytes() == b"v2" * 400
+
+
+def test_a_dropped_connection_is_resumed(fake: FakeHub, tmp_path: Path) -> None:
+    """The hub library writes in pieces of 10 MiB, and goes on after the last whole one."""
+    content = os.urandom(1 << 20) * 12
+    fake.add("org/name", SMALL | {"model.safetensors": content})
+    fake.cut = 11 << 20
+    (path,), _ = call(tmp_path, fake.endpoint, resolve("org/name"))
+    assert (Path(path) / "model.safetensors").read_bytes() == content
+    assert [wanted.split("-")[0] for wanted in fake.ranges] == [f"bytes={10 << 20}"]
+
+
+def test_a_failed_download_keeps_finished_files(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/name", SMALL | SHARDED)
+    fake.failing = "model-00002-of-00002.safetensors"
+    (broken, listed), errors = call(tmp_path, fake.endpoint, resolve("org/name"), ("list_cached", [], {}))
+    error_of(broken, "refused org/name@main", "500")
+    assert listed == [] and "Traceback" not in errors
+    fake.failing = None
+    fake.requests.clear()
+    (path,), _ = call(tmp_path, fake.endpoint, resolve("org/name"))
+    assert names(path) == {*SMALL, *SHARDED}
+    assert not [r for r in fake.requests if r.startswith("GET /org/") and not r.endswith(".safetensors")]
+
+
+# --- what can go wrong ------------------------------------------------------------------------------------------------
+
+
+def test_refusals_of_the_hub(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/name", SMALL | SINGLE)
+    fake.add("org/gated", SMALL | SINGLE)
+    fake.gated, fake.token = {"org/gated"}, "hf_right"
+    (missing, revision, gated), errors = call(
+        tmp_path, fake.endpoint, resolve("org/gone"), resolve("org/name@v9"), resolve("org/gated")
+    )
+    error_of(missing, "org/gone is not on", "spelling", "HF_TOKEN")
+    error_of(revision, "org/name has no revision 'v9'")
+    error_of(gated, "org/gated is gated", "accept its terms", "HF_TOKEN")
+    assert "Traceback" not in errors
+    (path,), errors = call(tmp_path, fake.endpoint, resolve("org/gated"), HF_TOKEN="hf_right")
+    assert names(path) == {*SMALL, *SINGLE} and "hf_right" not in errors
+
+
+def test_repositories_without_safetensors_are_refused_before_a_download(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/bin", SMALL | {"pytorch_model.bin": b"x"})
+    fake.add("org/gguf", {"m.gguf": b"x"})
+    fake.add("org/data", {"train.csv": b"x"})
+    fake.add("org/none", SMALL)
+    fake.add("org/lies", SMALL | {k: v for k, v in SHARDED.items() if "00002-of" not in k})
+    evil = {"weight_map": {"a": "../../../../x.safetensors"}}
+    fake.add("org/evil", SMALL | {"model.safetensors.index.json": json.dumps(evil).encode()})
+    repos = ["org/bin", "org/gguf", "org/data", "org/none", "org/lies", "org/evil"]
+    (pickle, gguf, data, none, lies, bad), _ = call(tmp_path, fake.endpoint, *map(resolve, repos))
+    error_of(pickle, "org/bin", "pickle")
+    error_of(gguf, "org/gguf", "name that file")
+    error_of(data, "org/data", "no config.json")
+    error_of(none, "org/none", "neither model.safetensors nor")
+    error_of(lies, "org/lies@main", "'model-00002-of-00002.safetensors'")
+    assert bad[0] == "CheckpointError" and "plain name" in bad[1]
+    fetched = {request.split("/")[2] for request in fake.requests if request.startswith("GET /org/")}
+    assert fetched == {"lies", "evil"}
+    assert not [request for request in fake.requests if request.endswith(".safetensors")]
+
+
+def test_no_network_and_offline(tmp_path: Path) -> None:
+    nobody = "http://127.0.0.1:9"  # the discard port: refused at once
+    (unreachable,), errors = call(tmp_path, nobody, resolve("org/name"))
+    error_of(unreachable, "org/name@main", nobody, "check the network")
+    assert "Traceback" not in errors
+    (offline,), _ = call(tmp_path, nobody, resolve("org/name"), HF_HUB_OFFLINE="1")
+    error_of(offline, "org/name@main is not in the cache", str(tmp_path / "hf"), "HF_HUB_OFFLINE")
+
+
+FULL = """
+import errno, shutil, sys
+import huggingface_hub
+from runner.checkpoint import hub
+
+def full(*args, **kwargs):
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError as error:
+        raise RuntimeError("writer failed") from error
+
+huggingface_hub.snapshot_download = full
+try:
+    hub.resolve("org/name")
+except hub.HubError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/name", SMALL | SINGLE)
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": fake.endpoint, "NO_PROXY": "*"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", FULL]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert f"the disk of the cache ({tmp_path / 'hub'}) is full" in done.stdout and done.stdout.count("\n") == 1
+
+
+# --- the cache, without a hub -----------------------------------------------------------------------------------------
+
+
+def cached(tmp_path: Path, repo: str, files: dict[str, bytes], commit: str = COMMIT) -> Path:
+    """A snapshot as `huggingface_hub` lays it out: links into `blobs`, a ref that names the commit."""
+    folder = tmp_path / "hf/hub" / f"models--{repo.replace('/', '--')}"
+    for name, data in files.items():
+        blob, link = folder / "blobs" / hashlib.sha1(data).hexdigest(), folder / "snapshots" / commit / name
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(data)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs/main").write_text(commit)
+    return folder / "snapshots" / commit
+
+
+def test_an_offline_cache(tmp_path: Path) -> None:
+    whole = cached(tmp_path, "org/whole", SMALL | SHARDED)
+    cached(tmp_path, "org/partial", SMALL | {k: v for k, v in SHARDED.items() if "00002-of" not in k})
+    cached(tmp_path, "org/broken", SMALL | {"model.safetensors.index.json": b'{"weight_map": {"a": "../x"}}'})
+    bare = cached(tmp_path, "org/bare", {"config.json": b"{}"} | SINGLE)
+    (tmp_path / "hf/hub/models--org--whole/refs/odd").write_text("../../../etc")
+    (tmp_path / "hf/hub/datasets--org--d/snapshots/x").mkdir(parents=True)
+    requests = ["org/whole", "org/whole@odd", "org/partial", "org/broken", "org/bare"]
+    results, errors = call(
+        tmp_path, "http://127.0.0.1:9", *map(resolve, requests), ("list_cached", [], {}), HF_HUB_OFFLINE="1"
+    )
+    assert results[0] == str(whole) and results[4] == str(bare) and errors == ""
+    error_of(results[1], "org/whole@odd is not in the cache")
+    error_of(results[2], "org/partial@main is only in part in the cache")
+    error_of(results[3], "org/broken@main is only in part")
+    assert [(row[0], row[3]) for row in results[5]] == [("org/bare", str(bare)), ("org/whole", str(whole))]
+
+
+def test_a_snapshot_without_tokenizer_is_completed(fake: FakeHub, tmp_path: Path) -> None:
+    """Other programs fetch file by file; what they left out is fetched, what is there is not fetched again."""
+    fake.add("org/name", SMALL | SINGLE)
+    snapshot = cached(tmp_path, "org/name", {"config.json": SMALL["config.json"]} | SINGLE)
+    (path,), _ = call(tmp_path, fake.endpoint, resolve("org/name"))
+    assert path == str(snapshot) and names(path) == {*SMALL, *SINGLE}
+    assert f"GET /org/name/resolve/{COMMIT}/model.safetensors" not in fake.requests
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org/name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.resolve("org/name") == Path("org/name")
+    assert hub.resolve("~/org") == tmp_path / "org"
+    with pytest.raises(UsageError, match="'main' was given, but org/name is a directory"):
+        hub.resolve("org/name", revision="main")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert hub.resolve("m.gguf") == Path("m.gguf")
+    with pytest.raises(UsageError, match=r"'main' was given, but m\.gguf is a file"):
+        hub.resolve("m.gguf", revision="main")
+    (tmp_path / "m.bin").write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match=r"m\.bin is a file, neither"):
+        hub.resolve("m.bin")
+
+
+BAD_IDS = [
+    "",
+    "name",
+    "/abs/olute",
+    "./org/name",
+    "../name",
+    "a/b/c",
+    "org/",
+    "/name",
+    "-a/b",
+    "a/.b",
+    "a/b.",
+    "a--b/c",
+]
+BAD_IDS += [
+    "a/b..c",
+    "a/b c",
+    "a/b\n",
+    "a\\b/c",
+    "é/b",
+    "a/b.git",
+    "a/" + "b" * 96,
+    "https://huggingface.co/a/b",
+    "a\0/b",
+]
+BAD_REVISIONS = [
+    "",
+    "..",
+    "a/../b",
+    "/a",
+    "a//b",
+    "a/",
+    "-x",
+    "a b",
+    "a\n",
+    "x.lock",
+    "a\\b",
+    "%2e%2e",
+    "r" * 256,
+    "a@b",
+]
+
+
+@pytest.mark.parametrize("model", BAD_IDS)
+def test_what_is_not_a_hub_id(model: str) -> None:
+    for function in (hub.resolve, hub.pull):
+        with pytest.raises(HubError, match="neither an existing directory nor a hub id") as caught:
+            function(model)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("revision", BAD_REVISIONS)
+def test_what_is_not_a_revision(revision: str) -> None:
+    with pytest.raises(HubError, match="not a revision"):
+        hub.resolve(f"org/name@{revision}")
+    with pytest.raises(HubError, match="not a revision"):
+        hub.resolve("org/name", revision=revision)
+
+
+def test_two_revisions() -> None:
+    with pytest.raises(UsageError, match="two revisions of org/name"):
+        hub.resolve("org/name@a", revision="b")
+
+
+def test_importing_does_not_load_the_hub_library() -> None:
+    heavy = {"huggingface_hub", "mlx.core", "safetensors", "numpy"}
+    code = f"import sys, runner.checkpoint.hub; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+ADAPTER = {"adapter_config.json": b"{ }", "adapter_model.safetensors": b"a" * 100}
+
+
+def test_an_adapter_is_two_files(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/lora", ADAPTER | UNWANTED | {"tokenizer.json": b"{}", "optimizer.safetensors": b"o"})
+    wanted: Call = ("resolve_adapter", ["org/lora"], {})
+    (path,), _ = call(tmp_path, fake.endpoint, wanted)
+    assert names(path) == set(ADAPTER)
+    fake.requests.clear()
+    found, errors = call(tmp_path, fake.endpoint, wanted, ("resolve_adapter", [f"org/lora@{COMMIT}"], {}))
+    assert found == [path, path] and fake.requests == [] and errors == ""
+    (local,), _ = call(tmp_path, fake.endpoint, ("resolve_adapter", [path], {}), HF_HUB_OFFLINE="1")
+    assert local == path
+
+
+def test_adapters_that_cannot_be_had(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/model", SMALL | SINGLE)
+    fake.add("org/old", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
+    wanted: list[Call] = [
+        ("resolve_adapter", [name], {}) for name in ("org/model", "org/old", "org/none", "no such/a/b")
+    ]
+    found, _ = call(tmp_path, fake.endpoint, *wanted)
+    error_of(found[0], "org/model has no adapter_config.json")
+    error_of(found[1], "org/old has no adapter_model.safetensors, only adapter_model.bin, a pickle")
+    error_of(found[2], "org/none is not on")
+    error_of(found[3], "'no such/a/b' is neither an existing directory nor a hub id")
+    (offline,), _ = call(tmp_path, fake.endpoint, ("resolve_adapter", ["org/x"], {}), HF_HUB_OFFLINE="1")
+    error_of(offline, "org/x@main is not in the cache", "HF_HUB_OFFLINE")

@@ -1,0 +1,200 @@
+"""`runner chat` and Ctrl-C on a real terminal (a pseudo-terminal)."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from places import TESTS
+
+MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
+PATIENCE = 60.0  # seconds; only reached when the test fails
+
+
+class Terminal:
+    """A program with a terminal on stdin, stdout and stderr."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        master, slave = pty.openpty()
+        self.master = master
+        self.seen = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "runner", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={**os.environ, "TERM": "xterm", "INPUTRC": "/dev/null", **environment},
+        )
+        os.close(slave)
+
+    def expect(self, pattern: str) -> str:
+        """Wait until what was written since the last match holds `pattern`; returns the text up to its end."""
+        deadline = time.monotonic() + PATIENCE
+        while (found := re.search(pattern, self.seen)) is None:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no {pattern!r} in {self.seen!r}")
+            if select.select([self.master], [], [], 0.1)[0]:
+                try:
+                    data = os.read(self.master, 65536)
+                except OSError:  # the other side is closed
+                    data = b""
+                if not data:
+                    raise AssertionError(f"ended without {pattern!r}: {self.seen!r}")
+                self.seen += self.decoder.decode(data)
+        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return text
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def interrupt(self) -> None:
+        time.sleep(0.5)  # a signal between drawing the prompt and waiting for a key is seen at the next key only
+        os.kill(self.process.pid, signal.SIGINT)
+
+    def close(self) -> int:
+        """Wait for the end; returns the exit code."""
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if select.select([self.master], [], [], 0.05)[0]:
+                try:
+                    self.seen += self.decoder.decode(os.read(self.master, 65536))
+                except OSError:
+                    break
+        return self.process.wait(timeout=10)
+
+
+@pytest.fixture
+def chat() -> Iterator[Terminal]:
+    terminal = Terminal("chat", MODEL, "--temperature", "0", "--max-tokens", "6", NO_COLOR="1")
+    try:
+        terminal.expect("/help lists the commands")
+        terminal.expect("> ")
+        yield terminal
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)
+
+
+def test_a_conversation_is_saved_loaded_and_reset(chat: Terminal, tmp_path: Path) -> None:
+    chat.send("hello\r")
+    chat.expect("--max-tokens reached")
+    chat.expect("> ")
+    saved = tmp_path / "talk.json"
+    chat.send(f"/save {saved}\r")
+    chat.expect(r"\(2 messages in")
+    messages = json.loads(saved.read_text())
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[0]["content"] == "hello" and messages[1]["content"]
+    chat.send("/reset\r")
+    chat.expect("forgotten")
+    chat.send("/system be brief\r")
+    chat.expect("system message: be brief")
+    chat.send(f"/load {saved}\r")
+    chat.expect(r"\(2 messages\)")
+    chat.send("/system\r")
+    chat.expect("system message: none")
+    chat.send("/quit\r")
+    assert chat.close() == 0
+
+
+def test_several_lines_and_unknown_commands(chat: Terminal, tmp_path: Path) -> None:
+    chat.send('"""one\r')
+    chat.expect("… ")
+    chat.send('two"""\r')
+    chat.expect("--max-tokens reached")
+    chat.expect("> ")
+    chat.send("three\\\r")
+    chat.expect("… ")
+    chat.send("four\r")
+    chat.expect("--max-tokens reached")
+    chat.expect("> ")
+    chat.send("/frob\r")
+    chat.expect("unknown command /frob")
+    saved = tmp_path / "talk.json"
+    chat.send(f"/save {saved}\r")
+    chat.expect(r"\(4 messages in")
+    questions = [message["content"] for message in json.loads(saved.read_text()) if message["role"] == "user"]
+    assert questions == ["one\ntwo", "three\nfour"]
+    chat.expect("> ")  # an end of file typed before the prompt is the terminal's, not the program's
+    chat.send("\x04")
+    assert chat.close() == 0
+
+
+def test_ctrl_c_at_the_prompt_needs_a_second_one(chat: Terminal) -> None:
+    chat.interrupt()
+    chat.expect("Ctrl-C again")
+    chat.expect("> ")
+    chat.interrupt()
+    assert chat.close() == 130
+
+
+def long_model(directory: Path) -> str:
+    """The fixture with room for an answer of minutes and no token that ends it: Ctrl-C comes in the middle."""
+    for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        (directory / name).write_bytes((Path(MODEL) / name).read_bytes())
+    tokenizer = json.loads((Path(MODEL) / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "eos_token": None}))
+    config = json.loads((Path(MODEL) / "config.json").read_text())
+    config |= {"max_position_embeddings": 1 << 20, "eos_token_id": None}
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+BIAS = ("--temperature", "0.8", "--seed", "3")
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
+    terminal = Terminal("chat", long_model(tmp_path), *BIAS, NO_COLOR="1")
+    try:
+        terminal.expect("> ")
+        terminal.send("hello\r")
+        terminal.expect(r"hello\r\n")
+        terminal.expect(r"\x1b\[\?2004l")  # the line editor has left
+        terminal.expect(r"[^\s\x1b]")
+        terminal.interrupt()
+        terminal.expect(r"\(stopped\)")
+        terminal.expect("> ")
+        terminal.send("/quit\r")
+        assert terminal.close() == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)
+
+
+def test_ctrl_c_ends_generate_with_130(tmp_path: Path) -> None:
+    terminal = Terminal("generate", long_model(tmp_path), "abc", "--raw", *BIAS, NO_COLOR="1")
+    try:
+        terminal.expect(r"\S")
+        terminal.interrupt()
+        assert terminal.close() == 130
+        assert "Traceback" not in terminal.seen
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)
+
+
+@pytest.mark.parametrize(("variable", "value", "coloured"), [("NO_COLOR", "", True), ("NO_COLOR", "1", False)])
+def test_colour_only_where_it_is_wanted(variable: str, value: str, coloured: bool) -> None:
+    terminal = Terminal("chat", "/nowhere", **{variable: value})
+    try:
+        text = terminal.expect("nowhere")
+        assert ("\x1b[" in text) is coloured
+        assert terminal.close() == 1
+    finally:
+        os.close(terminal.master)

@@ -1,0 +1,84 @@
+"""Turns that share a prompt cache give the tokens of turns that do not, and read less."""
+
+from __future__ import annotations
+
+import pytest
+from places import TESTS
+
+import runner
+from runner.engine.prompt_cache import PromptCache
+from runner.language_model import Chunk, LanguageModel
+
+FIXTURES = TESTS / "fixtures" / "llama"
+FIRST = [1, 30, 31, 32, 33, 34, 35, 36]
+
+
+def answer(lm: LanguageModel, ids: list[int], kept: PromptCache | None, count: int = 6) -> list[Chunk]:
+    return list(
+        lm.stream(
+            ids, max_tokens=count, temperature=0, logit_bias=dict.fromkeys(lm.eos_token_ids, -1e9), prompt_cache=kept
+        )
+    )
+
+
+def tokens(chunks: list[Chunk]) -> list[int]:
+    return [chunk.token for chunk in chunks]
+
+
+def cached(chunks: list[Chunk]) -> int:
+    timings = chunks[-1].timings
+    assert timings is not None
+    return timings.cached_tokens
+
+
+@pytest.fixture(params=["llama-gqa", "mistral-window", "llama-rope-dynamic", "llama-rope-longrope"])
+def lm(request: pytest.FixtureRequest) -> LanguageModel:
+    return runner.load(FIXTURES / request.param, dtype="float32")
+
+
+def turns(said: list[int]) -> list[tuple[str, list[int]]]:
+    """Prompts of a second turn: what may follow the first prompt and its answer."""
+    history = [*FIRST, *said]
+    return [
+        ("goes on", [*history, 40, 41, 42]),
+        ("the same again", FIRST),
+        ("cut back", [*FIRST[:5], 50, 51]),
+        ("shorter", FIRST[:3]),
+        ("another", [2, 3, 4]),
+    ]
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_a_second_turn_equals_a_fresh_one(lm: LanguageModel, index: int) -> None:
+    kept = lm.prompt_cache()
+    said = tokens(answer(lm, FIRST, kept))
+    assert said == tokens(answer(lm, FIRST, None))
+    name, prompt = turns(said)[index]
+    again = answer(lm, prompt, kept)
+    assert tokens(again) == tokens(answer(lm, prompt, None)), name
+    expected = {"goes on": len(FIRST) + len(said) - 1, "the same again": len(FIRST) - 1, "cut back": 5, "shorter": 2}
+    wanted = 0 if lm.config.rope_depends_on_length else expected.get(name, 0)
+    assert cached(again) == wanted, name
+
+
+def test_an_answer_left_early_can_go_on() -> None:
+    lm = runner.load(FIXTURES / "llama-gqa", dtype="float32")
+    kept = lm.prompt_cache()
+    stream = lm.stream(FIRST, max_tokens=20, temperature=0, prompt_cache=kept)
+    said = [next(stream).token for _ in range(3)]
+    stream.close()  # the caches hold a token more than was read
+    prompt = [*FIRST, *said, 40, 41]
+    again = answer(lm, prompt, kept)
+    assert tokens(again) == tokens(answer(lm, prompt, None))
+    assert cached(again) == len(FIRST) + len(said)
+
+
+def test_a_window_that_moved_on_starts_again() -> None:
+    lm = runner.load(FIXTURES / "mistral-window", dtype="float32")
+    kept = lm.prompt_cache()
+    window = lm.config.cache_window(0)
+    assert window is not None
+    long = [1 + i % 40 for i in range(lm.context_length - 4)]
+    assert len(long) > window
+    for prompt in (long, long[:20], [*long[:20], 7]):
+        assert tokens(answer(lm, prompt, kept, 2)) == tokens(answer(lm, prompt, None, 2))

@@ -1,0 +1,202 @@
+"""A step that is replayed gives what a step that is built gives, and what cannot be replayed is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from places import TESTS
+
+from runner.cache.kv import Batch, KVCache
+from runner.engine.engine import Engine, open_engine
+from runner.engine.generate import decode, prefill
+from runner.engine.replay import LEAST, PATIENCE, Steps
+from runner.errors import RunnerError
+from runner.families import Model
+from runner.nn.fast import Ops
+from runner.ops.device import current
+
+FIXTURES = sorted(str(path.parent.relative_to(TESTS)) for path in TESTS.glob("fixtures/*/**/config.json"))
+PROMPT = [1 + i % 30 for i in range(12)]
+needs_recorder = pytest.mark.skipif(current().ops.recorder is None, reason="this device records nothing")
+
+
+def built(ops: Ops) -> Ops:
+    """The same table with MLX's way of computing each token."""
+    return dataclasses.replace(ops, recorder=None, schedule=mx.async_eval)
+
+
+def answer(engine: Engine, ops: Ops, count: int, model: Model | None = None) -> list[tuple[int, np.ndarray]]:
+    """Greedy tokens and the logits behind them."""
+    model, caches = model or engine.model, engine.new_caches()
+    logits = prefill(model, PROMPT, caches)
+    steps = decode(model, logits, caches, lambda row: (ops.argmax(row), row), count, ops)
+    return [(int(token.item()), np.array(row.astype(mx.float32))) for token, row in steps]
+
+
+def same(one: list[tuple[int, np.ndarray]], other: list[tuple[int, np.ndarray]]) -> bool:
+    return all(a[0] == b[0] and np.array_equal(a[1], b[1], equal_nan=True) for a, b in zip(one, other, strict=True))
+
+
+def replayed(engine: Engine) -> bool:
+    """Whether this model's steps are recorded once they have been built a few times."""
+    caches = engine.new_caches()
+    token = engine.device.ops.argmax(prefill(engine.model, PROMPT, caches))
+    steps = Steps(engine.model, caches, engine.device.ops)
+    for _ in range(PATIENCE + 1):
+        token = engine.device.ops.argmax(steps(token.reshape(1, 1)))
+        engine.device.ops.schedule(token)
+    return steps._program is not None
+
+
+@pytest.mark.parametrize("path", FIXTURES)
+def test_every_fixture(path: str) -> None:
+    engine = open_engine(TESTS / path)
+    count = PATIENCE + 6
+    assert same(answer(engine, engine.device.ops, count), answer(engine, built(engine.device.ops), count))
+
+
+@needs_recorder
+@pytest.mark.parametrize("path", FIXTURES)
+def test_four_positions_speak_for_all(path: str) -> None:
+    """No family decides by its position in a way that shows in none of those that are compared."""
+    engine = open_engine(TESTS / path)
+    caches = engine.new_caches()
+    mx.eval(prefill(engine.model, PROMPT, caches))
+    recorder, room = engine.device.ops.recorder, min(cache.room for cache in caches)
+    assert recorder is not None and room >= LEAST
+    slot = recorder.slot([1, 1])
+
+    def recorded(ahead: list[int]) -> bool:
+        assert recorder is not None
+        try:
+            steps = [engine.model(Batch(slot, 12 + n), [cache.ahead(n) for cache in caches]) for n in ahead]
+            return recorder.record(slot, [engine.model.logits(step)[:, -1] for step in steps], ahead) is not None
+        except (RuntimeError, RunnerError):
+            return False
+
+    assert recorded([0, 1, room // 2, room - 1]) == recorded(list(range(room)))
+
+
+REPLAYED = """
+    cohere cohere2 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt_neox granite helium hunyuan_v1_dense
+    llama mistral olmo phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2
+"""
+
+
+@needs_recorder
+def test_which_are_replayed() -> None:
+    """A change that quietly sends a family the slow way shows here."""
+    found = set()
+    for path in FIXTURES:
+        engine = open_engine(TESTS / path)
+        if replayed(engine):
+            found.add(json.loads((TESTS / path / "config.json").read_text())["model_type"])
+    assert found == set(REPLAYED.split())
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "llama-mlx-4bit"])
+def test_longer_than_the_buffers(name: str) -> None:
+    """Caches are laid out anew some four times, a window moves to the front of its buffer."""
+    engine = open_engine(TESTS / "fixtures" / "llama" / name)
+    assert same(answer(engine, engine.device.ops, 700), answer(engine, built(engine.device.ops), 700))
+
+
+@dataclasses.dataclass
+class Odd:
+    """A model that does something else from a position on, or where its token is even."""
+
+    model: Model
+    position: int | None = None
+
+    def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
+        return self.model(batch, caches)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        return self.model.logits(hidden)
+
+
+class OddPosition(Odd):
+    def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
+        hidden = self.model(batch, caches)
+        return hidden * 2 if isinstance(batch.offset, int) and batch.offset > 60 else hidden
+
+
+class OddScale(Odd):
+    def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
+        return self.model(batch, caches) * (1.0 + 0.01 * caches[0].offset)
+
+
+class OddToken(Odd):
+    def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
+        hidden = self.model(batch, caches)
+        return hidden + hidden if batch.ids[0, -1].item() % 2 == 0 else hidden
+
+
+@pytest.mark.parametrize("odd", [OddPosition, OddScale, OddToken])
+def test_a_model_that_decides_for_itself(odd: type[Odd]) -> None:
+    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa")
+    model = odd(engine.model)
+    assert same(answer(engine, engine.device.ops, 80, model), answer(engine, built(engine.device.ops), 80, model))
+
+
+def test_tokens_of_another_type() -> None:
+    """A sampler may return what it likes; what a recording cannot take is built."""
+    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa")
+    ops, caches = engine.device.ops, engine.new_caches()
+    logits = prefill(engine.model, PROMPT, caches)
+    steps = decode(engine.model, logits, caches, lambda row: (ops.argmax(row).astype(mx.int64),), 20, ops)
+    assert [int(step[0].item()) for step in steps] == [token for token, _ in answer(engine, built(ops), 20)]
+
+
+def test_two_answers_in_turn_and_from_two_threads() -> None:
+    """Each has its own memory; a generator may be advanced by whichever thread a server has free."""
+    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa")
+    ops = engine.device.ops
+    expected = [token for token, _ in answer(engine, built(ops), 40)]
+    generators = []
+    for _ in range(2):
+        caches = engine.new_caches()
+        logits = prefill(engine.model, PROMPT, caches)
+        generators.append(decode(engine.model, logits, caches, lambda row: (ops.argmax(row),), 40, ops))
+    found: list[list[int]] = [[], []]
+
+    def advance(which: int) -> None:
+        found[which].append(int(next(generators[which])[0].item()))
+
+    for index in range(40):
+        for which in range(2):
+            if index % 3 == 2:
+                thread = threading.Thread(target=advance, args=(which,))
+                thread.start()
+                thread.join()
+            else:
+                advance(which)
+    assert found == [expected, expected]
+
+
+@needs_recorder
+def test_refusals() -> None:
+    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa")
+    caches = engine.new_caches()
+    mx.eval(prefill(engine.model, PROMPT, caches))
+    recorder = engine.device.ops.recorder
+    assert recorder is not None
+    slot = recorder.slot([1, 1])
+    with pytest.raises(RuntimeError, match="reads its token"):
+        slot.item()
+    steps = [engine.model.logits(engine.model(Batch(slot, 12 + n), [c.ahead(n) for c in caches])) for n in (0, 1)]
+    with pytest.raises(ValueError, match="0 and 1 first"):
+        recorder.record(slot, steps, [0, 2])
+    program = recorder.record(slot, steps, [0, 1])
+    assert program is not None
+    with pytest.raises(ValueError, match=r"expected 32-bit integers"):
+        program.run(mx.array([[1, 2]]))
+    for _ in range(2):
+        program.run(mx.array([[1]]))
+    with pytest.raises(ValueError, match="recorded for 2 positions"):
+        program.run(mx.array([[1]]))

@@ -1,0 +1,37 @@
+"""Tiny checkpoints with what transformers computed from their weights, and how near it a result must be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from places import TESTS
+
+from runner.families import FAMILIES
+
+FIXTURES = sorted(
+    path.parent
+    for path in [*TESTS.glob("fixtures/llama/*/expected.json"), *TESTS.glob("fixtures/families/*/expected.json")]
+    if json.loads((path.parent / "config.json").read_text())["model_type"] in FAMILIES
+)
+
+TOLERANCE = 2e-4
+"""Of the logits' standard deviation; ten times finer than promised, since 2e-3 cannot tell gelu from its tanh form."""
+
+QUANTISED = 1e-3
+"""CPU kernels multiply packed weights with activations of 16 bits: this is the error they are allowed."""
+
+
+def expected(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((path / "expected.json").read_text())
+    return result
+
+
+def tolerance(path: Path) -> float:
+    return QUANTISED if "-mlx-" in path.name else TOLERANCE
+
+
+def error(found: mx.array, wanted: mx.array) -> float:
+    return float(mx.max(mx.abs(found - wanted)) / mx.std(wanted))

@@ -1,0 +1,33 @@
+"""What every kernel test runs over: plain MLX, and the extension once for each instruction set this CPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from instruction_sets import available
+
+from runner.nn.fast import PORTABLE, Ops
+from runner.ops import cpu as kernels
+
+collect_ignore = [] if kernels.unavailable() is None else ["test_built.py"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "ops" in metafunc.fixturenames:
+        metafunc.parametrize("ops", available(), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    """The table of ops under test, with the extension switched to the asked instruction set."""
+    if request.param == "mlx":
+        yield PORTABLE
+        return
+    from runner.ops.cpu import _C
+    from runner.ops.cpu.ops import KERNELS
+
+    best = _C.isa()
+    assert _C.set_isa(request.param)
+    yield KERNELS
+    _C.set_isa(best)

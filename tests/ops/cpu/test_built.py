@@ -1,0 +1,200 @@
+"""What only the extension does: refusals, forced instruction sets, forks. Not collected where it is not built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from instruction_sets import available
+from twins import EPSILON, FLOATS, Layout, assert_close, numpy, rand
+
+from runner.cache.storage import unpacked
+from runner.ops import cpu as kernels
+from runner.ops.cpu import _C
+
+
+def test_a_query_that_sees_no_key() -> None:
+    q, k = rand(1, 2, 3, 16, seed=0), rand(1, 1, 5, 16, seed=1)
+    mask = mx.array([[True] * 5, [False] * 5, [True] * 5])
+    best = _C.isa()
+    for level in available()[1:]:
+        _C.set_isa(level)
+        found = numpy(kernels.attention(q, k, k, scale=0.2, mask=mask))
+        assert not found[0, :, 1].any() and found[0, :, 0].any()
+    _C.set_isa(best)
+
+
+WRONG: dict[str, Any] = {
+    "append past the end": lambda: kernels.append(
+        mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 2, 8)), mx.zeros((1, 1, 2, 8)), 3
+    ),
+    "append of another width": lambda: kernels.append(
+        mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 2, 8)), mx.zeros((1, 1, 2, 6)), 0
+    ),
+    "length beyond the buffer": lambda: kernels.attention(
+        mx.zeros((1, 1, 1, 8)), mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 4, 8)), scale=1.0, length=5
+    ),
+    "x of integers": lambda: kernels.rms_norm(mx.zeros((2, 4), mx.int32), None, 1e-5),
+    "in differs": lambda: kernels.linear(mx.zeros((2, 4)), mx.zeros((3, 5))),
+    "bias size": lambda: kernels.linear(mx.zeros((2, 4)), mx.zeros((3, 4)), mx.zeros((4,))),
+    "7 bits": lambda: kernels.quantized_linear(
+        mx.zeros((1, 64)), mx.zeros((2, 14), mx.uint32), mx.zeros((2, 1)), mx.zeros((2, 1)), group_size=64, bits=7
+    ),
+    "scales shape": lambda: kernels.quantized_linear(
+        mx.zeros((1, 64)), mx.zeros((2, 8), mx.uint32), mx.zeros((2, 2)), mx.zeros((2, 2)), group_size=64, bits=4
+    ),
+    "another mode": lambda: kernels.small_float_linear(
+        mx.zeros((1, 64)), mx.zeros((2, 8), mx.uint32), mx.zeros((2, 2), mx.uint8), mode="affine"
+    ),
+    "scales of floats": lambda: kernels.small_float_linear(
+        mx.zeros((1, 64)), mx.zeros((2, 8), mx.uint32), mx.zeros((2, 2)), mode="mxfp4"
+    ),
+    "half a group": lambda: kernels.small_float_linear(
+        mx.zeros((1, 48)), mx.zeros((2, 6), mx.uint32), mx.zeros((2, 1), mx.uint8), mode="mxfp4"
+    ),
+    "heads": lambda: kernels.attention(
+        mx.zeros((1, 3, 1, 8)), mx.zeros((1, 2, 4, 8)), mx.zeros((1, 2, 4, 8)), scale=1.0
+    ),
+    "window 0": lambda: kernels.attention(
+        mx.zeros((1, 2, 1, 8)), mx.zeros((1, 2, 4, 8)), mx.zeros((1, 2, 4, 8)), scale=1.0, window=0
+    ),
+    "odd dims": lambda: kernels.rope(mx.zeros((1, 1, 1, 8)), 0, dims=3, base=1e4),
+    "freqs and base": lambda: kernels.rope(mx.zeros((1, 1, 1, 8)), 0, dims=8, base=1e4, freqs=mx.ones((4,))),
+    "offsets": lambda: kernels.rope(mx.zeros((2, 1, 1, 8)), mx.array([1, 2, 3]), dims=8, base=1e4),
+    "odd glu": lambda: kernels.glu(mx.zeros((2, 5))),
+    "empty argmax": lambda: kernels.argmax(mx.zeros((2, 0))),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_refused_before_anything_runs(case: str) -> None:
+    with pytest.raises(ValueError, match=r"expected|must be|give either"):
+        WRONG[case]()
+
+
+@pytest.mark.parametrize("name", available()[1:])
+def test_the_instruction_set_can_be_forced(name: str) -> None:
+    code = "from runner.ops import cpu as kernels; print(kernels.isa(), kernels.num_threads())"
+    environment = {**os.environ, "RUNNER_KERNELS_ISA": name, "RUNNER_NUM_THREADS": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == [name, "3"]
+
+
+def test_no_gradients() -> None:
+    with pytest.raises((ValueError, RuntimeError), match=r"Not implemented|not implemented"):
+        mx.eval(mx.grad(lambda x: kernels.rms_norm(x, None, 1e-5).sum())(mx.ones((4,))))
+
+
+def test_a_forked_child_gets_threads_of_its_own() -> None:
+    code = (
+        "import os, sys\n"
+        "from runner.ops.cpu import _C\n"
+        "_C.set_num_threads(3)\n"
+        "assert _C.self_test(1000)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    _C.set_num_threads(3)\n"
+        "    os._exit(0 if _C.self_test(1000) else 1)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (1, 1, 64)])
+def test_empty_and_small_batches(shape: tuple[int, ...]) -> None:
+    """Plain MLX 0.32.4 dies of a division by zero in some of these."""
+    x = mx.zeros(shape)
+    packed, scales, shifts = mx.quantize(rand(8, 64, seed=1), group_size=32, bits=8)
+    y = kernels.quantized_linear(x, packed, scales, shifts, group_size=32, bits=8)
+    for found in (kernels.linear(x, rand(8, 64, seed=1)), y):
+        assert found.shape == (*shape[:-1], 8)
+        assert not numpy(found).any()
+    assert numpy(kernels.rms_norm(x, None, 1e-5)).shape == shape
+    assert numpy(kernels.glu(x, "silu")).shape == (*shape[:-1], 32)
+
+
+def test_no_keys_no_inputs() -> None:
+    q, none = rand(1, 2, 1, 16, seed=0), mx.zeros((1, 1, 0, 16))
+    assert not numpy(kernels.attention(q, none, none, scale=1.0)).any()
+    bias = rand(3, seed=1)
+    assert mx.array_equal(kernels.linear(mx.zeros((2, 0)), mx.zeros((3, 0)), bias), mx.broadcast_to(bias, (2, 3)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(available()[1:]),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    FLOATS,
+    st.sampled_from(["int16", "float32", "float16", "bfloat16"]),
+    Layout,
+    st.integers(0, 99),
+)
+def test_append(
+    level: str, batch: int, kv: int, length: int, dim: int, dtype: mx.Dtype, kept: str, layout: str, seed: int
+) -> None:
+    """The rows hold what was written, to the form's own rounding; the rows before and after are untouched."""
+    k, v = (rand(batch, kv, length, dim, seed=seed + i, dtype=dtype, layout=layout) for i in range(2))
+    packed = kept == "int16"
+    shape = (batch, kv, length + 9, dim + 2 * packed)
+    keys, values = (mx.full(shape, 7, dtype=getattr(mx, kept)) for _ in range(2))
+    best = _C.isa()
+    assert _C.set_isa(level)
+    found = kernels.append(keys, values, k, v, 4)
+    mx.eval(found)
+    _C.set_isa(best)
+    for buffer, x in zip(found, (k, v), strict=True):
+        assert bool(mx.all(buffer[:, :, :4] == 7)) and bool(mx.all(buffer[:, :, 4 + length :] == 7))
+        rows, want = numpy(unpacked(buffer[:, :, 4 : 4 + length])), numpy(x)
+        if packed:
+            # Half a code, and what float32 loses of a code of up to 32767 in two products.
+            limit = np.abs(want).max(-1, keepdims=True) * (0.5 + 2**-7) / 32767
+        else:
+            limit = np.abs(want) * EPSILON[getattr(mx, kept)]
+        assert np.all(np.abs(rows - want) <= limit + 1e-7)
+
+
+def test_append_writes_in_place_and_a_bad_row_is_nan_alone() -> None:
+    k = mx.concatenate([rand(1, 1, 2, 20, seed=0), mx.full((1, 1, 1, 20), mx.inf)], axis=2)
+    buffers = mx.zeros((1, 1, 8, 22), dtype=mx.int16), mx.zeros((1, 1, 8, 22), dtype=mx.int16)
+    mx.eval(buffers)
+    found = kernels.append(*buffers, k, k * 2, 1)
+    mx.eval(found)
+    assert mx.array_equal(buffers[0], found[0])  # the same memory
+    rows = numpy(unpacked(found[1]))[0, 0]
+    assert np.isnan(rows[3]).all() and np.isfinite(rows[[0, 1, 2, 4, 5, 6, 7]]).all() and not rows[4:].any()
+    assert np.allclose(rows[1:3], numpy(k)[0, 0, :2] * 2, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(available()[1:]), st.integers(1, 2), st.integers(1, 4), st.integers(1, 40), st.integers(0, 600),
+    st.integers(1, 70), st.sampled_from([None, 1, 30]), st.integers(0, 99),
+)  # fmt: skip
+def test_attention_over_a_cache_is_attention_over_its_numbers(
+    level: str, kv: int, group: int, new: int, before: int, dim: int, window: int | None, seed: int
+) -> None:
+    """Int16 rows and a length give what the unpacked rows give, cut to that length."""
+    size = before + new
+    q, k, v = (rand(2, heads, rows, dim, seed=seed + i) for i, (heads, rows) in enumerate(
+        [(kv * group, new), (kv, size), (kv, size)]))  # fmt: skip
+    empty = [mx.zeros((2, kv, size + 5, dim + 2), dtype=mx.int16) for _ in range(2)]
+    best = _C.isa()
+    assert _C.set_isa(level)
+    keys, values = kernels.append(*empty, k, v, 0)
+    found = kernels.attention(q, keys, values, scale=0.3, mask="causal", window=window, length=size)
+    plain = [unpacked(buffer[:, :, :size]) for buffer in (keys, values)]
+    wanted = kernels.attention(q, *plain, scale=0.3, mask="causal", window=window)
+    assert_close(found, numpy(wanted), rounded_to=mx.float32, tolerance=2e-5)
+    _C.set_isa(best)

@@ -1,0 +1,88 @@
+"""README.md and the usage pages: every command and example in them runs, what they copy is current."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from runner.cli.app import COMMANDS
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ROOT / "docs" / "usage"
+MODEL = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for name, text in FENCE.findall(README) if name == language]
+
+
+def test_every_command_has_a_page_with_its_help() -> None:
+    for entry in COMMANDS:
+        page = (PAGES / f"{entry.name}.md").read_text(encoding="utf-8")
+        assert f"$ runner {entry.name} --help\n" in page
+        assert f"(docs/usage/{entry.name}.md)" in README
+
+
+def test_the_commands_of_readme_and_pages_run_and_copies_are_current() -> None:
+    """scripts/docs/make_docs runs each with a tiny checkpoint, and compares help texts and what the code makes."""
+    command = [sys.executable, str(ROOT / "scripts" / "docs" / "make_docs"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_check_finds_a_stale_page_and_a_failing_command(tmp_path: Path) -> None:
+    def check(text: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "page.md").write_text(f"```console\n{text}```\n")
+        command = [sys.executable, str(ROOT / "scripts" / "docs" / "make_docs"), "--check", str(tmp_path / "page.md")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+    stale = check("$ runner list --help\nUsage: of another time\n")
+    assert stale.returncode == 1 and "-Usage: of another time" in stale.stdout
+    failing = check("$ runner list --nonsense\n")
+    assert failing.returncode != 0 and "exit code 2" in failing.stderr
+    assert check("$ echo one\ntwo\n").returncode == 0  # its output is not compared
+
+
+def test_the_library_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = [text for text in blocks("python") if "runner.load(" in text]
+    assert example.count('"path-or-hub-id"') == 1
+    exec(compile(example.replace('"path-or-hub-id"', repr(str(MODEL))), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 10
+
+
+def test_the_other_python_examples_parse() -> None:
+    for text in blocks("python"):
+        ast.parse(text)
+
+
+def test_shell_commands_are_those_that_ci_runs() -> None:
+    """`scripts/test` and `scripts/demo` by .ci/run; pip's line by setup_venv, from the same directory and extras."""
+    commands = [line.split("  #")[0].strip() for text in blocks("sh") for line in text.splitlines()]
+    assert set(commands) == {"scripts/demo", "scripts/test", 'pip install ".[cpu]"'}
+    ci = (ROOT / ".ci" / "run").read_text()
+    for name in ("test", "demo"):
+        assert f'"$scripts/{name}"' in ci and (ROOT / "scripts" / name).stat().st_mode & 0o100
+    setup = (ROOT / "scripts" / "setup_venv").read_text()
+    assert '-e "$root${wanted:+[$wanted]}"' in setup and "backend=cpu" in setup
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *PAGES.glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_tree_of_the_package_is_complete() -> None:
+    (tree,) = [text for text in blocks("text") if text.startswith("runner/\n")]
+    named = set(re.findall(r"\w+(?:/|\.py)", tree.partition("\n")[2]))
+    package = ROOT / "runner"
+    found = [*package.iterdir(), *(path.parent for path in package.glob("*/*/__init__.py"))]
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in found if path.suffix in ("", ".py")}
+    assert named == there - {"__pycache__/", "__init__.py", "__main__.py"}

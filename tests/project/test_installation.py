@@ -1,0 +1,50 @@
+"""The commands that errors and `doctor` advise: pip takes them, for each way the package can have been installed."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from runner import installation
+
+DIRECTORY = {"url": ROOT.as_uri(), "dir_info": {}}
+GIT = {"url": "https://example.org/r.git", "vcs_info": {"vcs": "git", "commit_id": "1" * 40}}
+WHEEL = {"url": "file:///tmp/mlx_runner-0.1.0-py3-none-any.whl", "archive_info": {}}
+
+
+@pytest.mark.parametrize(
+    ("package", "origin", "wanted"),
+    [
+        (ROOT / "runner", {}, ["-e", f"{ROOT}[cpu]"]),
+        (Path("/site/runner"), DIRECTORY, [f"{ROOT}[cpu]"]),
+        (Path("/site/runner"), {"url": "file:///gone", "dir_info": {}}, ["mlx-runner[cpu]"]),
+        (Path("/site/runner"), GIT, ["mlx-runner[cpu] @ git+https://example.org/r.git"]),
+        (Path("/site/runner"), WHEEL, ["mlx-runner[cpu]"]),
+        (Path("/site/runner"), {}, ["mlx-runner[cpu]"]),
+    ],
+)
+def test_what_pip_is_given(package: Path, origin: dict[str, object], wanted: list[str]) -> None:
+    assert installation.requirement("cpu", package, origin) == wanted
+
+
+def test_commands_are_lines_for_a_shell(tmp_path: Path) -> None:
+    checkout = tmp_path / "with space"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "setup.py"):
+        (checkout / name).touch()
+    words = installation.requirement("", checkout / "runner")
+    assert shlex.split(installation.pip(*words)) == [sys.executable, "-m", "pip", "install", "-e", str(checkout)]
+
+
+@pytest.mark.parametrize("dependencies", [True, False])
+def test_pip_understands_the_options_of_a_rebuild(dependencies: bool) -> None:
+    """Every word but the requirement, given to pip with nothing to install: it misses that, and no option."""
+    words = shlex.split(installation.rebuild(dependencies=dependencies))
+    assert ("--no-deps" in words) is not dependencies
+    done = subprocess.run(words[: words.index("-e")], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0 and "at least one requirement" in done.stderr

@@ -1,0 +1,171 @@
+"""Streamed text against decoding all ids at once, for every kind of decoder, and the library as the second opinion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from places import TESTS
+from tokenizers import decoders, models
+
+from runner.text.detokenizer import Detokenizer, WindowStream, byte_of
+from runner.text.tokenizer import Tokenizer
+from runner.text.tokenizer_backends import JsonBackend, load_json
+from runner.text.tokenizer_files import TokenizerFiles
+
+DATA = TESTS / "data" / "tokenizers"
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["▁", "▁a", "a", "▁the", "s", "▁▁", "é", "日", "😀", "\ufffd", "<0xZZ>", "<0x4", "x▁y", " "]
+LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+DECODERS = {
+    "byte fallback, strip": decoders.Sequence([*LLAMA, decoders.Strip(" ", 1, 0)]),
+    "byte fallback, strip three": decoders.Sequence([*LLAMA, decoders.Strip(" ", 3, 0)]),
+    "byte fallback": decoders.Sequence(LLAMA),
+    "replace": decoders.Sequence([decoders.Replace("▁", " "), decoders.Replace("a", "bb")]),
+    "metaspace": decoders.Metaspace(),
+    "metaspace, never": decoders.Metaspace(prepend_scheme="never"),
+    "byte level": decoders.ByteLevel(),
+    "word piece": decoders.WordPiece(prefix="x", cleanup=False),
+    "strip each": decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]),
+    "none": None,
+}
+# The library's decoder forgets whole characters of a byte run that is not all UTF-8; ours keeps them.
+KEEPS = ("byte fallback, strip", "byte fallback, strip three", "byte fallback")
+
+
+@cache
+def backend_of(name: str) -> tuple[Tokenizer, tokenizers.Tokenizer]:
+    """A tokenizer of words only, with that decoder, and the library's own object."""
+    alphabet = ["Ġ", "Ġa", "Ã", "©", "æ", "Ĺ", "¥", "ð", "Ł", "ĺ", "Ģ"]
+    names = list(dict.fromkeys([*BYTES, *PIECES, *alphabet]))
+    library = tokenizers.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="a"))
+    if DECODERS[name] is not None:
+        library.decoder = DECODERS[name]
+    library.add_special_tokens(["<s>", "</s>"])
+    library.add_tokens(["<tool call>", "é è", "日本"])
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "tokenizer.json"
+        library.save(str(path))
+        return Tokenizer(JsonBackend(load_json(path), TokenizerFiles()), TokenizerFiles()), library
+
+
+@cache
+def load(kind: str) -> Tokenizer:
+    return Tokenizer.from_directory(DATA / kind)
+
+
+def pieces_of(stream: Detokenizer, ids: Sequence[int]) -> list[str]:
+    return [*(stream.add(index) for index in ids), stream.flush()]
+
+
+def valid_runs(tokens: Sequence[str]) -> bool:
+    """Whether every run of byte tokens is UTF-8, or holds no whole character (then both give U+FFFD for each byte)."""
+    run = b""
+    for token in [*tokens, ""]:
+        byte = byte_of(token)
+        if byte is not None:
+            run += bytes([byte])
+            continue
+        try:
+            run.decode("utf-8")
+        except UnicodeDecodeError:
+            if run.decode("utf-8", "ignore"):
+                return False
+        run = b""
+    return True
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), skip=st.booleans())
+def test_stream_equals_decode_and_the_library(name: str, data: st.DataObject, skip: bool) -> None:
+    tokenizer, library = backend_of(name)
+    size = tokenizer.vocab_size
+    # Often bytes of real characters, so that runs of byte tokens are valid as well as broken.
+    character = st.sampled_from("é日😀a\n").map(lambda text: list(text.encode("utf-8")))
+    one = st.integers(0, size + 3).map(lambda index: [index])
+    parts: list[list[int]] = data.draw(st.lists(st.one_of(one, one, character), max_size=12))
+    ids = [index for part in parts for index in part]
+    pieces = pieces_of(tokenizer.detokenizer(skip), ids)
+    whole = tokenizer.decode(ids, skip)
+    assert "".join(pieces) == whole
+    tokens = [token for index in ids if not (skip and index >= size - 5 and index < size - 3)
+              for token in [library.id_to_token(index)] if token is not None]  # fmt: skip
+    if name not in KEEPS or valid_runs([token.replace("▁", " ") for token in tokens]):
+        assert whole == library.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("kind", ["chatml", "llama"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), text=st.text(max_size=30))
+def test_no_piece_holds_half_a_character(kind: str, data: st.DataObject, text: str) -> None:
+    """Of text, cut into tokens anywhere: every piece is whole text, so U+FFFD only where the text has it."""
+    tokenizer = load(kind)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = pieces_of(tokenizer.detokenizer(), ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert sum(piece.count("\ufffd") for piece in pieces) == tokenizer.decode(ids).count("\ufffd")
+    assert "\ufffd" not in "".join(pieces) or "\ufffd" in text
+    cut = data.draw(st.integers(0, len(ids)))
+    assert "".join(pieces_of(tokenizer.detokenizer(), ids[:cut])) == tokenizer.decode(ids[:cut])
+
+
+@pytest.mark.parametrize("kind", ["chatml", "llama"])
+def test_characters_wait_for_their_last_byte(kind: str) -> None:
+    tokenizer = load(kind)
+    ids = tokenizer.encode("👩🏽‍🚀", add_special_tokens=False)
+    assert len(ids) > 8
+    pieces = [piece for piece in pieces_of(tokenizer.detokenizer(), ids) if piece.strip()]
+    assert pieces == ["👩", "🏽", "\u200d", "🚀"]
+    stream = tokenizer.detokenizer()
+    assert "".join(stream.add(index) for index in ids[:-1]) == "👩🏽‍"
+    assert set(stream.flush()) == {"\ufffd"}
+    # After `flush` the same object starts afresh, the first space dropped again.
+    assert "".join(pieces_of(stream, ids)) == "👩🏽‍🚀"
+
+
+def test_broken_bytes_by_hand() -> None:
+    """Whole characters stay, each other byte is one U+FFFD, and nothing is held longer than needed."""
+    tokenizer, library = backend_of("byte fallback")
+    stream = tokenizer.detokenizer()
+    ids = [0xC3, 0xA9, 0xE2, 0x82, 0x41, 0xFF, 0xF0, 0x9F]  # é, two thirds of €, A, no UTF-8, half of an emoji
+    assert [stream.add(index) for index in ids] == ["", "é", "", "", "\ufffd\ufffdA", "\ufffd", "", ""]
+    assert stream.flush() == "\ufffd\ufffd"
+    assert tokenizer.decode(ids) == "é\ufffd\ufffdA\ufffd\ufffd\ufffd"
+    assert library.decode(ids) == "\ufffd" * len(ids)
+
+
+def test_only_the_first_space_is_stripped() -> None:
+    tokenizer, library = backend_of("byte fallback, strip")
+    names = ["</s>", "▁", "▁a", "s", "▁the"]
+    ids = [library.token_to_id(name) or 0 for name in names]
+    assert pieces_of(tokenizer.detokenizer(), ids) == ["", "", " a", "s", " the", ""]
+    assert pieces_of(tokenizer.detokenizer(skip_special_tokens=False), ids)[:3] == ["</s>", " ", " a"]
+
+
+def test_byte_tokens() -> None:
+    assert [byte_of(token) for token in ("<0x00>", "<0xfF>", "<0xG0>", "<0x0>", "<0x000>", "<0x+1>", "<0x٣٣>")] == [
+        0, 255, None, None, None, None, None
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_one_step_for_each_token(name: str) -> None:
+    """The work for a token does not grow with what came before it: decoders without a stream of their own see a few
+    ids again, twice; the others see each token once."""
+    tokenizer, library = backend_of(name)
+    stream = tokenizer.detokenizer()
+    decoded: list[int] = []
+    if isinstance(stream._stream, WindowStream):
+        assert name in ("word piece", "strip each", "none")
+        stream._stream = WindowStream(lambda ids: (decoded.append(len(ids)), library.decode(ids))[1])  # type: ignore[func-returns-value]
+    for _ in range(300):
+        stream.add(library.token_to_id("a") or 0)
+    assert len(decoded) <= 2 * 300
+    assert max(decoded, default=0) <= 24
