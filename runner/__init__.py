@@ -14,18 +14,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runner.answer import Chunk as Chunk
+    from runner.answer import Generation as Generation
     from runner.engine.sampling import SamplingParams as SamplingParams
     from runner.errors import RunnerError as RunnerError
-    from runner.language_model import Chunk as Chunk
-    from runner.language_model import Generation as Generation
     from runner.language_model import LanguageModel as LanguageModel
     from runner.language_model import load as load
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Chunk": "runner.language_model",
-    "Generation": "runner.language_model",
+    "Chunk": "runner.answer",
+    "Generation": "runner.answer",
     "LanguageModel": "runner.language_model",
     "RunnerError": "runner.errors",
     "SamplingParams": "runner.engine.sampling",
@@ -38,7 +38,7 @@ __all__ = ["Chunk", "Generation", "LanguageModel", "RunnerError", "SamplingParam
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'runner' has no attribute {name!r}")
-    if _LAZY[name] == "runner.language_model":
+    if _LAZY[name] != "runner.errors":  # all others compute with MLX
         from runner.ops.backend import require
 
         require()

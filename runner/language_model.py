@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from runner.answer import Answer, Chunk, Generation, flat, gather
 from runner.checkpoint.hub import resolve, resolve_adapter
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.config.base import Config
 from runner.engine.engine import Engine, assemble
 from runner.engine.generate import Cancelled, decode, prefill
 from runner.engine.prompt_cache import PromptCache
-from runner.engine.sampling import Sampled, Sampler, SamplingParams
+from runner.engine.sampling import Sampler, SamplingParams
 from runner.errors import ConfigError, ContextLengthError, UsageError
 from runner.families import Model
 from runner.ops.device import Device
@@ -26,54 +26,6 @@ from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Given
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Tokens and seconds of the two phases; `peak_memory` in bytes, as MLX counts it.
-
-    `prompt_tokens` were read for this answer; `cached_tokens`, in front of them, by an earlier one.
-    """
-
-    prompt_tokens: int
-    prompt_seconds: float
-    generation_tokens: int
-    generation_seconds: float
-    peak_memory: int
-    cached_tokens: int = 0
-
-    @property
-    def prompt_tps(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / max(self.prompt_seconds, 1e-9)
-
-    @property
-    def generation_tps(self) -> float:
-        """Generated tokens per second."""
-        return self.generation_tokens / max(self.generation_seconds, 1e-9)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One token: the text it completes (often none), its log-probability if asked for, and on the last one the end."""
-
-    text: str
-    token: int
-    logprob: float | None = None
-    top_logprobs: list[tuple[int, float]] | None = None
-    finish_reason: str | None = None
-    timings: Timings | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished answer. `finish_reason`: "stop" (end token or stop string), "length" or "cancelled"."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    timings: Timings
-    logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -189,11 +141,11 @@ class LanguageModel:
         cancelled: Callable[[], bool] | None,
     ) -> Iterator[Chunk]:
         reused = kept.reuse(ids)
-        answer = _Answer(self, stops, len(ids) - reused, reused)
+        answer = Answer(self.eos_token_ids, self.tokenizer.detokenizer(), stops, len(ids) - reused, reused)
         sampler = Sampler(params, self.config.vocab_size, ids, argmax=self.device.ops.argmax)
 
         def sample(logits: mx.array) -> tuple[mx.array, ...]:
-            return _flat(sampler(logits))
+            return flat(sampler(logits))
 
         try:
             logits = prefill(self.model, ids[reused:], kept.caches, on_progress=on_prefill, cancelled=cancelled)
@@ -211,7 +163,7 @@ class LanguageModel:
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
         """The whole answer at once; arguments of `stream`."""
-        return _gather(self.stream(prompt, **options))
+        return gather(self.stream(prompt, **options))
 
     def chat_stream(
         self,
@@ -239,7 +191,7 @@ class LanguageModel:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """The whole answer to a conversation; arguments of `chat_stream`."""
-        return _gather(self.chat_stream(messages, **options))
+        return gather(self.chat_stream(messages, **options))
 
 
 def load(
@@ -290,92 +242,3 @@ def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> frozenset[int]:
             if value is not None:
                 ids.add(value)
     return frozenset(ids)
-
-
-class _Answer:
-    """Turns tokens into chunks: text, stop strings, the end and the timings."""
-
-    def __init__(self, lm: LanguageModel, stops: StopMatcher, prompt_tokens: int, cached_tokens: int) -> None:
-        self.eos = lm.eos_token_ids
-        self.detokenizer = lm.tokenizer.detokenizer()
-        self.stops = stops
-        self.prompt_tokens = prompt_tokens
-        self.cached_tokens = cached_tokens
-        self.count = 0
-        self.started = time.perf_counter()
-        self.first = self.started
-
-    def add(self, step: tuple[mx.array, ...], *, last: bool, cancelled: bool) -> Chunk:
-        token = _int(step[0])
-        if self.count == 0:
-            self.first = time.perf_counter()
-        self.count += 1
-        text, reason = "", None
-        if token in self.eos:
-            reason = "stop"
-        else:
-            text, stopped = self.stops.add(self.detokenizer.add(token))
-            reason = "stop" if stopped else "length" if last else "cancelled" if cancelled else None
-            if stopped:
-                return self.chunk(text, token, step, reason)
-        if reason is not None:
-            tail, stopped = self.stops.add(self.detokenizer.flush())
-            text += tail if stopped else tail + self.stops.flush()
-            reason = "stop" if stopped else reason
-        return self.chunk(text, token, step, reason)
-
-    def cancelled(self) -> Chunk:
-        return Chunk("", -1, finish_reason="cancelled", timings=self.timings())
-
-    def chunk(self, text: str, token: int, step: tuple[mx.array, ...], reason: str | None) -> Chunk:
-        logprob = _float(step[1]) if len(step) > 1 else None
-        top = None
-        if len(step) > 2:
-            top = [(_int(token), _float(value)) for token, value in zip(step[2], step[3], strict=True)]
-        return Chunk(text, token, logprob, top, reason, self.timings() if reason else None)
-
-    def timings(self) -> Timings:
-        now = time.perf_counter()
-        return Timings(
-            self.prompt_tokens,
-            self.first - self.started,
-            self.count,
-            now - self.first,
-            mx.get_peak_memory(),
-            self.cached_tokens,
-        )
-
-
-def _int(array: mx.array) -> int:
-    value = array.item()
-    assert isinstance(value, int)
-    return value
-
-
-def _float(array: mx.array) -> float:
-    value = array.item()
-    assert isinstance(value, float)
-    return value
-
-
-def _flat(sampled: Sampled) -> tuple[mx.array, ...]:
-    if sampled.logprob is None:
-        return (sampled.token,)
-    if sampled.top is None:
-        return (sampled.token, sampled.logprob)
-    return (sampled.token, sampled.logprob, *sampled.top)
-
-
-def _gather(chunks: Iterator[Chunk]) -> Generation:
-    pieces = list(chunks)
-    last = pieces[-1]
-    assert last.finish_reason is not None and last.timings is not None
-    made = [piece for piece in pieces if piece.token >= 0]
-    logprobs = [piece.logprob for piece in made if piece.logprob is not None]
-    return Generation(
-        "".join(piece.text for piece in pieces),
-        [piece.token for piece in made],
-        last.finish_reason,
-        last.timings,
-        logprobs if len(logprobs) == len(made) else None,
-    )

@@ -18,7 +18,8 @@ from runner.cli.options import Adapter, DType, LengthOptions, Model, SamplingOpt
 from runner.errors import ContextLengthError, RunnerError, UsageError
 
 if TYPE_CHECKING:
-    from runner.language_model import Chunk, LanguageModel
+    from runner.answer import Chunk
+    from runner.language_model import LanguageModel
 
 HELP = {
     "/help": "this list",

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from runner.cli import terminal
 
 if TYPE_CHECKING:
-    from runner.language_model import LanguageModel, Timings
+    from runner.answer import Timings
+    from runner.language_model import LanguageModel
 
 
 def open_model(model: str, dtype: str | None, adapters: Sequence[str] | None = None) -> LanguageModel:

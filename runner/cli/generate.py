@@ -14,7 +14,8 @@ from runner.cli.options import OUTPUT, Adapter, DType, LengthOptions, Model, Sam
 from runner.errors import UsageError
 
 if TYPE_CHECKING:
-    from runner.language_model import Chunk, LanguageModel
+    from runner.answer import Chunk
+    from runner.language_model import LanguageModel
 
 Prompt = Annotated[
     str | None,

@@ -6,8 +6,9 @@ import pytest
 from places import TESTS
 
 import runner
+from runner.answer import Chunk
 from runner.engine.prompt_cache import PromptCache
-from runner.language_model import Chunk, LanguageModel
+from runner.language_model import LanguageModel
 
 FIXTURES = TESTS / "fixtures" / "llama"
 FIRST = [1, 30, 31, 32, 33, 34, 35, 36]
