@@ -16,9 +16,10 @@ from runner.config.base import fixed, key
 from runner.config.decoder import UnrotatedConfig
 from runner.models import llama
 from runner.nn.blocks import HIDDEN, INTERMEDIATE, VOCAB, ConfiguredBlock, Frame, PlainMLP, Q, Sequential
-from runner.nn.fast import Ops, provided_ops
+from runner.nn.fast import provided_ops
 from runner.nn.linear import Embedding, Linear
 from runner.nn.positions import positions
+from runner.ops.table import Ops
 from runner.weights.tags import setting, tensor, weight
 
 FIRST = 2  # rows of the table before position 0

@@ -12,9 +12,9 @@ from runner.adapters.base import Base
 from runner.adapters.layers import AdaptedEmbedding, AdaptedExperts, AdaptedLinear, Delta, Magnitude, TokenRows
 from runner.adapters.parts import Factors, Parts, SavedRows, StackFactors
 from runner.adapters.sites import Rows, Stack, in_field_order, kind_of, pieces_of, row_order, width_of
-from runner.nn.fast import Ops
 from runner.nn.linear import Embedding, Linear
 from runner.nn.moe import ExpertLinear
+from runner.ops.table import Ops
 from runner.weights.plan import ArrayPlan, ModulePlan, Value
 
 _LAYERS: Mapping[type, type] = {Linear: AdaptedLinear, Embedding: AdaptedEmbedding, ExpertLinear: AdaptedExperts}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.nn.fast import PORTABLE, Ops
 from runner.nn.linear import Embedding, Linear
 from runner.nn.moe import ExpertLinear
+from runner.ops.table import PORTABLE, Ops
 
 
 @dataclass

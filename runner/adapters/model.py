@@ -21,7 +21,7 @@ from runner.adapters.sites import HEAD, find_sites, find_stacks, head_name
 from runner.checkpoint.overlay import Change
 from runner.config.base import Config
 from runner.errors import UsageError
-from runner.nn.fast import Ops
+from runner.ops.table import Ops
 from runner.weights.plan import ModulePlan, plan
 from runner.weights.tags import Source
 

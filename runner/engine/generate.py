@@ -12,7 +12,7 @@ from runner.config.base import Config
 from runner.engine.replay import Steps
 from runner.errors import UsageError
 from runner.families import Model
-from runner.nn.fast import PORTABLE, Ops
+from runner.ops.table import PORTABLE, Ops
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt in one pass: enough to fill the machine, few enough to cancel soon and keep activations small."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 from runner.cache.kv import Batch, KVCache
 from runner.errors import RunnerError
 from runner.families import Model
-from runner.nn.fast import Ops, Program
+from runner.ops.table import Ops, Program
 
 PATIENCE = 8
 """Tokens that are built before one is recorded: a short answer would not win back what recording costs."""

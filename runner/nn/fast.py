@@ -1,216 +1,28 @@
-"""The fast ops every model is made of, over `mx.fast`, and the seam where a device brings its own.
+"""The fast layers every model is made of, over `mx.fast`: attention, `LayerNorm`, `RMSNorm`, `RoPE`.
 
-`Ops` is the table of what a device computes with. One is picked when a model is loaded and handed to each of these
-dataclasses by the weight walker; a model file calls `self.norm(x, eps)` and never learns which one it got. Built by
-hand, without a loader, they use `PORTABLE`: plain MLX, right on every backend.
+Each computes with the device's table (`runner.ops.table.Ops`), which the loader hands to it; a model file calls
+`self.norm(x, eps)` and never learns which one it got. Built by hand, without a loader, they use `PORTABLE`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import mlx.core as mx
 
-from runner.cache.storage import PLAIN, Storage, row_width
+from runner.cache.storage import row_width
 from runner.config import rope as frequencies
-from runner.config.activations import ACTIVATIONS
 from runner.config.rope import RopeScaling
 from runner.errors import UsageError
+from runner.ops.table import PORTABLE, Ops
 from runner.weights.tags import setting, tensor
 
 NO_MASK: Literal["none"] = "none"
 """The mask that hides nothing: every query sees every key."""
 
 Mask = mx.array | Literal["none"] | None
-
-
-def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-
-
-def _quantized_linear(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    bias: mx.array | None,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-) -> mx.array:
-    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
-    return y if bias is None else y + bias
-
-
-def _embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    rows = weight[ids]
-    return rows if dtype is None else rows.astype(dtype)
-
-
-def _quantized_embed(
-    ids: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    dtype: mx.Dtype | None,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-) -> mx.array:
-    if mode == "nvfp4" and ids.size % 4:  # MLX's CPU decodes these scales four at a time, and no rest
-        padded = mx.concatenate([ids.flatten(), mx.zeros(-ids.size % 4, ids.dtype)])
-        rows = _quantized_embed(padded, weight, scales, biases, dtype, group_size=group_size, bits=bits, mode=mode)
-        return rows[: ids.size].reshape(*ids.shape, -1)
-    shifts, sizes = None if biases is None else biases[ids], scales[ids]
-    if dtype is not None and shifts is not None:
-        sizes, shifts = sizes.astype(dtype), shifts.astype(dtype)
-    rows = mx.dequantize(weight[ids], sizes, shifts, group_size=group_size, bits=bits, mode=mode)
-    return rows if dtype is None else rows.astype(dtype)
-
-
-def _rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)  # MLX gives a float32 weight's dtype to the result
-
-
-def _add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps: float) -> tuple[mx.array, mx.array]:
-    total = x + residual
-    return total, _rms_norm(total, weight, eps)
-
-
-def _layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
-    return mx.fast.layer_norm(x, weight, bias, eps).astype(x.dtype)
-
-
-def _attention(
-    query: mx.array,
-    key: mx.array,
-    value: mx.array,
-    mask: mx.array | Literal["causal"] | None,
-    *,
-    scale: float,
-    window: int | None,
-    sinks: mx.array | None,
-    length: int | None = None,
-) -> mx.array:
-    if length is not None and length < key.shape[2]:
-        key, value = key[:, :, :length], value[:, :, :length]
-    if window is not None and window < key.shape[2]:
-        if isinstance(mask, mx.array):
-            raise UsageError("attention: a window and a mask array at once; put the window into the array")
-        mask = window_mask(query.shape[2], key.shape[2], window)
-    return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask, sinks=sinks)
-
-
-def window_mask(queries: int, keys: int, window: int) -> mx.array:
-    """Boolean `[queries, keys]`, True where a query sees a key: not later than itself, and one of the last `window`."""
-    row = mx.arange(keys - queries, keys)[:, None]
-    column = mx.arange(keys)[None]
-    return (column <= row) & (column > row - window)
-
-
-def _rope(
-    x: mx.array, offset: int | mx.array, *, dims: int, traditional: bool, base: float | None, scale: float, freqs: Any
-) -> mx.array:
-    return mx.fast.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
-
-
-def _glu(gate_up: mx.array, activation: str) -> mx.array:
-    gate, up = mx.split(gate_up, 2, axis=-1)
-    return ACTIVATIONS[activation](gate) * up
-
-
-def _activate(x: mx.array, activation: str) -> mx.array:
-    return ACTIVATIONS[activation](x)
-
-
-def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
-    matrices = weight.swapaxes(-1, -2).astype(x.dtype)
-    return mx.gather_mm(x, matrices, rhs_indices=experts, sorted_indices=in_order)
-
-
-def _gather_quantized_linear(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    experts: mx.array,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-    in_order: bool = False,
-) -> mx.array:
-    return mx.gather_qmm(
-        x,
-        weight,
-        scales,
-        biases,
-        rhs_indices=experts,
-        transpose=True,
-        sorted_indices=in_order,
-        group_size=group_size,
-        bits=bits,
-        mode=mode,
-    )
-
-
-def _argmax(x: mx.array) -> mx.array:
-    return mx.argmax(x, axis=-1)
-
-
-class Program(Protocol):
-    """A step that was recorded: `run(token)` starts it for the next token, int32 or uint32 `[B, 1]`."""
-
-    def run(self, token: mx.array) -> mx.array: ...
-
-
-@dataclass(frozen=True)
-class Recorder:
-    """Records what a step does, to do it again without building its graph; see `runner.engine.replay`.
-
-    `slot(shape)`: ids that stand for any token. `record(slot, outputs, ahead)`: `outputs[i]` is the step's result over
-    them, `ahead[i]` positions after the first one's; None where the steps differ in more than such positions.
-    """
-
-    slot: Callable[[list[int]], mx.array]
-    record: Callable[[mx.array, list[mx.array], list[int]], Program | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ops:
-    """What a device computes a model with. Each entry has `PORTABLE`'s signature and, within rounding, its result.
-
-    `glu(gate_up, activation)` and `activate(x, activation)` take `hidden_act`'s names; `attention` gets `mask` as an
-    array, "causal" (aligned to the last key) or None for all keys, may read `key` and `value` where they lie, and takes
-    their first `length` rows (None: all), in whatever form `storage` keeps them. `schedule(*arrays)` starts to compute
-    them, as `mx.async_eval` does.
-    """
-
-    name: str
-    linear: Callable[[mx.array, mx.array, mx.array | None], mx.array] = _linear
-    quantized_linear: Callable[..., mx.array] = _quantized_linear
-    embed: Callable[[mx.array, mx.array, mx.Dtype | None], mx.array] = _embed
-    quantized_embed: Callable[..., mx.array] = _quantized_embed
-    rms_norm: Callable[[mx.array, mx.array | None, float], mx.array] = _rms_norm
-    add_rms_norm: Callable[[mx.array, mx.array, mx.array | None, float], tuple[mx.array, mx.array]] = _add_rms_norm
-    layer_norm: Callable[[mx.array, mx.array | None, mx.array | None, float], mx.array] = _layer_norm
-    rope: Callable[..., mx.array] = _rope
-    attention: Callable[..., mx.array] = _attention
-    glu: Callable[[mx.array, str], mx.array] = _glu
-    activate: Callable[[mx.array, str], mx.array] = _activate
-    argmax: Callable[[mx.array], mx.array] = _argmax
-    schedule: Callable[..., None] = mx.async_eval
-    recorder: Recorder | None = None
-    gather_linear: Callable[..., mx.array] = _gather_linear
-    gather_quantized_linear: Callable[..., mx.array] = _gather_quantized_linear
-    storage: Storage = PLAIN
-
-
-PORTABLE = Ops(name="mlx")
 
 
 def scaled_dot_product_attention(

@@ -11,7 +11,8 @@ import mlx.core as mx
 from runner.cache.kv import History
 from runner.config.base import Config
 from runner.errors import WeightsError
-from runner.nn.fast import Mask, Ops, provided_ops, scaled_dot_product_attention, window_mask
+from runner.nn.fast import Mask, provided_ops, scaled_dot_product_attention
+from runner.ops.table import Ops, window_mask
 from runner.weights.tags import (
     PACKED,
     SCALES,

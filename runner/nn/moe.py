@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from runner.config.base import Config
 from runner.errors import ConfigError, WeightsError
-from runner.nn.fast import Ops, provided_ops
+from runner.nn.fast import provided_ops
 from runner.nn.linear import GLU, Linear, layer_form
+from runner.ops.table import Ops
 from runner.weights.tags import (
     PACKED,
     SCALES,

@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from runner.cache.kv import Batch
 from runner.errors import UsageError
-from runner.nn.fast import last_offset, window_mask
+from runner.nn.fast import last_offset
+from runner.ops.table import window_mask
 from runner.weights.tags import setting
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.cache.storage import PLAIN, Storage
-from runner.nn.fast import PORTABLE, Ops
 from runner.ops import expertwise
+from runner.ops.table import PORTABLE, Ops
 
 
 @dataclass(frozen=True)

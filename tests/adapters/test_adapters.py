@@ -29,8 +29,8 @@ from runner.engine.generate import new_caches, prefill
 from runner.engine.prompt_cache import PromptCache
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.families import find
-from runner.nn.fast import PORTABLE
 from runner.ops.device import CPU_WITHOUT_KERNELS, Device
+from runner.ops.table import PORTABLE
 from runner.weights import loading
 
 CASES = sorted(path.parent for path in TESTS.glob("fixtures/adapters/*/expected.json"))

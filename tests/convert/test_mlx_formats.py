@@ -16,9 +16,9 @@ from sources import Arrays
 from runner.engine import engine
 from runner.errors import ConfigError, WeightsError
 from runner.families import find
-from runner.nn.fast import PORTABLE
 from runner.nn.linear import Embedding, Linear
 from runner.ops.device import CPU_WITHOUT_KERNELS, Device, current
+from runner.ops.table import PORTABLE
 from runner.weights import loading
 from runner.weights.plan import plan
 from runner.weights.tags import weight

@@ -17,8 +17,8 @@ from runner.engine.generate import decode, prefill
 from runner.engine.replay import LEAST, PATIENCE, Steps
 from runner.errors import RunnerError
 from runner.families import Model
-from runner.nn.fast import Ops
 from runner.ops.device import current
+from runner.ops.table import Ops
 
 FIXTURES = sorted(str(path.parent.relative_to(TESTS)) for path in TESTS.glob("fixtures/*/**/config.json"))
 PROMPT = [1 + i % 30 for i in range(12)]

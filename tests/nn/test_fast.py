@@ -12,8 +12,9 @@ from places import TESTS
 
 from runner.config.rope import RopeScaling
 from runner.errors import ConfigError, UsageError
-from runner.nn.fast import NO_MASK, PORTABLE, LayerNorm, Ops, RMSNorm, RoPE, scaled_dot_product_attention
+from runner.nn.fast import NO_MASK, LayerNorm, RMSNorm, RoPE, scaled_dot_product_attention
 from runner.ops.device import CUDA, current, wrong_on_cuda
+from runner.ops.table import PORTABLE, Ops
 
 REFERENCE = json.loads((TESTS / "data" / "rope_reference.json").read_text())
 

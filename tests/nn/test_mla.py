@@ -9,11 +9,12 @@ import pytest
 
 from runner.adapters.layers import AdaptedLinear, Delta
 from runner.cache.kv import Batch, History, KVCache
-from runner.nn.fast import PORTABLE, Ops, RMSNorm, RoPE
+from runner.nn.fast import RMSNorm, RoPE
 from runner.nn.linear import Attend, Linear, PlainLinear, QuantizedLinear
 from runner.nn.mla import ApartKeysAndValues, JoinedKeysAndValues, LatentAttention, PlainQueries
 from runner.nn.moe import ExpertLinear, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, current
+from runner.ops.table import PORTABLE, Ops
 
 HEADS, NOPE, ROTATED, VALUES, RANK, HIDDEN = 4, 16, 8, 24, 64, 32
 TABLES = list({ops.name: ops for ops in (PORTABLE, CPU_WITHOUT_KERNELS, current().ops)}.values())

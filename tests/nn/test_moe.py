@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.cache.kv import History
-from runner.nn.fast import PORTABLE, Ops
 from runner.nn.linear import GLU, PlainLinear, capped_attention
 from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, current
+from runner.ops.table import PORTABLE, Ops
 
 TABLES = list({ops.name: ops for ops in (PORTABLE, CPU_WITHOUT_KERNELS, current().ops)}.values())
 by_table = pytest.mark.parametrize("ops", TABLES, ids=lambda ops: ops.name)

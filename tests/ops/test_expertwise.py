@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.nn.fast import PORTABLE
 from runner.ops import expertwise
+from runner.ops.table import PORTABLE
 
 
 def test_an_experts_matrix_is_read_where_it_lies() -> None:

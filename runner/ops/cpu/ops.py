@@ -5,10 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 
 from runner.cache.storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
-from runner.nn.fast import PORTABLE, Ops, Recorder
+from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
 from runner.ops import expertwise
 from runner.ops.cpu import _C
+from runner.ops.table import PORTABLE, Ops, Recorder
 
 _PACKED = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
@@ -68,24 +69,24 @@ def _dense(rows: mx.array, capacity: int) -> mx.array:
 
 _ACTIVATIONS: dict[str, kernels.Activation] = {
     "silu": "silu",
-    "swish": "silu",
     "gelu": "gelu",
-    "gelu_new": "gelu_approx",
-    "gelu_pytorch_tanh": "gelu_approx",
-    "gelu_fast": "gelu_approx",
+    "gelu_tanh": "gelu_approx",
     "relu": "relu",
 }
+"""Kernels for the functions that `runner.config.activations` names."""
 
 
 def _glu(gate_up: mx.array, activation: str) -> mx.array:
-    if activation in _ACTIVATIONS:
-        return _C.glu(gate_up, _ACTIVATIONS[activation])
+    kernel = _ACTIVATIONS.get(ACTIVATIONS[activation])
+    if kernel is not None:
+        return _C.glu(gate_up, kernel)
     return PORTABLE.glu(gate_up, activation)
 
 
 def _activate(x: mx.array, activation: str) -> mx.array:
-    if activation in _ACTIVATIONS:
-        return _C.activate(x, _ACTIVATIONS[activation])
+    kernel = _ACTIVATIONS.get(ACTIVATIONS[activation])
+    if kernel is not None:
+        return _C.activate(x, kernel)
     return PORTABLE.activate(x, activation)
 
 
@@ -109,7 +110,7 @@ KERNELS = Ops(
     gather_quantized_linear=expertwise.gather_quantized_linear(_quantized_linear),
     storage=Storage(PLAIN.empty, _C.append, unpacked),
 )
-"""`runner.nn.fast.Ops` over `runner.ops.cpu`; what has no kernel is plain MLX."""
+"""`runner.ops.table.Ops` over `runner.ops.cpu`; what has no kernel is plain MLX."""
 
 DENSE = Storage(_dense, _C.append, unpacked)
 """Caches of half the size, within 1e-3 of the logits' deviation."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from instruction_sets import available
 
-from runner.nn.fast import PORTABLE, Ops
 from runner.ops import cpu as kernels
+from runner.ops.table import PORTABLE, Ops
 
 collect_ignore = [] if kernels.unavailable() is None else ["test_built.py"]
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 from twins import numpy, rand
 
-from runner.nn.fast import PORTABLE, Ops
 from runner.ops import cpu as kernels
+from runner.ops.table import PORTABLE, Ops
 
 BUILT = kernels.unavailable() is None
 

@@ -86,7 +86,7 @@ def test_the_base_of_the_package_does_not_need_the_extension() -> None:
         "sys.modules['runner.ops.cpu._C'] = None\n"  # what an import of a module that is not there looks like
         "import mlx.core as mx, runner.ops.cpu as k\n"
         "assert k.unavailable() is not None\n"
-        "from runner.nn.fast import PORTABLE\n"
+        "from runner.ops.table import PORTABLE\n"
         "assert PORTABLE.linear(mx.ones((2, 3)), mx.ones((4, 3)), None).tolist() == [[3.0] * 4] * 2\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twins import FLOATS, Layout, assert_close, numpy, rand
 
-from runner.nn.fast import PORTABLE, Ops
+from runner.ops.table import PORTABLE, Ops
 
 fast_settings = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner.nn.fast import Ops
+from runner.ops.table import Ops
 
 DIM = 32
 
