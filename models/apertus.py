@@ -15,9 +15,8 @@ from runner.config.rope import RopeScaling
 from runner.models import qwen3
 from runner.models.llama import LlamaConfig
 from runner.nn import blocks
-from runner.nn.blocks import HIDDEN, INTERMEDIATE
 from runner.nn.fast import RMSNorm
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
 from runner.nn.xielu import XIELU
 from runner.weights.tags import weight
 

@@ -11,13 +11,14 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.config.base import fixed, key
 from runner.config.decoder import UnrotatedConfig
 from runner.models import gpt_neox
-from runner.nn.blocks import HIDDEN, VOCAB, ConfiguredBlock, LayerNormDecoder
+from runner.nn.batch import Batch
+from runner.nn.blocks import ConfiguredBlock, LayerNormDecoder
 from runner.nn.fast import LayerNorm
-from runner.nn.linear import Embedding, Linear
+from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
 from runner.nn.positions import Alibi
 from runner.weights.tags import weight
 

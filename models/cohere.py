@@ -13,9 +13,10 @@ import mlx.core as mx
 from runner.config.base import fixed
 from runner.config.decoder import LayerNormConfig
 from runner.models import llama
-from runner.nn.blocks import HIDDEN, Frame, Parallel
+from runner.nn.attention import StoredHeadNorms
+from runner.nn.blocks import Frame, Parallel
 from runner.nn.fast import ScaledLayerNorm
-from runner.nn.linear import StoredHeadNorms
+from runner.nn.linear import HIDDEN
 from runner.weights.tags import setting, weight
 
 

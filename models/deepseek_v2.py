@@ -14,8 +14,8 @@ from runner.config.base import key
 from runner.errors import ConfigError
 from runner.models import llama
 from runner.nn import blocks
-from runner.nn.blocks import ConfiguredMLP, GatedMLP
 from runner.nn.mla import LatentAttention, LatentConfig
+from runner.nn.mlp import ConfiguredMLP, GatedMLP
 from runner.nn.moe import SwitchMoE, check_routing
 from runner.weights.tags import weight
 

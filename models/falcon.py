@@ -15,9 +15,9 @@ from runner.config.base import fixed, key
 from runner.config.decoder import LayerNormConfig
 from runner.errors import ConfigError
 from runner.models import bloom, gpt_neox
-from runner.nn.blocks import HIDDEN, VOCAB, ConfiguredBlock, Parallel
+from runner.nn.blocks import ConfiguredBlock, Parallel
 from runner.nn.fast import LayerNorm
-from runner.nn.linear import Embedding, Linear
+from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
 from runner.nn.positions import Alibi
 from runner.weights.tags import weight
 

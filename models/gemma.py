@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch
 from runner.models import llama
 from runner.models.llama import LlamaConfig
 from runner.nn import blocks
-from runner.nn.blocks import HIDDEN
+from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm
+from runner.nn.linear import HIDDEN
 from runner.weights.tags import setting, weight
 from runner.weights.transforms import PLUS_ONE
 

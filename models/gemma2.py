@@ -18,8 +18,8 @@ from runner.errors import ConfigError
 from runner.models import gemma, llama
 from runner.models.gemma import GemmaConfig
 from runner.nn import blocks
-from runner.nn.blocks import HIDDEN
 from runner.nn.fast import RMSNorm
+from runner.nn.linear import HIDDEN
 from runner.weights.tags import setting, weight
 from runner.weights.transforms import PLUS_ONE
 

@@ -11,8 +11,7 @@ from typing import ClassVar
 
 from runner.models import llama
 from runner.models.llama import LlamaConfig
-from runner.nn.blocks import HIDDEN, INTERMEDIATE, KV, Q
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, INTERMEDIATE, KV, Linear, Q
 from runner.weights.tags import weight
 
 

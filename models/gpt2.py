@@ -12,14 +12,15 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch
 from runner.config.base import key
 from runner.config.decoder import UnrotatedConfig
 from runner.models import llama
-from runner.nn.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, LayerNormDecoder, PlainMLP, Q, Sequential
+from runner.nn.batch import Batch
+from runner.nn.blocks import LayerNormDecoder, Sequential
 from runner.nn.fast import LayerNorm
 from runner.nn.layouts import Conv1D
-from runner.nn.linear import Embedding, Linear
+from runner.nn.linear import HIDDEN, INTERMEDIATE, KV, VOCAB, Embedding, Linear, Q
+from runner.nn.mlp import PlainMLP
 from runner.nn.positions import positions
 from runner.weights.tags import setting, weight
 

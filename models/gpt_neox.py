@@ -12,10 +12,11 @@ from runner.config.base import fixed, key
 from runner.config.decoder import LayerNormConfig
 from runner.models import llama
 from runner.nn import blocks
-from runner.nn.blocks import HIDDEN, INTERMEDIATE, KV, VOCAB, ConfiguredBlock, LayerNormDecoder, PlainMLP, Q
+from runner.nn.blocks import ConfiguredBlock, LayerNormDecoder
 from runner.nn.fast import LayerNorm
 from runner.nn.layouts import FusedQKV
-from runner.nn.linear import Embedding, Linear
+from runner.nn.linear import HIDDEN, INTERMEDIATE, KV, VOCAB, Embedding, Linear, Q
+from runner.nn.mlp import PlainMLP
 from runner.weights.tags import weight
 
 

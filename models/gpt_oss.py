@@ -17,9 +17,10 @@ from runner.config.rope import RopeScaling
 from runner.errors import ConfigError
 from runner.models import llama
 from runner.nn import blocks, moe
-from runner.nn.blocks import HIDDEN, INTERMEDIATE
+from runner.nn.attention import SinkAttend
 from runner.nn.layouts import TurnedExperts
-from runner.nn.linear import GLU, Linear, SinkAttend
+from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
+from runner.nn.mlp import GLU
 from runner.weights.tags import setting, weight
 from runner.weights.transforms import HALVES
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.models import llama
 from runner.models.llama import LlamaConfig
 from runner.nn import blocks
+from runner.nn.batch import Batch
 from runner.weights.tags import setting, weight
 
 

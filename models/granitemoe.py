@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from runner.models import granite, llama
 from runner.models.granite import GraniteConfig
 from runner.nn import moe
-from runner.nn.blocks import HIDDEN, INTERMEDIATE
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
 from runner.nn.moe import ExpertLinear
 from runner.weights.tags import weight
 

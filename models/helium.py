@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from runner.models import llama
 from runner.models.llama import LlamaConfig
-from runner.nn.blocks import HIDDEN, Q
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, Linear, Q
 from runner.weights.tags import weight
 
 

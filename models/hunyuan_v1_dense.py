@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch
 from runner.config.base import key
 from runner.errors import ConfigError
 from runner.models import llama
 from runner.models.llama import LlamaConfig
 from runner.nn import blocks
+from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm
 from runner.weights.tags import setting, weight
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.config.decoder import DecoderConfig
-from runner.nn.blocks import HIDDEN, INTERMEDIATE, KV, Decoder, Norm, PreNorm, Q
+from runner.nn.attention import Attend, merge_heads, split_heads
+from runner.nn.batch import Batch
+from runner.nn.blocks import Decoder, Norm, PreNorm
 from runner.nn.fast import RoPE
-from runner.nn.linear import GLU, Attend, Linear, merge_heads, split_heads
+from runner.nn.linear import HIDDEN, INTERMEDIATE, KV, Linear, Q
+from runner.nn.mlp import GLU
 from runner.weights.tags import setting, weight
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from runner.models import llama
 from runner.models.llama import MistralConfig
 from runner.nn import blocks, moe
-from runner.nn.blocks import HIDDEN, INTERMEDIATE
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
 from runner.nn.moe import ExpertLinear
 from runner.weights.tags import weight
 

@@ -13,8 +13,10 @@ import mlx.core as mx
 from runner.config.base import key
 from runner.config.decoder import LayerNormConfig
 from runner.models import llama
-from runner.nn.blocks import HIDDEN, LayerNormDecoder, PlainMLP, Sequential
+from runner.nn.blocks import LayerNormDecoder, Sequential
 from runner.nn.fast import LayerNorm
+from runner.nn.linear import HIDDEN
+from runner.nn.mlp import PlainMLP
 from runner.weights.tags import tensor, weight
 from runner.weights.transforms import PLUS_ONE
 

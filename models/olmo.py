@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch
 from runner.config.base import fixed
 from runner.config.decoder import LayerNormConfig
 from runner.models import llama
+from runner.nn.batch import Batch
 from runner.nn.blocks import Frame, Sequential
 from runner.nn.fast import PlainLayerNorm
 from runner.weights.tags import setting, weight

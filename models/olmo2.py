@@ -11,14 +11,14 @@ from typing import Self
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch
 from runner.config import layer_types
 from runner.config.decoder import WindowedConfig
 from runner.models import llama
 from runner.models.llama import LlamaConfig
 from runner.nn import blocks
-from runner.nn.blocks import KV, Q
+from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm
+from runner.nn.linear import KV, Q
 from runner.weights.tags import setting, weight
 
 

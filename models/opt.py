@@ -11,13 +11,15 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.config.base import fixed, key
 from runner.config.decoder import UnrotatedConfig
 from runner.models import llama
-from runner.nn.blocks import HIDDEN, INTERMEDIATE, VOCAB, ConfiguredBlock, Frame, PlainMLP, Q, Sequential
+from runner.nn.batch import Batch
+from runner.nn.blocks import ConfiguredBlock, Frame, Sequential
 from runner.nn.fast import provided_ops
-from runner.nn.linear import Embedding, Linear
+from runner.nn.linear import HIDDEN, INTERMEDIATE, VOCAB, Embedding, Linear, Q
+from runner.nn.mlp import PlainMLP
 from runner.nn.positions import positions
 from runner.ops.table import Ops
 from runner.weights.tags import setting, tensor, weight

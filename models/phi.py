@@ -12,9 +12,10 @@ from runner.config.base import fixed
 from runner.config.decoder import LayerNormConfig
 from runner.errors import ConfigError
 from runner.models import llama
-from runner.nn.blocks import HIDDEN, INTERMEDIATE, VOCAB, LayerNormDecoder, Parallel, PlainMLP, Q
+from runner.nn.blocks import LayerNormDecoder, Parallel
 from runner.nn.fast import LayerNorm
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, INTERMEDIATE, VOCAB, Linear, Q
+from runner.nn.mlp import PlainMLP
 from runner.weights.tags import weight
 
 

@@ -12,8 +12,7 @@ from typing import ClassVar
 
 from runner.models import glm, llama
 from runner.models.llama import LlamaConfig
-from runner.nn.blocks import HIDDEN, KV, Q
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, KV, Linear, Q
 from runner.weights.tags import weight
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from runner.config.base import FULL, SLIDING, key
 from runner.config.decoder import WindowedConfig
 from runner.models import llama
-from runner.nn.blocks import HIDDEN, KV, Q
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, KV, Linear, Q
 from runner.weights.tags import weight
 
 

@@ -14,8 +14,8 @@ from runner.config.base import key
 from runner.models import llama, qwen2
 from runner.models.qwen2 import Qwen2Config
 from runner.nn import blocks
-from runner.nn.blocks import HIDDEN, KV, ConfiguredMLP, GatedMLP, Q
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, KV, Linear, Q
+from runner.nn.mlp import ConfiguredMLP, GatedMLP
 from runner.nn.moe import SwitchMoE, check_routing
 from runner.weights.tags import weight
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from runner.models import llama, qwen3
 from runner.models.qwen2_moe import Qwen2MoeConfig
 from runner.nn import blocks
-from runner.nn.blocks import ConfiguredMLP
+from runner.nn.mlp import ConfiguredMLP
 from runner.nn.moe import SwitchMoE
 from runner.weights.tags import weight
 

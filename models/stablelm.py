@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from runner.config.base import key
 from runner.config.decoder import LayerNormConfig
 from runner.models import llama
-from runner.nn.blocks import HIDDEN, ConfiguredBlock, LayerNormDecoder, Parallel, Q, Sequential
+from runner.nn.attention import JoinedHeadNorms
+from runner.nn.blocks import ConfiguredBlock, LayerNormDecoder, Parallel, Sequential
 from runner.nn.fast import LayerNorm
-from runner.nn.linear import JoinedHeadNorms, Linear
+from runner.nn.linear import HIDDEN, Linear, Q
 from runner.weights.tags import weight
 
 

@@ -13,9 +13,10 @@ from runner.config.base import key
 from runner.config.decoder import LayerNormConfig
 from runner.errors import ConfigError
 from runner.models import llama
-from runner.nn.blocks import HIDDEN, INTERMEDIATE, LayerNormDecoder, PlainMLP, Sequential
+from runner.nn.blocks import LayerNormDecoder, Sequential
 from runner.nn.fast import LayerNorm
-from runner.nn.linear import Linear
+from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
+from runner.nn.mlp import PlainMLP
 from runner.weights.tags import weight
 
 

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.config.base import Config
 from runner.errors import ConfigError
+from runner.nn.batch import Batch
 
 ENTRY_POINTS = "runner.families"
 """Entry points of this group, named as the model_type and pointing to a `Family`, add to the table below."""

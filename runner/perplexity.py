@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from runner.cache.kv import Batch
 from runner.engine.engine import Engine
 from runner.engine.generate import PREFILL_CHUNK
 from runner.errors import UsageError
+from runner.nn.batch import Batch
 from runner.text.tokenizer import Tokenizer
 
 CHUNK = 512

@@ -20,11 +20,12 @@ import mlx.core as mx
 import numpy as np
 
 from runner.bench.models import Subject
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.engine.engine import Engine
 from runner.engine.generate import PREFILL_CHUNK
 from runner.engine.replay import Steps
 from runner.errors import UsageError
+from runner.nn.batch import Batch
 from runner.nn.linear import Embedding
 from runner.weights import loading
 

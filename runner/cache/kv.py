@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -33,20 +32,6 @@ class History(NamedTuple):
     def values(self) -> mx.array:
         """Values `[B, KV, S, Dv]` as numbers."""
         return self.storage.read(self.stored_values[..., : self.length, :])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass: ids `[B, L]`, the position of the first of them, and who sees whom.
-
-    `length` is the length of the whole prompt that this pass is a chunk of (RoPE variants that stretch with the length
-    of the sequence must see all chunks alike); None where the pass is the whole. `mask` None is causal.
-    """
-
-    ids: mx.array
-    offset: int | mx.array = 0
-    length: int | None = None
-    mask: mx.array | None = None
 
 
 class KVCache:

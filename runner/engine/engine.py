@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.cache.storage import Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
 from runner.engine.generate import new_caches
 from runner.errors import UsageError
 from runner.families import Model, find
+from runner.nn.batch import Batch
 from runner.ops.device import Device, current
 from runner.weights import loading
 from runner.weights.loading import Progress

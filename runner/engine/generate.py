@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, KVCache, RotatingKVCache
+from runner.cache.kv import KVCache, RotatingKVCache
 from runner.cache.storage import PLAIN, Storage
 from runner.config.base import Config
 from runner.engine.replay import Steps
 from runner.errors import UsageError
 from runner.families import Model
+from runner.nn.batch import Batch
 from runner.ops.table import PORTABLE, Ops
 
 PREFILL_CHUNK = 512

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.errors import RunnerError
 from runner.families import Model
+from runner.nn.batch import Batch
 from runner.ops.table import Ops, Program
 
 PATIENCE = 8

@@ -8,14 +8,13 @@ from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.config.base import Config
+from runner.nn.batch import Batch
 from runner.nn.fast import LayerNorm, RMSNorm
-from runner.nn.linear import GLU, Activation, Embedding, Linear
+from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
+from runner.nn.mlp import FeedForward
 from runner.weights.tags import Choice, Chooses, Header, Size, Tree, setting, weight
-
-HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
-Q, KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
 
 
 class Layer(Protocol):
@@ -28,56 +27,6 @@ class Norm(Protocol):
     """A normalisation of the last axis."""
 
     def __call__(self, x: mx.array, eps: float) -> mx.array: ...
-
-
-class FeedForward(Protocol):
-    """What works on each token by itself: `[B, L, hidden_size]` to the same."""
-
-    def __call__(self, x: mx.array) -> mx.array: ...
-
-
-@dataclass
-class PlainMLP(FeedForward):
-    """Up, activation, down: the feed-forward layer without a gate."""
-
-    act: Activation
-    up_proj: Linear = weight("up_proj", INTERMEDIATE, HIDDEN, bias="mlp_bias")
-    down_proj: Linear = weight("down_proj", HIDDEN, INTERMEDIATE, bias="mlp_bias")
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.act(self.up_proj(x)))
-
-
-@dataclass
-class GatedMLP(FeedForward):
-    """Gate and up as one product, down; `$0` wide inside."""
-
-    glu: GLU
-    gate_up_proj: Linear = weight("{gate,up}_proj", ("$0", "$0"), HIDDEN)
-    down_proj: Linear = weight("down_proj", HIDDEN, "$0")
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.glu(self.gate_up_proj(x)))
-
-
-@runtime_checkable
-class HasMLPClass(Protocol):
-    """A config that says which feed-forward layer its `layer_index` has."""
-
-    @property
-    def mlp_class(self) -> type: ...
-
-
-class ConfiguredMLP(Chooses):
-    """A feed-forward layer of the class that the config's `mlp_class` names: experts in some layers, one in others."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        raise NotImplementedError
-
-    @classmethod
-    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        assert isinstance(config, HasMLPClass)
-        return Choice(config.mlp_class, {})
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Layers with weights: `Linear` and `Embedding`, plain or quantised, and the gated activation."""
+"""Matrices: `Linear` and `Embedding`, plain or quantized, found out from what a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.cache.kv import History
 from runner.config.base import Config
 from runner.errors import WeightsError
-from runner.nn.fast import Mask, provided_ops, scaled_dot_product_attention
-from runner.ops.table import Ops, window_mask
+from runner.nn.fast import provided_ops
+from runner.ops.table import Ops
 from runner.weights.tags import (
     PACKED,
     SCALES,
@@ -28,6 +27,10 @@ from runner.weights.tags import (
     setting,
     tensor,
 )
+
+HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
+Q, KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
+"""Dimensions that most families' tags name: entries of the config, or products of two."""
 
 
 @dataclass(frozen=True)
@@ -223,122 +226,3 @@ def layer_form(leaf: Leaf, width: int, headers: Mapping[str, Header], config: Co
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (16, 32, 64, 128)
 _MODES = {(4, 32, "U8"): "mxfp4", (4, 16, "U8"): "nvfp4", (8, 32, "U8"): "mxfp8"}
-
-
-@dataclass
-class GLU:
-    """The gated activation (arXiv:2002.05202): `act(gate) * up`, gate and up side by side: `[..., 2 I] -> [..., I]`."""
-
-    activation: str = setting("hidden_act", default="silu")
-    ops: Ops = provided_ops()
-
-    def __call__(self, gate_up: mx.array) -> mx.array:
-        return self.ops.glu(gate_up, self.activation)
-
-
-@dataclass
-class Activation:
-    """`hidden_act` by itself, where there is no gate."""
-
-    name: str = setting("hidden_act", default="gelu")
-    ops: Ops = provided_ops()
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.ops.activate(x, self.name)
-
-
-@dataclass
-class HeadNorms:
-    """A LayerNorm without bias for each head, weights `[heads, head_dim]`: x `[B, heads, L, head_dim]` to the same."""
-
-    weight: mx.array
-    ops: Ops = provided_ops()
-
-    def __call__(self, x: mx.array, eps: float) -> mx.array:
-        return self.ops.layer_norm(x, None, None, eps) * self.weight[:, None].astype(x.dtype)
-
-
-@dataclass
-class JoinedHeadNorms(HeadNorms):
-    """Read from a tensor for each head."""
-
-    weight: mx.array = tensor("weight", "$0")
-
-
-@dataclass
-class StoredHeadNorms(HeadNorms):
-    """Read from one tensor."""
-
-    weight: mx.array = tensor("weight", "$0", "$1")
-
-
-@dataclass
-class Attend:
-    """Scaled dot product attention over a cache's history."""
-
-    scale: float = setting("attention_scale")
-    softcap: float | None = setting("attn_logit_softcapping", default=None)
-    ops: Ops = provided_ops()
-
-    def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
-        """`query` `[B, H, L, D]` -> `[B, H, L, Dv]`; see `scaled_dot_product_attention`."""
-        if self.softcap is not None:
-            return capped_attention(query, history, mask, scale=self.scale, softcap=self.softcap)
-        return self.uncapped(query, history, mask, None)
-
-    def uncapped(self, query: mx.array, history: History, mask: Mask, sinks: mx.array | None) -> mx.array:
-        """The device's attention over what `history` has stored."""
-        return scaled_dot_product_attention(
-            query,
-            history.stored_keys,
-            history.stored_values,
-            mask,
-            scale=self.scale,
-            window=history.window,
-            length=history.length,
-            sinks=sinks,
-            ops=self.ops,
-        )
-
-
-@dataclass
-class SinkAttend(Attend):
-    """With one more score for each head, of a key that has no value (arXiv:2309.17453, learned)."""
-
-    sinks: mx.array = tensor("sinks", "num_attention_heads")
-
-    def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
-        return self.uncapped(query, history, mask, self.sinks.astype(query.dtype))
-
-
-def capped_attention(query: mx.array, history: History, mask: Mask = None, *, scale: float, softcap: float) -> mx.array:
-    """Attention whose scores pass `softcap * tanh(score / softcap)` (Gemma 2, arXiv:2408.00118) before the mask.
-
-    `query` `[B, H, L, D]` -> `[B, H, L, Dv]`; masks as in `scaled_dot_product_attention`. No fast op has it: the scores
-    are computed in full.
-    """
-    keys, values = history.keys, history.values
-    grouped = query.reshape(query.shape[0], keys.shape[1], -1, *query.shape[2:])  # [B, KV, H / KV, L, D]
-    scores = (grouped @ keys[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * scale
-    scores = mx.tanh(scores / softcap) * softcap
-    if mask is None:
-        mask = window_mask(query.shape[2], history.length, history.window or history.length)
-    if isinstance(mask, mx.array):
-        whole = mx.broadcast_to(mask, (*query.shape[:3], history.length)).reshape(scores.shape)
-        scores = mx.where(whole, scores, -mx.inf) if whole.dtype == mx.bool_ else scores + whole
-    shares = mx.softmax(scores, axis=-1).astype(values.dtype)
-    return (shares @ values[:, :, None]).reshape(*query.shape[:3], -1)
-
-
-def split_heads(x: mx.array, head_dim: int) -> mx.array:
-    """`[B, L, N * head_dim] -> [B, N, L, head_dim]`, a view."""
-    if x.shape[1] == 1:  # one position: the two orders are the same memory
-        return x.reshape(x.shape[0], -1, 1, head_dim)
-    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
-
-
-def merge_heads(x: mx.array) -> mx.array:
-    """The inverse of `split_heads`."""
-    if x.shape[2] == 1:
-        return x.reshape(x.shape[0], 1, -1)
-    return x.swapaxes(1, 2).flatten(2)

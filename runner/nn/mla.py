@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch, History, KVCache
+from runner.cache.kv import History, KVCache
 from runner.config.base import Config, key
 from runner.config.decoder import DecoderConfig
 from runner.config.rope import yarn_mscale
 from runner.errors import ConfigError
+from runner.nn.attention import Attend, merge_heads, split_heads
+from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm, RoPE
-from runner.nn.linear import Attend, Linear, merge_heads, split_heads
+from runner.nn.linear import Linear
 from runner.nn.moe import ExpertLinear
 from runner.weights.tags import Choice, Chooses, Header, Size, Tree, leaves, setting, weight
 

@@ -14,7 +14,8 @@ import mlx.core as mx
 from runner.config.base import Config
 from runner.errors import ConfigError, WeightsError
 from runner.nn.fast import provided_ops
-from runner.nn.linear import GLU, Linear, layer_form
+from runner.nn.linear import Linear, layer_form
+from runner.nn.mlp import GLU
 from runner.ops.table import Ops
 from runner.weights.tags import (
     PACKED,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache.kv import Batch
 from runner.errors import UsageError
+from runner.nn.batch import Batch
 from runner.nn.fast import last_offset
 from runner.ops.table import window_mask
 from runner.weights.tags import setting

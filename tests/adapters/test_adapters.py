@@ -21,7 +21,6 @@ from sources import Arrays
 import runner
 from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
-from runner.cache.kv import Batch
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert, merged
 from runner.engine.engine import Engine, assemble, open_engine
@@ -29,6 +28,7 @@ from runner.engine.generate import new_caches, prefill
 from runner.engine.prompt_cache import PromptCache
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.families import find
+from runner.nn.batch import Batch
 from runner.ops.device import CPU_WITHOUT_KERNELS, Device
 from runner.ops.table import PORTABLE
 from runner.weights import loading

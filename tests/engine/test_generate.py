@@ -14,13 +14,14 @@ import pytest
 from places import TESTS
 
 import runner
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.engine.engine import open_engine
 from runner.engine.generate import Cancelled, decode, prefill
 from runner.engine.prompt_cache import PromptCache
 from runner.errors import RunnerError, UsageError
 from runner.families import Model
 from runner.language_model import LanguageModel
+from runner.nn.batch import Batch
 
 FIXTURES = TESTS / "fixtures" / "llama"
 PROMPT = [1 + i % 40 for i in range(20)]

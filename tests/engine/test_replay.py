@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from places import TESTS
 
-from runner.cache.kv import Batch, KVCache
+from runner.cache.kv import KVCache
 from runner.engine.engine import Engine, open_engine
 from runner.engine.generate import decode, prefill
 from runner.engine.replay import LEAST, PATIENCE, Steps
 from runner.errors import RunnerError
 from runner.families import Model
+from runner.nn.batch import Batch
 from runner.ops.device import current
 from runner.ops.table import Ops
 

@@ -9,11 +9,11 @@ import mlx.core as mx
 import pytest
 from references import FIXTURES, error, expected, tolerance
 
-from runner.cache.kv import Batch
 from runner.checkpoint.directory import Checkpoint
 from runner.engine.engine import open_engine
 from runner.engine.generate import new_caches, prefill
 from runner.families import find
+from runner.nn.batch import Batch
 from runner.weights import loading
 from runner.weights.plan import plan
 from runner.weights.tags import HARMLESS

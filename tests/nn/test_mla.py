@@ -8,9 +8,11 @@ import mlx.core as mx
 import pytest
 
 from runner.adapters.layers import AdaptedLinear, Delta
-from runner.cache.kv import Batch, History, KVCache
+from runner.cache.kv import History, KVCache
+from runner.nn.attention import Attend
+from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm, RoPE
-from runner.nn.linear import Attend, Linear, PlainLinear, QuantizedLinear
+from runner.nn.linear import Linear, PlainLinear, QuantizedLinear
 from runner.nn.mla import ApartKeysAndValues, JoinedKeysAndValues, LatentAttention, PlainQueries
 from runner.nn.moe import ExpertLinear, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, current

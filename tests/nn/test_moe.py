@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.cache.kv import History
-from runner.nn.linear import GLU, PlainLinear, capped_attention
+from runner.nn.attention import capped_attention
+from runner.nn.linear import PlainLinear
+from runner.nn.mlp import GLU
 from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, current
 from runner.ops.table import PORTABLE, Ops

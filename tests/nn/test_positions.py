@@ -7,8 +7,8 @@ import math
 import mlx.core as mx
 import pytest
 
-from runner.cache.kv import Batch
 from runner.errors import UsageError
+from runner.nn.batch import Batch
 from runner.nn.fast import scaled_dot_product_attention
 from runner.nn.positions import Alibi, alibi_slopes, positions
 

@@ -1,0 +1,87 @@
+"""Feed-forward layers: plain, gated, and the one that a config chooses for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import mlx.core as mx
+
+from runner.config.base import Config
+from runner.nn.fast import provided_ops
+from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
+from runner.ops.table import Ops
+from runner.weights.tags import Choice, Chooses, Header, Size, Tree, setting, weight
+
+
+@dataclass
+class GLU:
+    """The gated activation (arXiv:2002.05202): `act(gate) * up`, gate and up side by side: `[..., 2 I] -> [..., I]`."""
+
+    activation: str = setting("hidden_act", default="silu")
+    ops: Ops = provided_ops()
+
+    def __call__(self, gate_up: mx.array) -> mx.array:
+        return self.ops.glu(gate_up, self.activation)
+
+
+@dataclass
+class Activation:
+    """`hidden_act` by itself, where there is no gate."""
+
+    name: str = setting("hidden_act", default="gelu")
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.ops.activate(x, self.name)
+
+
+class FeedForward(Protocol):
+    """What works on each token by itself: `[B, L, hidden_size]` to the same."""
+
+    def __call__(self, x: mx.array) -> mx.array: ...
+
+
+@dataclass
+class PlainMLP(FeedForward):
+    """Up, activation, down: the feed-forward layer without a gate."""
+
+    act: Activation
+    up_proj: Linear = weight("up_proj", INTERMEDIATE, HIDDEN, bias="mlp_bias")
+    down_proj: Linear = weight("down_proj", HIDDEN, INTERMEDIATE, bias="mlp_bias")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+@dataclass
+class GatedMLP(FeedForward):
+    """Gate and up as one product, down; `$0` wide inside."""
+
+    glu: GLU
+    gate_up_proj: Linear = weight("{gate,up}_proj", ("$0", "$0"), HIDDEN)
+    down_proj: Linear = weight("down_proj", HIDDEN, "$0")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.glu(self.gate_up_proj(x)))
+
+
+@runtime_checkable
+class HasMLPClass(Protocol):
+    """A config that says which feed-forward layer its `layer_index` has."""
+
+    @property
+    def mlp_class(self) -> type: ...
+
+
+class ConfiguredMLP(Chooses):
+    """A feed-forward layer of the class that the config's `mlp_class` names: experts in some layers, one in others."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        assert isinstance(config, HasMLPClass)
+        return Choice(config.mlp_class, {})
