@@ -12,7 +12,8 @@ from runner.engine.sampling import SamplingParams
 from runner.families import find
 from runner.language_model import end_tokens
 from runner.weights.plan import ArrayPlan, count_parameters, plan
-from runner.weights.tags import Source, leaves
+from runner.weights.tags import Source
+from runner.weights.tree import leaves
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from runner.nn.linear import Embedding, Linear, Quantization
 from runner.nn.moe import ExpertLinear
 from runner.weights.loading import STORED
 from runner.weights.plan import ArrayPlan, ModulePlan, Value
-from runner.weights.tags import TAG, Join, Source, Tree, leaf_shapes, leaves
+from runner.weights.tags import TAG, Source
 from runner.weights.transforms import IDENTITY, Transform
+from runner.weights.tree import Join, Tree, leaf_shapes, leaves
 
 HEAD, TABLE = "lm_head", "embed_tokens"
 """The fields of a model that hold its head and its embeddings."""

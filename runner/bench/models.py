@@ -24,7 +24,8 @@ from runner.families import find
 from runner.nn.linear import Embedding, Linear, Quantization
 from runner.weights import loading
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
-from runner.weights.tags import Chooses, Leaf, leaf_shapes, leaves
+from runner.weights.tags import Chooses
+from runner.weights.tree import Leaf, leaf_shapes, leaves
 
 STD = 0.02
 """Deviation of random weights: what most families initialise with, so that activations stay in an ordinary range."""

@@ -16,8 +16,9 @@ from runner.convert.packing import Packing, pack, unpack
 from runner.convert.plan import Conversion, Job, plan_conversion
 from runner.families import find
 from runner.weights.loading import Progress
-from runner.weights.tags import Source, leaves
+from runner.weights.tags import Source
 from runner.weights.transforms import Transform
+from runner.weights.tree import leaves
 
 SHARD_BYTES = 5 << 30
 """Of one file: what mlx-lm and the hub cut at."""

@@ -24,8 +24,9 @@ from runner.families import find
 from runner.nn.linear import Embedding, Linear, Quantization
 from runner.nn.moe import ExpertLinear, MoE
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
-from runner.weights.tags import FLOAT, Header, Leaf, Source, leaf_shapes, leaves
+from runner.weights.tags import FLOAT, Header, Source
 from runner.weights.transforms import Transform
+from runner.weights.tree import Leaf, leaf_shapes, leaves
 
 NAMES: Mapping[mx.Dtype, str] = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 STORED: Mapping[str, mx.Dtype] = {name: dtype for dtype, name in NAMES.items()}

@@ -14,7 +14,8 @@ from runner.nn.batch import Batch
 from runner.nn.fast import LayerNorm, RMSNorm
 from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
 from runner.nn.mlp import FeedForward
-from runner.weights.tags import Choice, Chooses, Header, Size, Tree, setting, weight
+from runner.weights.tags import Choice, Chooses, Header, setting, weight
+from runner.weights.tree import Size, Tree
 
 
 class Layer(Protocol):

@@ -10,8 +10,9 @@ import mlx.core as mx
 from runner.config.base import Config
 from runner.nn.linear import Linear, PlainLinear, Quantization
 from runner.nn.moe import ExpertLinear, PlainExperts, QuantizedExperts
-from runner.weights.tags import Choice, Header, Size, Tree, leaves, size_of, tensor
+from runner.weights.tags import Choice, Header, tensor
 from runner.weights.transforms import IDENTITY, MX_BLOCKS, TRANSPOSE, permute_rows
+from runner.weights.tree import Size, Tree, leaves, size_of
 
 
 class Conv1D(Linear):

@@ -12,21 +12,8 @@ from runner.config.base import Config
 from runner.errors import WeightsError
 from runner.nn.fast import provided_ops
 from runner.ops.table import Ops
-from runner.weights.tags import (
-    PACKED,
-    SCALES,
-    Choice,
-    Chooses,
-    Header,
-    Join,
-    Leaf,
-    Size,
-    Tree,
-    leaf_shapes,
-    leaves,
-    setting,
-    tensor,
-)
+from runner.weights.tags import PACKED, SCALES, Choice, Chooses, Header, setting, tensor
+from runner.weights.tree import Join, Leaf, Size, Tree, leaf_shapes, leaves
 
 HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
 Q, KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"

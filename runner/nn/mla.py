@@ -21,7 +21,8 @@ from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm, RoPE
 from runner.nn.linear import Linear
 from runner.nn.moe import ExpertLinear
-from runner.weights.tags import Choice, Chooses, Header, Size, Tree, leaves, setting, weight
+from runner.weights.tags import Choice, Chooses, Header, setting, weight
+from runner.weights.tree import Size, Tree, leaves
 
 HIDDEN, LATENT, QUERY_LATENT = "hidden_size", "kv_lora_rank", "q_lora_rank"
 QUERIES = "num_attention_heads*qk_head_dim"

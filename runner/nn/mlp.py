@@ -12,7 +12,8 @@ from runner.config.base import Config
 from runner.nn.fast import provided_ops
 from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
 from runner.ops.table import Ops
-from runner.weights.tags import Choice, Chooses, Header, Size, Tree, setting, weight
+from runner.weights.tags import Choice, Chooses, Header, setting, weight
+from runner.weights.tree import Size, Tree
 
 
 @dataclass

@@ -17,19 +17,8 @@ from runner.nn.fast import provided_ops
 from runner.nn.linear import Linear, layer_form
 from runner.nn.mlp import GLU
 from runner.ops.table import Ops
-from runner.weights.tags import (
-    PACKED,
-    SCALES,
-    Choice,
-    Chooses,
-    Header,
-    Size,
-    Tree,
-    leaf_shapes,
-    leaves,
-    setting,
-    tensor,
-)
+from runner.weights.tags import PACKED, SCALES, Choice, Chooses, Header, setting, tensor
+from runner.weights.tree import Size, Tree, leaf_shapes, leaves
 
 EXPERT = "moe_intermediate_size"
 SORTED_FROM = 64

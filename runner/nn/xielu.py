@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import Config
-from runner.weights.tags import Choice, Chooses, Header, Size, Tree, leaves, weight
+from runner.weights.tags import Choice, Chooses, Header, weight
+from runner.weights.tree import Size, Tree, leaves
 
 
 class XIELU(Chooses):

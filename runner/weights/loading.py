@@ -10,8 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 from runner.weights.plan import ArrayPlan, ModulePlan, Value
-from runner.weights.tags import Join, Leaf, Source, Tree, leaf_shapes, leaves
+from runner.weights.tags import Source
 from runner.weights.transforms import IDENTITY
+from runner.weights.tree import Join, Leaf, Tree, leaf_shapes, leaves
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""

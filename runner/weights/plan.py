@@ -17,17 +17,13 @@ import mlx.core as mx
 from runner.config.base import Config
 from runner.errors import WeightsError
 from runner.weights.problems import Problems
-from runner.weights.tags import (
-    HARMLESS,
-    TAG,
-    Chooses,
+from runner.weights.tags import HARMLESS, TAG, Chooses, Header, Setting, Tag
+from runner.weights.transforms import IDENTITY, Transform
+from runner.weights.tree import (
     Dim,
-    Header,
     Join,
     Leaf,
-    Setting,
     Size,
-    Tag,
     Tree,
     expand,
     joined_shape,
@@ -36,7 +32,6 @@ from runner.weights.tags import (
     resolve,
     size_of,
 )
-from runner.weights.transforms import IDENTITY, Transform
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from runner.config.rope import inverse_frequencies
 from runner.families import find
 from runner.nn.fast import RoPE
 from runner.weights.plan import ModulePlan, Value, plan
-from runner.weights.tags import leaf_shapes
+from runner.weights.tree import leaf_shapes
 
 CASES: dict[str, dict[str, Any]] = json.loads((TESTS / "data" / "config_reference.json").read_text(encoding="utf-8"))[
     "cases"

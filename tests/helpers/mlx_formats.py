@@ -17,7 +17,7 @@ import numpy as np
 
 from runner.families import find
 from runner.weights.plan import plan
-from runner.weights.tags import leaf_shapes
+from runner.weights.tree import leaf_shapes
 
 
 @dataclass(frozen=True)

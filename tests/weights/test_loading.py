@@ -22,7 +22,8 @@ from runner.families import find
 from runner.nn.linear import Linear
 from runner.weights import loading
 from runner.weights.plan import plan
-from runner.weights.tags import leaf_shapes, weight
+from runner.weights.tags import weight
+from runner.weights.tree import leaf_shapes
 
 SMALL = TESTS / "fixtures" / "llama" / "llama-gqa"
 LLAMA: dict[str, Any] = {

@@ -21,7 +21,8 @@ from runner.errors import CheckpointError, ConfigError, WeightsError
 from runner.families import find
 from runner.local_files import shown
 from runner.weights.plan import plan
-from runner.weights.tags import Header, Source, leaves
+from runner.weights.tags import Header, Source
+from runner.weights.tree import leaves
 
 METHODS: Mapping[str, Callable[[Mapping[str, Any], Tensors], list[Layer]]] = {
     "gptq": gptq.layers,
