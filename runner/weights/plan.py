@@ -113,25 +113,67 @@ def plan(
         WeightsError: every missing, unused, wrong-shaped and wrong-dtyped name at once.
     """
     planner = _Planner(headers, provided)
-    result = planner.module("", cls, Leaf(""), (), config, {})
+    result = planner.module(cls, Place("", Leaf(""), (), config, {}))
     planner.finish(config)
     return result
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the walk through a model stands: one field, and what its tags are read with.
+
+    `path` is the field's, `tree` the tensors below it, `sizes` the dimensions its tag gave it. `config` is the one that
+    counts there (a layer may have its own), `scope` the names that the parent gave: `$0`, `bias`, `bits` and the like.
+    """
+
+    path: str
+    tree: Tree
+    sizes: tuple[Size, ...]
+    config: Config
+    scope: Mapping[str, Any]
+
+    def field(self, name: str) -> Place:
+        """The field `name` of the dataclass here; its own tag is not read yet."""
+        return dataclasses.replace(self, path=f"{self.path}.{name}".lstrip("."))
+
+    def size(self, dim: str | int) -> int:
+        """A dimension as a number."""
+        return size_of(dim, self.config, self.scope)
+
+    def flag(self, name: str | bool) -> bool:
+        """A bool, or the config's flag of this name."""
+        return name if isinstance(name, bool) else bool(getattr(self.config, name))
+
+
 class _Planner:
+    """Walks a model's dataclasses field by field and notes what each one needs.
+
+    One field as an example, from Llama's attention with 4 query heads and 2 key-value heads of 8, hidden size 32:
+
+        qkv_proj: Linear = weight("{q,k,v}_proj", (Q, KV, KV), HIDDEN)
+
+    1. `locate` expands the name below the parent's into Join(Leaf("...q_proj"), Leaf("...k_proj"), Leaf("...v_proj")).
+    2. `resolve` turns the dimensions into ((32, 16, 16), 32): one size of the first axis for each joined part.
+    3. The annotation is a class, so `module` asks it which form is stored (`Linear.choose`: `weight` is float, hence
+       `PlainLinear`), gives its tags `$0` = (32, 16, 16) and `$1` = 32, and walks its fields.
+    4. There `weight: mx.array = tensor("weight", "$0", "$1")` becomes an `ArrayPlan` over `...q_proj.weight` and the
+       two others; `check` holds their headers against [32, 32], [16, 32] and [16, 32].
+    5. `loading.build` reads the three one after the other into one array [64, 32].
+    """
+
     def __init__(self, headers: Mapping[str, Header] | None, provided: Mapping[str, Any]) -> None:
         self.declared = headers is None
         self.headers: Mapping[str, Header] = headers or {}
         self.provided = provided
         self.names: dict[type, frozenset[str]] = {}
         self.used: set[str] = set()
-        self.tied: set[str] = set()
         self.problems = Problems()
         self.prefixes = {
             name[:i] for name in self.headers for i in range(len(name) + 1) if name[i : i + 1] in (".", "")
         }
 
     def finish(self, config: Config) -> None:
+        """Report the tensors that no field took, and raise if anything at all does not fit."""
         left = [name for name in self.headers if name not in self.used]
         unused = [name for name in left if not HARMLESS.search(name) and not config.ignores(name)]
         for name in unused:
@@ -139,75 +181,76 @@ class _Planner:
         if self.problems.found and not self.declared:
             raise WeightsError(self.problems.message(unused))
 
-    def module(
-        self, path: str, cls: type, tree: Tree, shape: tuple[Size, ...], config: Config, scope: Mapping[str, Any]
-    ) -> ModulePlan:
-        scope = {**scope, **{f"${i}": size for i, size in enumerate(shape)}}
+    def module(self, cls: type, place: Place) -> ModulePlan:
+        """Plan a dataclass: its form, then each of its fields."""
+        # Its tags read its sizes as $0, $1.
+        scope = {**place.scope, **{f"${i}": size for i, size in enumerate(place.sizes)}}
+        # A class with several forms looks at what is stored; a form that makes no sense is one problem, not many.
         if issubclass(cls, Chooses):
             try:
-                choice = cls.choose(tree, shape, self.headers, config)
+                choice = cls.choose(place.tree, place.sizes, self.headers, place.config)
             except WeightsError as error:
                 self.problems.other(str(error))
-                self.used.update(
-                    name for leaf in leaves(tree) for name in self.headers if name.startswith(leaf.name + ".")
-                )
-                return ModulePlan(path, cls, {})
+                self.take_all(place.tree)
+                return ModulePlan(place.path, cls, {})
             cls, scope = choice.cls, {**scope, **choice.scope}
+        inside = dataclasses.replace(place, sizes=(), scope=scope)
+        # A field without a value keeps the default of its dataclass.
         fields: dict[str, Any] = {}
         hints = _hints(cls)
         for item in dataclasses.fields(cls):
-            tag = item.metadata.get(TAG)
             if item.init:
-                value = self.field(f"{path}.{item.name}".lstrip("."), item, tag, hints[item.name], tree, config, scope)
+                value = self.field(item, hints[item.name], inside.field(item.name))
                 if value is not None:
                     fields[item.name] = value
-        return ModulePlan(path, cls, fields)
+        return ModulePlan(place.path, cls, fields)
+
+    def take_all(self, tree: Tree) -> None:
+        """Count every tensor below `tree` as used."""
+        below = tuple(leaf.name + "." for leaf in leaves(tree))
+        self.used.update(name for name in self.headers if name.startswith(below))
 
     def field(
-        self,
-        path: str,
-        item: dataclasses.Field[Any],
-        tag: Tag | Setting | None,
-        hint: Any,
-        tree: Tree,
-        config: Config,
-        scope: Mapping[str, Any],
+        self, item: dataclasses.Field[Any], hint: Any, place: Place
     ) -> ArrayPlan | ModulePlan | list[ModulePlan] | Value | None:
+        """Plan one field by its tag and annotation; None leaves it at its default."""
+        tag: Tag | Setting | None = item.metadata.get(TAG)
+        # Without a tag for tensors: a setting, a dataclass that only computes, or nothing of ours.
         if isinstance(tag, Setting):
-            return self.setting(tag.name or item.name, item, config, scope)
+            return self.setting(tag.name or item.name, item, place)
         if tag is None:
             if dataclasses.is_dataclass(hint) and isinstance(hint, type) and item.default is MISSING:
-                return self.module(path, hint, tree, (), config, scope)
+                return self.module(hint, place)
             return None
-        when = scope.get(tag.when, None) if isinstance(tag.when, str) and tag.when in scope else tag.when
-        if isinstance(when, str):
-            when = bool(getattr(config, when))
-        if not when:
+        # A field that this config or this form does not have.
+        when = place.scope[tag.when] if isinstance(tag.when, str) and tag.when in place.scope else tag.when
+        if not place.flag(when):
             return Value(None)
-        tree, same_as = self.locate(path, tag, tree, config)
+        # Which tensors, of which sizes.
+        tree, twin = self.locate(tag, place)
         if tag.optional and not self.present(tree):
             return Value(None)
-        sizes = resolve(tag.shape, config, scope)
-        bias = tag.bias if isinstance(tag.bias, bool) else bool(getattr(config, tag.bias))
-        inner = {"bias": bias, "transform": tag.transform, "same_as": same_as}
+        sizes = resolve(tag.shape, place.config, place.scope)
         if tag.part is not None:
-            tree, sizes = _rows(tree, tag.part, sizes, config, scope)
+            tree, sizes = _rows(tree, tag.part, sizes, place)
+        found = dataclasses.replace(place, tree=tree, sizes=sizes)
+        # What the annotation makes of them.
         if hint is mx.array:
-            return self.array(path, tag, tree, sizes, config, scope)
+            return self.array(tag, found)
         if typing.get_origin(hint) in (list, Sequence):
-            return self.modules(path, tag, typing.get_args(hint)[0], tree, sizes, config, scope)
-        return self.module(path, hint, tree, sizes, config, inner)
+            return self.modules(tag, typing.get_args(hint)[0], found)
+        scope = {"bias": place.flag(tag.bias), "transform": tag.transform, "same_as": twin}
+        return self.module(hint, dataclasses.replace(found, scope=scope))
 
-    def setting(
-        self, name: str, item: dataclasses.Field[Any], config: Config, scope: Mapping[str, Any]
-    ) -> Value | None:
-        for place in (scope, self.provided):
-            if name in place:
-                return Value(place[name])
-        if name in self.config_names(config):
-            return Value(getattr(config, name))
+    def setting(self, name: str, item: dataclasses.Field[Any], place: Place) -> Value | None:
+        """The value of a setting: the parent's, the machine's or the config's; None leaves the field's default."""
+        for source in (place.scope, self.provided):
+            if name in source:
+                return Value(source[name])
+        if name in self.config_names(place.config):
+            return Value(getattr(place.config, name))
         if item.default is MISSING:
-            raise AssertionError(f"{type(config).__name__} has no {name}, which {item.name} needs")
+            raise AssertionError(f"{type(place.config).__name__} has no {name}, which {item.name} needs")
         return None
 
     def config_names(self, config: Config) -> frozenset[str]:
@@ -223,67 +266,72 @@ class _Planner:
         if not self.declared and count > len(self.headers):
             raise WeightsError(f"{path}: config.json says {name} = {count}, of {len(self.headers)} tensors in all")
 
-    def locate(self, path: str, tag: Tag, tree: Tree, config: Config) -> tuple[Tree, Tree | None]:
+    def locate(self, tag: Tag, place: Place) -> tuple[Tree, Tree | None]:
+        """The tensors that a tag names below `place`, and their twin where a tied checkpoint stores both."""
         for name in re.findall(r"\{(\w+)\}", tag.name):
-            self.check_count(path, name, size_of(name, config, {}))
+            self.check_count(place.path, name, size_of(name, place.config, {}))
         own, _, twins = tag.name.partition("||")
-        allowed = bool(twins) and (tag.otherwise is None or bool(getattr(config, tag.otherwise)))
+        allowed = bool(twins) and (tag.otherwise is None or place.flag(tag.otherwise))
+        # Without a checkpoint, the first spelling counts.
         if self.declared:
-            return expand(tree, (twins if allowed else own).split("|")[0], config), None
-        first = self.found(own, tree, config)
-        twin = self.found(twins, tree, config) if allowed else None
+            return expand(place.tree, (twins if allowed else own).split("|")[0], place.config), None
+        first = self.found(own, place)
+        twin = self.found(twins, place) if allowed else None
         if first is None and twin is not None:
             return twin, None
-        return first or expand(tree, own.split("|")[0], config), twin
+        # Where nothing is found, the first spelling is the one reported missing.
+        return first or expand(place.tree, own.split("|")[0], place.config), twin
 
-    def found(self, names: str, tree: Tree, config: Config) -> Tree | None:
+    def found(self, names: str, place: Place) -> Tree | None:
         """The first of the alternatives that the checkpoint has."""
-        options = (expand(tree, name, config) for name in names.split("|"))
+        options = (expand(place.tree, name, place.config) for name in names.split("|"))
         return next((option for option in options if self.present(option)), None)
 
     def present(self, tree: Tree) -> bool:
+        """Whether the checkpoint has any tensor at or below the names of `tree`."""
         return any(leaf.name in self.prefixes for leaf in leaves(tree))
 
-    def modules(
-        self,
-        path: str,
-        tag: Tag,
-        element: type,
-        tree: Tree,
-        sizes: tuple[Size, ...],
-        config: Config,
-        scope: Mapping[str, Any],
-    ) -> list[ModulePlan]:
+    def modules(self, tag: Tag, element: type, place: Place) -> list[ModulePlan]:
+        """Plan a list: one dataclass for each layer, or for each part of a joined name."""
         if tag.length is None:
-            if not isinstance(tree, Join):
-                raise AssertionError(f"{path}: a list needs length= or joined parts")
-            rows = sizes[0] if isinstance(sizes[0], tuple) else (sizes[0],) * len(tree.parts)
-            return [
-                self.module(f"{path}.{i}", element, part, (rows[i], *sizes[1:]), config, scope)
-                for i, part in enumerate(tree.parts)
-            ]
-        count = size_of(tag.length, config, scope)
-        self.check_count(path, tag.length, count)
-        return [
-            self.module(f"{path}.{i}", element, expand(tree, str(i), config), sizes, config.for_layer(i), {})
+            if not isinstance(place.tree, Join):
+                raise AssertionError(f"{place.path}: a list needs length= or joined parts")
+            first, *rest = place.sizes
+            rows = first if isinstance(first, tuple) else (first,) * len(place.tree.parts)
+            parts = (
+                dataclasses.replace(place.field(str(i)), tree=part, sizes=(rows[i], *rest))
+                for i, part in enumerate(place.tree.parts)
+            )
+            return [self.module(element, part) for part in parts]
+        count = place.size(tag.length)
+        self.check_count(place.path, tag.length, count)
+        layers = (
+            Place(
+                f"{place.path}.{i}",
+                expand(place.tree, str(i), place.config),
+                place.sizes,
+                place.config.for_layer(i),
+                {},
+            )
             for i in range(count)
-        ]
+        )
+        return [self.module(element, layer) for layer in layers]
 
-    def array(
-        self, path: str, tag: Tag, tree: Tree, sizes: tuple[Size, ...], config: Config, scope: Mapping[str, Any]
-    ) -> ArrayPlan:
-        transform = tag.transform.then(scope.get("transform", IDENTITY))
-        twin: Tree | None = scope.get("same_as")
-        same_as = None if twin is None else expand(twin, tag.name, config)
-        header = self.headers.get(next(leaves(tree)).name)
+    def array(self, tag: Tag, place: Place) -> ArrayPlan:
+        """Plan an array: its tensors, checked against their headers, and what they become."""
+        transform = tag.transform.then(place.scope.get("transform", IDENTITY))
+        twin: Tree | None = place.scope.get("same_as")
+        same_as = None if twin is None else expand(twin, tag.name, place.config)
+        header = self.headers.get(next(leaves(place.tree)).name)
         stored = None if header is None else header.dtype
-        result = ArrayPlan(path, tree, sizes, transform, tag.dtypes, same_as, stored)
-        self.check(result, tree)
+        result = ArrayPlan(place.path, place.tree, place.sizes, transform, tag.dtypes, same_as, stored)
+        self.check(result, place.tree)
         if result.same_as is not None:
             self.check(result, result.same_as)
         return result
 
     def check(self, array: ArrayPlan, tree: Tree) -> None:
+        """Note every tensor of `tree` that is missing or has another shape or dtype than `array` needs."""
         for leaf, shape in leaf_shapes(tree, array.sizes):
             expected = array.transform.stored_shape(shape)
             header = self.headers.get(leaf.name)
@@ -297,10 +345,11 @@ class _Planner:
 
 
 def _rows(
-    tree: Tree, part: tuple[int, tuple[Dim, ...]], sizes: tuple[Size, ...], config: Config, scope: Mapping[str, Any]
+    tree: Tree, part: tuple[int, tuple[Dim, ...]], sizes: tuple[Size, ...], place: Place
 ) -> tuple[Tree, tuple[Size, ...]]:
+    """The rows of one tensor that are piece `part[0]` of several, `part[1]` long each."""
     index, dims = part
-    rows = [size_of(dim, config, scope) for dim in dims if not isinstance(dim, tuple)]
+    rows = [place.size(dim) for dim in dims if not isinstance(dim, tuple)]
     if not isinstance(tree, Leaf) or tree.stack is not None:
         raise TypeError("a part is taken of one tensor, not of a joined or stacked one")
     start = sum(rows[:index])
