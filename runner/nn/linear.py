@@ -11,6 +11,7 @@ import mlx.core as mx
 from runner.config.base import Config
 from runner.errors import WeightsError
 from runner.nn.fast import provided_ops
+from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import Ops
 from runner.weights.tags import PACKED, SCALES, Choice, Chooses, Header, setting, tensor
 from runner.weights.tree import Join, Leaf, Size, Tree, leaf_shapes, leaves
@@ -67,6 +68,23 @@ class Linear(Chooses):
 
 
 @dataclass
+class QuantizedFields:
+    """The tensors of a packed matrix, or of a stack of them, and the form that its shapes say."""
+
+    weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
+    scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
+    biases: mx.array | None = tensor("biases", "$0", "groups", when="affine")
+    bits: int = setting()
+    group_size: int = setting()
+    mode: str = setting()
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """All of them as one value."""
+        return QuantizedWeight(self.weight, self.scales, self.biases, self.group_size, self.bits, self.mode)
+
+
+@dataclass
 class PlainLinear(Linear):
     """Weights as floating-point numbers."""
 
@@ -82,34 +100,17 @@ class PlainLinear(Linear):
 
 
 @dataclass
-class QuantizedLinear(Linear):
+class QuantizedLinear(QuantizedFields, Linear):
     """Packed weights `[out, in * bits / 32]`, with a scale (and in affine mode a bias) for each group of inputs."""
 
-    weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
-    scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
-    biases: mx.array | None = tensor("biases", "$0", "groups", when="affine")
     bias: mx.array | None = tensor("bias", "$0", when="bias")
-    bits: int = setting()
-    group_size: int = setting()
-    mode: str = setting()
     ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.ops.quantized_linear(
-            x,
-            self.weight,
-            self.scales,
-            self.biases,
-            self.bias,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-        )
+        return self.ops.quantized_linear(x, self.quantized, self.bias)
 
     def matrix(self) -> mx.array:
-        return mx.dequantize(
-            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
-        )
+        return self.quantized.dequantize()
 
 
 @dataclass
@@ -152,29 +153,14 @@ class PlainEmbedding(Embedding):
 
 
 @dataclass
-class QuantizedEmbedding(Embedding):
+class QuantizedEmbedding(QuantizedFields, Embedding):
     """A packed table; the rows asked for are unpacked, to `activations` or the dtype of the scales."""
 
-    weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
-    scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
-    biases: mx.array | None = tensor("biases", "$0", "groups", when="affine")
-    bits: int = setting()
-    group_size: int = setting()
-    mode: str = setting()
     activations: mx.Dtype | None = setting(default=None)
     ops: Ops = provided_ops()
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return self.ops.quantized_embed(
-            ids,
-            self.weight,
-            self.scales,
-            self.biases,
-            self.activations,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-        )
+        return self.ops.quantized_embed(ids, self.quantized, self.activations)
 
 
 def _choice(form: Quantization | None, shape: tuple[Size, ...], plain: type, quantized: type) -> Choice:

@@ -14,10 +14,10 @@ import mlx.core as mx
 from runner.config.base import Config
 from runner.errors import ConfigError, WeightsError
 from runner.nn.fast import provided_ops
-from runner.nn.linear import Linear, layer_form
+from runner.nn.linear import Linear, QuantizedFields, layer_form
 from runner.nn.mlp import GLU
 from runner.ops.table import Ops
-from runner.weights.tags import PACKED, SCALES, Choice, Chooses, Header, setting, tensor
+from runner.weights.tags import Choice, Chooses, Header, setting, tensor
 from runner.weights.tree import Size, Tree, leaf_shapes, leaves
 
 EXPERT = "moe_intermediate_size"
@@ -70,27 +70,18 @@ class PlainExperts(ExpertLinear):
 
 
 @dataclass
-class QuantizedExperts(ExpertLinear):
+class QuantizedExperts(QuantizedFields, ExpertLinear):
     """Packed weights `[experts, out, in * bits / 32]`, and scales (and biases) of groups of inputs."""
 
-    weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
-    scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
-    biases: mx.array | None = tensor("biases", "$0", "groups", when="affine")
     bias: mx.array | None = tensor("bias", "$0", when="bias")
-    bits: int = setting()
-    group_size: int = setting()
-    mode: str = setting()
     ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
-        form = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode, "in_order": in_order}
-        y = self.ops.gather_quantized_linear(x, self.weight, self.scales, self.biases, experts, **form)
+        y = self.ops.gather_quantized_linear(x, self.quantized, experts, in_order=in_order)
         return _biased(y, self.bias, experts)
 
     def matrices(self) -> mx.array:
-        return mx.dequantize(
-            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
-        )
+        return self.quantized.dequantize()
 
 
 def _biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:

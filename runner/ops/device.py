@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from runner.cache.storage import PLAIN, Storage
 from runner.ops import expertwise
+from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops
 
 
@@ -53,20 +54,11 @@ def current() -> Device:
     )
 
 
-def _cuda_quantized_linear(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    bias: mx.array | None,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-) -> mx.array:
+def _cuda_quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
     """MLX's product, except where that is wrong."""
-    product = _unpacked_linear if wrong_on_cuda(x, weight.shape[0], group_size, mode) else PORTABLE.quantized_linear
-    return product(x, weight, scales, biases, bias, group_size=group_size, bits=bits, mode=mode)
+    outputs = matrix.weight.shape[0]
+    wrong = wrong_on_cuda(x, outputs, matrix.group_size, matrix.mode)
+    return (_unpacked_linear if wrong else PORTABLE.quantized_linear)(x, matrix, bias)
 
 
 def wrong_on_cuda(x: mx.array, outputs: int, group_size: int, mode: str) -> bool:
@@ -85,20 +77,10 @@ def wrong_on_cuda(x: mx.array, outputs: int, group_size: int, mode: str) -> bool
     return odd or (mode == "affine" and (one_group or wide))
 
 
-def _unpacked_linear(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    bias: mx.array | None,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-) -> mx.array:
+def _unpacked_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
     """The matrix unpacked for each product, in float32: on a CPU 5 times faster than MLX's own product of them."""
-    full = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-    return PORTABLE.linear(x.astype(mx.float32), full.astype(mx.float32), bias).astype(x.dtype)
+    full = matrix.dequantize().astype(mx.float32)
+    return PORTABLE.linear(x.astype(mx.float32), full, bias).astype(x.dtype)
 
 
 CPU_WITHOUT_KERNELS = dataclasses.replace(

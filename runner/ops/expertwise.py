@@ -8,6 +8,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from runner.ops.quantized import QuantizedWeight
+
 
 def by_expert(
     x: mx.array, experts: mx.array, multiply: Callable[[mx.array, int], mx.array], *, in_order: bool = False
@@ -54,22 +56,11 @@ def gather_linear(linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
 def gather_quantized_linear(quantized_linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """`Ops.gather_quantized_linear` from a device's `Ops.quantized_linear`."""
 
-    def gather(
-        x: mx.array,
-        weight: mx.array,
-        scales: mx.array,
-        biases: mx.array | None,
-        experts: mx.array,
-        *,
-        group_size: int,
-        bits: int,
-        mode: str,
-        in_order: bool = False,
-    ) -> mx.array:
+    def gather(x: mx.array, matrices: QuantizedWeight, experts: mx.array, *, in_order: bool = False) -> mx.array:
         def multiply(rows: mx.array, expert: int) -> mx.array:
-            shifts = None if biases is None else matrix(biases, expert)
-            packed = matrix(weight, expert), matrix(scales, expert), shifts
-            return quantized_linear(rows, *packed, None, group_size=group_size, bits=bits, mode=mode)
+            biases = None if matrices.biases is None else matrix(matrices.biases, expert)
+            weight, scales = matrix(matrices.weight, expert), matrix(matrices.scales, expert)
+            return quantized_linear(rows, matrices._replace(weight=weight, scales=scales, biases=biases), None)
 
         return by_expert(x, experts, multiply, in_order=in_order)
 

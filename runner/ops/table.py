@@ -15,6 +15,7 @@ import mlx.core as mx
 from runner.cache.storage import PLAIN, Storage
 from runner.config.activations import ACTIVATIONS as NAMES
 from runner.errors import UsageError
+from runner.ops.quantized import QuantizedWeight
 
 
 def _silu(x: mx.array) -> mx.array:
@@ -43,17 +44,8 @@ def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
-def _quantized_linear(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    bias: mx.array | None,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-) -> mx.array:
+def _quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
+    weight, scales, biases, group_size, bits, mode = matrix
     y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
     return y if bias is None else y + bias
 
@@ -63,25 +55,14 @@ def _embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype | None) -> mx.array:
     return rows if dtype is None else rows.astype(dtype)
 
 
-def _quantized_embed(
-    ids: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    dtype: mx.Dtype | None,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-) -> mx.array:
-    if mode == "nvfp4" and ids.size % 4:  # MLX's CPU decodes these scales four at a time, and no rest
+def _quantized_embed(ids: mx.array, table: QuantizedWeight, dtype: mx.Dtype | None) -> mx.array:
+    if table.mode == "nvfp4" and ids.size % 4:  # MLX's CPU decodes these scales four at a time, and no rest
         padded = mx.concatenate([ids.flatten(), mx.zeros(-ids.size % 4, ids.dtype)])
-        rows = _quantized_embed(padded, weight, scales, biases, dtype, group_size=group_size, bits=bits, mode=mode)
-        return rows[: ids.size].reshape(*ids.shape, -1)
-    shifts, sizes = None if biases is None else biases[ids], scales[ids]
-    if dtype is not None and shifts is not None:
-        sizes, shifts = sizes.astype(dtype), shifts.astype(dtype)
-    rows = mx.dequantize(weight[ids], sizes, shifts, group_size=group_size, bits=bits, mode=mode)
+        return _quantized_embed(padded, table, dtype)[: ids.size].reshape(*ids.shape, -1)
+    found = table.rows(ids)
+    if dtype is not None and found.biases is not None:
+        found = found._replace(scales=found.scales.astype(dtype), biases=found.biases.astype(dtype))
+    rows = found.dequantize()
     return rows if dtype is None else rows.astype(dtype)
 
 
@@ -146,17 +127,9 @@ def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array, *, in_order
 
 
 def _gather_quantized_linear(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    experts: mx.array,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-    in_order: bool = False,
+    x: mx.array, matrices: QuantizedWeight, experts: mx.array, *, in_order: bool = False
 ) -> mx.array:
+    weight, scales, biases, group_size, bits, mode = matrices
     return mx.gather_qmm(
         x,
         weight,
@@ -205,9 +178,9 @@ class Ops:
 
     name: str
     linear: Callable[[mx.array, mx.array, mx.array | None], mx.array] = _linear
-    quantized_linear: Callable[..., mx.array] = _quantized_linear
+    quantized_linear: Callable[[mx.array, QuantizedWeight, mx.array | None], mx.array] = _quantized_linear
     embed: Callable[[mx.array, mx.array, mx.Dtype | None], mx.array] = _embed
-    quantized_embed: Callable[..., mx.array] = _quantized_embed
+    quantized_embed: Callable[[mx.array, QuantizedWeight, mx.Dtype | None], mx.array] = _quantized_embed
     rms_norm: Callable[[mx.array, mx.array | None, float], mx.array] = _rms_norm
     add_rms_norm: Callable[[mx.array, mx.array, mx.array | None, float], tuple[mx.array, mx.array]] = _add_rms_norm
     layer_norm: Callable[[mx.array, mx.array | None, mx.array | None, float], mx.array] = _layer_norm

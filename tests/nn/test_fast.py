@@ -14,6 +14,7 @@ from runner.config.rope import RopeScaling
 from runner.errors import ConfigError, UsageError
 from runner.nn.fast import NO_MASK, LayerNorm, RMSNorm, RoPE, scaled_dot_product_attention
 from runner.ops.device import CUDA, current, wrong_on_cuda
+from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops
 
 REFERENCE = json.loads((TESTS / "data" / "rope_reference.json").read_text())
@@ -172,7 +173,7 @@ def test_cuda_unpacks_where_its_product_is_wrong(
     weight, scales, biases = mx.quantize(rand(outputs, inputs).astype(dtype), group_size=group, bits=4)
     x = rand(rows, inputs, seed=1).astype(dtype)
     form = {"group_size": group, "bits": 4, "mode": "affine"}
-    found = CUDA.quantized_linear(x, weight, scales, biases, None, **form)
+    found = CUDA.quantized_linear(x, QuantizedWeight(weight, scales, biases, group, 4, "affine"), None)
     wanted = x.astype(mx.float32) @ mx.dequantize(weight, scales, biases, **form).astype(mx.float32).T
     assert found.dtype == dtype  # a CPU adds bfloat16 products in bfloat16: 10 % of their deviation
     assert mx.allclose(found.astype(mx.float32), wanted, atol=3.0 if dtype == mx.bfloat16 else 1e-3, rtol=0)

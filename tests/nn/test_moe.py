@@ -16,6 +16,7 @@ from runner.nn.linear import PlainLinear
 from runner.nn.mlp import GLU
 from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, current
+from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops
 
 TABLES = list({ops.name: ops for ops in (PORTABLE, CPU_WITHOUT_KERNELS, current().ops)}.values())
@@ -50,7 +51,7 @@ def test_gathered_products(
     assert mx.allclose(ops.gather_linear(x, weight, ids), wanted, atol=1e-3)
     packed = mx.quantize(weight, group_size=32, bits=4)
     form = {"group_size": 32, "bits": 4, "mode": "affine"}
-    found = ops.gather_quantized_linear(x, *packed, ids, **form)
+    found = ops.gather_quantized_linear(x, QuantizedWeight(*packed, **form), ids)
     wanted = looped(x, mx.dequantize(*packed, **form), ids)
     assert mx.allclose(found, wanted, atol=5e-3)
 
@@ -65,7 +66,7 @@ def test_products_of_rows_in_order(ops: Ops, rows: int, spread: int, seed: int) 
     assert mx.allclose(ops.gather_linear(x, weight, ids, in_order=True), looped(x, weight, ids), atol=1e-3)
     packed = mx.quantize(weight, group_size=32, bits=4)
     form = {"group_size": 32, "bits": 4, "mode": "affine"}
-    found = ops.gather_quantized_linear(x, *packed, ids, **form, in_order=True)
+    found = ops.gather_quantized_linear(x, QuantizedWeight(*packed, **form), ids, in_order=True)
     assert mx.allclose(found, looped(x, mx.dequantize(*packed, **form), ids), atol=5e-3)
 
 

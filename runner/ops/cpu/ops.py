@@ -9,6 +9,7 @@ from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
 from runner.ops import expertwise
 from runner.ops.cpu import _C
+from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops, Recorder
 
 _PACKED = (2, 3, 4, 5, 6, 8)
@@ -17,43 +18,24 @@ _IDS = (mx.int32, mx.uint32)
 _SMALL_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
-def _quantized_linear(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    bias: mx.array | None,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-) -> mx.array:
+def _quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
+    weight, scales, biases, group_size, bits, mode = matrix
     if mode == "affine" and biases is not None and bits in _PACKED and group_size in _GROUPS:
         return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
     if _SMALL_FLOATS.get(mode) == (bits, group_size) and biases is None:
         return _C.small_float_linear(x, weight, scales, bias, mode)
-    full = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-    return _C.linear(x, full, bias)
+    return _C.linear(x, matrix.dequantize(), bias)
 
 
 def _embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype | None) -> mx.array:
     return _C.embed(ids, weight, dtype or weight.dtype) if ids.dtype in _IDS else PORTABLE.embed(ids, weight, dtype)
 
 
-def _quantized_embed(
-    ids: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    dtype: mx.Dtype | None,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str,
-) -> mx.array:
+def _quantized_embed(ids: mx.array, table: QuantizedWeight, dtype: mx.Dtype | None) -> mx.array:
+    weight, scales, biases, group_size, bits, mode = table
     if mode == "affine" and biases is not None and bits in _PACKED and group_size in _GROUPS and ids.dtype in _IDS:
         return _C.quantized_embed(ids, weight, scales, biases, group_size, bits, dtype or scales.dtype)
-    return PORTABLE.quantized_embed(ids, weight, scales, biases, dtype, group_size=group_size, bits=bits, mode=mode)
+    return PORTABLE.quantized_embed(ids, table, dtype)
 
 
 def _dense(rows: mx.array, capacity: int) -> mx.array:

@@ -10,6 +10,7 @@ import numpy as np
 from twins import numpy, rand
 
 from runner.ops import cpu as kernels
+from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops
 
 BUILT = kernels.unavailable() is None
@@ -27,7 +28,7 @@ def everything(ops: Ops, seed: int = 0) -> list[Any]:
     results = []
     for rows in (1, 7, 70):
         x = rand(rows, 256, seed=seed + rows)
-        results.append(ops.quantized_linear(x, packed, scales, shifts, None, group_size=64, bits=4, mode="affine"))
+        results.append(ops.quantized_linear(x, QuantizedWeight(packed, scales, shifts, 64, 4, "affine"), None))
         results.append(ops.linear(x, rand(700, 256, seed=seed), None))
     results.append(ops.attention(q, k, k, None, scale=0.1, window=None, sinks=None))
     many = rand(1, 6, 80, 64, seed=seed)
@@ -81,14 +82,10 @@ def test_results_do_not_depend_on_how_many_rows_come_together(ops: Ops) -> None:
     """A prompt in one piece, in chunks or token by token: equal within the rounding of float32 sums."""
     packed, scales, shifts = quantised(96, 512, 4)
     x = rand(40, 512, seed=8)
-    whole = numpy(ops.quantized_linear(x, packed, scales, shifts, None, group_size=64, bits=4, mode="affine"))
+    whole = numpy(ops.quantized_linear(x, QuantizedWeight(packed, scales, shifts, 64, 4, "affine"), None))
     for step in (1, 3, 16, 20):
         parts = [
-            numpy(
-                ops.quantized_linear(
-                    x[i : i + step], packed, scales, shifts, None, group_size=64, bits=4, mode="affine"
-                )
-            )
+            numpy(ops.quantized_linear(x[i : i + step], QuantizedWeight(packed, scales, shifts, 64, 4, "affine"), None))
             for i in range(0, 40, step)
         ]
         # Without AVX-512 many rows are computed in float and few in 16-bit integers: their rounding is the difference.

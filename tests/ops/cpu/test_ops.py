@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twins import FLOATS, Layout, assert_close, numpy, rand
 
+from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops
 
 fast_settings = settings(
@@ -86,7 +87,7 @@ def test_quantized_linear(
     full = mx.dequantize(packed, scales.astype(mx.float32), shifts.astype(mx.float32), group_size=group_size, bits=bits)
     x, bias = rand(rows, k, seed=seed + 1, dtype=xt, layout=layout), rand(n, seed=seed + 2, dtype=xt)
     bias = bias if biased else None
-    found = ops.quantized_linear(x, packed, scales, shifts, bias, group_size=group_size, bits=bits, mode="affine")
+    found = ops.quantized_linear(x, QuantizedWeight(packed, scales, shifts, group_size, bits, "affine"), bias)
     assert found.dtype == xt
     assert_close(found, twins.linear(x, full, bias), rounded_to=xt, tolerance=3e-4)
 
@@ -99,7 +100,7 @@ def test_scales_that_are_nan_spoil_their_rows_only(ops: Ops, bits: int, group_si
         packed, scales, shifts = mx.quantize(rand(40, groups * group_size, seed=1), group_size=group_size, bits=bits)
         scales[11, 0], shifts[17, groups - 1] = float("nan"), float("inf")
         x = rand(rows, groups * group_size, seed=2)
-        found = ops.quantized_linear(x, packed, scales, shifts, None, group_size=group_size, bits=bits, mode="affine")
+        found = ops.quantized_linear(x, QuantizedWeight(packed, scales, shifts, group_size, bits, "affine"), None)
         bad = ~np.isfinite(numpy(found))
         assert np.array_equal(bad, np.broadcast_to(np.isin(np.arange(40), [11, 17]), (rows, 40)))
 
@@ -128,7 +129,7 @@ def test_embed(
     packed, scales, shifts = mx.quantize(table.astype(mx.float32), group_size=group_size, bits=bits)
     full = mx.dequantize(packed, scales, shifts, group_size=group_size, bits=bits)
     found = ops.quantized_embed(
-        numbers[None], packed, scales, shifts, dtype, group_size=group_size, bits=bits, mode="affine"
+        numbers[None], QuantizedWeight(packed, scales, shifts, group_size, bits, "affine"), dtype
     )
     assert found.dtype == dtype and found.shape == (1, len(ids), groups * group_size)
     assert_close(found[0], numpy(full)[numpy(numbers).astype(int)], rounded_to=dtype, tolerance=1e-6)
@@ -156,8 +157,7 @@ def test_matrices_of_small_floats(
     packed = mx.array(octets.view(np.uint32))
     x, bias = rand(rows, k, seed=seed + 1, dtype=xt, layout=layout), rand(n, seed=seed + 2, dtype=xt)
     bias = bias if biased else None
-    form: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
-    found = ops.quantized_linear(x, packed, scales, None, bias, **form)
+    found = ops.quantized_linear(x, QuantizedWeight(packed, scales, None, group_size, bits, mode), bias)
     assert found.dtype == xt
     full = mx.array(twins.small_floats(packed, scales, mode).astype(np.float32))
     assert_close(found, twins.linear(x, full, bias), rounded_to=xt, tolerance=3e-4)
@@ -171,9 +171,7 @@ def test_the_small_float_that_is_nan(ops: Ops, mode: str) -> None:
     else:
         scales = mx.where(mx.arange(3)[:, None] == 1, mx.array(0x7F, mx.uint8), scales)
     bits, group_size = SMALL_FLOATS[mode]
-    found = ops.quantized_linear(
-        mx.ones((2, 64)), packed, scales, None, None, group_size=group_size, bits=bits, mode=mode
-    )
+    found = ops.quantized_linear(mx.ones((2, 64)), QuantizedWeight(packed, scales, None, group_size, bits, mode), None)
     assert np.isnan(numpy(found)).tolist() == [[False, True, False]] * 2
 
 
@@ -189,7 +187,7 @@ def test_linear_layers_of_several_tiles(ops: Ops, rows: int, n: int, k: int, bit
     full = mx.dequantize(packed, scales, shifts, group_size=64, bits=bits)
     if ops is PORTABLE:  # plain MLX needs seconds for these: a few rows will do
         x = x[:4]
-    found = ops.quantized_linear(x, packed, scales, shifts, None, group_size=64, bits=bits, mode="affine")
+    found = ops.quantized_linear(x, QuantizedWeight(packed, scales, shifts, 64, bits, "affine"), None)
     assert_close(found, twins.linear(x, full, None), rounded_to=mx.float32, tolerance=3e-4)
 
 
@@ -203,7 +201,7 @@ def test_nan_and_infinity_pass_through_a_linear_layer(ops: Ops, rows: int, bad: 
     full = mx.dequantize(packed, scales, shifts, group_size=64, bits=4)
     for found, weight in (
         (ops.linear(mx.array(x), w, None), w),
-        (ops.quantized_linear(mx.array(x), packed, scales, shifts, None, group_size=64, bits=4, mode="affine"), full),
+        (ops.quantized_linear(mx.array(x), QuantizedWeight(packed, scales, shifts, 64, 4, "affine"), None), full),
     ):
         assert_close(found, twins.linear(mx.array(x), weight, None), rounded_to=mx.float32, tolerance=3e-4)
 
@@ -216,7 +214,7 @@ def test_large_and_tiny_activations_keep_their_digits(ops: Ops) -> None:
     x[2, 3] = 1e4
     packed, scales, shifts = mx.quantize(rand(32, 256, seed=10), group_size=64, bits=4)
     full = mx.dequantize(packed, scales, shifts, group_size=64, bits=4)
-    found = ops.quantized_linear(mx.array(x), packed, scales, shifts, None, group_size=64, bits=4, mode="affine")
+    found = ops.quantized_linear(mx.array(x), QuantizedWeight(packed, scales, shifts, 64, 4, "affine"), None)
     for row in range(3):
         want = twins.linear(mx.array(x[row : row + 1]), full, None)
         assert_close(found[row : row + 1], want, rounded_to=mx.float32, tolerance=3e-4)
