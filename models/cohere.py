@@ -14,7 +14,7 @@ from runner.config.base import fixed
 from runner.config.decoder import LayerNormConfig
 from runner.models import llama
 from runner.nn.attention import StoredHeadNorms
-from runner.nn.blocks import Frame, Parallel
+from runner.nn.blocks import BaseDecoder, Parallel
 from runner.nn.fast import ScaledLayerNorm
 from runner.nn.linear import HIDDEN
 from runner.weights.tags import setting, weight
@@ -63,7 +63,7 @@ class Block(Parallel):
 
 
 @dataclass
-class Cohere(Frame):
+class Cohere(BaseDecoder):
     """A stack of those blocks, and scaled logits."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

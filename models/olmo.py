@@ -14,7 +14,7 @@ from runner.config.base import fixed
 from runner.config.decoder import LayerNormConfig
 from runner.models import llama
 from runner.nn.batch import Batch
-from runner.nn.blocks import Frame, Sequential
+from runner.nn.blocks import BaseDecoder, Sequential
 from runner.nn.fast import PlainLayerNorm
 from runner.weights.tags import setting, weight
 
@@ -51,7 +51,7 @@ class Block(Sequential):
 
 
 @dataclass
-class Olmo(Frame):
+class Olmo(BaseDecoder):
     """A stack of those blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

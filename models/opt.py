@@ -16,7 +16,7 @@ from runner.config.base import fixed, key
 from runner.config.decoder import UnrotatedConfig
 from runner.models import llama
 from runner.nn.batch import Batch
-from runner.nn.blocks import ConfiguredBlock, Frame, Sequential
+from runner.nn.blocks import BaseDecoder, ConfiguredBlock, Sequential
 from runner.nn.fast import provided_ops
 from runner.nn.linear import HIDDEN, INTERMEDIATE, VOCAB, Embedding, Linear, Q
 from runner.nn.mlp import PlainMLP
@@ -116,7 +116,7 @@ class PostNormBlock(Block):
 
 
 @dataclass(kw_only=True)
-class OPT(Frame):
+class OPT(BaseDecoder):
     """A stack of one of those, with a table of positions, and in 350M projections at both ends."""
 
     embed_tokens: Embedding = weight("model.decoder.embed_tokens|decoder.embed_tokens", VOCAB, NARROW)

@@ -14,7 +14,7 @@ MAX_DEPTH = 64
 MAX_DIGITS = 64  # tokenizer configs hold 10**30 as "no limit"; nothing needs more
 
 
-def shown(text: str, limit: int = 120) -> str:
+def quoted(text: str, limit: int = 120) -> str:
     """`text` quoted for a message: control characters escaped, length bounded."""
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
@@ -29,7 +29,7 @@ def is_plain_name(name: str) -> bool:
     )
 
 
-def member(directory: Path, name: str) -> Path:
+def path_in(directory: Path, name: str) -> Path:
     """The path of a file that lies in `directory` itself.
 
     A link is followed where it stays inside the directory, or inside `blobs` of the same model in the hub's cache
@@ -39,12 +39,12 @@ def member(directory: Path, name: str) -> Path:
         CheckpointError: not a plain file name, a missing file, not a regular file, or a link that leads out.
     """
     if not is_plain_name(name):
-        raise CheckpointError(f"{directory}: {shown(name)} is not a plain file name; refusing to follow it")
-    return contained(directory, directory / name)
+        raise CheckpointError(f"{directory}: {quoted(name)} is not a plain file name; refusing to follow it")
+    return checked_path(directory, directory / name)
 
 
-def contained(directory: Path, path: Path) -> Path:
-    """`path` itself, a regular file that lies in `directory` or a folder of it, as `member` demands."""
+def checked_path(directory: Path, path: Path) -> Path:
+    """`path` itself, a regular file that lies in `directory` or a folder of it, as `path_in` demands."""
     home = directory.resolve()
     roots = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
@@ -119,7 +119,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         again = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {shown(again)} appears twice in one object")
+        raise ValueError(f"the key {quoted(again)} appears twice in one object")
     return result
 
 

@@ -21,7 +21,7 @@ from places import TESTS
 import runner
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
-from runner.convert.packing import packing
+from runner.convert.quantize import quantizer
 from runner.engine.engine import Engine, assemble, open_engine
 from runner.errors import UsageError
 from runner.perplexity import _estimate, compare, perplexity, read_ids
@@ -40,7 +40,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     path = tmp_path_factory.mktemp("packed") / "4bit"
-    convert(open_files(LLAMA), path, packing=packing("4", 32))
+    convert(open_files(LLAMA), path, quantizer=quantizer("4", 32))
     return open_engine(path, dtype="float32")
 
 
@@ -114,7 +114,7 @@ def test_a_model_is_itself(engine: Engine) -> None:
 def test_fewer_bits_are_further_away(tmp_path: Path, engine: Engine) -> None:
     divergence = []
     for form in ("8", "5", "3"):
-        convert(open_files(LLAMA), tmp_path / form, packing=packing(form, 32))
+        convert(open_files(LLAMA), tmp_path / form, quantizer=quantizer(form, 32))
         packed = open_engine(tmp_path / form, dtype="float32")
         divergence.append(compare(packed, engine, IDS, chunk=25)[1].kl_divergence.value)
     assert 0 < divergence[0] < divergence[1] / 4 < divergence[2] / 16

@@ -14,7 +14,7 @@ from typing import Any
 
 from runner.adapters.pattern import NamePattern
 from runner.errors import ConfigError
-from runner.local_files import shown
+from runner.local_files import quoted
 
 Modules = tuple[str, ...] | NamePattern
 """Names of modules, or a pattern of them."""
@@ -146,7 +146,7 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
     known |= HARMLESS | {"peft_type", "task_type", "init_lora_weights"}
     for name in raw:
         if name not in known and raw[name] not in (None, False, [], {}):
-            problems.append(f"key {shown(name)} = {_short(raw[name])} could change the numbers and is not supported")
+            problems.append(f"key {quoted(name)} = {_short(raw[name])} could change the numbers and is not supported")
     return problems
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from runner.adapters.config import AdapterConfig
 from runner.checkpoint.directory import Checkpoint
 from runner.errors import CheckpointError, ConfigError, UsageError
-from runner.local_files import member, read_json, shown
+from runner.local_files import path_in, quoted, read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -43,7 +43,7 @@ class AdapterFiles:
         if not os.path.lexists(path / CONFIG):
             raise CheckpointError(f"{path}: no {CONFIG}; is this an adapter's directory?")
         try:
-            config = AdapterConfig.from_dict(read_json(member(path, CONFIG)))
+            config = AdapterConfig.from_dict(read_json(path_in(path, CONFIG)))
         except ConfigError as error:
             raise ConfigError(f"{path / CONFIG}: {error}") from error
         if not os.path.lexists(path / WEIGHTS):
@@ -92,7 +92,7 @@ def parse(item: str) -> tuple[str, float]:
     try:
         weight = float(number)
     except ValueError as error:
-        raise UsageError(f"{item}: expected PATH or PATH=WEIGHT, and {shown(number)} is not a number") from error
+        raise UsageError(f"{item}: expected PATH or PATH=WEIGHT, and {quoted(number)} is not a number") from error
     return path, checked_weight(path, weight)
 
 

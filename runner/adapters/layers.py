@@ -145,13 +145,15 @@ class AdaptedExperts(ExpertLinear):
     weights: Mapping[str, float]
     ops: Ops = PORTABLE
 
-    def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
-        y = self.base(x, experts, in_order=in_order)
+    def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
+        y = self.base(x, experts, sorted_indices=sorted_indices)
         for delta in self.deltas:
             weight = self.weights[delta.adapter]
             if weight:
-                lows = self.ops.gather_linear(x, delta.down, experts, in_order=in_order) * (delta.scale * weight)
-                y = y + self.ops.gather_linear(lows, delta.up, experts, in_order=in_order).astype(y.dtype)
+                lows = self.ops.gather_linear(x, delta.down, experts, sorted_indices=sorted_indices) * (
+                    delta.scale * weight
+                )
+                y = y + self.ops.gather_linear(lows, delta.up, experts, sorted_indices=sorted_indices).astype(y.dtype)
         return y
 
     def matrices(self) -> mx.array:

@@ -17,7 +17,7 @@ import numpy as np
 from runner import resources
 from runner.checkpoint.hub import resolve
 from runner.checkpoint.model_files import open_files
-from runner.convert.packing import FORMS
+from runner.convert.quantize import QUANTIZATIONS
 from runner.engine.engine import Engine, assemble
 from runner.errors import UsageError
 from runner.families import find
@@ -106,18 +106,18 @@ def open_subject(
 
     Args:
         quantize: a shape's matrices are packed: "2" to "8" bits (affine), "mxfp4", "mxfp8" or "nvfp4".
-        group_size: of affine packing.
+        group_size: of affine quantization.
         dtype: "float32", "float16" or "bfloat16", whatever the checkpoint or shape says.
 
     Raises:
         UsageError: an option does not apply to this model, or names nothing known.
     """
-    if quantize is not None and quantize not in FORMS:
-        raise UsageError(f"--quantize must be one of {', '.join(FORMS)}, not {quantize!r}")
-    if group_size is not None and (quantize is None or FORMS[quantize].mode != "affine"):
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise UsageError(f"--quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r}")
+    if group_size is not None and (quantize is None or QUANTIZATIONS[quantize].mode != "affine"):
         raise UsageError("--group-size needs --quantize with a number of bits")
     if not os.path.exists(model) and model in resources.names("shapes"):
-        form = None if quantize is None else FORMS[quantize]
+        form = None if quantize is None else QUANTIZATIONS[quantize]
         if form is not None and group_size is not None:
             form = dataclasses.replace(form, group_size=group_size)
         raw = resources.read("shapes", model)

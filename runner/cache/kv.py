@@ -82,7 +82,7 @@ class KVCache:
         later.offset += count
         return later
 
-    def joined(self) -> None:
+    def advance(self) -> None:
         """A token's keys and values were written behind the last one's, into the same buffers."""
         self.offset += 1
 

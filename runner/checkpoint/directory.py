@@ -19,7 +19,7 @@ from runner.checkpoint.safetensors_header import INDEX, SINGLE, ShardHeader, Sta
 from runner.checkpoint.safetensors_header import TensorInfo as TensorInfo
 from runner.checkpoint.writer import write_checkpoint as write_checkpoint
 from runner.errors import CheckpointError
-from runner.local_files import member, shown
+from runner.local_files import path_in, quoted
 from runner.local_files import read_json as read_json
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ class Checkpoint:
             raise CheckpointError(f"{directory}: no config.json; is this a model's directory?")
         generation = {}
         if _exists(directory, "generation_config.json"):
-            generation = read_json(member(directory, "generation_config.json"))
-        config = read_json(member(directory, "config.json"))
+            generation = read_json(path_in(directory, "generation_config.json"))
+        config = read_json(path_in(directory, "config.json"))
         return cls._of(directory, config, generation, shards, headers)
 
     @classmethod
@@ -103,8 +103,8 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the file and the problem.
         """
-        header = read_header(member(directory, weights))
-        return cls._of(directory, read_json(member(directory, config)), {}, {weights: header}, header.tensors)
+        header = read_header(path_in(directory, weights))
+        return cls._of(directory, read_json(path_in(directory, config)), {}, {weights: header}, header.tensors)
 
     @classmethod
     def _of(
@@ -140,10 +140,10 @@ class Checkpoint:
         """
         info = self.headers.get(name)
         if info is None:
-            raise CheckpointError(f"{self.directory}: no tensor {shown(name)}")
+            raise CheckpointError(f"{self.directory}: no tensor {quoted(name)}")
         if info.dtype not in RAW_DTYPES:
             raise CheckpointError(
-                f"{info.file}: tensor {shown(name)} has dtype {info.dtype}, which MLX does not hold; "
+                f"{info.file}: tensor {quoted(name)} has dtype {info.dtype}, which MLX does not hold; "
                 f"convert it to one of {', '.join(RAW_DTYPES)}"
             )
         if info.file in self._raw_files:
@@ -170,7 +170,9 @@ class Checkpoint:
         for name, info in shard.tensors.items():
             array = arrays.get(name)
             if array is None or array.shape != info.shape or array.dtype != getattr(mx, MLX_DTYPES[info.dtype]):
-                raise CheckpointError(f"{file}: tensor {shown(name)} is not as its checked header says; did it change?")
+                raise CheckpointError(
+                    f"{file}: tensor {quoted(name)} is not as its checked header says; did it change?"
+                )
         return arrays
 
     def _read_raw(self, info: TensorInfo) -> mx.array:
@@ -186,7 +188,7 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot be read: {error.strerror or error}") from error
         if len(data) != info.nbytes:
-            raise CheckpointError(f"{info.file}: ends inside tensor {shown(info.name)}")
+            raise CheckpointError(f"{info.file}: ends inside tensor {quoted(info.name)}")
         dtype: mx.Dtype = getattr(mx, RAW_DTYPES[info.dtype])
         if not data:
             return mx.zeros(info.shape, dtype)
@@ -199,7 +201,7 @@ def _check_stamp(file: Path, shard: ShardHeader, status: os.stat_result) -> None
 
 
 def _exists(directory: Path, name: str) -> bool:
-    """Whether something has this name, a dangling link included: `member` then says what is wrong with it."""
+    """Whether something has this name, a dangling link included: `path_in` then says what is wrong with it."""
     return os.path.lexists(directory / name)
 
 
@@ -208,7 +210,7 @@ def _weights(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorI
     if _exists(directory, INDEX):
         return _indexed(directory)
     if _exists(directory, SINGLE):
-        header = read_header(member(directory, SINGLE))
+        header = read_header(path_in(directory, SINGLE))
         return {SINGLE: header}, header.tensors
     try:
         names = sorted(os.listdir(directory))
@@ -224,12 +226,12 @@ def _no_weights(names: list[str], directory: Path) -> str:
     gguf = [name for name in names if name.endswith(".gguf")]
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
     if stray:
-        return f"{expected}, though there is {shown(stray[0])}; an incomplete copy, or not a transformers model"
+        return f"{expected}, though there is {quoted(stray[0])}; an incomplete copy, or not a transformers model"
     if gguf:
-        return f"{expected}, but {shown(gguf[0])}: name that file: {directory / gguf[0]}"
+        return f"{expected}, but {quoted(gguf[0])}: name that file: {directory / gguf[0]}"
     if pickles:
         return (
-            f"only pickle weights ({shown(pickles[0])}); reading a pickle can run code of its author, so they are "
+            f"only pickle weights ({quoted(pickles[0])}); reading a pickle can run code of its author, so they are "
             "refused: get the model's safetensors version, or convert it where you trust it (transformers: "
             "from_pretrained, then save_pretrained)"
         )
@@ -238,8 +240,8 @@ def _no_weights(names: list[str], directory: Path) -> str:
 
 def _indexed(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorInfo]]:
     index = directory / INDEX
-    weight_map = read_index(member(directory, INDEX))
-    shards = {file: read_header(member(directory, file)) for file in sorted(set(weight_map.values()))}
+    weight_map = read_index(path_in(directory, INDEX))
+    shards = {file: read_header(path_in(directory, file)) for file in sorted(set(weight_map.values()))}
     headers: dict[str, TensorInfo] = {}
     for file, shard in shards.items():
         for name, info in shard.tensors.items():
@@ -247,11 +249,11 @@ def _indexed(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorI
                 continue
             if name in headers:
                 raise CheckpointError(
-                    f"{index}: does not list {shown(name)}, and both {headers[name].file.name} and {file} hold it"
+                    f"{index}: does not list {quoted(name)}, and both {headers[name].file.name} and {file} hold it"
                 )
             headers[name] = info
     lacking = [name for name in weight_map if name not in headers]
     if lacking:
         more = f" (and {len(lacking) - 1} more like it)" if len(lacking) > 1 else ""
-        raise CheckpointError(f"{index}: tensor {shown(lacking[0])} is not in {weight_map[lacking[0]]}{more}")
+        raise CheckpointError(f"{index}: tensor {quoted(lacking[0])} is not in {weight_map[lacking[0]]}{more}")
     return shards, headers

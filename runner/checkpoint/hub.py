@@ -22,7 +22,7 @@ from pathlib import Path
 
 from runner.checkpoint.safetensors_header import INDEX, SINGLE, read_index
 from runner.errors import CheckpointError, HubError, UsageError
-from runner.local_files import member, shown
+from runner.local_files import path_in, quoted
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _ID = re.compile(rf"{_PART}/{_PART}")
@@ -63,7 +63,7 @@ def resolve(model: str, *, revision: str | None = None, progress: bool = True) -
     if is_directory or (os.path.exists(path) and path.endswith(".gguf")):
         if revision is not None:
             raise UsageError(
-                f"revision {shown(revision)} was given, but {path} is a {'directory' if is_directory else 'file'}"
+                f"revision {quoted(revision)} was given, but {path} is a {'directory' if is_directory else 'file'}"
             )
         return Path(path)
     if os.path.exists(path):
@@ -121,14 +121,14 @@ def _parse(model: str, revision: str | None) -> tuple[str, str]:
     repo, _, named = model.partition("@")
     if not _ID.fullmatch(repo) or len(repo) > 96 or "--" in repo or ".." in repo or repo.endswith(".git"):
         raise HubError(
-            f"{shown(model)} is neither an existing directory nor a hub id such as org/name or org/name@main"
+            f"{quoted(model)} is neither an existing directory nor a hub id such as org/name or org/name@main"
         )
     if "@" in model and revision is not None and named != revision:
-        raise UsageError(f"two revisions of {repo} were asked for: {shown(named)} and {shown(revision)}")
+        raise UsageError(f"two revisions of {repo} were asked for: {quoted(named)} and {quoted(revision)}")
     chosen = named if "@" in model else "main" if revision is None else revision
     bad = not _REVISION.fullmatch(chosen) or ".." in chosen or "//" in chosen or chosen.endswith(("/", ".", ".lock"))
     if bad:
-        raise HubError(f"{shown(chosen)} is not a revision: expected a branch, a tag or a commit")
+        raise HubError(f"{quoted(chosen)} is not a revision: expected a branch, a tag or a commit")
     return repo, chosen
 
 
@@ -163,7 +163,7 @@ def _shards(snapshot: Path) -> list[str]:
     """The weight files of a snapshot: those its index names, else the single file."""
     if not (snapshot / INDEX).is_file():
         return [SINGLE]
-    return sorted(set(read_index(member(snapshot, INDEX)).values()))
+    return sorted(set(read_index(path_in(snapshot, INDEX)).values()))
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -218,7 +218,7 @@ def _fetch(repo: str, revision: str, progress: bool) -> Path:
         lacking = [name for name in shards if name not in files]
         if lacking:
             raise HubError(
-                f"{repo}@{revision}: its index names {shown(lacking[0])}, which the repository does not have"
+                f"{repo}@{revision}: its index names {quoted(lacking[0])}, which the repository does not have"
             )
         _download(repo, commit, shards)
         if revision != commit:
@@ -278,7 +278,7 @@ def _download(repo: str, commit: str, files: list[str]) -> Path:
     missing = [name for name in files if not (snapshot / name).is_file()]
     if missing:  # the library returns what it has when the connection fails half-way
         raise HubError(
-            f"{repo}: the download stopped before {shown(missing[0])}; run it again (finished files are kept)"
+            f"{repo}: the download stopped before {quoted(missing[0])}; run it again (finished files are kept)"
         )
     return snapshot
 
@@ -316,7 +316,7 @@ def _one_line(repo: str, revision: str) -> Iterator[None]:
             f"{repo} is not on {constants.ENDPOINT}, or private: check the spelling; for a private model set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{repo} has no revision {shown(revision)}: check the branch, tag or commit") from error
+        raise HubError(f"{repo} has no revision {quoted(revision)}: check the branch, tag or commit") from error
     except errors.HfHubHTTPError as error:
         raise HubError(f"{constants.ENDPOINT} refused {repo}@{revision}: {_first_line(error)}") from error
     except Exception as error:  # whichever HTTP library this hub version uses brings errors of its own

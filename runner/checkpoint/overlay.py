@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from runner.checkpoint.safetensors_header import BITS
 from runner.errors import CheckpointError
-from runner.local_files import shown
+from runner.local_files import quoted
 from runner.weights.tags import Header, Source
 
 
@@ -54,5 +54,5 @@ class Overlay:
         if name in self._changes:
             return self._changes[name].read()
         if name not in self.headers:
-            raise CheckpointError(f"no tensor {shown(name)}")
+            raise CheckpointError(f"no tensor {quoted(name)}")
         return self._base.read(name)

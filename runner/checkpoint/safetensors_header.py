@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import CheckpointError
-from runner.local_files import is_plain_name, parse_json, read_json, shown
+from runner.local_files import is_plain_name, parse_json, quoted, read_json
 
 BITS = {
     **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
@@ -123,7 +123,7 @@ def read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: tensor {shown(name)} is said to be in {shown(str(file))}, "
+                f"{path}: tensor {quoted(name)} is said to be in {quoted(str(file))}, "
                 "which is not the plain name of a .safetensors file"
             )
     return weight_map
@@ -149,18 +149,18 @@ def _metadata(raw: Any, path: Path) -> dict[str, str]:
 
 
 def _tensor(name: str, raw: Any, path: Path, data_start: int) -> TensorInfo:
-    where = f"{path}: tensor {shown(name)}"
+    where = f"{path}: tensor {quoted(name)}"
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: its entry must be an object of exactly dtype, shape and data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(f"{where}: unknown dtype {shown(str(dtype))}; known: {', '.join(BITS)}")
+        raise CheckpointError(f"{where}: unknown dtype {quoted(str(dtype))}; known: {', '.join(BITS)}")
     if not _sizes(shape) or len(shape) > MAX_RANK or max(shape, default=0) > MAX_DIM:
         raise CheckpointError(
-            f"{where}: shape {shown(str(shape))} is not a list of at most {MAX_RANK} sizes from 0 to {MAX_DIM}"
+            f"{where}: shape {quoted(str(shape))} is not a list of at most {MAX_RANK} sizes from 0 to {MAX_DIM}"
         )
     if not _sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: data_offsets {shown(str(offsets))} are not two positions")
+        raise CheckpointError(f"{where}: data_offsets {quoted(str(offsets))} are not two positions")
     begin, end = offsets
     bits = math.prod(shape) * BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
@@ -178,7 +178,7 @@ def _check_layout(infos: list[TensorInfo], path: Path, data_start: int, size: in
     for info in infos:
         if info.offset != position:
             problem = "overlaps the one before it" if info.offset < position else "leaves a gap before it"
-            raise CheckpointError(f"{path}: tensor {shown(info.name)} {problem}")
+            raise CheckpointError(f"{path}: tensor {quoted(info.name)} {problem}")
         position += info.nbytes
     if position != size:
         raise CheckpointError(f"{path}: its tensors end at byte {position}, but the file has {size}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from runner.checkpoint.safetensors_header import read_header
 from runner.errors import CheckpointError, UsageError
-from runner.local_files import shown
+from runner.local_files import quoted
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -68,7 +68,7 @@ def write_shards(
                 open_files[file] = (directory / file).open("r+b")
             start = starts[file][piece.name]
             if piece.offset + piece.array.nbytes > tensors[piece.name].nbytes:
-                raise CheckpointError(f"tensor {shown(piece.name)} is larger than planned")
+                raise CheckpointError(f"tensor {quoted(piece.name)} is larger than planned")
             open_files[file].seek(start + piece.offset)
             open_files[file].write(bytes_of(piece.array))
             written[piece.name] += piece.array.nbytes
@@ -82,7 +82,7 @@ def write_shards(
     for name, count in written.items():
         if count != tensors[name].nbytes:
             raise CheckpointError(
-                f"tensor {shown(name)} was not written whole: {count} of {tensors[name].nbytes} bytes"
+                f"tensor {quoted(name)} was not written whole: {count} of {tensors[name].nbytes} bytes"
             )
     for file in shards:
         read_header(directory / file)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from runner.errors import CheckpointError
-from runner.local_files import contained
+from runner.local_files import checked_path
 
 NAMES = (
     "generation_config.json",
@@ -37,7 +37,7 @@ def side_files(directory: Path) -> dict[str, bytes | str]:
     paths = {name: directory / name for name in NAMES if os.path.lexists(directory / name)}
     templates = sorted((directory / TEMPLATES).glob("*.jinja"))[:MAX_TEMPLATES]
     paths |= {f"{TEMPLATES}/{path.name}": path for path in templates}
-    return {name: _bounded(contained(directory, path)) for name, path in paths.items()}
+    return {name: _bounded(checked_path(directory, path)) for name, path in paths.items()}
 
 
 def _bounded(path: Path) -> bytes:

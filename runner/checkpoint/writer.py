@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.checkpoint.safetensors_header import read_header
 from runner.errors import CheckpointError, UsageError
-from runner.local_files import is_plain_name, parse_json, shown
+from runner.local_files import is_plain_name, parse_json, quoted
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -88,11 +88,11 @@ def _config_text(config: dict[str, Any]) -> str:
 def _checked(extra_files: Mapping[str, bytes | str]) -> dict[str, bytes | str]:
     for name in extra_files:
         if not name or not all(is_plain_name(part) for part in name.split("/")):
-            raise CheckpointError(f"extra file {shown(name)}: not a plain relative file name")
+            raise CheckpointError(f"extra file {quoted(name)}: not a plain relative file name")
         if name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json")):
-            raise CheckpointError(f"extra file {shown(name)}: write_checkpoint writes this file itself")
+            raise CheckpointError(f"extra file {quoted(name)}: write_checkpoint writes this file itself")
         if any(str(parent) in extra_files for parent in PurePosixPath(name).parents):
-            raise CheckpointError(f"extra file {shown(name)}: lies in a folder that is a file here")
+            raise CheckpointError(f"extra file {quoted(name)}: lies in a folder that is a file here")
     return dict(extra_files)
 
 
@@ -111,7 +111,7 @@ class _Shards:
         seen: set[str] = set()
         for name, array in tensors:
             if name in seen or name == "__metadata__":
-                raise CheckpointError(f"tensor {shown(name)} comes twice, or has the name that the format reserves")
+                raise CheckpointError(f"tensor {quoted(name)} comes twice, or has the name that the format reserves")
             seen.add(name)
             if self.batch and self.batch_bytes + array.nbytes > self.max_bytes:
                 self.flush()
@@ -137,7 +137,7 @@ class _Shards:
         found = read_header(path).tensors  # a full disk may go unnoticed until here
         for name, array in self.batch.items():
             if name not in found or found[name].shape != array.shape or found[name].nbytes != array.nbytes:
-                raise CheckpointError(f"{path.name}: tensor {shown(name)} was not written whole; is the disk full?")
+                raise CheckpointError(f"{path.name}: tensor {quoted(name)} was not written whole; is the disk full?")
         self.names.append(list(self.batch))
         self.total += self.batch_bytes
         self.batch, self.batch_bytes = {}, 0

@@ -10,7 +10,7 @@ import typer
 
 from runner.cli import engine, terminal
 from runner.cli.options import Adapter
-from runner.cli.perplexity import judge, read_text, shown
+from runner.cli.perplexity import judge, read_text, with_error
 
 Source = Annotated[
     str, typer.Argument(metavar="SRC", help="A directory, a hub id (org/name, org/name@revision), or a .gguf file.")
@@ -62,20 +62,20 @@ def convert(
     from runner.checkpoint.model_files import open_files
     from runner.convert.convert import convert as write
     from runner.convert.convert import merged
-    from runner.convert.packing import packing
+    from runner.convert.quantize import quantizer
     from runner.errors import UsageError
     from runner.progress import ProgressBar
 
     if quantize is None and (group_size is not None or recipe is not None):
         raise UsageError(f"{'--group-size' if recipe is None else '--recipe'} needs --quantize")
-    wanted = None if quantize is None else packing(quantize, group_size, recipe)
+    wanted = None if quantize is None else quantizer(quantize, group_size, recipe)
     text = None if judged_by is None else read_text(judged_by)
     visible = sys.stderr.isatty()
     files = open_files(resolve(source, progress=visible))
     adapters = open_adapters(adapter or (), lambda spec: resolve_adapter(spec, progress=visible))
     before = None if text is None else perplexity_of(str(files.path), text, "before")
     with ProgressBar(f"converting {files.path.name}", enabled=visible) as bar:
-        report = write(merged(files, adapters), target, packing=wanted, dtype=dtype, progress=bar.update)
+        report = write(merged(files, adapters), target, quantizer=wanted, dtype=dtype, progress=bar.update)
     forms = ", ".join(f"{count} {form}" for form, count in report.forms.items())
     terminal.note(f"{report.bits_after:.2f} bits per weight, {report.bits_before:.2f} before ({forms})")
     if report.unpackable:
@@ -93,4 +93,4 @@ def perplexity_of(model: str, text: str, when: str) -> str:
 
     lm = engine.open_model(model, None)
     found, _ = judge(lm, text, chunk=min(CHUNK, lm.context_length), title=f"perplexity {when}")
-    return shown(found.perplexity)
+    return with_error(found.perplexity)

@@ -49,13 +49,13 @@ def perplexity(
         output.line(json.dumps(as_dict(found, comparison, chunk), indent=2, allow_nan=False))
         return
     judged = f"{found.tokens} tokens judged, of {found.chunks} chunks of {chunk}"
-    rows = [("perplexity", f"{shown(found.perplexity)}   {judged}")]
+    rows = [("perplexity", f"{with_error(found.perplexity)}   {judged}")]
     if comparison is not None:
         most = f"{comparison.kl_max:.6f} at most, {comparison.kl_999:.6f} in 99.9 %"
         rows += [
-            ("perplexity of the other", shown(comparison.base.perplexity)),
-            ("KL divergence", f"{shown(comparison.kl_divergence, 6)}   {most}"),
-            ("same likeliest token", f"{shown(comparison.same_top, 3, 100)} %"),
+            ("perplexity of the other", with_error(comparison.base.perplexity)),
+            ("KL divergence", f"{with_error(comparison.kl_divergence, 6)}   {most}"),
+            ("same likeliest token", f"{with_error(comparison.same_top, 3, 100)} %"),
         ]
     width = max(len(name) for name, _ in rows)
     for name, values in rows:
@@ -99,7 +99,7 @@ def judge(
         status.clear()
 
 
-def shown(estimate: Estimate, digits: int = 4, scale: float = 1) -> str:
+def with_error(estimate: Estimate, digits: int = 4, scale: float = 1) -> str:
     """`14.2130 ± 0.2100`."""
     return f"{estimate.value * scale:.{digits}f} ± {estimate.error * scale:.{digits}f}"
 

@@ -12,8 +12,8 @@ from runner.adapters import AdapterFiles, fit
 from runner.checkpoint.model_files import ModelFiles
 from runner.checkpoint.shard_writer import Piece, write_shards
 from runner.checkpoint.writer import new_directory
-from runner.convert.packing import Packing, pack, unpack
 from runner.convert.plan import Conversion, Job, plan_conversion
+from runner.convert.quantize import Quantizer, dequantize, quantize
 from runner.families import find
 from runner.weights.loading import Progress
 from runner.weights.tags import Source
@@ -43,7 +43,7 @@ def convert(
     files: ModelFiles,
     out: Path,
     *,
-    packing: Packing | None = None,
+    quantizer: Quantizer | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
     max_shard_bytes: int = SHARD_BYTES,
@@ -51,17 +51,17 @@ def convert(
     """Write the model `files` into the new directory `out`, which appears when it is complete, or not at all.
 
     Args:
-        packing: what matrices of layers, embeddings and experts become; routers and gates of experts stay. Without it
+        quantizer: what matrices of layers, embeddings and experts become; routers and gates of experts stay. Without it
             they stay as they are.
         dtype: "float32", "float16" or "bfloat16" for all floating-point tensors; packed matrices are unpacked to it
-            (and packed anew, with `packing`). Without it, what is packed stays as it is.
+            (and packed anew, with `quantizer`). Without it, what is packed stays as it is.
         progress: called with bytes of the source done and in all.
 
     Raises:
         CheckpointError: the source does not fit its model, or `out` exists and is not empty, or cannot be written.
         UsageError: nothing is left to pack, or no such dtype.
     """
-    work = plan_conversion(files.config, files.source, packing=packing, dtype=dtype)
+    work = plan_conversion(files.config, files.source, quantizer=quantizer, dtype=dtype)
     with new_directory(out, work.config, files.side_files()) as directory:
         write_shards(directory, work.headers, pieces(work, files.source, progress), max_shard_bytes)
     return work
@@ -113,11 +113,11 @@ def _converted(job: Job, rows: Mapping[str, mx.array], order: Transform | None) 
         array = rows["weight"]
     else:
         assert job.dtype is not None, "what is unpacked has a dtype"
-        array = unpack(rows, job.form, job.dtype)
+        array = dequantize(rows, job.form, job.dtype)
     if order is not None:
         array = order.invert(array)
     if job.dtype is not None:
         array = array.astype(job.dtype)
-    made = {"weight": array} if job.into is None else pack(array, job.into)
+    made = {"weight": array} if job.into is None else quantize(array, job.into)
     mx.eval(*made.values())
     return made

@@ -17,7 +17,7 @@ import mlx.core as mx
 from runner.checkpoint.shard_writer import WIDTHS, Planned, bytes_of
 from runner.config.base import normalise
 from runner.convert.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
-from runner.convert.packing import Packing
+from runner.convert.quantize import Quantizer
 from runner.engine.engine import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
 from runner.families import find
@@ -80,7 +80,7 @@ class Conversion:
 
 
 def plan_conversion(
-    raw: Mapping[str, Any], source: Source, *, packing: Packing | None = None, dtype: str | None = None
+    raw: Mapping[str, Any], source: Source, *, quantizer: Quantizer | None = None, dtype: str | None = None
 ) -> Conversion:
     """Plan a conversion from a `config.json` object and the headers of `source`.
 
@@ -90,7 +90,7 @@ def plan_conversion(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    return _Planner(raw, source, packing, None if dtype is None else DTYPES[dtype]).conversion()
+    return _Planner(raw, source, quantizer, None if dtype is None else DTYPES[dtype]).conversion()
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,12 @@ class _Plain:
 class _Planner:
     """Decides what becomes of each tensor."""
 
-    def __init__(self, raw: Mapping[str, Any], source: Source, packing: Packing | None, dtype: mx.Dtype | None) -> None:
+    def __init__(
+        self, raw: Mapping[str, Any], source: Source, quantizer: Quantizer | None, dtype: mx.Dtype | None
+    ) -> None:
         self.raw = raw
         self.source = source
-        self.packing = packing
+        self.quantizer = quantizer
         self.dtype = dtype
         self.config_class, self.model_class = find(raw)
         self.config = self.config_class.from_dict(raw)
@@ -224,7 +226,7 @@ class _Planner:
             for stem, item in self.found.items()
             if isinstance(item, _Matrix) and self.wanted(item) and forms[stem] is None
         )
-        if self.packing is not None and not any(
+        if self.quantizer is not None and not any(
             form is not None and self.rewritten(item)
             for stem, form in forms.items()
             if isinstance(item := self.found[stem], _Matrix)
@@ -240,11 +242,11 @@ class _Planner:
             return self.laid_out(forms, unpackable, rename=False)  # its tags have no other name for experts
 
     def wanted(self, item: _Matrix) -> bool:
-        """Whether `packing` is for this matrix."""
-        if self.packing is None or item.gate or not self.rewritten(item):
+        """Whether `quantizer` is for this matrix."""
+        if self.quantizer is None or item.gate or not self.rewritten(item):
             return False
         plain = AFFINE_ONLY.get(str(self.raw["model_type"]), ())
-        return self.packing.form.mode == "affine" or item.stem.rpartition(".")[2] not in plain
+        return self.quantizer.form.mode == "affine" or item.stem.rpartition(".")[2] not in plain
 
     def rewritten(self, item: _Matrix) -> bool:
         """Whether its numbers come from the source as numbers: what is packed is copied where no dtype is asked for."""
@@ -254,16 +256,16 @@ class _Planner:
         """How a matrix is written."""
         if not self.rewritten(item):
             return item.form
-        if self.packing is None or not self.wanted(item):
+        if self.quantizer is None or not self.wanted(item):
             return None
         path = "lm_head" if item.stem in self.heads else item.path
-        form = self.packing.of(path, item.stem, self.config.num_hidden_layers)
+        form = self.quantizer.of(path, item.stem, self.config.num_hidden_layers)
         return None if item.shape[-1] % form.group_size else form
 
     def nothing_to_pack(self, unpackable: tuple[str, ...]) -> str:
-        assert self.packing is not None
+        assert self.quantizer is not None
         if unpackable:
-            size = self.packing.form.group_size
+            size = self.quantizer.form.group_size
             return f"no matrix of this model has inputs that divide into groups of {size}; try a smaller --group-size"
         return (
             "all matrices of this model are packed already; packing them again loses twice: start from the original, "

@@ -45,7 +45,7 @@ class Steps:
         logits = self._program.run(token)
         self._left -= 1
         for cache in self._caches:
-            cache.joined()
+            cache.advance()
         return logits
 
     def _logits(self, ids: mx.array, caches: list[KVCache]) -> mx.array:

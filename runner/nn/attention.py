@@ -91,8 +91,8 @@ def capped_attention(query: mx.array, history: History, mask: Mask = None, *, sc
     if isinstance(mask, mx.array):
         whole = mx.broadcast_to(mask, (*query.shape[:3], history.length)).reshape(scores.shape)
         scores = mx.where(whole, scores, -mx.inf) if whole.dtype == mx.bool_ else scores + whole
-    shares = mx.softmax(scores, axis=-1).astype(values.dtype)
-    return (shares @ values[:, :, None]).reshape(*query.shape[:3], -1)
+    probabilities = mx.softmax(scores, axis=-1).astype(values.dtype)
+    return (probabilities @ values[:, :, None]).reshape(*query.shape[:3], -1)
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:

@@ -134,7 +134,7 @@ class ConfiguredBlock(Chooses):
 
 
 @dataclass
-class Frame:
+class BaseDecoder:
     """What every decoder has: ids to hidden states, hidden states to logits. Subclasses say which layers."""
 
     embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)
@@ -163,14 +163,14 @@ class Frame:
 
 
 @dataclass
-class Decoder(Frame):
+class Decoder(BaseDecoder):
     """A frame with an RMSNorm at the end."""
 
     norm: RMSNorm = weight("model.norm", HIDDEN)
 
 
 @dataclass
-class LayerNormDecoder(Frame):
+class LayerNormDecoder(BaseDecoder):
     """A frame with a LayerNorm at the end."""
 
     norm: LayerNorm = weight("model.norm", HIDDEN)

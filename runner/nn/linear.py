@@ -59,7 +59,7 @@ class Linear(Chooses):
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         """Plain, quantised, or (parts quantised differently) joined after the product."""
-        forms = {layer_form(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
+        forms = {stored_quantization(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
         if len(forms) > 1:
             if not isinstance(tree, Join) or tree.stacked:
                 raise WeightsError(f"{next(leaves(tree)).name}: its stacked parts are quantised differently")
@@ -137,7 +137,7 @@ class Embedding(Chooses):
         (leaf,) = leaves(tree)
         width = shape[-1]
         assert isinstance(width, int)
-        return _choice(layer_form(leaf, width, headers, config), shape, PlainEmbedding, QuantizedEmbedding)
+        return _choice(stored_quantization(leaf, width, headers, config), shape, PlainEmbedding, QuantizedEmbedding)
 
 
 @dataclass
@@ -171,7 +171,7 @@ def _choice(form: Quantization | None, shape: tuple[Size, ...], plain: type, qua
     return Choice(quantized, form.scope(width))
 
 
-def layer_form(leaf: Leaf, width: int, headers: Mapping[str, Header], config: Config) -> Quantization | None:
+def stored_quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], config: Config) -> Quantization | None:
     """What the shapes say (they cannot be wrong), held against what the config says.
 
     Raises:

@@ -116,7 +116,7 @@ class KeysAndValues(Chooses):
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         apart = f"{next(leaves(tree)).name}.embed_q.weight" in headers
-        return Choice(ApartKeysAndValues if apart else JoinedKeysAndValues, {})
+        return Choice(SplitKeysAndValues if apart else JoinedKeysAndValues, {})
 
 
 @dataclass
@@ -137,7 +137,7 @@ class JoinedKeysAndValues(KeysAndValues):
 
 
 @dataclass
-class ApartKeysAndValues(KeysAndValues):
+class SplitKeysAndValues(KeysAndValues):
     """As mlx-lm writes them for DeepSeek V3: head by head, the keys' turned over."""
 
     embed_q: ExpertLinear = weight("embed_q[num_attention_heads]", LATENT, "qk_nope_head_dim")
@@ -177,37 +177,37 @@ class LatentAttention:
     activations: mx.Dtype | None = setting(default=None)
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
-        q, turned = mx.split(
+        q, rotary = mx.split(
             split_heads(self.queries(x), self.qk_nope_head_dim + self.qk_rope_head_dim), [self.qk_nope_head_dim], -1
         )
-        turned = self.rope(turned, batch.offset, batch.length)
+        rotary = self.rope(rotary, batch.offset, batch.length)
         latent, key = mx.split(self.kv_a_proj(x)[:, None], [self.kv_lora_rank], axis=-1)  # [B, 1, L, ...]
         key = self.rope(key, batch.offset, batch.length)
         stored = cache.append(self.kv_a_layernorm(latent, NORM_EPS), key)
-        form = self.absorbed if self.few(x.shape[1], stored.length) else self.expanded
-        return self.o_proj(merge_heads(form(q, turned, stored, batch)))
+        form = self.absorbed if self.absorbs(x.shape[1], stored.length) else self.expanded
+        return self.o_proj(merge_heads(form(q, rotary, stored, batch)))
 
-    def few(self, queries: int, keys: int) -> bool:
+    def absorbs(self, queries: int, keys: int) -> bool:
         """Whether the absorbed form has fewer products, for each head and column of the latents."""
         both = self.qk_nope_head_dim + self.v_head_dim
         expanded = keys * self.kv_lora_rank * both + queries * keys * (both + self.qk_rope_head_dim)
         absorbed = queries * self.kv_lora_rank * both + queries * keys * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
         return absorbed < expanded
 
-    def expanded(self, q: mx.array, turned: mx.array, stored: History, batch: Batch) -> mx.array:
+    def expanded(self, q: mx.array, rotary: mx.array, stored: History, batch: Batch) -> mx.array:
         """Heads `[B, H, L, v_head_dim]` of queries `q` and their rotated part: every key and value is made."""
         rows = split_heads(self.kv_b_proj(stored.keys[:, 0]), self.qk_nope_head_dim + self.v_head_dim)
         k, v = mx.split(rows, [self.qk_nope_head_dim], axis=-1)
         shared = mx.broadcast_to(stored.values, (*k.shape[:3], stored.values.shape[-1]))
         history = History(mx.concatenate([k, shared], axis=-1), v, stored.length)
-        return self.attend(mx.concatenate([q, turned], axis=-1), history, batch.mask)
+        return self.attend(mx.concatenate([q, rotary], axis=-1), history, batch.mask)
 
-    def absorbed(self, q: mx.array, turned: mx.array, stored: History, batch: Batch) -> mx.array:
+    def absorbed(self, q: mx.array, rotary: mx.array, stored: History, batch: Batch) -> mx.array:
         """The same; one key and value, for all heads, are a token's row in the cache."""
         to_keys, to_values = self.matrices() if self.kv_b_proj.changeable else self.kept_matrices
         rows = mx.concatenate([stored.keys, stored.values], axis=-1)
         history = History(rows, rows[..., : self.kv_lora_rank], stored.length)
-        gathered = self.attend(mx.concatenate([q @ to_keys, turned], axis=-1), history, batch.mask)
+        gathered = self.attend(mx.concatenate([q @ to_keys, rotary], axis=-1), history, batch.mask)
         return gathered @ to_values.swapaxes(-1, -2)
 
     @functools.cached_property

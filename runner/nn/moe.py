@@ -14,7 +14,7 @@ import mlx.core as mx
 from runner.config.base import Config
 from runner.errors import ConfigError, WeightsError
 from runner.nn.fast import provided_ops
-from runner.nn.linear import Linear, QuantizedFields, layer_form
+from runner.nn.linear import Linear, QuantizedFields, stored_quantization
 from runner.nn.mlp import GLU
 from runner.ops.table import Ops
 from runner.weights.tags import Choice, Chooses, Header, setting, tensor
@@ -28,10 +28,10 @@ SORTED_FROM = 64
 class ExpertLinear(Chooses):
     """A matrix for each expert: x `[..., 1, in]` and chosen experts `[...]` -> `[..., 1, out]`.
 
-    `in_order`: the experts are `[rows]`, and sorted.
+    `sorted_indices`: the experts are `[rows]`, and sorted.
     """
 
-    def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+    def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
         raise NotImplementedError
 
     def matrices(self) -> mx.array:
@@ -45,7 +45,7 @@ class ExpertLinear(Chooses):
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        forms = {layer_form(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
+        forms = {stored_quantization(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
         if len(forms) > 1:
             raise WeightsError(f"{next(leaves(tree)).name}: the experts of a layer are quantised differently")
         form = forms.pop()
@@ -62,8 +62,10 @@ class PlainExperts(ExpertLinear):
     bias: mx.array | None = tensor("bias", "$0", when="bias")
     ops: Ops = provided_ops()
 
-    def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
-        return _biased(self.ops.gather_linear(x, self.weight, experts, in_order=in_order), self.bias, experts)
+    def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
+        return _biased(
+            self.ops.gather_linear(x, self.weight, experts, sorted_indices=sorted_indices), self.bias, experts
+        )
 
     def matrices(self) -> mx.array:
         return self.weight
@@ -76,8 +78,8 @@ class QuantizedExperts(QuantizedFields, ExpertLinear):
     bias: mx.array | None = tensor("bias", "$0", when="bias")
     ops: Ops = provided_ops()
 
-    def __call__(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
-        y = self.ops.gather_quantized_linear(x, self.quantized, experts, in_order=in_order)
+    def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
+        y = self.ops.gather_quantized_linear(x, self.quantized, experts, sorted_indices=sorted_indices)
         return _biased(y, self.bias, experts)
 
     def matrices(self) -> mx.array:
@@ -114,30 +116,30 @@ class MoE:
         logits = self.router(x.astype(mx.float32)).astype(mx.float32)
         scores = mx.sigmoid(logits) if self.scoring_func == "sigmoid" else mx.softmax(logits, axis=-1)
         ranks = scores if self.correction is None else scores + self.correction
-        ranks = in_best_groups(ranks, self.n_group, self.topk_group, self.group_members)
-        experts = best(ranks, self.num_experts_per_tok)
-        shares = mx.take_along_axis(scores, experts, axis=-1)
+        ranks = in_top_groups(ranks, self.n_group, self.topk_group, self.group_members)
+        experts = top_k(ranks, self.num_experts_per_tok)
+        routing_weights = mx.take_along_axis(scores, experts, axis=-1)
         if self.norm_topk_prob:
-            shares = shares / (mx.sum(shares, axis=-1, keepdims=True) + 1e-20)
-        return experts, shares * self.routed_scaling_factor
+            routing_weights = routing_weights / (mx.sum(routing_weights, axis=-1, keepdims=True) + 1e-20)
+        return experts, routing_weights * self.routed_scaling_factor
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[B, L, hidden_size]` to the same."""
-        experts, shares = self.route(x)
+        experts, routing_weights = self.route(x)
         outputs = self.sorted(x, experts) if experts.size >= SORTED_FROM else self.feed(x[:, :, None, None], experts)
-        return mx.sum(outputs[..., 0, :] * shares[..., None].astype(outputs.dtype), axis=2)
+        return mx.sum(outputs[..., 0, :] * routing_weights[..., None].astype(outputs.dtype), axis=2)
 
-    def feed(self, rows: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+    def feed(self, rows: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
         """What `experts` `[...]` make of `rows` `[..., 1, hidden_size]`."""
-        hidden = self.glu(self.gate_up_proj(rows, experts, in_order=in_order))
-        return self.down_proj(hidden, experts, in_order=in_order)
+        hidden = self.glu(self.gate_up_proj(rows, experts, sorted_indices=sorted_indices))
+        return self.down_proj(hidden, experts, sorted_indices=sorted_indices)
 
     def sorted(self, x: mx.array, experts: mx.array) -> mx.array:
         """The same as `feed`, expert by expert: each matrix is read once for all of its rows. `[B, L, K, 1, hidden]`"""
         chosen = experts.flatten()
         order = mx.argsort(chosen)
         rows = x.reshape(-1, 1, x.shape[-1])[order // experts.shape[-1]]
-        outputs = self.feed(rows, chosen[order], in_order=True)
+        outputs = self.feed(rows, chosen[order], sorted_indices=True)
         return outputs[mx.argsort(order)].reshape(*experts.shape, 1, -1)
 
 
@@ -166,13 +168,13 @@ def check_routing(experts: int, chosen: int, groups: int = 1, kept: int = 1, mem
         raise ConfigError(f"config.json: there is no choice of {shape}")
 
 
-def best(scores: mx.array, count: int) -> mx.array:
+def top_k(scores: mx.array, count: int) -> mx.array:
     """Indices `[..., count]` of the greatest scores `[..., E]`, in any order."""
     first = scores.shape[-1] - count
     return mx.argpartition(scores, kth=first, axis=-1)[..., first:]
 
 
-def in_best_groups(scores: mx.array, groups: int, kept: int, members: int) -> mx.array:
+def in_top_groups(scores: mx.array, groups: int, kept: int, members: int) -> mx.array:
     """Scores `[..., E]` with minus infinity outside the `kept` best of `groups` equal groups.
 
     A group is ranked by the sum of its `members` best (DeepSeek V2 arXiv:2405.04434: 1; V3 arXiv:2412.19437: 2).
@@ -181,5 +183,5 @@ def in_best_groups(scores: mx.array, groups: int, kept: int, members: int) -> mx
         return scores
     grouped = scores.reshape(*scores.shape[:-1], groups, -1)
     ranks = mx.sum(mx.topk(grouped, members, axis=-1), axis=-1)
-    chosen = mx.any(best(ranks, kept)[..., None] == mx.arange(groups), axis=-2)
+    chosen = mx.any(top_k(ranks, kept)[..., None] == mx.arange(groups), axis=-2)
     return mx.where(chosen[..., None], grouped, -mx.inf).reshape(scores.shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.cache.storage import PLAIN, Storage
-from runner.ops import expertwise
+from runner.ops import per_expert as per_expert
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops
 
@@ -87,8 +87,8 @@ CPU_WITHOUT_KERNELS = dataclasses.replace(
     PORTABLE,
     name="mlx, unpacking",
     quantized_linear=_unpacked_linear,
-    gather_linear=expertwise.gather_linear(PORTABLE.linear),
-    gather_quantized_linear=expertwise.gather_quantized_linear(_unpacked_linear),
+    gather_linear=per_expert.gather_linear(PORTABLE.linear),
+    gather_quantized_linear=per_expert.gather_quantized_linear(_unpacked_linear),
 )
 
 CUDA = dataclasses.replace(PORTABLE, name="mlx, cuda", quantized_linear=_cuda_quantized_linear)

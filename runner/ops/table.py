@@ -121,13 +121,13 @@ def _activate(x: mx.array, activation: str) -> mx.array:
     return ACTIVATIONS[NAMES[activation]](x)
 
 
-def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
+def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
     matrices = weight.swapaxes(-1, -2).astype(x.dtype)
-    return mx.gather_mm(x, matrices, rhs_indices=experts, sorted_indices=in_order)
+    return mx.gather_mm(x, matrices, rhs_indices=experts, sorted_indices=sorted_indices)
 
 
 def _gather_quantized_linear(
-    x: mx.array, matrices: QuantizedWeight, experts: mx.array, *, in_order: bool = False
+    x: mx.array, matrices: QuantizedWeight, experts: mx.array, *, sorted_indices: bool = False
 ) -> mx.array:
     weight, scales, biases, group_size, bits, mode = matrices
     return mx.gather_qmm(
@@ -137,7 +137,7 @@ def _gather_quantized_linear(
         biases,
         rhs_indices=experts,
         transpose=True,
-        sorted_indices=in_order,
+        sorted_indices=sorted_indices,
         group_size=group_size,
         bits=bits,
         mode=mode,

@@ -20,7 +20,7 @@ from runner.bench.bandwidth import _numpy_pass, read_bandwidth
 from runner.bench.measure import cache_bytes, filled, generate, read, rewind, weight_bytes
 from runner.bench.models import describe, random_weights
 from runner.cli.app import run as command
-from runner.convert.packing import FORMS
+from runner.convert.quantize import QUANTIZATIONS
 from runner.engine.engine import Engine, assemble, open_engine
 from runner.errors import UsageError
 from runner.families import FAMILIES
@@ -130,13 +130,13 @@ def test_a_window_bounds_what_is_read_of_a_cache() -> None:
     assert cache_bytes(caches, 30) == 2 * 2 * 2 * row * 8
 
 
-@pytest.mark.parametrize("name", list(FORMS))
+@pytest.mark.parametrize("name", list(QUANTIZATIONS))
 def test_random_weights_load_and_give_finite_logits(name: str) -> None:
     raw = {**TINY, "hidden_size": 128, "head_dim": 32}
-    engine = assemble(raw, random_weights(raw, form=FORMS[name], seed=1))
+    engine = assemble(raw, random_weights(raw, form=QUANTIZATIONS[name], seed=1))
     logits = engine.logits([1, 2, 3])
     assert bool(mx.all(mx.isfinite(logits))) and float(mx.std(logits)) > 1e-3
-    assert describe("tiny", engine).quantization.startswith(f"{FORMS[name].bits}-bit")
+    assert describe("tiny", engine).quantization.startswith(f"{QUANTIZATIONS[name].bits}-bit")
 
 
 def test_random_weights_depend_on_seed_and_name_alone() -> None:

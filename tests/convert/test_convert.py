@@ -25,8 +25,8 @@ from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.checkpoint.shard_writer import WIDTHS
 from runner.checkpoint.side_files import NAMES
 from runner.convert.convert import convert, pieces
-from runner.convert.packing import FORMS, RECIPES, Packing, pack, packing, unpack
 from runner.convert.plan import plan_conversion
+from runner.convert.quantize import QUANTIZATIONS, RECIPES, Quantizer, dequantize, quantize, quantizer
 from runner.engine.engine import Engine, assemble, open_engine
 from runner.errors import CheckpointError, UsageError
 from runner.nn.linear import Quantization, QuantizedEmbedding
@@ -89,7 +89,7 @@ def test_each_family_comes_back_in_its_own_order(path: Path, tmp_path: Path) -> 
     """Packing that loses nothing changes no logit, whatever the stored order: fused, turned, in groups, stacked."""
     raw = raw_config(path)
     source = exact_weights(raw)
-    report = convert(files_of(raw, source), tmp_path / "packed", packing=packing("mxfp4"))
+    report = convert(files_of(raw, source), tmp_path / "packed", quantizer=quantizer("mxfp4"))
     packed = open_engine(tmp_path / "packed", dtype="float32")
     plain = assemble(raw, source, dtype="float32")
     assert error(logits(packed), logits(plain)) < QUANTISED
@@ -103,12 +103,12 @@ def test_each_family_comes_back_in_its_own_order(path: Path, tmp_path: Path) -> 
     assert error(logits(open_engine(tmp_path / "plain", dtype="float32")), logits(plain)) < 1e-5
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZATIONS)
 def test_numbers_are_those_of_mx_quantize(form: str, tmp_path: Path) -> None:
     """The naive twin: every matrix read, packed whole, and compared; the rest is byte for byte what it was."""
     source = Checkpoint.open(LLAMA)
-    wanted = packing(form, 32 if form.isdigit() else None)
-    convert(open_files(LLAMA), tmp_path / "out", packing=wanted)
+    wanted = quantizer(form, 32 if form.isdigit() else None)
+    convert(open_files(LLAMA), tmp_path / "out", quantizer=wanted)
     found = written(tmp_path / "out")
     count = 0
     for name in source.headers:
@@ -127,9 +127,9 @@ def test_numbers_are_those_of_mx_quantize(form: str, tmp_path: Path) -> None:
 def test_pieces_of_any_size_are_the_same_tensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     raw = raw_config(TESTS / "fixtures" / "families" / "gpt_oss-base")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    convert(files_of(raw, exact_weights(raw)), whole, packing=packing("4", 32))
+    convert(files_of(raw, exact_weights(raw)), whole, quantizer=quantizer("4", 32))
     monkeypatch.setattr("runner.convert.convert.PIECE_BYTES", 200)
-    convert(files_of(raw, exact_weights(raw)), cut, packing=packing("4", 32), max_shard_bytes=4000)
+    convert(files_of(raw, exact_weights(raw)), cut, quantizer=quantizer("4", 32), max_shard_bytes=4000)
     assert len(list(cut.glob("model-*-of-*.safetensors"))) > 4
     a, b = written(whole), written(cut)
     assert a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
@@ -143,7 +143,7 @@ def test_a_family_whose_tags_do_not_read_mlx_lms_names_keeps_its_own(
     raw = raw_config(TESTS / "fixtures" / "families" / "mixtral-base")
     monkeypatch.setattr("runner.convert.mlx_names._STACKED", {"w1": "front_proj"})
     source = exact_weights(raw)
-    convert(files_of(raw, source), tmp_path / "out", packing=packing("mxfp4"))
+    convert(files_of(raw, source), tmp_path / "out", quantizer=quantizer("mxfp4"))
     assert "model.layers.0.block_sparse_moe.experts.3.w1.scales" in Checkpoint.open(tmp_path / "out").headers
     found = open_engine(tmp_path / "out", dtype="float32")
     assert error(logits(found), logits(assemble(raw, source, dtype="float32"))) < QUANTISED
@@ -167,7 +167,7 @@ MLX_NAMES = {
 @pytest.mark.parametrize("name", MLX_NAMES)
 def test_packed_checkpoints_have_the_names_that_mlx_lm_loads(name: str, tmp_path: Path) -> None:
     path = TESTS / "fixtures" / "families" / name
-    convert(open_files(path), tmp_path / "out", packing=packing("8", 32))
+    convert(open_files(path), tmp_path / "out", quantizer=quantizer("8", 32))
     assert {f"model.{tensor}" for tensor in MLX_NAMES[name].split()} <= set(Checkpoint.open(tmp_path / "out").headers)
     config = Checkpoint.open(tmp_path / "out").config
     assert config["quantization"] == config["quantization_config"]
@@ -182,8 +182,8 @@ def test_packed_checkpoints_have_the_names_that_mlx_lm_loads(name: str, tmp_path
 @pytest.mark.parametrize(("form", "packed"), [("4", True), ("mxfp4", False)])
 def test_what_mlx_lm_unpacks_itself_has_biases_or_is_plain(form: str, packed: bool, tmp_path: Path) -> None:
     raw = raw_config(TESTS / "fixtures" / "families" / "deepseek_v3-yarn")
-    wanted = packing(form, 32)
-    convert(files_of(raw, exact_weights(raw)), tmp_path / "out", packing=wanted)
+    wanted = quantizer(form, 32)
+    convert(files_of(raw, exact_weights(raw)), tmp_path / "out", quantizer=wanted)
     names = Checkpoint.open(tmp_path / "out").headers
     assert "model.layers.0.self_attn.o_proj.scales" in names
     assert ("model.layers.0.self_attn.kv_b_proj.biases" in names) == packed
@@ -192,7 +192,7 @@ def test_what_mlx_lm_unpacks_itself_has_biases_or_is_plain(form: str, packed: bo
 
 def test_both_spellings_of_rope_are_written_with_packed_weights(tmp_path: Path) -> None:
     """mlx-lm reads `rope_theta` of most families, transformers 5 writes `rope_parameters`."""
-    convert(open_files(LLAMA), tmp_path / "out", packing=packing("4", 32))
+    convert(open_files(LLAMA), tmp_path / "out", quantizer=quantizer("4", 32))
     before, after = open_files(LLAMA).config, open_files(tmp_path / "out").config
     assert "rope_parameters" in before and "rope_theta" not in before
     assert after["rope_theta"] == before["rope_parameters"]["rope_theta"]
@@ -210,7 +210,7 @@ def test_copies_and_dtypes(tmp_path: Path) -> None:
     convert(open_files(LLAMA), tmp_path / "half", dtype="float16")
     assert {array.dtype for array in written(tmp_path / "half").values()} == {mx.float16}
     assert open_files(tmp_path / "half").config["dtype"] == "float16"
-    convert(open_files(LLAMA), tmp_path / "both", packing=packing("4", 32), dtype="float32")
+    convert(open_files(LLAMA), tmp_path / "both", quantizer=quantizer("4", 32), dtype="float32")
     assert {array.dtype for array in written(tmp_path / "both").values()} == {mx.float32, mx.uint32}
 
 
@@ -231,12 +231,14 @@ def test_what_is_packed_stays_so_and_is_not_packed_again(tmp_path: Path) -> None
     assert mx.array_equal(logits(open_engine(tmp_path / "copy")), logits(open_engine(path)))
     with pytest.raises(UsageError, match=r"packed already.*--dtype"):
         convert(
-            open_files(TESTS / "fixtures" / "llama" / "llama-mlx-4bit"), tmp_path / "again", packing=packing("4", 32)
+            open_files(TESTS / "fixtures" / "llama" / "llama-mlx-4bit"),
+            tmp_path / "again",
+            quantizer=quantizer("4", 32),
         )
     assert not (tmp_path / "again").exists()
-    rest = convert(open_files(path), tmp_path / "rest", packing=packing("8", 32))  # what is plain can be packed
+    rest = convert(open_files(path), tmp_path / "rest", quantizer=quantizer("8", 32))  # what is plain can be packed
     assert rest.forms.keys() - {"8-bit g32"} and "plain" not in rest.forms
-    report = convert(open_files(path), tmp_path / "again", packing=packing("8", 32), dtype="float32")
+    report = convert(open_files(path), tmp_path / "again", quantizer=quantizer("8", 32), dtype="float32")
     assert set(report.forms) == {"8-bit g32"}
     plain = convert(open_files(path), tmp_path / "plain", dtype="float32")
     assert set(plain.forms) == {"plain"}
@@ -250,11 +252,11 @@ def test_what_is_packed_stays_so_and_is_not_packed_again(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize("form", [*FORMS.values(), Quantization(4, 128, "affine")], ids=str)
+@pytest.mark.parametrize("form", [*QUANTIZATIONS.values(), Quantization(4, 128, "affine")], ids=str)
 def test_unpacking_is_packings_inverse(form: Quantization) -> None:
     matrix = mx.random.normal((48, 256), key=mx.random.key(1))
-    packed = pack(matrix, form)
-    back = np.array(unpack(packed, form, mx.float32))
+    packed = quantize(matrix, form)
+    back = np.array(dequantize(packed, form, mx.float32))
     if form.mode == "affine":  # by hand: codes of `bits` bits, lowest first, in little-endian words
         words = np.array(packed["weight"]).view(np.uint8)
         stream = np.unpackbits(words, axis=1, bitorder="little").reshape(48, 256, form.bits)
@@ -281,25 +283,25 @@ def test_float_forms_are_bit_for_bit_those_of_mlx(mode: str, dtype: mx.Dtype) ->
         np.zeros((1, 256)),
     ]
     matrix = mx.array(np.concatenate(rows).astype(np.float32)).astype(dtype)
-    form = FORMS[mode]
+    form = QUANTIZATIONS[mode]
     twin = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=mode)
-    found = pack(matrix, form)
+    found = quantize(matrix, form)
     for name, array in zip(("weight", "scales"), twin, strict=True):
         assert found[name].dtype == array.dtype and mx.array_equal(found[name], array)
-    stacked = pack(matrix.reshape(1, *matrix.shape), form)
+    stacked = quantize(matrix.reshape(1, *matrix.shape), form)
     assert mx.array_equal(stacked["weight"][0], twin[0])
 
 
 @pytest.mark.parametrize("rows", range(1, 6))
 def test_nvfp4_of_any_number_of_groups(rows: int) -> None:
     """MLX's CPU decodes scales four at a time and refuses a rest: neither rows of a table nor pieces may meet that."""
-    form = FORMS["nvfp4"]
+    form = QUANTIZATIONS["nvfp4"]
     matrix = mx.random.normal((20, 96), key=mx.random.key(2)) / 8
     whole = mx.quantize(matrix, group_size=16, bits=4, mode="nvfp4")
-    part = pack(matrix[:rows], form)
+    part = quantize(matrix[:rows], form)
     assert mx.array_equal(part["weight"], whole[0][:rows]) and mx.array_equal(part["scales"], whole[1][:rows])
     numbers = mx.dequantize(*whole, group_size=16, bits=4, mode="nvfp4", dtype=mx.float32)
-    assert mx.array_equal(unpack(part, form, mx.float32), numbers[:rows])
+    assert mx.array_equal(dequantize(part, form, mx.float32), numbers[:rows])
     table = QuantizedEmbedding(whole[0], whole[1], None, bits=4, group_size=16, mode="nvfp4", activations=mx.float32)
     ids = mx.array([list(range(rows))])
     assert mx.array_equal(table(ids), numbers[None, :rows])
@@ -308,14 +310,14 @@ def test_nvfp4_of_any_number_of_groups(rows: int) -> None:
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_groups_of_vanishing_numbers_become_zeros_and_no_nan(mode: str) -> None:
     """An embedding's row that was never trained: MLX 0.32's own scale of 1e-38 is NaN."""
-    packed = pack(mx.full((2, 64), 1e-38), FORMS[mode])
-    assert float(mx.max(mx.abs(unpack(packed, FORMS[mode], mx.float32)))) < 1e-36
+    packed = quantize(mx.full((2, 64), 1e-38), QUANTIZATIONS[mode])
+    assert float(mx.max(mx.abs(dequantize(packed, QUANTIZATIONS[mode], mx.float32)))) < 1e-36
 
 
 def test_a_tied_head_that_is_in_the_file_is_left_out_where_it_is_the_same(tmp_path: Path) -> None:
     path = TESTS / "fixtures" / "llama" / "llama-tied-redundant-head"
     assert "lm_head.weight" in Checkpoint.open(path).headers and open_files(path).config["tie_word_embeddings"]
-    convert(open_files(path), tmp_path / "same", packing=packing("8", 32))
+    convert(open_files(path), tmp_path / "same", quantizer=quantizer("8", 32))
     assert not any(name.startswith("lm_head") for name in written(tmp_path / "same"))
     arrays = written(path)
     arrays["lm_head.weight"] = arrays["lm_head.weight"][::-1]
@@ -329,7 +331,7 @@ def test_a_tied_head_that_is_in_the_file_is_left_out_where_it_is_the_same(tmp_pa
 def test_mixed_gives_more_bits_where_llama_cpp_does(tmp_path: Path) -> None:
     layers = 16
     raw = {**raw_config(LLAMA), "num_hidden_layers": layers, "tie_word_embeddings": True}
-    convert(files_of(raw, exact_weights(raw)), tmp_path / "out", packing=packing("4", 32, "mixed"))
+    convert(files_of(raw, exact_weights(raw)), tmp_path / "out", quantizer=quantizer("4", 32, "mixed"))
     config = open_files(tmp_path / "out").config["quantization"]
     more = {name for name, form in config.items() if isinstance(form, dict) and form["bits"] == 6}
     # use_more_bits of 16 layers, by hand: 0, 1, those two off a multiple of three from 2, 14, 15.
@@ -357,13 +359,13 @@ def test_mixed_gives_more_bits_where_llama_cpp_does(tmp_path: Path) -> None:
 )
 def test_what_does_not_go_together_is_refused_by_name(options: tuple[Any, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        packing(*options)
+        quantizer(*options)
 
 
 def test_defaults_and_choices_of_packing() -> None:
-    assert packing("4").form == Quantization(4, 64, "affine") and packing("nvfp4").form.group_size == 16
-    assert packing("3", 128).form.group_size == 128
-    mixed = Packing(FORMS["4"], RECIPES["mixed"])
+    assert quantizer("4").form == Quantization(4, 64, "affine") and quantizer("nvfp4").form.group_size == 16
+    assert quantizer("3", 128).form.group_size == 128
+    mixed = Quantizer(QUANTIZATIONS["4"], RECIPES["mixed"])
     assert mixed.of("layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.v_proj", 8).bits == 6
     assert mixed.of("layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.k_proj", 8).bits == 4
     assert mixed.of("layers.1.mlp.down_proj", "h.1.mlp.dense_4h_to_h", 8).bits == 4
@@ -373,10 +375,10 @@ def test_defaults_and_choices_of_packing() -> None:
 
 def test_matrices_that_do_not_divide_into_groups_are_named(tmp_path: Path) -> None:
     path = TESTS / "fixtures" / "families" / "mixtral-base"  # 32 wide, experts of 24
-    report = convert(open_files(path), tmp_path / "out", packing=packing("8", 32))
+    report = convert(open_files(path), tmp_path / "out", quantizer=quantizer("8", 32))
     assert "model.layers.0.block_sparse_moe.experts.0.w2" in report.unpackable
     with pytest.raises(UsageError, match="groups of 64; try a smaller --group-size"):
-        convert(open_files(path), tmp_path / "none", packing=packing("8", 64))
+        convert(open_files(path), tmp_path / "none", quantizer=quantizer("8", 64))
     with pytest.raises(UsageError, match="dtype must be one of"):
         convert(open_files(path), tmp_path / "none", dtype="int8")
 
@@ -391,7 +393,7 @@ def test_only_files_that_are_read_are_copied(tmp_path: Path) -> None:
         (source / name).write_text("no")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
-    convert(open_files(source), tmp_path / "out", packing=packing("4", 32))
+    convert(open_files(source), tmp_path / "out", quantizer=quantizer("4", 32))
     there = {file.name for file in LLAMA.iterdir()} & set(NAMES)
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     own = {"config.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/rag.jinja"}
@@ -424,7 +426,7 @@ def test_after_an_error_nothing_is_left(reads: int, tmp_path: Path) -> None:
     files = open_files(LLAMA)
     broken = dataclasses.replace(files, source=Failing(files.source, reads))
     with pytest.raises(CheckpointError, match="the disk broke"):
-        convert(broken, tmp_path / "out", packing=packing("4", 32))
+        convert(broken, tmp_path / "out", quantizer=quantizer("4", 32))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
@@ -444,7 +446,7 @@ def test_the_plan_is_what_comes(tmp_path: Path) -> None:
     """Headers are right before a tensor is read, and every byte of them comes once."""
     raw = raw_config(TESTS / "fixtures" / "families" / "qwen3_moe-base")
     source = exact_weights(raw, mx.bfloat16)
-    work = plan_conversion(raw, source, packing=packing("4", 32))
+    work = plan_conversion(raw, source, quantizer=quantizer("4", 32))
     assert source.reads == []
     sizes = dict.fromkeys(work.headers, 0)
     for piece in pieces(work, source):
@@ -459,11 +461,11 @@ import json, re, sys
 from pathlib import Path
 from runner.convert.convert import convert
 from runner.checkpoint.model_files import open_files
-from runner.convert.packing import packing
+from runner.convert.quantize import quantizer
 small, large, out, form, dtype = sys.argv[1:]
 def run(source, target):
-    wanted = packing(form, 32 if form.isdigit() else None) if form != "-" else None
-    convert(open_files(Path(source)), Path(target), packing=wanted, dtype=None if dtype == "-" else dtype)
+    wanted = quantizer(form, 32 if form.isdigit() else None) if form != "-" else None
+    convert(open_files(Path(source)), Path(target), quantizer=wanted, dtype=None if dtype == "-" else dtype)
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = run(small, out + "/small")
 print(json.dumps([before, run(large, out + "/large")]))

@@ -13,7 +13,7 @@ from runner.nn.attention import Attend
 from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm, RoPE
 from runner.nn.linear import Linear, PlainLinear, QuantizedLinear
-from runner.nn.mla import ApartKeysAndValues, JoinedKeysAndValues, LatentAttention, PlainQueries
+from runner.nn.mla import JoinedKeysAndValues, LatentAttention, PlainQueries, SplitKeysAndValues
 from runner.nn.moe import ExpertLinear, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, current
 from runner.ops.table import PORTABLE, Ops
@@ -50,8 +50,8 @@ def attention(ops: Ops, bits: int | None = None) -> LatentAttention:
 
 def inputs(queries: int, keys: int) -> tuple[mx.array, mx.array, History]:
     """Queries, their rotated part, and a cache with room for more rows than it has."""
-    q, turned = rand(2, HEADS, queries, NOPE, seed=6), rand(2, HEADS, queries, ROTATED, seed=7)
-    return q, turned, History(rand(2, 1, keys + 5, RANK, seed=8), rand(2, 1, keys + 5, ROTATED, seed=9), keys)
+    q, rotary = rand(2, HEADS, queries, NOPE, seed=6), rand(2, HEADS, queries, ROTATED, seed=7)
+    return q, rotary, History(rand(2, 1, keys + 5, RANK, seed=8), rand(2, 1, keys + 5, ROTATED, seed=9), keys)
 
 
 @by_table
@@ -114,8 +114,8 @@ def test_the_form_with_fewer_products_is_taken() -> None:
     """DeepSeek's sizes: single tokens and short continuations of a long history are absorbed, prompts are not."""
     layer = attention(PORTABLE)
     layer.kv_lora_rank, layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim = 512, 128, 64, 128
-    assert layer.few(1, 2) and layer.few(1, 4096) and layer.few(100, 4096)
-    assert not layer.few(512, 512) and not layer.few(512, 4096) and not layer.few(20, 20)
+    assert layer.absorbs(1, 2) and layer.absorbs(1, 4096) and layer.absorbs(100, 4096)
+    assert not layer.absorbs(512, 512) and not layer.absorbs(512, 4096) and not layer.absorbs(20, 20)
 
 
 def test_packed_matrices_are_unpacked_once() -> None:
@@ -135,7 +135,7 @@ def test_heads_apart_are_the_joined_ones(bits: int | None) -> None:
     if bits is not None:
         packed = mx.quantize(values, group_size=32, bits=bits)
         stored = QuantizedExperts(*packed, bits=bits, group_size=32, mode="affine")
-    apart = ApartKeysAndValues(PlainExperts(mx.contiguous(keys.swapaxes(-1, -2))), stored)
+    apart = SplitKeysAndValues(PlainExperts(mx.contiguous(keys.swapaxes(-1, -2))), stored)
     x = rand(2, 5, RANK, seed=11)
     assert apart.matrix().shape == joined.matrix().shape
     assert mx.allclose(apart.matrix(), joined.matrix(), atol=1e-6 if bits is None else 3e-3)

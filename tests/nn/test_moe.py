@@ -60,13 +60,13 @@ def test_gathered_products(
 @given(rows=st.integers(1, 40), spread=st.integers(1, 6), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_products_of_rows_in_order(ops: Ops, rows: int, spread: int, seed: int) -> None:
-    """What `in_order` promises changes no number."""
+    """What `sorted_indices` promises changes no number."""
     weight, x = rand(6, 48, 64, seed=seed), rand(rows, 1, 64, seed=seed + 1)
     ids = mx.sort(mx.random.randint(0, spread, (rows,), key=mx.random.key(seed)).astype(mx.uint32))
-    assert mx.allclose(ops.gather_linear(x, weight, ids, in_order=True), looped(x, weight, ids), atol=1e-3)
+    assert mx.allclose(ops.gather_linear(x, weight, ids, sorted_indices=True), looped(x, weight, ids), atol=1e-3)
     packed = mx.quantize(weight, group_size=32, bits=4)
     form = {"group_size": 32, "bits": 4, "mode": "affine"}
-    found = ops.gather_quantized_linear(x, QuantizedWeight(*packed, **form), ids, in_order=True)
+    found = ops.gather_quantized_linear(x, QuantizedWeight(*packed, **form), ids, sorted_indices=True)
     assert mx.allclose(found, looped(x, mx.dequantize(*packed, **form), ids), atol=5e-3)
 
 
@@ -88,9 +88,9 @@ def test_sorting_by_expert_changes_nothing(ops: Ops, packed: bool, batch: int, l
     )  # fmt: skip
     x = rand(batch, length, 64, seed=6)
     chosen, _ = layer.route(x)
-    plain, in_order = layer.feed(x[:, :, None, None], chosen), layer.sorted(x, chosen)
-    assert plain.shape == in_order.shape == (batch, length, 3, 1, 64)
-    assert mx.allclose(plain, in_order, atol=5e-3 if packed else 1e-5)
+    plain, sorted_indices = layer.feed(x[:, :, None, None], chosen), layer.sorted(x, chosen)
+    assert plain.shape == sorted_indices.shape == (batch, length, 3, 1, 64)
+    assert mx.allclose(plain, sorted_indices, atol=5e-3 if packed else 1e-5)
 
 
 def test_many_rows_are_sorted_and_few_are_not() -> None:
@@ -101,8 +101,8 @@ def test_many_rows_are_sorted_and_few_are_not() -> None:
             experts = mx.zeros((*x.shape[:2], 2), dtype=mx.uint32)
             return experts, mx.ones(experts.shape)
 
-        def feed(self, rows: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
-            seen.append(in_order)
+        def feed(self, rows: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
+            seen.append(sorted_indices)
             return mx.broadcast_to(rows, (*experts.shape, 1, rows.shape[-1]))
 
     matrix, stacked = PlainLinear(rand(2, 4, seed=0)), PlainExperts(rand(2, 4, 4, seed=0))
@@ -130,8 +130,8 @@ def test_capped_attention(queries: int, keys: int, window: int | None, masked: b
             visible[b, h, i, j] = bool(mask[b, 0, i, j]) or j == 0 if mask is not None else seen
         scores = np.array([float(mx.sum(q[b, h, i] * k[b, h // 2, j])) * 0.7 for j in range(keys)])
         scores = np.where(visible[b, h, i], 2.5 * np.tanh(scores / 2.5), -math.inf)
-        shares = np.exp(scores - scores.max())
-        wanted[b, h, i] = (shares / shares.sum()) @ np.array(v[b, h // 2, :keys])
+        routing_weights = np.exp(scores - scores.max())
+        wanted[b, h, i] = (routing_weights / routing_weights.sum()) @ np.array(v[b, h // 2, :keys])
     given_mask = None if mask is None else mx.array(visible[:, :1])
     found = capped_attention(q, history, given_mask, scale=0.7, softcap=2.5)
     assert np.allclose(np.array(found), wanted, atol=1e-5)

@@ -19,7 +19,7 @@ from runner.checkpoint.gguf.container import Container, Entry, open_container
 from runner.checkpoint.gguf.settings import architecture_of, config_of, generation_config_of
 from runner.checkpoint.gguf.tokenizer import Vocabulary, tokenizer_files, tokenizer_of, vocabulary_of
 from runner.errors import CheckpointError
-from runner.local_files import shown
+from runner.local_files import quoted
 from runner.text.tokenizer import Tokenizer
 
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_]+)\.(weight|bias)")
@@ -92,7 +92,7 @@ class GGUF:
             CheckpointError: no such array, a scale that is not finite, or a file that changed since it was opened.
         """
         if name not in self.headers:
-            raise CheckpointError(f"{self.container.path}: no tensor {shown(name)}")
+            raise CheckpointError(f"{self.container.path}: no tensor {quoted(name)}")
         part = self.headers[name]
         entry, dtype = part.entry, NUMPY[part.dtype]
         result = np.empty((entry.rows, part.nbytes // dtype.itemsize // entry.rows), dtype)
@@ -101,7 +101,7 @@ class GGUF:
             try:
                 numbers = entry.format.part(part.suffix, _in_order(rows, part.head_rows))
             except CheckpointError as error:
-                raise CheckpointError(f"{entry.file}: tensor {shown(entry.name)}: {error}") from error
+                raise CheckpointError(f"{entry.file}: tensor {quoted(entry.name)}: {error}") from error
             result[done : done + len(rows)] = numbers - 1 if part.plus_one else numbers
             done += len(rows)
         array = mx.array(result.reshape(part.shape))
@@ -159,7 +159,7 @@ def _hub_name(container: Container, architecture: Architecture, name: str) -> tu
     top = _TOP.fullmatch(name)
     if top is not None:
         return f"{TOP[top[1]]}.{top[2]}", ""
-    raise CheckpointError(f"{container.path}: tensor {shown(name)} is not part of a {architecture.model_type} model")
+    raise CheckpointError(f"{container.path}: tensor {quoted(name)} is not part of a {architecture.model_type} model")
 
 
 def _quantization(headers: Mapping[str, Part]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from runner.checkpoint.gguf.blocks import FORMATS, Format
 from runner.checkpoint.safetensors_header import MAX_DIM, Stamp
 from runner.errors import CheckpointError
-from runner.local_files import member, shown
+from runner.local_files import path_in, quoted
 
 MAGIC = b"GGUF"
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -85,7 +85,7 @@ class Container:
                     wanted = min(step, entry.rows - start) * entry.row_bytes
                     data = file.read(wanted)
                     if len(data) != wanted:
-                        raise CheckpointError(f"{entry.file}: ends inside tensor {shown(entry.name)}")
+                        raise CheckpointError(f"{entry.file}: ends inside tensor {quoted(entry.name)}")
                     yield np.frombuffer(data, np.uint8).reshape(-1, entry.row_bytes)
         except OSError as error:
             raise CheckpointError(f"{entry.file}: cannot be read: {error.strerror or error}") from error
@@ -109,12 +109,12 @@ def open_container(path: Path) -> Container:
     tensors, stamps = dict(first.tensors), dict(first.stamps)
     for number in range(1, count):
         name = f"{found[1]}-{number + 1:05d}-of-{count:05d}.gguf"
-        shard = _open(member(path.parent, name))
+        shard = _open(path_in(path.parent, name))
         if _whole(shard, "split.no", -1) != number or _whole(shard, "split.count", -1) != count:
             raise CheckpointError(f"{path.parent / name}: its metadata does not say that it is shard {number + 1}")
         twice = tensors.keys() & shard.tensors.keys()
         if twice:
-            raise CheckpointError(f"{path.parent / name}: tensor {shown(min(twice))} is in another shard too")
+            raise CheckpointError(f"{path.parent / name}: tensor {quoted(min(twice))} is in another shard too")
         tensors |= shard.tensors
         stamps |= shard.stamps
     total = _whole(first, "split.tensors.count", len(tensors))
@@ -170,7 +170,7 @@ class _Header:
         for _ in range(pairs):
             key = self.string()
             if key in metadata:
-                raise self.error(f"metadata key {shown(key)} comes twice")
+                raise self.error(f"metadata key {quoted(key)} comes twice")
             metadata[key] = self.value(self.number("<I"))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 65536 or alignment % 8:
@@ -183,7 +183,7 @@ class _Header:
         end, last = start, ""
         for entry in sorted(found.values(), key=lambda entry: entry.offset):
             if entry.offset < end:
-                raise self.error(f"tensors {shown(last)} and {shown(entry.name)} overlap")
+                raise self.error(f"tensors {quoted(last)} and {quoted(entry.name)} overlap")
             end, last = entry.offset + entry.rows * entry.row_bytes, entry.name
         return Container(self.path, metadata, found, {self.path: self.stamp})
 
@@ -232,24 +232,24 @@ class _Header:
         name = self.string()
         rank = self.number("<I")
         if not 1 <= rank <= 4 or len(name) > 512:
-            raise self.error(f"tensor {shown(name)} has {rank} dimensions")
+            raise self.error(f"tensor {quoted(name)} has {rank} dimensions")
         shape = tuple(int(size) for size in self.numbers(10, rank)[::-1])
         kind, offset = self.number("<I"), self.number("<Q")
         if kind not in FORMATS:
             known = ", ".join(form.name for form in FORMATS.values())
             raise CheckpointError(
-                f"{self.path.name}: tensor {shown(name)} has type {_name(kind)}, "
+                f"{self.path.name}: tensor {quoted(name)} has type {_name(kind)}, "
                 f"which is not supported; these are: {known}"
             )
         form = FORMATS[kind]
         if not all(0 < size <= MAX_DIM for size in shape) or shape[-1] % form.count or offset % alignment:
-            raise self.error(f"tensor {shown(name)}: shape {list(shape)}, type {form.name}, offset {offset}")
+            raise self.error(f"tensor {quoted(name)}: shape {list(shape)}, type {form.name}, offset {offset}")
         return Entry(name, shape, form, self.path, offset)
 
     def placed(self, entry: Entry, start: int) -> Entry:
         offset = start + entry.offset
         if offset + entry.rows * entry.row_bytes > self.stamp.size:
-            raise self.error(f"tensor {shown(entry.name)} ends beyond the file; an incomplete copy?")
+            raise self.error(f"tensor {quoted(entry.name)} ends beyond the file; an incomplete copy?")
         return Entry(entry.name, entry.shape, entry.format, entry.file, offset)
 
 

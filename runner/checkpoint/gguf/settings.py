@@ -20,7 +20,7 @@ from runner.checkpoint.gguf.container import Container, brief
 from runner.config.base import MAX_DIMENSION
 from runner.config.rope import RopeScaling, attention_factor, inverse_frequencies
 from runner.errors import CheckpointError
-from runner.local_files import shown
+from runner.local_files import quoted
 
 _PUBLISHED_LLAMA3 = ((8.0, 8192), (32.0, 8192))  # factor and original context of Llama 3.1 / 3.3, and of 3.2
 
@@ -263,7 +263,7 @@ class _Metadata:
         for key, value in self.values.items():
             allowed = HARMLESS.get(key, ())
             if key not in self.read and allowed is not None and value not in allowed:
-                unknown.append(f"{shown(self.prefix + key)} = {brief(value)}")
+                unknown.append(f"{quoted(self.prefix + key)} = {brief(value)}")
         if unknown:
             raise self.error(f"could change the numbers and is not understood: {', '.join(unknown)}")
 

@@ -19,7 +19,7 @@ import numpy as np
 from runner.checkpoint.gguf.container import brief
 from runner.checkpoint.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from runner.errors import TokenizerError
-from runner.local_files import shown
+from runner.local_files import quoted
 from runner.text.tokenizer import Tokenizer
 from runner.text.tokenizer_backends import JsonBackend, parse_json
 from runner.text.tokenizer_files import TokenizerFiles, bounded_template
@@ -101,7 +101,7 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
         tokens = [t.replace(_SPACE, " ") if k == _USER_DEFINED else t for t, k in zip(tokens, kinds, strict=True)]
     if len(set(tokens)) != len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
-        raise TokenizerError(f"GGUF: tokenizer.ggml.tokens holds {shown(twice)} twice")
+        raise TokenizerError(f"GGUF: tokenizer.ggml.tokens holds {quoted(twice)} twice")
     ids = {name: _id(values, f"{key}_token_id", len(tokens)) for name, key in _NAMED.items()}
     ends = [_id(values, f"{name}_token_id", len(tokens)) for name in ("eos", "eot", "eom")]
     ends += [index for index, token in enumerate(tokens) if token in ENDS and kinds[index] == _CONTROL]
@@ -148,7 +148,7 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     for key, value in metadata.items():
         if key == prefix or key.startswith(f"{prefix}."):
             if not isinstance(value, str):
-                raise TokenizerError(f"GGUF: {shown(key)} is not text")
+                raise TokenizerError(f"GGUF: {quoted(key)} is not text")
             found[key.removeprefix(prefix).removeprefix(".") or "default"] = bounded_template(value, f"GGUF: {key}")
     return found
 
@@ -279,7 +279,7 @@ def _gpt2(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
     known = set(vocabulary.tokens)
     wrong = next((m for m, p in zip(merges, pairs, strict=True) if len(p) != 2 or "".join(p) not in known), None)
     if wrong is not None:
-        raise TokenizerError(f"GGUF: tokenizer.ggml.merges holds {shown(wrong)}: not two pieces that make a token")
+        raise TokenizerError(f"GGUF: tokenizer.ggml.merges holds {quoted(wrong)}: not two pieces that make a token")
     table = PRE_TOKENIZERS[pre]
     parts = {
         "normalizer": None,

@@ -19,7 +19,7 @@ from runner.checkpoint.quantized.options import short
 from runner.checkpoint.quantized.tensors import Tensors
 from runner.errors import CheckpointError, ConfigError, WeightsError
 from runner.families import find
-from runner.local_files import shown
+from runner.local_files import quoted
 from runner.weights.plan import plan
 from runner.weights.tags import Header, Source
 from runner.weights.tree import leaves
@@ -62,7 +62,7 @@ class Published:
             for suffix, (dtype, shape) in layer.parts().items():
                 name = layer.name + suffix
                 if name in headers or name in self.parts:
-                    raise WeightsError(f"{shown(name)} is there both as plain numbers and quantised")
+                    raise WeightsError(f"{quoted(name)} is there both as plain numbers and quantised")
                 self.parts[name] = Part(layer, suffix, dtype, shape)
         self.headers: Mapping[str, Header] = MappingProxyType({**headers, **self.parts})
 
@@ -73,7 +73,7 @@ class Published:
             CheckpointError: no such tensor, or a number in it is not what its format allows.
         """
         if name not in self.headers:
-            raise CheckpointError(f"no tensor {shown(name)}")
+            raise CheckpointError(f"no tensor {quoted(name)}")
         part = self.parts.get(name)
         return self.source.read(name) if part is None else part.layer.part(part.suffix, self.source.read)
 

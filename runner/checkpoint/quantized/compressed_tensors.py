@@ -30,7 +30,7 @@ from runner.checkpoint.quantized.layers import Affine, Array, Form, Layer, Read,
 from runner.checkpoint.quantized.options import Options
 from runner.checkpoint.quantized.tensors import FLOATS, Tensors
 from runner.errors import ConfigError, WeightsError
-from runner.local_files import shown
+from runner.local_files import quoted
 
 FORMATS = (
     "pack-quantized", "int-quantized", "naive-quantized", "float-quantized",
@@ -188,7 +188,7 @@ def _fitting(name: str, groups: list[Group], shape: tuple[int, int], tensors: Te
     """The group whose scales and zero points are as this layer's."""
     scale = tensors.headers.get(f"{name}.weight_scale")
     if scale is None:
-        raise WeightsError(f"tensor {shown(f'{name}.weight_scale')} is missing, without which its layer can't be read")
+        raise WeightsError(f"tensor {quoted(f'{name}.weight_scale')} is missing, without which its layer can't be read")
     zeros = f"{name}.weight_zero_point" in tensors.headers
     for group in groups:
         block = group.grid(*shape)
@@ -265,7 +265,7 @@ def _float4(name: str, groups: list[Group], tensors: Tensors) -> Layer:
     dtype, divisor = tensors.headers[scale].dtype, np.float32(1)
     if nvidia:
         if not tensors.single(overall) or tensors.headers[overall].dtype != "F32":
-            raise WeightsError(f"tensor {shown(overall)} must be one F32 number")
+            raise WeightsError(f"tensor {quoted(overall)} must be one F32 number")
         divisor = float32(tensors.read(overall)).reshape(-1)[0]
         if not np.isfinite(divisor) or divisor <= 0:
             raise WeightsError(f"{overall} is {divisor}, expected a positive number")

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from runner.errors import WeightsError
-from runner.local_files import shown
+from runner.local_files import quoted
 from runner.weights.tags import Header, Source
 
 FLOATS = ("F16", "BF16", "F32")
@@ -40,14 +40,14 @@ class Tensors:
         """
         header = self.headers.get(name)
         if header is None:
-            raise WeightsError(f"tensor {shown(name)} is missing, without which its layer can't be read")
+            raise WeightsError(f"tensor {quoted(name)} is missing, without which its layer can't be read")
         fits = len(header.shape) == len(dims) and all(
             size == dim or (dim is None and size > 0) for size, dim in zip(header.shape, dims, strict=True)
         )
         if header.dtype not in dtypes or not fits:
             wanted = ", ".join("n" if dim is None else str(dim) for dim in dims)
             raise WeightsError(
-                f"tensor {shown(name)} is {header.dtype} {list(header.shape)}, "
+                f"tensor {quoted(name)} is {header.dtype} {list(header.shape)}, "
                 f"expected {' or '.join(dtypes)} [{wanted}]"
             )
         return header.shape
@@ -72,5 +72,5 @@ class Tensors:
         if (unset is not None and (index == unset).all()) or np.array_equal(index, np.arange(width) // group_size):
             return False
         if index.min() < 0 or index.max() >= groups:
-            raise WeightsError(f"{shown(name)} names groups {index.min()} to {index.max()}, but there are {groups}")
+            raise WeightsError(f"{quoted(name)} names groups {index.min()} to {index.max()}, but there are {groups}")
         return True

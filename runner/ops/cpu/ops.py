@@ -7,7 +7,7 @@ import mlx.core as mx
 from runner.cache.storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
 from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
-from runner.ops import expertwise
+from runner.ops import per_expert as per_expert
 from runner.ops.cpu import _C
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops, Recorder
@@ -88,8 +88,8 @@ KERNELS = Ops(
     argmax=_C.argmax,
     schedule=kernels.schedule,
     recorder=Recorder(_C.slot, _C.record),
-    gather_linear=expertwise.gather_linear(_C.linear),
-    gather_quantized_linear=expertwise.gather_quantized_linear(_quantized_linear),
+    gather_linear=per_expert.gather_linear(_C.linear),
+    gather_quantized_linear=per_expert.gather_quantized_linear(_quantized_linear),
     storage=Storage(PLAIN.empty, _C.append, unpacked),
 )
 """`runner.ops.table.Ops` over `runner.ops.cpu`; what has no kernel is plain MLX."""

@@ -12,7 +12,7 @@ import mlx.core as mx
 from runner.errors import UsageError
 from runner.nn.linear import Quantization
 
-FORMS: Mapping[str, Quantization] = {
+QUANTIZATIONS: Mapping[str, Quantization] = {
     **{str(bits): Quantization(bits, 64, "affine") for bits in (2, 3, 4, 5, 6, 8)},
     "mxfp4": Quantization(4, 32, "mxfp4"),
     "mxfp8": Quantization(8, 32, "mxfp8"),
@@ -65,7 +65,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 @dataclass(frozen=True)
-class Packing:
+class Quantizer:
     """What a model's matrices become."""
 
     form: Quantization
@@ -78,15 +78,15 @@ class Packing:
         return self.form
 
 
-def packing(quantize: str, group_size: int | None = None, recipe: str | None = None) -> Packing:
+def quantizer(quantize: str, group_size: int | None = None, recipe: str | None = None) -> Quantizer:
     """Read the options.
 
     Raises:
         UsageError: a form, group size or recipe that there is not, or that do not go together.
     """
-    if quantize not in FORMS:
-        raise UsageError(f"--quantize must be one of {', '.join(FORMS)}, not {quantize!r}")
-    form = FORMS[quantize]
+    if quantize not in QUANTIZATIONS:
+        raise UsageError(f"--quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r}")
+    form = QUANTIZATIONS[quantize]
     allowed = AFFINE_GROUPS if form.mode == "affine" else (form.group_size,)
     if group_size is not None and group_size not in allowed:
         raise UsageError(
@@ -94,7 +94,7 @@ def packing(quantize: str, group_size: int | None = None, recipe: str | None = N
         )
     form = dataclasses.replace(form, group_size=group_size or form.group_size)
     if recipe is None:
-        return Packing(form)
+        return Quantizer(form)
     if recipe not in RECIPES:
         raise UsageError(f"--recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
     if form.mode != "affine" or form.bits >= RECIPES[recipe].bits:
@@ -102,7 +102,7 @@ def packing(quantize: str, group_size: int | None = None, recipe: str | None = N
             f"--recipe {recipe} gives {RECIPES[recipe].bits} bits to some matrices: it goes with --quantize 2 to 5, "
             f"not {quantize}"
         )
-    return Packing(form, RECIPES[recipe])
+    return Quantizer(form, RECIPES[recipe])
 
 
 LARGEST: Mapping[str, float] = {"mxfp4": 6, "mxfp8": 448, "nvfp4": 6}
@@ -112,7 +112,7 @@ BETWEEN = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """Halfway between the magnitudes that E2M1 has: 0, 0.5, 1, 1.5, 2, 3, 4, 6."""
 
 
-def pack(matrix: mx.array, form: Quantization) -> dict[str, mx.array]:
+def quantize(matrix: mx.array, form: Quantization) -> dict[str, mx.array]:
     """`[..., out, in]` floats as `weight`, `scales` and (affine) `biases`, bit for bit as `mx.quantize` makes them.
 
     The float forms are made here: on a CPU MLX takes ten times as long for 4 bits, and where a group's largest number
@@ -151,7 +151,7 @@ def _nibbles(numbers: mx.array) -> mx.array:
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
-def unpack(arrays: Mapping[str, mx.array], form: Quantization, dtype: mx.Dtype) -> mx.array:
+def dequantize(arrays: Mapping[str, mx.array], form: Quantization, dtype: mx.Dtype) -> mx.array:
     """The inverse, rounded once: affine scales are widened first, and what other modes hold fits in float32."""
     shape = arrays["weight"].shape[:-1]
     rest = -math.prod(shape) % 4 if form.mode == "nvfp4" else 0
