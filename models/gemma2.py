@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import mlx.core as mx
-
 from runner.config import layer_types
 from runner.config.base import key
 from runner.config.decoder import WindowedConfig
@@ -20,7 +18,7 @@ from runner.models.gemma import GemmaConfig
 from runner.nn import blocks
 from runner.nn.fast import RMSNorm
 from runner.nn.linear import HIDDEN
-from runner.weights.tags import setting, weight
+from runner.weights.tags import weight
 from runner.weights.transforms import PLUS_ONE
 
 
@@ -73,11 +71,6 @@ class Block(blocks.BothNorms):
 
 @dataclass
 class Gemma2(gemma.Decoder):
-    """Gemma's frame with those blocks, and capped logits."""
+    """Gemma's decoder with these blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
-    final_logit_softcapping: float | None = setting()
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        cap, logits = self.final_logit_softcapping, super().logits(hidden)
-        return logits if cap is None else mx.tanh(logits / cap) * cap

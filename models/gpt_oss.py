@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from runner.config.base import FULL, SLIDING
 from runner.config.decoder import WindowedConfig
+from runner.config.moe import LocalExpertsConfig
 from runner.config.rope import RopeScaling
 from runner.errors import ConfigError
 from runner.models import llama
@@ -30,9 +31,9 @@ STRETCHED = RopeScaling(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptOssConfig(WindowedConfig):
-    """`config.json` of a gpt-oss. The `router_*` keys are about training; the two at the end say again what
-    `num_experts_per_tok` and the rope's original length say, and transformers reads neither."""
+class GptOssConfig(LocalExpertsConfig, WindowedConfig):
+    """`config.json` of a gpt-oss. The two keys at the end say again what `num_experts_per_tok` and the rope's original
+    length say, and transformers reads neither."""
 
     num_key_value_heads: int = 8
     head_dim: int = 64
@@ -46,21 +47,13 @@ class GptOssConfig(WindowedConfig):
     num_experts_per_tok: int = 4
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
-    router_aux_loss_coef: float | None = None
-    output_router_logits: bool | None = None
     experts_per_token: int | None = None
     initial_context_length: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        moe.check_routing(self.num_local_experts, self.num_experts_per_tok)
         if self.hidden_act != "silu":
             raise ConfigError(f"config.json: hidden_act {self.hidden_act!r} is not supported for a gpt-oss, only silu")
-
-    @property
-    def norm_topk_prob(self) -> bool:
-        """The shares of the chosen experts add up to one."""
-        return True
 
     @property
     def usual_layer_types(self) -> Sequence[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner.config.moe import LocalExpertsConfig
 from runner.models import granite, llama
 from runner.models.granite import GraniteConfig
 from runner.nn import moe
@@ -17,22 +18,8 @@ from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraniteMoeConfig(GraniteConfig):
-    """`config.json` of a Granite-MoE; the `router_*` keys are about training."""
-
-    num_local_experts: int = 8
-    num_experts_per_tok: int = 2
-    router_aux_loss_coef: float | None = None
-    output_router_logits: bool | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        moe.check_routing(self.num_local_experts, self.num_experts_per_tok)
-
-    @property
-    def norm_topk_prob(self) -> bool:
-        """The shares of the chosen experts add up to one."""
-        return True
+class GraniteMoeConfig(LocalExpertsConfig, GraniteConfig):
+    """`config.json` of a Granite-MoE."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner.config.moe import LocalExpertsConfig
 from runner.models import llama
 from runner.models.llama import MistralConfig
 from runner.nn import blocks, moe
@@ -17,26 +18,13 @@ from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtralConfig(MistralConfig):
-    """`config.json` of a Mixtral; the `router_*` keys are about training."""
+class MixtralConfig(LocalExpertsConfig, MistralConfig):
+    """`config.json` of a Mixtral; `router_jitter_noise` is training's."""
 
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1000000.0
     sliding_window: int | None = None
-    num_local_experts: int = 8
-    num_experts_per_tok: int = 2
-    router_aux_loss_coef: float | None = None
     router_jitter_noise: float | None = None
-    output_router_logits: bool | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        moe.check_routing(self.num_local_experts, self.num_experts_per_tok)
-
-    @property
-    def norm_topk_prob(self) -> bool:
-        """The shares of the chosen experts add up to one."""
-        return True
 
 
 @dataclass

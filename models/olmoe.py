@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner.config.moe import check_routing
 from runner.models import olmo, olmo2
 from runner.models.llama import LlamaConfig
 from runner.nn import blocks
-from runner.nn.moe import SwitchMoE, check_routing
+from runner.nn.moe import SwitchMoE
 from runner.weights.tags import weight
 
 

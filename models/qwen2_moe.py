@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import key
+from runner.config.moe import check_routing
 from runner.models import llama, qwen2
 from runner.models.qwen2 import Qwen2Config
 from runner.nn import blocks
 from runner.nn.linear import HIDDEN, KV, Linear, Q
 from runner.nn.mlp import ConfiguredMLP, GatedMLP
-from runner.nn.moe import SwitchMoE, check_routing
+from runner.nn.moe import SwitchMoE
 from runner.weights.tags import weight
 
 

@@ -142,6 +142,7 @@ class BaseDecoder:
     norm: Norm | None = weight("model.norm", HIDDEN)
     lm_head: Linear = weight("lm_head||model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
     norm_eps: float = setting()
+    final_logit_softcapping: float | None = setting(default=None)
 
     def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
         """Hidden states `[B, L, hidden_size]` of `batch`, whose keys and values join `caches`."""
@@ -158,8 +159,9 @@ class BaseDecoder:
         return self.embed_tokens(batch.ids)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """`[..., hidden_size] -> [..., vocab_size]`."""
-        return self.lm_head(hidden)
+        """`[..., hidden_size] -> [..., vocab_size]`, within plus and minus `final_logit_softcapping` if there is one."""
+        logits, cap = self.lm_head(hidden), self.final_logit_softcapping
+        return logits if cap is None else mx.tanh(logits / cap) * cap
 
 
 @dataclass

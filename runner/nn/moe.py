@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from runner.config.base import Config
-from runner.errors import ConfigError, WeightsError
+from runner.errors import WeightsError
 from runner.nn.fast import provided_ops
 from runner.nn.linear import Linear, QuantizedFields, stored_quantization
 from runner.nn.mlp import GLU
@@ -154,18 +154,6 @@ class SwitchMoE(MoE):
     down_proj: ExpertLinear = tensor(
         "experts.{num_experts}.down_proj|switch_mlp.down_proj[num_experts]", "hidden_size", EXPERT
     )
-
-
-def check_routing(experts: int, chosen: int, groups: int = 1, kept: int = 1, members: int = 1) -> None:
-    """Whether `chosen` experts can be had: of `kept` groups, each ranked by its `members` best.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    size = experts // groups
-    if experts % groups or size < members or not kept <= groups or chosen > kept * size:
-        shape = f"{chosen} of {experts} experts in {groups} groups, of which {kept} are kept"
-        raise ConfigError(f"config.json: there is no choice of {shape}")
 
 
 def top_k(scores: mx.array, count: int) -> mx.array:
