@@ -138,7 +138,7 @@ def test_an_installed_package_runs_and_is_typed(installed: Path) -> None:
     types = "reveal_type(runner.load('x').generate)\nreveal_type(models.WHOSE)\n"
     (installed / "use.py").write_text(code + types)
     said = command("-m", "mypy", "--strict", "--follow-imports=silent", "use.py", cwd=installed, MYPYPATH="site")
-    assert "-> runner.language_model.Generation" in said and '"str"' in said
+    assert "-> runner.answer.Generation" in said and '"str"' in said
 
 
 def test_an_editable_install_gives_runner_alone(tmp_path: Path) -> None:
