@@ -1,4 +1,4 @@
-"""`runner.load` and `LanguageModel`: the library's front door."""
+"""The library's entry points: `runner.load` and `LanguageModel`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model, its tokenizer and its defaults; `load` makes one."""
+    """A model, its tokenizer and its sampling defaults; made by `load`.
+
+    Attributes:
+        path: the directory or GGUF file the model was read from.
+        sampling: the model's own sampling defaults (generation_config.json).
+        ignored_defaults: defaults of generation_config.json that are not honoured, as `"name = value"`.
+        eos_token_ids: ids of the tokens that end an answer.
+    """
 
     path: Path
     engine: Engine
@@ -41,7 +48,7 @@ class LanguageModel:
 
     @property
     def config(self) -> Config:
-        """`config.json`."""
+        """The model's configuration, from its `config.json`."""
         return self.engine.config
 
     @property
@@ -51,12 +58,12 @@ class LanguageModel:
 
     @property
     def device(self) -> Device:
-        """What it computes on."""
+        """The device that the model computes on."""
         return self.engine.device
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together."""
+        """How many tokens prompt and answer can have together."""
         return self.config.max_position_embeddings
 
     @property
@@ -66,30 +73,30 @@ class LanguageModel:
 
     @property
     def adapters(self) -> dict[str, float]:
-        """Names and weights of the adapters it was loaded with."""
+        """Names and current weights of the adapters that the model was loaded with."""
         return {} if self.engine.adapters is None else dict(self.engine.adapters.weights)
 
     def set_adapters(self, weights: Mapping[str, float]) -> None:
-        """Change the weights of adapters by name, from the next answer on; the others keep theirs, 0 leaves one out.
+        """Change the weights of the named adapters, from the next answer on; 0 turns an adapter off.
 
         Raises:
-            UsageError: no adapter has the name, or it cannot have the weight (a DoRA has 0 or 1, one with whole tensors
-                what it was loaded with).
+            UsageError: no adapter has the name, or the adapter cannot have the weight (one with whole tensors keeps the
+                weight it was loaded with; DoRA and rows for single tokens take 0 or 1, and do not add up with others).
         """
         if self.engine.adapters is None:
-            raise UsageError("this model was loaded without adapters: name them in load(adapters=...)")
+            raise UsageError("this model was loaded without adapters: pass them to load(adapters=...)")
         self.engine.adapters.set_weights(weights)
 
     def logits(self, ids: Sequence[int]) -> mx.array:
-        """Logits at every position, `[T, V]` float32, in one pass and without a cache to keep.
+        """Logits at every position, `[T, V]` float32, from one forward pass whose KV caches are discarded.
 
         Raises:
-            UsageError: no ids, or an id outside the vocabulary.
+            UsageError: `ids` is empty, or an id is not an integer or is outside the vocabulary.
         """
         return self.engine.logits(ids)
 
     def prompt_cache(self) -> PromptCache:
-        """For `stream` and `chat_stream`: turns of one conversation that share it read only what is new."""
+        """Make an empty prompt cache: `stream` and `chat_stream` calls that share it prefill only what is new."""
         return PromptCache(self.engine)
 
     def stream(
@@ -103,15 +110,15 @@ class LanguageModel:
         cancelled: Callable[[], bool] | None = None,
         **sampling: Any,
     ) -> Iterator[Chunk]:
-        """Generate token by token.
+        """Generate an answer token by token.
 
         Args:
-            prompt: text (special tokens in it are plain text), or ids.
-            max_tokens: None: what is left of the context.
-            stop: text (or several) that ends the answer, and is not part of it; None: none.
-            prompt_cache: what earlier turns left (`prompt_cache()` makes one); None: nothing is kept.
-            on_prefill: called with prompt tokens done and in all.
-            cancelled: asked between two prompt chunks and two tokens.
+            prompt: text (special tokens spelled out in it are read as plain text), or token ids.
+            max_tokens: the most tokens to generate; None: as many as the context has left.
+            stop: a text, or several, before which the answer ends; None: no text ends it.
+            prompt_cache: the KV caches of earlier turns (made by `prompt_cache()`); None: nothing is kept.
+            on_prefill: called after each chunk of the prompt with the tokens done and the tokens in all.
+            cancelled: asked before each chunk of the prompt and after each token; true ends the answer.
             sampling: fields of `SamplingParams`; None or absent: the model's own default.
 
         Raises:
@@ -125,8 +132,9 @@ class LanguageModel:
         if room < 1:
             raise ContextLengthError(len(ids), self.context_length)
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-            raise UsageError(f"max_tokens must be an integer from 1, not {max_tokens!r}")
+            raise UsageError(f"max_tokens must be an integer of at least 1, or None, not {max_tokens!r}")
         budget = room if max_tokens is None else min(max_tokens, room)
+        # Arguments are checked above, in this plain method: a generator would raise only when its first token is read.
         kept = self.prompt_cache() if prompt_cache is None else prompt_cache
         return self._run(ids, params, StopMatcher(stops), budget, kept, on_prefill, cancelled)
 
@@ -162,7 +170,7 @@ class LanguageModel:
                 return
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        """The whole answer at once; arguments of `stream`."""
+        """Generate a whole answer; takes the arguments of `stream`."""
         return gather(self.stream(prompt, **options))
 
     def chat_stream(
@@ -174,7 +182,15 @@ class LanguageModel:
         template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[Chunk]:
-        """Answer a conversation `[{"role", "content"}, ...]` through the chat template; other arguments of `stream`.
+        """Answer a conversation through the chat template, token by token.
+
+        Args:
+            messages: `[{"role": ..., "content": ...}, ...]`.
+            tools: JSON schemas of functions the model may call, for templates that take them.
+            template: the name of one of the model's templates, or Jinja text; None: the one called `tool_use` if it
+                exists and there are tools, else the default.
+            template_kwargs: further variables for the template.
+            options: the other arguments of `stream`.
 
         Raises:
             TemplateError: the model has no chat template, or the template refused the messages.
@@ -190,7 +206,7 @@ class LanguageModel:
         return self.stream(ids, **options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
-        """The whole answer to a conversation; arguments of `chat_stream`."""
+        """Generate the whole answer to a conversation; takes the arguments of `chat_stream`."""
         return gather(self.chat_stream(messages, **options))
 
 
@@ -205,14 +221,15 @@ def load(
     """Load a model from a directory, a GGUF file or a hub id `org/name[@revision]`.
 
     Args:
-        dtype: "float32", "float16" or "bfloat16" for weights and activations; None: what is stored, computed in what is
-            fastest and no less exact on this machine.
+        dtype: "float32", "float16" or "bfloat16" for weights and activations; None: weights as they are stored,
+            activations in the dtype that is fastest on this machine and no less exact.
+        revision: branch, tag or commit of a hub id.
         adapters: LoRA or DoRA adapters in PEFT's format, by directory or hub id: a list of "PATH" or "PATH=WEIGHT", or
-            a mapping from them to weights. They add up; the base's weights stay as they are.
-        progress: show bars on stderr for a download, and for reading that takes over a second.
+            a mapping from paths to weights. Their updates add up; the base model's weights stay as they are.
+        progress: show progress bars on stderr for a download, and for reading that takes over a second.
 
     Raises:
-        RunnerError: one of its kinds, naming what does not fit.
+        RunnerError: a subclass that says what is missing, unknown or inconsistent.
     """
     files = open_files(resolve(str(model), revision=revision, progress=progress))
     tokenizer = files.tokenizer()
@@ -228,17 +245,17 @@ def load(
 
 
 def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> frozenset[int]:
-    """Every id that ends an answer: those of config.json, generation_config.json and the tokenizer together.
+    """Collect the ids that end an answer from config.json, generation_config.json and the tokenizer.
 
     Raises:
-        ConfigError: an `eos_token_id` is neither an integer nor a list of them.
+        ConfigError: an `eos_token_id` is neither an integer nor a list of integers.
     """
     ids = set(tokenizer.eos_token_ids)
     for name, values in (("config.json", files.config), ("generation_config.json", files.generation_config)):
         found = values.get("eos_token_id")
         for value in found if isinstance(found, list) else [found]:
             if isinstance(value, bool) or not isinstance(value, int | None):
-                raise ConfigError(f"{name}: eos_token_id must be an integer or a list of them, not {found!r}")
+                raise ConfigError(f"{name}: eos_token_id must be an integer or a list of integers, not {found!r}")
             if value is not None:
                 ids.add(value)
     return frozenset(ids)

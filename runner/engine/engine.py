@@ -1,4 +1,4 @@
-"""A model ready to compute: config, weights and device, without a tokenizer: what `load`, `bench` and tests share."""
+"""A model ready to compute: config, weights and device, but no tokenizer. `load`, `bench` and the tests share it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, 
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded model. `layout` says which tensor each field came from; `loading.tensors` writes it back with that.
+    """A loaded model, its config and the device it runs on.
 
-    `storage` is how its caches keep their rows: exactly, where a dtype was asked for, else as the device likes it.
-    `adapters` are those that were loaded with it.
+    Attributes:
+        layout: which stored tensor each field of `model` came from; `loading.tensors` needs it to write the model back.
+        storage: how the KV caches keep their rows: exactly where a dtype was asked for, else in the device's own form.
+        adapters: the adapters that were loaded with the model; None without any.
     """
 
     config: Config
@@ -51,33 +53,36 @@ class Engine:
         return loading.nbytes(self.model)
 
     def new_caches(self) -> list[KVCache]:
-        """An empty cache for each layer."""
+        """A list of empty KV caches, one per layer."""
         return new_caches(self.config, self.storage)
 
     def logits(self, ids: Sequence[int]) -> mx.array:
-        """Logits at every position, `[T, V]` float32, in one pass and without a cache to keep.
+        """Logits at every position, `[T, V]` float32, from one forward pass whose KV caches are discarded.
 
         Raises:
-            UsageError: no ids, or an id outside the vocabulary.
+            UsageError: `ids` is empty, or an id is not an integer or is outside the vocabulary.
         """
         hidden = self.model(Batch(mx.array([self.checked(ids)], dtype=mx.int32)), self.new_caches())
         return self.model.logits(hidden)[0].astype(mx.float32)
 
     def checked(self, ids: Sequence[int]) -> list[int]:
-        """`ids` (NumPy's integers too) as a list of ints.
+        """Return `ids` (NumPy integers are accepted) as a list of ints.
 
         Raises:
-            UsageError: there are none, one is no integer, or the vocabulary has it not.
+            UsageError: `ids` is empty, or an id is not an integer, or is outside the vocabulary.
         """
         try:
             ids = [operator.index(token) for token in ids]
         except TypeError as error:
-            raise UsageError(f"a prompt is text or integer token ids: {error}") from error
+            raise UsageError(f"a prompt must be text or a sequence of integer token ids: {error}") from error
         if not ids:
-            raise UsageError("the prompt is empty: no tokens to run")
+            raise UsageError("the prompt is empty: it must have at least one token")
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.config.vocab_size:
-            raise UsageError(f"token ids must be 0 to {self.config.vocab_size - 1}; got {low if low < 0 else high}")
+            raise UsageError(
+                f"token ids must be from 0 to {self.config.vocab_size - 1} (vocab_size - 1), "
+                f"not {low if low < 0 else high}"
+            )
         return ids
 
 
@@ -89,27 +94,33 @@ def assemble(
     adapters: Sequence[AdapterFiles] = (),
     progress: Progress | None = None,
 ) -> Engine:
-    """The model of a `config.json` object with the tensors of `source`; see `runner.load` for `dtype` and errors."""
+    """Build the model that `raw` (a parsed `config.json`) describes from the tensors of `source`.
+
+    `runner.load` describes `dtype`, `adapters` and the errors.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     config_class, model_class = find(raw)
     adapted: Adapters | None = None
     if adapters:
-        from runner.adapters import fit  # a tenth of the imports of a short answer
+        from runner.adapters import fit  # imported late: a tenth of the import time of a short answer
 
+        # Adapters are matched before the plan is made: they can replace the config and tensors of the base.
         adapted = fit(raw, (config_class, model_class), source, adapters)
         raw, source = adapted.base.raw, adapted.base.source
     config = config_class.from_dict(raw)
     device = current()
+    # What the plan fills in for fields that no tensor stores: the device's ops and the dtype of activations.
     provided = {"ops": device.ops, "activations": DTYPES[dtype] if dtype else device.activations}
     layout = plan(model_class, config, source.headers, provided)
     if adapted is not None:
         layout = adapted.applied(layout, device.ops, DTYPES[dtype] if dtype else None)
     model = loading.build(layout, source, dtype=DTYPES[dtype] if dtype else None, progress=progress)
+    # Only where no dtype was asked for may the device round the rows of its caches.
     return Engine(config, model, layout, device, device.storage if dtype is None else device.ops.storage, adapted)
 
 
 def open_engine(path: Path, *, dtype: str | None = None, adapters: Sequence[AdapterFiles] = ()) -> Engine:
-    """The model in a directory or GGUF file, whether or not it has a tokenizer."""
+    """Load the model of a directory or GGUF file; no tokenizer is needed."""
     files = open_files(path)
     return assemble(files.config, files.source, dtype=dtype, adapters=adapters)

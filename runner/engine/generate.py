@@ -1,4 +1,4 @@
-"""From a prompt to tokens: prefill in chunks, then decode one token ahead of the one being read."""
+"""Generation: prefill the prompt in chunks, then decode with one token computed ahead of the one being read."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from runner.nn.batch import Batch
 from runner.ops.table import PORTABLE, Ops
 
 PREFILL_CHUNK = 512
-"""Tokens of a prompt in one pass: enough to fill the machine, few enough to cancel soon and keep activations small."""
+"""Prompt tokens per forward pass: enough to fill the machine, few enough to cancel soon and keep activations small."""
 
 Sample = Callable[[mx.array], tuple[mx.array, ...]]
-"""Logits `[V]` of the next token to lazy arrays, of which the first is the token."""
+"""Maps the next token's logits `[V]` to lazy arrays, the first of which is the token."""
 
 
 def new_caches(config: Config, storage: Storage = PLAIN) -> list[KVCache]:
-    """An empty cache for each layer, with rows as `storage` keeps them."""
+    """A list of empty KV caches, one per layer, rows kept by `storage`; a layer with a window gets a rotating one."""
     windows = [config.cache_window(index) for index in range(config.num_hidden_layers)]
     return [KVCache(storage) if window is None else RotatingKVCache(window, storage) for window in windows]
 
 
 class Cancelled(Exception):
-    """Raised by `prefill` when its caller no longer wants the answer."""
+    """Raised by `prefill` when its caller no longer wants an answer."""
 
 
 def prefill(
@@ -41,22 +41,32 @@ def prefill(
     on_progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> mx.array:
-    """Run the prompt through the model and return the logits `[V]` that follow it; only the last row's are computed.
+    """Run the prompt through the model and return the logits `[V]` after its last token; no others are computed.
+
+    Args:
+        ids: the prompt without the tokens that `caches` already hold.
+        chunk: tokens per forward pass.
+        on_progress: called after each chunk with the tokens done and the tokens in all.
+        cancelled: asked before each chunk; true stops the prefill.
 
     Raises:
         UsageError: the prompt is empty, or `chunk` is not positive.
-        Cancelled: `cancelled()` said so between two chunks.
+        Cancelled: `cancelled()` returned true.
     """
     if not ids or chunk < 1:
-        raise UsageError(f"prefill needs at least one token and a positive chunk, not {len(ids)} tokens and {chunk}")
+        raise UsageError(
+            f"prefill needs at least one token and a positive chunk size, not {len(ids)} tokens in chunks of {chunk}"
+        )
     offset = caches[0].offset
-    length = offset + len(ids)
+    length = offset + len(ids)  # of the whole prompt: some RoPE types choose their frequencies by it
     hidden = None
     for start in range(0, len(ids), chunk):
         if cancelled is not None and cancelled():
             raise Cancelled
         piece = mx.array([list(ids[start : start + chunk])], dtype=mx.int32)
         hidden = model(Batch(piece, offset + start, length), caches)
+        # Compute this chunk now, or the graphs of all chunks (and their activations) would be held at once. The last
+        # chunk stays lazy: it is computed together with the logits.
         if start + chunk < len(ids):
             mx.eval([array for cache in caches for array in cache.arrays])
         if on_progress is not None:
@@ -75,13 +85,14 @@ def decode(
 ) -> Iterator[tuple[mx.array, ...]]:
     """Yield what `sample` returns for up to `max_tokens` tokens; while one is read, the next is being computed.
 
-    The token stays on the device between the steps; `ops` is the device's. The last token yielded is not in `caches`,
-    unless the caller stops early: then it is.
+    Tokens are fed back without leaving the device, whose operations `ops` holds. `caches` end before the last of
+    `max_tokens` tokens; if the caller stops earlier, they include the last token that was yielded.
     """
     steps = Steps(model, caches, ops)
     current = sample(logits)
     ops.schedule(*current)
     for index in range(max_tokens):
+        # Schedule the next step before yielding: it runs while the caller reads and prints this token.
         following = None
         if index + 1 < max_tokens:
             following = sample(steps(current[0].reshape(1, 1))[0])

@@ -1,4 +1,4 @@
-"""What one conversation leaves in the KV caches, so that the next turn reads only what is new."""
+"""Prompt caching: the KV caches of a conversation are kept, so that the next turn prefills only its new tokens."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from runner.engine.engine import Engine
 
 
 class PromptCache:
-    """The caches of one conversation and the ids they hold. Not for two answers at the same time.
+    """The KV caches of one conversation and the token ids in them. Not for two answers at the same time.
 
-    A prompt that starts with the ids of the last one goes on behind them; where it differs, the caches are cut back to
-    the common part, or emptied where they can't be (a window that moved on, frequencies that depend on the length,
-    adapters with other weights).
+    A prompt that begins with the ids of the last one continues after them. Where it differs, the caches are cut back to
+    the common prefix, or emptied where they cannot be cut (a sliding window that has moved on, RoPE frequencies that
+    depend on the length, adapter weights that have changed).
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -22,13 +22,15 @@ class PromptCache:
         self._weights = self._adapter_weights()
 
     def reuse(self, ids: Sequence[int]) -> int:
-        """Make the caches hold a prefix of `ids`, at least one token short of all, and return its length."""
+        """Make the caches hold a prefix of `ids` and return its length; at least one token is left to prefill."""
+        # The last token of an answer may not have been fed back, so the caches can hold one id less than `_ids`.
         held = self.caches[0].offset
         common = 0
         for known, wanted in zip(self._ids[:held], ids[:-1], strict=False):
             if known != wanted:
                 break
             common += 1
+        # All caches are trimmed, or none: a model's layers must agree on the offset.
         surplus = held - common
         fixed = not self._engine.config.rope_depends_on_length and self._weights == self._adapter_weights()
         if fixed and common and all(surplus <= cache.trimmable() for cache in self.caches):
@@ -41,9 +43,9 @@ class PromptCache:
         return common
 
     def _adapter_weights(self) -> dict[str, float]:
-        """What the keys and values depend on besides the tokens."""
+        """Adapter names and weights, on which the cached keys and values depend besides the tokens."""
         return {} if self._engine.adapters is None else dict(self._engine.adapters.weights)
 
     def add(self, token: int) -> None:
-        """A token of the answer: the caches hold it already, or will once it is fed back."""
+        """Append a token of the answer; the caches hold it already, or will once it is fed back."""
         self._ids.append(token)

@@ -1,10 +1,11 @@
-"""One token after another: a step's graph is built in Python, or, where the device can record it, replayed.
+"""Decode steps: the graph of a step is built in Python for each token or, where the device can record it, replayed.
 
-Building and scheduling the some 500 operations of a small model takes as long as a quarter of computing them. A step is
-the same for each token but for positions, that is as long as the caches' buffers have room; so it is built for the
-next position, the one after, one in the middle and the last that there is room for, and recorded where these differ in
-nothing but positions that advance with the token. A model that looks at its token, or decides by its position within
-that range, gives other graphs and is built anew for each token (the tests compare every position, for every family).
+For a small model, building and scheduling its roughly 500 operations takes a quarter as long as computing them. As long
+as the buffers of the KV caches have room, the steps of different tokens differ only in positions. So a step is built
+for the next position, the one after it, one in the middle and the last that there is room for, and is recorded if these
+graphs differ in nothing but positions that advance with the token. A model that looks at its token, or that decides by
+its position within that range, gives graphs that differ in more, and is built anew for each token (the tests compare
+every position, for every family).
 """
 
 from __future__ import annotations
@@ -18,30 +19,31 @@ from runner.nn.batch import Batch
 from runner.ops.table import Ops, Program
 
 PATIENCE = 8
-"""Tokens that are built before one is recorded: a short answer would not win back what recording costs."""
+"""Steps that are built before one is recorded: a short answer would not win back the cost of recording."""
 
 LEAST = 32
-"""Tokens that a recording must be good for: it costs as much as building four, and more memory."""
+"""Steps that a recording must be valid for: recording costs as much as building four steps, and more memory."""
 
 
 class Steps:
-    """The steps of decoding: `[B, V]` logits after each token `[B, 1]`, whose keys and values join `caches`."""
+    """Runs decode steps: each call maps tokens `[B, 1]` to logits `[B, V]` and appends keys and values to `caches`."""
 
     def __init__(self, model: Model, caches: list[KVCache], ops: Ops) -> None:
         self._model = model
         self._caches = caches
         self._recorder = ops.recorder
         self._program: Program | None = None
-        self._left = 0  # tokens that the program is good for
-        self._built = 0
+        self._left = 0  # steps that the program is still valid for
+        self._built = 0  # steps that were built in Python
 
     def __call__(self, token: mx.array) -> mx.array:
-        """Lazy, or on its way; the steps before must have been scheduled."""
+        """Return the logits, lazy or already being computed; the earlier steps must have been scheduled."""
         if self._left == 0:
             self._program = self._recorded(token)
         if self._program is None:
             self._built += 1
             return self._logits(token, self._caches)
+        # The program writes keys and values into the caches' buffers; Python only moves the offsets along.
         logits = self._program.run(token)
         self._left -= 1
         for cache in self._caches:
@@ -52,16 +54,23 @@ class Steps:
         return self._model.logits(self._model(Batch(ids, caches[0].offset), caches))[:, -1]
 
     def _recorded(self, token: mx.array) -> Program | None:
+        """Record a step that is valid for as many tokens as the caches have room for; None: build this step instead."""
+        # A program addresses the buffers it was recorded with, so it lasts until the first cache needs larger ones.
         room = min(cache.room for cache in self._caches)
+        # Recording must pay: the answer is long enough already, and the program will serve enough steps.
         if self._recorder is None or self._built < PATIENCE or room < LEAST or token.dtype not in (mx.int32, mx.uint32):
             return None
+        # The slot stands for any token: a graph that needs the token's value cannot be built over it.
         slot = self._recorder.slot(list(token.shape))
+        # Positions 0 and 1 show what advances per token, the others that it does so up to the end of the room.
         ahead = [0, 1, room // 2, room - 1]
         try:
+            # Each graph is built over copies of the caches: the caches themselves must not move before a step runs.
             steps = [self._logits(slot, [cache.ahead(count) for cache in self._caches]) for count in ahead]
             program = self._recorder.record(slot, steps, ahead)
-        except (RuntimeError, RunnerError):  # it looked at its token, or ends before the last of these positions
+        except (RuntimeError, RunnerError):  # the model looked at its token, or has no position as far ahead as these
             program = None
+        # A model whose steps differ will differ again: do not try a second time.
         if program is None:
             self._recorder = None
         else:

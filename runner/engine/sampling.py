@@ -1,7 +1,7 @@
-"""Picking the next token on the device: what to sample with (`SamplingParams`) and the sampler itself.
+"""Sampling of the next token on the device: the options (`SamplingParams`) and the `Sampler`.
 
-The order is: logit bias, penalties (repetition, then presence and frequency), temperature, top-k, top-p, min-p, draw:
-the order of transformers' logits processors, with OpenAI's penalties and bias before them.
+The order is: logit bias, penalties (repetition, then presence and frequency), temperature, top-k, top-p, min-p, draw.
+This is the order of transformers' logits processors, with OpenAI's penalties and bias before them.
 """
 
 from __future__ import annotations
@@ -48,27 +48,28 @@ _OTHER_DEFAULTS: dict[str, tuple[object, ...]] = {
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
 }
-"""Generation defaults that no field here honours, with the values at which they do nothing."""
+"""Keys of generation_config.json that no field of `SamplingParams` honours, with the values that have no effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is picked.
+    """Options for picking the next token.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the most likely token (the lowest id of equals).
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the fewest most likely tokens whose probabilities reach it; at least one. 1 keeps all.
-        min_p: keep tokens at least `min_p` times as likely as the most likely one.
+        temperature: divides the logits; 0 takes the most likely token (of equally likely ones, the lowest id).
+        top_k: keep the `top_k` most likely tokens; 0 keeps all.
+        top_p: keep the fewest most likely tokens whose probabilities add up to `top_p`, at least one; 1 keeps all.
+        min_p: keep tokens at least `min_p` times as likely as the most likely one; 0 keeps all.
         repetition_penalty: divides positive logits of seen tokens, multiplies negative ones (arXiv:1909.05858).
-        presence_penalty: taken from the logit of each seen token.
-        frequency_penalty: taken once for each time a token was seen.
-        penalty_window: "seen" means among the last so many tokens; 0: all.
+        presence_penalty: subtracted from the logit of each seen token.
+        frequency_penalty: subtracted from a token's logit once for each time the token was seen.
+        penalty_window: how many of the last tokens count as seen; 0: all.
         penalize_prompt: whether the prompt's tokens count as seen.
-        logit_bias: added to the logits of these ids.
-        seed: same seed, same tokens; None draws one. The global random state is neither read nor changed.
-        logprobs: None: none; 0: the log-probability of each token picked, of the model's own distribution (before all
-            of the above); n: also the n most likely tokens.
+        logit_bias: numbers to add to logits, by token id.
+        seed: the same seed gives the same tokens; None draws a seed. MLX's global random state is neither read nor
+            changed.
+        logprobs: None: no log-probabilities; 0: that of each picked token, from the model's own distribution (before
+            bias, penalties, temperature and filters); n: also those of the n most likely tokens.
     """
 
     temperature: float = 1.0
@@ -96,7 +97,7 @@ class SamplingParams:
         if not isinstance(self.penalize_prompt, bool):
             raise UsageError(f"penalize_prompt must be true or false, not {self.penalize_prompt!r}")
         if not isinstance(self.logit_bias, Mapping):
-            raise UsageError(f"logit_bias maps token ids to finite numbers; got {self.logit_bias!r}")
+            raise UsageError(f"logit_bias maps token ids to finite numbers, as in {{5: -2.0}}; got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
             numbers = isinstance(bias, int | float) and math.isfinite(bias)
             if isinstance(token, bool) or not isinstance(token, int) or not numbers:
@@ -104,9 +105,9 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(cls, raw: Mapping[str, Any]) -> tuple[SamplingParams, tuple[str, ...]]:
-        """A model's own defaults, and those it has that cannot be honoured (`"name = value"`), to be shown.
+        """Read a model's defaults; returns them and, for display, those that are ignored here (`"name = value"`).
 
-        As in transformers, a model that does not say `do_sample` is decoded greedily.
+        As in transformers, a model without `do_sample` is decoded greedily.
 
         Raises:
             UsageError: a value is out of range.
@@ -120,14 +121,14 @@ class SamplingParams:
 
     @classmethod
     def preset(cls, name: str) -> SamplingParams:
-        """The values of `configs/sampling/NAME.json`; raises `UsageError` naming the presets for another name."""
+        """Read `configs/sampling/NAME.json`; an unknown name raises `UsageError`, which lists the presets."""
         return cls(**resources.read("sampling", name))
 
     def replace(self, **overrides: Any) -> SamplingParams:
-        """A copy with some values changed; None keeps what is there.
+        """Return a copy with some values changed; None keeps the current value.
 
         Raises:
-            UsageError: a name is unknown or a value out of range.
+            UsageError: a name is unknown, or a value is out of range.
         """
         names = [item.name for item in dataclasses.fields(self)]
         for name in overrides:
@@ -137,12 +138,13 @@ class SamplingParams:
         return dataclasses.replace(self, **{name: value for name, value in overrides.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        """For display."""
+        """The options as a dictionary, for display."""
         return dataclasses.asdict(self)
 
 
 class Sampled(NamedTuple):
-    """Lazy arrays: the token (a scalar), its log-probability, and ids and log-probabilities of the most likely ones."""
+    """Lazy arrays: the picked token and its log-probability (scalars), and `top`, (ids, log-probabilities) of the most
+    likely tokens, in descending order. None for what `SamplingParams.logprobs` did not ask for."""
 
     token: mx.array
     logprob: mx.array | None
@@ -150,12 +152,12 @@ class Sampled(NamedTuple):
 
 
 def argmax(logits: mx.array) -> mx.array:
-    """The most likely token; the lowest id of equals."""
+    """The most likely token; of equally likely ones, the lowest id."""
     return mx.argmax(logits, axis=-1)
 
 
 class Sampler:
-    """Called with one row of logits a token; remembers what penalties and the random key need, on the device."""
+    """Picks one token per call from a row of logits; keeps the seen tokens and the random key on the device."""
 
     def __init__(
         self,
@@ -165,12 +167,13 @@ class Sampler:
         *,
         argmax: Callable[[mx.array], mx.array] = argmax,
     ) -> None:
-        """Raises `UsageError` for a `logit_bias` id outside the vocabulary."""
+        """Prepare to sample after `prompt_ids`; a `logit_bias` id outside the vocabulary raises `UsageError`."""
         for token in params.logit_bias:
             if not 0 <= token < vocab_size:
                 raise UsageError(f"logit_bias: token {token} is not in the vocabulary (0 to {vocab_size - 1})")
         self._params = params
         self._argmax = argmax
+        # A key of its own: answers with a seed do not depend on what else draws random numbers.
         seed = int.from_bytes(os.urandom(7), "little") if params.seed is None else params.seed
         self._key = mx.random.key(seed)
         self._bias = _bias(params.logit_bias, vocab_size)
@@ -187,8 +190,9 @@ class Sampler:
                 self._seen.extend(map(mx.array, kept))
 
     def __call__(self, logits: mx.array) -> Sampled:
-        """Pick from logits `[V]`; nothing is evaluated here."""
+        """Pick a token from logits `[V]`, without evaluating anything."""
         params = self._params
+        # Greedy decoding without log-probabilities needs no float32: the order of the logits is all that counts.
         raw = logits.astype(mx.float32) if params.temperature or params.logprobs is not None else logits
         logits = raw if self._bias is None else raw + self._bias
         if self._penalised:
@@ -196,6 +200,7 @@ class Sampler:
         token = self._argmax(logits) if params.temperature == 0 else self._draw(logits / params.temperature)
         if self._penalised:
             self._remember(token)
+        # Log-probabilities are the model's own: of the raw logits, not of those that were biased and filtered.
         if params.logprobs is None:
             return Sampled(token, None, None)
         logprobs = raw - mx.logsumexp(raw)
@@ -205,6 +210,7 @@ class Sampler:
         return Sampled(token, logprobs[token], (ids, logprobs[ids]))
 
     def _remember(self, token: mx.array) -> None:
+        """Count `token` as seen, and forget the oldest token where the penalty window is full."""
         self._counts = self._counts.at[token].add(1)
         if self._params.penalty_window:
             self._seen.append(token)
@@ -220,10 +226,12 @@ class Sampler:
         return logits - seen * params.presence_penalty - self._counts * params.frequency_penalty
 
     def _draw(self, logits: mx.array) -> mx.array:
+        """Draw a token from logits `[V]` after top-k, top-p and min-p."""
         params = self._params
         self._key, key = mx.random.split(self._key)
-        ids: mx.array | None = None
+        ids: mx.array | None = None  # token ids of the logits that are left; None: the indices are the ids
         size = logits.shape[0]
+        # Top-k first: what follows sorts k numbers instead of the whole vocabulary.
         if 0 < params.top_k < size:
             ids = mx.argpartition(-logits, params.top_k - 1)[: params.top_k]
             logits = logits[ids]
@@ -236,6 +244,7 @@ class Sampler:
             before = mx.cumsum(probabilities) - probabilities
             keep = (before < params.top_p) | (mx.arange(logits.shape[0]) == 0)
             logits = mx.where(keep, logits, -math.inf)
+        # p >= min_p * max(p), in logits: no softmax is needed.
         if params.min_p > 0:
             logits = mx.where(logits >= mx.max(logits) + math.log(params.min_p), logits, -math.inf)
         picked = mx.random.categorical(logits, key=key)

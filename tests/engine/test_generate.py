@@ -142,7 +142,7 @@ def test_no_stop_strings_may_be_said_with_none(lm: LanguageModel) -> None:
         (["a"], {}, "integer token ids"),
         (None, {}, "integer token ids"),
         ([], {}, "empty"),
-        ([1 << 20], {}, "got 1048576"),
+        ([1 << 20], {}, "not 1048576"),
         ("a", {"max_tokens": 1.5}, "max_tokens must be an integer"),
         ("a", {"max_tokens": True}, "max_tokens must be an integer"),
         ("a", {"stop": [3]}, "stop strings must be text"),
