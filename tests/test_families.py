@@ -81,7 +81,7 @@ def test_several_problems_come_at_once_and_misspelt_keys_are_told() -> None:
         ("gemma3_text-base", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' = 50.0"),
         ("gemma3_text-base", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}}, "each type of layer"),
         ("gemma3_text-base", {"use_bidirectional_attention": True}, "'use_bidirectional_attention'"),
-        ("llama-gqa-hub", {"rope_parameters": {"rope_theta": 5.0, "full_attention": {}}}, "by type"),
+        ("llama-gqa-hub", {"rope_parameters": {"rope_theta": 5.0, "full_attention": {}}}, "one for each type of layer"),
         ("cohere2-base", {"use_qk_norm": True}, "use_qk_norm"),
         ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2"),
         ("apertus-base", {"post_norm": True}, "'post_norm'"),

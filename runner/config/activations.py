@@ -1,4 +1,4 @@
-"""The activations of feed-forward layers: what the names in `config.json` stand for."""
+"""Activations of feed-forward layers, by the names that `config.json` gives them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",
     "relu2": "relu2",
 }
-"""`hidden_act`'s names, as `transformers.activations.ACT2FN` has them, and the function that each stands for."""
+"""Maps each name that `hidden_act` can have (a key of `transformers.activations.ACT2FN`) to the name of the function
+that this package computes for it."""
 
 
 def check_activation(name: str, known: Collection[str] = frozenset(ACTIVATIONS)) -> None:
-    """Raises `ConfigError` for an activation that is not in `known`."""
+    """Raise `ConfigError` if the activation `name` is not in `known`."""
     if name not in known:
         raise ConfigError(f"config.json: hidden_act {name!r} is not known; known are {', '.join(sorted(known))}")

@@ -1,8 +1,15 @@
-"""Config classes: frozen, keyword-only dataclasses that carry `config.json`'s names, read by one function.
+"""Base class of all configs, and `read`, the function that builds a config from the object in `config.json`.
 
-A field is named as its key is, or carries the key as a tag: `eps: float = key("rms_norm_eps", default=1e-6)`. Both
-spellings of transformers give the same object. A key that no field reads, and that is not known to be harmless, is
-refused by name: a runner that skips a key it does not know computes something else than the model's authors did.
+A config is a frozen, keyword-only dataclass whose fields are the keys of `config.json`. Three markers say where a field
+gets its value when its plain name and default do not:
+
+- `eps: float = key("rms_norm_eps", default=1e-6)` reads the key `rms_norm_eps` into the field `eps`;
+- `rope_theta: float = key(also="rotary_emb_base", default=10000.0)` reads `rope_theta`, or the older name of that key;
+- `mlp_bias: bool = fixed(True)` reads no key: in this family the inherited field always has that value.
+
+The two spellings of RoPE settings in transformers (v4 and v5) give equal configs. A key that no field reads and that is
+not known to be harmless is an error that names the key: skipping an unknown key can mean computing another model than
+its authors did.
 """
 
 from __future__ import annotations
@@ -27,50 +34,59 @@ _MINIMUM = "runner.minimum"
 C = TypeVar("C", bound="Config")
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-"""`layer_types` of transformers."""
+"""The two values that an item of `layer_types` can have, spelled as in transformers."""
 
 MAX_DIMENSION = 1 << 24
-"""No published size comes near it; a larger one is a damaged or hostile file, refused before anything is allocated."""
+"""Largest integer accepted in `config.json`. No published model comes near it; a larger one means a damaged or hostile
+file, which is refused before anything is allocated."""
 
 
 def key(name: str | None = None, *, also: str | None = None, default: Any = MISSING, minimum: int = 1) -> Any:
-    """A field read from `config.json`'s key `name` (None: the field's own name); an integer is at least `minimum`.
+    """Declare a config field that reads the key `name` of `config.json`.
 
-    `also` is an older name of the same key; where both are there, they must agree.
+    Args:
+        name: the key; None: the name of the field.
+        also: an older name of the key; if a file has both names, their values must agree.
+        default: the value if the file lacks the key; without a default the key is required.
+        minimum: the smallest value that an integer may have.
     """
     metadata = {_MINIMUM: minimum, _ALSO: also, **({} if name is None else {_KEY: name})}
     return field(default=default, metadata=metadata)
 
 
 def fixed(value: Any) -> Any:
-    """A field of the parent class that is always `value` here, and no key of `config.json`."""
+    """Declare that a field of the parent class always has `value` in this class; no key of `config.json` is read."""
     return field(init=False, default=value)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """`quantization` of an MLX checkpoint: the form of packed layers, and the layers that differ.
+    """The `quantization` object of an MLX checkpoint: how its layers are quantized.
 
-    A form is `(bits, group_size, mode)`; None says that a layer is not packed.
+    A format is `(bits, group_size, mode)`.
     """
 
     default: tuple[int, int, str]
+    """Format of every layer that `layers` does not name."""
     layers: Mapping[str, tuple[int, int, str] | None]
+    """Formats of single layers, by name; None for a layer that is not quantized."""
 
     @classmethod
     def from_dict(cls, raw: object) -> Quantized:
-        """Read the object as mlx-lm writes it.
+        """Read a `quantization` object as mlx-lm writes it.
 
         Raises:
-            ConfigError: it has another form, or names a mode that is not MLX's.
+            ConfigError: `raw` is not such an object, names a mode that MLX does not have, or is the
+                `quantization_config` of a method that this package does not read.
         """
         if not isinstance(raw, Mapping):
             raise ConfigError(f"quantization must be an object, not {_short(raw)}")
         if "quant_method" in raw:
             raise ConfigError(
-                f"quant_method {raw['quant_method']!r} is not supported for this model; gptq, awq, fp8, "
-                "compressed-tensors, MLX's own and plain checkpoints are"
+                f"quant_method {raw['quant_method']!r} is not supported for this model; use a checkpoint that is "
+                "quantized with gptq, awq, fp8, compressed-tensors or MLX, or one that is not quantized"
             )
+        # Beside the default's own keys, mlx-lm writes one entry per layer that differs: an object, or false.
         layers: dict[str, tuple[int, int, str] | None] = {}
         for name, value in raw.items():
             if isinstance(value, Mapping):
@@ -87,13 +103,19 @@ def _form(raw: Mapping[str, Any]) -> tuple[int, int, str]:
         or not isinstance(bits, int)
         or not isinstance(group_size, int)
     ):
-        raise ConfigError(f"quantization needs bits, group_size and a mode MLX knows, not {_short(dict(raw))}")
+        raise ConfigError(
+            f"quantization needs integers bits and group_size and a mode of MLX (affine, mxfp4, mxfp8, nvfp4), "
+            f"not {_short(dict(raw))}"
+        )
     return bits, group_size, mode
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every family has. Dimensions in elements, `max_position_embeddings` in tokens."""
+    """Base class of all configs: the settings that every model family has.
+
+    Dimensions are in elements, `max_position_embeddings` is in tokens.
+    """
 
     model_type: str
     vocab_size: int
@@ -104,12 +126,13 @@ class Config:
     tie_word_embeddings: bool = False
     quantization: Quantized | None = None
     layer_index: int | None = field(init=False, default=None, metadata={_MINIMUM: 0})
+    """Index of the layer that this copy of the config describes; None in the config of the whole model."""
     INERT: ClassVar[frozenset[str]] = frozenset()
-    """Keys of this family's files that change no number: each class that names some says why."""
+    """Keys in this family's files that do not affect the result; each class that lists some gives the reason."""
     ONLY: ClassVar[Mapping[str, object]] = {}
-    """Keys of this family's files that have one value in all of them; a model for another was never published."""
+    """Keys that have the given value in every published file of this family; any other value is refused."""
     NULL: ClassVar[Mapping[str, object]] = {}
-    """What null stands for where it is not the default."""
+    """Keys for which null means the given value instead of the field's default."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -117,41 +140,45 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read `config.json`'s object.
+        """Build the config from the object in `config.json`.
 
         Raises:
-            ConfigError: a key is missing, has a value of the wrong type, or is unknown (and set); all of them at once.
+            ConfigError: a key is missing, has a wrong value, or is set but unknown; the message lists all problems.
         """
         return read(cls, raw)
 
     def for_layer(self, index: int) -> Self:
-        """The config that layer `index` is built from: its `layer_index` is set, so that properties may differ."""
+        """Return a copy to build layer `index` from: its `layer_index` is set, so that properties can depend on it."""
         layer = copy.copy(self)
+        # The class is frozen; nobody else holds the copy yet.
         object.__setattr__(layer, "layer_index", index)
         return layer
 
     @classmethod
     def reads_packed(cls, method: Mapping[str, Any]) -> bool:
-        """Whether the family's own tags read what this `quantization_config` packs."""
+        """Whether the family's own tensor tags read weights quantized as this `quantization_config` says (gpt-oss)."""
         return False
 
     def quantization_of(self, name: str) -> tuple[int, int, str] | None:
-        """What `quantization` says of the layer `name`: (bits, group size, mode); None where it says nothing."""
+        """The format `(bits, group_size, mode)` that `quantization` gives the layer `name`; None: not quantized."""
         if self.quantization is None:
             return None
         return self.quantization.layers.get(name, self.quantization.default)
 
     @property
     def rope_depends_on_length(self) -> bool:
-        """Whether the keys of earlier tokens would differ in a longer sequence, so that a cache of them can't go on."""
+        """Whether RoPE rotates the keys of earlier tokens differently in a longer sequence.
+
+        If so, a KV cache filled for a short sequence cannot be extended to a longer one.
+        """
         return False
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor of this name may stay unread: parts of a published model that decoding does not use."""
+        """Whether the tensor `name` of a checkpoint may stay unread: it is of a part that decoding does not use."""
         return False
 
     def cache_window(self, index: int) -> int | None:
-        """How many keys layer `index` looks back on, itself included; None: all."""
+        """Number of keys that a query of layer `index` attends to, its own token's included; None: all earlier keys."""
         return None
 
 
@@ -163,20 +190,23 @@ def _check_minimum(item: dataclasses.Field[Any], value: object) -> None:
 
 
 def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """One spelling: v5's `rope_parameters` becomes `rope_theta` + `rope_scaling` (+ `partial_rotary_factor`).
+    """Bring the RoPE settings of transformers v5 into the spelling of v4; other keys stay as they are.
 
-    Where they are given for each type of layer, those of windowed layers become `rope_local_base_freq`. A null
-    `rope_scaling` counts as left out, one that does not scale becomes None.
+    `rope_parameters` becomes `rope_theta`, `rope_scaling` and `partial_rotary_factor`. If it holds one object per layer
+    type, the base of the sliding-window layers becomes `rope_local_base_freq`. A null `rope_scaling` is removed, so
+    that the field's default applies; a `rope_scaling` of type "default" becomes None.
 
     Raises:
-        ConfigError: both spellings are present and disagree.
+        ConfigError: `rope_parameters` is malformed, or both spellings are present and disagree.
     """
     result = dict(raw)
+    # Removed before `rope_parameters` is read, which then has nothing to disagree with.
     if result.get("rope_scaling", ...) is None:
         del result["rope_scaling"]
     parameters = result.pop("rope_parameters", None)
     if parameters is not None:
         _take_rope_parameters(result, parameters)
+    # "default" and no type at all both mean unscaled RoPE; None is the one way to say that from here on.
     scaling = result.get("rope_scaling")
     if isinstance(scaling, Mapping) and all(scaling.get(name) in (None, "default") for name in ("rope_type", "type")):
         result["rope_scaling"] = None
@@ -184,12 +214,18 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _take_rope_parameters(result: dict[str, Any], parameters: object) -> None:
+    """Move the settings in `rope_parameters` into the older keys of `result`, in place."""
     if not isinstance(parameters, Mapping):
         raise ConfigError(f"config.json: rope_parameters must be an object, not {parameters!r}")
     scaling = dict(parameters)
+    # One object per type of layer (Gemma 3): the full-attention one takes the usual keys, and of the sliding-window one
+    # only the base has a key to go to, so anything else in it is refused.
     if set(scaling) & {FULL, SLIDING}:
         if set(scaling) - {FULL, SLIDING}:
-            raise ConfigError(f"config.json: rope_parameters must be for all layers or by type, not {_short(scaling)}")
+            raise ConfigError(
+                "config.json: rope_parameters must be one object for all layers or one for each type of layer, "
+                f"not {_short(scaling)}"
+            )
         if not all(isinstance(value, Mapping) for value in scaling.values()):
             raise ConfigError(
                 f"config.json: rope_parameters needs an object for each type of layer, not {_short(scaling)}"
@@ -200,12 +236,14 @@ def _take_rope_parameters(result: dict[str, Any], parameters: object) -> None:
             raise ConfigError(f"config.json: rope_parameters of {SLIDING} can only have a rope_theta, not {local!r}")
         if "rope_theta" in local:
             result.setdefault("rope_local_base_freq", local["rope_theta"])
+    # A file written for both versions has these settings twice: they must agree, and a null in the older key yields.
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             value = scaling.pop(name)
             if result.setdefault(name, value) not in (value, None):
                 raise ConfigError(f"config.json says {name} twice: {result[name]!r}, and {value!r} in rope_parameters")
             result[name] = value
+    # What is left describes the scaling. Parsed objects are compared, because `type` and `rope_type` are synonyms.
     legacy = result.get("rope_scaling")
     if legacy is not None and RopeScaling.from_dict(legacy) != RopeScaling.from_dict(scaling):
         raise ConfigError(f"config.json: rope_scaling {legacy!r} and rope_parameters {dict(parameters)!r} disagree")
@@ -213,24 +251,41 @@ def _take_rope_parameters(result: dict[str, Any], parameters: object) -> None:
 
 
 def read(cls: type[C], raw: Mapping[str, Any]) -> C:
-    """Build `cls` from `config.json`'s object; see `Config.from_dict`."""
+    """Build a config of class `cls` from the object in `config.json`; see `Config.from_dict` for the errors.
+
+    Each field is read from its key (`key`), from an older name of the key (`also`), or not at all (`fixed`). Problems
+    are collected, so that one message lists them all.
+    """
+    # From here on RoPE settings have one spelling; `raw` is needed only for what that spelling no longer shows.
     values = normalise(raw)
+
+    # `quantization_config` is harmless where the checkpoint reader or the family's tags understand its method. The
+    # checkpoint reader removes the methods that it handles, so one that is still here and not the family's is refused.
     method = raw.get("quantization_config")
     if isinstance(method, Mapping) and "quant_method" in method and not cls.reads_packed(method):
         Quantized.from_dict(method)
+    # The annotations are strings (`from __future__ import annotations`) until they are resolved.
     hints = typing.get_type_hints(cls)
     problems: list[str] = []
+
+    # A family with two RoPE bases cannot tell from a single object which layers it is for.
     parameters = raw.get("rope_parameters")
     if "rope_local_base_freq" in hints and isinstance(parameters, Mapping) and set(parameters) - {FULL, SLIDING}:
         problems.append(f"rope_parameters needs an object for each type of layer, not {_short(dict(parameters))}")
+
     arguments: dict[str, Any] = {}
     known: set[str | None] = {*cls.INERT, *cls.ONLY}
     for item in dataclasses.fields(cls):
+        # A `fixed` field has no key here; if the file sets that key all the same, it is reported as unknown below.
         if not item.init:
             continue
         name = _present(item, values, problems)
+        # Both names are known, also where only one of them is read.
         known |= {item.metadata.get(_KEY, item.name), item.metadata.get(_ALSO)}
         required = item.default is MISSING and item.default_factory is MISSING
+
+        # A null means, in this order: what the family says, false for a bool, None where the type allows it, and
+        # otherwise the same as a key that is left out.
         if name in cls.NULL and name in values and values[name] is None:
             arguments[item.name] = cls.NULL[name]
             continue
@@ -241,11 +296,16 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
             if required:
                 problems.append(f"missing key {name!r}")
             continue
+
+        # The minimum is checked here and again in `__post_init__`, because a subclass's own `__post_init__` may divide
+        # by the value before it calls the inherited one.
         try:
             arguments[item.name] = _convert(values[name], hints[item.name], name)
-            _check_minimum(item, arguments[item.name])  # before a class divides by it
+            _check_minimum(item, arguments[item.name])
         except ConfigError as error:
             problems.append(str(error))
+
+    # Keys that no field reads: those with one published value, then those that nobody knows.
     for name, only in cls.ONLY.items():
         if values.get(name) not in (None, only):
             problems.append(f"key {name!r} = {_short(values[name])} is not supported, only {only!r} is")
@@ -256,7 +316,10 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
 
 
 def _present(item: dataclasses.Field[Any], values: Mapping[str, Any], problems: list[str]) -> str:
-    """The name that `item` has in `values`: its key, or the older one."""
+    """The name under which `values` has the field `item`: its key, or the older name (`also`) of that key.
+
+    If both names are set and disagree, a line is added to `problems`.
+    """
     name, also = item.metadata.get(_KEY, item.name), item.metadata.get(_ALSO)
     if also is None or values.get(also) is None:
         return str(name)
@@ -266,8 +329,10 @@ def _present(item: dataclasses.Field[Any], values: Mapping[str, Any], problems: 
 
 
 def _unknown(values: Mapping[str, Any], known: set[str | None]) -> list[str]:
+    """One line for each key that is neither read nor known to be harmless, with the nearest known key as a hint."""
     problems = []
     for name, value in values.items():
+        # null and false are how a file says that a feature which this family does not have is off.
         if name in known or name in HARMLESS or value is None or value is False:
             continue
         near = difflib.get_close_matches(name, sorted(filter(None, known)), n=1)
@@ -286,7 +351,11 @@ def _accepts_none(hint: Any) -> bool:
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the annotation `hint` has it; JSON knows one kind of number and no tuples, and bool is not an int."""
+    """Convert the JSON value of the key `name` to the type in the annotation `hint`.
+
+    JSON does not tell integers from floats and has lists for tuples, so those are converted; a boolean is not a number.
+    """
+    # A union is tried from left to right; the error is that of its last type.
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -306,14 +375,17 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if abs(value) > MAX_DIMENSION:
             raise ConfigError(f"key {name!r} = {_short(value)} is larger than any model has ({MAX_DIMENSION})")
         return int(value)
+    # The bound is compared first: `math.isfinite` and `float` raise OverflowError for an integer of hundreds of digits.
     elif hint is float and not isinstance(value, bool) and isinstance(value, int | float):
         if abs(value) <= 1e30 and math.isfinite(value):
             return float(value)
     elif (hint is bool and isinstance(value, bool)) or (hint is str and isinstance(value, str)):
         return value
+    # A branch above that did not return had a value of the right kind but out of range.
     expected = hint.__name__ if isinstance(hint, type) else str(hint)
     raise ConfigError(f"key {name!r} must be {expected}, not {_short(value)}")
 
 
 def _floor(value: float) -> float:
+    """`math.floor`, with NaN, which equals nothing, for the values that have no floor."""
     return math.floor(value) if math.isfinite(value) else math.nan

@@ -1,4 +1,4 @@
-"""Config classes that families share: what nearly all decoders have, with LayerNorms, without rotary positions."""
+"""Config classes that model families share: decoders with RMSNorm, sliding windows, LayerNorm, or no RoPE."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from runner.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(Config):
-    """Grouped heads, rotary positions and a feed-forward layer; defaults are those of `transformers.LlamaConfig`."""
+    """Config of a decoder with grouped-query attention, RoPE and a feed-forward layer.
 
-    NULL: ClassVar[Mapping[str, object]] = {"num_key_value_heads": 0, "head_dim": 0}  # all heads; an even share
+    Defaults are those of `transformers.LlamaConfig`. A `num_key_value_heads` of 0 stands for `num_attention_heads`, a
+    `head_dim` of 0 for `hidden_size // num_attention_heads`; both are filled in after construction.
+    """
+
+    NULL: ClassVar[Mapping[str, object]] = {"num_key_value_heads": 0, "head_dim": 0}
     ACTS: ClassVar[frozenset[str]] = frozenset(ACTIVATIONS)
-    """What `hidden_act` can be."""
+    """Values that `hidden_act` may have in this family."""
     intermediate_size: int
     num_key_value_heads: int = 0
     head_dim: int = 0
@@ -31,18 +35,20 @@ class DecoderConfig(Config):
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
-        # A frozen class fills in what config.json may leave out.
+        # Before the inherited check, so that it sees the values in use; `__setattr__` of a frozen class raises.
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
         super().__post_init__()
         if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"{self.num_attention_heads} attention heads, {self.num_key_value_heads} key-value heads"
-            raise ConfigError(f"config.json: {heads}: the first must be a multiple of the second")
+            raise ConfigError(
+                f"config.json: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
         check_activation(self.hidden_act, self.ACTS)
 
     @property
     def rotary_dim(self) -> int:
-        """All of a head is rotated."""
+        """Number of elements of each head that RoPE rotates: all of them, unless a subclass says otherwise."""
         return self.head_dim
 
     @property
@@ -51,25 +57,25 @@ class DecoderConfig(Config):
 
     @property
     def norm_eps(self) -> float:
-        """Of the norm before the head."""
+        """Epsilon of the final norm."""
         return self.rms_norm_eps
 
     @property
     def attention_scale(self) -> float:
-        """What scores are multiplied by."""
+        """Factor that the dot products of queries and keys are multiplied by."""
         return float(self.head_dim**-0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowedConfig(DecoderConfig):
-    """Some layers see a window, others everything."""
+    """Config of a decoder in which some layers attend to a sliding window and the others to all earlier tokens."""
 
     sliding_window: int | None = 4096
     layer_types: tuple[str, ...] | None = None
 
     @property
     def usual_layer_types(self) -> Sequence[str]:
-        """Those of a config that does not list them."""
+        """The `layer_types` of a `config.json` that does not list them."""
         raise NotImplementedError
 
     def cache_window(self, index: int) -> int | None:
@@ -79,7 +85,10 @@ class WindowedConfig(DecoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNormConfig(DecoderConfig):
-    """What families with LayerNorms share; the keys that only some of them have are theirs to declare."""
+    """Config of a decoder with LayerNorm instead of RMSNorm.
+
+    Keys that only some of these families have (`attention_bias`, `mlp_bias`) are fixed here and declared again there.
+    """
 
     rms_norm_eps: float = fixed(0.0)
     attention_bias: bool = fixed(False)
@@ -98,7 +107,7 @@ class LayerNormConfig(DecoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class UnrotatedConfig(LayerNormConfig):
-    """What families without rotary positions share: no key says anything about them, and all heads have keys."""
+    """Config of a decoder with LayerNorm and no RoPE (hence no key about RoPE), whose heads all have their own keys."""
 
     num_key_value_heads: int = fixed(0)
     rope_theta: float = fixed(10000.0)

@@ -1,4 +1,4 @@
-"""Keys of `config.json` that any family's file may have and that no model reads."""
+"""The keys of `config.json` that no model reads, whatever its family."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ HARMLESS = frozenset(
         "use_cache",
     ]
 )
-"""Keys that say nothing about the numbers of a forward pass: bookkeeping, training, and generation defaults (which
+"""Keys that do not affect the forward pass: bookkeeping, training settings, and defaults for generation (which
 `generation_config.json` and the engine read)."""

@@ -1,4 +1,4 @@
-"""Layers of one model that look back differently: which of them see a window, from the ways configs say it."""
+"""Which layers of a model attend to a sliding window and which to all earlier tokens."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from runner.errors import ConfigError
 
 
 def checked(layer_types: Sequence[str] | None, layers: int, default: Sequence[str]) -> tuple[str, ...]:
-    """`layer_types`, or `default` where the config has none.
+    """Return the validated `layer_types` of a config, or `default` if the config has none.
 
     Raises:
-        ConfigError: another number of them than layers, or an unknown type.
+        ConfigError: the number of types is not `layers`, or a type is unknown.
     """
     result = tuple(default if layer_types is None else layer_types)
     if len(result) != layers:
-        raise ConfigError(f"config.json: {len(result)} layer_types for {layers} layers")
+        raise ConfigError(f"config.json: layer_types has {len(result)} entries, but there are {layers} layers")
     unknown = sorted(set(result) - {FULL, SLIDING})
     if unknown:
         raise ConfigError(f"config.json: layer type {unknown[0]!r} is not known; known are {FULL}, {SLIDING}")
@@ -24,5 +24,5 @@ def checked(layer_types: Sequence[str] | None, layers: int, default: Sequence[st
 
 
 def every(period: int, layers: int) -> list[str]:
-    """Every `period`-th layer sees everything, the others a window."""
+    """Layer types in which every `period`-th of `layers` layers has full attention and the others a sliding window."""
     return [FULL if (index + 1) % period == 0 else SLIDING for index in range(layers)]

@@ -1,4 +1,4 @@
-"""Configs of mixtures of experts: the keys that several families have, and whether a choice of experts is possible."""
+"""Config of mixture-of-experts models: the keys that several families share, and the check of the routing settings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from runner.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class LocalExpertsConfig(DecoderConfig):
-    """The experts of Mixtral, Granite MoE and gpt-oss.
+    """Config of a decoder whose experts are described as in Mixtral, Granite MoE and gpt-oss.
 
-    `router_aux_loss_coef` and `output_router_logits` are about training.
+    `router_aux_loss_coef` and `output_router_logits` only matter in training and are not used.
     """
 
     num_local_experts: int = 8
@@ -26,17 +26,26 @@ class LocalExpertsConfig(DecoderConfig):
 
     @property
     def norm_topk_prob(self) -> bool:
-        """Whether the weights of the chosen experts are scaled to add up to one: always, in these families."""
+        """Whether the routing weights of the chosen experts are scaled to sum to one: always, in these families."""
         return True
 
 
 def check_routing(experts: int, chosen: int, groups: int = 1, kept: int = 1, members: int = 1) -> None:
-    """Whether `chosen` experts can be had: of `kept` groups, each ranked by its `members` best.
+    """Check that a router can choose as many experts per token as the config asks for.
+
+    Args:
+        experts: number of experts.
+        chosen: experts chosen for each token.
+        groups: number of equal groups that the experts are divided into.
+        kept: number of groups that the chosen experts may come from.
+        members: number of best experts by whose scores a group is ranked.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: no such choice exists.
     """
     size = experts // groups
     if experts % groups or size < members or not kept <= groups or chosen > kept * size:
-        shape = f"{chosen} of {experts} experts in {groups} groups, of which {kept} are kept"
-        raise ConfigError(f"config.json: there is no choice of {shape}")
+        raise ConfigError(
+            f"config.json: cannot choose {chosen} of {experts} experts in {groups} groups, of which {kept} are kept "
+            f"and each is ranked by its {members} best"
+        )

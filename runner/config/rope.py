@@ -1,4 +1,4 @@
-"""Rotary frequencies: the published ways to stretch them over a longer context, as pure functions of numbers.
+"""RoPE frequencies and the published ways to scale them for a longer context, as pure functions of numbers.
 
 Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic NTK and YaRN arXiv:2309.00071; llama3, Meta's
 Llama 3.1 reference code; longrope arXiv:2402.13753. Tests compare each with `transformers.modeling_rope_utils`.
@@ -39,9 +39,10 @@ _ALIASES = {"su": "longrope"}
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """`rope_scaling` of `config.json`; fields carry its names, None where the type does not use them.
+    """The `rope_scaling` object of `config.json`; a field is None if the object does not set it.
 
-    `kind` is its `rope_type` (or `type`); lengths are in tokens, the factors are ratios.
+    `kind` is the `rope_type` (or `type`) key; other fields are named as their keys. Lengths are in tokens, factors are
+    ratios.
     """
 
     kind: str = "default"
@@ -60,13 +61,15 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, raw: object) -> RopeScaling:
-        """Read the object; every key must belong to its rope type.
+        """Read a `rope_scaling` object.
 
         Raises:
-            ConfigError: not an object, an unknown type, a missing or unknown key, or a value out of range.
+            ConfigError: `raw` is not an object, its type is unknown, a key that the type needs is missing, a key does
+                not belong to the type, or a value is out of range.
         """
         if not isinstance(raw, Mapping):
             raise ConfigError(f"rope_scaling must be an object, not {raw!r}")
+        # transformers renamed `type` to `rope_type`; files may have both, which must then agree.
         kinds = {raw[name] for name in ("rope_type", "type") if isinstance(raw.get(name), str)}
         kinds = {_ALIASES.get(kind, kind) for kind in kinds} or {"default"}
         if len(kinds) > 1:
@@ -74,6 +77,7 @@ class RopeScaling:
         kind = kinds.pop()
         if kind not in _REQUIRED:
             raise ConfigError(f"rope type {kind!r} is not known; known are {', '.join(sorted(_REQUIRED))}")
+        # A null counts as a key left out. "default" scales nothing, so keys left over from another type are harmless.
         values = {name: value for name, value in raw.items() if name not in ("rope_type", "type") and value is not None}
         allowed = _REQUIRED[kind] + _OPTIONAL.get(kind, ())
         missing = [name for name in _REQUIRED[kind] if name not in values]
@@ -96,12 +100,17 @@ def _number(name: str, value: Any) -> Any:
 def inverse_frequencies(
     scaling: RopeScaling, *, dims: int, base: float, max_position_embeddings: int, length: int = 0
 ) -> list[float]:
-    """Radians a position advances each of the `dims / 2` planes.
+    """Angles in radians by which one position rotates each of the `dims / 2` planes.
 
     Args:
-        length: tokens of the whole sequence; only `dynamic` and `longrope` look at it.
+        scaling: the scaling to apply; its own original context length wins over `max_position_embeddings`.
+        dims: number of rotated elements of a head, two per plane.
+        base: `rope_theta`.
+        max_position_embeddings: context length in tokens.
+        length: tokens of the whole sequence; only `dynamic` and `longrope` use it.
     """
     original = scaling.original_max_position_embeddings or max_position_embeddings
+    # `dynamic` changes the base that all frequencies come from; the other types change the frequencies themselves.
     if scaling.kind == "dynamic":
         base = _dynamic_base(base, dims, scaling.factor or 1.0, original, length)
     plain = [base ** (-2 * i / dims) for i in range(dims // 2)]
@@ -114,18 +123,21 @@ def inverse_frequencies(
     if scaling.kind == "longrope":
         factors = (scaling.long_factor if length > original else scaling.short_factor) or ()
         if len(factors) != dims // 2:
-            raise ConfigError(f"longrope has {len(factors)} factors for {dims // 2} rotary planes")
+            raise ConfigError(
+                f"longrope has {len(factors)} factors, but RoPE rotates {dims // 2} planes: one factor each"
+            )
         return [f / factor for f, factor in zip(plain, factors, strict=True)]
     return plain
 
 
 def attention_factor(scaling: RopeScaling, *, max_position_embeddings: int) -> float:
-    """What the rotated queries and keys are multiplied by (YaRN's, LongRoPE's temperature)."""
+    """Factor that the rotated queries and keys are multiplied by: the temperature of YaRN and LongRoPE, otherwise 1."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     original = scaling.original_max_position_embeddings or max_position_embeddings
     if scaling.kind == "yarn":
         factor = scaling.factor or 1.0
+        # DeepSeek's two settings divide; where they are equal they cancel out.
         if scaling.mscale and scaling.mscale_all_dim:
             return yarn_mscale(factor, scaling.mscale) / yarn_mscale(factor, scaling.mscale_all_dim)
         return yarn_mscale(factor, 1.0)
@@ -146,12 +158,16 @@ def _dynamic_base(base: float, dims: int, factor: float, original: int, length: 
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's temperature for a context stretched by `factor` (arXiv:2309.00071, equation 22)."""
+    """YaRN's temperature for a context that is `factor` times as long (arXiv:2309.00071, equation 22)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _llama3(frequency: float, scaling: RopeScaling, original: int) -> float:
-    """Long waves are stretched by `factor`, short ones kept, those between blended linearly in original/wavelength."""
+    """Scale one frequency as Llama 3.1 does.
+
+    Long wavelengths are stretched by `factor`, short ones are kept, and between the two limits the results are blended
+    linearly in original/wavelength.
+    """
     low, high, factor = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 4.0, scaling.factor or 1.0
     wavelength = 2 * math.pi / frequency
     if wavelength > original / low:
@@ -163,16 +179,22 @@ def _llama3(frequency: float, scaling: RopeScaling, original: int) -> float:
 
 
 def _yarn(plain: list[float], scaling: RopeScaling, dims: int, base: float, original: int) -> list[float]:
-    """Planes that turn more than `beta_fast` times over the original context are kept, under `beta_slow` stretched."""
+    """Scale all frequencies as YaRN does.
+
+    Planes that turn more than `beta_fast` times over the original context are kept, those that turn less than
+    `beta_slow` times are stretched by `factor`, and those between are blended linearly in their index.
+    """
 
     def plane(turns: float) -> float:
+        """Index, as a real number, of the plane that turns so many times over the original context."""
         return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = plane(scaling.beta_fast or 32.0), plane(scaling.beta_slow or 1.0)
+    # transformers rounds the limits outwards unless told not to, and keeps them inside the head.
     if scaling.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)
-    width = (high - low) or 0.001
+    width = (high - low) or 0.001  # as transformers: equal limits make a step, not a division by zero
     result = []
     for i, frequency in enumerate(plain):
         stretched = min(max((i - low) / width, 0.0), 1.0)

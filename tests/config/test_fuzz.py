@@ -1,4 +1,4 @@
-"""Thousands of damaged config.json objects: each one a clean error, or a config the planner can work with."""
+"""Thousands of damaged config.json objects: each must give a clean error, or a config that the planner accepts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STRANGE: list[Any] = [
 
 
 def mutate(raw: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """One to three changes anywhere in the object, nested ones included."""
+    """Return a copy of `raw` with one to three random changes, at the top or in a nested object."""
     result = copy.deepcopy(raw)
     for _ in range(rng.randint(1, 3)):
         target = result

@@ -1,8 +1,8 @@
-"""Configs against what transformers makes of them: published ones, and with keys left out or null.
+"""Published configs, also with keys left out or null, compared with what transformers makes of them.
 
-tests/data/config_reference.json carries its recipe (scripts/fixtures/make_config_reference). The fixtures hold the
-numbers of a forward pass; this holds what they cannot: full sizes, the defaults, and every key that a published config
-has.
+tests/data/config_reference.json names the script that made it (scripts/fixtures/make_config_reference). The tiny
+fixtures test the numbers of a forward pass; this file tests what they cannot: full sizes, the defaults, and every key
+that a published config has.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ by_name = pytest.mark.parametrize("name", CASES)
 
 
 def settings(module: ModulePlan) -> dict[str, Any]:
-    """What a module is given that is no tensor and no module."""
+    """The arguments of a module that are neither tensors nor modules, by name."""
     return {name: item.value for name, item in module.fields.items() if isinstance(item, Value)}
 
 
 def read(name: str, spelling: str) -> tuple[Any, ModulePlan, list[ModulePlan]]:
-    """The config, and what is planned for a checkpoint of it: the whole, and its layers."""
+    """The config of a case, and the plans of its model and of the model's layers."""
     config_class, model_class = find(CASES[name][spelling])
     config = config_class.from_dict(CASES[name][spelling])
     whole = plan(model_class, config, None)
@@ -51,7 +51,7 @@ def part(module: ModulePlan, name: str) -> ModulePlan:
 @each_spelling
 @by_name
 def test_tensors(name: str, spelling: str) -> None:
-    """Names and shapes: of everything outside the layers and of the first, and how many there are."""
+    """Names and shapes of the tensors outside the layers and in the first layer, and the number of all tensors."""
     _, whole, _ = read(name, spelling)
     shapes: dict[str, list[int]] = {}
     for array in whole.arrays():
@@ -82,7 +82,7 @@ def test_windows_and_settings(name: str, spelling: str) -> None:
 @each_spelling
 @by_name
 def test_rotary_frequencies(name: str, spelling: str) -> None:
-    """Of each layer, by its type; a layer without positions rotates nothing."""
+    """The frequencies of each layer fit its type; a layer without RoPE rotates nothing."""
     config, _, layers = read(name, spelling)
     case = CASES[name]
     for index, layer in enumerate(layers):
@@ -111,5 +111,5 @@ def frequencies(rope: RoPE, length: int) -> list[float]:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "olmo3-no-layer-types"])
 def test_both_spellings_give_one_object(name: str) -> None:
-    """But for the one config whose original length is written out when it is saved."""
+    """All cases but one: saving `olmo3-no-layer-types` writes out the original length that its config leaves out."""
     assert read(name, "config")[1].fields == read(name, "saved")[1].fields
