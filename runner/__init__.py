@@ -1,11 +1,11 @@
-"""A small transformer inference runner on MLX.
+"""Transformer inference on MLX, in a small code base.
 
     import runner
     lm = runner.load("path-or-hub-id")
     for chunk in lm.stream("Once upon a time", max_tokens=64):
         print(chunk.text, end="")
 
-Importing this package loads neither MLX nor the hub; the names below are imported when they are first used.
+Importing this package imports neither MLX nor huggingface_hub; each name in `__all__` is imported at its first use.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["Chunk", "Generation", "LanguageModel", "RunnerError", "SamplingParam
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'runner' has no attribute {name!r}")
-    if _LAZY[name] != "runner.errors":  # all others compute with MLX
+    if _LAZY[name] != "runner.errors":  # every other module needs MLX: say early why it cannot run
         from runner.ops.backend import require
 
         require()

@@ -1,4 +1,4 @@
-"""From sampled ids to text: stop strings, timings, and why an answer ended."""
+"""Turns sampled ids into an answer: text, stop strings, timings and the reason for its end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from runner.text.stop import StopMatcher
 
 @dataclass(frozen=True)
 class Timings:
-    """Tokens and seconds of the two phases; `peak_memory` in bytes, as MLX counts it.
+    """Tokens and seconds of prefill and generation.
 
-    `prompt_tokens` were read for this answer; `cached_tokens`, in front of them, by an earlier one.
+    Attributes:
+        prompt_tokens: tokens of the prompt that were prefilled for this answer.
+        peak_memory: bytes, as MLX counts them.
+        cached_tokens: tokens at the start of the prompt that the KV caches already held.
     """
 
     prompt_tokens: int
@@ -40,7 +43,16 @@ class Timings:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One token: the text it completes (often none), its log-probability if asked for, and on the last one the end."""
+    """One token of an answer.
+
+    Attributes:
+        text: the text that the token completes; often empty.
+        token: its id; -1 for an answer that was cancelled before its first token.
+        logprob: its log-probability; None unless asked for.
+        top_logprobs: (id, log-probability) of the most likely tokens; None unless asked for.
+        finish_reason: on the last chunk "stop" (end token or stop string), "length" or "cancelled"; else None.
+        timings: on the last chunk; else None.
+    """
 
     text: str
     token: int
@@ -52,7 +64,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished answer. `finish_reason`: "stop" (end token or stop string), "length" or "cancelled"."""
+    """A finished answer.
+
+    Attributes:
+        tokens: the ids of the answer, an end token included.
+        finish_reason: "stop" (end token or stop string), "length" or "cancelled".
+        logprobs: the log-probability of each token; None unless asked for.
+    """
 
     text: str
     tokens: list[int]
@@ -62,7 +80,7 @@ class Generation:
 
 
 class Answer:
-    """Turns tokens into chunks: text, stop strings, the end and the timings."""
+    """Turns the tokens of one answer into chunks; finds stop strings and the end, and keeps the time."""
 
     def __init__(
         self,
@@ -82,18 +100,29 @@ class Answer:
         self.first = self.started
 
     def add(self, step: tuple[mx.array, ...], *, last: bool, cancelled: bool) -> Chunk:
+        """Make the chunk of a token; waits until the token is computed.
+
+        Args:
+            step: the arrays of `flat`.
+            last: whether the token is the last that the length limit allows.
+            cancelled: whether the caller wants no more tokens.
+        """
         token = _int(step[0])
         if self.count == 0:
             self.first = time.perf_counter()
         self.count += 1
         text, reason = "", None
+        # An end token ends the answer and has no text. Of the other reasons a stop string comes first: it was met by
+        # this token, even if this is also the last one allowed.
         if token in self.end_tokens:
             reason = "stop"
         else:
             text, stopped = self.stops.add(self.detokenizer.add(token))
             reason = "stop" if stopped else "length" if last else "cancelled" if cancelled else None
+            # What follows a stop string is no part of the answer, so nothing is flushed.
             if stopped:
                 return self.chunk(text, token, step, reason)
+        # At the end, flush bytes of an incomplete character and text held back as the possible start of a stop string.
         if reason is not None:
             tail, stopped = self.stops.add(self.detokenizer.flush())
             text += tail if stopped else tail + self.stops.flush()
@@ -101,9 +130,11 @@ class Answer:
         return self.chunk(text, token, step, reason)
 
     def cancelled(self) -> Chunk:
+        """Make the only chunk of an answer that was cancelled during prefill."""
         return Chunk("", -1, finish_reason="cancelled", timings=self.timings())
 
     def chunk(self, text: str, token: int, step: tuple[mx.array, ...], reason: str | None) -> Chunk:
+        """Make a chunk from its text and the arrays of `flat`; with a `reason` to end, the timings are added."""
         logprob = _float(step[1]) if len(step) > 1 else None
         top = None
         if len(step) > 2:
@@ -111,6 +142,7 @@ class Answer:
         return Chunk(text, token, logprob, top, reason, self.timings() if reason else None)
 
     def timings(self) -> Timings:
+        """Timings from the start of the answer to now."""
         now = time.perf_counter()
         return Timings(
             self.prompt_tokens,
@@ -135,6 +167,7 @@ def _float(array: mx.array) -> float:
 
 
 def flat(sampled: Sampled) -> tuple[mx.array, ...]:
+    """Flatten to (token[, logprob[, top ids, top logprobs]]), the arrays that `decode` schedules and `Answer` reads."""
     if sampled.logprob is None:
         return (sampled.token,)
     if sampled.top is None:
@@ -143,10 +176,11 @@ def flat(sampled: Sampled) -> tuple[mx.array, ...]:
 
 
 def gather(chunks: Iterator[Chunk]) -> Generation:
+    """Join the chunks of a whole answer."""
     pieces = list(chunks)
     last = pieces[-1]
     assert last.finish_reason is not None and last.timings is not None
-    made = [piece for piece in pieces if piece.token >= 0]
+    made = [piece for piece in pieces if piece.token >= 0]  # without the chunk of a cancelled prefill
     logprobs = [piece.logprob for piece in made if piece.logprob is not None]
     return Generation(
         "".join(piece.text for piece in pieces),

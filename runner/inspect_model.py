@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its headers and JSON files alone."""
+"""Description of a checkpoint (config, tokenizer, tensors), from its JSON files and tensor headers alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from runner.weights.tree import leaves
 
 @dataclass(frozen=True)
 class Entry:
-    """A field and what fills it: `shape` as the field has it, `dtype` in safetensors' spelling, bytes in the file."""
+    """A field of the model and the tensors that fill it.
+
+    Attributes:
+        field: the field's path in the model.
+        tensors: names of the tensors in the checkpoint.
+        shape: the field's shape in the model.
+        dtype: the tensors' dtypes as safetensors spells them, joined by `+`.
+        nbytes: bytes of the tensors in the checkpoint.
+    """
 
     field: str
     tensors: tuple[str, ...]
@@ -29,7 +37,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """See `inspect`. `parameters` counts numbers, however they are packed; a tied tensor counts once."""
+    """What `inspect` finds in a checkpoint.
+
+    Attributes:
+        ignored: names of the tensors that no field uses.
+        parameters: how many numbers the weights stand for, quantized or not; a tied tensor counts once.
+        nbytes: bytes of the tensors in use.
+    """
 
     path: Path
     model_type: str
@@ -45,7 +59,7 @@ class ModelReport:
 
 
 def inspect(model: str | Path) -> ModelReport:
-    """Describe the checkpoint in a directory, a GGUF file or under a hub id; errors as `runner.load`'s."""
+    """Describe the checkpoint in a directory, a GGUF file or under a hub id; raises the errors of `runner.load`."""
     files = open_files(resolve(str(model)))
     headers = files.source.headers
     config_class, model_class = find(files.config)
@@ -54,6 +68,7 @@ def inspect(model: str | Path) -> ModelReport:
     tokenizer = files.tokenizer()
     params, ignored_defaults = SamplingParams.from_generation_config(files.generation_config)
     arrays = list(layout.arrays())
+    # A set: a tensor that two fields share (tied embeddings) counts once.
     used = {leaf.name for array in arrays for leaf in leaves(array.tree)}
     nbytes = sum(headers[name].nbytes for name in used)
     parameters = count_parameters(layout)

@@ -1,9 +1,10 @@
-"""How well a model predicts a text, and how far its predictions are from another model's: the judge of lossy choices.
+"""Perplexity of a model on a text, and divergence of its predictions from another model's: measures what a lossy choice
+such as quantization costs.
 
-The method is llama-perplexity's (llama.cpp, tools/perplexity/perplexity.cpp), so that numbers can be compared: the text
-is cut into chunks that know nothing of each other, and only the second half of each is judged, where every token has
-at least half a chunk before it. Where the tokenizer adds BOS, it takes the place of a chunk's first token. A chunk of n
-tokens has n - 1 - n // 2 that are judged; a rest shorter than a chunk is left out.
+The method is that of llama-perplexity (llama.cpp, tools/perplexity/perplexity.cpp), so that numbers can be compared.
+The text is cut into independent chunks, and only the second half of each chunk is scored, where every token has at
+least half a chunk of context. Where the tokenizer adds BOS, BOS replaces the first token of each chunk. A chunk of n
+tokens has n - 1 - n // 2 scored tokens; a remainder shorter than a chunk is left out.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from runner.nn.batch import Batch
 from runner.text.tokenizer import Tokenizer
 
 CHUNK = 512
-"""Tokens of a chunk where nothing else is asked for: llama-perplexity's."""
+"""Default tokens per chunk, as in llama-perplexity."""
 
 ROWS = 64
-"""Positions whose logits are in memory at once: those of a chunk take hundreds of MB in a large vocabulary."""
+"""Positions whose logits are in memory at once: with a large vocabulary, a whole chunk's take hundreds of MB."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`exp` of the mean negative log-likelihood of `tokens` tokens in `chunks` chunks; its error to first order."""
+    """`exp` of the mean negative log-likelihood of `tokens` tokens in `chunks` chunks; the error is to first order."""
 
     perplexity: Estimate
     tokens: int
@@ -47,14 +48,14 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against a base, on the same tokens.
+    """Comparison of a model with a base model on the same tokens.
 
     Attributes:
         base: the base's perplexity.
         kl_divergence: mean of `sum_v p(v) log(p(v) / q(v))` in nats, p the base's and q the model's probabilities.
-        kl_999: what 99.9 % of positions do not exceed.
-        kl_max: the largest.
-        same_top: share of positions where both find the same token likeliest, with a binomial standard error.
+        kl_999: the divergence that 99.9 % of positions do not exceed.
+        kl_max: the largest divergence at any position.
+        same_top: share of positions where both models rank the same token first, with a binomial standard error.
     """
 
     base: Perplexity
@@ -65,13 +66,14 @@ class Comparison:
 
 
 Running = Callable[[int, int, float], None]
-"""Called with chunks done and in all, and the perplexity so far."""
+"""Called after each chunk with the chunks done, the chunks in all, and the perplexity so far."""
 
 
 def read_ids(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
-    """Ids of a text with the BOS that the tokenizer adds in front, and that BOS (None: it adds none)."""
+    """Encode a text; returns the ids, with BOS in front if the tokenizer adds it, and the id of BOS or None."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
+    # The tokenizer adds BOS if an ordinary text begins with BOS only when special tokens are added.
     adds = bos is not None and tokenizer.encode("a")[:1] == [bos] and tokenizer.encode("a", False)[:1] != [bos]
     return ([bos, *ids], bos) if adds and bos is not None else (ids, None)
 
@@ -85,15 +87,17 @@ def perplexity(
     chunks: int | None = None,
     running: Running | None = None,
 ) -> Perplexity:
-    """Judge a model by the tokens `ids`.
+    """Measure a model's perplexity on `ids`.
 
     Args:
-        bos: takes the place of each chunk's first token; see `read_ids`.
-        chunk: tokens of a chunk.
-        chunks: how many at most; None: all.
+        bos: id that replaces the first token of each chunk; see `read_ids`.
+        chunk: tokens per chunk.
+        chunks: the most chunks to score; None: all.
+        running: see `Running`.
 
     Raises:
-        UsageError: `chunk` is below 4 or longer than the model's context, or `ids` are no whole chunk.
+        UsageError: `chunk` is below 4 or longer than the model's context, `chunks` is below 1, or `ids` are fewer than
+            one chunk.
     """
     losses = _Losses()
     pieces = _cut(engine, ids, bos, chunk, chunks)
@@ -115,24 +119,28 @@ def compare(
     chunks: int | None = None,
     running: Running | None = None,
 ) -> tuple[Perplexity, Comparison]:
-    """Judge a model, and hold it against `base`; arguments and errors as `perplexity`'s.
+    """Measure a model's perplexity and compare its predictions with `base`; arguments and errors as for `perplexity`.
 
     Raises:
-        UsageError: the two have vocabularies of different sizes.
+        UsageError: the two models have vocabularies of different sizes.
     """
     sizes = engine.config.vocab_size, base.config.vocab_size
     if sizes[0] != sizes[1]:
-        raise UsageError(f"the models' vocabularies differ: {sizes[0]} and {sizes[1]} tokens")
+        raise UsageError(
+            f"the models' vocabularies differ: {sizes[0]} and {sizes[1]} tokens; compare a model with the one it "
+            "was made from"
+        )
     mine, its = _Losses(), _Losses()
     divergences: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
     same = 0
     pieces = _cut(engine, ids, bos, chunk, chunks)
-    _cut(base, ids, bos, chunk, chunks)
+    _cut(base, ids, bos, chunk, chunks)  # for its checks: chunks must fit the base's context too
     for index, piece in enumerate(pieces):
         for (logits, targets), (base_logits, _) in zip(_judged(engine, piece), _judged(base, piece), strict=True):
             q, p = _log_probabilities(logits), _log_probabilities(base_logits)
             mine.add(_negative_log_likelihood(q, targets))
             its.add(_negative_log_likelihood(p, targets))
+            # Where p underflows to 0 its term is 0, not 0 * inf.
             share = mx.exp(p)
             divergence = mx.sum(mx.where(share > 0, share * (p - q), 0.0), axis=-1)
             divergences.append(np.array(divergence, dtype=np.float64))
@@ -152,30 +160,33 @@ def compare(
 
 
 def _cut(engine: Engine, ids: Sequence[int], bos: int | None, chunk: int, chunks: int | None) -> list[list[int]]:
-    """The chunks, each with BOS for its first token."""
+    """Cut `ids` into at most `chunks` chunks of `chunk` tokens, the first of each replaced by BOS (if not None)."""
     context = engine.config.max_position_embeddings
     if not 4 <= chunk <= context:
         raise UsageError(
-            f"a chunk must have 4 tokens at least and {context} (the model's context) at most, not {chunk}"
+            f"a chunk must have at least 4 tokens and at most {context} (the model's context), not {chunk}"
         )
     if chunks is not None and chunks < 1:
         raise UsageError(f"chunks must be at least 1, not {chunks}")
     count = len(ids) // chunk
     if count == 0:
-        raise UsageError(f"the text has {len(ids)} tokens, less than a chunk of {chunk}: take a longer text")
+        raise UsageError(
+            f"the text has {len(ids)} tokens, fewer than one chunk of {chunk}: take a longer text or a smaller chunk"
+        )
     pieces = [list(ids[i * chunk : (i + 1) * chunk]) for i in range(count if chunks is None else min(chunks, count))]
     engine.checked([token for piece in pieces for token in piece])
     return pieces if bos is None else [[bos, *piece[1:]] for piece in pieces]
 
 
 def _judged(engine: Engine, ids: list[int]) -> Iterator[tuple[mx.array, mx.array]]:
-    """Logits `[N, V]` (float32) of the second half of a chunk, `ROWS` positions at a time, and the ids that follow."""
+    """Yield float32 logits `[N, V]` of a chunk's second half and the ids `[N]` that follow, N at most `ROWS`."""
     first, last = len(ids) // 2, len(ids) - 1
     caches = engine.new_caches()
     for start in range(0, last, PREFILL_CHUNK):
         piece = ids[start : min(start + PREFILL_CHUNK, last)]
         hidden = engine.model(Batch(mx.array([piece], dtype=mx.int32), start, last), caches)
-        mx.eval(hidden)
+        mx.eval(hidden)  # here, once for all the slices below
+        # The head is applied to the scored positions only, a few at a time.
         for row in range(max(first, start), start + len(piece), ROWS):
             end = min(row + ROWS, start + len(piece))
             logits = engine.model.logits(hidden[:, row - start : end - start])[0].astype(mx.float32)
@@ -192,7 +203,7 @@ def _negative_log_likelihood(log_probabilities: mx.array, targets: mx.array) -> 
 
 @dataclass
 class _Losses:
-    """Negative log-likelihoods, summed in float64."""
+    """Collects negative log-likelihoods, in float64."""
 
     values: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = field(default_factory=list)
 
@@ -207,5 +218,5 @@ class _Losses:
 
 
 def _estimate(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Estimate:
-    """Mean and standard error, `sqrt((mean of squares - square of mean) / (n - 1))`, as llama-perplexity has it."""
+    """Mean and standard error, which is `sqrt((mean of squares - square of mean) / (n - 1))` as in llama-perplexity."""
     return Estimate(float(values.mean()), math.sqrt(float(values.var()) / max(len(values) - 1, 1)))

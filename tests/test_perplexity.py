@@ -159,9 +159,9 @@ def test_bos_is_added_where_the_tokenizer_adds_it(path: Path, added: int | None)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chunk": 3}, "4 tokens at least and 128"),
-        ({"chunk": 129}, "128.*at most, not 129"),
-        ({"chunk": 101}, "100 tokens, less than a chunk of 101"),
+        ({"chunk": 3}, "at least 4 tokens and at most 128"),
+        ({"chunk": 129}, "at most 128.*, not 129"),
+        ({"chunk": 101}, "100 tokens, fewer than one chunk of 101"),
         ({"chunk": 10, "chunks": 0}, "chunks must be at least 1"),
     ],
 )

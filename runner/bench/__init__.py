@@ -1,4 +1,4 @@
-"""Speed of a model on this machine, in llama-bench's words: `pp512` reads a prompt, `tg128` generates."""
+"""Speed of a model on this machine, with llama-bench's names: `pp512` prefills 512 tokens, `tg128` generates 128."""
 
 from __future__ import annotations
 

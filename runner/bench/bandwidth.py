@@ -1,8 +1,8 @@
-"""How fast this machine reads memory: what decoding is held against, as each token reads every weight once.
+"""Read bandwidth of this machine's memory: the limit for decoding, as each token reads every weight once.
 
-Method: a buffer far larger than the caches is filled, then read from end to end several times, and the fastest pass
-counts. On a CPU the kernels' own threads add up 64-bit words, each a range of its own (without the extension: NumPy's
-sum in as many threads as there are cores); on a GPU it is MLX's sum.
+Method: a buffer far larger than the CPU's caches is filled, then read from end to end several times, and the fastest
+pass counts. On a CPU, each thread of our kernels adds up the 64-bit words of its own range (without the extension:
+NumPy's sum in as many threads as there are cores); on a GPU, MLX's sum reads the buffer.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from runner.ops import cpu as kernels
 
 BUFFER = 1 << 30
-"""Bytes read: 32 times the largest cache of an ordinary machine; a quarter of the memory where that is less."""
+"""Bytes read per pass: 32 times the largest cache of an ordinary machine; a quarter of the memory if that is less."""
 
 PASSES = 8
 
 
 def read_bandwidth(passes: int = PASSES) -> float:
-    """Bytes a second."""
+    """Measure the read bandwidth, in bytes per second."""
     size = min(BUFFER, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4) // 4096 * 4096
     if mx.default_device() != mx.Device(mx.cpu):
         return size / _device_pass(size, passes)
@@ -36,7 +36,7 @@ def _device_pass(size: int, passes: int) -> float:
     buffer = mx.ones((size // 4,), dtype=mx.uint32)
     mx.eval(buffer)
     best = float("inf")
-    for _ in range(passes + 1):
+    for _ in range(passes + 1):  # one more: the first pass is a warm-up
         start = time.perf_counter()
         mx.eval(mx.sum(buffer))
         best = min(best, time.perf_counter() - start)

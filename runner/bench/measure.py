@@ -1,7 +1,7 @@
-"""The clock: prompts read and tokens generated, repeated, on one model.
+"""Timing of prefill and decode on one model, with repetitions.
 
-Ids are random (with a seed) and go into the model as they are: no tokenizer takes part. The likeliest token is fed
-back, whatever it is: no end token stops a run. B sequences of a batch go through the model together.
+Ids are random (with a seed) and go straight into the model: no tokenizer takes part. Decoding is greedy, and no end
+token stops a run. The B sequences of a batch go through the model together.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from runner.nn.linear import Embedding
 from runner.weights import loading
 
 EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
-"""What configs call the number of experts: a token meets some of them only."""
+"""Config keys for the number of experts; a model with one of them reads only part of its weights for each token."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """`pp`: a prompt of `tokens` is read; `tg`: that many are generated, one by one; after `depth` tokens before."""
+    """One test: `pp` prefills `tokens` tokens, `tg` generates that many one by one, after `depth` cached tokens."""
 
     kind: Literal["pp", "tg"]
     tokens: int
@@ -44,18 +44,23 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As llama-bench writes it: `tg128 @ d4096`; a batch of several sequences adds ` x 4`."""
+        """The test's name as llama-bench writes it, `tg128 @ d4096`; a batch of several sequences adds ` x 4`."""
         depth = f" @ d{self.depth}" if self.depth else ""
         return f"{self.kind}{self.tokens}{depth}" + (f" x {self.batch}" if self.batch > 1 else "")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of each repetition, and what they amount to.
+    """Measurements of one case.
 
-    `tps`: tokens per second of all sequences together, mean, and `tps_sd` its sample deviation. `peak_memory`: bytes as
-    MLX counts them; `peak_rss`: the whole process since its start. `bandwidth`: bytes a second that generating reads
-    (weights and cache, once a step); None for a prompt, and where not all weights are used for each token (experts).
+    Attributes:
+        seconds: of each repetition.
+        tps: tokens per second of all sequences together, the mean over the repetitions.
+        tps_sd: sample standard deviation of the tokens per second; 0 for a single repetition.
+        peak_memory: bytes, as MLX counts them.
+        peak_rss: bytes of the whole process, since its start.
+        bandwidth: bytes per second that decoding reads (weights and KV cache, once per step); None for a prompt, and
+            for a model with experts, where a token does not use all weights.
     """
 
     case: Case
@@ -70,7 +75,9 @@ class Result:
 def cases(
     prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int] = (0,), batches: Sequence[int] = (1,)
 ) -> list[Case]:
-    """Each prompt and each number of generated tokens, at each depth and batch; 0 tokens leave a kind out.
+    """List the cases: each prompt length and each number of generated tokens, at each depth and batch size.
+
+    A length of 0 leaves its kind out.
 
     Raises:
         UsageError: a number is negative, a batch is 0, or nothing is left to measure.
@@ -87,23 +94,26 @@ def cases(
 
 
 def run(subject: Subject, wanted: Sequence[Case], *, repetitions: int = 5, seed: int = 0) -> Iterator[Result]:
-    """Measure each case `repetitions` times, after one time that does not count.
+    """Measure each case `repetitions` times, after a warm-up that does not count.
 
     Raises:
-        UsageError: no repetition, or a case that does not fit the model's context.
+        UsageError: `repetitions` is below 1, or a case does not fit the model's context.
     """
     if repetitions < 1:
         raise UsageError(f"-r must be at least 1, not {repetitions}")
+    # All cases are checked before the first one is measured, which may take minutes.
     limit = subject.engine.config.max_position_embeddings
     for case in wanted:
         if case.depth + case.tokens > limit:
-            raise UsageError(f"{case.name} needs {case.depth + case.tokens} positions; {subject.name} has {limit}")
+            raise UsageError(
+                f"{case.name} needs {case.depth + case.tokens} positions, but {subject.name} has a context of {limit}"
+            )
     for case in wanted:
         yield measure(subject.engine, case, repetitions, seed)
 
 
 def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
-    """One row: warm-up, then the repetitions, each from the same depth."""
+    """Measure one case: a warm-up, then the repetitions, each starting from the same depth."""
     numbers = np.random.default_rng(seed)
     ids = numbers.integers(0, engine.config.vocab_size, (case.batch, case.depth + case.tokens), dtype=np.int32)
     before, after = ids[:, : case.depth], ids[:, case.depth :]
@@ -111,6 +121,7 @@ def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
     caches = filled(engine, before)
     seconds = []
     for index in range(repetitions + 1):
+        # Filling the caches to the depth can take longer than the test itself, so they are cut back where possible.
         if index > 0 and not rewind(caches, case.depth):
             caches = filled(engine, before)
         start = time.perf_counter()
@@ -120,6 +131,7 @@ def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
             generate(engine, after[:, :1], caches, case.tokens)
         seconds.append(time.perf_counter() - start)
     rates = [case.batch * case.tokens / each for each in seconds[1:]]
+    # Over the steps of a repetition the caches grow from depth + 1 to depth + tokens: take the mean length.
     bandwidth = None
     if case.kind == "tg" and (weights := weight_bytes(engine)) is not None:
         read_bytes = weights + cache_bytes(caches, case.depth + (case.tokens + 1) / 2)
@@ -136,7 +148,7 @@ def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
 
 
 def filled(engine: Engine, ids: np.ndarray) -> list[KVCache]:
-    """Caches that hold `ids` `[B, depth]`."""
+    """Make caches that hold `ids` `[B, depth]`."""
     caches = engine.new_caches()
     if ids.shape[1]:
         mx.eval(read(engine, ids, caches))
@@ -144,7 +156,7 @@ def filled(engine: Engine, ids: np.ndarray) -> list[KVCache]:
 
 
 def rewind(caches: list[KVCache], depth: int) -> bool:
-    """Forget what came after `depth`; False where a cache has let go of what came before."""
+    """Cut the caches back to `depth` tokens; returns False, changing nothing, if a cache has dropped some of these."""
     counts = [cache.offset - depth for cache in caches]
     if any(cache.trimmable() < count for cache, count in zip(caches, counts, strict=True)):
         return False
@@ -154,7 +166,7 @@ def rewind(caches: list[KVCache], depth: int) -> bool:
 
 
 def read(engine: Engine, ids: np.ndarray, caches: list[KVCache]) -> mx.array:
-    """Prefill `ids` `[B, T]` in chunks, as `generate.prefill` does one sequence; the likeliest next tokens `[B]`."""
+    """Prefill `ids` `[B, T]` in chunks, as `generate.prefill` does; returns the most likely next tokens `[B]`."""
     offset, count = caches[0].offset, ids.shape[1]
     tokens = mx.array(ids)
     for start in range(0, count, PREFILL_CHUNK):
@@ -166,7 +178,7 @@ def read(engine: Engine, ids: np.ndarray, caches: list[KVCache]) -> mx.array:
 
 
 def generate(engine: Engine, first: np.ndarray, caches: list[KVCache], count: int) -> None:
-    """Feed `first` `[B, 1]`, then the likeliest tokens; as `generate.decode`, one step is computed ahead."""
+    """Decode `count` greedy steps from `first` `[B, 1]`; like `generate.decode`, computes one step ahead."""
     ops = engine.device.ops
     steps = Steps(engine.model, caches, ops)
     token = mx.array(first)
@@ -180,9 +192,13 @@ def generate(engine: Engine, first: np.ndarray, caches: list[KVCache], count: in
 
 
 def weight_bytes(engine: Engine) -> int | None:
-    """Bytes of weights that one step reads; of an embedding that is not also the head, only a few rows: left out."""
+    """Bytes of weights that one decode step reads; None for a model with experts, which reads only some of them.
+
+    A step reads only a few rows of an embedding that is not also the head: it is left out.
+    """
     if any(item.name in EXPERTS for item in dataclasses.fields(engine.config)):
         return None
+    # An array that occurs twice in the model is tied: the head reads all of it.
     uses = Counter(id(array) for _, array in loading.arrays(engine.model))
     tables = [table for table in vars(engine.model).values() if isinstance(table, Embedding)]
     rows = [array for table in tables for _, array in loading.arrays(table) if uses[id(array)] == 1]
@@ -190,15 +206,16 @@ def weight_bytes(engine: Engine) -> int | None:
 
 
 def cache_bytes(caches: Sequence[KVCache], length: float) -> float:
-    """Bytes of keys and values that a step reads when `length` tokens are remembered."""
+    """Bytes of keys and values that a decode step reads after `length` tokens."""
     total = 0.0
     for cache in caches:
         seen = length if cache.window is None else min(length, cache.window)
+        # A buffer has spare rows: count the bytes per row times the rows that attention reads.
         total += sum(array.nbytes / array.shape[2] for array in cache.arrays) * seen
     return total
 
 
 def peak_rss() -> int:
-    """Bytes of memory the process has held at most."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Peak resident memory of the process, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux kB
     return most if sys.platform == "darwin" else most * 1024

@@ -1,4 +1,4 @@
-"""What `bench` measures: a checkpoint, or a published shape filled with random weights."""
+"""Models for `bench`: a checkpoint, or a published shape (`configs/shapes`) filled with random weights."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from runner.weights.tags import Chooses
 from runner.weights.tree import Leaf, leaf_shapes, leaves
 
 STD = 0.02
-"""Deviation of random weights: what most families initialise with, so that activations stay in an ordinary range."""
+"""Standard deviation of random weights: most families initialise with it, so activations stay in an ordinary range."""
 
 STORED: Mapping[str, mx.Dtype] = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 SCALES: Mapping[str, int] = {"mxfp4": 120, "mxfp8": 120, "nvfp4": 8}
-"""A byte that means a small number (2^-7, 2^-7, 2^-6) in the format each mode stores its scales in."""
+"""The scale byte for each mode of quantization: a small number (2^-7, 2^-7, 2^-6) in the mode's scale format."""
 
 CODES: Mapping[str, int] = {"mxfp8": 0xBFBFBFBF}
-"""Bits kept of random codes: without the highest bit of an 8-bit float's exponent, none of them is NaN."""
+"""Mask for random packed words: without the highest exponent bit of each 8-bit float, none of them is NaN."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """A tensor that `RandomWeights` makes: dtype in safetensors' spelling."""
+    """Shape and dtype (as safetensors spells it) of a tensor that `RandomWeights` makes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,9 +56,12 @@ class Header:
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """A `Source` whose tensors are made when they are read, from the seed and their name; nothing of them is kept.
+    """A `Source` whose tensors are made on reading, from the seed and the tensor's name; none is kept.
 
-    Packed matrices get random codes and equal scales: no matrix is ever there in full precision.
+    A quantized matrix gets random packed integers and equal scales, so it never exists in full precision.
+
+    Attributes:
+        form: the quantization of the matrices; None: not quantized.
     """
 
     headers: Mapping[str, Header]
@@ -66,7 +69,7 @@ class RandomWeights:
     seed: int
 
     def read(self, name: str) -> mx.array:
-        """The tensor `name`: the same numbers each time."""
+        """Make the tensor `name`; it has the same numbers each time."""
         header = self.headers[name]
         numbers = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
         if header.dtype == "U32":
@@ -74,22 +77,30 @@ class RandomWeights:
             return mx.array(codes & np.uint32(CODES.get(self.form.mode, 0xFFFFFFFF) if self.form else 0xFFFFFFFF))
         if self.form is not None and name.endswith((".scales", ".biases")):
             return self._constant(name, header, self.form)
+        # A uniform distribution with standard deviation STD is sqrt(12) * STD wide.
         values = (numbers.random(header.shape, dtype=np.float32) - np.float32(0.5)) * np.float32(STD * math.sqrt(12))
         if len(header.shape) == 1 and name.endswith(".weight"):
             values += 1  # a norm's weights: near zero they would silence the layer
         return mx.array(values).astype(STORED[header.dtype])
 
     def _constant(self, name: str, header: Header, form: Quantization) -> mx.array:
+        """Scales or biases that turn random integers into weights of mean 0 and (affine) standard deviation `STD`."""
         if header.dtype == "U8":
             return mx.full(header.shape, SCALES[form.mode], dtype=mx.uint8)
-        most = (1 << form.bits) - 1
+        most = (1 << form.bits) - 1  # the largest integer q: `scale * q + bias` runs from bias to -bias
         scale = STD * math.sqrt(12) / most
         return mx.full(header.shape, -scale * most / 2 if name.endswith(".biases") else scale, STORED[header.dtype])
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure. `size` in bytes, `quantization` in words, `dtype` that of its activations."""
+    """A model to measure.
+
+    Attributes:
+        size: bytes of the weights.
+        quantization: how the matrices are stored, most frequent first, as in "4-bit g64 + bfloat16".
+        dtype: dtype of the activations.
+    """
 
     name: str
     engine: Engine
@@ -102,15 +113,16 @@ class Subject:
 def open_subject(
     model: str, *, quantize: str | None = None, group_size: int | None = None, dtype: str | None = None, seed: int = 0
 ) -> Subject:
-    """The checkpoint in a directory, the published shape of that name with random weights, or a hub's checkpoint.
+    """Open the checkpoint in the directory `model`, the published shape of that name, or the hub's checkpoint.
 
     Args:
-        quantize: a shape's matrices are packed: "2" to "8" bits (affine), "mxfp4", "mxfp8" or "nvfp4".
-        group_size: of affine quantization.
+        quantize: how to quantize a shape's matrices: "2" to "8" bits (affine), "mxfp4", "mxfp8" or "nvfp4".
+        group_size: weights per scale, for affine quantization.
         dtype: "float32", "float16" or "bfloat16", whatever the checkpoint or shape says.
+        seed: seed of a shape's random weights.
 
     Raises:
-        UsageError: an option does not apply to this model, or names nothing known.
+        UsageError: an option does not apply to this model, or has an unknown value.
     """
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise UsageError(f"--quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r}")
@@ -125,7 +137,8 @@ def open_subject(
         return describe(model, engine)
     if quantize is not None:
         raise UsageError(
-            f"--quantize is for a published shape ({', '.join(resources.names('shapes'))}); convert a checkpoint first"
+            f"--quantize applies to published shapes only ({', '.join(resources.names('shapes'))}); "
+            "quantize a checkpoint with 'runner convert' first"
         )
     files = open_files(resolve(model))
     return describe(files.path.resolve().name, assemble(files.config, files.source, dtype=dtype))
@@ -134,12 +147,13 @@ def open_subject(
 def random_weights(
     raw: Mapping[str, Any], *, form: Quantization | None = None, dtype: str | None = None, seed: int = 0
 ) -> RandomWeights:
-    """The tensors that a checkpoint with this `config.json` holds, random; matrices of layers packed as `form` says.
+    """Plan random tensors for a checkpoint with the config `raw`; matrices of layers are quantized as `form` says.
 
     Raises:
-        UsageError: a matrix cannot be packed in groups of this size.
+        UsageError: a matrix cannot be quantized in groups of this size.
     """
     config_class, model_class = find(raw)
+    # Without headers, the plan says what a plain checkpoint of this config would hold.
     layout = plan(model_class, config_class.from_dict(raw), None)
     stored = NAMES[dtype or str(raw.get("dtype") or raw.get("torch_dtype") or "float32")]
     packed = set() if form is None else {leaf.name for leaf in _matrices(layout)}
@@ -155,7 +169,7 @@ def random_weights(
 
 
 def _matrices(module: ModulePlan) -> Iterator[Leaf]:
-    """Weights of the layers that MLX packs: those that choose their class by what is stored."""
+    """Yield the weights of the layers that MLX quantizes: the layers that choose their class by what is stored."""
     for name, item in module.fields.items():
         if isinstance(item, ArrayPlan) and name == "weight" and issubclass(module.cls, Chooses):
             yield from leaves(item.tree)
@@ -167,8 +181,10 @@ def _matrices(module: ModulePlan) -> Iterator[Leaf]:
 
 
 def _packed(name: str, shape: tuple[int, ...], form: Quantization, stored: str) -> dict[str, Header]:
+    """Headers of a quantized matrix: packed weight, scales and (affine) biases."""
     if shape[-1] % form.group_size or shape[-1] * form.bits % 32:
-        raise UsageError(f"{name} {list(shape)} cannot be packed in groups of {form.group_size}; try --group-size 32")
+        size = form.group_size
+        raise UsageError(f"{name} {list(shape)} cannot be quantized in groups of {size}; try --group-size 32")
     groups = (*shape[:-1], shape[-1] // form.group_size)
     headers = {
         f"{name}.weight": Header("U32", (*shape[:-1], shape[-1] * form.bits // 32)),
@@ -178,13 +194,14 @@ def _packed(name: str, shape: tuple[int, ...], form: Quantization, stored: str) 
 
 
 def describe(name: str, engine: Engine) -> Subject:
-    """What a row of the table says of a model."""
+    """Gather what a row of the results says about a model."""
     stored = Counter(_forms(engine.layout))
     stored.update(
         str(array.dtype).removeprefix("mlx.core.")
         for path, array in loading.arrays(engine.model)
         if array.ndim > 1 and array.dtype != mx.uint32 and not path.endswith((".scales", ".biases"))
     )
+    # Activations take the device's dtype or else that of the norms, which are never quantized.
     words = [word for word, _ in stored.most_common()]
     dtype = engine.device.activations or next(
         (a.dtype for path, a in loading.arrays(engine.model) if path.endswith("norm.weight")), mx.float32
@@ -200,6 +217,7 @@ def describe(name: str, engine: Engine) -> Subject:
 
 
 def _forms(module: ModulePlan) -> Iterator[str]:
+    """Yield the quantization of each quantized layer, as in `4-bit g64`."""
     values = {name: item.value for name, item in module.fields.items() if isinstance(item, Value)}
     if "scales" in module.fields and issubclass(module.cls, (Linear, Embedding)):
         mode = "" if values["mode"] == "affine" else f" {values['mode']}"

@@ -1,4 +1,4 @@
-"""Results as a Markdown table, JSON or CSV, and as a drawing."""
+"""Output of benchmark results: a Markdown table, JSON, CSV, and a plot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLOTS = (".png", ".svg")
 
 
 def rows(subject: Subject, results: Sequence[Result], bandwidth: float) -> list[dict[str, Any]]:
-    """One flat object a result; sizes in bytes, rates a second. `threads` is None where MLX decides."""
+    """One flat dictionary per result; sizes in bytes, rates per second. `threads` is None where MLX decides."""
     device = subject.engine.device
     return [
         {
@@ -50,7 +50,7 @@ def rows(subject: Subject, results: Sequence[Result], bandwidth: float) -> list[
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """The table people read; powers of ten throughout."""
+    """Format the rows as a Markdown table; sizes count in powers of ten."""
     lines = [list(COLUMNS), ["---"] * 5 + ["---:"] + ["---"] * 2 + ["---:"] * 4]
     for row in table:
         share = None if row["bandwidth"] is None else row["bandwidth"] / row["read_bandwidth"]
@@ -81,12 +81,12 @@ def _short(number: float) -> str:
 
 
 def as_json(table: Sequence[Mapping[str, Any]]) -> str:
-    """A list of the rows."""
+    """Format the rows as a JSON list."""
     return json.dumps(list(table), indent=2) + "\n"
 
 
 def as_csv(table: Sequence[Mapping[str, Any]]) -> str:
-    """A header and the rows; `seconds` with spaces between them."""
+    """Format the rows as CSV with a header; the values of `seconds` are separated by spaces."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(table[0]), lineterminator="\n")
     writer.writeheader()
@@ -96,10 +96,10 @@ def as_csv(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check_plot(path: Path, cases: Sequence[Case]) -> str:
-    """What the drawing's horizontal axis is, `depth` or `batch`; asked before anything is measured.
+    """Choose the plot's horizontal axis, `depth` or `batch`; called before anything is measured.
 
     Raises:
-        UsageError: another ending than .png or .svg, matplotlib is missing, or neither depth nor batch varies.
+        UsageError: `path` ends in neither .png nor .svg, matplotlib is missing, or neither depth nor batch varies.
     """
     if path.suffix not in PLOTS:
         raise UsageError(f"--plot {path}: the file must end in {' or '.join(PLOTS)}")
@@ -112,7 +112,8 @@ def check_plot(path: Path, cases: Sequence[Case]) -> str:
 
 
 def plot(path: Path, axis: str, subject: Subject, results: Sequence[Result]) -> None:
-    """A line for each kind and length of test, with the deviation as bars."""
+    """Draw one line per kind and length of test, with the standard deviation as error bars."""
+    # matplotlib is an optional extra, so it is imported by name; a Figure of its own needs no display.
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     other = "batch" if axis == "depth" else "depth"

@@ -190,7 +190,7 @@ def test_the_command_prints_each_form(capsys: pytest.CaptureFixture[str]) -> Non
         ([str(MODEL), "-p", "x"], "-p takes whole numbers"),
         ([str(MODEL), "-p", "0", "-n", "0"], "nothing to measure"),
         ([str(MODEL), "-d", "100000"], "positions"),
-        ([str(MODEL), "--quantize", "4"], "convert a checkpoint first"),
+        ([str(MODEL), "--quantize", "4"], "with 'runner convert' first"),
         (["Llama-3.2-1B", "--quantize", "1"], "--quantize must be one of"),
         (["Llama-3.2-1B", "--group-size", "32"], "--group-size needs --quantize"),
         (["Llama-3.2-1B", "--quantize", "4", "--group-size", "48"], "32, 64 or 128"),

@@ -543,4 +543,4 @@ def test_the_command(tmp_path: Path) -> None:
         assert float(value) == pytest.approx(perplexity(lm.engine, ids, bos=bos, chunk=128).perplexity.value, abs=1e-3)
     text.write_text("short")
     done = run(*eval_command[:2], str(tmp_path / "short"), "--quantize", "8", "--group-size", "32", "--eval", str(text))
-    assert done.returncode == 2 and "less than a chunk of 128" in done.stderr and not (tmp_path / "short").exists()
+    assert done.returncode == 2 and "fewer than one chunk of 128" in done.stderr and not (tmp_path / "short").exists()
