@@ -1,9 +1,9 @@
-"""A model directory: its config, the headers of its safetensors files, and its tensors read on demand.
+"""A model directory: its config, the headers of its safetensors files, and its tensors, read on demand.
 
-Everything in the directory is untrusted. Opening reads JSON and headers only, and checks them in full; after that a
-tensor read can touch no byte but the tensor's own. Between the check and a read the files must stay as they are: each
-read compares device, inode, size and modification time with those of the check and refuses a file that changed. What
-remains open is a writer who changes a file *while* MLX maps it; do not load from a directory that others can write to.
+Everything in the directory is untrusted. Opening reads only JSON and headers and checks them in full; after that, a
+tensor read can touch no bytes but the tensor's own. The files must not change between the check and a read: each read
+compares device, inode, size and modification time with those recorded by the check and refuses a file that changed.
+One gap remains, a writer who changes a file *while* MLX maps it: do not load from a directory that others can write to.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ MLX_DTYPES = {
     "F8_E4M3": "uint8",
     "F8_E8M0": "uint8",
 }
-"""What `mx.load` makes of each dtype it reads. One tensor of another dtype makes it refuse the whole file."""
+"""The MLX dtype in which `mx.load` returns each safetensors dtype. A tensor of any other makes it refuse the file."""
 
 RAW_DTYPES = {**MLX_DTYPES, "F8_E5M2": "uint8", "F8_E4M3FNUZ": "uint8", "F8_E5M2FNUZ": "uint8"}
-"""What `Checkpoint.read` returns: 8-bit floats come as their bytes, to be decoded by whoever knows the scale."""
+"""The MLX dtype in which `Checkpoint.read` returns each safetensors dtype.
+
+MLX has no 8-bit floats: they come as raw bytes, to be decoded by the caller, who knows their scales.
+"""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -53,11 +56,11 @@ class Checkpoint:
     """A checked model directory. Build it with `open`.
 
     Attributes:
-        directory: where it lies.
-        config: `config.json`.
-        generation_config: `generation_config.json`, `{}` when absent.
-        headers: every tensor by name; from headers alone, MLX is not imported.
-        metadata: `__metadata__` of the weight files (`{"format": "mlx"}`); where shards differ, the first one's.
+        directory: path of the model directory.
+        config: contents of `config.json`.
+        generation_config: contents of `generation_config.json`, `{}` when the file is absent.
+        headers: dtype, shape and position of every tensor, by name. Reading them does not import MLX.
+        metadata: `__metadata__` of the weight files (`{"format": "mlx"}`); the first shard wins where shards differ.
     """
 
     directory: Path
@@ -76,9 +79,9 @@ class Checkpoint:
     def open(cls, directory: Path) -> Checkpoint:
         """Read and check the JSON files and the safetensors headers of a model directory.
 
-        The weights are `model.safetensors`, or where `model.safetensors.index.json` exists the shards it names and
-        no other file. A tensor comes from the shard that the index says; one that a named shard holds and the index
-        does not list is taken too, as transformers does, unless two shards hold it.
+        The weights are `model.safetensors` or, where `model.safetensors.index.json` exists, the shards that the index
+        names and no other file. Each tensor comes from the shard that the index gives for it. A tensor that is in a
+        named shard but not in the index is taken too, as transformers does, unless two shards hold it.
 
         Raises:
             CheckpointError: naming the file and the problem.
@@ -98,7 +101,7 @@ class Checkpoint:
 
     @classmethod
     def open_file(cls, directory: Path, weights: str, config: str) -> Checkpoint:
-        """The same of a directory whose two files have other names (an adapter's), without a generation config.
+        """Open a directory (an adapter's) whose weights and config have the given file names; no generation config.
 
         Raises:
             CheckpointError: naming the file and the problem.
@@ -117,8 +120,9 @@ class Checkpoint:
     ) -> Checkpoint:
         metadata: dict[str, str] = {}
         for shard in shards.values():
-            metadata = shard.metadata | metadata
+            metadata = shard.metadata | metadata  # earlier shards win
         files = {directory / name: shard for name, shard in shards.items()}
+        # One tensor of a dtype that MLX does not know makes `mx.load` refuse the file, so such a file is read by hand.
         raw = frozenset(
             file
             for file, shard in files.items()
@@ -129,25 +133,27 @@ class Checkpoint:
         )
 
     def read(self, name: str) -> mx.array:
-        """The tensor `name`, lazily: MLX reads its bytes when it is evaluated.
+        """Return the tensor `name`, lazily: MLX reads its bytes when the array is evaluated.
 
-        The checkpoint keeps nothing of what it hands out, so a caller that drops a tensor frees it; reading a name
-        again opens its file again. A shard with a dtype that MLX cannot load is read eagerly, tensor by tensor.
-        8-bit floats come as uint8 of the same shape; `headers[name].dtype` tells which.
+        The checkpoint keeps no reference to an array it has returned, so a caller that drops the array frees it;
+        reading the same name again opens the file again. Tensors of a shard that has a dtype MLX cannot load are read
+        eagerly, one by one. 8-bit floats come as uint8 of the same shape; `headers[name].dtype` names the format.
 
         Raises:
-            CheckpointError: no such tensor, a dtype without an MLX form, or a file that changed since it was opened.
+            CheckpointError: no tensor has this name, MLX has no type for its dtype, or its file has changed.
         """
         info = self.headers.get(name)
         if info is None:
             raise CheckpointError(f"{self.directory}: no tensor {quoted(name)}")
         if info.dtype not in RAW_DTYPES:
             raise CheckpointError(
-                f"{info.file}: tensor {quoted(name)} has dtype {info.dtype}, which MLX does not hold; "
+                f"{info.file}: tensor {quoted(name)} has dtype {info.dtype}, for which MLX has no type; "
                 f"convert it to one of {', '.join(RAW_DTYPES)}"
             )
         if info.file in self._raw_files:
             return self._read_raw(info)
+        # `mx.load` gives all tensors of a file at once. Those not asked for yet wait, unread, in `_lazy`; the one
+        # returned is removed, so that only the caller keeps its memory.
         loaded = self._lazy.get(info.file, {})
         if name not in loaded:
             loaded = self._lazy[info.file] = self._load(info.file)
@@ -157,7 +163,7 @@ class Checkpoint:
         return array
 
     def _load(self, file: Path) -> dict[str, mx.array]:
-        """All of a shard, lazily. MLX has a parser of its own, so what it saw is compared with the checked header."""
+        """Load all tensors of a shard lazily, and compare what MLX's own parser saw with the checked header."""
         import mlx.core as mx
 
         shard = self._shards[file]
@@ -171,12 +177,13 @@ class Checkpoint:
             array = arrays.get(name)
             if array is None or array.shape != info.shape or array.dtype != getattr(mx, MLX_DTYPES[info.dtype]):
                 raise CheckpointError(
-                    f"{file}: tensor {quoted(name)} is not as its checked header says; did it change?"
+                    f"{file}: MLX reads tensor {quoted(name)} with another shape or dtype than its checked header has; "
+                    "did the file change?"
                 )
         return arrays
 
     def _read_raw(self, info: TensorInfo) -> mx.array:
-        """One tensor's bytes, read now, in the dtype that `RAW_DTYPES` says."""
+        """Read one tensor's bytes now, as an array of the dtype that `RAW_DTYPES` gives."""
         import mlx.core as mx
         import numpy as np
 
@@ -201,12 +208,12 @@ def _check_stamp(file: Path, shard: ShardHeader, status: os.stat_result) -> None
 
 
 def _exists(directory: Path, name: str) -> bool:
-    """Whether something has this name, a dangling link included: `path_in` then says what is wrong with it."""
+    """Whether the directory has an entry `name`, even a dangling link: `path_in` then says what is wrong with it."""
     return os.path.lexists(directory / name)
 
 
 def _weights(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorInfo]]:
-    """The shards by file name, and every tensor by name."""
+    """Headers of the weight files: the shards by file name, and every tensor by name."""
     if _exists(directory, INDEX):
         return _indexed(directory)
     if _exists(directory, SINGLE):
@@ -220,38 +227,40 @@ def _weights(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorI
 
 
 def _no_weights(names: list[str], directory: Path) -> str:
-    """Why there is nothing to load, and what to do."""
+    """Say why a directory with these files has no weights to load, and what to do about it."""
     expected = f"no {SINGLE} and no {INDEX}"
     stray = [name for name in names if name.endswith(".safetensors")]
     gguf = [name for name in names if name.endswith(".gguf")]
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
     if stray:
-        return f"{expected}, though there is {quoted(stray[0])}; an incomplete copy, or not a transformers model"
+        return f"{expected}, only {quoted(stray[0])}; an incomplete copy, or not a transformers model"
     if gguf:
-        return f"{expected}, but {quoted(gguf[0])}: name that file: {directory / gguf[0]}"
+        return f"{expected}, but a GGUF file: to load it, name that file: {directory / gguf[0]}"
     if pickles:
         return (
-            f"only pickle weights ({quoted(pickles[0])}); reading a pickle can run code of its author, so they are "
-            "refused: get the model's safetensors version, or convert it where you trust it (transformers: "
+            f"only pickle weights ({quoted(pickles[0])}); reading a pickle can run its author's code, so they are "
+            "refused: get the model's safetensors version or, if you trust the file, convert it (transformers: "
             "from_pretrained, then save_pretrained)"
         )
     return f"{expected}; is this a model's directory?"
 
 
 def _indexed(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorInfo]]:
+    """Headers of the shards that the index names, and of every tensor by name."""
     index = directory / INDEX
     weight_map = read_index(path_in(directory, INDEX))
     shards = {file: read_header(path_in(directory, file)) for file in sorted(set(weight_map.values()))}
     headers: dict[str, TensorInfo] = {}
     for file, shard in shards.items():
         for name, info in shard.tensors.items():
-            if weight_map.get(name, file) != file:
+            if weight_map.get(name, file) != file:  # the index takes this tensor from another shard
                 continue
             if name in headers:
                 raise CheckpointError(
                     f"{index}: does not list {quoted(name)}, and both {headers[name].file.name} and {file} hold it"
                 )
             headers[name] = info
+    # Every tensor of the index must have been found in the shard that the index gives for it.
     lacking = [name for name in weight_map if name not in headers]
     if lacking:
         more = f" (and {len(lacking) - 1} more like it)" if len(lacking) > 1 else ""

@@ -1,12 +1,14 @@
-"""Models of the Hugging Face hub, by way of its cache on this machine.
+"""Models of the Hugging Face hub, read from or fetched into its cache on this machine.
 
-`resolve` looks in the cache first and makes no request when the model is there; `pull` asks the hub. Only what this
-package reads is fetched: JSON, the tokenizer, chat templates, and the safetensors that the index names. Downloads,
-resumption, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are `huggingface_hub`'s, imported when needed.
+`resolve` looks in the cache first and makes no request when the model is there; `pull` always asks the hub. Only what
+this package reads is fetched: JSON, the tokenizer, chat templates, and the safetensors files that the index names.
+Downloading, resuming, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are left to `huggingface_hub`, which is
+imported only when needed.
 
 The weights are fetched after everything else and the revision's name is recorded last, so a snapshot that has its
-weights has the rest, and an interrupted download never hides an older complete one. A dropped connection is resumed
-inside a download; across runs `huggingface_hub` keeps every finished file and begins an unfinished one again.
+weights has all other files, and an interrupted download never hides an older, complete snapshot. A connection that
+drops during a download is resumed; between runs `huggingface_hub` keeps every finished file and starts unfinished ones
+again.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model in the cache that can be loaded without a request.
+    """A model in the cache that can be loaded without a request to the hub.
 
     Attributes:
-        id: `org/name`.
-        revision: the commit, 40 hexadecimal digits.
-        nbytes: size of its files on disk.
-        path: its directory.
+        id: hub id, `org/name`.
+        revision: commit, 40 hexadecimal digits.
+        nbytes: size of the snapshot's files on disk, in bytes.
+        path: directory of the snapshot.
     """
 
     id: str
@@ -48,22 +50,26 @@ class CachedModel:
 
 
 def resolve(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
-    """Where a model is: an existing directory or .gguf file itself, else a hub id `org/name[@revision]` in the cache.
+    """Find a model on this machine, or fetch it from the hub, and return its path.
+
+    An existing directory or .gguf file is returned as it is. Anything else must be a hub id `org/name[@revision]`,
+    which is looked up in the cache and fetched where the cache does not have it.
 
     Args:
-        revision: branch, tag or commit; the same as `@revision` in `model`. Default: `main`.
+        revision: branch, tag or commit; means the same as `@revision` in `model`. Default: `main`.
         progress: show a progress bar on stderr while downloading.
 
     Raises:
-        HubError: not a directory and not a hub id, or the hub does not have it, does not give it, or is out of reach.
-        UsageError: `model` is a file, or two different revisions were asked for.
+        HubError: `model` is neither a path nor a hub id, or the hub lacks it, refuses access, or cannot be reached.
+        UsageError: `model` is a file but not .gguf, a path came with a revision, or two different revisions were given.
     """
     path = os.path.expanduser(model)
     is_directory = os.path.isdir(path)
     if is_directory or (os.path.exists(path) and path.endswith(".gguf")):
         if revision is not None:
             raise UsageError(
-                f"revision {quoted(revision)} was given, but {path} is a {'directory' if is_directory else 'file'}"
+                f"revision {quoted(revision)} was given, but {path} is a {'directory' if is_directory else 'file'}; "
+                "only hub ids have revisions"
             )
         return Path(path)
     if os.path.exists(path):
@@ -76,10 +82,14 @@ def resolve(model: str, *, revision: str | None = None, progress: bool = True) -
 
 
 def resolve_adapter(adapter: str, *, progress: bool = True) -> Path:
-    """Where an adapter is: an existing directory itself, else a hub id `org/name[@revision]`, in the cache or fetched.
+    """Find an adapter (PEFT's format) on this machine, or fetch it from the hub, and return its directory.
+
+    Args:
+        adapter: an existing directory, or a hub id `org/name[@revision]`.
+        progress: show a progress bar on stderr while downloading.
 
     Raises:
-        HubError: as `resolve`.
+        HubError: for the same reasons as in `resolve`.
     """
     path = os.path.expanduser(adapter)
     if os.path.exists(path):
@@ -92,17 +102,18 @@ def resolve_adapter(adapter: str, *, progress: bool = True) -> Path:
 
 
 def pull(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
-    """Fetch a model, or bring the cached one up to date with its branch; returns its directory.
+    """Fetch a model, or bring the cached one up to date with its branch, and return its directory.
 
     Raises:
-        HubError: as `resolve`.
+        HubError: for the same reasons as in `resolve`.
+        UsageError: two different revisions were given.
     """
     repo, revision = _parse(model, revision)
     return _fetch(repo, revision, progress)
 
 
 def list_cached() -> list[CachedModel]:
-    """The models in the cache whose weights are complete, by id and revision."""
+    """List the models in the cache whose weights are complete, sorted by id and revision."""
     found = []
     cache = _cache()
     for folder in sorted(cache.glob("models--*--*")):
@@ -117,7 +128,7 @@ def list_cached() -> list[CachedModel]:
 
 
 def _parse(model: str, revision: str | None) -> tuple[str, str]:
-    """Hub id and revision; every part of both is safe as a path."""
+    """Split `org/name[@revision]` into hub id and revision, both checked to be safe as parts of a path."""
     repo, _, named = model.partition("@")
     if not _ID.fullmatch(repo) or len(repo) > 96 or "--" in repo or ".." in repo or repo.endswith(".git"):
         raise HubError(
@@ -126,6 +137,7 @@ def _parse(model: str, revision: str | None) -> tuple[str, str]:
     if "@" in model and revision is not None and named != revision:
         raise UsageError(f"two revisions of {repo} were asked for: {quoted(named)} and {quoted(revision)}")
     chosen = named if "@" in model else "main" if revision is None else revision
+    # Git's rules for ref names; without `..`, a name cannot lead out of the cache's `refs` folder.
     bad = not _REVISION.fullmatch(chosen) or ".." in chosen or "//" in chosen or chosen.endswith(("/", ".", ".lock"))
     if bad:
         raise HubError(f"{quoted(chosen)} is not a revision: expected a branch, a tag or a commit")
@@ -142,9 +154,9 @@ def _cache() -> Path:
 
 
 def _snapshot(repo: str, revision: str) -> Path | None:
-    """The cached directory of a revision, complete or not.
+    """Find the cached directory of a revision, complete or not; None where the cache has none.
 
-    Layout: `models--org--name/refs/REVISION` holds a commit, `snapshots/COMMIT` that commit's files.
+    Cache layout: the file `models--org--name/refs/REVISION` holds a commit, `snapshots/COMMIT` holds its files.
     """
     folder = _cache() / f"models--{repo.replace('/', '--')}"
     commit = revision
@@ -160,7 +172,7 @@ def _snapshot(repo: str, revision: str) -> Path | None:
 
 
 def _shards(snapshot: Path) -> list[str]:
-    """The weight files of a snapshot: those its index names, else the single file."""
+    """Names of a snapshot's weight files: the shards that its index names, or the single file."""
     if not (snapshot / INDEX).is_file():
         return [SINGLE]
     return sorted(set(read_index(path_in(snapshot, INDEX)).values()))
@@ -179,12 +191,15 @@ def _has_weights(snapshot: Path) -> bool:
 
 
 def _is_complete(snapshot: Path) -> bool:
-    """Whether a model can be loaded from it: other programs fetch file by file, and not the tokenizer first."""
+    """Whether a model can be loaded from the snapshot.
+
+    Weights alone do not prove it: other programs fetch file by file, and may not have fetched the tokenizer.
+    """
     return _has_weights(snapshot) and any((snapshot / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _size(snapshot: Path) -> int:
-    """Bytes on disk of what a snapshot's files link to, each blob once."""
+    """Total bytes on disk of the blobs that a snapshot's files link to, each blob counted once."""
     sizes = {}
     for path in snapshot.rglob("*"):
         if path.is_file():
@@ -196,6 +211,7 @@ def _size(snapshot: Path) -> int:
 
 
 def _fetch(repo: str, revision: str, progress: bool) -> Path:
+    """Download a model into the cache and return the snapshot; when offline, accept a cached one without tokenizer."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     if constants.HF_HUB_OFFLINE:
@@ -204,15 +220,18 @@ def _fetch(repo: str, revision: str, progress: bool) -> Path:
             return cached
         state = "only in part" if cached is not None else "not"
         raise HubError(
-            f"{repo}@{revision} is {state} in the cache ({_cache()}), and HF_HUB_OFFLINE forbids to fetch it"
+            f"{repo}@{revision} is {state} in the cache ({_cache()}), and HF_HUB_OFFLINE forbids fetching it; "
+            "unset it to download the model"
         )
     with _one_line(repo, revision), _progress_bars(progress):
         info = HfApi().model_info(repo, revision=revision)
         files = [sibling.rfilename for sibling in info.siblings or ()]
         commit = info.sha
         if commit is None or not _COMMIT.fullmatch(commit):
-            raise HubError(f"{repo}@{revision}: the hub named no commit")
+            raise HubError(f"{repo}@{revision}: the hub's answer names no commit (40 hexadecimal digits)")
         _require_safetensors(repo, files)
+        # All files by commit, not by branch, so that they belong together even if the branch moves meanwhile.
+        # The weights come last: a snapshot that has them is complete.
         snapshot = _download(repo, commit, [name for name in files if _is_small(name)])
         shards = _shards(snapshot)
         lacking = [name for name in shards if name not in files]
@@ -222,36 +241,40 @@ def _fetch(repo: str, revision: str, progress: bool) -> Path:
             )
         _download(repo, commit, shards)
         if revision != commit:
-            hf_hub_download(repo, "config.json", revision=revision)  # all cached: this records the revision's commit
+            hf_hub_download(repo, "config.json", revision=revision)  # cached already: only records the ref's commit
     return snapshot
 
 
 def _fetch_adapter(repo: str, revision: str, progress: bool) -> Path:
+    """Download an adapter's two files into the cache and return the snapshot."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     if constants.HF_HUB_OFFLINE:
-        raise HubError(f"the adapter {repo}@{revision} is not in the cache ({_cache()}), and HF_HUB_OFFLINE is set")
+        raise HubError(
+            f"the adapter {repo}@{revision} is not in the cache ({_cache()}), and HF_HUB_OFFLINE is set; "
+            "unset it to download the adapter"
+        )
     with _one_line(repo, revision), _progress_bars(progress):
         info = HfApi().model_info(repo, revision=revision)
         files = [sibling.rfilename for sibling in info.siblings or ()]
         if info.sha is None or not _COMMIT.fullmatch(info.sha):
-            raise HubError(f"{repo}@{revision}: the hub named no commit")
+            raise HubError(f"{repo}@{revision}: the hub's answer names no commit (40 hexadecimal digits)")
         for name in ADAPTER_FILES:
             if name not in files:
                 pickle = ", only adapter_model.bin, a pickle" if "adapter_model.bin" in files else ""
                 raise HubError(f"{repo} has no {name}{pickle}: not an adapter in PEFT's safetensors format")
         snapshot = _download(repo, info.sha, list(ADAPTER_FILES))
         if revision != info.sha:
-            hf_hub_download(repo, ADAPTER_FILES[0], revision=revision)  # cached: this records the revision's commit
+            hf_hub_download(repo, ADAPTER_FILES[0], revision=revision)  # cached already: only records the ref's commit
     return snapshot
 
 
 def _require_safetensors(repo: str, files: list[str]) -> None:
-    """Before anything is fetched."""
+    """Refuse, before anything is fetched, a repository without a config and safetensors weights."""
     if "config.json" in files and (SINGLE in files or INDEX in files):
         return
     if any(name.endswith(".gguf") for name in files):
-        reason = "only GGUF files: download one and name that file"
+        reason = "only GGUF files: download one of them and name that file"
     elif "config.json" not in files:
         reason = "no config.json: not a transformers model"
     elif any(name.endswith((".bin", ".pt", ".pth")) for name in files):
@@ -262,7 +285,7 @@ def _require_safetensors(repo: str, files: list[str]) -> None:
 
 
 def _is_small(name: str) -> bool:
-    """Configuration, tokenizer and templates: what is needed besides the weights."""
+    """Whether a file is needed besides the weights: configuration, tokenizer or chat template."""
     folder, _, base = name.rpartition("/")
     if folder:
         return folder == "additional_chat_templates" and base.endswith(".jinja")
@@ -272,8 +295,10 @@ def _is_small(name: str) -> bool:
 
 
 def _download(repo: str, commit: str, files: list[str]) -> Path:
+    """Download the named files of a commit into the cache, and return the snapshot directory."""
     from huggingface_hub import snapshot_download
 
+    # `allow_patterns` takes globs; escaped, a name matches only itself.
     snapshot = Path(snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in files]))
     missing = [name for name in files if not (snapshot / name).is_file()]
     if missing:  # the library returns what it has when the connection fails half-way
@@ -285,7 +310,7 @@ def _download(repo: str, commit: str, files: list[str]) -> Path:
 
 @contextlib.contextmanager
 def _progress_bars(wanted: bool) -> Iterator[None]:
-    """Without bars where none are wanted; the library has a switch for the process, restored afterwards."""
+    """Turn off the hub library's progress bars unless `wanted`; its process-wide switch is restored afterwards."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if wanted or are_progress_bars_disabled():
@@ -300,7 +325,7 @@ def _progress_bars(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_line(repo: str, revision: str) -> Iterator[None]:
-    """What went wrong between us and the hub, as one line that says what to do."""
+    """Turn any error of the hub library into a `HubError` of one line that says what to do."""
     from huggingface_hub import constants, errors
 
     try:
@@ -319,20 +344,22 @@ def _one_line(repo: str, revision: str) -> Iterator[None]:
         raise HubError(f"{repo} has no revision {quoted(revision)}: check the branch, tag or commit") from error
     except errors.HfHubHTTPError as error:
         raise HubError(f"{constants.ENDPOINT} refused {repo}@{revision}: {_first_line(error)}") from error
-    except Exception as error:  # whichever HTTP library this hub version uses brings errors of its own
+    except Exception as error:  # the HTTP library has its own errors, and which library it is depends on the version
         raise HubError(_transport(repo, revision, error)) from error
 
 
 def _transport(repo: str, revision: str, error: Exception) -> str:
+    """The message for an error other than the hub's own answers: a full disk, or the network."""
     from huggingface_hub import constants
 
+    # A full disk may be wrapped in other errors, so look through the whole chain.
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"the disk of the cache ({_cache()}) is full: free space, or set HF_HOME to another disk"
+            return f"the disk of the cache ({_cache()}) is full: free some space, or set HF_HOME to another disk"
         chain = chain.__cause__ or chain.__context__
     return (
-        f"{repo}@{revision} is not complete in the cache and could not be fetched from {constants.ENDPOINT}: "
+        f"{repo}@{revision} is not complete in the cache, and could not be fetched from {constants.ENDPOINT}: "
         f"{_first_line(error)}; check the network and try again (finished files are kept)"
     )
 

@@ -1,4 +1,4 @@
-"""A model as it lies on disk, whatever its format: one object for `load`, `inspect` and the engine."""
+"""A model's files in any supported format (directory or GGUF), as one object for `load`, `inspect` and the engine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from runner.weights.tags import Source
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """`config` and `generation_config` as the hub's files of these names have them, the tensors, and the tokenizer,
-    which is read when it is asked for: a model computes without one. `side_files`: what lies beside config and weights,
-    by name, to write a copy of the model."""
+    """The opened files of a model.
+
+    Attributes:
+        path: the model directory or GGUF file.
+        config: contents of `config.json`, or their equivalent from GGUF metadata.
+        generation_config: contents of `generation_config.json`, or their equivalent.
+        source: the tensors, under transformers' names.
+        tokenizer: reads the tokenizer; a function, since a model can compute without one.
+        side_files: reads the files besides config and weights, by name, for writing a copy of the model.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -29,14 +36,16 @@ class ModelFiles:
 
 
 def open_files(path: Path) -> ModelFiles:
-    """Open a model's directory or GGUF file; headers are checked, no tensor is read.
+    """Open a model directory or GGUF file; headers are checked, and no weight matrix is read.
 
     Raises:
-        CheckpointError: it is neither, or malformed.
-        ConfigError: it is quantised in a way that is not supported.
+        CheckpointError: `path` is neither, or is malformed.
+        ConfigError: the quantization method or one of its options is not supported.
+        TokenizerError: the vocabulary of a GGUF file is malformed or not supported.
+        WeightsError: the tensors do not fit the quantization that the config describes.
     """
     if os.path.isfile(path):
-        from runner.checkpoint.gguf import GGUF  # with NumPy, a third of the imports of a short answer
+        from runner.checkpoint.gguf import GGUF  # imported late: with NumPy, a third of a short run's import time
 
         gguf = GGUF.open(path)
         return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files)

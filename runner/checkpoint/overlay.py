@@ -1,4 +1,4 @@
-"""A source with some tensors changed: what is not named comes from below, untouched."""
+"""A `Source` that replaces, adds or removes some tensors of another; all other tensors pass through unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runner.weights.tags import Header, Source
 
 @dataclass(frozen=True)
 class Info:
-    """The header of a tensor that is made when it is read."""
+    """Header of a tensor that is computed when it is read."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -28,18 +28,23 @@ class Info:
 
 @dataclass(frozen=True)
 class Change:
-    """A tensor in place of another, or one more; `read` makes it each time."""
+    """A tensor that replaces one of the base source or is added to it; `read` computes it anew on each call."""
 
     header: Header
     read: Callable[[], mx.array]
 
 
 class Overlay:
-    """`base` with `changes` by name and without what is `gone`; where packed matrices become numbers, scales go too."""
+    """A `Source`: `base` with `changes` by tensor name, and without the tensors in `gone`.
+
+    Where a change replaces a quantized matrix, the `scales` and `biases` of the old one disappear too.
+    """
 
     def __init__(self, base: Source, changes: Mapping[str, Change], gone: frozenset[str] = frozenset()) -> None:
         self._base = base
         self._changes = dict(changes)
+        # Names that the replaced weights' scales and biases have, if those were quantized: left in place, they would
+        # make the new weight look quantized. `changes` are merged last, so a change may still supply its own.
         packed = {
             f"{name.removesuffix('weight')}{part}"
             for name in changes
@@ -50,7 +55,7 @@ class Overlay:
         self.headers: Mapping[str, Header] = {**kept, **{name: item.header for name, item in changes.items()}}
 
     def read(self, name: str) -> mx.array:
-        """The tensor `name`; raises `CheckpointError` where there is none."""
+        """Return the tensor `name`; raises `CheckpointError` where there is none."""
         if name in self._changes:
             return self._changes[name].read()
         if name not in self.headers:

@@ -1,9 +1,9 @@
-"""The header of a safetensors file, believed only after every number in it was checked against the file.
+"""The header of a safetensors file, trusted only after every number in it was checked against the file.
 
-A file is: 8 bytes, the header's length N (unsigned, little-endian); N bytes of JSON, `{name: {"dtype", "shape",
-"data_offsets": [begin, end]}, "__metadata__": {str: str}}`; then the data, which the offsets count from. The
-`safetensors` library judges first; what it lets through and another reader may see differently is refused here
-(a repeated key, a list in place of an object, extra keys, dimensions beyond 32 bits, which MLX would wrap).
+Layout: 8 bytes, the header's length N (unsigned, little-endian); N bytes of JSON, `{name: {"dtype", "shape",
+"data_offsets": [begin, end]}, "__metadata__": {str: str}}`; then the data, from whose start the offsets count. The
+`safetensors` library checks first. What it accepts but another reader may see differently is refused here: a repeated
+key, a list in place of an object, extra keys, and dimensions beyond 32 bits, which MLX would wrap.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-"""Bits of one element, by the format's dtype name."""
+"""Bits per element, by safetensors dtype."""
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,12 +39,12 @@ MAX_DIM = 2**31 - 1  # MLX keeps dimensions in 32 signed bits and would wrap a l
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor, checked against its file.
+    """A tensor's entry in a header, checked against its file.
 
     Attributes:
-        dtype: in safetensors' spelling: "F32", "BF16", "U8", "F8_E4M3" …
+        dtype: dtype in safetensors' spelling: "F32", "BF16", "U8", "F8_E4M3" …
         nbytes: bytes in the file, exactly what dtype and shape need.
-        offset: of the tensor's first byte, from the start of the file.
+        offset: position of the tensor's first byte, from the start of the file.
     """
 
     name: str
@@ -57,7 +57,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Which file, in which state: a later read compares it, so that a file replaced after its check is noticed."""
+    """Identity and state of a file; a later read compares stamps, so that a file changed after its check is noticed."""
 
     device: int
     inode: int
@@ -66,12 +66,13 @@ class Stamp:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
+        """The stamp of a file, from what `os.stat` says about it."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """A whole header: tensors in the order of their data."""
+    """The checked header of one file: tensors by name in the order of their data, metadata, and the file's stamp."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -88,15 +89,16 @@ def read_header(path: Path) -> ShardHeader:
         with path.open("rb") as file:
             stamp = Stamp.of(os.fstat(file.fileno()))
             start = file.read(8)
-            if start == b"version ":
+            if start == b"version ":  # the first word of every Git LFS pointer
                 raise CheckpointError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` there")
             if len(start) < 8:
                 raise CheckpointError(f"{path}: {len(start)} bytes long, too short for a safetensors file")
             length = int(struct.unpack("<Q", start)[0])
+            # Bound the length before reading: a file of a few bytes may claim exabytes.
             if length > min(stamp.size - 8, MAX_HEADER):
                 raise CheckpointError(
-                    f"{path}: claims a header of {length} bytes, but the file has {stamp.size} in all "
-                    f"(and a header may have {MAX_HEADER}); an incomplete download, or not safetensors"
+                    f"{path}: claims a header of {length} bytes, but the whole file has {stamp.size} "
+                    f"(and a header at most {MAX_HEADER}); an incomplete download, or not safetensors"
                 )
             _judge(path)
             text = file.read(length)
@@ -110,9 +112,9 @@ def read_header(path: Path) -> ShardHeader:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The `weight_map` of an index: from tensor names to plain names of .safetensors files, none of them looked at.
+    """Read the `weight_map` of an index: tensor name -> plain name of a .safetensors file, which may not exist.
 
-    `metadata.total_size` is not compared: published indexes count shared tensors differently.
+    `metadata.total_size` is not compared with the files: published indexes count shared tensors differently.
 
     Raises:
         CheckpointError: naming the index and what is wrong with it.
@@ -130,7 +132,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _judge(path: Path) -> None:
-    """The format's own library decides first."""
+    """Let the `safetensors` library check the file first, and refuse what it refuses."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -141,6 +143,7 @@ def _judge(path: Path) -> None:
 
 
 def _metadata(raw: Any, path: Path) -> dict[str, str]:
+    """The checked `__metadata__`, `{}` where the header has none."""
     if raw is None:
         return {}
     if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
@@ -149,6 +152,7 @@ def _metadata(raw: Any, path: Path) -> dict[str, str]:
 
 
 def _tensor(name: str, raw: Any, path: Path, data_start: int) -> TensorInfo:
+    """Check one entry of the header; its offsets must hold exactly as many bytes as its dtype and shape take."""
     where = f"{path}: tensor {quoted(name)}"
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: its entry must be an object of exactly dtype, shape and data_offsets")
@@ -162,6 +166,7 @@ def _tensor(name: str, raw: Any, path: Path, data_start: int) -> TensorInfo:
     if not _sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: data_offsets {quoted(str(offsets))} are not two positions")
     begin, end = offsets
+    # Counted in bits, since elements of 4 and 6 bits exist; Python's integers do not overflow, whatever the shape.
     bits = math.prod(shape) * BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
         raise CheckpointError(f"{where}: {dtype} {shape} takes {bits / 8:g} bytes, but its offsets hold {end - begin}")
@@ -169,16 +174,17 @@ def _tensor(name: str, raw: Any, path: Path, data_start: int) -> TensorInfo:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Whether `value` is a list of integers, none negative."""
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)  # a bool is no size
 
 
 def _check_layout(infos: list[TensorInfo], path: Path, data_start: int, size: int) -> None:
-    """The tensors cover the data exactly: no gap, no overlap, nothing short and nothing left over."""
+    """Check that the tensors, sorted by offset, cover the data exactly: no gap, no overlap, no byte missing or left."""
     position = data_start
     for info in infos:
         if info.offset != position:
-            problem = "overlaps the one before it" if info.offset < position else "leaves a gap before it"
+            problem = "overlaps the tensor before it" if info.offset < position else "leaves a gap before it"
             raise CheckpointError(f"{path}: tensor {quoted(info.name)} {problem}")
         position += info.nbytes
     if position != size:
-        raise CheckpointError(f"{path}: its tensors end at byte {position}, but the file has {size}")
+        raise CheckpointError(f"{path}: its tensors end at byte {position}, but the file has {size} bytes")

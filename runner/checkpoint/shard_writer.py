@@ -1,4 +1,4 @@
-"""Safetensors files whose tensors are known by shape before their bytes: written in any order, some rows at a time."""
+"""Writing safetensors files piece by piece: all shapes are known beforehand, the bytes come later and in any order."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 WIDTHS: Mapping[str, int] = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "U32": 4}
-"""Bytes of a number, by safetensors' name of its type."""
+"""Bytes per element, by safetensors dtype."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: `dtype` in safetensors' spelling."""
+    """Dtype (in safetensors' spelling) and shape of a tensor to be written."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * WIDTHS[self.dtype]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of the tensor `name` from `offset` on."""
+    """Part of the tensor `name`: the bytes of `array` belong at byte `offset` of the tensor."""
 
     name: str
     offset: int
@@ -46,13 +46,20 @@ class Piece:
 def write_shards(
     directory: Path, tensors: Mapping[str, Planned], pieces: Iterable[Piece], max_shard_bytes: int = 5 << 30
 ) -> None:
-    """Write `tensors`, in their order, as `model.safetensors` or as shards with an index, from `pieces` in any order.
+    """Write `tensors` as `model.safetensors`, or as shards with an index, from `pieces` that come in any order.
 
-    Memory holds one piece. Each tensor's pieces must come to its size; how they lie in it is the caller's business.
+    Memory holds one piece at a time. The sizes of a tensor's pieces must add up to the size of the tensor; that they do
+    not overlap is up to the caller.
+
+    Args:
+        directory: an existing directory.
+        tensors: dtype and shape by name; shards are filled in this order.
+        pieces: consumed once.
+        max_shard_bytes: tensor bytes per shard; a larger tensor gets a shard to itself.
 
     Raises:
-        CheckpointError: the disk refused, or a tensor's pieces are more or fewer bytes than it has.
-        UsageError: `max_shard_bytes` below 1.
+        CheckpointError: the disk cannot be written, or a tensor's pieces are more or fewer bytes than the tensor.
+        UsageError: `max_shard_bytes` is below 1.
     """
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes is {max_shard_bytes}; expected at least 1")
@@ -61,6 +68,7 @@ def write_shards(
     open_files: dict[str, BinaryIO] = {}
     written = dict.fromkeys(tensors, 0)
     try:
+        # Headers first, and each file at its full size, so that pieces can then be written anywhere.
         starts = {file: _begin(directory / file, tensors, names) for file, names in shards.items()}
         for piece in pieces:
             file = home[piece.name]
@@ -68,7 +76,10 @@ def write_shards(
                 open_files[file] = (directory / file).open("r+b")
             start = starts[file][piece.name]
             if piece.offset + piece.array.nbytes > tensors[piece.name].nbytes:
-                raise CheckpointError(f"tensor {quoted(piece.name)} is larger than planned")
+                raise CheckpointError(
+                    f"tensor {quoted(piece.name)} is larger than planned: a piece ends at byte "
+                    f"{piece.offset + piece.array.nbytes} of {tensors[piece.name].nbytes}"
+                )
             open_files[file].seek(start + piece.offset)
             open_files[file].write(bytes_of(piece.array))
             written[piece.name] += piece.array.nbytes
@@ -85,7 +96,7 @@ def write_shards(
                 f"tensor {quoted(name)} was not written whole: {count} of {tensors[name].nbytes} bytes"
             )
     for file in shards:
-        read_header(directory / file)
+        read_header(directory / file)  # what was written must pass the checks that it will be read with
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(item.nbytes for item in tensors.values())},
@@ -96,7 +107,7 @@ def write_shards(
 
 
 def _shards(tensors: Mapping[str, Planned], max_bytes: int) -> dict[str, list[str]]:
-    """Names of the tensors of each file, in order; a larger tensor gets a file to itself."""
+    """Assign tensors to files in order: tensor names by file name. A tensor above `max_bytes` gets a file to itself."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, item in tensors.items():
@@ -113,25 +124,25 @@ def _shards(tensors: Mapping[str, Planned], max_bytes: int) -> dict[str, list[st
 
 
 def _begin(path: Path, tensors: Mapping[str, Planned], names: list[str]) -> dict[str, int]:
-    """Write the header, and give the file its size; returns where each tensor starts."""
+    """Create a file with its header and full size; returns the byte at which each tensor starts in the file."""
     header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     places: dict[str, int] = {}
     end = 0
-    for name in sorted(names, key=lambda name: -WIDTHS[tensors[name].dtype]):  # wide numbers first: all are aligned
+    for name in sorted(names, key=lambda name: -WIDTHS[tensors[name].dtype]):  # widest dtypes first: all are aligned
         item = tensors[name]
         places[name] = end
         header[name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [end, end + item.nbytes]}
         end += item.nbytes
     text = json.dumps(header, ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+        file.truncate(8 + len(text) + end)  # grows the file; the pieces fill it
     return {name: 8 + len(text) + start for name, start in places.items()}
 
 
 def bytes_of(array: mx.array) -> memoryview:
-    """The numbers of `array` in row-major order, little-endian as MLX's machines are."""
+    """Raw bytes of `array` in row-major order; little-endian, since all machines that MLX runs on are."""
     import mlx.core as mx
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""What lies beside a model's config and weights: the files this package reads, and no others, to be copied."""
+"""The files besides a model's config and weights that a copy of the model needs: those this package reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""A directory may hold code and pickles as well: those stay behind."""
+"""File names that are copied. A model directory may also hold code and pickles, which are not."""
 
 TEMPLATES = "additional_chat_templates"
 MAX_TEMPLATES = 100
@@ -29,10 +29,10 @@ MAX_BYTES = 256 << 20
 
 
 def side_files(directory: Path) -> dict[str, bytes | str]:
-    """Contents of the files of `NAMES` and of the chat templates in their folder, by name.
+    """Read the files of `NAMES` that exist, and the chat templates in the folder `TEMPLATES`; contents by name.
 
     Raises:
-        CheckpointError: one links out of the directory, is no regular file, or is larger than any such file is.
+        CheckpointError: a file links out of the directory, is not a regular file, or is larger than `MAX_BYTES`.
     """
     paths = {name: directory / name for name in NAMES if os.path.lexists(directory / name)}
     templates = sorted((directory / TEMPLATES).glob("*.jinja"))[:MAX_TEMPLATES]
@@ -41,11 +41,12 @@ def side_files(directory: Path) -> dict[str, bytes | str]:
 
 
 def _bounded(path: Path) -> bytes:
+    """Contents of a file of at most `MAX_BYTES`."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(MAX_BYTES + 1)  # one more than allowed, to tell a file that is too large
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(data) > MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_BYTES} bytes, the most such a file may have")
+        raise CheckpointError(f"{path}: larger than {MAX_BYTES} bytes, the limit for a file that is copied")
     return data

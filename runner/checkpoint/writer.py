@@ -1,4 +1,4 @@
-"""Writing a model directory: whole or not at all, one shard in memory at a time."""
+"""Writing a model directory: completely or not at all, with one shard in memory at a time."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ def write_checkpoint(
 ) -> None:
     """Write `config.json`, the weights and other files as a directory that `Checkpoint.open` reads back unchanged.
 
-    The files are written to a hidden sibling of `directory`, which is renamed when it is complete; after any error
-    nothing is left behind. `tensors` is consumed once, and a shard's tensors are let go when it is written. One shard
+    The files are written to a hidden sibling of `directory`, which is renamed once complete; after an error nothing is
+    left behind. `tensors` is consumed once, and a shard's tensors are released as soon as it is written. One shard
     becomes `model.safetensors`, several become `model-00001-of-0000N.safetensors` with an index.
 
     Args:
-        directory: must not exist, or be an empty directory; missing parents are made.
-        extra_files: contents by name; a name may have folders (`additional_chat_templates/rag.jinja`).
-        max_shard_bytes: tensor bytes in a shard; a larger tensor gets a shard to itself.
+        directory: must not exist, or must be an empty directory; missing parents are created.
+        extra_files: contents by name; a name may include folders (`additional_chat_templates/rag.jinja`).
+        max_shard_bytes: tensor bytes per shard; a larger tensor gets a shard to itself.
 
     Raises:
-        CheckpointError: the directory is taken, a name repeats or is unsafe, no tensor came, or the disk refused.
-        UsageError: `max_shard_bytes` below 1.
+        CheckpointError: `directory` exists and is not empty, a name is repeated or unsafe, `tensors` is empty, or the
+            disk cannot be written.
+        UsageError: `max_shard_bytes` is below 1.
     """
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes is {max_shard_bytes}; expected at least 1")
@@ -49,14 +50,16 @@ def write_checkpoint(
 
 @contextlib.contextmanager
 def new_directory(directory: Path, config: dict[str, Any], extra_files: Mapping[str, bytes | str]) -> Iterator[Path]:
-    """A hidden sibling of `directory` with everything but the weights, to write those to; renamed when that is done.
+    """Yield a hidden sibling of `directory` that has all files but the weights, for the caller to write them there.
 
-    After an error nothing is left of it. Arguments and errors as `write_checkpoint`'s.
+    On leaving the context it is renamed to `directory`; after an error it is removed. Arguments and errors are those
+    of `write_checkpoint`.
     """
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{directory}: already exists and is not an empty directory; choose another or remove it")
     contents: dict[str, bytes | str] = {"config.json": _config_text(config), **_checked(extra_files)}
+    # A sibling, so that both are on one disk and the rename is atomic.
     temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
     try:
         try:
@@ -69,7 +72,7 @@ def new_directory(directory: Path, config: dict[str, Any], extra_files: Mapping[
             raise CheckpointError(f"{directory}: cannot be written: {error.strerror or error}") from error
         yield temporary
         try:
-            temporary.rename(target)  # replaces an empty directory, fails on one that was filled meanwhile
+            temporary.rename(target)  # replaces an empty directory, fails if it was filled meanwhile
         except OSError as error:
             raise CheckpointError(f"{directory}: cannot be put in place: {error.strerror or error}") from error
     finally:
@@ -77,27 +80,29 @@ def new_directory(directory: Path, config: dict[str, Any], extra_files: Mapping[
 
 
 def _config_text(config: dict[str, Any]) -> str:
+    """The text of `config.json`, tried with the parser that will read it back."""
     try:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        parse_json(text.encode("utf-8"), "config")
+        parse_json(text.encode("utf-8"), "config")  # refuses what `json.dumps` accepts, such as NaN
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"config cannot be written as JSON that reads back: {error}") from error
     return text
 
 
 def _checked(extra_files: Mapping[str, bytes | str]) -> dict[str, bytes | str]:
+    """`extra_files`, after refusing names that lead elsewhere or collide with each other or with our own files."""
     for name in extra_files:
         if not name or not all(is_plain_name(part) for part in name.split("/")):
             raise CheckpointError(f"extra file {quoted(name)}: not a plain relative file name")
         if name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json")):
             raise CheckpointError(f"extra file {quoted(name)}: write_checkpoint writes this file itself")
         if any(str(parent) in extra_files for parent in PurePosixPath(name).parents):
-            raise CheckpointError(f"extra file {quoted(name)}: lies in a folder that is a file here")
+            raise CheckpointError(f"extra file {quoted(name)}: its folder has the name of another extra file")
     return dict(extra_files)
 
 
 class _Shards:
-    """Collects tensors into shards and writes each when it is full."""
+    """Collects tensors into shards and writes each shard when it is full."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self.directory = directory
@@ -108,10 +113,11 @@ class _Shards:
         self.total = 0
 
     def write(self, tensors: Iterable[tuple[str, mx.array]]) -> None:
+        """Write all tensors, and the index if one is needed."""
         seen: set[str] = set()
         for name, array in tensors:
             if name in seen or name == "__metadata__":
-                raise CheckpointError(f"tensor {quoted(name)} comes twice, or has the name that the format reserves")
+                raise CheckpointError(f"tensor {quoted(name)} comes twice, or has the name that safetensors reserves")
             seen.add(name)
             if self.batch and self.batch_bytes + array.nbytes > self.max_bytes:
                 self.flush()
@@ -119,14 +125,16 @@ class _Shards:
             self.batch_bytes += array.nbytes
         if not seen:
             raise CheckpointError("no tensors to write")
-        del array  # else the last shard's last tensor would outlive it
+        del array  # otherwise the loop variable would keep the last tensor alive after its shard is written
         self.flush()
         self.finish()
 
     def path(self, number: int) -> Path:
+        """Path of a shard until `finish`: its final name needs the number of shards."""
         return self.directory / f"model-{number:05d}.safetensors"
 
     def flush(self) -> None:
+        """Write the collected tensors as the next shard, check the file, and release them."""
         import mlx.core as mx
 
         path = self.path(len(self.names) + 1)
@@ -143,7 +151,7 @@ class _Shards:
         self.batch, self.batch_bytes = {}, 0
 
     def finish(self) -> None:
-        """Give the shards their final names, and write the index if there are several."""
+        """Give the shards their final names, and write the index if there is more than one."""
         count = len(self.names)
         if count == 1:
             self.path(1).rename(self.directory / "model.safetensors")
