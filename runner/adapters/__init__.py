@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters in PEFT's format: read, matched with a model, applied to its layers or merged."""
+"""LoRA and DoRA adapters in PEFT's format: read, matched against a model, applied or merged."""
 
 from runner.adapters.base import Base as Base
 from runner.adapters.files import AdapterFiles as AdapterFiles

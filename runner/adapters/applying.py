@@ -1,4 +1,4 @@
-"""Adapters put into a plan: each field that they change becomes a layer that computes the base and them."""
+"""Puts adapters into a model's plan: each field they change becomes a layer that computes base plus adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LAYERS: Mapping[type, type] = {Linear: AdaptedLinear, Embedding: AdaptedEmbeddi
 
 
 class Applying:
-    """Puts the layers of adapters into a plan."""
+    """Rewrites a model's plan, with adapted layers in place of the fields that adapters change."""
 
     def __init__(
         self, base: Base, parts: Parts, weights: Mapping[str, float], ops: Ops, dtype: mx.Dtype | None
@@ -32,6 +32,7 @@ class Applying:
         self.by_path = {stack.path: stack for stack in base.stacks.values()}
 
     def module(self, item: ModulePlan) -> ModulePlan:
+        """Return `item` with every adapted layer below it replaced."""
         kind = kind_of(item)
         if kind is not None:
             return self.adapted(item, kind)
@@ -44,8 +45,10 @@ class Applying:
         return dataclasses.replace(item, fields=fields)
 
     def adapted(self, item: ModulePlan, kind: type) -> ModulePlan:
+        """Wrap the layer `item` in its adapters; returns `item` itself where none changes it."""
         array = item.fields["weight"]
         assert isinstance(array, ArrayPlan)
+        # Adapters name stored matrices, of which a fused field joins several: collect what they have for any of them.
         pieces = pieces_of(array)
         names = [self.by_leaf.get((rows.leaf, kind), "") for matrix in pieces for rows in matrix]
         found = {factors.adapter for name in names for factors in self.parts.factors.get(name, ())}
@@ -55,6 +58,7 @@ class Applying:
         found |= stacked.keys()
         if not found and not tokens:
             return item
+        # One delta per adapter, in the order the adapters were given.
         deltas: list[Delta] = []
         magnitudes: list[Magnitude] = []
         for adapter in self.weights:
@@ -82,13 +86,16 @@ class Applying:
         return ModulePlan(item.path, _LAYERS[kind], fields)
 
     def of(self, adapter: str, rows: Rows, kind: type) -> Factors | None:
-        """The adapter's factors for a site, if it has any."""
+        """The factors that `adapter` has for the site of `rows`, if any."""
         factors = self.parts.factors.get(self.by_leaf.get((rows.leaf, kind), ""), ())
         return next((item for item in factors if item.adapter == adapter), None)
 
     def delta(self, adapter: str, kind: type, array: ArrayPlan, matrix: list[Rows]) -> tuple[Delta, Magnitude | None]:
+        """One adapter's delta for a field made of the stored rows `matrix`, with DoRA's magnitudes if it has them."""
+        # Rows of the field without factors get zeros in B.
         parts = [(rows, factors) for rows in matrix if (factors := self.of(adapter, rows, kind)) is not None]
         out = sum(rows.stop - rows.start for rows in matrix)
+        # Reading may permute the field's rows: those of B, and DoRA's magnitudes, must follow.
         order = row_order(array.transform, out)
         downs = [self.cast(factors.down()) for _, factors in parts]
         ups = [self.cast(factors.up()) for _, factors in parts]
@@ -97,6 +104,7 @@ class Applying:
         down = downs[0] if len(downs) == 1 else mx.concatenate(downs)
         up = ups[0] if whole else _blocks(out, [(rows, up) for (rows, _), up in zip(parts, ups, strict=True)])
         up = up if order is None else up[order]
+        # An embedding looks rows up in the factor `[vocab_size, R]`, which the other layers multiply with last.
         if kind is Embedding:
             down, up = up, down.T
         down, up = mx.contiguous(down), mx.contiguous(up)
@@ -104,6 +112,7 @@ class Applying:
         delta = Delta(adapter, down, up, scale)
         if all(factors.magnitude is None for _, factors in parts):
             return delta, None
+        # A row without a magnitude keeps the base's length: `there` marks those that have one.
         lengths, there = mx.ones(out), mx.zeros(out, dtype=mx.bool_)
         for rows, factors in parts:
             length = factors.lengths()
@@ -114,12 +123,17 @@ class Applying:
         return delta, Magnitude(delta, *((lengths, there) if order is None else (lengths[order], there[order])))
 
     def token_rows(self, saved: SavedRows) -> TokenRows:
+        """Read the rows that an adapter has for single tokens."""
         rows = self.cast(saved.read())
         mx.eval(rows)
         return TokenRows(saved.adapter, mx.array(saved.tokens), rows)
 
     def experts(self, adapter: str, width: int, pieces: list[list[Rows]]) -> Delta:
-        """Each expert's A below one another, and its B, scaled, in blocks; zeros for those that have none."""
+        """One adapter's delta for a field with experts, from factors of single matrices.
+
+        Each expert stacks the A of its matrices and has their B, scaled, in blocks. All experts get the rank of the
+        largest, with zeros where one has less or no factors.
+        """
         found = [[self.of(adapter, rows, ExpertLinear) for rows in matrix] for matrix in pieces]
         ranks = [max(0 if item is None else item.rank for item in column) for column in zip(*found, strict=True)]
         out = sum(rows.stop - rows.start for rows in pieces[0])
@@ -140,23 +154,25 @@ class Applying:
         return Delta(adapter, *stacked, 1.0)
 
     def stack(self, factors: StackFactors, stack: Stack) -> Delta:
-        """A and B of all experts."""
+        """One adapter's delta for a field with experts, from factors of all experts at once."""
         down, up = self.cast(factors.downs), self.cast(mx.contiguous(in_field_order(stack, factors.ups)))
         mx.eval(down, up)
         return Delta(factors.adapter, down, up, factors.scale)
 
     def cast(self, array: mx.array) -> mx.array:
+        """Convert to the dtype the model runs in, if one was asked for."""
         return array if self.dtype is None else array.astype(self.dtype)
 
 
 def _scales(scales: Sequence[float], ranks: Sequence[int]) -> mx.array | float:
+    """One number where all factors have the same scale, else each scale repeated over its rank: `[R]`."""
     if len(set(scales)) == 1:
         return scales[0]
     return mx.concatenate([mx.full((rank,), scale) for scale, rank in zip(scales, ranks, strict=True)])
 
 
 def _blocks(out: int, parts: Sequence[tuple[Rows, mx.array]]) -> mx.array:
-    """`[out, R]` with each part's rows at their place, in columns of their own."""
+    """Join B `[out, R]`: each part's rows at their place in the field, in columns of their own."""
     columns = []
     for rows, up in parts:
         piece = up[rows.start : rows.stop]

@@ -1,4 +1,4 @@
-"""A model that adapters are put on: its config, its tensors, and the places in it."""
+"""The model that adapters are put on: its config, its tensors, and the matrices they can change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from runner.weights.tags import Source
 
 @dataclass(frozen=True)
 class Base:
-    """A model's config and tensors, and where adapters can be. `tied`: the table that the head shares."""
+    """A model's config and tensors, and the matrices that adapters can change.
+
+    Attributes:
+        raw: `config.json`'s object.
+        sites: the stored matrices, by the name of their module.
+        stacks: the fields with experts, by transformers' name of the parameter.
+        head: the module name of the model's head.
+        tied: the module name of the table that the head shares; None where it shares none.
+    """
 
     raw: Mapping[str, Any]
     source: Source
@@ -26,15 +34,20 @@ class Base:
     tied: str | None
 
     def changed(self, changes: Mapping[str, Change], untied: bool, gone: frozenset[str] = frozenset()) -> Base:
-        """With `changes`, without what is `gone`, and where `untied` with a copy of the shared table as a head."""
+        """The model with the tensors `changes` in place of its own, and without those in `gone`.
+
+        Where `untied`, head and embeddings become two: a head that `changes` does not bring is a copy of the table.
+        """
         raw = {**self.raw, "tie_word_embeddings": False} if untied else self.raw
         if not untied or self.tied is None:
             return dataclasses.replace(self, raw=raw, source=Overlay(self.source, changes, gone))
+        # A quantized table is copied with its scales and biases.
         copies: dict[str, Change] = {}
         for suffix in ("weight", "scales", "biases"):
             header = self.source.headers.get(f"{self.tied}.{suffix}")
             if header is not None and f"{self.head}.weight" not in changes:
                 copies[f"{self.head}.{suffix}"] = Change(header, _reader(self.source, f"{self.tied}.{suffix}"))
+        # From here on the head has tensors under its own name.
         sites = {name: dataclasses.replace(site, leaf=name) for name, site in self.sites.items()}
         source = Overlay(self.source, {**copies, **changes}, gone)
         return dataclasses.replace(self, raw=raw, source=source, sites=sites, tied=None)

@@ -1,6 +1,6 @@
-"""`adapter_config.json` of PEFT's LoRA and DoRA: every key that changes numbers is used, or refused by name.
+"""`adapter_config.json` of PEFT's LoRA and DoRA: every key that changes results is used, or refused by name.
 
-Source of what keys mean: PEFT 0.21 (`peft.tuners.lora.config`, `check_target_module_exists`, `get_pattern_key`).
+Source of the keys' meaning: PEFT 0.21 (`peft.tuners.lora.config`, `check_target_module_exists`, `get_pattern_key`).
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from runner.errors import ConfigError
 from runner.local_files import quoted
 
 Modules = tuple[str, ...] | NamePattern
-"""Names of modules, or a pattern of them."""
+"""Module names, or a pattern that matches them."""
 
 HARMLESS = frozenset(
     ["auto_mapping", "base_model_name_or_path", "corda_config", "ephemeral_gpu_offload", "eva_config",
      "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
      "peft_version", "qalora_group_size", "revision", "runtime_config", "velora_config"]
 )  # fmt: skip
-"""About training, about where the base came from, or settings of methods that other keys switch on. `fan_in_fan_out`
-says how the base stores its matrices, which the base's family knows."""
+"""Keys that are ignored: about training, about where the base came from, or settings of methods that other keys turn
+on. `fan_in_fan_out` says how the base stores its matrices, which the base's family knows."""
 
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""`init_lora_weights` whose base stayed as it was."""
+"""Values of `init_lora_weights` that leave the base unchanged."""
 
 CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq")
-"""Those that changed the base before training: the adapter fits only that changed base."""
+"""Values of `init_lora_weights` that changed the base before training: the adapter fits only that changed base."""
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 1 << 14
+"""The largest rank that a config may ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """The keys that are used. Modules are named as transformers names them, without `base_model.model.`."""
+    """The keys of `adapter_config.json` that are used. Modules have transformers' names (no `base_model.model.`)."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -59,14 +60,14 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> AdapterConfig:
-        """Read `adapter_config.json`'s object.
+        """Read the object in `adapter_config.json`.
 
         Raises:
-            ConfigError: another method than LoRA, a bad value, or a key that could change numbers and is not
-                understood; all of them at once.
+            ConfigError: the method is not LoRA, a value is invalid, or a key that could change results is not
+                understood; the message lists all problems.
         """
         if "fine_tune_type" in raw or "lora_parameters" in raw:
-            raise ConfigError("an adapter of mlx-lm, which is not read: only PEFT's format is")
+            raise ConfigError("this is an adapter of mlx-lm, which is not supported: only PEFT's format is")
         problems = _refused(raw)
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
@@ -83,12 +84,16 @@ class AdapterConfig:
         return cls(**values)
 
     def targets(self, names: Sequence[str], *, linear: bool) -> bool:
-        """Whether the module that goes by any of `names` has an adapter; `linear`: whether it is a matrix within
-        the layers, which `all-linear` means."""
+        """Whether the config gives the module an adapter.
+
+        Args:
+            names: all names of the module: a match with any of them counts.
+            linear: whether the module is a matrix within the layers, which `all-linear` includes.
+        """
         return any(self._targets(name, linear) for name in names)
 
     def targets_parameter(self, names: Sequence[str]) -> bool:
-        """Whether the tensor (of all experts of a layer) that goes by any of `names` has an adapter."""
+        """Whether the config gives a parameter (all experts of a layer in one tensor), known by `names`, an adapter."""
         return any(_listed(self.target_parameters, name) for name in names)
 
     def _targets(self, name: str, linear: bool) -> bool:
@@ -97,38 +102,42 @@ class AdapterConfig:
         if isinstance(self.target_modules, NamePattern):
             all_linear = self.target_modules.text.lower() == ALL_LINEAR
             return linear if all_linear else self.target_modules.matches(name)
-        if name in self.target_modules:
+        if name in self.target_modules:  # a full name is not restricted to `layers_to_transform`
             return True
         return _listed(self.target_modules, name) and (not self.layers_to_transform or self._layer(name))
 
     def _layer(self, name: str) -> bool:
-        """Whether `name` lies in one of `layers_to_transform`: the first number behind one of `layers_pattern`."""
+        """Whether the layer index in `name` is one of `layers_to_transform`.
+
+        The index is the first number after one of `layers_pattern`, or after any word where that is empty.
+        """
         before = "|".join(map(re.escape, self.layers_pattern)) or r"[^.]*"
         start = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
         found = re.match(rf"{start}(?:{before})\.(\d+)\.", name)
         return found is not None and int(found[1]) in self.layers_to_transform
 
     def rank(self, names: Sequence[str]) -> int:
-        """r of the module that goes by `names`."""
+        """The rank r of the module known by `names`."""
         return int(_chosen(self.rank_pattern, names, self.r))
 
     def scale(self, names: Sequence[str]) -> float:
-        """What B A is multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+        """The factor that multiplies B A: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
         rank = self.rank(names)
         return _chosen(self.alpha_pattern, names, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def saves(self, name: str) -> bool:
-        """Whether the module is one that was trained as a whole."""
+        """Whether the module was trained as a whole (`modules_to_save`)."""
         return any(_within(saved, name) or name.endswith(saved) for saved in self.modules_to_save)
 
 
 def _short(value: object) -> str:
+    """Show a value in a message, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _refused(raw: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the keys that are not kept."""
+    """List the problems with keys that are not fields of `AdapterConfig`."""
     problems = []
     if raw.get("peft_type") != "LORA":
         problems.append(f"peft_type {_short(raw.get('peft_type'))} is not supported, only 'LORA' is")
@@ -154,19 +163,19 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _listed(modules: Modules, name: str) -> bool:
-    """`target_modules` and `exclude_modules`: a pattern of the whole name, or names that it ends with."""
+    """Whether `name` matches a pattern as a whole, or ends with one of the names in a list, at a dot."""
     if isinstance(modules, NamePattern):
         return modules.matches(name)
     return any(name == module or name.endswith(f".{module}") for module in modules)
 
 
 def _within(module: str, name: str) -> bool:
-    """Whether `name` is `module` or lies in it, wherever that is."""
+    """Whether `name` is the module or lies in it; `module` may start at any dot of `name`."""
     return f".{module}." in f".{name}."
 
 
 def _chosen(patterns: Sequence[tuple[NamePattern, float]], names: Sequence[str], default: float) -> float:
-    """The value of the first pattern that matches the end of a name."""
+    """The value of the first pattern that matches the end of one of `names`, else `default`."""
     return next((value for pattern, value in patterns if any(map(pattern.ends, names))), default)
 
 
@@ -181,7 +190,7 @@ def _positive(value: object) -> int:
 
 def _index(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-        raise ConfigError("must be an index, or a list of them")
+        raise ConfigError("must be an index or a list of indices")
     return value
 
 
@@ -220,7 +229,7 @@ def _indices(value: object) -> tuple[int, ...]:
 
 
 def _tokens(value: object) -> dict[str, tuple[int, ...]]:
-    """Indices by the name of an embedding; those of a bare list belong to the model's own, called "" here."""
+    """Token ids by the name of a table; a bare list is for the model's embeddings, under the name ""."""
     named = value if isinstance(value, dict) else {"": value}
     return {name: _indices(indices) for name, indices in named.items()}
 
@@ -234,8 +243,9 @@ def _alphas(value: object) -> tuple[tuple[NamePattern, float], ...]:
 
 
 def _patterns(value: object) -> list[tuple[NamePattern, object]]:
+    """The entries of an object whose keys are patterns of module names."""
     if not isinstance(value, dict):
-        raise ConfigError("must be an object")
+        raise ConfigError("must be an object of patterns and their values")
     return [(NamePattern.compile(pattern), entry) for pattern, entry in value.items()]
 
 

@@ -1,4 +1,4 @@
-"""The directory of an adapter in PEFT's format: its config and the headers of its tensors, both checked."""
+"""Opens an adapter's directory in PEFT's format: checks its config and the headers of its tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from runner.local_files import path_in, quoted, read_json
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 Given = Mapping[str, float] | Iterable[str]
-"""Adapters by directory or hub id: with their weights, or as "PATH" (weight 1) or "PATH=WEIGHT"."""
+"""Adapters by directory or hub id: a mapping to their weights, or strings "PATH" (weight 1) or "PATH=WEIGHT"."""
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter on disk. `name`: by which its weight is set; `weight`: of what it adds, 0 leaves it out."""
+    """An adapter on disk.
+
+    Attributes:
+        name: the name by which its weight is set.
+        weight: the factor on what the adapter adds; 0 turns it off.
+    """
 
     name: str
     weight: float
@@ -35,7 +40,7 @@ class AdapterFiles:
 
         Raises:
             CheckpointError: a file is missing or malformed, or the weights are a pickle.
-            ConfigError: the config asks for what is not supported.
+            ConfigError: the config asks for something that is not supported.
         """
         if not os.path.isdir(path):
             what = "is a file; an adapter is a directory" if os.path.exists(path) else "no such directory"
@@ -50,21 +55,21 @@ class AdapterFiles:
             why = f"no {WEIGHTS}"
             if os.path.lexists(path / PICKLE):
                 why = (
-                    f"only {PICKLE}, a pickle; reading one can run code of its author, so it is refused: save the "
-                    "adapter again where you trust it (PEFT: save_pretrained writes safetensors)"
+                    f"only {PICKLE}, a pickle, which can run its author's code when it is read, so it is refused: if "
+                    "you trust it, save the adapter again (PEFT's save_pretrained writes safetensors)"
                 )
             raise CheckpointError(f"{path}: {why}")
         return cls(name, weight, config, Checkpoint.open_file(path, WEIGHTS, CONFIG))
 
 
 def open_adapters(given: Given, resolve: Callable[[str], Path]) -> list[AdapterFiles]:
-    """The adapters of `runner.load`'s argument, in order; `resolve` finds the directory of each.
+    """Open the adapters given to `runner.load`, in order; `resolve` finds the directory of each.
 
-    One is called by the last part of its path or hub id, or where two share that by all that was given.
+    An adapter's name is the last part of its path or hub id; where two share that, each is named as it was given.
 
     Raises:
-        UsageError: a weight is not a finite number, or an adapter comes twice.
-        RunnerError: as `AdapterFiles.open`, or `resolve`.
+        UsageError: a weight is not a finite number, or an adapter is given twice.
+        RunnerError: raised by `AdapterFiles.open` or `resolve`.
     """
     if isinstance(given, str):
         raise UsageError(f"adapters must be a list or a mapping to weights, not the string {given!r}")
@@ -85,7 +90,7 @@ def open_adapters(given: Given, resolve: Callable[[str], Path]) -> list[AdapterF
 
 
 def parse(item: str) -> tuple[str, float]:
-    """ "PATH=WEIGHT" or "PATH"; where all of it is an existing directory's name, there is no weight in it."""
+    """Split "PATH=WEIGHT" or "PATH" into path and weight; an existing directory with "=" in its name is a path."""
     path, equals, number = item.rpartition("=")
     if not equals or os.path.isdir(os.path.expanduser(item)):
         return item, 1.0
@@ -97,12 +102,12 @@ def parse(item: str) -> tuple[str, float]:
 
 
 def checked_weight(name: str, weight: object) -> float:
-    """`weight`; raises `UsageError` where it is not a finite number."""
+    """Return `weight` as a float; raises `UsageError` if it is not a finite number."""
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UsageError(f"the weight of adapter {name} must be a finite number, not {weight!r}")
     return float(weight)
 
 
 def _last_part(spec: str) -> str:
-    """Of a path or a hub id without its revision."""
+    """The last part of a path, or of a hub id without its revision."""
     return re.split(r"[/\\]", re.sub(r"@[^/]*$", "", spec).rstrip("/\\"))[-1] or spec

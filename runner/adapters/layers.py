@@ -1,7 +1,7 @@
-"""Layers with adapters: what the base computes, plus products with small matrices; the base's weights stay as they are.
+"""Layers with adapters: the base's result plus products with small matrices; the base's weights stay unchanged.
 
-LoRA (arXiv:2106.09685): `y = W x + s B A x`. DoRA (arXiv:2402.09353): `y = m / ||W + s B A|| (W x + s B A x)`, the norm
-of each row taken once, when the layer is made.
+LoRA (arXiv:2106.09685): `y = W x + s B A x`. DoRA (arXiv:2402.09353): `y = m / ||W + s B A|| (W x + s B A x)`, where
+the norm of each row is computed once, when the layer is made.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from runner.ops.table import PORTABLE, Ops
 
 @dataclass
 class Delta:
-    """What one adapter adds to one field of a model, whose rows may come from several matrices: then `down` holds the
-    A of each below one another, and `up` is zero where a row has no part in them.
+    """The low-rank update that one adapter adds to one field of a model.
+
+    Where a field joins several stored matrices, `down` stacks the A of each, and `up` is zero where a row of the field
+    has no part in one of them.
 
     Attributes:
-        adapter: its name, by which `weights` has its weight.
-        down: `[R, in]`; of experts `[E, R, in]`; of embeddings `[vocab_size, R]`.
-        up: `[out, R]`; of experts `[E, out, R]`.
-        scale: `[R]` float32, or a number where all are the same.
+        adapter: the adapter's name, its key in `weights`.
+        down: `[R, in]`; for experts `[E, R, in]`; for embeddings `[vocab_size, R]`.
+        up: `[out, R]`; for experts `[E, out, R]`.
+        scale: `[R]` float32, or one number for all.
     """
 
     adapter: str
@@ -36,14 +38,14 @@ class Delta:
 
 @dataclass
 class TokenRows:
-    """Rows of a table that stand in for the base's: those of `tokens` (`[n]` integers), `[n, width]`."""
+    """Rows `[n, width]` that replace the base table's rows for the ids `tokens` (`[n]` integers)."""
 
     adapter: str
     tokens: mx.array
     rows: mx.array
 
     def looked_up(self, ids: mx.array, y: mx.array) -> mx.array:
-        """`y` `[..., width]`, what the table has for `ids` `[...]`, with these rows in it."""
+        """Replace rows of `y` `[..., width]`, which the table has for `ids` `[...]`, where an id is in `tokens`."""
         hits = ids[..., None] == self.tokens
         return mx.where(
             mx.any(hits, axis=-1, keepdims=True),
@@ -52,21 +54,21 @@ class TokenRows:
         )
 
     def scored(self, x: mx.array, y: mx.array, ops: Ops) -> mx.array:
-        """`y` `[..., vocab_size]`, the table's products with `x`, with those of these rows in it."""
+        """Replace the logits of `tokens` in `y` `[..., vocab_size]`, the table's products with `x`."""
         y[..., self.tokens] = ops.linear(x, self.rows, None).astype(y.dtype)
         return y
 
 
 @dataclass
 class Magnitude:
-    """DoRA's part of a delta: for each row of the field its length m, `[out]`, where `rows` (bool `[out]`) has it."""
+    """DoRA's magnitudes for a delta: `lengths` has m `[out]` of the field's rows, valid where `rows` (bool `[out]`)."""
 
     delta: Delta
     lengths: mx.array
     rows: mx.array
 
     def gain(self, matrix: mx.array) -> mx.array:
-        """`[out]` float32: `m / ||W + s B A||` with W `[out, in]`, and 1 for rows without m."""
+        """DoRA's factor for each row, `[out]` float32: `m / ||W + s B A||` with W `[out, in]`, or 1 without m."""
         delta = self.delta
         up = delta.up.astype(mx.float32) * delta.scale
         moved = matrix.astype(mx.float32) + up @ delta.down.astype(mx.float32)
@@ -76,9 +78,11 @@ class Magnitude:
 
 @dataclass
 class AdaptedLinear(Linear):
-    """A linear layer with adapters. `weights` is one object for all layers of a model: a change of it is seen at once.
+    """A linear layer with adapters.
 
-    A weight of 0 leaves its adapter out. One with magnitudes or tokens has 0 or 1, and no other shares its rows.
+    All layers of a model share one `weights` object, so a change to it takes effect at the next call. A weight of 0
+    turns its adapter off. An adapter with magnitudes or token rows has weight 0 or 1, and no other adapter changes the
+    same stored matrix.
     """
 
     base: Linear
@@ -89,15 +93,16 @@ class AdaptedLinear(Linear):
     ops: Ops = PORTABLE
 
     def __post_init__(self) -> None:
+        # DoRA scales W x but not the bias b: gain * (W x + b) + (1 - gain) * b = gain * W x + b.
         self.gains: dict[str, tuple[mx.array, mx.array]] = {}
         for magnitude in self.magnitudes:
             matrix = self.base.matrix()
-            bias = self.base(mx.zeros((1, matrix.shape[1])))[0].astype(mx.float32)  # what the layer makes of nothing
+            bias = self.base(mx.zeros((1, matrix.shape[1])))[0].astype(mx.float32)  # output for zeros
             gain = magnitude.gain(matrix)
             shift = (1 - gain) * bias
-            mx.eval(gain, shift)  # before the next layer's matrix is unpacked
+            mx.eval(gain, shift)  # now, so that one dequantized matrix is in memory at a time
             self.gains[magnitude.delta.adapter] = gain, shift
-        self.magnitudes = []  # they have done their part
+        self.magnitudes = []  # the factors in `gains` replace them
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.base(x)
@@ -105,6 +110,7 @@ class AdaptedLinear(Linear):
             weight = self.weights[delta.adapter]
             if not weight:
                 continue
+            # Scaled between the two products, where there are R values and not `out`.
             lows = self.ops.linear(x, delta.down, None) * (delta.scale * weight)
             more = self.ops.linear(lows, delta.up, None)
             if delta.adapter in self.gains:
@@ -121,7 +127,7 @@ class AdaptedLinear(Linear):
         return True
 
     def matrix(self) -> mx.array:
-        """W `[out, in]` float32 with the adapters in it."""
+        """W `[out, in]` in float32, with the adapters added."""
         result = self.base.matrix().astype(mx.float32)
         for delta in self.deltas:
             weight = self.weights[delta.adapter]
@@ -138,7 +144,7 @@ class AdaptedLinear(Linear):
 
 @dataclass
 class AdaptedExperts(ExpertLinear):
-    """A matrix for each expert, with adapters."""
+    """The experts' matrices of one field, with adapters."""
 
     base: ExpertLinear
     deltas: list[Delta]
@@ -157,7 +163,7 @@ class AdaptedExperts(ExpertLinear):
         return y
 
     def matrices(self) -> mx.array:
-        """`[E, out, in]` float32 with the adapters in them."""
+        """The experts' matrices `[E, out, in]` in float32, with the adapters added."""
         result = self.base.matrices().astype(mx.float32)
         for delta in self.deltas:
             if self.weights[delta.adapter]:
@@ -172,7 +178,7 @@ class AdaptedExperts(ExpertLinear):
 
 @dataclass
 class AdaptedEmbedding(Embedding):
-    """A table with adapters: rows of `down` are looked up as the table's are."""
+    """An embedding table with adapters: a token's row of `down` is looked up like its row of the table."""
 
     base: Embedding
     deltas: list[Delta]

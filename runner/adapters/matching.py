@@ -1,4 +1,4 @@
-"""One adapter against a model: each of its tensors finds its place, or is named; no tensor is read."""
+"""Matches one adapter against a model: each of its tensors finds its place or is reported; no tensor is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 class Matching:
-    """One adapter against the sites of a model: its factors, and the tensors it replaces."""
+    """One adapter matched against the sites of a model.
+
+    Attributes:
+        factors, rows: the adapter's factors, and its rows for single tokens, by the name of their site.
+        stacked: its factors for all experts of a field, by the name of their stack.
+        changes: the tensors that it replaces, by name.
+    """
 
     def __init__(
         self,
@@ -34,8 +40,15 @@ class Matching:
         tied: str | None,
         ties: bool,
     ) -> None:
-        """`tied`: the table that the head shares, if the checkpoint has one tensor for both; `ties`: whether the config
-        says that it shares it."""
+        """Match the adapter.
+
+        Args:
+            tied: the name of the table that the head shares, if the checkpoint has one tensor for both.
+            ties: whether the config says that the head shares the table.
+
+        Raises:
+            WeightsError: the adapter does not fit the model; the message lists all problems.
+        """
         self.adapter, self.config = adapter, adapter.config
         self.base, self.sites, self.stacks = base, sites, stacks
         self.tied, self.ties = tied, ties
@@ -48,10 +61,12 @@ class Matching:
         self.stacked: dict[str, StackFactors] = {}
         self.changes: dict[str, Change] = {}
         self.untied = False
-        """Whether head and embeddings, one tensor in the base, are two with this adapter."""
+        """Whether head and embeddings, one tensor in the base, become two with this adapter."""
         self.match()
 
     def match(self) -> None:
+        """Sort the adapter's tensors by their names, then check that each fits and none is missing."""
+        # Factors of a module are checked together, once all of them are found.
         found: dict[str, dict[str, str]] = {}
         self.left: list[str] = []
         for full, header in self.adapter.source.headers.items():
@@ -77,25 +92,28 @@ class Matching:
             raise WeightsError(self.problems.message(self.left, title))
 
     def site(self, module: str) -> Site | None:
+        """The site of a module, by its full name or by the name without prefixes."""
         return self.sites.get(module) or self.by_short.get(short(module))
 
     def in_all_linear(self, site: Site) -> bool:
-        """Whether `all-linear` means it."""
+        """Whether `all-linear` includes the site."""
         return site.kind is not Embedding and site.name != self.head
 
     def whole_tables(self) -> list[str]:
-        """Sites whose rows are tokens."""
+        """Names of the sites with one row per token: the embeddings and the head."""
         return [name for name, site in self.sites.items() if name == self.head or site.group == TABLE]
 
     def unused(self, full: str) -> None:
+        """Report a tensor of the adapter that has no place in the model."""
         self.left.append(full)
         self.problems.unused(full, self.adapter.source.headers[full].shape)
 
     def twice(self, full: str) -> None:
+        """Report a second tensor for one place."""
         self.problems.other(f"{full} is there twice, under two names")
 
     def module(self, module: str, tensors: dict[str, str]) -> None:
-        """The factors of one module."""
+        """Check the factors of one module; those that fit are kept."""
         site, adapter = self.site(module), self.adapter
         if site is None:
             if not self.stack(module, tensors):
@@ -108,6 +126,7 @@ class Matching:
         if not self.config.targets(names, linear=self.in_all_linear(site)):
             self.problems.other(f"{module} has an adapter, but adapter_config.json does not target it")
             return
+        # An embedding looks up rows of A, so its A is `[r, vocab_size]` and its B `[width, r]`.
         a, b = ("eA", "eB") if site.kind is Embedding else ("A", "B")
         rank, (out, width) = self.config.rank(names), site.shape
         shapes: dict[str, tuple[int, ...]] = {
@@ -137,8 +156,11 @@ class Matching:
                 self.problems.other("ensure_weight_tying is not supported for LoRA of embeddings that the head shares")
 
     def stack(self, module: str, tensors: dict[str, str]) -> bool:
-        """The factors of all experts of a field. Where two parameters of a module have some, PEFT calls those of one
-        `base_layer`: their shapes tell which is which."""
+        """Keep factors of all experts of a field; returns False where they fit no field.
+
+        Where two parameters of a module have factors, PEFT adds `base_layer` to the names of one pair: the shapes tell
+        which parameter each pair belongs to.
+        """
         if tensors.keys() != {"A", "B"} or self.config.use_dora:
             return False
         above = short(module.replace(".base_layer", ""))
@@ -157,7 +179,10 @@ class Matching:
         return False
 
     def expect(self, found: Mapping[str, object]) -> None:
-        """Each module that the config targets must be there; of a field with experts, all or none."""
+        """Report what the config promises and the adapter lacks.
+
+        Each module that the config targets must have factors; the experts of one field all or none of them.
+        """
         there = {site.name for module in found if (site := self.site(module)) is not None}
         groups = {self.sites[name].group for name in there}
         for site in self.sites.values():
@@ -173,7 +198,8 @@ class Matching:
             if stack.name not in self.stacked and self.config.targets_parameter([stack.name]):
                 rank = self.config.rank([stack.name])
                 what = f"A [{experts * rank}, {width}] and B [{out}, {experts * rank}]"
-                self.problems.other(f"target_parameters has {stack.name}, of which there are no {what}")
+                self.problems.other(f"target_parameters names {stack.name}, but the adapter has no {what} for it")
+        # Trained biases: of every module, or of those that have factors.
         for name, header in self.base.headers.items():
             module = name.removesuffix(".bias")
             site = self.site(module)
@@ -183,12 +209,13 @@ class Matching:
         saved = [short(name) for name in self.changes]
         for module in self.config.modules_to_save:
             if not any(re.search(rf"(^|[._]){re.escape(module)}\.", name) for name in saved):
-                self.problems.other(f"modules_to_save names {module!r}, of which there is no tensor")
+                self.problems.other(f"modules_to_save names {module!r}, but the adapter has none of its tensors")
 
     def whole(self, name: str, full: str) -> None:
-        """A tensor that stands in for one of the base."""
+        """Match a tensor that replaces one of the base."""
         header = self.adapter.source.headers[full]
         module, _, last = name.rpartition(".")
+        # The tensor it replaces: that of a site, or any other of the base (a norm's weight, a bias).
         site = self.site(module)
         own = self.base_short.get(short(name)) if name not in self.base.headers else name
         shape: tuple[int, ...] | None = None
@@ -212,7 +239,7 @@ class Matching:
         self.changes[own] = Change(Info(header.dtype, shape), lambda: source.read(full))
 
     def tokens(self, module: str, full: str) -> None:
-        """Rows of a table that stand in for the base's; a head that shares the table shares them."""
+        """Match rows that replace single rows of a table; a head that shares the table shares them."""
         indices = self.config.trainable_token_indices
         site = self.site(module)
         key = next((key for key in indices if module == key or module.endswith(f".{key}")), "")
@@ -220,14 +247,14 @@ class Matching:
             self.unused(full)
             return
         if site.name == self.head and self.ties:
-            self.problems.other(f"{full}: rows of a head that shares the embeddings are not supported by themselves")
+            self.problems.other(f"{full}: the head shares the embeddings, so rows for the head alone are not supported")
             return
         tokens, shape = indices[key], (len(indices[key]), site.shape[1])
         if self.adapter.source.headers[full].shape != shape:
             self.problems.shape(full, self.adapter.source.headers[full].shape, shape)
             return
         if len(set(tokens)) < len(tokens) or max(tokens) >= site.shape[0]:
-            self.problems.other(f"trainable_token_indices: expected different tokens below {site.shape[0]}")
+            self.problems.other(f"trainable_token_indices: expected distinct token ids below {site.shape[0]}")
             return
         if site.name in self.rows:
             self.twice(full)

@@ -1,4 +1,4 @@
-"""Adapters added to the tensors of a model, matrix by matrix when they are read: what `convert` writes."""
+"""Adds adapters to the tensors of a model, matrix by matrix when they are read: what `convert` writes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ from runner.weights.transforms import MX_BLOCKS
 
 
 def merged(base: Base, parts: Parts, weights: Mapping[str, float]) -> Base:
-    """`base` with the adapters added: each changed matrix as numbers in the dtype it has (packed: in that of its
-    scales), all others as they are. Head and embeddings that differ then are two tensors."""
+    """`base` with the adapters added to its tensors.
+
+    A changed matrix keeps its dtype; a quantized one is dequantized to the dtype of its scales. All other tensors stay
+    as they are. A head and embeddings that no longer agree become two tensors.
+    """
     return _Merging(base, parts, weights).result()
 
 
 @dataclass(frozen=True)
 class _Merging:
+    """The changes to the tensors of `base` that adapters with these weights make."""
+
     base: Base
     parts: Parts
     weights: Mapping[str, float]
 
     def result(self) -> Base:
+        """The merged model."""
         changes: dict[str, Change] = {}
         gone: set[str] = set()
+        # Factors on head or embeddings alone pull a shared table apart; single token rows are shared by both.
         ends = [name for name, site in self.base.sites.items() if site.group in (HEAD, TABLE)]
         apart = any(self.parts.active(name, self.weights)[0] for name in ends)
         experts = self.experts()
@@ -41,6 +48,7 @@ class _Merging:
         for name, stacked in self.parts.stacked.items():
             stack, active = self.base.stacks[name], [item for item in stacked if self.weights[item.adapter]]
             for leaf in stack.leaves if active else ():
+                # gpt-oss's MXFP4 pair of blocks and scales becomes one plain tensor.
                 if leaf.name.endswith("_blocks"):
                     plain = leaf.name.removesuffix("_blocks")
                     gone |= {leaf.name, f"{plain}_scales"}
@@ -50,7 +58,7 @@ class _Merging:
         return self.base.changed(changes, apart, frozenset(gone))
 
     def experts(self) -> dict[str, list[ExpertFactors]]:
-        """What adapters of all experts of a field are for each matrix, where the checkpoint has one for each."""
+        """Factors of all experts of a field, split where the checkpoint stores each expert's matrix by itself."""
         found: dict[str, list[ExpertFactors]] = {}
         for name, stacked in self.parts.stacked.items():
             for factors in stacked:
@@ -62,6 +70,7 @@ class _Merging:
         return found
 
     def matrix(self, site: Site, factors: Sequence[Factors | ExpertFactors], rows: Sequence[SavedRows]) -> Change:
+        """The change that adds factors to a matrix and replaces rows of it."""
         source = self.base.source
 
         def read() -> mx.array:
@@ -80,8 +89,11 @@ class _Merging:
         return Change(Info(stored_dtype(source, site.leaf), site.shape[::-1] if site.transposed else site.shape), read)
 
     def stack(self, stack: Stack, leaf: StackLeaf, factors: Sequence[StackFactors]) -> Change:
-        """One tensor of all experts. Published ones (gpt-oss) have transformers' order of rows and lie `[E, in, out]`;
-        those that mlx-lm wrote (`.weight`) have the field's order and lie `[E, out, in]`."""
+        """The change that adds factors to one tensor of all experts.
+
+        Published tensors (gpt-oss) have transformers' row order and are `[E, in, out]`; those that mlx-lm wrote
+        (`.weight`) have the field's order and are `[E, out, in]`.
+        """
         source = self.base.source
         written = leaf.name.endswith(".weight")
         experts, _, width = stack.shape

@@ -1,6 +1,6 @@
 """Adapters on a model: checked against it together, then applied when it is loaded, or merged into its tensors.
 
-Whole tensors that an adapter brings (`modules_to_save`, biases) stand in for the base's before the model is planned.
+Whole tensors that an adapter brings (`modules_to_save`, biases) replace the base's before the model is planned.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from runner.weights.tags import Source
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters that fit a model.
+    """Adapters that have been matched against a model.
 
     Attributes:
-        base: the model, with tensors that adapters bring whole in the places of its own.
-        weights: by name; layers look into this object at every call, so that `set_weights` is all a change takes.
-        fixed: adapters that bring whole tensors: their weights stay as they were when the model was loaded.
+        base: the model, with the whole tensors that adapters bring in place of its own.
+        parts: the factors and the rows for single tokens.
+        weights: each adapter's weight by name; layers read this object at every call, so `set_weights` just updates it.
+        fixed: names of adapters that bring whole tensors: their weights cannot change after loading.
     """
 
     base: Base
@@ -42,10 +43,10 @@ class Adapters:
     fixed: frozenset[str]
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Change the weights of the adapters named.
+        """Change the weights of the named adapters.
 
         Raises:
-            UsageError: a name or a weight that is not possible; nothing is changed then.
+            UsageError: a name is unknown or a weight not allowed; nothing is changed then.
         """
         changed = {name: checked_weight(name, weight) for name, weight in weights.items()}
         unknown = [name for name in changed if name not in self.weights]
@@ -54,53 +55,58 @@ class Adapters:
         for name in self.fixed & changed.keys():
             if changed[name] != self.weights[name]:
                 raise UsageError(
-                    f"adapter {name} brings whole tensors, which took their places when the model was loaded: "
-                    f"its weight stays {self.weights[name]:g}; load the model again"
+                    f"adapter {name} replaced whole tensors when the model was loaded: its weight stays "
+                    f"{self.weights[name]:g}; to change it, load the model again"
                 )
         self.check(self.weights | changed)
         self.weights.update(changed)
 
     def check(self, weights: Mapping[str, float]) -> None:
-        """Raises `UsageError` where a DoRA or rows of tokens would have no defined result: a part of one, or a sum."""
+        """Check that DoRA and rows for single tokens have a defined result.
+
+        Raises:
+            UsageError: such an adapter has a weight other than 0 or 1, or changes a matrix that another one changes.
+        """
         for name in self.parts.sites():
             factors, rows = self.parts.active(name, weights)
             whole = {item.adapter: "a DoRA" for item in factors if item.magnitude is not None}
             whole |= {item.adapter: "one with rows for single tokens" for item in rows}
             for adapter, what in whole.items():
                 if weights[adapter] != 1:
-                    raise UsageError(f"adapter {adapter} is {what}: its weight can be 0 or 1 only")
+                    raise UsageError(f"adapter {adapter} is {what}: its weight can only be 0 or 1")
                 if len(factors) + len(rows) > 1:
                     both = " and ".join([*(item.adapter for item in factors), *(item.adapter for item in rows)])
-                    raise UsageError(f"adapters {both} change {name} both: {what} does not add up with others")
+                    raise UsageError(f"adapters {both} both change {name}: {what} cannot be combined with others")
 
     def applied(self, layout: ModulePlan, ops: Ops, dtype: mx.Dtype | None) -> ModulePlan:
-        """`layout` (of this `source`) with layers in it that compute base and adapters; `dtype` as in `build`."""
+        """The plan `layout` of `base` with adapted layers where adapters change it; `dtype` as in `build`."""
         return Applying(self.base, self.parts, self.weights, ops, dtype).module(layout)
 
     def merged(self) -> Base:
-        """The model with the adapters in its tensors."""
+        """The model with the adapters merged into its tensors."""
         return merged(self.base, self.parts, self.weights)
 
 
 def fit(
     raw: Mapping[str, Any], classes: tuple[type[Config], type], base: Source, adapters: Sequence[AdapterFiles]
 ) -> Adapters:
-    """Match adapters with a model; only headers are read.
+    """Match adapters against a model; only headers are read.
 
     Args:
         raw: `config.json`'s object.
         classes: the family's config and model.
 
     Raises:
-        WeightsError: a tensor of an adapter that nothing takes, one that is missing, a wrong shape or dtype: all
-            problems of one adapter at once.
-        UsageError: a weight that its adapter cannot have, or two that bring the same tensor.
+        WeightsError: a tensor of an adapter is unused, missing, or of the wrong shape or dtype; the message lists all
+            problems of one adapter.
+        UsageError: an adapter has a weight that is not allowed for it, or two adapters bring the same tensor.
     """
     config_class, model_class = classes
     config = config_class.from_dict(raw)
     layout = plan(model_class, config, base.headers)
     head = head_name(model_class)
     sites, stacks = find_sites(layout, head), find_stacks(layout)
+    # A head stored under another module's name shares that module's table.
     tied = next((site.leaf for site in sites.values() if site.group == HEAD and site.leaf != site.name), None)
     parts = Parts()
     changes: dict[str, Change] = {}
@@ -117,16 +123,17 @@ def fit(
             parts.rows.setdefault(name, []).append(saved)
         if not matching.changes:
             continue
+        # Whole tensors replace the base's, so a fraction of them means nothing, and two cannot share a place.
         fixed.add(adapter.name)
         if adapter.weight not in (0, 1):
             first = next(iter(matching.changes))
-            raise UsageError(f"adapter {adapter.name} brings {first} whole: its weight can be 0 or 1 only")
+            raise UsageError(f"adapter {adapter.name} replaces {first} as a whole: its weight can only be 0 or 1")
         if not adapter.weight:
             continue
         untied |= matching.untied
         for name, change in matching.changes.items():
             if name in changes:
-                raise UsageError(f"adapters {owner[name]} and {adapter.name} bring {name} both: one at a time")
+                raise UsageError(f"adapters {owner[name]} and {adapter.name} both replace {name}: use one at a time")
             changes[name], owner[name] = change, adapter.name
     weights = {adapter.name: adapter.weight for adapter in adapters}
     model = Base(raw, base, sites, stacks, head, tied).changed(changes, untied)

@@ -1,4 +1,4 @@
-"""What adapters hold for one place of a model, by the names of tensors; read when it is asked for."""
+"""The tensors that adapters have for each matrix of a model, kept by name and read on demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner.weights.tags import Source
 
 @dataclass(frozen=True)
 class Factors:
-    """One adapter's matrices for one site, by the names they have in its file; read when they are asked for."""
+    """One adapter's factors A and B for one site, by their names in its file; read on demand."""
 
     adapter: str
     source: Source
@@ -26,25 +26,25 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank r."""
         return self.source.headers[self.a].shape[0]
 
     def up(self) -> mx.array:
-        """`[out, r]`."""
+        """The factor `[out, r]`: B, or A transposed for an embedding (`out` is then the vocabulary)."""
         return self.source.read(self.a).T if self.kind is Embedding else self.source.read(self.b)
 
     def down(self) -> mx.array:
-        """`[r, width]`."""
+        """The factor `[r, width]`: A, or B transposed for an embedding."""
         return self.source.read(self.b).T if self.kind is Embedding else self.source.read(self.a)
 
     def lengths(self) -> mx.array | None:
-        """DoRA's m, `[out]`."""
+        """DoRA's magnitudes m, `[out]`; None without DoRA."""
         return None if self.magnitude is None else self.source.read(self.magnitude)
 
 
 @dataclass(frozen=True)
 class SavedRows:
-    """Rows that one adapter has for single tokens, by the name of their tensor."""
+    """One adapter's rows for single tokens, by the name of their tensor."""
 
     adapter: str
     source: Source
@@ -52,14 +52,16 @@ class SavedRows:
     tokens: tuple[int, ...]
 
     def read(self) -> mx.array:
-        """`[n, width]`."""
+        """The rows, `[n, width]`."""
         return self.source.read(self.name)
 
 
 @dataclass(frozen=True)
 class StackFactors:
-    """One adapter's matrices for all experts of a field: A `[E * r, width]`, expert by expert, and B `[out, r * E]`,
-    whose columns go through the experts first (PEFT's `ParamWrapper`)."""
+    """One adapter's factors for all experts of a field, as PEFT's `ParamWrapper` stores them.
+
+    A is `[E * r, width]`, expert after expert; B is `[out, r * E]`, with the experts as the faster of the two indices.
+    """
 
     adapter: str
     source: Source
@@ -70,20 +72,20 @@ class StackFactors:
 
     @functools.cached_property
     def downs(self) -> mx.array:
-        """`[E, r, width]`."""
+        """A of each expert, `[E, r, width]`."""
         a = self.source.read(self.a)
         return a.reshape(self.experts, -1, a.shape[1])
 
     @functools.cached_property
     def ups(self) -> mx.array:
-        """`[E, out, r]`."""
+        """B of each expert, `[E, out, r]`."""
         b = self.source.read(self.b)
         return b.reshape(b.shape[0], -1, self.experts).transpose(2, 0, 1)
 
 
 @dataclass(frozen=True)
 class ExpertFactors:
-    """What `Factors` are, for rows `[start, stop)` of one expert."""
+    """The factors for rows `[start, stop)` of one expert of a stack, with the interface of `Factors`."""
 
     stack: StackFactors
     expert: int
@@ -93,40 +95,46 @@ class ExpertFactors:
 
     @property
     def adapter(self) -> str:
-        """Its name."""
+        """The adapter's name."""
         return self.stack.adapter
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """The factor that multiplies B A."""
         return self.stack.scale
 
     def up(self) -> mx.array:
-        """`[stop - start, r]`."""
+        """The rows of B, `[stop - start, r]`."""
         return self.stack.ups[self.expert, self.start : self.stop]
 
     def down(self) -> mx.array:
-        """`[r, width]`."""
+        """A of the expert, `[r, width]`."""
         return self.stack.downs[self.expert]
 
     def lengths(self) -> None:
-        """No DoRA."""
+        """None: DoRA is not supported for experts."""
         return None
 
 
 @dataclass(frozen=True)
 class Parts:
-    """All that adapters hold: by site, rows of tables likewise, and of all experts of a field by its name."""
+    """Everything that adapters bring, except whole tensors.
+
+    Attributes:
+        factors: by the name of their site.
+        rows: rows for single tokens, by the name of their site.
+        stacked: factors for all experts of a field, by the name of its stack.
+    """
 
     factors: dict[str, list[Factors]] = field(default_factory=dict)
     rows: dict[str, list[SavedRows]] = field(default_factory=dict)
     stacked: dict[str, list[StackFactors]] = field(default_factory=dict)
 
     def sites(self) -> list[str]:
-        """Names of those that some adapter changes."""
+        """Names of the sites that some adapter changes, at whatever weight."""
         return list(dict.fromkeys([*self.factors, *self.rows]))
 
     def active(self, name: str, weights: Mapping[str, float]) -> tuple[list[Factors], list[SavedRows]]:
-        """What changes the site `name` with these weights."""
+        """The factors and token rows for the site `name` whose adapters have a weight other than 0."""
         factors = [item for item in self.factors.get(name, ()) if weights[item.adapter]]
         return factors, [item for item in self.rows.get(name, ()) if weights[item.adapter]]

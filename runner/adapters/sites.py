@@ -1,7 +1,7 @@
-"""Where adapters can be: the stored matrices of a model's plan, and which rows of which field each became.
+"""Finds what adapters can change: the stored matrices in a model's plan, and which rows of a field each became.
 
-An adapter of `q_proj` changes the first rows of the fused product, one of a matrix that is permuted when read is
-permuted too: the plan knows both.
+An adapter of `q_proj` changes the first rows of the fused projection, and an adapter of a matrix that is permuted when
+read is permuted too: the plan knows both.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from runner.weights.transforms import IDENTITY, Transform
 from runner.weights.tree import Join, Tree, leaf_shapes, leaves
 
 HEAD, TABLE = "lm_head", "embed_tokens"
-"""The fields of a model that hold its head and its embeddings."""
+"""Names of the fields that hold a model's head and its embeddings."""
 
 FLOATS = frozenset({"F32", "F16", "BF16"})
 PREFIXES = ("model.", "transformer.", "gpt_neox.", "language_model.")
-"""What files of a base model lack, or writers of files have exchanged."""
+"""Prefixes of tensor names that some files lack, or have in place of one another."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Site:
     """A stored matrix `[out, width]` (of a table: `[vocab_size, width]`), under the name of its module.
 
     Attributes:
-        leaf: the name its tensors have: another one where the head shares the table of embeddings.
-        transposed: stored `[width, out]`.
-        form: how it is packed, if it is.
-        group: the field it is part of; experts of one field have it in common.
+        leaf: the name of its tensors; differs from `name` where the head shares the embedding table.
+        transposed: whether it is stored `[width, out]`.
+        form: how it is quantized; None for plain numbers.
+        group: path of the field it is part of, the same for all experts of one field.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Site:
 
     @property
     def spellings(self) -> list[str]:
-        """Names that patterns of modules may mean it by."""
+        """The names by which a config's module patterns may refer to the site."""
         return list(dict.fromkeys([self.name, *(prefix + short(self.name) for prefix in PREFIXES[:2])]))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`[start, stop)` of a site's rows, which lie from `offset` on in a field."""
+    """Rows `[start, stop)` of a stored matrix of `total` rows, which lie at `offset` in a field."""
 
     leaf: str
     offset: int
@@ -67,7 +67,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class StackLeaf:
-    """A tensor that holds `rows` rows of each expert, which lie from `offset` on in the field."""
+    """A stored tensor with `rows` rows of each expert, which lie at `offset` in the field."""
 
     name: str
     offset: int
@@ -76,14 +76,15 @@ class StackLeaf:
 
 @dataclass(frozen=True)
 class Stack:
-    """A field with a matrix `[out, width]` for each expert, which transformers has as one parameter.
+    """A field with a matrix `[out, width]` for each expert, which transformers keeps as one parameter.
 
     Attributes:
-        name: transformers' (`model.layers.0.mlp.experts.down_proj`); files and older releases may have another.
-        path: the field.
+        name: transformers' name (`model.layers.0.mlp.experts.down_proj`); files and older releases may differ.
+        path: the field's path in the model.
         shape: `[experts, out, width]`.
-        order: how transformers' order of rows becomes the field's.
-        pieces, leaves: the stored tensors, where each expert has its own, or where they have them in common.
+        order: the transform from transformers' row order to the field's.
+        pieces: the stored matrices of each expert, where each has its own.
+        leaves: the stored tensors, where experts share them.
     """
 
     name: str
@@ -96,21 +97,23 @@ class Stack:
 
 
 def short(name: str) -> str:
-    """A name without the prefixes that files differ in."""
+    """Strip from a name the prefixes in which files differ."""
     while any(name.startswith(prefix) for prefix in PREFIXES):
         name = name.partition(".")[2]
     return name
 
 
 def kind_of(module: ModulePlan) -> type | None:
-    """Which of the three the fields of `module` make; None for others, and for what joins several."""
+    """The layer class of `module` if adapters can change it, else None (also for a layer that joins several)."""
     kinds = [kind for kind in (Linear, Embedding, ExpertLinear) if issubclass(module.cls, kind)]
     return kinds[0] if kinds and isinstance(module.fields.get("weight"), ArrayPlan) else None
 
 
 def pieces_of(array: ArrayPlan) -> list[list[Rows]]:
-    """The stored matrices of a field: of each expert, or of the only one there is; none where experts are stored as
-    one tensor, which no adapter of this format names."""
+    """The stored matrices of a field, as one list for each expert, or a single list in other layers.
+
+    Empty where experts are stored as one tensor: an adapter of single modules has no name for it.
+    """
     tree = array.tree
     if isinstance(tree, Join) and tree.stacked:
         experts = [_matrix(array, part) for part in tree.parts] if array.transform is IDENTITY else []
@@ -120,6 +123,7 @@ def pieces_of(array: ArrayPlan) -> list[list[Rows]]:
 
 
 def _matrix(array: ArrayPlan, tree: Tree) -> list[Rows]:
+    """The stored matrices that `tree` joins by rows; empty where one of them is not a plain weight matrix."""
     result: list[Rows] = []
     offset = 0
     for leaf, shape in leaf_shapes(tree, array.sizes):
@@ -132,7 +136,7 @@ def _matrix(array: ArrayPlan, tree: Tree) -> list[Rows]:
 
 
 def modules(item: ModulePlan) -> Iterator[tuple[ModulePlan, type]]:
-    """Every module that adapters can change, with its kind."""
+    """Yield every layer below `item` that adapters can change, with its class."""
     kind = kind_of(item)
     if kind is not None:
         yield item, kind
@@ -144,24 +148,27 @@ def modules(item: ModulePlan) -> Iterator[tuple[ModulePlan, type]]:
 
 
 def _form(module: ModulePlan) -> Quantization | None:
+    """How the matrix of `module` is quantized; None for plain numbers."""
     values = [module.fields.get(name) for name in ("bits", "group_size", "mode")]
     return Quantization(*(item.value for item in values if isinstance(item, Value))) if values[0] else None
 
 
 def width_of(module: ModulePlan) -> int:
-    """Numbers in a row of its matrix, however they are packed."""
+    """The number of values in a row of the module's matrix, quantized or not."""
     array, form = module.fields["weight"], _form(module)
     assert isinstance(array, ArrayPlan)
     return array.shape[-1] if form is None else array.shape[-1] * 32 // form.bits
 
 
 def find_sites(layout: ModulePlan, head: str) -> dict[str, Site]:
-    """By name; `head` is the name of a head that shares the table of embeddings."""
+    """The sites of a model by name; a head that shares the embedding table is called `head`."""
     tables: set[str] = set()
     sites: dict[str, Site] = {}
+    # Embeddings come first, so that a head with the same tensors is seen to share them.
     for module, kind in sorted(modules(layout), key=lambda item: item[1] is not Embedding):
         array = module.fields["weight"]
         assert isinstance(array, ArrayPlan)
+        # A transform that turns a shape around is a transposition.
         transposed = array.transform.stored_shape((2, 3)) == (3, 2)
         for rows in (rows for matrix in pieces_of(array) for rows in matrix):
             name = head if kind is Linear and rows.leaf in tables else rows.leaf
@@ -177,7 +184,7 @@ _EXPERTS = re.compile(r"(.+)\.(?:experts|switch_mlp)\.")
 
 
 def find_stacks(layout: ModulePlan) -> dict[str, Stack]:
-    """The fields with experts by name."""
+    """The fields with experts, by transformers' name of the parameter."""
     stacks: dict[str, Stack] = {}
     for item in layout.fields.values():
         for child in item if isinstance(item, list) else [item]:
@@ -192,6 +199,7 @@ def find_stacks(layout: ModulePlan) -> dict[str, Stack]:
 
 
 def _stack(parent: ModulePlan, module: ModulePlan) -> Stack | None:
+    """The stack of a field with experts; None where its tensors' names have no `experts` or `switch_mlp`."""
     array = module.fields["weight"]
     assert isinstance(array, ArrayPlan)
     layer = _EXPERTS.match(next(leaves(array.tree)).name)
@@ -212,33 +220,33 @@ def _stack(parent: ModulePlan, module: ModulePlan) -> Stack | None:
 
 
 def row_order(transform: Transform, out: int, *, stacked: bool = False) -> mx.array | None:
-    """Which row each of a field's `out` rows was before `transform`; None where they stay in order."""
+    """For each of a field's `out` rows, its index before `transform`; None where the order stays."""
     rows = mx.arange(out)[:, None]
-    places = transform.invert(rows[None] if stacked else rows).flatten()  # where each of those before goes
+    places = transform.invert(rows[None] if stacked else rows).flatten()  # by index before: the index after
     order = mx.argsort(places)
     return None if bool(mx.all(order == mx.arange(out))) else order
 
 
 def in_field_order(stack: Stack, ups: mx.array) -> mx.array:
-    """B `[E, out, r]` of a parameter of transformers with its rows in the field's order."""
+    """Permute the rows of B `[E, out, r]` from transformers' order to the field's."""
     order = row_order(stack.order, ups.shape[1], stacked=True)
     return ups if order is None else ups[:, order]
 
 
 def head_name(model_class: type) -> str:
-    """What the family calls a head that is stored by itself."""
+    """The family's module name for a head with tensors of its own."""
     names = [item.metadata[TAG].name for item in dataclasses.fields(model_class) if item.name == HEAD]
     return names[0].partition("||")[0].split("|")[0] if names else "lm_head"
 
 
 def stored_dtype(source: Source, leaf: str) -> str:
-    """The dtype of `numbers`."""
+    """The dtype that `numbers` returns, by its name in safetensors."""
     header = source.headers.get(f"{leaf}.scales", source.headers[f"{leaf}.weight"])
     return header.dtype if header.dtype in FLOATS else "BF16"
 
 
 def numbers(source: Source, leaf: str, form: Quantization | None) -> mx.array:
-    """A matrix as it is stored, unpacked where it is packed: in the dtype of its scales, or bfloat16."""
+    """Read a stored matrix, dequantized: in its own dtype or that of its scales, or bfloat16 if that is no float."""
     weight = source.read(f"{leaf}.weight")
     if form is not None and f"{leaf}.scales" in source.headers:
         scales = source.read(f"{leaf}.scales")

@@ -35,10 +35,10 @@ from runner.weights import loading
 
 CASES = sorted(path.parent for path in TESTS.glob("fixtures/adapters/*/expected.json"))
 TOLERANCE = 2e-4
-"""Of the logits' standard deviation."""
+"""Largest logit error allowed, as a fraction of the logits' standard deviation."""
 
 QUANTISED = 1e-3
-"""CPU kernels multiply packed weights with activations of 16 bits: this is the error they are allowed."""
+"""Error allowed for quantized weights: CPU kernels multiply them with activations rounded to integers."""
 
 QV = TESTS / "fixtures" / "adapters" / "llama-qv"
 PROMPT = [1, *range(30, 60)]
@@ -99,7 +99,7 @@ def test_greedy_tokens(case: Path) -> None:
 def test_merged_is_applied(case: Path) -> None:
     files = open_files(base(case))
     added = fit(files.config, find(files.config), Float32(files.source), adapters(case)).merged()
-    # Numbers of 4 bits have no scales in float32: what is added to them is rounded to bfloat16.
+    # MXFP4 scales are never float32: merging rounds the sum to bfloat16.
     check_logits(case, assemble(added.raw, added.source, dtype="float32"), 0.03 if "mxfp4" in case.name else None)
     assert set(added.source.headers) >= set(name for name in files.source.headers if name.endswith("bias"))
 
@@ -120,7 +120,7 @@ def test_merged_tensors_are_as_their_headers_say(case: Path) -> None:
 
 
 class Float32:
-    """A source whose packed matrices have float32 scales, so that merging them rounds nothing."""
+    """A source whose quantized matrices have float32 scales, so that merging them rounds nothing."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -212,7 +212,7 @@ def test_on_every_table_of_ops(name: str, table: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", [gguf_writer.Type.F32, gguf_writer.Type.Q8_0], ids=lambda kind: kind.name)
 def test_on_a_gguf_file(kind: Any, tmp_path: Path) -> None:
-    """Its queries and keys have another order, which reading undoes."""
+    """A GGUF file permutes queries and keys; reading undoes that, and adapters must fit the result."""
     raw = json.loads((base(QV) / "config.json").read_text())
     weights = gguf_writer.weights_of(base(QV))
     path = gguf_writer.write_model(tmp_path / "m.gguf", raw, weights, lambda name: kind)
@@ -227,7 +227,7 @@ def test_on_a_gguf_file(kind: Any, tmp_path: Path) -> None:
 
 
 def as_mlx_lm_writes(files: Any) -> Arrays:
-    """The experts of a layer in one tensor, `[E, out, in]`, with gate and up apart."""
+    """Tensors as mlx-lm writes them: the experts of a layer in one `[E, out, in]`, with gate and up apart."""
     arrays = {name: files.source.read(name) for name in files.source.headers}
     for layer in range(files.config["num_hidden_layers"]):
         above = f"model.layers.{layer}.block_sparse_moe"
@@ -275,7 +275,7 @@ DORA = TESTS / "fixtures" / "adapters" / "llama-dora"
 
 
 def test_adapters_add_up() -> None:
-    """`matrix` says what a layer multiplies with: with both it is the sum of what each adds."""
+    """The matrix of a layer with two adapters is the base's plus what each adds alone."""
     alone, matrices = {"first": (1, 0), "second": (0, 1), "both": (1, 1), "none": (0, 0)}, {}
     engine = open_engine(base(TWO), dtype="float32", adapters=adapters(TWO))
     assert engine.adapters is not None
@@ -295,11 +295,11 @@ def test_a_matrix_with_adapters_is_what_its_layer_multiplies_with() -> None:
 
 
 def test_a_dora_has_weight_0_or_1_and_its_rows_for_itself() -> None:
-    with pytest.raises(UsageError, match="adapter adapter is a DoRA: its weight can be 0 or 1 only"):
+    with pytest.raises(UsageError, match="adapter adapter is a DoRA: its weight can only be 0 or 1"):
         open_engine(base(DORA), adapters=adapters(DORA, adapter=0.5))
     both = [*adapters(DORA), *adapters(QV)]
     both = [AdapterFiles(name, 1.0, item.config, item.source) for name, item in zip("ab", both, strict=True)]
-    with pytest.raises(UsageError, match=r"adapters a and b change model.layers.0.self_attn.q_proj both"):
+    with pytest.raises(UsageError, match=r"adapters a and b both change model.layers.0.self_attn.q_proj"):
         open_engine(base(DORA), adapters=both)
     one_off = [both[0], AdapterFiles("b", 0.0, both[1].config, both[1].source)]
     engine = open_engine(base(DORA), dtype="float32", adapters=one_off)
@@ -325,9 +325,9 @@ def test_names_and_weights_that_do_not_exist_are_refused() -> None:
 def test_two_adapters_cannot_bring_the_same_tensor() -> None:
     case = TESTS / "fixtures" / "adapters" / "llama-saved"
     one = adapters(case)[0]
-    with pytest.raises(UsageError, match=r"adapters adapter and again bring lm_head.weight both"):
+    with pytest.raises(UsageError, match=r"adapters adapter and again both replace lm_head.weight"):
         open_engine(base(case), adapters=[one, AdapterFiles("again", 1.0, one.config, one.source)])
-    with pytest.raises(UsageError, match="whole: its weight can be 0 or 1 only"):
+    with pytest.raises(UsageError, match="whole: its weight can only be 0 or 1"):
         open_engine(base(case), adapters=adapters(case, adapter=0.5))
 
 
@@ -335,7 +335,7 @@ def test_two_adapters_cannot_bring_the_same_tensor() -> None:
 
 
 def test_a_language_model_with_adapters() -> None:
-    """Also in one conversation: what its cache holds was computed with other weights."""
+    """A change of weights also counts within a conversation, whose cache was computed with other weights."""
     plain, prompt = runner.load(base(TWO), dtype="float32"), PROMPT
     lm = runner.load(base(TWO), dtype="float32", adapters=[f"{TWO}/first=0.75", f"{TWO}/second=-0.5"])
     assert lm.adapters == {"first": 0.75, "second": -0.5} and plain.adapters == {}
@@ -443,7 +443,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern must be an integer from 1"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern must be a regular expression"),
         ({"target_modules": "(?P<x>q)_proj"}, "target_modules must not use"),
-        ({"target_modules": "(((q*)*)*)*"}, "target_modules must not have loops within so many groups"),
+        ({"target_modules": "(((q*)*)*)*"}, "target_modules must not have loops within 3 groups"),
         ({"target_modules": [1]}, "target_modules must be a list of names"),
         ({"target_modules": "q", "layers_to_transform": [1]}, "layers_to_transform needs target_modules as a list"),
         ({"lora_parameters": {"rank": 8}}, "an adapter of mlx-lm"),
@@ -504,7 +504,11 @@ def put(**tensors: mx.array) -> Any:
         (None, {"target_modules": "all-linear"}, "missing: .*down_proj"),
         (None, {"r": 8}, r"wrong shape: .*expected \[8, \d+\], found \[4, \d+\]"),
         (None, {"use_dora": True}, r"missing: .*lora_magnitude_vector"),
-        (None, {"modules_to_save": ["lm_head"]}, "modules_to_save names 'lm_head', of which there is no tensor"),
+        (
+            None,
+            {"modules_to_save": ["lm_head"]},
+            "modules_to_save names 'lm_head', but the adapter has none of its",
+        ),
         (put(other__weight=mx.zeros((2, 2))), {}, r"unused: other.weight: \[2, 2\] is not part of this model"),
         (put(**{f"{Q0}.lora_C.weight": mx.zeros((2,))}), {}, "unused: .*lora_C.weight"),
         (put(**{f"{Q0}.lora_B.bias": mx.zeros((2,))}), {}, "unused: .*lora_B.bias"),
@@ -566,7 +570,7 @@ def test_biases_that_were_trained_must_be_there(tmp_path: Path) -> None:
 def test_tokens_outside_the_vocabulary_or_twice(tmp_path: Path, indices: list[int]) -> None:
     case = TESTS / "fixtures" / "adapters" / "llama-tokens"
     path = damaged(tmp_path, case, trainable_token_indices=indices)
-    with pytest.raises(WeightsError, match="expected different tokens below 336"):
+    with pytest.raises(WeightsError, match="expected distinct token ids below 336"):
         open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
 
 

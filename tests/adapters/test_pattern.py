@@ -1,4 +1,4 @@
-"""Patterns of names against Python's own matcher, and the time that hostile ones take."""
+"""Name patterns against Python's own matcher, and the time that hostile patterns take."""
 
 from __future__ import annotations
 
