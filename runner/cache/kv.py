@@ -1,4 +1,4 @@
-"""What attention remembers: keys and values of the tokens seen so far, whose count is the offset RoPE gets."""
+"""KV caches: keys and values of the tokens seen so far, whose number is the offset that RoPE gets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runner.cache.storage import PLAIN, Storage
 from runner.errors import UsageError
 
 STEP = 256
-"""Tokens a cache grows by, at least; growing copies, so that a long one grows by a quarter of itself."""
+"""Granularity of a buffer's capacity in tokens. Growing copies, so a long cache grows by a quarter of its length."""
 
 
 class History(NamedTuple):
@@ -35,7 +35,7 @@ class History(NamedTuple):
 
 
 class KVCache:
-    """Keeps every token. Buffers grow in steps; appending writes in place, so nobody else may hold on to them."""
+    """A cache that keeps every token. Buffers grow in steps and are written in place, so nothing else may hold them."""
 
     def __init__(self, storage: Storage = PLAIN) -> None:
         self.storage = storage
@@ -46,21 +46,21 @@ class KVCache:
 
     @property
     def window(self) -> int | None:
-        """How far back attention looks; None: to the first token."""
+        """How many tokens attention looks back, the newest included; None: to the first token."""
         return None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, the unused ends included."""
+        """Bytes of the buffers, including rows not used yet."""
         return sum(0 if buffer is None else buffer.nbytes for buffer in (self._keys, self._values))
 
     @property
     def arrays(self) -> list[mx.array]:
-        """The buffers, to evaluate."""
+        """The buffers, for `mx.eval`."""
         return [buffer for buffer in (self._keys, self._values) if buffer is not None]
 
     def append(self, keys: mx.array, values: mx.array) -> History:
-        """Add `[B, KV, L, D]` of the next L tokens and return what they may look at."""
+        """Add keys and values `[B, KV, L, D]` of the next L tokens; returns what those tokens may attend to."""
         count = keys.shape[2]
         stored = self.offset - self._start
         if self._keys is None or self._values is None or stored + count > self._keys.shape[2]:
@@ -73,17 +73,17 @@ class KVCache:
 
     @property
     def room(self) -> int:
-        """How many more tokens fit before the buffers are laid out anew."""
+        """How many more tokens fit before the buffers are reallocated."""
         return 0 if self._keys is None else self._keys.shape[2] - (self.offset - self._start)
 
     def ahead(self, count: int) -> KVCache:
-        """This cache with `count` more tokens, within `room`, over the same buffers: to build graphs with."""
+        """A copy with `count` more tokens (at most `room`) over the same buffers, to build later steps' graphs with."""
         later = copy.copy(self)
         later.offset += count
         return later
 
     def advance(self) -> None:
-        """A token's keys and values were written behind the last one's, into the same buffers."""
+        """Count one more token, whose keys and values have been written into the buffers after the last one's."""
         self.offset += 1
 
     def trim(self, count: int) -> None:
@@ -101,13 +101,14 @@ class KVCache:
         return self.offset
 
     def _kept(self, stored: int) -> int:
-        """How many of the `stored` tokens are still needed when the buffer is laid out anew."""
+        """How many of the `stored` tokens are still needed when the buffers are reallocated."""
         return stored
 
     def _make_room(self, keys: mx.array, values: mx.array, stored: int) -> int:
-        """Lay the buffers out anew for the kept tokens and the new ones; returns how many are kept."""
+        """Reallocate the buffers for the tokens kept and the new ones; returns how many are kept."""
         kept = self._kept(stored)
         need = kept + keys.shape[2]
+        # Room for a quarter more, in whole steps.
         capacity = -(-(need + max(STEP // 2, need // 4)) // STEP) * STEP
         self._keys = self._moved(self._keys, keys, stored, kept, capacity)
         self._values = self._moved(self._values, values, stored, kept, capacity)
@@ -115,6 +116,7 @@ class KVCache:
         return kept
 
     def _moved(self, old: mx.array | None, like: mx.array, stored: int, kept: int, capacity: int) -> mx.array:
+        """A new buffer for rows like `like`, with the last `kept` of the rows stored in `old` at its front."""
         buffer = self.storage.empty(like, capacity)
         if old is not None and kept:
             buffer[..., :kept, :] = old[..., stored - kept : stored, :]
@@ -122,10 +124,10 @@ class KVCache:
 
 
 class RotatingKVCache(KVCache):
-    """For layers that look back `window` tokens: old ones make room for new ones, in order.
+    """A cache for layers that look back `window` tokens: it drops older ones.
 
-    The buffer holds the window and a margin; when it is full, the window moves to its front. Moving one window each
-    margin costs less than the wrapped-around indices it spares, and the history stays sorted by position.
+    The buffer holds the window and a margin; when it is full, the window moves to its front. Moving one window per
+    margin costs less than wrapped-around indices would, and the history stays sorted by position.
     """
 
     def __init__(self, window: int, storage: Storage = PLAIN) -> None:
@@ -137,7 +139,7 @@ class RotatingKVCache(KVCache):
         return self._window
 
     def trimmable(self) -> int:
-        """After forgetting, the next token's whole window must still be there."""
+        """How many of the newest tokens `trim` can forget: the next token's whole window must still be there."""
         return self.offset if self._start == 0 else max(0, self.offset - self._start - self._window + 1)
 
     def _kept(self, stored: int) -> int:

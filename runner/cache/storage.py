@@ -1,4 +1,4 @@
-"""How a cache keeps keys and values: as they come, or in a denser form that a device's attention reads."""
+"""How a cache stores keys and values: in the dtype they come in, or in a denser form for a device's attention."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 SCALE_COLUMNS = 2
-"""An int16 row of D codes ends with a float32 in the place of two more: value = code * scale."""
+"""Columns of the scale in an int16 row: a float32 in the place of two codes, after D codes; value = code * scale."""
 
 
 @dataclass(frozen=True)
 class Storage:
     """Makes, fills and reads a cache's buffers `[B, KV, capacity, width]`.
 
-    `empty(rows, capacity)`: a buffer for rows like `rows` `[B, KV, L, D]`. `write(keys, values, k, v, at)`: both
-    buffers with `k` and `v` `[B, KV, L, D]` in the rows from `at` on; the old ones must not be used again, their memory
-    may be the new ones'. `read(buffer)`: rows as numbers.
+    Attributes:
+        empty: `empty(rows, capacity)` makes a buffer for rows like `rows` `[B, KV, L, D]`.
+        write: `write(keys, values, k, v, at)` returns both buffers with `k` and `v` `[B, KV, L, D]` in the rows from
+            `at` on; the old buffers must not be used again, as the new ones may share their memory.
+        read: `read(buffer)` returns the rows as numbers.
     """
 
     empty: Callable[[mx.array, int], mx.array]
@@ -37,7 +39,7 @@ def _write(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) 
 
 
 def unpacked(buffer: mx.array) -> mx.array:
-    """Rows as numbers: int16 rows are multiplied by the scale at their end, others are themselves."""
+    """The rows as numbers: the codes of int16 rows times the scale at their end, other rows unchanged."""
     if buffer.dtype != mx.int16:
         return buffer
     codes, scale = mx.split(buffer, [buffer.shape[3] - SCALE_COLUMNS], axis=3)
@@ -45,9 +47,9 @@ def unpacked(buffer: mx.array) -> mx.array:
 
 
 def row_width(buffer: mx.array) -> int:
-    """D of a buffer's rows."""
+    """The head size D of a buffer's rows, without the columns of a scale."""
     return buffer.shape[3] - (SCALE_COLUMNS if buffer.dtype == mx.int16 else 0)
 
 
 PLAIN = Storage(_empty, _write, unpacked)
-"""Rows in the dtype they come in."""
+"""Storage of rows in the dtype they come in."""

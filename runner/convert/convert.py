@@ -1,4 +1,4 @@
-"""A model written anew: packed, unpacked or in another dtype, a piece of one tensor in memory at a time."""
+"""Writes a model anew: quantized, dequantized or in another dtype, a piece of one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from runner.weights.transforms import Transform
 from runner.weights.tree import leaves
 
 SHARD_BYTES = 5 << 30
-"""Of one file: what mlx-lm and the hub cut at."""
+"""Largest size of one file: where mlx-lm and the hub split too."""
 
 PIECE_BYTES = 1 << 20
-"""Of the source's numbers that are worked on at once."""
+"""Bytes of the source that are converted at a time."""
 
 
 def merged(files: ModelFiles, adapters: Sequence[AdapterFiles]) -> ModelFiles:
-    """`files` with adapters added to the matrices they name, which come as numbers, whether or not they were packed.
+    """`files` with adapters added to the matrices they change, which come out dequantized.
 
     Raises:
         CheckpointError, WeightsError, ConfigError: an adapter does not fit the model.
@@ -48,18 +48,18 @@ def convert(
     progress: Progress | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """Write the model `files` into the new directory `out`, which appears when it is complete, or not at all.
+    """Write the model `files` into the new directory `out`, which appears complete or not at all.
 
     Args:
-        quantizer: what matrices of layers, embeddings and experts become; routers and gates of experts stay. Without it
-            they stay as they are.
-        dtype: "float32", "float16" or "bfloat16" for all floating-point tensors; packed matrices are unpacked to it
-            (and packed anew, with `quantizer`). Without it, what is packed stays as it is.
-        progress: called with bytes of the source done and in all.
+        quantizer: how to quantize the matrices of layers, embeddings and experts (never routers and gates of experts).
+            Without it they stay as they are.
+        dtype: "float32", "float16" or "bfloat16" for all floating-point tensors; quantized matrices are dequantized to
+            it (and quantized again, with `quantizer`). Without it, what is quantized stays as it is.
+        progress: called with the source's bytes done so far and in total.
 
     Raises:
         CheckpointError: the source does not fit its model, or `out` exists and is not empty, or cannot be written.
-        UsageError: nothing is left to pack, or no such dtype.
+        UsageError: no matrix is left to quantize, or `dtype` is unknown.
     """
     work = plan_conversion(files.config, files.source, quantizer=quantizer, dtype=dtype)
     with new_directory(out, work.config, files.side_files()) as directory:
@@ -68,27 +68,30 @@ def convert(
 
 
 def pieces(work: Conversion, source: Source, progress: Progress | None = None) -> Iterator[Piece]:
-    """The tensors of `work.headers`, made of those of `source` and in their order, a piece at a time."""
+    """Yield the tensors of `work.headers` a piece at a time, made from those of `source` and in their order."""
     transforms = {leaf.name: array.transform for array in work.layout.arrays() for leaf in leaves(array.tree)}
     names = [[leaf.name for leaf, _ in job.arrays.values()] for job in work.jobs]
     total = sum(source.headers[name].nbytes for group in names for name in group)
     done = 0
     for job, group in zip(work.jobs, names, strict=True):
         yield from _run(job, work, source, transforms)
-        mx.clear_cache()  # buffers of this tensor that MLX would keep for the next
+        mx.clear_cache()  # else MLX keeps this tensor's buffers for the next one
         done += sum(source.headers[name].nbytes for name in group)
         if progress is not None:
             progress(done, total)
 
 
 def _run(job: Job, work: Conversion, source: Source, transforms: Mapping[str, Transform]) -> Iterator[Piece]:
+    """Yield what one job writes, made from as many rows at a time as `PIECE_BYTES` has room for."""
     stored = {field: source.read(leaf.name) for field, (leaf, _) in job.arrays.items()}
     mx.eval(*stored.values())
+    # Reading applies the source's transform and writing undoes the one that the written tensor will be read with.
     leaf, order = job.arrays["weight"]
     new_order = transforms[job.outputs["weight"].target.names[0]]
-    turned = order.name != new_order.name  # equal ones move whole rows at most: the copy has them where they were
+    turned = order.name != new_order.name  # equal ones move whole rows at most, and back again
     first = stored["weight"].shape[0] if stored["weight"].ndim else 1
     size = sum(array.nbytes for array in stored.values())
+    # A transform or a split may take rows from anywhere in a matrix; a stack is cut between experts instead.
     parts = len(job.outputs["weight"].target.names)
     whole = (turned or parts > 1) and leaf.stack is None
     step = first if whole else max(1, first * PIECE_BYTES // max(size, 1))
@@ -108,11 +111,11 @@ def _run(job: Job, work: Conversion, source: Source, transforms: Mapping[str, Tr
 
 
 def _converted(job: Job, rows: Mapping[str, mx.array], order: Transform | None) -> dict[str, mx.array]:
-    """Some rows of a job's arrays, as they are written."""
+    """Convert some rows of a job's arrays to the form they are written in."""
     if job.form is None:
         array = rows["weight"]
     else:
-        assert job.dtype is not None, "what is unpacked has a dtype"
+        assert job.dtype is not None, "what is dequantized has a dtype"
         array = dequantize(rows, job.form, job.dtype)
     if order is not None:
         array = order.invert(array)

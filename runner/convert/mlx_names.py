@@ -1,4 +1,4 @@
-"""Names that mlx-lm gives to tensors of packed checkpoints: it renames the hub's where they are plain, and only there.
+"""Names that mlx-lm expects in quantized checkpoints: it renames the hub's tensors only while they are plain.
 
 Sources: `sanitize` of mlx_lm/models/*.py, version 0.32.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 SUFFIX = re.compile(r"(\.weight|\.scales|\.biases|\.bias|_blocks|_scales|_bias)$")
-"""What follows a layer's name; the underlined ones are gpt-oss's."""
+"""What follows a layer's name in a tensor's; the suffixes with underscores are gpt-oss's."""
 
 _DOTTED = {"": ".weight", "_blocks": ".weight", "_scales": ".scales", "_bias": ".bias"}
 _EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(\w+)$")
@@ -20,7 +20,7 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "gpt2": ((r"^(transformer\.)?(?=(wte|wpe|h|ln_f)\b)", "model."),),
     "gpt_neox": ((r"^gpt_neox\.layers\.", "model.h."), (r"^(gpt_neox\.)?(?=(embed_in|embed_out|final)\w*)", "model.")),
 }
-"""Patterns of a tensor's name, and what stands there instead."""
+"""By model type: patterns in a tensor's name, and their replacements."""
 
 SPLIT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "granitemoe": {
@@ -29,22 +29,22 @@ SPLIT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "gpt_oss": {"gate_up_proj": ("gate_proj", "up_proj")},
 }
-"""Last words of a layer's name, and the layers that share its rows evenly there."""
+"""By model type and last word of a layer's name: the layers that mlx-lm splits it into, each with as many rows."""
 
 AFFINE_ONLY: Mapping[str, tuple[str, ...]] = {"deepseek_v3": ("kv_b_proj",)}
-"""Last words of layers that it unpacks itself, with a bias for each group: in the float forms they must stay plain."""
+"""By model type: last words of layers that mlx-lm dequantizes itself, in affine mode only; else they stay plain."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Tensors that share the rows of a stored one evenly; `slot`: its place in a stack."""
+    """The tensors that a stored one becomes, with equal shares of its rows; `slot`: its place in a stack of experts."""
 
     names: tuple[str, ...]
     slot: int | None = None
 
 
 def layer_target(model_type: str, name: str) -> Target:
-    """Where a tensor of a layer goes: `...experts.3.w1.weight` becomes row 3 of `...switch_mlp.gate_proj.weight`."""
+    """Where a layer's tensor goes: `...experts.3.w1.weight` becomes row 3 of `...switch_mlp.gate_proj.weight`."""
     found = SUFFIX.search(name)
     suffix = "" if found is None else found[1]
     stem = name.removesuffix(suffix)
@@ -61,7 +61,7 @@ def layer_target(model_type: str, name: str) -> Target:
 
 
 def renamed(model_type: str, name: str) -> str:
-    """The name of any other tensor."""
+    """mlx-lm's name for a tensor that is neither stacked nor split."""
     for pattern, replacement in RENAMED.get(model_type, ()):
         name, count = re.subn(pattern, replacement, name)
         if count:

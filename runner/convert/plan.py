@@ -1,6 +1,6 @@
-"""What becomes of each tensor of a model that is converted: decided from headers, and held against the model's tags.
+"""Plans a conversion: decides from headers what becomes of each tensor, and checks the result against the model's tags.
 
-What is a matrix of a layer is asked of the tags, never guessed from names; so is which ones pick or weigh experts.
+The tags, never guesses from names, say which tensors are matrices of layers, and which of those route to experts.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from runner.weights.tree import Leaf, leaf_shapes, leaves
 NAMES: Mapping[mx.Dtype, str] = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 STORED: Mapping[str, mx.Dtype] = {name: dtype for dtype, name in NAMES.items()}
 QUANTIZATION = ("quantization", "quantization_config", "compression_config")
-"""Keys that say how a checkpoint is packed: as the source was, so none of them is copied."""
+"""Config keys that describe how the source is quantized; none of them is copied."""
 
 ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
-"""Keys of transformers before version 5, which mlx-lm reads for most families: written beside `rope_parameters`."""
+"""Keys of transformers before version 5, which mlx-lm reads for most families: written next to `rope_parameters`."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where one array of a job goes; `shape` is that of each of the target's tensors, without the stack of a slot."""
+    """Where one array of a job goes; `shape` is that of each target tensor, for a slot without the axis of experts."""
 
     target: Target
     dtype: str
@@ -50,8 +50,8 @@ class Output:
 class Job:
     """One step: stored arrays of the source, and what is written for them, by field ("weight", "scales", "biases").
 
-    `form` and `into` say how the numbers are packed before and after, `dtype` what they are between (None: as stored).
-    An array that is copied is a "weight" of neither form.
+    `form` and `into` say how the matrix is quantized before and after, `dtype` the type of its numbers in between
+    (None: as stored). An array that is only copied is a "weight" with neither form.
     """
 
     arrays: Mapping[str, tuple[Leaf, Transform]]
@@ -63,10 +63,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The whole plan: what is written, the config it needs, and the model's layout with it.
+    """A complete plan: what is written, the config for it, and the layout of the model that reads it.
 
-    `bits` a weight before and after, scales and all; `forms` counts matrices by form ("4-bit g64", "plain");
-    `unpackable` are those that were to be packed and whose inputs do not divide into groups.
+    Attributes:
+        forms: the number of matrices by form ("4-bit g64", "plain").
+        unpackable: matrices that stay plain because their inputs do not divide into groups.
+        bits_before, bits_after: bits per weight, scales included.
     """
 
     config: dict[str, Any]
@@ -86,7 +88,7 @@ def plan_conversion(
 
     Arguments and errors are those of `runner.convert.convert.convert`.
 
-    No tensor is read, but for the two of a tied head that the source has nevertheless.
+    No tensor is read, except where the source stores a tied head: it is compared with the embeddings.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -97,7 +99,8 @@ def plan_conversion(
 class _Matrix:
     """A matrix of the source (or a stack of them): its stored arrays by field, and its shape as a layer multiplies it.
 
-    `form` is how it is packed, None for plain numbers; `packed` the shapes of its arrays then, as a layer has them.
+    `form` is how it is quantized, None for plain numbers; `packed` has the shapes of its arrays as a layer holds them;
+    `gate`: whether it routes to experts.
     """
 
     path: str
@@ -111,9 +114,9 @@ class _Matrix:
 
 @dataclass(frozen=True)
 class _Plain:
-    """Any other tensor, with dtype and shape as the model has it.
+    """A tensor that is no matrix, with dtype and shape as the model has it.
 
-    `layer`: it belongs to a matrix, whose name it shares; `kept`: its dtype must not change.
+    `layer`: whether it belongs to a layer with a matrix, whose name it shares; `kept`: whether its dtype must stay.
     """
 
     leaf: Leaf
@@ -125,7 +128,7 @@ class _Plain:
 
 
 class _Planner:
-    """Decides what becomes of each tensor."""
+    """Decides what becomes of each tensor of one model."""
 
     def __init__(
         self, raw: Mapping[str, Any], source: Source, quantizer: Quantizer | None, dtype: mx.Dtype | None
@@ -142,6 +145,7 @@ class _Planner:
         if foreign is not None:
             raise CheckpointError(f"{foreign} has dtype {source.headers[foreign].dtype}, which MLX does not hold")
         self.untied = False
+        # A tensor that two fields share is converted once.
         self.found: dict[str, _Matrix | _Plain] = {}
         for item in self.tensors(self.layout, gate=False):
             self.found.setdefault(item.stem if isinstance(item, _Matrix) else item.leaf.name, item)
@@ -155,12 +159,13 @@ class _Planner:
         self.heads = {SUFFIX.sub("", name) for name in heads}
 
     def tensors(self, module: ModulePlan, *, gate: bool) -> Iterator[_Matrix | _Plain]:
-        """Everything below `module` that is stored, matrices together with their scales."""
+        """Yield everything stored below `module`, each matrix together with its scales."""
         matrix = issubclass(module.cls, Linear | Embedding | ExpertLinear) and "weight" in module.fields
         if matrix and self.shadowed(module):
             return
         if matrix:
             yield from self.matrices(module, gate)
+        # Tensors directly in a mixture of experts (a router's corrections) and its linear layers decide the routing.
         routes = issubclass(module.cls, MoE)
         for name, item in module.fields.items():
             if isinstance(item, ArrayPlan) and not (matrix and name in ("weight", "scales", "biases")):
@@ -174,7 +179,7 @@ class _Planner:
                     yield from self.tensors(element, gate=gate)
 
     def matrices(self, module: ModulePlan, gate: bool) -> Iterator[_Matrix]:
-        """Those of one layer: several where parts are fused or experts stored one by one."""
+        """Yield the matrices of one layer: several where parts are fused or experts stored one by one."""
         values = {name: item.value for name, item in module.fields.items() if isinstance(item, Value)}
         packed = "scales" in module.fields
         form = Quantization(values["bits"], values["group_size"], values["mode"]) if packed else None
@@ -197,9 +202,9 @@ class _Planner:
             )
 
     def shadowed(self, module: ModulePlan) -> bool:
-        """Whether a tied head is in the file as well, and equal to the embedding: it is left out then.
+        """Whether a tied head is stored although it equals the embeddings: then it is left out.
 
-        One that differs is what the model uses: it is kept, and the two are tied no more.
+        A stored head that differs is what the model uses: it is kept, and the two are no longer tied.
         """
         arrays = [item for item in module.fields.values() if isinstance(item, ArrayPlan)]
         twins = [(item.tree, item.same_as) for item in arrays if item.same_as is not None]
@@ -214,12 +219,12 @@ class _Planner:
         return equal
 
     def digest(self, name: str) -> tuple[str, tuple[int, ...], bytes]:
-        """What two tensors of equal numbers have in common; one of them is in memory at a time."""
+        """A key that two tensors share if they are equal; comparing keys needs one tensor in memory at a time."""
         header = self.source.headers[name]
         return header.dtype, header.shape, hashlib.sha256(bytes_of(self.source.read(name))).digest()
 
     def conversion(self) -> Conversion:
-        """The plan, held against the model's tags."""
+        """Make the plan, checked against the model's tags."""
         forms = {stem: self.form_of(item) for stem, item in self.found.items() if isinstance(item, _Matrix)}
         unpackable = tuple(
             stem
@@ -232,6 +237,7 @@ class _Planner:
             if isinstance(item := self.found[stem], _Matrix)
         ):
             raise UsageError(self.nothing_to_pack(unpackable))
+        # mlx-lm renames plain checkpoints itself, so only quantized ones (and gpt-oss's blocks) need its names.
         packed = any(forms.values())
         foreign = any(name.endswith("_blocks") for name in self.source.headers)
         try:
@@ -239,21 +245,21 @@ class _Planner:
         except WeightsError:
             if not packed or self.raw["model_type"] in RENAMED.keys() | SPLIT.keys():
                 raise
-            return self.laid_out(forms, unpackable, rename=False)  # its tags have no other name for experts
+            return self.laid_out(forms, unpackable, rename=False)  # the family's tags read no other names
 
     def wanted(self, item: _Matrix) -> bool:
-        """Whether `quantizer` is for this matrix."""
+        """Whether the matrix should be quantized."""
         if self.quantizer is None or item.gate or not self.rewritten(item):
             return False
         plain = AFFINE_ONLY.get(str(self.raw["model_type"]), ())
         return self.quantizer.form.mode == "affine" or item.stem.rpartition(".")[2] not in plain
 
     def rewritten(self, item: _Matrix) -> bool:
-        """Whether its numbers come from the source as numbers: what is packed is copied where no dtype is asked for."""
+        """Whether the matrix is converted: a quantized one is copied as it is, unless a dtype is asked for."""
         return item.form is None or self.dtype is not None
 
     def form_of(self, item: _Matrix) -> Quantization | None:
-        """How a matrix is written."""
+        """The form a matrix is written in; None for plain numbers."""
         if not self.rewritten(item):
             return item.form
         if self.quantizer is None or not self.wanted(item):
@@ -263,19 +269,20 @@ class _Planner:
         return None if item.shape[-1] % form.group_size else form
 
     def nothing_to_pack(self, unpackable: tuple[str, ...]) -> str:
+        """The message for a quantizer that applies to no matrix."""
         assert self.quantizer is not None
         if unpackable:
             size = self.quantizer.form.group_size
             return f"no matrix of this model has inputs that divide into groups of {size}; try a smaller --group-size"
         return (
-            "all matrices of this model are packed already; packing them again loses twice: start from the original, "
-            "or add --dtype float16 (or another) to unpack them first"
+            "all matrices of this model are quantized already, and quantizing them again loses precision twice: start "
+            "from the original model, or add --dtype float16 (or another) to dequantize them first"
         )
 
     def laid_out(
         self, forms: Mapping[str, Quantization | None], unpackable: tuple[str, ...], *, rename: bool
     ) -> Conversion:
-        """Names, shapes and jobs, with mlx-lm's names or the source's own."""
+        """Lay out names, shapes and jobs, under mlx-lm's names if `rename`, else under the source's."""
         jobs: list[Job] = []
         layers: dict[str, Quantization | None] = {}
         for stem, item in self.found.items():
@@ -286,6 +293,7 @@ class _Planner:
             jobs += made
             for name in made[0].outputs["weight"].target.names:
                 layers[SUFFIX.sub("", name)] = forms[stem]
+        # Tensors are written in the order they have in the source.
         position = {name: index for index, name in enumerate(self.source.headers)}
         jobs.sort(key=lambda job: position[job.arrays["weight"][0].name])
         headers = _headers(jobs)
@@ -303,11 +311,12 @@ class _Planner:
         )
 
     def matrix_jobs(self, item: _Matrix, into: Quantization | None, rename: bool) -> list[Job]:
-        """One job for a matrix that is packed, unpacked or cast; one for each array of a packed one that stays so."""
+        """One job for a matrix that is converted, or one for each array of a quantized matrix that stays so."""
         if not self.rewritten(item):
             copies = []
             for field, (leaf, transform) in item.arrays.items():
-                stored = "U32" if field == "weight" else self.source.headers[leaf.name].dtype  # blocks become words
+                # gpt-oss's blocks are bytes: they become words.
+                stored = "U32" if field == "weight" else self.source.headers[leaf.name].dtype
                 plain = _Plain(leaf, transform, stored, item.packed[field], layer=True, kept=True)
                 copies.append(self.copied(plain, rename))
             return copies
@@ -321,6 +330,7 @@ class _Planner:
         shape = _share(shape, target, leaf)
         dtype = self.dtype or STORED[self.source.headers[leaf.name].dtype]
         outputs = {"weight": Output(target, NAMES[dtype], shape)}
+        # A code takes `bits` bits of a word, a group one scale: a byte in the float modes.
         if into is not None:
             words, groups = shape[-1] * into.bits // 32, shape[-1] // into.group_size
             outputs["weight"] = Output(target, "U32", (*shape[:-1], words))
@@ -332,7 +342,7 @@ class _Planner:
         return [Job(item.arrays, item.form, into, dtype, outputs)]
 
     def copied(self, item: _Plain, rename: bool) -> Job:
-        """A tensor that is written as it is, or in another dtype."""
+        """The job for a tensor that is copied, possibly to another dtype."""
         header = self.source.headers[item.leaf.name]
         dtype, shape = (item.dtype, item.shape) if rename else (header.dtype, header.shape)  # else in the file's order
         cast = self.dtype if dtype in FLOAT and not item.kept else None
@@ -341,15 +351,17 @@ class _Planner:
         return Job({"weight": (item.leaf, item.transform)}, None, None, cast, {"weight": output})
 
     def target(self, name: str, *, layer: bool, rename: bool) -> Target:
-        """Where a tensor goes."""
+        """The tensors that `name` is written to."""
         model_type = str(self.raw["model_type"])
         if not rename:
             return Target((name,))
         return layer_target(model_type, name) if layer else Target((renamed(model_type, name),))
 
     def written_config(self, layers: Mapping[str, Quantization | None]) -> dict[str, Any]:
-        """The source's, with what changed. Packed layers are described as mlx-lm does: the commonest form, and those
-        that differ by name."""
+        """The source's config with what changed.
+
+        Quantized layers are described as mlx-lm does: the commonest form, and by name the layers that differ.
+        """
         config = {name: value for name, value in self.raw.items() if name not in QUANTIZATION}
         if self.dtype is not None:
             spelled = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
@@ -370,7 +382,7 @@ class _Planner:
 
 
 def _headers(jobs: Sequence[Job]) -> dict[str, Planned]:
-    """The tensors that the jobs write; slots of a stack become one."""
+    """The headers of what the jobs write; the slots of a stack become one tensor."""
     found: dict[str, Output] = {}
     slots: dict[str, set[int]] = {}
     for job in jobs:
@@ -382,7 +394,10 @@ def _headers(jobs: Sequence[Job]) -> dict[str, Planned]:
                 elif name in found:
                     raise CheckpointError(f"two tensors of this model would be written as {name}")
                 if found.setdefault(name, output).shape != output.shape or found[name].dtype != output.dtype:
-                    raise CheckpointError(f"parts of {name} differ: {found[name].shape} and {output.shape}")
+                    raise CheckpointError(
+                        f"the parts of {name} differ in dtype or shape: {found[name].dtype} {found[name].shape} and "
+                        f"{output.dtype} {output.shape}"
+                    )
     return {
         name: Planned(output.dtype, (len(slots[name]), *output.shape) if name in slots else output.shape)
         for name, output in found.items()
@@ -390,23 +405,25 @@ def _headers(jobs: Sequence[Job]) -> dict[str, Planned]:
 
 
 def _share(shape: tuple[int, ...], target: Target, leaf: Leaf) -> tuple[int, ...]:
-    """The shape of each of a target's tensors, which share the rows."""
+    """The shape of each tensor of a target, which get equal shares of the rows."""
     axis = 0 if leaf.stack is None else 1
     count = len(target.names)
     return (*shape[:axis], shape[axis] // count, *shape[axis + 1 :]) if count > 1 else shape
 
 
 def _field(target: Target, field: str) -> Target:
+    """The target for another array of the same layers: their names with `field` at the end."""
     return dataclasses.replace(target, names=tuple(f"{SUFFIX.sub('', name)}.{field}" for name in target.names))
 
 
 def _bits(layout: ModulePlan, headers: Mapping[str, Header]) -> float:
-    """Bits a weight, scales and all."""
+    """Bits per weight, scales included."""
     used = {leaf.name for array in layout.arrays() for leaf in leaves(array.tree)}
     return 8 * sum(headers[name].nbytes for name in used) / max(count_parameters(layout), 1)
 
 
 def _words(form: Quantization | None) -> str:
+    """Describe a form for the report: "4-bit g64", "4-bit mxfp4 g32", "plain"."""
     if form is None:
         return "plain"
     return f"{form.bits}-bit{'' if form.mode == 'affine' else f' {form.mode}'} g{form.group_size}"

@@ -1,4 +1,4 @@
-"""How matrices can be packed when a model is converted: the forms of `--quantize`, and recipes that mix two."""
+"""Quantizes matrices for `convert`: the forms of `--quantize`, recipes that mix two of them, and the arithmetic."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
     "mxfp8": Quantization(8, 32, "mxfp8"),
     "nvfp4": Quantization(4, 16, "nvfp4"),
 }
-"""What `--quantize` takes, with the group size that MLX has for it by default."""
+"""Forms by their name in `--quantize`, each with MLX's default group size."""
 
 AFFINE_GROUPS = (32, 64, 128)
-"""Group sizes that `mx.quantize` has for affine forms; each other mode has one."""
+"""Group sizes that `mx.quantize` has in affine mode; every other mode has one."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """More bits for the matrices whose errors weigh most. Fields are named as models name them, whatever a file does.
+    """A choice of matrices that get more bits, because their errors weigh most.
+
+    Fields have the names in the model classes, whatever a file calls them.
 
     Attributes:
-        bits: of those matrices; the group size is that of all.
-        heads: fields that always get them, one tied to an embedding with that embedding.
-        fields: fields that get them in some layers: see `in_layer`.
-        parts: the same for single matrices of a fused field, by the last word of their name in the file.
+        bits: bits of the chosen matrices; their group size is that of all others.
+        heads: fields that are always chosen; for a head tied to the embeddings, these are chosen.
+        fields: fields that are chosen in some layers (see `in_layer`).
+        parts: single matrices of fused fields, chosen in those layers too, by the last word of their name in the file.
     """
 
     bits: int
@@ -42,12 +44,12 @@ class Recipe:
 
     @staticmethod
     def in_layer(index: int, layers: int) -> bool:
-        """The first and last eighth of the layers, and every third between."""
+        """Whether a layer is in the first or last eighth of `layers`, or every third one between."""
         eighth = layers // 8
         return index < eighth or index >= 7 * layers // 8 or (index - eighth) % 3 == 2
 
     def favours(self, path: str, stem: str, layers: int) -> bool:
-        """Whether the matrix that the file calls `stem`, in the field `path` of a model of `layers`, gets more bits."""
+        """Whether the matrix `stem` of the file, in the field `path` of a model of `layers` layers, gets more bits."""
         words = [word for word in path.split(".") if word != "parts" and not word.isdigit()]
         if words[-1] in self.heads:
             return True
@@ -60,29 +62,30 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     "mixed": Recipe(bits=6, heads=("lm_head",), fields=("down_proj", "kv_a_proj", "kv_b_proj"), parts=("v_proj",))
 }
-"""`mixed` is llama.cpp's Q4_K_M (`use_more_bits` in src/llama-quant.cpp) in the form that mlx-lm gave it as `mixed_4_6`
-(mlx_lm/convert.py): values, the way down and the head; the two compressed projections stand for values in MLA."""
+"""`mixed` is llama.cpp's Q4_K_M (`use_more_bits` in src/llama-quant.cpp) as mlx-lm has it in `mixed_4_6`
+(mlx_lm/convert.py): more bits for values, down projections and the head. In MLA, the two compressed projections stand
+for the values."""
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What a model's matrices become."""
+    """How a model's matrices are quantized: all in `form`, those that `recipe` chooses with its bits."""
 
     form: Quantization
     recipe: Recipe | None = None
 
     def of(self, path: str, stem: str, layers: int) -> Quantization:
-        """The form of one matrix; arguments of `Recipe.favours`."""
+        """The form of one matrix; the arguments are those of `Recipe.favours`."""
         if self.recipe is not None and self.recipe.favours(path, stem, layers):
             return dataclasses.replace(self.form, bits=self.recipe.bits)
         return self.form
 
 
 def quantizer(quantize: str, group_size: int | None = None, recipe: str | None = None) -> Quantizer:
-    """Read the options.
+    """Make a quantizer from the values of `--quantize`, `--group-size` and `--recipe`.
 
     Raises:
-        UsageError: a form, group size or recipe that there is not, or that do not go together.
+        UsageError: a value is unknown, or the values do not go together.
     """
     if quantize not in QUANTIZATIONS:
         raise UsageError(f"--quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r}")
@@ -106,17 +109,17 @@ def quantizer(quantize: str, group_size: int | None = None, recipe: str | None =
 
 
 LARGEST: Mapping[str, float] = {"mxfp4": 6, "mxfp8": 448, "nvfp4": 6}
-"""The largest number of each format (E2M1, E4M3): what the largest of a group becomes, or nearly."""
+"""The largest number in each mode (E2M1, E4M3): the largest value of a group becomes this, or nearly."""
 
 BETWEEN = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-"""Halfway between the magnitudes that E2M1 has: 0, 0.5, 1, 1.5, 2, 3, 4, 6."""
+"""Midpoints between the magnitudes of E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6."""
 
 
 def quantize(matrix: mx.array, form: Quantization) -> dict[str, mx.array]:
-    """`[..., out, in]` floats as `weight`, `scales` and (affine) `biases`, bit for bit as `mx.quantize` makes them.
+    """Quantize floats `[..., out, in]` to `weight`, `scales` and (affine) `biases`, bit for bit as `mx.quantize` does.
 
-    The float forms are made here: on a CPU MLX takes ten times as long for 4 bits, and where a group's largest number
-    is below 2^-123 or so its scale wraps around to NaN.
+    The float modes are computed here: on a CPU MLX takes ten times as long for 4 bits, and where a group's largest
+    value is below 2^-123 or so, its scale wraps around to NaN.
     """
     if form.mode == "affine":
         arrays = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=form.mode)
@@ -129,30 +132,32 @@ def quantize(matrix: mx.array, form: Quantization) -> dict[str, mx.array]:
 
 
 def _scales(wanted: mx.array, mode: str) -> tuple[mx.array, mx.array]:
-    """Bytes of the scales, and the numbers they stand for: an E4M3 float, or the power of two that is not smaller."""
+    """The scales as bytes and as numbers: an E4M3 float in nvfp4, else the next power of two that is not smaller."""
     if mode == "nvfp4":
-        flat = mx.pad(
-            wanted.flatten(), (0, -wanted.size % 4)
-        )  # MLX's CPU takes 8-bit floats four at a time, and no rest
+        # MLX's CPU converts 8-bit floats four at a time and refuses a remainder.
+        flat = mx.pad(wanted.flatten(), (0, -wanted.size % 4))
         scales = mx.to_fp8(flat)
         steps = mx.from_fp8(scales, dtype=mx.float32)
         return scales[: wanted.size].reshape(wanted.shape), steps[: wanted.size].reshape(wanted.shape)
+    # An E8M0 byte is a float's exponent with its bias of 127; a group of zeros gets the scale 1.
     exponents = mx.clip(mx.ceil(mx.log2(mx.where(wanted > 0, wanted, 1))), -126, 127) + 127
     return exponents.astype(mx.uint8), (exponents.astype(mx.uint32) << 23).view(mx.float32)
 
 
 def _nibbles(numbers: mx.array) -> mx.array:
-    """`[..., n]` as the nearest E2M1 (between two, the smaller), two in a byte, the first in its low half."""
+    """Round `[..., n]` to the nearest E2M1 (ties to the smaller), two codes in a byte, the first in its low half."""
     sizes = mx.abs(numbers)
     codes = mx.zeros(numbers.shape, mx.uint8)
     for threshold in BETWEEN:
         codes = codes + (sizes > threshold).astype(mx.uint8)
+    # Bit 3 is the sign; zero has none.
     codes = codes + ((numbers < 0) & (codes > 0)).astype(mx.uint8) * 8
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def dequantize(arrays: Mapping[str, mx.array], form: Quantization, dtype: mx.Dtype) -> mx.array:
-    """The inverse, rounded once: affine scales are widened first, and what other modes hold fits in float32."""
+    """Undo `quantize`, rounding once, to `dtype`: affine scales are widened first, other modes are exact in float32."""
+    # MLX's CPU decodes nvfp4 scales four at a time and refuses a remainder: rows are padded to a multiple of four.
     shape = arrays["weight"].shape[:-1]
     rest = -math.prod(shape) % 4 if form.mode == "nvfp4" else 0
     rows = {}

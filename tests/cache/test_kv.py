@@ -1,4 +1,4 @@
-"""Caches against the naive one that concatenates everything, and trimmed against fresh."""
+"""Caches against a naive one that concatenates everything, and trimmed caches against fresh ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`runner.convert`: what is packed is what was there, names are mlx-lm's, memory stays small, a directory is whole."""
+"""`runner.convert`: right numbers, mlx-lm's names, little memory, and a directory that is complete or absent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES = sorted({json.loads((path / "config.json").read_text())["model_type"]: pa
 by_family = pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
 IDS = [1, 9, 4, 40, 7, 3, 22, 5, 5, 31]
 
-# Widths that every form can pack; the fixtures' own are smaller here and there.
+# Widths that divide into the groups of every form; some fixtures' own are smaller.
 WIDE = {
     "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "ffn_dim": 64,
     "kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 16, "n_inner": 64,
@@ -55,8 +55,10 @@ def raw_config(path: Path) -> dict[str, Any]:
 
 
 def exact_weights(raw: Mapping[str, Any], dtype: mx.Dtype = mx.float32) -> Arrays:
-    """A checkpoint whose matrices MXFP4 holds without an error, along whichever axis its groups lie: each number is one
-    of the format's, and in every 16 neighbours of both axes one is the largest."""
+    """A checkpoint whose matrices MXFP4 represents exactly, along whichever axis its groups lie.
+
+    Each number is one of the format's, and the largest occurs in every 16 neighbours along both axes.
+    """
     layout = random_weights(raw, dtype="float32", seed=3)
     rng = np.random.default_rng(7)
     arrays: dict[str, mx.array] = {}
@@ -86,7 +88,7 @@ def logits(engine: Engine) -> mx.array:
 
 @by_family
 def test_each_family_comes_back_in_its_own_order(path: Path, tmp_path: Path) -> None:
-    """Packing that loses nothing changes no logit, whatever the stored order: fused, turned, in groups, stacked."""
+    """Quantizing without loss changes no logit, whatever the stored order: fused, transposed, in groups, stacked."""
     raw = raw_config(path)
     source = exact_weights(raw)
     report = convert(files_of(raw, source), tmp_path / "packed", quantizer=quantizer("mxfp4"))
@@ -105,7 +107,7 @@ def test_each_family_comes_back_in_its_own_order(path: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("form", QUANTIZATIONS)
 def test_numbers_are_those_of_mx_quantize(form: str, tmp_path: Path) -> None:
-    """The naive twin: every matrix read, packed whole, and compared; the rest is byte for byte what it was."""
+    """Against a naive twin that reads and quantizes whole matrices; all other tensors are unchanged, byte for byte."""
     source = Checkpoint.open(LLAMA)
     wanted = quantizer(form, 32 if form.isdigit() else None)
     convert(open_files(LLAMA), tmp_path / "out", quantizer=wanted)
@@ -161,7 +163,7 @@ MLX_NAMES = {
     "gpt2-base": "h.0.attn.c_attn.scales wte.weight ln_f.bias",
     "gpt_neox-base": "h.0.attention.query_key_value.scales embed_in.weight embed_out.scales final_layer_norm.bias",
 }
-"""Below `model.`."""
+"""Names that mlx-lm writes, without their `model.`."""
 
 
 @pytest.mark.parametrize("name", MLX_NAMES)
@@ -174,7 +176,7 @@ def test_packed_checkpoints_have_the_names_that_mlx_lm_loads(name: str, tmp_path
     assert {key: config["quantization"][key] for key in ("bits", "group_size", "mode")} == {
         "bits": 8, "group_size": 32, "mode": "affine",
     }  # fmt: skip
-    if name == "gpt_oss-mxfp4":  # published packed: the experts stay what they were, and say so
+    if name == "gpt_oss-mxfp4":  # published quantized: the config says that its experts stay so
         form = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
         assert config["quantization"]["model.layers.0.mlp.experts.down_proj"] == form
 
@@ -191,7 +193,7 @@ def test_what_mlx_lm_unpacks_itself_has_biases_or_is_plain(form: str, packed: bo
 
 
 def test_both_spellings_of_rope_are_written_with_packed_weights(tmp_path: Path) -> None:
-    """mlx-lm reads `rope_theta` of most families, transformers 5 writes `rope_parameters`."""
+    """mlx-lm reads `rope_theta` for most families, while transformers 5 writes `rope_parameters`."""
     convert(open_files(LLAMA), tmp_path / "out", quantizer=quantizer("4", 32))
     before, after = open_files(LLAMA).config, open_files(tmp_path / "out").config
     assert "rope_parameters" in before and "rope_theta" not in before
@@ -229,14 +231,14 @@ def test_what_is_packed_stays_so_and_is_not_packed_again(tmp_path: Path) -> None
     source, copy = written(path), written(tmp_path / "copy")
     assert copy.keys() == source.keys() and all(mx.array_equal(copy[name], source[name]) for name in source)
     assert mx.array_equal(logits(open_engine(tmp_path / "copy")), logits(open_engine(path)))
-    with pytest.raises(UsageError, match=r"packed already.*--dtype"):
+    with pytest.raises(UsageError, match=r"quantized already.*--dtype"):
         convert(
             open_files(TESTS / "fixtures" / "llama" / "llama-mlx-4bit"),
             tmp_path / "again",
             quantizer=quantizer("4", 32),
         )
     assert not (tmp_path / "again").exists()
-    rest = convert(open_files(path), tmp_path / "rest", quantizer=quantizer("8", 32))  # what is plain can be packed
+    rest = convert(open_files(path), tmp_path / "rest", quantizer=quantizer("8", 32))  # what is plain can be quantized
     assert rest.forms.keys() - {"8-bit g32"} and "plain" not in rest.forms
     report = convert(open_files(path), tmp_path / "again", quantizer=quantizer("8", 32), dtype="float32")
     assert set(report.forms) == {"8-bit g32"}
@@ -294,7 +296,7 @@ def test_float_forms_are_bit_for_bit_those_of_mlx(mode: str, dtype: mx.Dtype) ->
 
 @pytest.mark.parametrize("rows", range(1, 6))
 def test_nvfp4_of_any_number_of_groups(rows: int) -> None:
-    """MLX's CPU decodes scales four at a time and refuses a rest: neither rows of a table nor pieces may meet that."""
+    """MLX's CPU decodes scales four at a time and refuses a remainder, which rows of a table and pieces must avoid."""
     form = QUANTIZATIONS["nvfp4"]
     matrix = mx.random.normal((20, 96), key=mx.random.key(2)) / 8
     whole = mx.quantize(matrix, group_size=16, bits=4, mode="nvfp4")
@@ -309,7 +311,7 @@ def test_nvfp4_of_any_number_of_groups(rows: int) -> None:
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_groups_of_vanishing_numbers_become_zeros_and_no_nan(mode: str) -> None:
-    """An embedding's row that was never trained: MLX 0.32's own scale of 1e-38 is NaN."""
+    """Rows of an embedding that were never trained hold such numbers: for 1e-38, MLX 0.32's own scale is NaN."""
     packed = quantize(mx.full((2, 64), 1e-38), QUANTIZATIONS[mode])
     assert float(mx.max(mx.abs(dequantize(packed, QUANTIZATIONS[mode], mx.float32)))) < 1e-36
 
@@ -334,7 +336,7 @@ def test_mixed_gives_more_bits_where_llama_cpp_does(tmp_path: Path) -> None:
     convert(files_of(raw, exact_weights(raw)), tmp_path / "out", quantizer=quantizer("4", 32, "mixed"))
     config = open_files(tmp_path / "out").config["quantization"]
     more = {name for name, form in config.items() if isinstance(form, dict) and form["bits"] == 6}
-    # use_more_bits of 16 layers, by hand: 0, 1, those two off a multiple of three from 2, 14, 15.
+    # use_more_bits for 16 layers, by hand: 0, 1, every third from 4 on, 14, 15.
     favoured = {0, 1, 4, 7, 10, 13, 14, 15}
     assert more == {"model.embed_tokens"} | {
         f"model.layers.{i}.{name}" for i in favoured for name in ("self_attn.v_proj", "mlp.down_proj")
@@ -407,7 +409,7 @@ def test_only_files_that_are_read_are_copied(tmp_path: Path) -> None:
 
 
 class Failing:
-    """A source that breaks after a few reads."""
+    """A source that fails after `left` reads."""
 
     def __init__(self, source: Source, left: int) -> None:
         self.source = source
@@ -443,7 +445,7 @@ def test_progress_ends_at_the_bytes_that_are_read(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_what_comes(tmp_path: Path) -> None:
-    """Headers are right before a tensor is read, and every byte of them comes once."""
+    """The planned headers match what is written, and every byte is written once."""
     raw = raw_config(TESTS / "fixtures" / "families" / "qwen3_moe-base")
     source = exact_weights(raw, mx.bfloat16)
     work = plan_conversion(raw, source, quantizer=quantizer("4", 32))
@@ -474,7 +476,7 @@ print(json.dumps([before, run(large, out + "/large")]))
 
 @pytest.fixture(scope="module")
 def three_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 192 MB in three shards, each of them one or two large tensors and a layer."""
+    """A Llama of 192 MB in three shards, each with one or two large tensors and a layer."""
     raw = {**json.loads((LLAMA / "config.json").read_text()), "hidden_size": 1024, "intermediate_size": 9216,
            "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128,
            "vocab_size": 31000, "tie_word_embeddings": True}  # fmt: skip
@@ -491,7 +493,7 @@ def three_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc (ru_maxrss would be the parent's)")
 @pytest.mark.parametrize(("form", "dtype"), [("4", "-"), ("8", "-"), ("mxfp8", "-"), ("nvfp4", "-"), ("-", "float32")])
 def test_memory_stays_within_one_and_a_half_shards(three_shards: Path, form: str, dtype: str, tmp_path: Path) -> None:
-    """The embedding fills its shard, so what is made of it must not be in memory with it."""
+    """The embedding fills its shard, so its converted form must not be in memory with it."""
     largest = max(path.stat().st_size for path in three_shards.glob("*.safetensors"))
     command = [sys.executable, "-c", MEASURE, str(LLAMA), str(three_shards), str(tmp_path), form, dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=ROOT)

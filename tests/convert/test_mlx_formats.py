@@ -1,4 +1,4 @@
-"""Checkpoints in every packed form MLX has: they compute what the unpacked model computes, on all CPU paths."""
+"""Checkpoints in every quantized form of MLX compute what the dequantized model computes, on all CPU paths."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def logits(raw: dict[str, Any], tensors: dict[str, mx.array]) -> mx.array:
 
 @dataclass
 class Holder:
-    """One packed tensor as a layer and as a table."""
+    """A quantized tensor, once as a linear layer and once as an embedding table."""
 
     layer: Linear = weight("layer", 48, 256)
     rows: Embedding = weight("layer", 48, 256)
@@ -73,13 +73,13 @@ def test_models_compute_what_the_matrices_say(form: Format, device: Device, monk
     for raw in (LLAMA, MOE):
         stored, meant = packed(floats(raw), form)
         found = logits({**raw, "quantization": form.entry}, stored)
-        # The kernels multiply packed weights with rows of 16 bits; MLX keeps sums of float8 products less exactly.
+        # The kernels round activations to 16 bits; MLX keeps sums of float8 products less exactly.
         assert distance(found, logits(raw, meant)) < (2e-3 if device is DEVICES[0] else 2e-4), raw["model_type"]
 
 
 @by_device
 def test_layers_of_their_own(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part of a joined matrix in another form, one left plain, the embeddings in a third form."""
+    """The parts of a joined matrix have different forms, one is plain, and the embeddings have a third form."""
     monkeypatch.setattr(engine, "current", lambda: device)
     attention, mlp = "model.layers.0.self_attn", "model.layers.1.mlp"
     others = {
@@ -94,7 +94,7 @@ def test_layers_of_their_own(device: Device, monkeypatch: pytest.MonkeyPatch) ->
     quantization = {**Format(4, 64).entry, **entries}
     found = logits({**LLAMA, "quantization": quantization}, stored)
     assert distance(found, logits(LLAMA, meant)) < (2e-3 if device is DEVICES[0] else 2e-4)
-    # mlx-lm also writes it under the name that transformers has for its own methods
+    # mlx-lm also writes it under transformers' key for its own quantization methods
     both = {**LLAMA, "quantization": quantization, "quantization_config": quantization}
     assert mx.array_equal(logits(both, stored), found)
 
@@ -102,7 +102,7 @@ def test_layers_of_their_own(device: Device, monkeypatch: pytest.MonkeyPatch) ->
 def test_experts_stacked_by_mlx_lm() -> None:
     raw, form = {**MOE, "mlp_only_layers": []}, Format(4, 64)
     stored, meant = packed(floats(raw), form)
-    # The router of a mixture is often kept in 8 bits.
+    # A mixture's router often stays in 8 bits.
     router = "model.layers.0.mlp.gate"
     parts = Format(8, 64).pack(router, floats(raw)[f"{router}.weight"])
     meant[f"{router}.weight"] = mx.array(unpacked(parts, router, Format(8, 64)).astype(np.float32))
@@ -129,7 +129,7 @@ def test_what_config_and_tensors_say_must_agree(entry: Any, error: type[Exceptio
 
 
 def test_names_and_shapes_that_only_mlx_lm_writes() -> None:
-    """DeepSeek V3's keys and values head by head, and Apertus' activation with plain numbers."""
+    """DeepSeek V3's key and value projections split by head, and Apertus' activation parameters as plain numbers."""
     for name in ("deepseek_v3-yarn", "apertus-base"):
         path = TESTS / "fixtures" / "families" / name
         raw, tensors = json.loads((path / "config.json").read_text()), mx.load(str(path / "model.safetensors"))
