@@ -1,4 +1,4 @@
-"""Apertus: a Llama with q and k normalised, and xIELU, an activation that learns its own bends.
+"""Apertus: a Llama with QK-norm, and an MLP without a gate whose activation, xIELU, has trained parameters.
 
 Source: arXiv:2509.14233, xIELU arXiv:2411.13010, and `transformers.models.apertus`.
 """
@@ -27,7 +27,7 @@ STRETCHED = RopeScaling(
 
 @dataclass(frozen=True, kw_only=True)
 class ApertusConfig(LlamaConfig):
-    """`config.json` of an Apertus."""
+    """`config.json` of an Apertus; RoPE is scaled as Llama 3.1's unless it says otherwise."""
 
     ACTS: ClassVar[frozenset[str]] = frozenset({"xielu"})
     ONLY: ClassVar[Mapping[str, object]] = {"qk_norm": True, "post_norm": False}
@@ -40,7 +40,7 @@ class ApertusConfig(LlamaConfig):
 
 @dataclass
 class MLP:
-    """Up, activation, down."""
+    """An MLP without a gate, whose xIELU activation has tensors of its own."""
 
     act_fn: XIELU = weight("act_fn")
     up_proj: Linear = weight("up_proj", INTERMEDIATE, HIDDEN)
@@ -52,7 +52,7 @@ class MLP:
 
 @dataclass
 class Block(blocks.PreNorm):
-    """Qwen 3's attention and that MLP."""
+    """A Llama block with Qwen 3's attention and the xIELU MLP; its norms are stored under other names."""
 
     input_layernorm: RMSNorm = weight("attention_layernorm", HIDDEN)
     self_attn: qwen3.Attention = weight("self_attn")
@@ -62,6 +62,6 @@ class Block(blocks.PreNorm):
 
 @dataclass
 class Apertus(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, Apertus blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

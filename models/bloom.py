@@ -1,4 +1,4 @@
-"""BLOOM: ALiBi instead of positions, a norm behind the embeddings; q, k and v of a head lie together.
+"""BLOOM: ALiBi instead of RoPE, a LayerNorm after the embeddings, an MLP without a gate; q, k, v stored head by head.
 
 Source: arXiv:2211.05100, ALiBi arXiv:2108.12409, and `transformers.models.bloom`.
 """
@@ -31,7 +31,7 @@ class BloomConfig(UnrotatedConfig):
         ["attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi", "skip_bias_add",
          "skip_bias_add_qkv", "slow_but_exact"]
     )  # fmt: skip
-    """How the authors' kernels were put together; what they compute is the same."""
+    """Options of the authors' fused kernels: none of them changes the result."""
 
     hidden_size: int = key(also="n_embed", default=64)
     num_hidden_layers: int = key("n_layer", also="num_hidden_layers", default=2)
@@ -56,14 +56,14 @@ class BloomConfig(UnrotatedConfig):
 
 @dataclass
 class Block(gpt_neox.Block):
-    """One sublayer after the other."""
+    """GPT-NeoX's sequential block; only the name of the attention differs."""
 
     self_attn: gpt_neox.Attention = weight("self_attention")
 
 
 @dataclass
 class NormedResidualBlock(Block):
-    """What the sublayers add to is what the norms gave."""
+    """A block whose residual branches start from the normalized input instead of the input itself."""
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         x = self.input_layernorm(x, self.norm_eps)
@@ -73,7 +73,7 @@ class NormedResidualBlock(Block):
 
 @dataclass
 class AlibiDecoder(LayerNormDecoder):
-    """Distances, where the model has them, are put into the mask that all layers share."""
+    """A decoder that puts the ALiBi biases, if the model has them, into the mask that all layers share."""
 
     alibi: Alibi | None = weight("")
 
@@ -85,7 +85,7 @@ class AlibiDecoder(LayerNormDecoder):
 
 @dataclass
 class Bloom(AlibiDecoder):
-    """A stack of one of those, with and without the prefix `transformer.`."""
+    """The model: embeddings, their LayerNorm, blocks, norm, head; names with and without the prefix `transformer.`."""
 
     embed_tokens: Embedding = weight("transformer.word_embeddings|word_embeddings", VOCAB, HIDDEN)
     embed_norm: LayerNorm = weight("transformer.word_embeddings_layernorm|word_embeddings_layernorm", HIDDEN)

@@ -1,4 +1,4 @@
-"""Command-R and Command-R+: LayerNorms without bias, both sublayers side by side, neighbouring pairs rotated.
+"""Command-R and Command-R+: LayerNorms without bias, attention and MLP in parallel, RoPE on neighbouring pairs.
 
 Source: `transformers.models.cohere`.
 """
@@ -36,18 +36,18 @@ class CohereConfig(LayerNormConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_max_length is not None and self.rope_scaling is None:
-            # The authors' context: positions are not stretched, so that the other number is in no formula.
+            # The context length the authors state. Without RoPE scaling, no formula uses the other number.
             object.__setattr__(self, "max_position_embeddings", self.model_max_length)
 
     @property
     def traditional(self) -> bool:
-        """Neighbours are a pair."""
+        """RoPE rotates pairs (2i, 2i+1)."""
         return True
 
 
 @dataclass
 class Attention(llama.NormedAttention):
-    """In Command-R+, a norm for each head."""
+    """Llama's attention; with `use_qk_norm` (Command-R+) a LayerNorm with its own weights on each head's q and k."""
 
     q_norm: StoredHeadNorms | None = weight("q_norm", "num_attention_heads", "head_dim", when="use_qk_norm")
     k_norm: StoredHeadNorms | None = weight("k_norm", "num_key_value_heads", "head_dim", when="use_qk_norm")
@@ -55,7 +55,7 @@ class Attention(llama.NormedAttention):
 
 @dataclass
 class Block(Parallel):
-    """Both at once."""
+    """Attention and MLP in parallel, behind one LayerNorm without bias."""
 
     input_layernorm: ScaledLayerNorm = weight("input_layernorm", HIDDEN)
     self_attn: Attention = weight("self_attn")
@@ -64,7 +64,7 @@ class Block(Parallel):
 
 @dataclass
 class Cohere(BaseDecoder):
-    """A stack of those blocks, and scaled logits."""
+    """The model: a stack of parallel blocks, a final LayerNorm without bias, and logits times `logit_scale`."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
     norm: ScaledLayerNorm = weight("model.norm", HIDDEN)

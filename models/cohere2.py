@@ -1,4 +1,4 @@
-"""Command-R7B and Command-A: Cohere with windows on three of four layers; the layers that see everything do not rotate.
+"""Command-R7B and Command-A: Cohere with a sliding window in three of four layers; full-attention layers have no RoPE.
 
 Source: arXiv:2504.00698, and `transformers.models.cohere2`.
 """
@@ -24,7 +24,7 @@ FIXED = {
     "use_parallel_embedding": False,
     "use_qk_norm": False,
 }
-"""Keys of the authors' own code, of which transformers knows these values only."""
+"""Keys that the authors' own code reads; transformers implements these values only."""
 
 
 @dataclass(frozen=True, kw_only=True)

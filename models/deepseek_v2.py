@@ -1,4 +1,4 @@
-"""DeepSeek V2: keys and values as one latent row a token, fine-grained experts in groups, shared experts.
+"""DeepSeek V2: multi-head latent attention, and fine-grained experts in groups beside shared experts.
 
 Source: arXiv:2405.04434, and `transformers.models.deepseek_v2`.
 """
@@ -23,7 +23,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekConfig(LatentConfig):
-    """What `config.json` of V2 and V3 have in common; `ep_size` and the `aux` keys are about training."""
+    """The part of `config.json` that V2 and V3 share; `ep_size` and the `aux` keys matter in training only."""
 
     first_k_dense_replace: int = key(default=0, minimum=0)
     moe_layer_freq: int = 1
@@ -46,12 +46,13 @@ class DeepseekConfig(LatentConfig):
         super().__post_init__()
         object.__setattr__(self, "n_group", self.n_group or 1)
         object.__setattr__(self, "topk_group", self.topk_group or 1)
+        # Greedy top-k looks at all experts at once, whatever the groups.
         groups = (1, 1) if self.topk_method == "greedy" else (self.n_group or 1, self.topk_group or 1)
         check_routing(self.num_experts, self.num_experts_per_tok, *groups, self.group_members)
 
     @property
     def group_members(self) -> int:
-        """A group is ranked by the sum of so many of its best experts."""
+        """How many of its best experts a group's rank is the sum of."""
         return 1
 
     @property
@@ -62,7 +63,7 @@ class DeepseekConfig(LatentConfig):
 
     @property
     def experts_class(self) -> type:
-        """What a sparse layer is."""
+        """The MoE class of the sparse layers."""
         return MoE
 
 
@@ -84,7 +85,7 @@ class DeepseekV2Config(DeepseekConfig):
 
 @dataclass
 class MoE(SwitchMoE):
-    """Experts of the best groups, and the shared ones."""
+    """Routed experts, plus the shared experts (stored as one gated MLP) that every token passes."""
 
     shared: GatedMLP = weight("shared_experts", "n_shared_experts*moe_intermediate_size")
 
@@ -94,7 +95,7 @@ class MoE(SwitchMoE):
 
 @dataclass
 class Block(blocks.PreNorm):
-    """Llama's frame, with latent attention, and experts in some layers."""
+    """A Llama block with latent attention, and experts instead of the MLP in sparse layers."""
 
     self_attn: LatentAttention = weight("self_attn")
     mlp: ConfiguredMLP = weight("mlp")
@@ -102,6 +103,6 @@ class Block(blocks.PreNorm):
 
 @dataclass
 class DeepseekV2(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, DeepSeek blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

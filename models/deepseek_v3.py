@@ -1,4 +1,4 @@
-"""DeepSeek V3 and R1: V2's attention; experts are scored by a sigmoid and chosen with a correction that balances them.
+"""DeepSeek V3 and R1: V2 with sigmoid scores for experts, chosen with a per-expert correction that balances their load.
 
 Source: arXiv:2412.19437, and `transformers.models.deepseek_v3`.
 """
@@ -19,7 +19,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekV3Config(DeepseekConfig):
-    """`config.json` of a DeepSeek V3; layers that predict further tokens are left unread."""
+    """`config.json` of a DeepSeek V3; the layers for multi-token prediction are left unread."""
 
     max_position_embeddings: int = 4096
     first_k_dense_replace: int = key(default=3, minimum=0)
@@ -61,6 +61,6 @@ class DeepseekV3Config(DeepseekConfig):
 
 @dataclass
 class MoE(deepseek_v2.MoE):
-    """The correction takes part in the choice, not in the shares."""
+    """V2's experts with `e_score_correction_bias`, which affects the choice of experts, not their routing weights."""
 
     correction: mx.array = weight("gate.e_score_correction_bias", "num_experts")

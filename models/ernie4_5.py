@@ -1,4 +1,4 @@
-"""ERNIE 4.5 (dense): a Llama that rotates neighbouring pairs and has one flag for all biases.
+"""ERNIE 4.5 (dense): a Llama whose RoPE rotates neighbouring pairs, with one flag, `use_bias`, for all biases.
 
 Source: `transformers.models.ernie4_5`.
 """
@@ -13,7 +13,7 @@ from runner.models.llama import LlamaConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Ernie45Config(LlamaConfig):
-    """`config.json` of an ERNIE 4.5."""
+    """`config.json` of an ERNIE 4.5; `use_bias` sets both `attention_bias` and `mlp_bias`."""
 
     num_key_value_heads: int = 2
     head_dim: int = 128
@@ -30,5 +30,5 @@ class Ernie45Config(LlamaConfig):
 
     @property
     def traditional(self) -> bool:
-        """Neighbours are a pair."""
+        """RoPE rotates pairs (2i, 2i+1)."""
         return True

@@ -1,4 +1,4 @@
-"""EXAONE 4: norms behind the sublayers and on q and k; in hybrid models only windowed layers have positions.
+"""EXAONE 4: norms after the sublayers, QK-norm, and in hybrid models RoPE in the windowed layers only.
 
 Source: arXiv:2507.11407, and `transformers.models.exaone4`.
 """
@@ -18,7 +18,9 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class Exaone4Config(WindowedConfig):
-    """`config.json` of an EXAONE 4; the pattern is a number, or letters: L for a window, G for everything."""
+    """`config.json` of an EXAONE 4. `sliding_window_pattern` is a number n (every n-th layer has full attention) or a
+    string to repeat: L for a windowed layer, G for full attention.
+    """
 
     rms_norm_eps: float = 1e-5
     num_key_value_heads: int = 32
@@ -41,7 +43,7 @@ class Exaone4Config(WindowedConfig):
 
 @dataclass
 class Block(blocks.PostNorm):
-    """OLMo 2's frame, with Qwen 3's attention."""
+    """OLMo 2's block (norms after the sublayers) with Qwen 3's attention."""
 
     self_attn: qwen3.Attention = weight("self_attn")
     mlp: llama.MLP = weight("mlp")
@@ -49,6 +51,6 @@ class Block(blocks.PostNorm):
 
 @dataclass
 class Exaone4(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, EXAONE 4 blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,4 +1,4 @@
-"""Falcon: one, some or all heads have keys of their own; one, two or consecutive norms; RoPE or ALiBi.
+"""Falcon: multi-query, grouped or multi-head attention, in sequence with or parallel to the MLP; RoPE or ALiBi.
 
 Source: arXiv:2311.16867, and `transformers.models.falcon`.
 """
@@ -27,7 +27,7 @@ class FalconConfig(LayerNormConfig):
     """`config.json` of a Falcon; defaults are those of `transformers.FalconConfig`."""
 
     INERT: ClassVar = frozenset(["ff_factor"])
-    """`ffn_hidden_size` over `hidden_size`, once more."""
+    """Redundant: `ffn_hidden_size` / `hidden_size`."""
 
     hidden_size: int = key(also="n_embed", default=4544)
     num_key_value_heads: int = key("num_kv_heads", default=0, minimum=0)
@@ -53,6 +53,7 @@ class FalconConfig(LayerNormConfig):
         }
         for name in [name for name, found in refused.items() if found]:
             raise ConfigError(f"config.json: {name} is not supported for Falcon")
+        # The old architecture ignores `num_kv_heads`: one key-value head, or one for each query head.
         one = 1 if self.multi_query else self.num_attention_heads
         heads = self.num_key_value_heads or self.num_attention_heads if self.new_decoder_architecture else one
         object.__setattr__(self, "num_key_value_heads", heads)
@@ -62,7 +63,7 @@ class FalconConfig(LayerNormConfig):
 
     @property
     def two_norms(self) -> bool:
-        """Whether the sublayers, side by side, have norms of their own."""
+        """Whether the parallel sublayers have a norm each; otherwise they share one."""
         return (self.num_ln_in_parallel_attn or (2 if self.new_decoder_architecture else 1)) == 2
 
     @property
@@ -75,25 +76,25 @@ class FalconConfig(LayerNormConfig):
 
     @property
     def alibi_scale(self) -> float:
-        """Distances are added before the scores are scaled."""
+        """Factor of the ALiBi biases: Falcon adds them before it scales the scores."""
         return self.attention_scale
 
     @property
     def alibi_dtype(self) -> mx.Dtype:
-        """The distances that the models were trained with are rounded."""
+        """Dtype that the ALiBi biases are rounded to, as in training."""
         return mx.bfloat16
 
 
 @dataclass
 class Block(gpt_neox.Block):
-    """One sublayer after the other."""
+    """GPT-NeoX's sequential block; only the name of the attention differs."""
 
     self_attn: gpt_neox.Attention = weight("self_attention")
 
 
 @dataclass
 class ParallelBlock(Parallel):
-    """Both at once, behind one norm."""
+    """Attention and MLP in parallel, behind one LayerNorm."""
 
     input_layernorm: LayerNorm = weight("input_layernorm", HIDDEN)
     self_attn: gpt_neox.Attention = weight("self_attention")
@@ -102,7 +103,7 @@ class ParallelBlock(Parallel):
 
 @dataclass
 class TwoNormBlock(gpt_neox.ParallelBlock):
-    """Both at once, each behind its own norm."""
+    """Attention and MLP in parallel, each behind its own LayerNorm."""
 
     input_layernorm: LayerNorm = weight("ln_attn", HIDDEN)
     self_attn: gpt_neox.Attention = weight("self_attention")
@@ -111,7 +112,7 @@ class TwoNormBlock(gpt_neox.ParallelBlock):
 
 @dataclass
 class Falcon(bloom.AlibiDecoder):
-    """A stack of one of those."""
+    """The model: embeddings, blocks of the variant that the config names, LayerNorm, head; ALiBi with `alibi`."""
 
     alibi: Alibi | None = weight("", when="alibi")
     embed_tokens: Embedding = weight("transformer.word_embeddings", VOCAB, HIDDEN)

@@ -1,4 +1,4 @@
-"""Gemma: norms stored as the difference from one, embeddings times the root of their width, GELU in its tanh form.
+"""Gemma: norms stored as the difference from one, embeddings scaled by sqrt(hidden_size), GELU in its tanh form.
 
 Source: arXiv:2403.08295, and `transformers.models.gemma`.
 """
@@ -37,14 +37,14 @@ class GemmaConfig(LlamaConfig):
 
     @property
     def activation(self) -> str:
-        """`hidden_activation` wins; "gelu" always means the tanh form here."""
+        """The activation of the MLP: `hidden_activation` if set, else `hidden_act`; "gelu" means the tanh form."""
         named = self.hidden_activation or self.hidden_act
         return "gelu_pytorch_tanh" if named == "gelu" else named
 
 
 @dataclass
 class Block(llama.Block):
-    """Llama's, with norms that add one to what is stored."""
+    """A Llama block whose norms add one to the stored weight."""
 
     input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN, transform=PLUS_ONE)
     post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN, transform=PLUS_ONE)
@@ -52,7 +52,7 @@ class Block(llama.Block):
 
 @dataclass
 class Decoder(blocks.Decoder):
-    """The frame of all Gemmas."""
+    """The decoder of all Gemmas: scaled embeddings, and a final norm that adds one to the stored weight."""
 
     norm: RMSNorm = weight("model.norm", HIDDEN, transform=PLUS_ONE)
     hidden_size: int = setting()
@@ -64,6 +64,6 @@ class Decoder(blocks.Decoder):
 
 @dataclass
 class Gemma(Decoder):
-    """That frame with those blocks."""
+    """The model: scaled embeddings, Gemma blocks, norm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

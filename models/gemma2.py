@@ -1,4 +1,4 @@
-"""Gemma 2: a norm before and behind each sublayer, every other layer sees a window, scores and logits are soft-capped.
+"""Gemma 2: a norm before and after each sublayer, a sliding window in every other layer, soft-capped scores and logits.
 
 Source: arXiv:2408.00118, and `transformers.models.gemma2`.
 """
@@ -24,7 +24,7 @@ from runner.weights.transforms import PLUS_ONE
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma2Config(GemmaConfig, WindowedConfig):
-    """`config.json` of a Gemma 2; `cache_implementation` is about transformers' memory."""
+    """`config.json` of a Gemma 2; `cache_implementation` concerns transformers' memory only."""
 
     INERT: ClassVar[frozenset[str]] = frozenset({"cache_implementation"})
     num_key_value_heads: int = 4
@@ -40,7 +40,7 @@ class Gemma2Config(GemmaConfig, WindowedConfig):
 
     @property
     def activation(self) -> str:
-        """`hidden_act` is never read."""
+        """The activation of the MLP; Gemma 2 never reads `hidden_act`."""
         return self.hidden_activation or "gelu_pytorch_tanh"
 
     @property
@@ -49,7 +49,7 @@ class Gemma2Config(GemmaConfig, WindowedConfig):
 
     @property
     def pattern(self) -> int:
-        """Every so many layers one sees everything."""
+        """Every `pattern`-th layer has full attention, the others a window."""
         return 2
 
     @property
@@ -59,7 +59,7 @@ class Gemma2Config(GemmaConfig, WindowedConfig):
 
 @dataclass
 class Block(blocks.BothNorms):
-    """Gemma's, with norms on both sides of the sublayers."""
+    """A Gemma block with RMSNorms before and after each sublayer."""
 
     input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN, transform=PLUS_ONE)
     self_attn: llama.Attention = weight("self_attn")
@@ -71,6 +71,6 @@ class Block(blocks.BothNorms):
 
 @dataclass
 class Gemma2(gemma.Decoder):
-    """Gemma's decoder with these blocks."""
+    """Gemma's decoder made of Gemma 2 blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

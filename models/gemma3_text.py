@@ -1,4 +1,4 @@
-"""Gemma 3 (text): Gemma 2 with normalised q and k, five windowed layers to each that sees everything, and two ropes.
+"""Gemma 3 (text): Gemma 2 with QK-norm, five windowed layers to each full-attention one, and a RoPE base for each kind.
 
 Source: arXiv:2503.19786, and `transformers.models.gemma3`.
 """
@@ -18,9 +18,9 @@ from runner.weights.transforms import PLUS_ONE
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Config(Gemma2Config):
-    """`config.json` of a Gemma 3; windowed layers rotate by `rope_local_base_freq`, unstretched.
+    """`config.json` of a Gemma 3; windowed layers use the base `rope_local_base_freq`, without RoPE scaling.
 
-    `_sliding_window_pattern` is transformers 5's copy of the pattern, beside the types of the layers.
+    `_sliding_window_pattern` is a copy of the pattern that transformers 5 writes beside `layer_types`.
     """
 
     INERT: ClassVar[frozenset[str]] = Gemma2Config.INERT | {"_sliding_window_pattern"}
@@ -34,6 +34,7 @@ class Gemma3Config(Gemma2Config):
 
     @property
     def pattern(self) -> int:
+        """Every `sliding_window_pattern`-th layer has full attention."""
         return self.sliding_window_pattern
 
     def for_layer(self, index: int) -> Self:
@@ -46,7 +47,7 @@ class Gemma3Config(Gemma2Config):
 
 @dataclass
 class Attention(qwen3.Attention):
-    """Qwen 3's, with norms that add one to what is stored."""
+    """Qwen 3's attention (an RMSNorm on each head's q and k); the norms add one to the stored weight."""
 
     q_norm: RMSNorm = weight("q_norm", "head_dim", transform=PLUS_ONE)
     k_norm: RMSNorm = weight("k_norm", "head_dim", transform=PLUS_ONE)
@@ -54,13 +55,13 @@ class Attention(qwen3.Attention):
 
 @dataclass
 class Block(gemma2.Block):
-    """Gemma 2's, with that attention."""
+    """A Gemma 2 block with Gemma 3's attention."""
 
     self_attn: Attention = weight("self_attn")
 
 
 @dataclass
 class Gemma3(gemma2.Gemma2):
-    """Gemma 2's, with those blocks."""
+    """A Gemma 2 made of Gemma 3 blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,4 +1,4 @@
-"""GLM 4 (0414's predecessors, glm-4-9b-chat-hf): half of each head is rotated, in neighbouring pairs.
+"""GLM 4 (glm-4-9b-chat-hf, before 0414): a Llama with RoPE on half of each head, on neighbouring pairs.
 
 Source: arXiv:2406.12793, and `transformers.models.glm`.
 """
@@ -17,7 +17,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class GlmConfig(LlamaConfig):
-    """`config.json` of a GLM."""
+    """`config.json` of a GLM; a null `partial_rotary_factor` means 1."""
 
     NULL: ClassVar[Mapping[str, object]] = {**LlamaConfig.NULL, "partial_rotary_factor": 1.0}
     num_key_value_heads: int = 2
@@ -33,13 +33,13 @@ class GlmConfig(LlamaConfig):
 
     @property
     def traditional(self) -> bool:
-        """Neighbours are a pair."""
+        """RoPE rotates pairs (2i, 2i+1)."""
         return True
 
 
 @dataclass
 class Attention(llama.Attention):
-    """Biases on the way in, none on the way out."""
+    """Llama's attention; `attention_bias` is for q, k and v, and the output projection has none."""
 
     qkv_proj: Linear = weight("{q,k,v}_proj", (Q, KV, KV), HIDDEN, bias="attention_bias")
     o_proj: Linear = weight("o_proj", HIDDEN, Q)
@@ -47,7 +47,7 @@ class Attention(llama.Attention):
 
 @dataclass
 class MLP(llama.MLP):
-    """Gate and up are stored as one."""
+    """Llama's MLP; gate and up are stored as one matrix."""
 
     gate_up_proj: Linear = weight("gate_up_proj", (INTERMEDIATE, INTERMEDIATE), HIDDEN)
     down_proj: Linear = weight("down_proj", HIDDEN, INTERMEDIATE)
@@ -55,7 +55,7 @@ class MLP(llama.MLP):
 
 @dataclass
 class Block(llama.Block):
-    """Llama's, with those two."""
+    """A Llama block with GLM's attention and MLP."""
 
     self_attn: Attention = weight("self_attn")
     mlp: MLP = weight("mlp")
@@ -63,6 +63,6 @@ class Block(llama.Block):
 
 @dataclass
 class Glm(llama.Llama):
-    """Llama's, with those blocks."""
+    """A Llama made of GLM blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

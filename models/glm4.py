@@ -1,4 +1,4 @@
-"""GLM-4-0414: GLM with a norm behind each sublayer as well as before it.
+"""GLM-4-0414: GLM with a norm after each sublayer as well as before it.
 
 Source: `transformers.models.glm4`.
 """
@@ -16,7 +16,7 @@ from runner.weights.tags import weight
 
 @dataclass
 class Block(blocks.BothNorms):
-    """GLM's attention and MLP between norms."""
+    """GLM's attention and MLP, each between two RMSNorms."""
 
     self_attn: glm.Attention = weight("self_attn")
     mlp: glm.MLP = weight("mlp")
@@ -24,6 +24,6 @@ class Block(blocks.BothNorms):
 
 @dataclass
 class Glm4(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, GLM-4 blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

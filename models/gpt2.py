@@ -1,7 +1,7 @@
-"""GPT-2: learned positions, LayerNorms, matrices stored `[in, out]`.
+"""GPT-2: learned positions, LayerNorms, an MLP without a gate, and matrices stored `[in, out]`.
 
-Source: Radford et al. 2019, and `transformers.models.gpt2`. Files have their names below `transformer.`, below nothing,
-or (those that mlx-lm wrote) below `model.`.
+Source: Radford et al. 2019, and `transformers.models.gpt2`. Tensor names start with `transformer.`, with nothing, or
+(in files that mlx-lm wrote) with `model.`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GPT2Config(UnrotatedConfig):
     """`config.json` of a GPT-2; defaults are those of `transformers.GPT2Config`."""
 
     INERT: ClassVar = frozenset(["n_ctx", "reorder_and_upcast_attn"])
-    """`n_positions` sizes the table whatever `n_ctx` says; scores are summed in float32 in any case."""
+    """`n_positions` sizes the position table, not `n_ctx`; scores are summed in float32 either way."""
 
     hidden_size: int = key("n_embd", also="hidden_size", default=768)
     num_hidden_layers: int = key("n_layer", also="num_hidden_layers", default=12)
@@ -55,7 +55,7 @@ class GPT2Config(UnrotatedConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """One stored matrix."""
+    """Llama's attention without rotation; q, k and v are stored as one matrix, `c_attn`, with biases."""
 
     qkv_proj: Conv1D = weight("c_attn", (Q, KV, KV), HIDDEN, bias=True)
     o_proj: Conv1D = weight("c_proj", HIDDEN, Q, bias=True)
@@ -63,7 +63,7 @@ class Attention(llama.Attention):
 
 @dataclass
 class MLP(PlainMLP):
-    """Under its own names."""
+    """An MLP without a gate, stored as `c_fc` (up) and `c_proj` (down)."""
 
     up_proj: Conv1D = weight("c_fc", INTERMEDIATE, HIDDEN, bias=True)
     down_proj: Conv1D = weight("c_proj", HIDDEN, INTERMEDIATE, bias=True)
@@ -71,7 +71,7 @@ class MLP(PlainMLP):
 
 @dataclass
 class Block(Sequential):
-    """Under their own names."""
+    """Pre-norm block with LayerNorms, stored as `ln_1`, `attn`, `ln_2` and `mlp`."""
 
     input_layernorm: LayerNorm = weight("ln_1", HIDDEN)
     self_attn: Attention = weight("attn")
@@ -81,7 +81,7 @@ class Block(Sequential):
 
 @dataclass
 class GPT2(LayerNormDecoder):
-    """A stack of those blocks, with a table of positions."""
+    """The model: token plus position embeddings, blocks, norm, head."""
 
     embed_tokens: Embedding = weight("transformer.wte|wte|model.wte", VOCAB, HIDDEN)
     embed_positions: Embedding = weight("transformer.wpe|wpe|model.wpe", "max_position_embeddings", HIDDEN)

@@ -1,6 +1,6 @@
-"""GPT-NeoX and Pythia: both sublayers side by side, each behind a norm of its own; q, k and v of a head lie together.
+"""GPT-NeoX and Pythia: attention and MLP in parallel, each behind its own LayerNorm; q, k, v stored head by head.
 
-Source: arXiv:2204.06745, and `transformers.models.gpt_neox`. Files that mlx-lm wrote have names of their own.
+Source: arXiv:2204.06745, and `transformers.models.gpt_neox`. Files that mlx-lm wrote use other tensor names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class GPTNeoXConfig(LayerNormConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """q, k and v in turn, head by head."""
+    """Llama's attention; the stored matrix holds q, k and v of head 0, then of head 1, and so on."""
 
     qkv_proj: FusedQKV = weight("query_key_value", (Q, KV, KV), HIDDEN, bias="attention_bias")
     o_proj: Linear = weight("dense", HIDDEN, Q, bias="attention_bias")
@@ -46,7 +46,7 @@ class Attention(llama.Attention):
 
 @dataclass
 class MLP(PlainMLP):
-    """Under its own names."""
+    """An MLP without a gate, stored as `dense_h_to_4h` (up) and `dense_4h_to_h` (down)."""
 
     up_proj: Linear = weight("dense_h_to_4h", INTERMEDIATE, HIDDEN, bias="mlp_bias")
     down_proj: Linear = weight("dense_4h_to_h", HIDDEN, INTERMEDIATE, bias="mlp_bias")
@@ -54,7 +54,7 @@ class MLP(PlainMLP):
 
 @dataclass
 class Block(blocks.Sequential):
-    """One sublayer after the other."""
+    """The sequential variant: pre-norm attention, then pre-norm MLP."""
 
     input_layernorm: LayerNorm = weight("input_layernorm", HIDDEN)
     self_attn: Attention = weight("attention")
@@ -64,14 +64,14 @@ class Block(blocks.Sequential):
 
 @dataclass
 class ParallelBlock(Block, blocks.ParallelNorms):
-    """Both at once."""
+    """The parallel variant (the usual one): both sublayers read the block's input, each through its own LayerNorm."""
 
     __call__ = blocks.ParallelNorms.__call__
 
 
 @dataclass
 class GPTNeoX(LayerNormDecoder):
-    """A stack of one of those, under names of its own."""
+    """The model: embeddings, blocks of the variant that `use_parallel_residual` names, norm, head."""
 
     embed_tokens: Embedding = weight("gpt_neox.embed_in|model.embed_in", VOCAB, HIDDEN)
     layers: Sequence[ConfiguredBlock] = weight("gpt_neox.layers|model.h", length="num_hidden_layers")

@@ -1,4 +1,4 @@
-"""gpt-oss: sinks that take a share of each head's attention, windows in every other layer, experts with biases.
+"""gpt-oss: attention sinks, a sliding window in every other layer, and a mixture of experts with biases in every layer.
 
 Source: arXiv:2508.10925, and `transformers.models.gpt_oss`.
 """
@@ -32,8 +32,9 @@ STRETCHED = RopeScaling(
 
 @dataclass(frozen=True, kw_only=True)
 class GptOssConfig(LocalExpertsConfig, WindowedConfig):
-    """`config.json` of a gpt-oss. The two keys at the end say again what `num_experts_per_tok` and the rope's original
-    length say, and transformers reads neither."""
+    """`config.json` of a gpt-oss. The last two keys repeat `num_experts_per_tok` and RoPE's original context length;
+    transformers reads neither.
+    """
 
     num_key_value_heads: int = 8
     head_dim: int = 64
@@ -66,14 +67,14 @@ class GptOssConfig(LocalExpertsConfig, WindowedConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """Each head has one more score, of a key that has no value."""
+    """Llama's attention with a learned sink per head: a logit that joins the softmax and has no value."""
 
     attend: SinkAttend
 
 
 @dataclass
 class ClampedGLU(GLU):
-    """`gate * sigmoid(alpha * gate) * (up + 1)`, of numbers kept within the limit."""
+    """SwiGLU as gpt-oss has it: `gate * sigmoid(alpha * gate) * (up + 1)`, gate and up clamped to `swiglu_limit`."""
 
     swiglu_alpha: float = setting()
     swiglu_limit: float = setting()
@@ -86,7 +87,7 @@ class ClampedGLU(GLU):
 
 @dataclass
 class MoE(moe.MoE):
-    """Rows of gate and up alternate in the published tensors."""
+    """Experts with biases; the published `gate_up_proj` alternates rows of gate and up, mlx-lm stores the two apart."""
 
     glu: ClampedGLU
     router: Linear = weight("router", "num_local_experts", HIDDEN, bias=True)
@@ -102,7 +103,7 @@ class MoE(moe.MoE):
 
 @dataclass
 class Block(blocks.PreNorm):
-    """Llama's frame, with those."""
+    """A Llama block with sinks in its attention, and experts instead of the MLP."""
 
     self_attn: Attention = weight("self_attn")
     mlp: MoE = weight("mlp")
@@ -110,6 +111,6 @@ class Block(blocks.PreNorm):
 
 @dataclass
 class GptOss(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, gpt-oss blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,4 +1,4 @@
-"""Granite 3: a Llama whose embeddings, attention scores, residual branches and logits have multipliers.
+"""Granite 3: a Llama with multipliers on embeddings, attention scores, residual branches and logits.
 
 Source: arXiv:2405.04324, and `transformers.models.granite`.
 """
@@ -20,7 +20,7 @@ from runner.weights.tags import setting, weight
 
 @dataclass(frozen=True, kw_only=True)
 class GraniteConfig(LlamaConfig):
-    """`config.json` of a Granite."""
+    """`config.json` of a Granite; `attention_multiplier` replaces 1 / sqrt(head_dim)."""
 
     embedding_multiplier: float = 1.0
     attention_multiplier: float = 1.0
@@ -34,7 +34,7 @@ class GraniteConfig(LlamaConfig):
 
 @dataclass
 class ScaledPreNorm(blocks.PreNorm):
-    """Both branches are scaled before they are added."""
+    """A pre-norm block that multiplies each sublayer's output by `residual_multiplier` before adding it."""
 
     residual_multiplier: float = setting()
 
@@ -46,7 +46,7 @@ class ScaledPreNorm(blocks.PreNorm):
 
 @dataclass
 class Block(ScaledPreNorm):
-    """That frame with Llama's attention and MLP."""
+    """Granite's scaled residual branches around Llama's attention and MLP."""
 
     self_attn: llama.Attention = weight("self_attn")
     mlp: llama.MLP = weight("mlp")
@@ -54,7 +54,7 @@ class Block(ScaledPreNorm):
 
 @dataclass
 class Decoder(blocks.Decoder):
-    """Embeddings and logits are scaled."""
+    """A decoder that multiplies embeddings by `embedding_multiplier` and divides logits by `logits_scaling`."""
 
     embedding_multiplier: float = setting()
     logits_scaling: float = setting()
@@ -68,6 +68,6 @@ class Decoder(blocks.Decoder):
 
 @dataclass
 class Granite(Decoder):
-    """That frame with those blocks."""
+    """The model: scaled embeddings, Granite blocks, RMSNorm, head with scaled logits."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,4 +1,4 @@
-"""Granite 3 MoE: Granite's multipliers, and experts stored as one tensor.
+"""Granite 3 MoE: Granite's multipliers, and a mixture of experts stored as one tensor per projection.
 
 Source: `transformers.models.granitemoe`.
 """
@@ -19,12 +19,12 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class GraniteMoeConfig(LocalExpertsConfig, GraniteConfig):
-    """`config.json` of a Granite-MoE."""
+    """`config.json` of a Granite MoE: Granite's keys and `LocalExpertsConfig`'s."""
 
 
 @dataclass
 class MoE(moe.MoE):
-    """Gate above up, in one tensor for all experts; mlx-lm has them apart."""
+    """Experts stored stacked; `input_linear` holds each expert's gate rows, then its up rows (mlx-lm: two tensors)."""
 
     router: Linear = weight("router.layer", "num_local_experts", HIDDEN)
     gate_up_proj: ExpertLinear = weight(
@@ -39,7 +39,7 @@ class MoE(moe.MoE):
 
 @dataclass
 class Block(granite.ScaledPreNorm):
-    """Granite's frame, with experts."""
+    """A Granite block with experts instead of the MLP."""
 
     self_attn: llama.Attention = weight("self_attn")
     mlp: MoE = weight("block_sparse_moe")
@@ -47,6 +47,6 @@ class Block(granite.ScaledPreNorm):
 
 @dataclass
 class GraniteMoe(granite.Decoder):
-    """Granite's, with those blocks."""
+    """The model: scaled embeddings, Granite MoE blocks, RMSNorm, head with scaled logits."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

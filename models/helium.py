@@ -1,4 +1,4 @@
-"""Helium: a Llama that rotates neighbouring pairs and never has a bias on the output projection.
+"""Helium: a Llama whose RoPE rotates neighbouring pairs, and whose output projection never has a bias.
 
 Source: `transformers.models.helium`.
 """
@@ -26,26 +26,26 @@ class HeliumConfig(LlamaConfig):
 
     @property
     def traditional(self) -> bool:
-        """Neighbours are a pair."""
+        """RoPE rotates pairs (2i, 2i+1)."""
         return True
 
 
 @dataclass
 class Attention(llama.Attention):
-    """No bias on the way out."""
+    """Llama's attention without a bias on the output projection."""
 
     o_proj: Linear = weight("o_proj", HIDDEN, Q)
 
 
 @dataclass
 class Block(llama.Block):
-    """Llama's, with that attention."""
+    """A Llama block with Helium's attention."""
 
     self_attn: Attention = weight("self_attn")
 
 
 @dataclass
 class Helium(llama.Llama):
-    """Llama's, with those blocks."""
+    """A Llama made of Helium blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

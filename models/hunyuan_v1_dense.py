@@ -1,4 +1,4 @@
-"""Hunyuan (dense): q and k are normalised after they are rotated; rope's base is stretched once, by `alpha`.
+"""Hunyuan (dense): a Llama that normalizes q and k after RoPE, whose base is raised once for all lengths, by `alpha`.
 
 Source: `transformers.models.hunyuan_v1_dense`.
 """
@@ -23,9 +23,9 @@ from runner.weights.tags import setting, weight
 
 @dataclass(frozen=True, kw_only=True)
 class HunyuanConfig(LlamaConfig):
-    """`config.json` of a Hunyuan; "dynamic" with an `alpha` is a base of theta * alpha^(d / (d - 2)) at any length.
+    """`config.json` of a Hunyuan; "dynamic" RoPE with `alpha` has base theta * alpha^(d / (d - 2)) at any length.
 
-    The inert ones are ids, what `use_cla` (never set) would read, and a classifier's.
+    The inert keys are token ids, the settings of `use_cla` (which no file sets), and a classifier's.
     """
 
     ONLY: ClassVar[Mapping[str, object]] = {"norm_type": "rms", "use_qk_norm": True, "use_rotary_pos_emb": True}
@@ -54,7 +54,7 @@ class HunyuanConfig(LlamaConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """Rotated, then normalised."""
+    """Llama's attention with an RMSNorm on each head's q and k after RoPE, where Qwen 3 has it before."""
 
     query_layernorm: RMSNorm = weight("query_layernorm", "head_dim")
     key_layernorm: RMSNorm = weight("key_layernorm", "head_dim")
@@ -67,13 +67,13 @@ class Attention(llama.Attention):
 
 @dataclass
 class Block(llama.Block):
-    """Llama's, with that attention."""
+    """A Llama block with Hunyuan's attention."""
 
     self_attn: Attention = weight("self_attn")
 
 
 @dataclass
 class Hunyuan(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, Hunyuan blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

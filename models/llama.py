@@ -1,6 +1,7 @@
-"""Llama 1 to 3.x, and what shares its form: SmolLM2, TinyLlama, Yi, DeepSeek-LLM, Mistral (with its sliding window).
+"""Llama 1 to 3.x and the models with its architecture: SmolLM2, TinyLlama, Yi, DeepSeek-LLM, Mistral (sliding window).
 
-Source: arXiv:2302.13971, arXiv:2407.21783, and `transformers.models.llama`.
+Other families subclass what is here and state only what differs. Source: arXiv:2302.13971, arXiv:2407.21783, and
+`transformers.models.llama`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from runner.weights.tags import setting, weight
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
-    """`config.json` of a Llama."""
+    """`config.json` of a Llama: all of `DecoderConfig`, with its defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MistralConfig(LlamaConfig):
-    """Mistral: a Llama whose attention looks back `sliding_window` tokens."""
+    """`config.json` of a Mistral: a Llama with sliding-window attention over the last `sliding_window` tokens."""
 
     num_key_value_heads: int = 8
     max_position_embeddings: int = 131072
@@ -40,7 +41,7 @@ class MistralConfig(LlamaConfig):
 
 @dataclass
 class Attention:
-    """Grouped-query attention with rotary positions; q, k and v are one product."""
+    """Grouped-query attention with rotary positions; q, k and v come from one matrix product."""
 
     rope: RoPE
     attend: Attend
@@ -55,23 +56,24 @@ class Attention:
         return self.o_proj(merge_heads(self.attend(q, cache.append(k, v), batch.mask)))
 
     def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries `[B, H, L, D]` and keys `[B, KV, L, D]`, rotated together, and values."""
+        """Split `qkv` `[B, L, (H + 2 KV) D]` into q `[B, H, L, D]`, k and v `[B, KV, L, D]`; rotate q and k."""
         heads = split_heads(qkv, self.head_dim)  # [B, H + KV + KV, L, D]
         rotated, v = mx.split(heads, [self.num_attention_heads + self.num_key_value_heads], axis=1)
+        # Queries and keys lie side by side, so that one call rotates both.
         q, k = mx.split(self.rope(rotated, batch.offset, batch.length), [self.num_attention_heads], axis=1)
         return q, k, v
 
 
 @dataclass
 class NormedAttention(Attention):
-    """Queries and keys pass a norm, head by head, before they are rotated; subclasses say which."""
+    """Attention that normalizes each head's q and k before RoPE (QK-norm); subclasses say with which norm."""
 
     q_norm: Norm | None = weight("q_norm", "head_dim")
     k_norm: Norm | None = weight("k_norm", "head_dim")
     norm_eps: float = setting()
 
     def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-        if self.q_norm is None or self.k_norm is None:
+        if self.q_norm is None or self.k_norm is None:  # a checkpoint whose config switches QK-norm off
             return super().heads(qkv, batch)
         ends = [self.num_attention_heads, self.num_attention_heads + self.num_key_value_heads]
         q, k, v = mx.split(split_heads(qkv, self.head_dim), ends, axis=1)
@@ -81,7 +83,7 @@ class NormedAttention(Attention):
 
 @dataclass
 class MLP:
-    """The gated feed-forward layer; gate and up are one product."""
+    """The gated MLP (SwiGLU with `silu`); gate and up come from one matrix product."""
 
     glu: GLU
     gate_up_proj: Linear = weight("{gate,up}_proj", (INTERMEDIATE, INTERMEDIATE), HIDDEN, bias="mlp_bias")
@@ -93,7 +95,7 @@ class MLP:
 
 @dataclass
 class Block(PreNorm):
-    """That frame, with those two."""
+    """One Llama block: pre-norm attention, then the gated MLP."""
 
     self_attn: Attention = weight("self_attn")
     mlp: MLP = weight("mlp")
@@ -101,6 +103,6 @@ class Block(PreNorm):
 
 @dataclass
 class Llama(Decoder):
-    """A stack of those blocks."""
+    """The model: embeddings, `num_hidden_layers` blocks, norm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

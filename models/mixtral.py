@@ -1,4 +1,4 @@
-"""Mixtral: Mistral's attention, and for each token the feed-forward layers of a few experts.
+"""Mixtral: Mistral's attention, and a mixture of experts instead of the MLP.
 
 Source: arXiv:2401.04088, and `transformers.models.mixtral`.
 """
@@ -19,7 +19,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class MixtralConfig(LocalExpertsConfig, MistralConfig):
-    """`config.json` of a Mixtral; `router_jitter_noise` is training's."""
+    """`config.json` of a Mixtral; `router_jitter_noise` matters in training only."""
 
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1000000.0
@@ -29,7 +29,7 @@ class MixtralConfig(LocalExpertsConfig, MistralConfig):
 
 @dataclass
 class MoE(moe.MoE):
-    """w1 is the gate, w3 the way up, w2 the way down; mlx-lm stacks them and names them so."""
+    """Experts stored as w1 (gate), w3 (up) and w2 (down), or stacked under Llama's names by mlx-lm."""
 
     router: Linear = weight("gate", "num_local_experts", HIDDEN)
     gate_up_proj: ExpertLinear = weight(
@@ -44,7 +44,7 @@ class MoE(moe.MoE):
 
 @dataclass
 class Block(blocks.PreNorm):
-    """Llama's frame, with experts."""
+    """A Llama block with experts instead of the MLP."""
 
     self_attn: llama.Attention = weight("self_attn")
     mlp: MoE = weight("block_sparse_moe")
@@ -52,6 +52,6 @@ class Block(blocks.PreNorm):
 
 @dataclass
 class Mixtral(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, Mixtral blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,4 +1,4 @@
-"""Nemotron (and Minitron): LayerNorms stored as the difference from one, half of each head rotated, squared ReLU.
+"""Nemotron, Minitron: LayerNorms stored as the difference from one, RoPE on half of each head, squared ReLU, no gate.
 
 Source: arXiv:2402.16819, and `transformers.models.nemotron`.
 """
@@ -35,14 +35,14 @@ class NemotronConfig(LayerNormConfig):
 
 @dataclass
 class LayerNorm1P(LayerNorm):
-    """Its weight is one more than what is stored."""
+    """A LayerNorm whose weight is the stored tensor plus one."""
 
     weight: mx.array = tensor("weight", "$0", transform=PLUS_ONE)
 
 
 @dataclass
 class Block(Sequential):
-    """Llama's attention and an MLP without a gate, behind those norms."""
+    """Pre-norm block: Llama's attention and an MLP without a gate, behind `LayerNorm1P`."""
 
     input_layernorm: LayerNorm1P = weight("input_layernorm", HIDDEN)
     self_attn: llama.Attention = weight("self_attn")
@@ -52,7 +52,7 @@ class Block(Sequential):
 
 @dataclass
 class Nemotron(LayerNormDecoder):
-    """A stack of those blocks."""
+    """The model: embeddings, Nemotron blocks, `LayerNorm1P`, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
     norm: LayerNorm1P = weight("model.norm", HIDDEN)

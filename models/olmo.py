@@ -1,4 +1,4 @@
-"""OLMo 1: LayerNorms without weights, and in some checkpoints q, k and v clipped.
+"""OLMo 1: a Llama with LayerNorms that have no weights, and in some checkpoints q, k and v clipped.
 
 Source: arXiv:2402.00838, and `transformers.models.olmo`.
 """
@@ -21,7 +21,7 @@ from runner.weights.tags import setting, weight
 
 @dataclass(frozen=True, kw_only=True)
 class OlmoConfig(LayerNormConfig):
-    """`config.json` of an OLMo; the norms' epsilon is no key of it."""
+    """`config.json` of an OLMo; the norms' epsilon is fixed and has no key."""
 
     layer_norm_eps: float = fixed(1e-5)
     partial_rotary_factor: float = fixed(1.0)
@@ -31,7 +31,7 @@ class OlmoConfig(LayerNormConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """Numbers beyond the clip are cut off."""
+    """Llama's attention; q, k and v are clipped to [-`clip_qkv`, `clip_qkv`] before RoPE."""
 
     clip_qkv: float | None = setting()
 
@@ -42,7 +42,7 @@ class Attention(llama.Attention):
 
 @dataclass
 class Block(Sequential):
-    """Norms that take no tensor."""
+    """A Llama block with LayerNorms that have neither weight nor bias, so no tensors."""
 
     input_layernorm: PlainLayerNorm = weight("")
     self_attn: Attention = weight("self_attn")
@@ -52,7 +52,7 @@ class Block(Sequential):
 
 @dataclass
 class Olmo(BaseDecoder):
-    """A stack of those blocks."""
+    """The model: embeddings, OLMo blocks, a LayerNorm without tensors, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
     norm: PlainLayerNorm = weight("")

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms behind the sublayers instead of before them, q and k normalised over all heads; 3 has windows.
+"""OLMo 2 and 3: norms after the sublayers instead of before, QK-norm over all heads together; OLMo 3 adds windows.
 
 Source: arXiv:2501.00656, and `transformers.models.olmo2`, `olmo3`.
 """
@@ -31,7 +31,7 @@ class Olmo2Config(LlamaConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Olmo3Config(Olmo2Config, WindowedConfig):
-    """`config.json` of an OLMo 3: three of four layers see a window, and those do not stretch their positions."""
+    """`config.json` of an OLMo 3: three of four layers have a sliding window, and those have no RoPE scaling."""
 
     rope_theta: float = 500000.0
     rope_local_base_freq: float | None = None
@@ -50,7 +50,7 @@ class Olmo3Config(Olmo2Config, WindowedConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """Norms over all heads together."""
+    """Llama's attention with RMSNorms over all query heads and all key heads together, before RoPE."""
 
     q_norm: RMSNorm = weight("q_norm", Q)
     k_norm: RMSNorm = weight("k_norm", KV)
@@ -65,7 +65,7 @@ class Attention(llama.Attention):
 
 @dataclass
 class Block(blocks.PostNorm):
-    """Norms behind the sublayers."""
+    """OLMo 2's attention and Llama's MLP with a norm after each instead of before."""
 
     self_attn: Attention = weight("self_attn")
     mlp: llama.MLP = weight("mlp")
@@ -73,6 +73,6 @@ class Block(blocks.PostNorm):
 
 @dataclass
 class Olmo2(blocks.Decoder):
-    """Llama's frame, with those blocks."""
+    """The model: embeddings, OLMo 2 blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

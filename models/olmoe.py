@@ -1,4 +1,4 @@
-"""OLMoE: OLMo 2's norms on q and k, OLMo's clip behind them, and experts in every layer.
+"""OLMoE: OLMo 2's QK-norm, then OLMo's clipping of q, k and v, and a mixture of experts in every layer.
 
 Source: arXiv:2409.02060, and `transformers.models.olmoe`.
 """
@@ -18,7 +18,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class OlmoeConfig(LlamaConfig):
-    """`config.json` of an OLMoE; the `router_*` keys are about training."""
+    """`config.json` of an OLMoE; the `router_*` keys matter in training only."""
 
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 4096
@@ -35,18 +35,18 @@ class OlmoeConfig(LlamaConfig):
 
     @property
     def moe_intermediate_size(self) -> int:
-        """Of each expert."""
+        """Hidden width of each expert: OLMoE's `intermediate_size`."""
         return self.intermediate_size
 
 
 @dataclass
 class Attention(olmo2.Attention, olmo.Attention):
-    """Normed, then clipped, then rotated."""
+    """Llama's attention that normalizes q and k (OLMo 2), then clips q, k and v (OLMo), then rotates."""
 
 
 @dataclass
 class Block(blocks.PreNorm):
-    """Llama's frame, with those."""
+    """A Llama block with OLMoE's attention, and experts instead of the MLP."""
 
     self_attn: Attention = weight("self_attn")
     mlp: SwitchMoE = weight("mlp")
@@ -54,6 +54,6 @@ class Block(blocks.PreNorm):
 
 @dataclass
 class Olmoe(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, OLMoE blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

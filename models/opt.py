@@ -1,4 +1,4 @@
-"""OPT and Galactica: learned positions that start at 2, LayerNorms before the sublayers (350M: behind them).
+"""OPT and Galactica: learned positions that start at row 2, LayerNorms before the sublayers (350M: after them).
 
 Source: arXiv:2205.01068, and `transformers.models.opt`.
 """
@@ -24,7 +24,7 @@ from runner.nn.positions import positions
 from runner.ops.table import Ops
 from runner.weights.tags import setting, tensor, weight
 
-FIRST = 2  # rows of the table before position 0
+FIRST = 2  # the table's row for position 0; the rows before it are unused
 NARROW = "word_embed_proj_dim"
 
 
@@ -33,7 +33,7 @@ class OPTConfig(UnrotatedConfig):
     """`config.json` of an OPT; defaults are those of `transformers.OPTConfig`."""
 
     INERT: ClassVar = frozenset(["learned_embeddings"])
-    """Galactica's; they always are."""
+    """A key of Galactica's configs; position embeddings are always learned."""
 
     intermediate_size: int = key("ffn_dim", default=3072)
     hidden_act: str = key("activation_function", default="relu")
@@ -51,17 +51,17 @@ class OPTConfig(UnrotatedConfig):
 
     @property
     def rows(self) -> int:
-        """Of the table of positions."""
+        """Rows of the position table."""
         return self.max_position_embeddings + FIRST
 
     @property
     def normed_at_the_end(self) -> bool:
-        """Whether there is a norm before the head."""
+        """Whether there is a final norm before the head."""
         return self.do_layer_norm_before and not self.remove_final_layer_norm
 
     @property
     def narrow(self) -> bool:
-        """Whether embeddings are projected to the width of the layers and back."""
+        """Whether the embeddings have another width than the layers, and are projected to it and back (350M)."""
         return self.word_embed_proj_dim != self.hidden_size
 
     @property
@@ -71,7 +71,7 @@ class OPTConfig(UnrotatedConfig):
 
 @dataclass
 class Norm:
-    """A LayerNorm, with or without what it learnt."""
+    """A LayerNorm whose weight and bias exist only with `layer_norm_elementwise_affine`."""
 
     weight: mx.array | None = tensor("weight", HIDDEN, when="layer_norm_elementwise_affine")
     bias: mx.array | None = tensor("bias", HIDDEN, when="layer_norm_elementwise_affine")
@@ -83,14 +83,14 @@ class Norm:
 
 @dataclass
 class Attention(llama.Attention):
-    """Under its own name."""
+    """Llama's attention without rotation; the output projection is stored as `out_proj`."""
 
     o_proj: Linear = weight("out_proj", HIDDEN, Q, bias="attention_bias")
 
 
 @dataclass
 class MLP(PlainMLP):
-    """Under its own names."""
+    """An MLP without a gate, stored as `fc1` (up) and `fc2` (down); `enable_bias` covers its biases too."""
 
     up_proj: Linear = weight("fc1", INTERMEDIATE, HIDDEN, bias="attention_bias")
     down_proj: Linear = weight("fc2", HIDDEN, INTERMEDIATE, bias="attention_bias")
@@ -98,7 +98,7 @@ class MLP(PlainMLP):
 
 @dataclass
 class Block(Sequential):
-    """Norm, sublayer, add; twice."""
+    """Pre-norm block: LayerNorm, sublayer, add; for attention, then for the MLP."""
 
     input_layernorm: Norm = weight("self_attn_layer_norm")
     self_attn: Attention = weight("self_attn")
@@ -108,7 +108,7 @@ class Block(Sequential):
 
 @dataclass
 class PostNormBlock(Block):
-    """Sublayer, add, norm; twice."""
+    """Post-norm block (350M): sublayer, add, LayerNorm; for attention, then for the MLP."""
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         x = self.input_layernorm(x + self.self_attn(x, batch, cache), self.norm_eps)
@@ -117,7 +117,7 @@ class PostNormBlock(Block):
 
 @dataclass(kw_only=True)
 class OPT(BaseDecoder):
-    """A stack of one of those, with a table of positions, and in 350M projections at both ends."""
+    """The model: token plus position embeddings, blocks, norm, head; in 350M, projections at both ends."""
 
     embed_tokens: Embedding = weight("model.decoder.embed_tokens|decoder.embed_tokens", VOCAB, NARROW)
     embed_positions: Embedding = weight("model.decoder.embed_positions|decoder.embed_positions", "rows", HIDDEN)

@@ -1,4 +1,4 @@
-"""Phi 1, 1.5 and 2: both sublayers side by side, LayerNorms and biases everywhere, part of each head rotated.
+"""Phi 1, 1.5 and 2: attention and MLP in parallel, LayerNorms, biases everywhere, RoPE on part of each head.
 
 Source: arXiv:2309.05463, and `transformers.models.phi`.
 """
@@ -36,7 +36,7 @@ class PhiConfig(LayerNormConfig):
 
 @dataclass
 class Attention(llama.NormedAttention):
-    """A flag for norms shared by all heads."""
+    """Llama's attention with biases; `qk_layernorm` adds a LayerNorm on q and one on k, shared by all heads."""
 
     o_proj: Linear = weight("dense", HIDDEN, Q, bias=True)
     q_norm: LayerNorm | None = weight("q_layernorm", "head_dim", when="qk_layernorm")
@@ -45,7 +45,7 @@ class Attention(llama.NormedAttention):
 
 @dataclass
 class MLP(PlainMLP):
-    """Under its own names."""
+    """An MLP without a gate, stored as `fc1` (up) and `fc2` (down)."""
 
     up_proj: Linear = weight("fc1", INTERMEDIATE, HIDDEN, bias=True)
     down_proj: Linear = weight("fc2", HIDDEN, INTERMEDIATE, bias=True)
@@ -53,7 +53,7 @@ class MLP(PlainMLP):
 
 @dataclass
 class Block(Parallel):
-    """Both at once."""
+    """Attention and MLP in parallel, behind one LayerNorm."""
 
     input_layernorm: LayerNorm = weight("input_layernorm", HIDDEN)
     self_attn: Attention = weight("self_attn")
@@ -62,7 +62,7 @@ class Block(Parallel):
 
 @dataclass
 class Phi(LayerNormDecoder):
-    """A stack of those blocks; the head has a bias."""
+    """The model: embeddings, parallel blocks, LayerNorm, and a head with a bias."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
     norm: LayerNorm = weight("model.final_layernorm", HIDDEN)

@@ -1,4 +1,4 @@
-"""Phi 3, 3.5 and 4 (dense): a Llama whose q, k, v and gate, up are stored as one, with LongRoPE and a window.
+"""Phi 3, 3.5 and 4 (dense): a Llama that stores q, k, v as one matrix and gate, up as another; LongRoPE and a window.
 
 Source: arXiv:2404.14219, and `transformers.models.phi3`.
 """
@@ -18,7 +18,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class Phi3Config(LlamaConfig):
-    """`config.json` of a Phi-3; LongRoPE's original length stands beside its factors."""
+    """`config.json` of a Phi-3; LongRoPE's original context length is a key of its own, outside `rope_scaling`."""
 
     ONLY: ClassVar[Mapping[str, object]] = {"full_attn_mod": 1, "interpolate_factor": 1}
     max_position_embeddings: int = 4096
@@ -45,7 +45,7 @@ class Phi3Config(LlamaConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """One stored matrix, no biases."""
+    """Llama's attention without biases; q, k and v are stored as one matrix."""
 
     qkv_proj: Linear = weight("qkv_proj", (Q, KV, KV), HIDDEN)
     o_proj: Linear = weight("o_proj", HIDDEN, Q)
@@ -53,7 +53,7 @@ class Attention(llama.Attention):
 
 @dataclass
 class Block(llama.Block):
-    """Llama's, with that attention and GLM's MLP."""
+    """A Llama block with Phi-3's attention and GLM's MLP (gate and up stored as one)."""
 
     self_attn: Attention = weight("self_attn")
     mlp: glm.MLP = weight("mlp")
@@ -61,6 +61,6 @@ class Block(llama.Block):
 
 @dataclass
 class Phi3(llama.Llama):
-    """Llama's, with those blocks."""
+    """A Llama made of Phi-3 blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

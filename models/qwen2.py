@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: a Llama with biases on q, k and v, and in some checkpoints a window from one layer on.
+"""Qwen 2 and 2.5: a Llama with biases on q, k and v, and in some checkpoints a sliding window in the upper layers.
 
 Source: arXiv:2407.10671, and `transformers.models.qwen2`.
 """
@@ -17,7 +17,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2Config(WindowedConfig):
-    """`config.json` of a Qwen2; the window counts where `use_sliding_window` says so."""
+    """`config.json` of a Qwen2; `use_sliding_window` windows the layers from `max_window_layers` on."""
 
     num_key_value_heads: int = 32
     max_position_embeddings: int = 32768
@@ -32,7 +32,7 @@ class Qwen2Config(WindowedConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """Biases on the way in, none on the way out."""
+    """Llama's attention with biases on q, k and v, and none on the output projection."""
 
     qkv_proj: Linear = weight("{q,k,v}_proj", (Q, KV, KV), HIDDEN, bias=True)
     o_proj: Linear = weight("o_proj", HIDDEN, Q)
@@ -40,13 +40,13 @@ class Attention(llama.Attention):
 
 @dataclass
 class Block(llama.Block):
-    """Llama's, with that attention."""
+    """A Llama block with Qwen 2's attention."""
 
     self_attn: Attention = weight("self_attn")
 
 
 @dataclass
 class Qwen2(llama.Llama):
-    """Llama's, with those blocks."""
+    """A Llama made of Qwen 2 blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,4 +1,4 @@
-"""Qwen 2 MoE: Qwen 2's attention, experts, and one expert that every token passes, weighed by a gate of its own.
+"""Qwen 2 MoE: Qwen 2's attention, routed experts, and one shared expert that every token passes, scaled by a gate.
 
 Source: `transformers.models.qwen2_moe`.
 """
@@ -23,7 +23,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2MoeConfig(Qwen2Config):
-    """`config.json` of a Qwen2-MoE; the `router_*` keys are about training."""
+    """`config.json` of a Qwen2-MoE; the `router_*` keys matter in training only."""
 
     sliding_window: int | None = key(default=4096, minimum=0)
     qkv_bias: bool = True
@@ -43,7 +43,7 @@ class Qwen2MoeConfig(Qwen2Config):
 
     @property
     def sparse(self) -> bool:
-        """Whether this layer has experts."""
+        """Whether this layer has experts instead of a plain MLP."""
         index = self.layer_index or 0
         return index not in self.mlp_only_layers and (index + 1) % self.decoder_sparse_step == 0
 
@@ -54,7 +54,7 @@ class Qwen2MoeConfig(Qwen2Config):
 
 @dataclass
 class MoE(SwitchMoE):
-    """Experts, and the one for all."""
+    """Routed experts, plus the shared expert times the sigmoid of its gate."""
 
     shared: GatedMLP = weight("shared_expert", "shared_expert_intermediate_size")
     shared_gate: Linear = weight("shared_expert_gate", 1, HIDDEN)
@@ -65,14 +65,14 @@ class MoE(SwitchMoE):
 
 @dataclass
 class Attention(qwen2.Attention):
-    """The biases on the way in have a flag."""
+    """Qwen 2's attention; the biases on q, k and v depend on `qkv_bias`."""
 
     qkv_proj: Linear = weight("{q,k,v}_proj", (Q, KV, KV), HIDDEN, bias="qkv_bias")
 
 
 @dataclass
 class Block(blocks.PreNorm):
-    """Llama's frame, with experts in some layers."""
+    """A Llama block with Qwen 2 MoE's attention, and experts instead of the MLP in sparse layers."""
 
     self_attn: Attention = weight("self_attn")
     mlp: ConfiguredMLP = weight("mlp")
@@ -80,6 +80,6 @@ class Block(blocks.PreNorm):
 
 @dataclass
 class Qwen2Moe(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, Qwen 2 MoE blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -1,4 +1,4 @@
-"""Qwen 3: each head's queries and keys are normalised before they are rotated.
+"""Qwen 3: a Llama with QK-norm, an RMSNorm on each head's queries and keys before RoPE.
 
 Source: arXiv:2505.09388, and `transformers.models.qwen3`.
 """
@@ -16,7 +16,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config(Qwen2Config):
-    """`config.json` of a Qwen3."""
+    """`config.json` of a Qwen3: Qwen 2's keys with other defaults."""
 
     head_dim: int = 128
     num_key_value_heads: int = 32
@@ -24,7 +24,7 @@ class Qwen3Config(Qwen2Config):
 
 @dataclass
 class Attention(llama.NormedAttention):
-    """Norms of `head_dim` numbers, shared by all heads."""
+    """Llama's attention with an RMSNorm of `head_dim` weights on q and one on k, shared by all heads."""
 
     q_norm: RMSNorm = weight("q_norm", "head_dim")
     k_norm: RMSNorm = weight("k_norm", "head_dim")
@@ -32,13 +32,13 @@ class Attention(llama.NormedAttention):
 
 @dataclass
 class Block(llama.Block):
-    """Llama's, with that attention."""
+    """A Llama block with Qwen 3's attention."""
 
     self_attn: Attention = weight("self_attn")
 
 
 @dataclass
 class Qwen3(llama.Llama):
-    """Llama's, with those blocks."""
+    """A Llama made of Qwen 3 blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

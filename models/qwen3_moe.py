@@ -1,4 +1,4 @@
-"""Qwen 3 MoE: Qwen 3's attention and Qwen 2's experts, without the shared one.
+"""Qwen 3 MoE: Qwen 3's attention, and Qwen 2 MoE's routed experts without the shared one.
 
 Source: arXiv:2505.09388, and `transformers.models.qwen3_moe`.
 """
@@ -18,7 +18,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3MoeConfig(Qwen2MoeConfig):
-    """`config.json` of a Qwen3-MoE; transformers 5 writes `num_local_experts`."""
+    """`config.json` of a Qwen3-MoE; transformers 5 writes `num_local_experts` for `num_experts`."""
 
     num_key_value_heads: int = 4
     moe_intermediate_size: int = 768
@@ -37,7 +37,7 @@ class Qwen3MoeConfig(Qwen2MoeConfig):
 
 @dataclass
 class Block(blocks.PreNorm):
-    """Llama's frame, with experts in some layers."""
+    """A Llama block with Qwen 3's attention, and experts instead of the MLP in sparse layers."""
 
     self_attn: qwen3.Attention = weight("self_attn")
     mlp: ConfiguredMLP = weight("mlp")
@@ -45,6 +45,6 @@ class Block(blocks.PreNorm):
 
 @dataclass
 class Qwen3Moe(blocks.Decoder):
-    """Llama's frame with those blocks."""
+    """The model: embeddings, Qwen 3 MoE blocks, RMSNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

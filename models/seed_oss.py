@@ -1,4 +1,4 @@
-"""Seed-OSS: a Llama with its own flag for the bias of the output projection.
+"""Seed-OSS: a Llama with biases on q, k and v, and a separate flag for the bias of the output projection.
 
 Source: `transformers.models.seed_oss`.
 """
@@ -16,7 +16,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class SeedOssConfig(LlamaConfig):
-    """`config.json` of a Seed-OSS."""
+    """`config.json` of a Seed-OSS; `attention_bias` is for q, k and v, `attention_out_bias` for the output."""
 
     head_dim: int = 128
     max_position_embeddings: int = 524288
@@ -27,20 +27,20 @@ class SeedOssConfig(LlamaConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """The output's bias has a flag of its own."""
+    """Llama's attention; the output projection has a bias if `attention_out_bias` says so."""
 
     o_proj: Linear = weight("o_proj", HIDDEN, Q, bias="attention_out_bias")
 
 
 @dataclass
 class Block(llama.Block):
-    """Llama's, with that attention."""
+    """A Llama block with Seed-OSS's attention."""
 
     self_attn: Attention = weight("self_attn")
 
 
 @dataclass
 class SeedOss(llama.Llama):
-    """Llama's, with those blocks."""
+    """A Llama made of Seed-OSS blocks."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

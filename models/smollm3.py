@@ -1,4 +1,4 @@
-"""SmolLM3: a Llama in which every fourth layer has no positions, and some checkpoints have windows.
+"""SmolLM3: a Llama without RoPE in every fourth layer (NoPE), and in some checkpoints with a sliding window there.
 
 Source: the model's report (huggingface.co/blog/smollm3), and `transformers.models.smollm3`.
 """
@@ -17,9 +17,9 @@ from runner.models.llama import Llama as Llama
 
 @dataclass(frozen=True, kw_only=True)
 class SmolLM3Config(WindowedConfig):
-    """`config.json` of a SmolLM3; `no_rope_layers` has a 1 for each layer that rotates (the name is the reverse).
+    """`config.json` of a SmolLM3; `no_rope_layers` holds 1 for a layer WITH RoPE, 0 for one without, despite its name.
 
-    `max_window_layers` is left from Qwen 2, whose code this began as.
+    `max_window_layers` is left over from Qwen 2, whose code SmolLM3's started from.
     """
 
     INERT: ClassVar[frozenset[str]] = frozenset({"max_window_layers"})

@@ -1,4 +1,4 @@
-"""StableLM 2 and 3B: LayerNorms, a quarter of each head rotated, and in some checkpoints both sublayers side by side.
+"""StableLM 2 and 3B: LayerNorms, RoPE on a quarter of each head, and in some checkpoints attention and MLP in parallel.
 
 Source: arXiv:2402.17834, and `transformers.models.stablelm`.
 """
@@ -36,7 +36,7 @@ class StableLmConfig(LayerNormConfig):
 
 @dataclass
 class Attention(llama.NormedAttention):
-    """Biases on the way in only; each head has norms of its own."""
+    """Llama's attention with optional biases on q, k, v only; `qk_layernorm` gives each head's q and k its own norm."""
 
     o_proj: Linear = weight("o_proj", HIDDEN, Q)
     q_norm: JoinedHeadNorms | None = weight("q_layernorm.norms.{num_attention_heads}", "head_dim", when="qk_layernorm")
@@ -45,7 +45,7 @@ class Attention(llama.NormedAttention):
 
 @dataclass
 class Block(Sequential):
-    """One sublayer after the other."""
+    """A Llama block with LayerNorms instead of RMSNorms."""
 
     input_layernorm: LayerNorm = weight("input_layernorm", HIDDEN)
     self_attn: Attention = weight("self_attn")
@@ -55,7 +55,7 @@ class Block(Sequential):
 
 @dataclass
 class ParallelBlock(Parallel):
-    """Both at once."""
+    """Attention and MLP in parallel, behind one LayerNorm (`use_parallel_residual`)."""
 
     input_layernorm: LayerNorm = weight("input_layernorm", HIDDEN)
     self_attn: Attention = weight("self_attn")
@@ -64,6 +64,6 @@ class ParallelBlock(Parallel):
 
 @dataclass
 class StableLm(LayerNormDecoder):
-    """A stack of one of those."""
+    """The model: embeddings, blocks of the variant that `use_parallel_residual` names, LayerNorm, head."""
 
     layers: Sequence[ConfiguredBlock] = weight("model.layers", length="num_hidden_layers")

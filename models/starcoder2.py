@@ -1,4 +1,4 @@
-"""StarCoder 2: LayerNorms, biases everywhere, a feed-forward layer without a gate, and a window.
+"""StarCoder 2: LayerNorms, biases everywhere, an MLP without a gate, and a sliding window.
 
 Source: arXiv:2402.19173, and `transformers.models.starcoder2`.
 """
@@ -57,7 +57,7 @@ class Starcoder2Config(LayerNormConfig):
 
 @dataclass
 class MLP(PlainMLP):
-    """Under its own names; `use_bias` is for all matrices."""
+    """An MLP without a gate, stored as `c_fc` (up) and `c_proj` (down); `use_bias` covers its biases too."""
 
     up_proj: Linear = weight("c_fc", INTERMEDIATE, HIDDEN, bias="attention_bias")
     down_proj: Linear = weight("c_proj", HIDDEN, INTERMEDIATE, bias="attention_bias")
@@ -65,7 +65,7 @@ class MLP(PlainMLP):
 
 @dataclass
 class Block(Sequential):
-    """Llama's attention and that MLP, behind LayerNorms."""
+    """Pre-norm block with LayerNorms: Llama's attention, then an MLP without a gate."""
 
     input_layernorm: LayerNorm = weight("input_layernorm", HIDDEN)
     self_attn: llama.Attention = weight("self_attn")
@@ -75,6 +75,6 @@ class Block(Sequential):
 
 @dataclass
 class Starcoder2(LayerNormDecoder):
-    """A stack of those blocks."""
+    """The model: embeddings, StarCoder 2 blocks, LayerNorm, head."""
 
     layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
