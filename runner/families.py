@@ -1,4 +1,4 @@
-"""Which classes read which `model_type`: one table, and an entry-point group for families that live elsewhere."""
+"""The families of models: which config and model class read each `model_type`; other packages can add theirs."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from runner.errors import ConfigError
 from runner.nn.batch import Batch
 
 ENTRY_POINTS = "runner.families"
-"""Entry points of this group, named as the model_type and pointing to a `Family`, add to the table below."""
+"""Group of entry points that add to the table below: each is named after a model_type and points to a `Family`."""
 
 
 class Model(Protocol):
-    """What the engine asks of a model."""
+    """The interface of a model, as the engine uses it."""
 
     def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
-        """Ids to hidden states `[B, L, hidden_size]`."""
+        """Ids to hidden states `[B, L, hidden_size]`; keys and values are appended to `caches`, one for each layer."""
         ...
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states to logits."""
+        """Hidden states `[..., hidden_size]` to logits `[..., vocab_size]`."""
         ...
 
 
 @dataclass(frozen=True)
 class Family:
-    """The module below `runner.models`, and the names of its config and model classes."""
+    """Where a family's code is: its module (below `runner.models`, or a dotted path), config class and model class."""
 
     module: str
     config: str
     model: str
 
     def load(self) -> tuple[type[Config], type]:
-        """Import the module and return both classes."""
+        """Import the module and return the config class and the model class."""
         module = importlib.import_module(self.module if "." in self.module else f"runner.models.{self.module}")
         return vars(module)[self.config], vars(module)[self.model]
 
@@ -90,14 +90,15 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def find(raw: Mapping[str, Any]) -> tuple[type[Config], type]:
-    """The config and model classes of a `config.json`.
+    """The config and model classes for the contents of a `config.json`.
 
     Raises:
-        ConfigError: its `model_type` is missing or belongs to no family; the message names those that exist.
+        ConfigError: `model_type` is missing or belongs to no family; the message lists the supported ones.
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"config.json: model_type must be a string, not {model_type!r}")
+    # Families of this package come first: an entry point cannot replace one.
     if model_type in FAMILIES:
         return FAMILIES[model_type].load()
     outside = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
@@ -107,4 +108,4 @@ def find(raw: Mapping[str, Any]) -> tuple[type[Config], type]:
             raise ConfigError(f"entry point {ENTRY_POINTS}:{model_type} is not a runner.families.Family")
         return family.load()
     known = ", ".join(sorted({*FAMILIES, *outside}))
-    raise ConfigError(f"config.json: model_type {model_type!r} is not supported; these are: {known}")
+    raise ConfigError(f"config.json: model_type {model_type!r} is not supported; supported are: {known}")

@@ -1,4 +1,4 @@
-"""Attention over a cache's history: plain, capped or with sinks; heads split, normalised and merged."""
+"""Attention over a KV cache: plain, soft-capped or with sinks; splitting, normalizing and merging heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner.weights.tags import setting, tensor
 
 @dataclass
 class HeadNorms:
-    """A LayerNorm without bias for each head, weights `[heads, head_dim]`: x `[B, heads, L, head_dim]` to the same."""
+    """A LayerNorm without bias for each head, weights `[heads, head_dim]`, for x `[B, heads, L, head_dim]`."""
 
     weight: mx.array
     ops: Ops = provided_ops()
@@ -25,21 +25,21 @@ class HeadNorms:
 
 @dataclass
 class JoinedHeadNorms(HeadNorms):
-    """Read from a tensor for each head."""
+    """Head norms stored as one tensor per head, stacked when read."""
 
     weight: mx.array = tensor("weight", "$0")
 
 
 @dataclass
 class StoredHeadNorms(HeadNorms):
-    """Read from one tensor."""
+    """Head norms stored as one tensor `[heads, head_dim]`."""
 
     weight: mx.array = tensor("weight", "$0", "$1")
 
 
 @dataclass
 class Attend:
-    """Scaled dot product attention over a cache's history."""
+    """Scaled dot product attention over the keys and values in a cache, soft-capped if the config says so."""
 
     scale: float = setting("attention_scale")
     softcap: float | None = setting("attn_logit_softcapping", default=None)
@@ -52,7 +52,7 @@ class Attend:
         return self.uncapped(query, history, mask, None)
 
     def uncapped(self, query: mx.array, history: History, mask: Mask, sinks: mx.array | None) -> mx.array:
-        """The device's attention over what `history` has stored."""
+        """Attention without soft-capping, by the device's op, over what `history` has stored."""
         return scaled_dot_product_attention(
             query,
             history.stored_keys,
@@ -68,7 +68,7 @@ class Attend:
 
 @dataclass
 class SinkAttend(Attend):
-    """With one more score for each head, of a key that has no value (arXiv:2309.17453, learned)."""
+    """Attention with a learned sink per head: one more logit in the softmax, without a value (arXiv:2309.17453)."""
 
     sinks: mx.array = tensor("sinks", "num_attention_heads")
 
@@ -79,15 +79,18 @@ class SinkAttend(Attend):
 def capped_attention(query: mx.array, history: History, mask: Mask = None, *, scale: float, softcap: float) -> mx.array:
     """Attention whose scores pass `softcap * tanh(score / softcap)` (Gemma 2, arXiv:2408.00118) before the mask.
 
-    `query` `[B, H, L, D]` -> `[B, H, L, Dv]`; masks as in `scaled_dot_product_attention`. No fast op has it: the scores
-    are computed in full.
+    `query` `[B, H, L, D]` -> `[B, H, L, Dv]`; masks as in `scaled_dot_product_attention`. No fused op soft-caps, so the
+    scores are computed in full, `[B, H, L, S]`.
     """
     keys, values = history.keys, history.values
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, *query.shape[2:])  # [B, KV, H / KV, L, D]
+    # Scaled and capped in float32, whatever the dtype of the model.
     scores = (grouped @ keys[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * scale
     scores = mx.tanh(scores / softcap) * softcap
+    # Without a mask attention is causal, within the cache's window if it has one.
     if mask is None:
         mask = window_mask(query.shape[2], history.length, history.window or history.length)
+    # A boolean mask hides, any other is added; NO_MASK leaves the scores as they are.
     if isinstance(mask, mx.array):
         whole = mx.broadcast_to(mask, (*query.shape[:3], history.length)).reshape(scores.shape)
         scores = mx.where(whole, scores, -mx.inf) if whole.dtype == mx.bool_ else scores + whole
@@ -97,7 +100,7 @@ def capped_attention(query: mx.array, history: History, mask: Mask = None, *, sc
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:
     """`[B, L, N * head_dim] -> [B, N, L, head_dim]`, a view."""
-    if x.shape[1] == 1:  # one position: the two orders are the same memory
+    if x.shape[1] == 1:  # with one position, both axis orders have the same memory layout: no copy
         return x.reshape(x.shape[0], -1, 1, head_dim)
     return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
 

@@ -1,4 +1,4 @@
-"""What one forward pass is given besides weights and caches."""
+"""The input of one forward pass, besides weights and caches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: ids `[B, L]`, the position of the first of them, and who sees whom.
+    """Ids `[B, L]`, the position of the first of them, and the attention mask of one forward pass.
 
-    `length` is the length of the whole prompt that this pass is a chunk of (RoPE variants that stretch with the length
-    of the sequence must see all chunks alike); None where the pass is the whole. `mask` None is causal.
+    `offset` is a number, or `[B]` with one for each row. `length` is the length of the whole prompt if this pass is one
+    chunk of it (RoPE variants that depend on the sequence length must see the same length in all chunks), else None.
+    `mask` None means causal.
     """
 
     ids: mx.array

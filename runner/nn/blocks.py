@@ -1,4 +1,4 @@
-"""What families stack: the frame of a decoder, and the orders of a block's norms and sublayers."""
+"""Blocks and decoders that families build on: the order of norms and sublayers, and the frame around the layers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from runner.weights.tree import Size, Tree
 
 
 class Layer(Protocol):
-    """What a decoder is a stack of: `[B, L, hidden_size]` to the same, with a cache of its own."""
+    """One layer of a decoder: `[B, L, hidden_size]` to the same shape, with its own KV cache."""
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array: ...
 
 
 class Norm(Protocol):
-    """A normalisation of the last axis."""
+    """A normalization over the last axis."""
 
     def __call__(self, x: mx.array, eps: float) -> mx.array: ...
 
 
 @dataclass
 class PreNorm(Layer):
-    """Attention, then MLP, each on a normalised copy of the residual stream that they add to."""
+    """Llama's order: RMSNorm, attention, add; RMSNorm, MLP, add. The residual stream itself is never normalized."""
 
     input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN)
     self_attn: Layer = weight("self_attn")
@@ -42,13 +42,14 @@ class PreNorm(Layer):
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x, self.rms_norm_eps), batch, cache)
+        # The add and the next norm in one call, which devices may fuse.
         x, normed = self.post_attention_layernorm.add(x, attended, self.rms_norm_eps)
         return x + self.mlp(normed)
 
 
 @dataclass
 class PostNorm(Layer):
-    """Sublayer, norm, add; twice."""
+    """OLMo 2's order: attention, RMSNorm, add; MLP, RMSNorm, add."""
 
     self_attn: Layer = weight("self_attn")
     post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
@@ -63,7 +64,7 @@ class PostNorm(Layer):
 
 @dataclass
 class BothNorms(PreNorm):
-    """Norm, sublayer, norm, add; twice."""
+    """Gemma 2's order: RMSNorm, attention, RMSNorm, add; RMSNorm, MLP, RMSNorm, add."""
 
     attention_norm: RMSNorm = weight("post_self_attn_layernorm", HIDDEN)
     mlp_norm: RMSNorm = weight("post_mlp_layernorm", HIDDEN)
@@ -77,7 +78,7 @@ class BothNorms(PreNorm):
 
 @dataclass
 class Sequential(Layer):
-    """The same order with LayerNorms: norm, sublayer, add; twice."""
+    """`PreNorm` with any kind of norm (mostly LayerNorm) and `norm_eps`: norm, attention, add; norm, MLP, add."""
 
     input_layernorm: Norm = weight("input_layernorm", HIDDEN)
     self_attn: Layer = weight("self_attn")
@@ -92,7 +93,7 @@ class Sequential(Layer):
 
 @dataclass
 class ParallelNorms(Sequential):
-    """Both sublayers on the block's input, each behind its own norm; one sum."""
+    """Attention and MLP in parallel: both read the block's input, each through its own norm; one sum."""
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x, self.norm_eps), batch, cache)
@@ -101,7 +102,7 @@ class ParallelNorms(Sequential):
 
 @dataclass
 class Parallel(Layer):
-    """Both sublayers on what one norm gives; one sum."""
+    """Attention and MLP in parallel: both read the block's input through one norm; one sum."""
 
     input_layernorm: Norm = weight("input_layernorm", HIDDEN)
     self_attn: Layer = weight("self_attn")
@@ -115,7 +116,7 @@ class Parallel(Layer):
 
 @runtime_checkable
 class HasBlockClass(Protocol):
-    """A config that says how its blocks are laid out."""
+    """A config whose `block_class` is the class of the model's blocks."""
 
     @property
     def block_class(self) -> type: ...
@@ -135,7 +136,7 @@ class ConfiguredBlock(Chooses):
 
 @dataclass
 class BaseDecoder:
-    """What every decoder has: ids to hidden states, hidden states to logits. Subclasses say which layers."""
+    """The frame of every decoder: ids to hidden states, hidden states to logits. Subclasses declare the layers."""
 
     embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)
     layers: Sequence[Layer] = weight("model.layers", length="num_hidden_layers")
@@ -145,34 +146,34 @@ class BaseDecoder:
     final_logit_softcapping: float | None = setting(default=None)
 
     def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
-        """Hidden states `[B, L, hidden_size]` of `batch`, whose keys and values join `caches`."""
+        """Hidden states `[B, L, hidden_size]` of `batch`; its keys and values are appended to `caches`."""
         return self.run(self.embed(batch), batch, caches)
 
     def run(self, x: mx.array, batch: Batch, caches: list[KVCache]) -> mx.array:
-        """The layers and the last norm, `[B, L, hidden_size]` to the same."""
+        """Pass `x` `[B, L, hidden_size]` through the layers and the final norm; the shape stays."""
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, batch, cache)
         return x if self.norm is None else self.norm(x, self.norm_eps)
 
     def embed(self, batch: Batch) -> mx.array:
-        """What the first layer sees, `[B, L, hidden_size]`."""
+        """The input of the first layer, `[B, L, hidden_size]`."""
         return self.embed_tokens(batch.ids)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """`[..., hidden_size] -> [..., vocab_size]`, within plus and minus `final_logit_softcapping` if there is one."""
+        """`[..., hidden_size] -> [..., vocab_size]`, soft-capped to +-`final_logit_softcapping` if that is set."""
         logits, cap = self.lm_head(hidden), self.final_logit_softcapping
         return logits if cap is None else mx.tanh(logits / cap) * cap
 
 
 @dataclass
 class Decoder(BaseDecoder):
-    """A frame with an RMSNorm at the end."""
+    """A decoder whose final norm is an RMSNorm."""
 
     norm: RMSNorm = weight("model.norm", HIDDEN)
 
 
 @dataclass
 class LayerNormDecoder(BaseDecoder):
-    """A frame with a LayerNorm at the end."""
+    """A decoder whose final norm is a LayerNorm."""
 
     norm: LayerNorm = weight("model.norm", HIDDEN)

@@ -1,7 +1,7 @@
-"""The fast layers every model is made of, over `mx.fast`: attention, `LayerNorm`, `RMSNorm`, `RoPE`.
+"""Basic layers over the device's fast ops: attention, `LayerNorm`, `RMSNorm`, `RoPE`.
 
-Each computes with the device's table (`runner.ops.table.Ops`), which the loader hands to it; a model file calls
-`self.norm(x, eps)` and never learns which one it got. Built by hand, without a loader, they use `PORTABLE`.
+Each layer computes with the device's table (`runner.ops.table.Ops`), which the loader passes in; a model file calls
+`self.norm(x, eps)` and never learns which table that is. Layers built by hand, without the loader, use `PORTABLE`.
 """
 
 from __future__ import annotations
@@ -43,27 +43,29 @@ def scaled_dot_product_attention(
         query: `[B, H, L, D]`.
         key: `[B, KV, S, D]`; H is a multiple of KV.
         value: `[B, KV, S, Dv]`.
-        mask: None: causal, aligned to the last key (query `i` sees keys up to `S - L + i`). `NO_MASK`: every key.
-            A boolean array: True is seen; any other: added to the scores. Broadcast to `[B, H, L, S]`.
+        mask: None: causal, aligned to the last key (query `i` sees keys up to `S - L + i`). `NO_MASK`: every key is
+            seen. A boolean array: True is seen; any other array: added to the scores. Broadcast to `[B, H, L, S]`.
         scale: `1 / sqrt(D)` in most models.
-        window: causal, and only the last `window` keys, the query's own included.
-        sinks: `[H]` extra logits that take part in the softmax and select nothing.
-        length: S, where `key` and `value` are a cache's buffers with room for more.
+        window: causal, and only the last `window` keys are seen, the query's own included.
+        sinks: `[H]` extra logits that take part in the softmax but have no value.
+        length: S, if `key` and `value` are a cache's buffers with room for more.
 
     Returns:
         `[B, H, L, Dv]` in `query`'s dtype.
 
     Raises:
-        UsageError: a rank, head count or length does not fit; the message names both shapes.
+        UsageError: a rank, head count or length does not fit; the message gives the shapes.
     """
     q, k, v = query.shape, key.shape, value.shape
     if not len(q) == len(k) == len(v) == 4:
         raise UsageError(f"attention needs query [B, H, L, D], key and value [B, KV, S, D]; got {_shapes(q, k, v)}")
+    # A quantized cache packs its keys: `row_width` is the head size they stand for.
     keys = k[2] if length is None else length
     if k[:3] != v[:3] or q[0] != k[0] or q[3] != row_width(key):
         raise UsageError(f"attention: batch, key-value heads, lengths or head sizes differ: {_shapes(q, k, v)}")
     if q[1] % k[1]:
-        raise UsageError(f"attention: {q[1]} query heads are no multiple of {k[1]} key-value heads")
+        raise UsageError(f"attention: {q[1]} query heads are not a multiple of {k[1]} key-value heads")
+    # What the device's op gets: an array, "causal", or None where every key is seen.
     rule: mx.array | Literal["causal"] | None
     if mask is None:
         if q[2] > keys:
@@ -94,7 +96,7 @@ def _check_mask(mask: mx.array, query: mx.array, keys: int) -> None:
 
 
 def provided_ops() -> Any:
-    """The field that takes the device's `Ops` from the loader."""
+    """Declare a field that the loader fills with the device's `Ops`."""
     return setting("ops", default=PORTABLE)
 
 
@@ -109,7 +111,8 @@ class LayerNorm:
     def __call__(self, x: mx.array, eps: float) -> mx.array:
         """`(x - mean) / sqrt(var + eps) * weight + bias`; same shape and dtype as `x`.
 
-        Built by hand it needs no bias; a checkpoint that lacks it is refused, unless the family has `ScaledLayerNorm`.
+        Built by hand, the layer needs no bias. A checkpoint without the bias is refused: such families use
+        `ScaledLayerNorm`.
         """
         _check_width("LayerNorm", x, self.weight)
         return self.ops.layer_norm(x, self.weight, self.bias, eps)
@@ -117,7 +120,7 @@ class LayerNorm:
 
 @dataclass
 class ScaledLayerNorm:
-    """The same without a bias."""
+    """Layer normalization with a weight and without a bias."""
 
     weight: mx.array = tensor("weight", "$0")
     ops: Ops = provided_ops()
@@ -130,7 +133,7 @@ class ScaledLayerNorm:
 
 @dataclass
 class PlainLayerNorm:
-    """The same with nothing learnt; takes no tensor."""
+    """Layer normalization with neither weight nor bias; reads no tensor."""
 
     ops: Ops = provided_ops()
 
@@ -152,17 +155,19 @@ class RMSNorm:
         return self.ops.rms_norm(x, self.weight, eps)
 
     def add(self, x: mx.array, residual: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-        """`(x + residual, norm(x + residual))`: the step between two sublayers, one pass over memory where fused."""
+        """`(x + residual, norm(x + residual))`: the step between two sublayers, in one pass where it is fused."""
         return self.ops.add_rms_norm(x, residual, self.weight, eps)
 
 
 def _check_width(name: str, x: mx.array, weight: mx.array) -> None:
     if x.ndim == 0 or x.shape[-1] != weight.shape[0]:
-        raise UsageError(f"{name}: the last axis of x {x.shape} must have the {weight.shape[0]} elements of its weight")
+        raise UsageError(
+            f"{name}: the last axis of x {x.shape} must have {weight.shape[0]} elements, as the weight has"
+        )
 
 
 def last_offset(offset: int | mx.array) -> int:
-    """The largest offset of a batch's rows; reads it from the device."""
+    """The largest offset of a batch's rows; waits for the device if `offset` is an array."""
     value = mx.max(offset).item() if isinstance(offset, mx.array) else offset
     assert isinstance(value, int)
     return value
@@ -170,11 +175,11 @@ def last_offset(offset: int | mx.array) -> int:
 
 @dataclass
 class RoPE:
-    """Rotary position embedding (arXiv:2104.09864), with the published stretchings of its frequencies.
+    """Rotary position embedding (arXiv:2104.09864), with the published scalings of its frequencies.
 
-    `dims` of each head are rotated, the rest pass; `traditional` pairs neighbours (2i, 2i+1), the default pairs
-    (i, i + dims/2) as Hugging Face's checkpoints do; positions are multiplied by `scale`. With `dims` 0 (a layer
-    without positions) everything passes.
+    The first `dims` elements of each head are rotated, the rest stay. `traditional` rotates pairs (2i, 2i+1), the
+    default pairs (i, i + dims/2), as Hugging Face's checkpoints need. Positions are multiplied by `scale`. With
+    `dims` 0 (a layer without positions) nothing is rotated.
     """
 
     dims: int = setting("rotary_dim", default=0)
@@ -190,6 +195,7 @@ class RoPE:
     def __post_init__(self) -> None:
         if self.dims < 0 or self.dims % 2:
             raise UsageError(f"RoPE: dims must be even and not negative, not {self.dims}")
+        # Fixed frequencies are computed once; plain RoPE leaves them to the op, which needs only the base.
         if self.dims and self.scaling is not None and self.scaling.kind != "default":
             limit = self.max_position_embeddings
             self.factor = frequencies.attention_factor(self.scaling, max_position_embeddings=limit)
@@ -203,14 +209,14 @@ class RoPE:
         return mx.array([1.0 / f for f in inverse], dtype=mx.float32)  # mx.fast.rope divides by them
 
     def __call__(self, x: mx.array, offset: int | mx.array, length: int | None = None) -> mx.array:
-        """Rotate `x` `[B, H, L, D]`, whose first row stands at position `offset` (an int, or one for each of the B).
+        """Rotate `x` `[B, H, L, D]`; its first token has position `offset` (a number, or `[B]` with one for each row).
 
         Args:
             length: tokens of the whole sequence, which `dynamic` and `longrope` frequencies depend on; the default is
                 the last position of `x` plus one. A prompt that is fed in chunks passes its full length.
 
         Raises:
-            UsageError: `x` has another rank, too small a head, or `offset` another shape.
+            UsageError: `x` is not of rank 4, its heads are smaller than `dims`, or `offset` has another shape.
         """
         if x.ndim != 4 or x.shape[-1] < self.dims:
             raise UsageError(f"RoPE needs x [B, H, L, D] with D >= {self.dims}; got {x.shape}")
@@ -218,6 +224,7 @@ class RoPE:
             raise UsageError(f"RoPE: offset must be one number or [{x.shape[0]}], one for each row; got {offset.shape}")
         if self.dims == 0:
             return x
+        # Beyond the original context, length-dependent frequencies are computed for the length at hand.
         freqs = self.freqs
         if self.scaling is not None and frequencies.depends_on_length(self.scaling):
             if length is None:
@@ -226,13 +233,13 @@ class RoPE:
             freqs = self._freqs(length) if length > original else freqs
         if self.factor != 1.0:
             x = self._scaled(x)
-        base = self.base if freqs is None else None
+        base = self.base if freqs is None else None  # mx.fast.rope takes one of the two
         return self.ops.rope(
             x, offset, dims=self.dims, traditional=self.traditional, base=base, scale=self.scale, freqs=freqs
         )
 
     def _scaled(self, x: mx.array) -> mx.array:
-        """YaRN and LongRoPE multiply the sine and cosine, hence the rotated part of `x` only."""
+        """Scale the part of `x` that is rotated by `factor`: YaRN and LongRoPE scale sine and cosine."""
         if self.dims == x.shape[-1]:
             return x * self.factor
         return mx.concatenate([x[..., : self.dims] * self.factor, x[..., self.dims :]], axis=-1)

@@ -1,4 +1,4 @@
-"""Matrices that checkpoints store in another order than layers multiply them; they are put in order when read."""
+"""Linear layers that are stored in another order than they are multiplied in; reading puts them in order."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ from runner.weights.tree import Size, Tree, leaves, size_of
 class Conv1D(Linear):
     """GPT-2's linear layer, stored `[in, out]`.
 
-    Packed ones are `[out, in]`, whose groups lie along the inputs; so are those below `model.`, which mlx-lm wrote.
+    Quantized ones are stored `[out, in]`, since their groups lie along the inputs; so are those with names below
+    `model.`, which mlx-lm wrote.
     """
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        # Quantized or not is found as for any linear layer; only the plain form can need a transpose.
         choice = Linear.choose(tree, shape, headers, config)
         turned = choice.cls is PlainLinear and not next(leaves(tree)).name.startswith("model.")
         return Choice(choice.cls, {**choice.scope, "transform": TRANSPOSE if turned else IDENTITY})
 
 
 class TurnedExperts(ExpertLinear):
-    """gpt-oss's experts: `[experts, in, out]`, or MXFP4 with names of its own; or as mlx-lm names and orders them."""
+    """gpt-oss's experts: floats `[experts, in, out]` or MXFP4 under their own names, or as mlx-lm stores experts."""
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         name, width = next(leaves(tree)).name, shape[-1]
         assert isinstance(width, int)
+        # mlx-lm's names: nothing to transpose, nor to de-interleave (it stores gate and up apart).
         if f"{name}.weight" in headers:
             choice = super().choose(tree, shape, headers, config)
             return Choice(choice.cls, {**choice.scope, "transform": IDENTITY})
+        # The published MXFP4 checkpoints; what is neither is in floating point.
         if f"{name}_blocks" in headers:
             return Choice(PackedExperts, Quantization(4, 32, "mxfp4").scope(width))
         return Choice(TransposedExperts, {})
@@ -45,7 +49,7 @@ class TurnedExperts(ExpertLinear):
 
 @dataclass
 class TransposedExperts(PlainExperts):
-    """Numbers `[experts, in, out]`."""
+    """Experts stored as floating-point numbers `[experts, in, out]`."""
 
     weight: mx.array = tensor("", "$0", "$1", transform=TRANSPOSE)
     bias: mx.array | None = tensor("_bias", "$0", when="bias")
@@ -53,7 +57,7 @@ class TransposedExperts(PlainExperts):
 
 @dataclass
 class PackedExperts(QuantizedExperts):
-    """MXFP4: blocks of 32 numbers in 16 bytes, and an exponent for each; MLX's layout, byte for byte."""
+    """Experts in MXFP4: 32 numbers in 16 bytes, and an exponent for each such block; byte for byte MLX's layout."""
 
     weight: mx.array = tensor("_blocks", "$0", "packed", dtypes=frozenset({"U8"}), transform=MX_BLOCKS)
     scales: mx.array = tensor("_scales", "$0", "groups", dtypes=frozenset({"U8"}))
@@ -61,10 +65,10 @@ class PackedExperts(QuantizedExperts):
 
 
 class FusedQKV(Linear):
-    """One matrix for q, k and v, stored group by group: queries that share a key and value, then those two.
+    """One matrix for q, k and v, stored group by group: the query heads that share a key-value head, its key and value.
 
-    With 4 heads in 2 groups the rows are those of q0 q1 k0 v0 q2 q3 k1 v1; read, they are q0 q1 q2 q3 k0 k1 v0 v1. Rows
-    are outputs: packed matrices, their scales and the biases move in the same way.
+    With 4 heads in 2 groups the stored rows are q0 q1 k0 v0 q2 q3 k1 v1; reading reorders them to q0 q1 q2 q3 k0 k1 v0
+    v1. Rows are outputs, so that quantized matrices, their scales and the biases are reordered in the same way.
     """
 
     @classmethod
@@ -77,8 +81,9 @@ class FusedQKV(Linear):
 
 
 def grouped_rows(rows: int, groups: int, queries: int) -> list[int]:
-    """Where each row of q, then k, then v is stored, with `queries` heads, a key and a value in each group."""
+    """The stored row of each row of q, then k, then v; a group has `queries` query heads, a key and a value."""
     head = rows // (groups * (queries + 2))
+    # Heads in stored order are numbered through; `heads` lists those numbers in the order q, k, v.
     heads = [group * (queries + 2) + i for group in range(groups) for i in range(queries)]
     heads += [group * (queries + 2) + queries + part for part in (0, 1) for group in range(groups)]
     return [place * head + i for place in heads for i in range(head)]

@@ -1,4 +1,4 @@
-"""Matrices: `Linear` and `Embedding`, plain or quantized, found out from what a checkpoint stores."""
+"""Linear layers and embeddings, plain or quantized: the checkpoint's headers decide which."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from runner.weights.tree import Join, Leaf, Size, Tree, leaf_shapes, leaves
 
 HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
 Q, KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
-"""Dimensions that most families' tags name: entries of the config, or products of two."""
+"""Dimensions as most families' tags spell them: names in the config, or products of two."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a matrix is packed. `affine`: groups of `group_size` inputs share a scale and a bias."""
+    """How a matrix is quantized. In mode `affine`, `group_size` inputs of a row share a scale and a bias."""
 
     bits: int
     group_size: int
     mode: str
 
     def scope(self, width: int) -> dict[str, Any]:
-        """What the tags of a packed matrix with `width` inputs read."""
+        """Names that the tags of a quantized matrix with `width` inputs read, with their values."""
         return {
             "bits": self.bits,
             "group_size": self.group_size,
@@ -42,34 +42,37 @@ class Quantization:
 
 
 class Linear(Chooses):
-    """`y = x W^T + b`, `[..., in] -> [..., out]`; becomes one of the three classes below when it is loaded."""
+    """`y = x W^T + b`, `[..., in] -> [..., out]`; loading replaces it with one of the three classes below."""
 
     def __call__(self, x: mx.array) -> mx.array:
         raise NotImplementedError
 
     def matrix(self) -> mx.array:
-        """W `[out, in]` as numbers: unpacked where it is packed."""
+        """W `[out, in]` as floating-point numbers, dequantized if necessary."""
         raise NotImplementedError
 
     @property
     def changeable(self) -> bool:
-        """Whether `matrix()` may be another one at the next call, so that nobody keeps it."""
+        """Whether `matrix()` may differ at the next call (with an adapter it may), so that no caller may keep it."""
         return False
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        """Plain, quantised, or (parts quantised differently) joined after the product."""
+        """Choose plain, quantized, or, for parts that are quantized differently, joined after the product."""
         forms = {stored_quantization(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
         if len(forms) > 1:
+            # Stacked parts are multiplied by one op, which takes one quantization.
             if not isinstance(tree, Join) or tree.stacked:
-                raise WeightsError(f"{next(leaves(tree)).name}: its stacked parts are quantised differently")
+                raise WeightsError(
+                    f"{next(leaves(tree)).name}: its stacked parts are quantized differently, which is not supported"
+                )
             return Choice(JoinedLinear, {})
         return _choice(forms.pop(), shape, PlainLinear, QuantizedLinear)
 
 
 @dataclass
 class QuantizedFields:
-    """The tensors of a packed matrix, or of a stack of them, and the form that its shapes say."""
+    """The tensors of a quantized matrix, or of a stack of them, and its quantization as the shapes imply it."""
 
     weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
     scales: mx.array = tensor("scales", "$0", "groups", dtypes=SCALES)
@@ -80,13 +83,13 @@ class QuantizedFields:
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """All of them as one value."""
+        """Weight, scales, biases and quantization as one value."""
         return QuantizedWeight(self.weight, self.scales, self.biases, self.group_size, self.bits, self.mode)
 
 
 @dataclass
 class PlainLinear(Linear):
-    """Weights as floating-point numbers."""
+    """A linear layer with floating-point weights."""
 
     weight: mx.array = tensor("weight", "$0", "$1")
     bias: mx.array | None = tensor("bias", "$0", when="bias")
@@ -115,7 +118,7 @@ class QuantizedLinear(QuantizedFields, Linear):
 
 @dataclass
 class JoinedLinear(Linear):
-    """A fused field whose parts are stored in different precisions: each is multiplied, then the outputs are joined."""
+    """A fused layer with parts stored in different precisions: each part is multiplied, then outputs are joined."""
 
     parts: list[Linear] = tensor("", "$0", "$1")
 
@@ -127,7 +130,7 @@ class JoinedLinear(Linear):
 
 
 class Embedding(Chooses):
-    """Rows of a table: ids `[...]` -> `[..., hidden_size]`."""
+    """An embedding table: ids `[...]` -> `[..., hidden_size]`."""
 
     def __call__(self, ids: mx.array) -> mx.array:
         raise NotImplementedError
@@ -142,7 +145,7 @@ class Embedding(Chooses):
 
 @dataclass
 class PlainEmbedding(Embedding):
-    """A table of floating-point numbers."""
+    """An embedding table of floating-point numbers; rows are cast to `activations` if that is set."""
 
     weight: mx.array = tensor("weight", "$0", "$1")
     activations: mx.Dtype | None = setting(default=None)
@@ -154,7 +157,7 @@ class PlainEmbedding(Embedding):
 
 @dataclass
 class QuantizedEmbedding(QuantizedFields, Embedding):
-    """A packed table; the rows asked for are unpacked, to `activations` or the dtype of the scales."""
+    """A quantized table; looked-up rows are dequantized, to `activations` or the dtype of the scales."""
 
     activations: mx.Dtype | None = setting(default=None)
     ops: Ops = provided_ops()
@@ -172,7 +175,9 @@ def _choice(form: Quantization | None, shape: tuple[Size, ...], plain: type, qua
 
 
 def stored_quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], config: Config) -> Quantization | None:
-    """What the shapes say (they cannot be wrong), held against what the config says.
+    """The quantization that the shapes of the layer `leaf` imply, None if it is not quantized.
+
+    The shapes cannot be wrong, so they decide; what config.json says must agree with them.
 
     Raises:
         WeightsError: no bits and group size fit the shapes, or the config contradicts them.
@@ -180,19 +185,22 @@ def stored_quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], c
     packed, scales = headers.get(f"{leaf.name}.weight"), headers.get(f"{leaf.name}.scales")
     if packed is None or scales is None or packed.dtype != "U32" or not packed.shape or not scales.shape:
         return None
+    # A row of `width` numbers takes width * bits / 32 words and width / group_size scales; both must come out even.
     bits, bits_rest = divmod(packed.shape[-1] * 32, width)
     group_size, group_rest = divmod(width, scales.shape[-1]) if scales.shape[-1] else (0, 1)
+    # Biases mean the affine mode; the other modes are told apart by their sizes.
     affine = f"{leaf.name}.biases" in headers
     mode = "affine" if affine else _MODES.get((bits, group_size, scales.dtype))
     if bits_rest or group_rest or mode is None or (affine and (bits not in _BITS or group_size not in _GROUPS)):
         raise WeightsError(
-            f"{leaf.name}: weight {list(packed.shape)} and scales {list(scales.shape)} {scales.dtype} are no "
-            f"quantisation MLX knows of a matrix with {width} inputs"
+            f"{leaf.name}: weight {list(packed.shape)} and scales {list(scales.shape)} {scales.dtype} fit "
+            f"none of MLX's quantizations of a matrix with {width} inputs"
         )
     form = Quantization(bits, group_size, mode)
-    said = config.quantization_of(leaf.name)
-    if said is not None and said != (bits, group_size, mode):
-        raise WeightsError(f"{leaf.name}: config.json says {said} (bits, group size, mode), its shapes say {form}")
+    declared = config.quantization_of(leaf.name)
+    if declared is not None and declared != (bits, group_size, mode):
+        found = (bits, group_size, mode)
+        raise WeightsError(f"{leaf.name}: config.json says {declared} (bits, group size, mode), its shapes say {found}")
     return form
 
 

@@ -1,6 +1,6 @@
-"""Multi-head latent attention: the keys and values of all heads are made from one narrow row a token, the latent.
+"""Multi-head latent attention (MLA): all heads' keys and values come from one narrow row per token, the latent.
 
-Source: DeepSeek V2, arXiv:2405.04434 section 2.1; the absorbed form is its appendix C.
+Source: DeepSeek V2, arXiv:2405.04434 section 2.1; the absorbed form is in its appendix C.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from runner.weights.tree import Size, Tree, leaves
 HIDDEN, LATENT, QUERY_LATENT = "hidden_size", "kv_lora_rank", "q_lora_rank"
 QUERIES = "num_attention_heads*qk_head_dim"
 KEYS, VALUES = "num_attention_heads*qk_nope_head_dim", "num_attention_heads*v_head_dim"
-NORM_EPS = 1e-6  # of the norms inside attention, whatever rms_norm_eps says
+NORM_EPS = 1e-6  # epsilon of the norms inside attention, whatever rms_norm_eps says
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig(DecoderConfig):
-    """What such attention reads of `config.json`."""
+    """The keys of `config.json` that latent attention reads."""
 
     q_lora_rank: int | None = 1536
     kv_lora_rank: int = 512
@@ -53,11 +53,12 @@ class LatentConfig(DecoderConfig):
 
     @property
     def traditional(self) -> bool:
-        """Neighbours are a pair."""
+        """RoPE rotates pairs (2i, 2i+1)."""
         return True
 
     @property
     def attention_scale(self) -> float:
+        # YaRN with `mscale_all_dim` raises the scores by the square of its factor (once for q, once for k).
         scaling = self.rope_scaling
         stretched = scaling is not None and scaling.kind == "yarn" and scaling.mscale_all_dim
         factor = yarn_mscale(scaling.factor or 1.0, scaling.mscale_all_dim or 1.0) if scaling and stretched else 1.0
@@ -65,7 +66,7 @@ class LatentConfig(DecoderConfig):
 
 
 class Queries(Chooses):
-    """`[B, L, hidden_size] -> [B, L, heads * qk_head_dim]`, through a latent where the config has `q_lora_rank`."""
+    """`[B, L, hidden_size] -> [B, L, heads * qk_head_dim]`, through a query latent if the config has `q_lora_rank`."""
 
     def __call__(self, x: mx.array) -> mx.array:
         raise NotImplementedError
@@ -78,7 +79,7 @@ class Queries(Chooses):
 
 @dataclass
 class PlainQueries(Queries):
-    """One matrix."""
+    """Queries projected by one matrix."""
 
     q_proj: Linear = weight("q_proj", QUERIES, HIDDEN)
 
@@ -88,7 +89,7 @@ class PlainQueries(Queries):
 
 @dataclass
 class LatentQueries(Queries):
-    """Down to the latent, a norm, and up."""
+    """Queries projected down to the query latent, normalized, and projected up."""
 
     q_a_proj: Linear = weight("q_a_proj", QUERY_LATENT, HIDDEN, bias="attention_bias")
     q_a_layernorm: RMSNorm = weight("q_a_layernorm", QUERY_LATENT)
@@ -99,13 +100,13 @@ class LatentQueries(Queries):
 
 
 class KeysAndValues(Chooses):
-    """What makes keys and values of latents: `[..., kv_lora_rank]` to those of each head, `[..., rows]`."""
+    """The up-projection of latents `[..., kv_lora_rank]` to the keys and values of all heads, `[..., rows]`."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return x @ self.matrix().T
 
     def matrix(self) -> mx.array:
-        """`[rows, kv_lora_rank]`: a head's keys, its values, the next head's keys."""
+        """The projection `[rows, kv_lora_rank]`; rows: keys of head 0, values of head 0, keys of head 1, ..."""
         raise NotImplementedError
 
     @property
@@ -121,7 +122,7 @@ class KeysAndValues(Chooses):
 
 @dataclass
 class JoinedKeysAndValues(KeysAndValues):
-    """As published."""
+    """The projection stored as DeepSeek does: one matrix, `kv_b_proj`."""
 
     kv_b_proj: Linear = weight("kv_b_proj", (KEYS, VALUES), LATENT)
 
@@ -138,7 +139,7 @@ class JoinedKeysAndValues(KeysAndValues):
 
 @dataclass
 class SplitKeysAndValues(KeysAndValues):
-    """As mlx-lm writes them for DeepSeek V3: head by head, the keys' turned over."""
+    """The projection stored as mlx-lm does for DeepSeek V3: keys (transposed) and values apart, stacked over heads."""
 
     embed_q: ExpertLinear = weight("embed_q[num_attention_heads]", LATENT, "qk_nope_head_dim")
     unembed_out: ExpertLinear = weight("unembed_out[num_attention_heads]", "v_head_dim", LATENT)
@@ -154,11 +155,11 @@ class SplitKeysAndValues(KeysAndValues):
 
 @dataclass
 class LatentAttention:
-    """The cache holds `kv_lora_rank + qk_rope_head_dim` numbers a token, for all heads: a latent and a rotated key.
+    """Attention that caches, per token for all heads, a latent (`kv_lora_rank`) and a rotated key (`qk_rope_head_dim`).
 
-    `kv_b_proj` makes each head's keys and values of the latents. Where there are few queries it is cheaper to move it
-    to the other side of both products: queries become rows like latents, all heads attend to the latents themselves,
-    and what they gather is turned into values.
+    The expanded form makes each head's keys and values from the latents with `kv_b_proj`, then attends as usual. With
+    few queries it is cheaper to absorb `kv_b_proj`: queries are projected into the latent space, all heads attend to
+    the latents themselves, and the result is projected to values.
     """
 
     rope: RoPE
@@ -177,10 +178,12 @@ class LatentAttention:
     activations: mx.Dtype | None = setting(default=None)
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        # Each query head has a part without position and a rotated part.
         q, rotary = mx.split(
             split_heads(self.queries(x), self.qk_nope_head_dim + self.qk_rope_head_dim), [self.qk_nope_head_dim], -1
         )
         rotary = self.rope(rotary, batch.offset, batch.length)
+        # One latent and one rotated key per token; the cache stores them as its keys and values.
         latent, key = mx.split(self.kv_a_proj(x)[:, None], [self.kv_lora_rank], axis=-1)  # [B, 1, L, ...]
         key = self.rope(key, batch.offset, batch.length)
         stored = cache.append(self.kv_a_layernorm(latent, NORM_EPS), key)
@@ -188,23 +191,26 @@ class LatentAttention:
         return self.o_proj(merge_heads(form(q, rotary, stored, batch)))
 
     def absorbs(self, queries: int, keys: int) -> bool:
-        """Whether the absorbed form has fewer products, for each head and column of the latents."""
+        """Whether the absorbed form needs fewer multiplications, per head, than the expanded one."""
+        # Per form: projections by kv_b_proj, then scores and weighted sums.
         both = self.qk_nope_head_dim + self.v_head_dim
         expanded = keys * self.kv_lora_rank * both + queries * keys * (both + self.qk_rope_head_dim)
         absorbed = queries * self.kv_lora_rank * both + queries * keys * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
         return absorbed < expanded
 
     def expanded(self, q: mx.array, rotary: mx.array, stored: History, batch: Batch) -> mx.array:
-        """Heads `[B, H, L, v_head_dim]` of queries `q` and their rotated part: every key and value is made."""
+        """Expanded form: every key and value is made; `q` and its `rotary` part give heads `[B, H, L, v_head_dim]`."""
         rows = split_heads(self.kv_b_proj(stored.keys[:, 0]), self.qk_nope_head_dim + self.v_head_dim)
         k, v = mx.split(rows, [self.qk_nope_head_dim], axis=-1)
+        # All heads share the rotated key, which the cache stores as its values.
         shared = mx.broadcast_to(stored.values, (*k.shape[:3], stored.values.shape[-1]))
         history = History(mx.concatenate([k, shared], axis=-1), v, stored.length)
         return self.attend(mx.concatenate([q, rotary], axis=-1), history, batch.mask)
 
     def absorbed(self, q: mx.array, rotary: mx.array, stored: History, batch: Batch) -> mx.array:
-        """The same; one key and value, for all heads, are a token's row in the cache."""
+        """Absorbed form of `expanded`: a token's row in the cache serves as key and value of all heads."""
         to_keys, to_values = self.matrices() if self.kv_b_proj.changeable else self.kept_matrices
+        # Keys are whole rows [latent, rotated key], values only their latents.
         rows = mx.concatenate([stored.keys, stored.values], axis=-1)
         history = History(rows, rows[..., : self.kv_lora_rank], stored.length)
         gathered = self.attend(mx.concatenate([q @ to_keys, rotary], axis=-1), history, batch.mask)
@@ -212,12 +218,13 @@ class LatentAttention:
 
     @functools.cached_property
     def kept_matrices(self) -> tuple[mx.array, mx.array]:
-        """`matrices`, unpacked once."""
+        """The result of `matrices`, computed once."""
         return self.matrices()
 
     def matrices(self) -> tuple[mx.array, mx.array]:
-        """`kv_b_proj` head by head, `[H, qk_nope_head_dim, kv_lora_rank]` and `[H, v_head_dim, kv_lora_rank]`, as
-        numbers in the dtype of activations."""
+        """The parts of `kv_b_proj` that make keys and values, `[H, qk_nope_head_dim, kv_lora_rank]` and
+        `[H, v_head_dim, kv_lora_rank]`, dequantized, in the dtype of activations.
+        """
         matrix = self.kv_b_proj.matrix().reshape(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         matrix = matrix if self.activations is None else matrix.astype(self.activations)
         return matrix[:, : self.qk_nope_head_dim], matrix[:, self.qk_nope_head_dim :]

@@ -1,4 +1,4 @@
-"""Feed-forward layers: plain, gated, and the one that a config chooses for each layer."""
+"""Feed-forward layers: plain, gated, and one whose class the config chooses layer by layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runner.weights.tree import Size, Tree
 
 @dataclass
 class GLU:
-    """The gated activation (arXiv:2002.05202): `act(gate) * up`, gate and up side by side: `[..., 2 I] -> [..., I]`."""
+    """The gated activation `act(gate) * up` (arXiv:2002.05202); input is gate and up, `[..., 2 I] -> [..., I]`."""
 
     activation: str = setting("hidden_act", default="silu")
     ops: Ops = provided_ops()
@@ -29,7 +29,7 @@ class GLU:
 
 @dataclass
 class Activation:
-    """`hidden_act` by itself, where there is no gate."""
+    """The activation `hidden_act` of an MLP without a gate."""
 
     name: str = setting("hidden_act", default="gelu")
     ops: Ops = provided_ops()
@@ -39,14 +39,14 @@ class Activation:
 
 
 class FeedForward(Protocol):
-    """What works on each token by itself: `[B, L, hidden_size]` to the same."""
+    """A feed-forward layer: works on each token alone, `[B, L, hidden_size]` to the same shape."""
 
     def __call__(self, x: mx.array) -> mx.array: ...
 
 
 @dataclass
 class PlainMLP(FeedForward):
-    """Up, activation, down: the feed-forward layer without a gate."""
+    """The MLP without a gate: up, activation, down."""
 
     act: Activation
     up_proj: Linear = weight("up_proj", INTERMEDIATE, HIDDEN, bias="mlp_bias")
@@ -58,7 +58,7 @@ class PlainMLP(FeedForward):
 
 @dataclass
 class GatedMLP(FeedForward):
-    """Gate and up as one product, down; `$0` wide inside."""
+    """A gated MLP of hidden width `$0`, which the parent's tag gives: gate and up as one product, GLU, down."""
 
     glu: GLU
     gate_up_proj: Linear = weight("{gate,up}_proj", ("$0", "$0"), HIDDEN)
@@ -70,14 +70,14 @@ class GatedMLP(FeedForward):
 
 @runtime_checkable
 class HasMLPClass(Protocol):
-    """A config that says which feed-forward layer its `layer_index` has."""
+    """A config whose `mlp_class` is the class of the MLP in its layer `layer_index`."""
 
     @property
     def mlp_class(self) -> type: ...
 
 
 class ConfiguredMLP(Chooses):
-    """A feed-forward layer of the class that the config's `mlp_class` names: experts in some layers, one in others."""
+    """An MLP of the class that the config's `mlp_class` names: experts in some layers, a plain MLP in others."""
 
     def __call__(self, x: mx.array) -> mx.array:
         raise NotImplementedError

@@ -1,7 +1,7 @@
-"""Mixtures of experts: a router picks a few feed-forward layers for each token; all of them lie in stacked matrices.
+"""Mixtures of experts: a router picks a few feed-forward layers (experts) per token; their matrices are stacked.
 
-Sources: Mixtral arXiv:2401.04088, Qwen-MoE, and their code in transformers. Top-k of the logits and then a softmax
-(Granite) is the same as a softmax, top-k and then a normalisation to one (Mixtral): there is one form here.
+Sources: Mixtral arXiv:2401.04088, Qwen-MoE, and their code in transformers. Top-k of the logits, then softmax (Granite)
+equals softmax, top-k, then normalization to a sum of one (Mixtral), so there is only the second form here.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from runner.weights.tree import Size, Tree, leaf_shapes, leaves
 
 EXPERT = "moe_intermediate_size"
 SORTED_FROM = 64
-"""Rows (tokens times choices) from which sorting them pays; mlx-lm's number."""
+"""Rows (tokens times experts per token) from which sorting by expert pays; mlx-lm's threshold."""
 
 
 class ExpertLinear(Chooses):
-    """A matrix for each expert: x `[..., 1, in]` and chosen experts `[...]` -> `[..., 1, out]`.
+    """A linear layer with one matrix per expert: x `[..., 1, in]` and chosen experts `[...]` -> `[..., 1, out]`.
 
-    `sorted_indices`: the experts are `[rows]`, and sorted.
+    With `sorted_indices`, `experts` is `[rows]` and in ascending order.
     """
 
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
         raise NotImplementedError
 
     def matrices(self) -> mx.array:
-        """`[experts, out, in]` as numbers."""
+        """All matrices `[experts, out, in]` as floating-point numbers."""
         raise NotImplementedError
 
     @property
@@ -47,7 +47,9 @@ class ExpertLinear(Chooses):
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         forms = {stored_quantization(leaf, size[-1], headers, config) for leaf, size in leaf_shapes(tree, shape)}
         if len(forms) > 1:
-            raise WeightsError(f"{next(leaves(tree)).name}: the experts of a layer are quantised differently")
+            raise WeightsError(
+                f"{next(leaves(tree)).name}: the experts of a layer are quantized differently, which is not supported"
+            )
         form = forms.pop()
         width = shape[-1]
         assert isinstance(width, int)
@@ -56,7 +58,7 @@ class ExpertLinear(Chooses):
 
 @dataclass
 class PlainExperts(ExpertLinear):
-    """Weights as floating-point numbers, `[experts, out, in]`."""
+    """Experts with floating-point weights `[experts, out, in]`."""
 
     weight: mx.array = tensor("weight", "$0", "$1")
     bias: mx.array | None = tensor("bias", "$0", when="bias")
@@ -73,7 +75,7 @@ class PlainExperts(ExpertLinear):
 
 @dataclass
 class QuantizedExperts(QuantizedFields, ExpertLinear):
-    """Packed weights `[experts, out, in * bits / 32]`, and scales (and biases) of groups of inputs."""
+    """Experts with packed weights `[experts, out, in * bits / 32]`, and scales (and biases) of groups of inputs."""
 
     bias: mx.array | None = tensor("bias", "$0", when="bias")
     ops: Ops = provided_ops()
@@ -87,15 +89,16 @@ class QuantizedExperts(QuantizedFields, ExpertLinear):
 
 
 def _biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:
-    """y `[..., 1, out]` plus each expert's bias."""
+    """Add to y `[..., 1, out]` the bias of the expert that computed it."""
     return y if bias is None else y + bias[experts][..., None, :].astype(y.dtype)
 
 
 @dataclass
 class MoE:
-    """Router and experts; subclasses name the tensors, their configs say how experts are chosen and weighed.
+    """Router and experts; subclasses name the tensors, their configs say how experts are chosen and weighted.
 
-    `scoring_func` is softmax or sigmoid; a `correction` takes part in the choice, not in the shares (DeepSeek V3).
+    `scoring_func` is softmax or sigmoid; `correction` affects which experts are chosen, but not their routing weights
+    (DeepSeek V3).
     """
 
     glu: GLU
@@ -112,9 +115,10 @@ class MoE:
     routed_scaling_factor: float = setting(default=1.0)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Experts `[B, L, K]` of each token and their shares, in float32: close scores must not change places."""
+        """Experts `[B, L, K]` of each token and routing weights, in float32: close scores must keep their order."""
         logits = self.router(x.astype(mx.float32)).astype(mx.float32)
         scores = mx.sigmoid(logits) if self.scoring_func == "sigmoid" else mx.softmax(logits, axis=-1)
+        # Ranks choose the experts; the scores without correction weigh them.
         ranks = scores if self.correction is None else scores + self.correction
         ranks = in_top_groups(ranks, self.n_group, self.topk_group, self.group_members)
         experts = top_k(ranks, self.num_experts_per_tok)
@@ -124,28 +128,30 @@ class MoE:
         return experts, routing_weights * self.routed_scaling_factor
 
     def __call__(self, x: mx.array) -> mx.array:
-        """`[B, L, hidden_size]` to the same."""
+        """Weighted sum of the chosen experts' outputs, `[B, L, hidden_size]` to the same shape."""
         experts, routing_weights = self.route(x)
         outputs = self.sorted(x, experts) if experts.size >= SORTED_FROM else self.feed(x[:, :, None, None], experts)
         return mx.sum(outputs[..., 0, :] * routing_weights[..., None].astype(outputs.dtype), axis=2)
 
     def feed(self, rows: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
-        """What `experts` `[...]` make of `rows` `[..., 1, hidden_size]`."""
+        """Outputs `[..., 1, hidden_size]` of `experts` `[...]` for `rows` `[..., 1, hidden_size]`."""
         hidden = self.glu(self.gate_up_proj(rows, experts, sorted_indices=sorted_indices))
         return self.down_proj(hidden, experts, sorted_indices=sorted_indices)
 
     def sorted(self, x: mx.array, experts: mx.array) -> mx.array:
-        """The same as `feed`, expert by expert: each matrix is read once for all of its rows. `[B, L, K, 1, hidden]`"""
+        """Like `feed`, but expert by expert: each matrix is read once for all its rows; `[B, L, K, 1, hidden_size]`."""
         chosen = experts.flatten()
+        # Row i of the flattened choices belongs to token i // K.
         order = mx.argsort(chosen)
         rows = x.reshape(-1, 1, x.shape[-1])[order // experts.shape[-1]]
         outputs = self.feed(rows, chosen[order], sorted_indices=True)
+        # Sorting the order gives its inverse: back to the order of the tokens.
         return outputs[mx.argsort(order)].reshape(*experts.shape, 1, -1)
 
 
 @dataclass
 class SwitchMoE(MoE):
-    """Experts of `moe_intermediate_size` as most families name them, or stacked by mlx-lm."""
+    """Experts of width `moe_intermediate_size` under the names most families use, or stacked by mlx-lm."""
 
     router: Linear = tensor("gate", "num_experts", "hidden_size")
     gate_up_proj: ExpertLinear = tensor(
@@ -157,7 +163,7 @@ class SwitchMoE(MoE):
 
 
 def top_k(scores: mx.array, count: int) -> mx.array:
-    """Indices `[..., count]` of the greatest scores `[..., E]`, in any order."""
+    """Indices `[..., count]` of the largest scores `[..., E]`, in any order."""
     first = scores.shape[-1] - count
     return mx.argpartition(scores, kth=first, axis=-1)[..., first:]
 
@@ -165,11 +171,12 @@ def top_k(scores: mx.array, count: int) -> mx.array:
 def in_top_groups(scores: mx.array, groups: int, kept: int, members: int) -> mx.array:
     """Scores `[..., E]` with minus infinity outside the `kept` best of `groups` equal groups.
 
-    A group is ranked by the sum of its `members` best (DeepSeek V2 arXiv:2405.04434: 1; V3 arXiv:2412.19437: 2).
+    A group's rank is the sum of its `members` best scores (DeepSeek V2 arXiv:2405.04434: 1; V3 arXiv:2412.19437: 2).
     """
     if groups == kept:
         return scores
     grouped = scores.reshape(*scores.shape[:-1], groups, -1)
     ranks = mx.sum(mx.topk(grouped, members, axis=-1), axis=-1)
+    # A group is kept if any of the chosen indices is its number.
     chosen = mx.any(top_k(ranks, kept)[..., None] == mx.arange(groups), axis=-2)
     return mx.where(chosen[..., None], grouped, -mx.inf).reshape(scores.shape)

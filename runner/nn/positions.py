@@ -1,4 +1,4 @@
-"""Positions other than rotary ones: tables that were learnt, and ALiBi's distances."""
+"""Positions other than RoPE: learned position tables, and ALiBi."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from runner.weights.tags import setting
 
 
 def positions(batch: Batch, limit: int) -> mx.array:
-    """The position of each id, `[L]` or, with an offset for each row, `[B, L]`: rows of a table of `limit` positions.
+    """Rows of a learned table of `limit` positions: `[L]`, or `[B, L]` if the batch has an offset for each row.
 
     Raises:
-        UsageError: a position behind the table's end.
+        UsageError: a position is past the end of the table.
     """
     offset, length = batch.offset, batch.ids.shape[1]
     last = last_offset(offset) + length - 1
     if last >= limit:
-        raise UsageError(f"this model has learnt positions for {limit} tokens; position {last} is behind them")
+        raise UsageError(
+            f"this model has learned positions for {limit} tokens; position {last} is past the end: shorten the prompt"
+        )
     if isinstance(offset, mx.array) and offset.ndim:
         offset = offset[:, None]
     return mx.arange(length) + offset
@@ -31,32 +33,38 @@ def positions(batch: Batch, limit: int) -> mx.array:
 
 @dataclass
 class Alibi:
-    """Distances instead of positions (arXiv:2108.12409): each head loses a share of a score per token it looks back."""
+    """ALiBi (arXiv:2108.12409): no positions, but biases that lower each head's scores in proportion to distance."""
 
     num_attention_heads: int = setting()
     scale: float = setting("alibi_scale", default=1.0)
     dtype: mx.Dtype = setting("alibi_dtype", default=mx.float32)
 
     def __call__(self, batch: Batch, keys: int, activations: mx.Dtype) -> Batch:
-        """`batch` with a mask `[1 or B, H, L, keys]` in the dtype `activations`: made once, added in every layer.
+        """`batch` with the biases in its mask, `[1 or B, H, L, keys]` in the dtype `activations`; once for all layers.
 
-        The term of a key is `scale * slope * position`, position times slope rounded to `dtype` as the models were
-        trained. A softmax does not see what a whole row shares, so that the query's own term is taken off in float32:
-        what is near, and matters, is small, and keeps its digits in 16 bits.
+        The bias of a key is `scale * slope * position`; position, and position times slope, are rounded to `dtype`,
+        as in training. Softmax ignores what is equal in a whole row, so the query's own term is subtracted, in float32:
+        biases of near keys, which matter most, become small and keep their digits in 16 bits.
         """
         length = batch.ids.shape[1]
         slopes = mx.array(alibi_slopes(self.num_attention_heads)).astype(self.dtype)[:, None]
-        behind = batch.offset - (keys - length)  # 0, but for rows with padding before them
+        # Position of the first key: 0, or negative for a row with padding before it.
+        behind = batch.offset - (keys - length)
         start = behind.reshape(-1, 1, 1) if isinstance(behind, mx.array) else mx.full((1, 1, 1), behind)
         terms = (slopes * (mx.arange(keys) + start).astype(self.dtype)).astype(mx.float32) * self.scale  # [B, H, keys]
+        # Relative to the query's own key, the last `length` keys being the queries'.
         distances = terms[:, :, None] - terms[:, :, keys - length :, None]
         mask = window_mask(length, keys, keys) if batch.mask is None else batch.mask
+        # A boolean mask hides keys, any other mask is added.
         seen = mx.where(mask, distances, -mx.inf) if mask.dtype == mx.bool_ else distances + mask
         return dataclasses.replace(batch, mask=seen.astype(activations))
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """A geometric row from 2^(-8/n) for n heads; for other n, then every other one of the next row."""
+    """A slope for each of n heads: for a power of two, the powers 1 to n of 2^(-8/n).
+
+    For another n, the slopes of the power of two below it, then every other slope of the power of two above it.
+    """
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 / power * (i + 1)) for i in range(power)]
     return slopes + [2.0 ** (-4.0 / power * (2 * i + 1)) for i in range(heads - power)]

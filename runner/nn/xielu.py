@@ -1,4 +1,4 @@
-"""xIELU (arXiv:2411.13010): an activation that learns its own bends.
+"""xIELU (arXiv:2411.13010): an activation with trained parameters.
 
 Source: `transformers.activations.XIELUActivation`.
 """
@@ -16,7 +16,7 @@ from runner.weights.tree import Size, Tree, leaves
 
 
 class XIELU(Chooses):
-    """x above 0: `p x^2 + b x`; below: `n (e^x - 1 - x) + b x`, p = softplus(alpha_p), n = b + softplus(alpha_n)."""
+    """`p x^2 + b x` for x > 0, else `n (e^x - 1 - x) + b x`; p = softplus(alpha_p), n = b + softplus(alpha_n)."""
 
     def __call__(self, x: mx.array) -> mx.array:
         raise NotImplementedError
@@ -29,7 +29,7 @@ class XIELU(Chooses):
 
 @dataclass
 class PlainXIELU(XIELU):
-    """As published: vectors of one number."""
+    """xIELU as published: `alpha_p` and `alpha_n` are stored as vectors of one element."""
 
     alpha_p: mx.array = weight("alpha_p", 1)
     alpha_n: mx.array = weight("alpha_n", 1)
@@ -37,6 +37,7 @@ class PlainXIELU(XIELU):
     eps: mx.array = weight("eps")
 
     def __call__(self, x: mx.array) -> mx.array:
+        # logaddexp(a, 0) is softplus(a); `eps`, just below 0, keeps e^x from overflowing where `where` discards it.
         p, n = mx.logaddexp(self.alpha_p, 0.0), self.beta + mx.logaddexp(self.alpha_n, 0.0)
         below = (mx.expm1(mx.minimum(x, self.eps)) - x) * n
         return (mx.where(x > 0, p * x * x, below) + self.beta * x).astype(x.dtype)
@@ -44,7 +45,7 @@ class PlainXIELU(XIELU):
 
 @dataclass
 class ScalarXIELU(PlainXIELU):
-    """As mlx-lm writes it: numbers."""
+    """xIELU as mlx-lm stores it: `alpha_p` and `alpha_n` are scalars."""
 
     alpha_p: mx.array = weight("alpha_p")
     alpha_n: mx.array = weight("alpha_n")

@@ -1,4 +1,4 @@
-"""Every tiny checkpoint against what transformers computed from the same weights (see fixtures/README)."""
+"""Every tiny checkpoint against what transformers computed from its weights (see fixtures/README)."""
 
 from __future__ import annotations
 

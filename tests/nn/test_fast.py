@@ -1,4 +1,4 @@
-"""The fast ops against naive twins in float32, and their refusals."""
+"""Attention, norms and RoPE against naive implementations in float32, and the errors they raise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runner.ops.table import PORTABLE, Ops
 REFERENCE = json.loads((TESTS / "data" / "rope_reference.json").read_text())
 
 TABLES = list({ops.name: ops for ops in (PORTABLE, current().ops)}.values())
-"""Plain MLX, and what this machine has."""
+"""The portable table, and this machine's if it is another one."""
 
 
 def rand(*shape: int, seed: int = 0) -> mx.array:
@@ -60,7 +60,7 @@ def test_attention(queries: int, keys: int, kind: str) -> None:
     ("q", "k", "v", "words"),
     [
         ((2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8), "[B, H, L, D]"),
-        ((1, 5, 1, 8), (1, 2, 4, 8), (1, 2, 4, 8), "no multiple"),
+        ((1, 5, 1, 8), (1, 2, 4, 8), (1, 2, 4, 8), "5 query heads are not a multiple of 2 key-value heads"),
         ((1, 4, 1, 8), (1, 2, 4, 4), (1, 2, 4, 8), "head sizes differ"),
         ((1, 4, 6, 8), (1, 2, 4, 8), (1, 2, 4, 8), "more queries (6) than keys (4)"),
     ],

@@ -1,4 +1,4 @@
-"""Matrices stored in other orders: read, they multiply as their naive twins do, and are written back as they were."""
+"""Matrices stored in other orders: once read, they multiply as naive code does; saved, they are stored as before."""
 
 from __future__ import annotations
 

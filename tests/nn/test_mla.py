@@ -49,7 +49,7 @@ def attention(ops: Ops, bits: int | None = None) -> LatentAttention:
 
 
 def inputs(queries: int, keys: int) -> tuple[mx.array, mx.array, History]:
-    """Queries, their rotated part, and a cache with room for more rows than it has."""
+    """Queries, their rotated part, and a cache whose buffers have room for five more rows."""
     q, rotary = rand(2, HEADS, queries, NOPE, seed=6), rand(2, HEADS, queries, ROTATED, seed=7)
     return q, rotary, History(rand(2, 1, keys + 5, RANK, seed=8), rand(2, 1, keys + 5, ROTATED, seed=9), keys)
 
@@ -111,7 +111,7 @@ def test_decoding_after_a_prompt_is_one_pass(ops: Ops, monkeypatch: pytest.Monke
 
 
 def test_the_form_with_fewer_products_is_taken() -> None:
-    """DeepSeek's sizes: single tokens and short continuations of a long history are absorbed, prompts are not."""
+    """With DeepSeek's sizes, single tokens and short continuations of a long history are absorbed, prompts are not."""
     layer = attention(PORTABLE)
     layer.kv_lora_rank, layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim = 512, 128, 64, 128
     assert layer.absorbs(1, 2) and layer.absorbs(1, 4096) and layer.absorbs(100, 4096)
@@ -126,7 +126,7 @@ def test_packed_matrices_are_unpacked_once() -> None:
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_heads_apart_are_the_joined_ones(bits: int | None) -> None:
-    """mlx-lm's form of DeepSeek V3: keys `[heads, latent, key]`, values `[heads, value, latent]`."""
+    """mlx-lm's form of DeepSeek V3: keys are stored `[heads, latent, key]`, values `[heads, value, latent]`."""
     layer = attention(PORTABLE)
     keys, values = layer.matrices()
     joined = JoinedKeysAndValues(PlainLinear(mx.concatenate([keys, values], axis=1).flatten(0, 1)))

@@ -1,4 +1,4 @@
-"""Products of experts and capped attention against twins that loop."""
+"""Products of experts and capped attention against naive loops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ by_table = pytest.mark.parametrize("ops", TABLES, ids=lambda ops: ops.name)
 
 
 def looped(x: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
-    """One product a token and choice."""
+    """Products with the experts' matrices, one for each token and chosen expert."""
     whole = mx.broadcast_to(x, (*experts.shape, 1, x.shape[-1]))
     rows = whole.reshape(-1, x.shape[-1])
     results = [weight[int(e)] @ rows[i] for i, e in enumerate(np.array(experts).flatten())]
@@ -60,7 +60,7 @@ def test_gathered_products(
 @given(rows=st.integers(1, 40), spread=st.integers(1, 6), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_products_of_rows_in_order(ops: Ops, rows: int, spread: int, seed: int) -> None:
-    """What `sorted_indices` promises changes no number."""
+    """Passing `sorted_indices` for sorted experts changes no result."""
     weight, x = rand(6, 48, 64, seed=seed), rand(rows, 1, 64, seed=seed + 1)
     ids = mx.sort(mx.random.randint(0, spread, (rows,), key=mx.random.key(seed)).astype(mx.uint32))
     assert mx.allclose(ops.gather_linear(x, weight, ids, sorted_indices=True), looped(x, weight, ids), atol=1e-3)

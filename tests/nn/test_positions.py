@@ -1,4 +1,4 @@
-"""ALiBi against loops over heads, queries and keys; learnt positions and their end."""
+"""ALiBi against loops over heads, queries and keys; learned positions, and the end of their table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def batch(rows: int, length: int, offset: int | mx.array = 0, mask: mx.array | N
 
 
 def looped(heads: int, length: int, keys: int, scale: float) -> mx.array:
-    """Bias of each head, query and key, one by one."""
+    """ALiBi biases `[heads, length, keys]`, computed one by one."""
     slopes = alibi_slopes(heads)
     rows = [
         [[-scale * slope * (q - k) if k <= q else -math.inf for k in range(keys)] for q in range(keys - length, keys)]
@@ -43,7 +43,7 @@ def test_alibi_against_loops(length: int, keys: int, heads: int, scale: float) -
 
 
 def test_bfloat16_keeps_what_is_near_exact() -> None:
-    """At position 4000 a term of its own would be a multiple of 16; the distance of the last tokens is not."""
+    """At position 4000 an absolute bias (250) rounds to integers in bfloat16; distances in sixteenths are exact."""
     mask = Alibi(num_attention_heads=2)(batch(1, 1, 4000), 4001, mx.bfloat16).mask
     assert mask is not None and mask.dtype == mx.bfloat16
     wanted = [-(2.0**-4) * back for back in range(8, -1, -1)]
@@ -51,7 +51,7 @@ def test_bfloat16_keeps_what_is_near_exact() -> None:
 
 
 def test_terms_rounded_as_in_training() -> None:
-    """Falcon's: position and slope times position each rounded to bfloat16 (8 bits of precision)."""
+    """Falcon rounds the position, and slope times position, to bfloat16 (8 bits of precision)."""
     mask = Alibi(num_attention_heads=4, dtype=mx.bfloat16)(batch(1, 1, 300), 301, mx.float32).mask
     assert mask is not None
     # The first slope is 1/4: 300 is a bfloat16 and 257 is not (256 is nearest): 75 - 64, where 75 - 64.25 is exact.
@@ -59,7 +59,7 @@ def test_terms_rounded_as_in_training() -> None:
 
 
 def test_rows_with_padding_are_as_alone() -> None:
-    """Three tokens before which two columns are padding, and five tokens; two queries each."""
+    """A row of three tokens behind two columns of padding, and one of five tokens, give what each gives alone."""
     q, k, v = (mx.random.normal((2, 4, n, 8), key=mx.random.key(n)) for n in (2, 5, 6))
     k, v = k[:, :, :5], v[:, :, :5]
     visible = mx.array([[False, False, True, True, True], [True] * 5])[:, None, None]
