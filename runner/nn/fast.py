@@ -59,8 +59,8 @@ def scaled_dot_product_attention(
     q, k, v = query.shape, key.shape, value.shape
     if not len(q) == len(k) == len(v) == 4:
         raise UsageError(f"attention needs query [B, H, L, D], key and value [B, KV, S, D]; got {_shapes(q, k, v)}")
-    # A quantized cache packs its keys: `row_width` is the head size they stand for.
     keys = k[2] if length is None else length
+    # Rows of a quantized cache end with a scale; `row_width` is the head size without it.
     if k[:3] != v[:3] or q[0] != k[0] or q[3] != row_width(key):
         raise UsageError(f"attention: batch, key-value heads, lengths or head sizes differ: {_shapes(q, k, v)}")
     if q[1] % k[1]:

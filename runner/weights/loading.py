@@ -1,4 +1,4 @@
-"""From a plan to a model in memory and back: `build`, `arrays`, `save`."""
+"""From a plan to a model in memory, and from a model back to its checkpoint: `build`, `arrays`, `tensors`."""
 
 from __future__ import annotations
 
@@ -15,59 +15,83 @@ from runner.weights.transforms import IDENTITY
 from runner.weights.tree import Join, Leaf, Tree, leaf_shapes, leaves
 
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""Called with the bytes read so far and the bytes of all tensors, as stored."""
 
 
 def build(plan: ModulePlan, source: Source, *, dtype: mx.Dtype | None = None, progress: Progress | None = None) -> Any:
-    """Construct the planned dataclass tree, reading one field at a time, the largest before the others.
+    """Construct the planned dataclass tree, reading one array field at a time, the largest first.
 
-    Memory holds the model and one stored tensor, in its own dtype and in the field's: large ones come while little else
-    is there. A transform may need a copy of its field.
+    Memory then holds the model and one stored tensor, in its own dtype and in the field's; large fields are read while
+    little else is there. A transform may need a copy of its field.
 
     Args:
-        dtype: floating-point tensors become this; None keeps what is stored.
+        dtype: floating-point tensors are cast to this; None keeps what is stored.
+        progress: called after each field is read.
     """
     return _Builder(plan, source, dtype, progress).module(plan)
 
 
 class _Builder:
+    """Reads every array of a plan, then constructs the dataclasses around them.
+
+    The example of `plan._Planner` goes on: `qkv_proj.weight` is planned as a join of q [32, 32], k [16, 32] and v
+    [16, 32], say in bfloat16, and `build` was called with `dtype` None.
+
+    1. `__init__` counts who uses which tensors. Nobody else uses these three, so nothing is kept for a second reader.
+    2. `array` has no twin to compare with, and `tree` finds nothing shared: `assemble` is called with the join.
+    3. `assemble` reads q. The source is lazy: shape and dtype are known, the bytes are still in the file. They give the
+       whole array, zeros of [64, 32] in bfloat16, where 64 is the `length` of the join (32 + 16 + 16).
+    4. q is put into rows 0 to 31, and the whole is evaluated: only now are q's bytes read, and copied in place.
+    5. q is let go. k follows into rows 32 to 47 and v into rows 48 to 63, each evaluated before the next one is read:
+       at any time, memory holds the array [64, 32] and one part.
+    6. `tree` applies the transform (none here), casts (not here), evaluates what that left to do, and reports progress.
+    7. When all arrays are there, `module` passes this one to `PlainLinear(weight=..., bias=None)`, and that to
+       `Attention(qkv_proj=...)`.
+    """
+
     def __init__(self, plan: ModulePlan, source: Source, dtype: mx.Dtype | None, progress: Progress | None) -> None:
         self.source = source
         self.dtype = dtype
         self.progress = progress
+        # How many fields read each tree, twins included: an array that another field needs as well is kept.
         self.uses = Counter(array.tree for array in plan.arrays())
         self.uses.update(array.same_as for array in plan.arrays() if array.same_as is not None)
         self.shared: dict[tuple[Tree, str], mx.array] = {}
+        # Progress counts stored bytes, a shared tree once.
         self.total = sum(self.nbytes(tree) for tree in self.uses)
         self.done = 0
         self.values: dict[str, mx.array] = {}
+        # Reading and casting a field takes memory beside it: the largest go first, while there is room.
         for array in sorted(plan.arrays(), key=self.urgency):
             self.values[array.path] = self.array(array)
 
     def urgency(self, plan: ArrayPlan) -> int:
-        """Fields of a twentieth of the model or more by size, before all others in their order."""
+        """Sort key: fields larger than a twentieth of the model come first, by size; the others keep their order."""
         size = self.nbytes(plan.tree)
         return -size if size > self.total // 20 else 0
 
     def nbytes(self, tree: Tree) -> int:
-        """Bytes of the stored tensors."""
+        """Bytes of the tensors of `tree`, as stored."""
         return sum(self.source.headers[leaf.name].nbytes for leaf in leaves(tree))
 
     def module(self, plan: ModulePlan) -> Any:
+        """Construct the dataclass of `plan` from arrays that are read already, modules, lists and values."""
         values: dict[str, Any] = {}
         for name, item in plan.fields.items():
             if isinstance(item, ArrayPlan):
                 values[name] = self.values[item.path]
             elif isinstance(item, ModulePlan):
                 values[name] = self.module(item)
-            elif isinstance(item, list):
+            elif isinstance(item, list):  # layers, or the parts of a `JoinedLinear`
                 values[name] = [self.module(element) for element in item]
             else:
                 values[name] = item.value
         return plan.cls(**values)
 
     def array(self, plan: ArrayPlan) -> mx.array:
+        """The value of an array field; equal to its twin, it is the twin itself, so that both share memory."""
         result = self.tree(plan, plan.tree)
+        # A tied checkpoint that stores the head as well: share if they agree, else the head's own tensor counts.
         if plan.same_as is not None:
             twin = self.tree(plan, plan.same_as)
             if twin.shape == result.shape and bool(mx.array_equal(twin, result)):
@@ -75,15 +99,18 @@ class _Builder:
         return result
 
     def tree(self, plan: ArrayPlan, tree: Tree) -> mx.array:
+        """The tensors of `tree` as one evaluated array, with the transform and dtype of `plan`."""
+        # Fields with the same tensors and the same transform share one array.
         key = (tree, plan.transform.name)
         if key in self.shared:
             return self.shared[key]
-        # Other transforms than the identity compute, in the dtype that is stored.
+        # Without a transform, each part is cast as it is read. A transform computes, so it gets the stored dtype.
         dtype = self.dtype if plan.transform is IDENTITY else None
         array = _cast(plan.transform.apply(self.assemble(tree, dtype)), self.dtype)
         mx.eval(array)
+        # MLX keeps freed buffers (of joined parts, of arrays before a cast) for reuse: give back what adds up.
         if mx.get_cache_memory() > self.total // 20:
-            mx.clear_cache()  # of parts that were joined, and of what was cast
+            mx.clear_cache()
         self.done += self.nbytes(tree)
         if self.progress is not None:
             self.progress(self.done, self.total)
@@ -92,37 +119,42 @@ class _Builder:
         return array
 
     def assemble(self, tree: Tree, dtype: mx.Dtype | None) -> mx.array:
-        """The stored tensors as one array, floating-point ones in `dtype`. Parts are read one after the other."""
+        """The tensors of `tree` joined, floating-point ones cast to `dtype`; parts are read one after the other."""
         if isinstance(tree, Leaf):
             array = self.source.read(tree.name)
+            # Rows are copied out, or a view of them would keep the whole tensor in memory.
             rows = array if tree.rows is None else mx.contiguous(array[tree.rows[0] : tree.rows[1]])
             return _cast(rows, dtype)
+        # Parts of different dtypes: MLX finds the dtype that holds them all, from all parts at once.
         if len({self.source.headers[leaf.name].dtype for leaf in leaves(tree)}) > 1:
             parts = [self.assemble(part, dtype) for part in tree.parts]
             return mx.stack(parts) if tree.stacked else mx.concatenate(parts, axis=tree.axis)
+        # Otherwise each part is written into its place, so that only one of them is in memory beside the whole.
         whole: mx.array | None = None
         start = 0
         for part in tree.parts:
             piece = self.assemble(part, dtype)
             piece = piece[None] if tree.stacked else piece
+            # The first part tells the dtype and the other dimensions.
             if whole is None:
                 shape = list(piece.shape)
                 shape[tree.axis] = self.length(tree)
                 whole = mx.zeros(shape, piece.dtype)
             end = start + piece.shape[tree.axis]
             whole[(slice(None),) * tree.axis + (slice(start, end),)] = piece
-            mx.eval(whole)  # in place; the part is let go
+            mx.eval(whole)  # now the part is read, and copied in place; the next pass of the loop frees it
             start = end
         assert whole is not None
         return whole
 
     def length(self, tree: Join) -> int:
-        """Of what the parts of `tree` become, along the axis where they are put together."""
+        """Length of the joined array along the join axis."""
         if tree.stacked:
             return len(tree.parts)
         return sum(self._rows(part, tree.axis) for part in tree.parts)
 
     def _rows(self, tree: Tree, axis: int) -> int:
+        """Length of `tree` along `axis`, from the headers."""
         if isinstance(tree, Join):
             return self._rows(tree.parts[0], axis - 1) if tree.stacked else self.length(tree)
         return self.source.headers[tree.name].shape[axis] if tree.rows is None else tree.rows[1] - tree.rows[0]
@@ -133,7 +165,7 @@ def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
 
 
 def arrays(module: object, path: str = "") -> Iterator[tuple[str, mx.array]]:
-    """Every array of a model with the path of its field, computed ones included; a shared array comes once a field."""
+    """Every array of a model, computed ones included, with its field's path; a shared array comes once per field."""
     if isinstance(module, mx.array):
         yield path, module
     elif isinstance(module, list | tuple):
@@ -145,28 +177,34 @@ def arrays(module: object, path: str = "") -> Iterator[tuple[str, mx.array]]:
 
 
 def nbytes(module: object) -> int:
-    """Bytes a model's arrays take, shared ones counted once."""
+    """Bytes that a model's arrays take, shared ones counted once."""
     return sum({id(array): array.nbytes for _, array in arrays(module)}.values())
 
 
 STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+"""Dtypes that `tensors` casts back to after a transform, by safetensors' name."""
 
 
 def tensors(module: object, plan: ModulePlan) -> Iterator[tuple[str, mx.array]]:
-    """The checkpoint that `module` was built from, name by name: what `plan` joined is split again."""
+    """The tensors of the checkpoint that `module` was built from, by name: what `plan` joined is split again.
+
+    A tensor that several fields share, or whose rows several fields hold, comes once, when all of it is there.
+    """
     pieces: dict[str, dict[int, mx.array]] = {}
     written: set[str] = set()
     for array, value in _pairs(module, plan):
+        # The way back to what was stored: the transform undone, in the stored dtype.
         value = array.transform.invert(value)
         if array.transform is not IDENTITY and array.stored in STORED:
             value = value.astype(STORED[array.stored])  # a transform may have widened it
         for leaf, stored in _split(array, array.tree, value):
-            if leaf.name in written:
+            if leaf.name in written:  # a tied tensor: another field gave it
                 continue
             if leaf.rows is None:
                 written.add(leaf.name)
                 yield leaf.name, stored
                 continue
+            # Rows of a tensor that several fields hold wait until all of them are there.
             found = pieces.setdefault(leaf.name, {})
             found[leaf.rows[0]] = stored
             if sum(piece.shape[0] for piece in found.values()) == leaf.rows[2]:
@@ -175,6 +213,7 @@ def tensors(module: object, plan: ModulePlan) -> Iterator[tuple[str, mx.array]]:
 
 
 def _pairs(module: object, plan: ModulePlan) -> Iterator[tuple[ArrayPlan, mx.array]]:
+    """Every array field of `plan` with its value in `module`."""
     for name, item in plan.fields.items():
         value = getattr(module, name)
         if isinstance(item, ArrayPlan):
@@ -187,9 +226,11 @@ def _pairs(module: object, plan: ModulePlan) -> Iterator[tuple[ArrayPlan, mx.arr
 
 
 def _split(plan: ArrayPlan, tree: Tree, value: mx.array) -> Iterator[tuple[Leaf, mx.array]]:
+    """Undo the joins of `tree`: each stored tensor (or its rows) with its piece of `value`."""
     if isinstance(tree, Leaf):
         yield tree, value
         return
+    # Parts lie one after the other along the join axis, as `_Builder.assemble` put them.
     start = 0
     for index, part in enumerate(tree.parts):
         if tree.stacked:
@@ -201,7 +242,7 @@ def _split(plan: ArrayPlan, tree: Tree, value: mx.array) -> Iterator[tuple[Leaf,
 
 
 def _rows(plan: ArrayPlan, tree: Tree) -> int:
-    """Rows of a piece of a concatenated field."""
+    """Length of `tree` along the join axis: how many rows of its field it fills."""
     if isinstance(tree, Join):
         return _rows(plan, tree.parts[0]) if tree.stacked else sum(_rows(plan, part) for part in tree.parts)
     return next(

@@ -1,4 +1,4 @@
-"""Matching a model's tags with a checkpoint's headers: what each field will hold, before any tensor is read."""
+"""Planning: match a model's tags with a checkpoint's headers, so that each field's tensors are known before reading."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ from runner.weights.tree import (
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """One array field: where its bytes are and what they become. `same_as`: a twin to share with when equal; `stored`:
-    the dtype of its first tensor, in safetensors' spelling, where there is a checkpoint."""
+    """The plan of one array field: which tensors it is read from, and how they become its value.
+
+    `same_as` is another tree whose array is shared if it is equal (a tied head and the embeddings). `stored` is the
+    dtype of the first tensor, in safetensors' spelling; None without a checkpoint.
+    """
 
     path: str
     tree: Tree
@@ -49,20 +52,20 @@ class ArrayPlan:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The field's shape before the transform."""
+        """The field's shape, after the transform."""
         return joined_shape(self.tree, self.sizes)
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One dataclass and what each of its fields gets."""
+    """The plan of one dataclass: its class, and a plan for each of its fields."""
 
     path: str
     cls: type
     fields: Mapping[str, ArrayPlan | ModulePlan | list[ModulePlan] | Value]
 
     def arrays(self) -> Iterator[ArrayPlan]:
-        """Every array below, in the order of the fields."""
+        """Every array field here and below, in the order of the fields."""
         for item in self.fields.values():
             if isinstance(item, ArrayPlan):
                 yield item
@@ -75,18 +78,18 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class Value:
-    """A field that holds no tensor."""
+    """The plan of a field that holds a plain value and no tensor."""
 
     value: Any
 
 
 def count_parameters(module: ModulePlan) -> int:
-    """Numbers a model holds, however they are packed; a tied tensor counts once."""
+    """Number of a model's parameters, quantized or not; a tied tensor counts once."""
     return _parameters(module, set())
 
 
 def _parameters(module: ModulePlan, counted: set[Tree]) -> int:
-    # A packed matrix holds 32 / bits numbers in each word; its scales and biases are none.
+    # A quantized matrix has 32 / bits parameters in each word; scales and biases are not parameters.
     bits = module.fields.get("bits")
     packed = bits.value if isinstance(bits, Value) and "scales" in module.fields else None
     total = 0
@@ -106,11 +109,11 @@ def plan(
     """Match the tags of `cls` with a checkpoint's headers; no tensor is read.
 
     Args:
-        headers: None plans what a checkpoint of this config holds when nothing in it is quantised.
+        headers: None plans the checkpoint that this config would have without quantization.
         provided: values of settings that come from the machine, not from the config.
 
     Raises:
-        WeightsError: every missing, unused, wrong-shaped and wrong-dtyped name at once.
+        WeightsError: lists every missing, unused, wrong-shaped and wrong-dtyped tensor at once.
     """
     planner = _Planner(headers, provided)
     result = planner.module(cls, Place("", Leaf(""), (), config, {}))
@@ -120,10 +123,11 @@ def plan(
 
 @dataclass(frozen=True)
 class Place:
-    """Where the walk through a model stands: one field, and what its tags are read with.
+    """Where the walk through a model stands: at one field, with all that its tags are read with.
 
-    `path` is the field's, `tree` the tensors below it, `sizes` the dimensions its tag gave it. `config` is the one that
-    counts there (a layer may have its own), `scope` the names that the parent gave: `$0`, `bias`, `bits` and the like.
+    `path` is the field's path, `tree` the tensors below it, `sizes` the dimensions its tag gave it. `config` is the
+    config in force there (a layer may have its own), `scope` the names that the parent defined: `$0`, `bias`, `bits`
+    and the like.
     """
 
     path: str
@@ -133,7 +137,7 @@ class Place:
     scope: Mapping[str, Any]
 
     def field(self, name: str) -> Place:
-        """The field `name` of the dataclass here; its own tag is not read yet."""
+        """The place of field `name` of the dataclass here, before its own tag is read."""
         return dataclasses.replace(self, path=f"{self.path}.{name}".lstrip("."))
 
     def size(self, dim: str | int) -> int:
@@ -141,7 +145,7 @@ class Place:
         return size_of(dim, self.config, self.scope)
 
     def flag(self, name: str | bool) -> bool:
-        """A bool, or the config's flag of this name."""
+        """`name` itself if it is a bool, else the config's flag of this name."""
         return name if isinstance(name, bool) else bool(getattr(self.config, name))
 
 
@@ -158,7 +162,7 @@ class _Planner:
        `PlainLinear`), gives its tags `$0` = (32, 16, 16) and `$1` = 32, and walks its fields.
     4. There `weight: mx.array = tensor("weight", "$0", "$1")` becomes an `ArrayPlan` over `...q_proj.weight` and the
        two others; `check` holds their headers against [32, 32], [16, 32] and [16, 32].
-    5. `loading.build` reads the three one after the other into one array [64, 32].
+    5. `loading.build` reads the three one after the other into one array [64, 32]; `loading._Builder` says how.
     """
 
     def __init__(self, headers: Mapping[str, Header] | None, provided: Mapping[str, Any]) -> None:
@@ -168,6 +172,7 @@ class _Planner:
         self.names: dict[type, frozenset[str]] = {}
         self.used: set[str] = set()
         self.problems = Problems()
+        # Every name of a tensor, and every part of one that ends before a dot: `present` looks modules up here.
         self.prefixes = {
             name[:i] for name in self.headers for i in range(len(name) + 1) if name[i : i + 1] in (".", "")
         }
@@ -182,7 +187,7 @@ class _Planner:
             raise WeightsError(self.problems.message(unused))
 
     def module(self, cls: type, place: Place) -> ModulePlan:
-        """Plan a dataclass: its form, then each of its fields."""
+        """Plan a dataclass: choose its class, then plan each of its fields."""
         # Its tags read its sizes as $0, $1.
         scope = {**place.scope, **{f"${i}": size for i, size in enumerate(place.sizes)}}
         # A class with several forms looks at what is stored; a form that makes no sense is one problem, not many.
@@ -206,7 +211,7 @@ class _Planner:
         return ModulePlan(place.path, cls, fields)
 
     def take_all(self, tree: Tree) -> None:
-        """Count every tensor below `tree` as used."""
+        """Mark every tensor below `tree` as used."""
         below = tuple(leaf.name + "." for leaf in leaves(tree))
         self.used.update(name for name in self.headers if name.startswith(below))
 
@@ -243,7 +248,7 @@ class _Planner:
         return self.module(hint, dataclasses.replace(found, scope=scope))
 
     def setting(self, name: str, item: dataclasses.Field[Any], place: Place) -> Value | None:
-        """The value of a setting: the parent's, the machine's or the config's; None leaves the field's default."""
+        """Plan a setting: the parent's value, the machine's or the config's; None leaves the field's default."""
         for source in (place.scope, self.provided):
             if name in source:
                 return Value(source[name])
@@ -254,7 +259,7 @@ class _Planner:
         return None
 
     def config_names(self, config: Config) -> frozenset[str]:
-        """What a config can be asked for: its fields and properties."""
+        """Names that a config can be asked for: its fields and properties."""
         kind = type(config)
         if kind not in self.names:
             properties = {n for base in kind.__mro__ for n, v in vars(base).items() if isinstance(v, property)}
@@ -262,12 +267,14 @@ class _Planner:
         return self.names[kind]
 
     def check_count(self, path: str, name: str, count: int) -> None:
-        """Each of `count` layers or experts has a tensor at least; millions of them take hours to be found missing."""
+        """Refuse more layers or experts than there are tensors: to find millions missing one by one takes hours."""
         if not self.declared and count > len(self.headers):
-            raise WeightsError(f"{path}: config.json says {name} = {count}, of {len(self.headers)} tensors in all")
+            raise WeightsError(
+                f"{path}: config.json says {name} = {count}, but the checkpoint has only {len(self.headers)} tensors"
+            )
 
     def locate(self, tag: Tag, place: Place) -> tuple[Tree, Tree | None]:
-        """The tensors that a tag names below `place`, and their twin where a tied checkpoint stores both."""
+        """The tensors that a tag names below `place`, and its twin (the fallback) if a tied checkpoint stores both."""
         for name in re.findall(r"\{(\w+)\}", tag.name):
             self.check_count(place.path, name, size_of(name, place.config, {}))
         own, _, twins = tag.name.partition("||")
@@ -283,7 +290,7 @@ class _Planner:
         return first or expand(place.tree, own.split("|")[0], place.config), twin
 
     def found(self, names: str, place: Place) -> Tree | None:
-        """The first of the alternatives that the checkpoint has."""
+        """The first of the alternatives `names` that the checkpoint has, or None."""
         options = (expand(place.tree, name, place.config) for name in names.split("|"))
         return next((option for option in options if self.present(option)), None)
 
@@ -293,6 +300,7 @@ class _Planner:
 
     def modules(self, tag: Tag, element: type, place: Place) -> list[ModulePlan]:
         """Plan a list: one dataclass for each layer, or for each part of a joined name."""
+        # Without a length, the list has an element for each part of the join (as in `JoinedLinear`).
         if tag.length is None:
             if not isinstance(place.tree, Join):
                 raise AssertionError(f"{place.path}: a list needs length= or joined parts")
@@ -303,6 +311,7 @@ class _Planner:
                 for i, part in enumerate(place.tree.parts)
             )
             return [self.module(element, part) for part in parts]
+        # Otherwise an element for each layer, with the layer's own config; nothing of the parent's scope reaches it.
         count = place.size(tag.length)
         self.check_count(place.path, tag.length, count)
         layers = (
@@ -318,7 +327,8 @@ class _Planner:
         return [self.module(element, layer) for layer in layers]
 
     def array(self, tag: Tag, place: Place) -> ArrayPlan:
-        """Plan an array: its tensors, checked against their headers, and what they become."""
+        """Plan an array: find its transform and twin, and check its tensors against their headers."""
+        # The array's own transform first (bytes to words), then the one that its module was given (order of rows).
         transform = tag.transform.then(place.scope.get("transform", IDENTITY))
         twin: Tree | None = place.scope.get("same_as")
         same_as = None if twin is None else expand(twin, tag.name, place.config)
@@ -331,7 +341,7 @@ class _Planner:
         return result
 
     def check(self, array: ArrayPlan, tree: Tree) -> None:
-        """Note every tensor of `tree` that is missing or has another shape or dtype than `array` needs."""
+        """Note every tensor of `tree` that is missing, or has a shape or dtype that `array` cannot take."""
         for leaf, shape in leaf_shapes(tree, array.sizes):
             expected = array.transform.stored_shape(shape)
             header = self.headers.get(leaf.name)
@@ -347,7 +357,7 @@ class _Planner:
 def _rows(
     tree: Tree, part: tuple[int, tuple[Dim, ...]], sizes: tuple[Size, ...], place: Place
 ) -> tuple[Tree, tuple[Size, ...]]:
-    """The rows of one tensor that are piece `part[0]` of several, `part[1]` long each."""
+    """Narrow `tree` and `sizes` to piece `part[0]` of a tensor whose rows are split into the sizes `part[1]`."""
     index, dims = part
     rows = [place.size(dim) for dim in dims if not isinstance(dim, tuple)]
     if not isinstance(tree, Leaf) or tree.stack is not None:
@@ -358,7 +368,7 @@ def _rows(
 
 @functools.cache
 def _hints(cls: type) -> Mapping[str, Any]:
-    """Annotations of `cls`, with `X | None` read as `X`."""
+    """Annotations of `cls`, with `X | None` read as `X`; cached, because a model has many layers of one class."""
     result = {}
     for name, hint in typing.get_type_hints(cls).items():
         options = [option for option in typing.get_args(hint) if option is not type(None)]

@@ -1,4 +1,4 @@
-"""Everything that does not fit between a model and a checkpoint, collected into one readable message."""
+"""Collects everything that does not fit between a model and a checkpoint, for one readable message."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ Shape = tuple[int, ...]
 
 
 class Problems:
-    """Collects; `message` groups what differs only in its layer number, so that 30 layers make one line."""
+    """A list of problems; `message` merges problems that differ only in a layer number: 30 layers make one line."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, str, str]] = []
 
     def missing(self, name: str, expected: Shape) -> None:
-        """A tensor the model needs is not there."""
+        """Note that a tensor the model needs is missing."""
         self.found.append(("missing", name, f"expected {_shape(expected)}"))
 
     def unused(self, name: str, shape: Shape) -> None:
-        """A tensor no field holds: leaving it out would change the numbers."""
+        """Note a tensor that no field holds: leaving it out would change the numbers."""
         self.found.append(("unused", name, f"{_shape(shape)} is not part of this model"))
 
     def shape(self, name: str, found: Shape, expected: Shape) -> None:
-        """A tensor has another shape."""
+        """Note a tensor of another shape than its field needs."""
         self.found.append(("wrong shape", name, f"expected {_shape(expected)}, found {_shape(found)}"))
 
     def dtype(self, name: str, found: str, expected: Iterable[str]) -> None:
-        """A tensor has a dtype that the field cannot hold."""
+        """Note a tensor of a dtype that its field cannot hold."""
         self.found.append(("wrong dtype", name, f"expected {' or '.join(sorted(expected))}, found {found}"))
 
     def other(self, message: str) -> None:
-        """Something else, in words."""
+        """Note a problem of any other kind, described by `message`."""
         self.found.append(("", message, ""))
 
     def message(self, candidates: Sequence[str], title: str = "the checkpoint does not fit the model") -> str:
-        """All problems, one line each below `title`; a missing name is followed by the nearest of `candidates`."""
+        """All problems, one line each below `title`; a missing name is followed by the closest of `candidates`."""
+        # The number of a layer or expert becomes `*`; what is then equal is one group.
         groups: dict[tuple[str, str, str], list[str]] = {}
         for kind, name, text in self.found:
             groups.setdefault((kind, re.sub(r"\.\d+\.", ".*.", name) if kind else name, text), []).append(name)

@@ -1,17 +1,17 @@
-"""Weight tags: dataclass fields that say which tensors of a checkpoint they hold, and the one walker that reads them.
+"""Weight tags: dataclass fields that say which tensors of a checkpoint they hold.
 
     @dataclass
     class Attention:
         qkv_proj: Linear = weight("self_attn.{q,k,v}_proj", (Q, KV, KV), HIDDEN, bias="attention_bias")
         o_proj: Linear = weight("self_attn.o_proj", HIDDEN, Q)
 
-A tag is a name and a shape. Names of nested dataclasses join with dots; in a name
+A tag is a name and a shape. The names of nested dataclasses are joined with dots. In a name,
 
-- `{q,k,v}` joins the tensors it expands to along the output axis (axis 0) into one fused array,
-- `{num_experts}` (one word: an integer of the config) stacks `.0 .1 ...` along a new first axis,
-- `[num_experts]` at its end says that the tensor is stored so stacked; joining is along the axis after that,
-- `_` at its start continues the parent's name without a dot,
-- `a|b` takes the first that the checkpoint has, `a|b||c|d` one of the last where it has none of the first.
+- `{q,k,v}` expands to several tensors, which are concatenated along the output axis (axis 0) into one fused array,
+- `{num_experts}` (one word: an integer of the config) expands to `0`, `1`, ..., stacked along a new first axis,
+- `[num_experts]` at the end says that the tensor is stored stacked already; joining is along the axis after that,
+- `_` at the start continues the parent's name without a dot,
+- `a|b` takes the first that the checkpoint has; `a|b||c|d` falls back on `c|d` if it has neither `a` nor `b`.
 
 A dimension is an int, a config name, or a product of them (`"num_attention_heads*head_dim"`); a tuple gives one size
 for each joined part. A child module reads its parent's dimensions as `"$0"`, `"$1"`. `plan` checks all names, shapes
@@ -38,11 +38,11 @@ SCALES = FLOAT | {"U8"}
 HARMLESS = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.(masked_bias|bias)$|rotary_pos_emb\.inv_freq$"
 )
-"""Tensors that old checkpoints carry and no model reads: tables that are computed, and causal masks."""
+"""Names of tensors in old checkpoints that no model reads: computed tables and causal masks."""
 
 
 class Header(Protocol):
-    """What a tensor is, known before its bytes: `dtype` in safetensors' spelling."""
+    """The header of a tensor, known before it is read: dtype (in safetensors' spelling), shape, size in bytes."""
 
     @property
     def dtype(self) -> str: ...
@@ -53,19 +53,16 @@ class Header(Protocol):
 
 
 class Source(Protocol):
-    """Named tensors: a `Checkpoint`, or anything with its two members."""
+    """A source of named tensors: a `Checkpoint`, or any object with these two members."""
 
     @property
     def headers(self) -> Mapping[str, Header]: ...
     def read(self, name: str) -> mx.array: ...
 
 
-# --- the tags ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Tag:
-    """See `weight`."""
+    """The arguments of `weight`, kept in the field's metadata."""
 
     name: str
     shape: tuple[Dim, ...]
@@ -81,12 +78,13 @@ class Tag:
 
 @dataclass(frozen=True)
 class Setting:
-    """See `setting`."""
+    """The argument of `setting`, kept in the field's metadata."""
 
     name: str | None
 
 
 TAG = "runner.weight"
+"""Key of a field's metadata, under which its `Tag` or `Setting` is kept."""
 
 
 def weight(
@@ -106,16 +104,18 @@ def weight(
     Args:
         name: the tensor's name below the parent's, or a pattern (see the module's docstring).
         shape: its dimensions; for a dataclass, what its own tags read as `$0`, `$1`.
-        optional: None where the checkpoint has no such tensor (for a dataclass: no tensor below its name).
-        when: a config flag that says whether the field exists; None, and its tensors refused, where it is false.
+        optional: the field is None if the checkpoint has no such tensor (for a dataclass: no tensor below its name).
+        when: the config flag that says whether the field exists; if it is false, the field is None and its tensors are
+            refused as unused.
         bias: whether a `Linear` here has a bias: a bool, or the config flag that says so.
-        otherwise: the config flag that allows what stands behind `||` (a tied head). Where the flag is set and the
-            checkpoint holds both, equal tensors are shared and the first one wins over a different one.
+        otherwise: the config flag that allows the fallback after `||` (a tied head). If the flag is set and the
+            checkpoint holds both, equal tensors are shared, and of different ones the first is used.
         transform: how the stored tensor becomes the field's value.
-        part: `(index, sizes)`: this field holds piece `index` of a tensor stored as one, rows of the given sizes.
+        part: `(index, sizes)`: this field holds piece `index` of one stored tensor, whose rows are split into `sizes`.
         dtypes: accepted dtypes, in safetensors' spelling.
         length: for a list, the config name of its length.
     """
+    # A field that may be None needs a default, so that a dataclass built by hand can leave it out.
     tag = Tag(name, shape, optional, when, bias, otherwise, transform, part, dtypes, length)
     return field(default=None, metadata={TAG: tag}) if optional or when is not True else field(metadata={TAG: tag})
 
@@ -125,23 +125,25 @@ tensor = weight
 
 
 def setting(name: str | None = None, *, default: Any = MISSING) -> Any:
-    """A plain field that takes the config's value of this name (its own, when none is given); `default` stands in for
-    it where a dataclass is built by hand, or where the family's config has no such name."""
+    """A field that takes the config's value of this `name` (by default, the field's own name).
+
+    `default` is used if a dataclass is built by hand, or if the family's config has no such name.
+    """
     return field(default=default, metadata={TAG: Setting(name)}, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The class that holds a module's tensors, with the names and numbers its tags may use."""
+    """The class that `Chooses.choose` picked, with the names and values that its tags may read."""
 
     cls: type
     scope: Mapping[str, Any]
 
 
 class Chooses:
-    """Base of modules whose form depends on what is stored (a `Linear` finds out whether it is quantised)."""
+    """Base of modules whose class depends on what is stored (a `Linear` finds out whether it is quantized)."""
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        """Pick the class for the tensors below `tree`; raises `WeightsError` where they make no sense."""
+        """Pick the class for the tensors below `tree`; raise `WeightsError` if they fit no class."""
         raise NotImplementedError

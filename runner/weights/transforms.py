@@ -1,4 +1,4 @@
-"""How a stored tensor becomes a field's value, where the two differ; each knows its way back, to save models."""
+"""How a stored tensor becomes a field's value, where the two differ; each transform has an inverse, to save models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class Transform:
-    """A named, invertible step; `shape` maps the field's shape to the stored one."""
+    """A named, invertible change of an array; `shape` maps the field's shape to the stored one."""
 
     name: str
     apply: Callable[[mx.array], mx.array]
@@ -18,18 +18,18 @@ class Transform:
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in the file of a field of `shape`."""
+        """The shape in the file, given the field's `shape`."""
         return self.shape(shape)
 
     def then(self, other: Transform) -> Transform:
-        """Both, this one first."""
+        """The transform that applies this one, then `other`."""
         if self is IDENTITY or other is IDENTITY:
             return other if self is IDENTITY else self
         return Transform(
             f"{self.name}, {other.name}",
             lambda array: other.apply(self.apply(array)),
             lambda array: self.invert(other.invert(array)),
-            lambda shape: self.shape(other.shape(shape)),
+            lambda shape: self.shape(other.shape(shape)),  # from the field's shape back: the last transform first
         )
 
 
@@ -46,7 +46,7 @@ IDENTITY = Transform("identity", _same, _same, lambda shape: shape)
 TRANSPOSE = Transform(
     "transpose", _swap, _swap, lambda shape: (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape
 )
-"""Matrices stored `[..., in, out]` (GPT-2's Conv1D, gpt-oss's experts); vectors stay."""
+"""Matrices stored `[..., in, out]` (GPT-2's Conv1D, gpt-oss's experts) become `[..., out, in]`; vectors stay."""
 
 
 def _alternate(array: mx.array) -> mx.array:
@@ -60,7 +60,7 @@ HALVES = Transform(
     _alternate,
     lambda shape: shape,
 )
-"""Rows (axis 1, below a stack) of two matrices that alternate in the file: those of the first, then of the second."""
+"""Rows of two matrices alternate in the file (axis 1, axis 0 being a stack): all of the first, then of the second."""
 
 MX_BLOCKS = Transform(
     "mx blocks",
@@ -68,7 +68,7 @@ MX_BLOCKS = Transform(
     lambda array: array.view(mx.uint8).reshape(*array.shape[:-1], -1, 16),
     lambda shape: (*shape[:-1], shape[-1] // 4, 16),
 )
-"""Blocks of 32 numbers of 4 bits, stored as `[..., blocks, 16]` bytes: the words that MLX has for them."""
+"""MXFP4 blocks of 32 numbers, stored as bytes `[..., blocks, 16]`, become MLX's uint32 words; no byte changes."""
 
 PLUS_ONE = Transform(
     "+1",
@@ -76,13 +76,14 @@ PLUS_ONE = Transform(
     lambda array: array - 1,
     lambda shape: shape,
 )
-"""Norms stored as the difference from one (Gemma); kept in float32, where adding one rounds nothing that matters."""
+"""Norm weights stored as the difference from one (Gemma); kept in float32, where adding one loses next to nothing."""
 
 
 def permute_rows(name: str, order: Callable[[int], list[int]]) -> Transform:
-    """Rows in another order: row `i` of the field is row `order(rows)[i]` of the file."""
+    """A transform that reorders rows: row `i` of the field is row `order(rows)[i]` of the file."""
 
     def invert(array: mx.array) -> mx.array:
+        # The inverse permutation: stored row `old` comes from field row `new`.
         rows = order(array.shape[0])
         back = [0] * len(rows)
         for new, old in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Trees of tensor names: what a tag's pattern expands to, and the shapes of its parts and of the whole."""
+"""Trees of tensor names: what the pattern of a tag expands to, and the shapes of its parts and of their join."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 from runner.config.base import Config
 
 Size = int | tuple[int, ...]
+"""A resolved dimension; a tuple has one size for each joined part."""
 
 Dim = str | int | tuple[str | int, ...]
+"""A dimension as a tag writes it, before `resolve`."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One stored tensor, or `rows = (start, stop, total)` of it; `stack`: it holds so many along a first axis."""
+    """One stored tensor, or its `rows` (start, stop, total); `stack`: length of the first axis of a stacked tensor."""
 
     name: str
     rows: tuple[int, int, int] | None = None
@@ -26,14 +28,14 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Join:
-    """Several: concatenated along their rows (axis 0, or the first that nothing is stacked on), or stacked."""
+    """Several trees as one array: stacked along a new first axis, or concatenated along their rows (see `axis`)."""
 
     parts: tuple[Tree, ...]
     stacked: bool
 
     @property
     def axis(self) -> int:
-        """Where the parts are put together."""
+        """The axis along which parts are joined: 0, or for concatenated rows the first axis after all stacked ones."""
         return 0 if self.stacked else _stacks(self.parts[0])
 
 
@@ -50,9 +52,10 @@ def leaves(tree: Tree) -> Iterator[Leaf]:
 
 
 def expand(tree: Tree, name: str, config: Config) -> Tree:
-    """`name` (a pattern without alternatives) below every leaf of `tree`."""
+    """The tree that `name` (a pattern without alternatives) gives below every leaf of `tree`."""
     if isinstance(tree, Join):
         return Join(tuple(expand(item, name, config) for item in tree.parts), tree.stacked)
+    # `[count]` is no part of the tensor's name: it says that the tensor is stored stacked.
     stack = tree.stack
     counted = re.search(r"\[(\w+)\]$", name)
     if counted is not None:
@@ -62,9 +65,11 @@ def expand(tree: Tree, name: str, config: Config) -> Tree:
 
 
 def _pattern(name: str, leaf: Leaf, config: Config) -> Tree:
+    """Expand the braces of `name` from left to right, one level of `Join` for each."""
     found = re.search(r"\{([^{}]*)\}", name)
     if found is None:
         return dataclasses.replace(leaf, name=name)
+    # One word is a count to stack, several are parts to concatenate.
     words = found[1].split(",")
     stacked = len(words) == 1
     if stacked:
@@ -73,13 +78,14 @@ def _pattern(name: str, leaf: Leaf, config: Config) -> Tree:
 
 
 def _stacks(tree: Tree) -> int:
-    """How many axes before the rows of a matrix."""
+    """Number of stacked axes before the rows of a matrix."""
     if isinstance(tree, Leaf):
         return 0 if tree.stack is None else 1
     return _stacks(tree.parts[0]) + tree.stacked
 
 
 def size_of(dim: str | int, config: Config, scope: Mapping[str, Any]) -> int:
+    """A dimension as a number: an int, a name in `scope` or else in the config, or a product `a*b` of such."""
     if isinstance(dim, int):
         return dim
     result = 1
@@ -90,7 +96,7 @@ def size_of(dim: str | int, config: Config, scope: Mapping[str, Any]) -> int:
 
 
 def resolve(shape: Iterable[Dim], config: Config, scope: Mapping[str, Any]) -> tuple[Size, ...]:
-    """Dimensions as numbers; `scope` holds what `$0`, `$1` and a module's own names stand for."""
+    """Dimensions as numbers; `scope` holds the values of `$0`, `$1` and of a module's own names."""
     result: list[Size] = []
     for dim in shape:
         if isinstance(dim, str) and dim in scope:
@@ -103,12 +109,14 @@ def resolve(shape: Iterable[Dim], config: Config, scope: Mapping[str, Any]) -> t
 
 
 def leaf_shapes(tree: Tree, shape: tuple[Size, ...]) -> Iterator[tuple[Leaf, tuple[int, ...]]]:
-    """Each stored tensor with the shape it should have."""
+    """Each stored tensor with the shape it must have, if the field's sizes are `shape`."""
     if isinstance(tree, Leaf):
+        # One tensor for all parts has the sum of their sizes; a tensor split by rows is stored with all of them.
         stored = tuple(sum(size) if isinstance(size, tuple) else size for size in shape)
         stored = (tree.rows[2], *stored[1:]) if tree.rows else stored
         yield tree, stored if tree.stack is None else (tree.stack, *stored)
         return
+    # A concatenation gives each part its size of the tuple; a stack gives each part the whole tuple.
     first = shape[0]
     for index, item in enumerate(tree.parts):
         rows = first[index] if isinstance(first, tuple) and not tree.stacked else first
@@ -116,7 +124,7 @@ def leaf_shapes(tree: Tree, shape: tuple[Size, ...]) -> Iterator[tuple[Leaf, tup
 
 
 def joined_shape(tree: Tree, shape: tuple[Size, ...]) -> tuple[int, ...]:
-    """The shape of the field: what joining and stacking the stored tensors gives."""
+    """The shape of the field: what stacking and concatenating the stored tensors gives."""
     if isinstance(tree, Leaf):
         stored = tuple(sum(size) if isinstance(size, tuple) else size for size in shape)
         stored = (tree.rows[1] - tree.rows[0], *stored[1:]) if tree.rows else stored

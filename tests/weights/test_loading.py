@@ -1,4 +1,4 @@
-"""Memory while a model is read: the model, and little more. Measured, by MLX's own count and by the kernel's."""
+"""Memory while a model is read: the model and little more, by MLX's count and by the kernel's."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ print(json.dumps([peak() - before, mx.get_peak_memory(), engine.nbytes]))
 
 
 class Made:
-    """A source whose tensors do not exist before they are read."""
+    """A source whose tensors are made when they are read."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: mx.Dtype) -> None:
         self.dtype = dtype
@@ -96,7 +96,7 @@ def test_a_fused_field_is_held_once_and_its_parts_one_by_one(
     ("stored", "dtype"), [(mx.bfloat16, ""), (mx.bfloat16, "float32"), (mx.float32, "bfloat16")], ids=str
 )
 def test_loading_holds_little_more_than_the_model(tmp_path: Path, stored: mx.Dtype, dtype: str) -> None:
-    """The head is a fifth of the model and its last field: cast at the end, it would be there three times."""
+    """The head is a fifth of the model and its last field: cast at the end, it would be in memory three times."""
     config_class, model_class = find(LLAMA)
     arrays = plan(model_class, config_class.from_dict(LLAMA), None).arrays()
     stores = (leaf_shapes(array.tree, array.sizes) for array in arrays)

@@ -1,4 +1,4 @@
-"""The tag walker on small made-up trees: names, joins, stacks, parts, transforms, and every refusal in one message."""
+"""The planner on small made-up models: names, joins, stacks, parts, transforms, and all problems in one message."""
 
 from __future__ import annotations
 
@@ -157,7 +157,9 @@ def test_alternatives_behind_two_bars_need_the_flag(tied: bool, prefix: str) -> 
 @pytest.mark.parametrize(("cls", "name"), [(Tied, "num_hidden_layers"), (Stacked, "vocab_size")])
 def test_more_layers_or_experts_than_tensors_are_refused_at_once(cls: type, name: str) -> None:
     config = Config(**{**vars(CONFIG), name: 1 << 24})
-    with pytest.raises(WeightsError, match=f"config.json says {name} = 16777216, of 1 tensors in all"):
+    with pytest.raises(
+        WeightsError, match=f"config.json says {name} = 16777216, but the checkpoint has only 1 tensors"
+    ):
         plan(cls, config, Arrays({"embed.weight": rand(3, 64)}).headers)
 
 
