@@ -200,7 +200,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "100.000 ± 0.000 %" in done.stdout and "0.000000 ± 0.000000" in done.stdout
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     for arguments, message in (
-        ([str(LLAMA), str(tmp_path / "latin")], "not UTF-8 text: see byte 3"),
+        ([str(LLAMA), str(tmp_path / "latin")], "not UTF-8 text: see the byte at offset 3"),
         ([str(LLAMA), str(text)], "128"),
         ([str(LLAMA), str(text), "--chunk", "32", "--against", str(SPM)], "differ"),
         ([str(LLAMA), "/nowhere.txt"], "/nowhere.txt"),

@@ -31,7 +31,7 @@ INTERRUPTED = 130  # 128 + SIGINT
 
 @dataclass(frozen=True)
 class Entry:
-    """One command: its name, the function behind it, and the example its help ends with."""
+    """One command: its name, the function that runs it, and the example at the end of its help."""
 
     name: str
     function: Callable[..., None]
@@ -56,8 +56,8 @@ COMMANDS: tuple[Entry, ...] = (
 
 
 def build() -> typer.Typer:
-    """The typer application of `COMMANDS`."""
-    # rich's help costs three times the start-up and draws boxes; helptext.py prints quiet columns instead.
+    """Build the typer application of `COMMANDS`."""
+    # rich's help triples the start-up time and draws boxes; helptext.py prints plain columns instead.
     application = typer.Typer(
         cls=Group,
         add_completion=False,
@@ -75,11 +75,11 @@ def build() -> typer.Typer:
 
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Run transformer language models on this machine, with Apple MLX.
 
-    MODEL is a directory, or a Hugging Face id: org/name, org/name@revision.
+    MODEL is a directory, a .gguf file, or a Hugging Face id: org/name or org/name@revision.
     """
     if version:
         terminal.Output().line(f"runner {terminal.version()}")
@@ -90,11 +90,11 @@ def root(
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """Parse `argv`, run the command, flush stdout; every exception ends here (KeyboardInterrupt included)."""
+    """Parse `argv`, run the command and flush stdout; every exception (KeyboardInterrupt too) becomes an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
+            stream.reconfigure(errors="replace")  # a character that stdout cannot encode must not end the answer
     try:
         invoke(arguments)
         sys.stdout.flush()
@@ -103,10 +103,10 @@ def run(argv: Sequence[str] | None) -> int:
         return request.exit_code
     except KeyboardInterrupt:
         if sys.stderr.isatty():
-            sys.stderr.write("\n")  # the shell's prompt gets its own line, after the terminal's ^C
+            sys.stderr.write("\n")  # the terminal has shown ^C: put the shell's prompt on a line of its own
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has left (`| head`). Python flushes stdout again at exit: let that go nowhere.
+        # The reader of stdout has gone (`| head`). Python flushes stdout again at exit: send that to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
@@ -114,15 +114,15 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def invoke(arguments: list[str]) -> None:
-    """Run the command without typer's own handling of errors, which prints several lines and its own exit codes."""
+    """Run the command without typer's own error handling, which prints several lines and picks its own exit codes."""
     command = get_command(build())
     with command.make_context("runner", arguments) as context:
         command.invoke(context)
 
 
 def report(error: Exception, arguments: Sequence[str]) -> int:
-    """Print `error` as one `error:` line (a list of problems keeps its lines); returns the exit code it stands for."""
-    if isinstance(error, typer.TyperException):  # what typer found wrong with the arguments
+    """Print `error` as one `error:` line (a list of problems keeps its lines) and return the exit code for it."""
+    if isinstance(error, typer.TyperException):  # the arguments are wrong: name the command whose help to read
         name = next((a for a in arguments if any(a == entry.name for entry in COMMANDS)), "")
         message = " ".join(error.format_message().split()).rstrip(".")
         message = message[:1].lower() + message[1:]
@@ -136,10 +136,11 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
         terminal.error(f"{error.strerror or error}{where}")
         return 1
     if isinstance(error, MemoryError):
-        terminal.error("out of memory: try a smaller or quantised model, or a shorter prompt")
+        terminal.error("out of memory: try a smaller or quantized model, or a shorter prompt")
         return 1
+    # Every other exception is a bug of ours.
     if os.environ.get("RUNNER_TRACEBACK"):
         raise error
     summary = " ".join(str(error).split())
-    terminal.error(f"unexpected {type(error).__name__}: {summary} (a bug; RUNNER_TRACEBACK=1 shows where)")
+    terminal.error(f"unexpected {type(error).__name__}: {summary} (this is a bug; RUNNER_TRACEBACK=1 shows where)")
     return 1

@@ -1,4 +1,4 @@
-"""`runner bench`: how fast a model reads prompts and generates on this machine."""
+"""`runner bench`: measures how fast a model prefills and generates on this machine."""
 
 from __future__ import annotations
 
@@ -15,27 +15,33 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A directory, a hub id, or a published shape by name (Llama-3.2-1B), filled with random weights.",
+        help="A directory, a hub id, or the name of a published shape (Llama-3.2-1B), run with random weights.",
     ),
 ]
-TESTS = "Tests (several values: 0,1024,4096)"
+TESTS = "Tests (several values as in 0,1024,4096)"
 Prompts = Annotated[
-    str, typer.Option("-p", metavar="N", help="Read prompts of N tokens; 0: none.", rich_help_panel=TESTS)
+    str, typer.Option("-p", metavar="N", help="Prefill prompts of N tokens; 0: no such test.", rich_help_panel=TESTS)
 ]
-Generated = Annotated[str, typer.Option("-n", metavar="N", help="Generate N tokens; 0: none.", rich_help_panel=TESTS)]
+Generated = Annotated[
+    str, typer.Option("-n", metavar="N", help="Generate N tokens; 0: no such test.", rich_help_panel=TESTS)
+]
 Depths = Annotated[
-    str, typer.Option("-d", metavar="N", help="With N tokens in the cache before.", rich_help_panel=TESTS)
+    str, typer.Option("-d", metavar="N", help="Start with N tokens in the KV cache.", rich_help_panel=TESTS)
 ]
-Batches = Annotated[str, typer.Option("-b", metavar="N", help="With N sequences in one batch.", rich_help_panel=TESTS)]
-Repetitions = Annotated[int, typer.Option("-r", metavar="N", min=1, help="Repetitions, after a warm-up.")]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Of the random ids, and of random weights.")]
+Batches = Annotated[str, typer.Option("-b", metavar="N", help="Run N sequences in one batch.", rich_help_panel=TESTS)]
+Repetitions = Annotated[int, typer.Option("-r", metavar="N", min=1, help="Repeat each test N times, after a warm-up.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the random token ids and weights.")]
 Quantize = Annotated[
     str | None,
-    typer.Option(metavar="FORM", help="Pack a shape's matrices: 2 to 8 bits, mxfp4, mxfp8 or nvfp4."),
+    typer.Option(metavar="FORM", help="Quantize a shape: 2, 3, 4, 5, 6 or 8 bits, mxfp4, mxfp8 or nvfp4."),
 ]
-GroupSize = Annotated[int | None, typer.Option(metavar="N", help="Of --quantize with bits: 32, 64 (default) or 128.")]
-Output = Annotated[Literal["md", "json", "csv"], typer.Option("-o", "--output", metavar="md|json|csv", help="Form.")]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw t/s against depth or batch, as .png or .svg.")]
+GroupSize = Annotated[
+    int | None, typer.Option(metavar="N", help="Weights per scale, for --quantize with bits: 32, 64 (default) or 128.")
+]
+Output = Annotated[
+    Literal["md", "json", "csv"], typer.Option("-o", "--output", metavar="md|json|csv", help="Output format.")
+]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot t/s against depth or batch, as .png or .svg.")]
 
 
 def bench(
@@ -53,13 +59,14 @@ def bench(
     output: Output = "md",
     plot: Plot = None,
 ) -> None:
-    """Measure tokens per second. Names are llama-bench's: pp512 reads a prompt, tg128 generates."""
+    """Measure tokens per second. Tests are named as in llama-bench: pp512 prefills, tg128 generates."""
     from runner.ops import backend
 
     backend.require()
     from runner.bench import cases, open_subject, report, run
     from runner.bench.bandwidth import read_bandwidth
 
+    # Everything that can be refused is checked before anything is loaded or measured.
     wanted = cases(
         numbers("-p", prompts), numbers("-n", generated), depths=numbers("-d", depths), batches=numbers("-b", batches)
     )
@@ -78,12 +85,12 @@ def bench(
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """`"0,1024"` as `[0, 1024]`.
+    """Parse `"0,1024"` to `[0, 1024]`.
 
     Raises:
-        UsageError: something in it is no whole number.
+        UsageError: `text` is not whole numbers separated by commas; the message names `option`.
     """
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"{option} takes whole numbers with commas between them, not {text!r}") from error
+        raise UsageError(f"{option} takes whole numbers separated by commas, as in 0,1024, not {text!r}") from error

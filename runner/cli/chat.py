@@ -1,4 +1,4 @@
-"""`runner chat`: a conversation. Answers go to stdout; the prompt, notes and errors are the terminal's."""
+"""`runner chat`: a conversation. Answers go to stdout, notes and errors to stderr."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def chat(
     length: LengthOptions,
     verbose: Verbose = False,
 ) -> None:
-    """Talk with a model. /help inside lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
+    """Chat with a model. /help lists the chat's commands, Ctrl-C stops an answer, Ctrl-D leaves."""
     keywords = {**sampling.keywords(), **length.keywords()}
     conversation = Conversation()
     if system is not None:
         conversation.system = terminal.checked_utf8(system, "--system")
     lm = engine.open_model(model, dtype, adapter)
     if not lm.tokenizer.has_chat_template:
-        raise UsageError(f"{model} has no chat template: it continues text, see 'runner generate --raw'")
+        raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
     Chat(lm, conversation, keywords, verbose).run()
 
 
 class Chat:
-    """The loop of one conversation: read, answer, remember."""
+    """Runs one conversation: reads a message, streams the answer, remembers both."""
 
     def __init__(self, lm: LanguageModel, conversation: Conversation, keywords: dict[str, Any], verbose: bool) -> None:
         self.lm = lm
@@ -75,7 +75,10 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Until /quit, Ctrl-D or a second Ctrl-C. At a terminal an error ends the turn; from a pipe, the program."""
+        """Take turns until /quit, Ctrl-D or a second Ctrl-C.
+
+        An error ends the turn at a terminal, but the program where messages come from a pipe.
+        """
         if self.reader.interactive:
             name = terminal.paint(self.lm.path.name, "bold", sys.stderr)
             print(f"{name}  {terminal.paint('/help lists the commands', 'dim', sys.stderr)}\n", file=sys.stderr)
@@ -94,7 +97,7 @@ class Chat:
                 print(file=sys.stderr)
 
     def read(self) -> tuple[str, bool] | None:
-        """The next message and whether it may be a command; None at the end. A second Ctrl-C in a row is raised."""
+        """Read a message, and whether it may be a command; None at the end. The second Ctrl-C in a row is raised."""
         interrupted = False
         while True:
             try:
@@ -104,25 +107,28 @@ class Chat:
                     raise
                 interrupted = True
                 print(file=sys.stderr)
-                terminal.note("(Ctrl-C again, Ctrl-D or /quit leaves)")
+                terminal.note("(to leave, press Ctrl-C again, press Ctrl-D, or type /quit)")
 
     def turn(self, text: str, may_be_command: bool) -> None:
-        """A command, or a message and its answer. `/etc/hosts ...` is no command: those are `/` and letters alone."""
+        """Run a command, or answer a message. A command is `/` and letters alone, so `/etc/hosts ...` is a message."""
         word, _, rest = text.partition(" ")
         if may_be_command and word[:1] == "/" and word[1:].isalpha():
             if word not in self.commands:
-                raise UsageError(f"unknown command {word}: /help lists them (begin with a space to send it as text)")
+                raise UsageError(
+                    f"unknown command {word}: /help lists the commands (to send it as text, begin with a space)"
+                )
             self.commands[word](rest.strip())
         elif text.strip():
             self.answer(terminal.checked_utf8(text, "the message"))
 
     def answer(self, text: str) -> None:
-        """Stream the answer and remember both; what an error or Ctrl-C left unsaid is not remembered."""
+        """Stream the answer to `text` and remember both: after Ctrl-C what was shown, after an error nothing."""
         said = ""
         last: Chunk | None = None
         status = terminal.Status()
         interactive = self.reader.interactive
         messages = [*self.conversation.all(), {"role": "user", "content": text}]
+        # At a terminal, the first Ctrl-C stops only the answer; in a pipe, it ends the program as usual.
         with soft_interrupt() if interactive else nullcontext(lambda: False) as cancelled:
             try:
                 chunks = self.lm.chat_stream(
@@ -136,7 +142,7 @@ class Chat:
                     status.clear()
                     self.output.write(last.text)
                     said += last.text
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # a second Ctrl-C, before the model could react to the first
                 if not interactive:
                     raise
             finally:
@@ -147,7 +153,7 @@ class Chat:
         self.after(last, stopped=cancelled())
 
     def after(self, last: Chunk | None, *, stopped: bool) -> None:
-        """Why the answer ended, where that is not its own end; then the blank line before the next prompt."""
+        """Note why the answer was cut short, if it was; then print timings (--verbose) and a blank line."""
         if stopped:
             terminal.note("(stopped)")
         elif last is not None and last.finish_reason == "length":
@@ -159,50 +165,50 @@ class Chat:
             print(file=sys.stderr)
 
     def help(self, rest: str) -> None:
-        """/help"""
+        """Run `/help`: list the commands."""
         no_text("/help", rest)
         for name, text in HELP.items():
             print(f"  {name:<14}{terminal.paint(text, 'dim', sys.stderr)}", file=sys.stderr)
         print(file=sys.stderr)
 
     def reset(self, rest: str) -> None:
-        """/reset"""
+        """Run `/reset`: forget all messages but the system message."""
         no_text("/reset", rest)
         self.conversation.messages.clear()
         terminal.note("(forgotten)\n")
 
     def set_system(self, rest: str) -> None:
-        """/system [TEXT | clear]"""
+        """Run `/system [TEXT | clear]`: set, remove or show the system message."""
         if rest:
             self.conversation.system = None if rest == "clear" else terminal.checked_utf8(rest, "the system message")
         shown = "none" if self.conversation.system is None else self.conversation.system
         terminal.note(f"(system message: {shown})\n")
 
     def save(self, rest: str) -> None:
-        """/save FILE"""
+        """Run `/save FILE`: write the conversation."""
         path = self.conversation.save(rest)
         terminal.note(f"({len(self.conversation.all())} messages in {path})\n")
 
     def load(self, rest: str) -> None:
-        """/load FILE"""
+        """Run `/load FILE`: replace the conversation by a saved one."""
         self.conversation.load(rest)
         terminal.note(f"({len(self.conversation.all())} messages)\n")
 
     def quit(self, rest: str) -> None:
-        """/quit"""
+        """Run `/quit`: leave."""
         no_text("/quit", rest)
         raise typer.Exit(0)
 
 
 def no_text(command: str, rest: str) -> None:
-    """Refuse text after a command that takes none, rather than drop it."""
+    """Refuse text after a command that takes none, rather than ignore it."""
     if rest:
-        raise UsageError(f"{command} takes no text, got {rest!r}")
+        raise UsageError(f"{command} takes no text after it, got {rest!r}")
 
 
 @contextmanager
 def soft_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag asked for between tokens and prompt chunks; a second one raises KeyboardInterrupt."""
+    """Let Ctrl-C set a flag, which the yielded function returns; a second Ctrl-C raises KeyboardInterrupt."""
     pressed = False
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Reading messages: a line, a block between triple quotes, or lines joined by a backslash at their end."""
+"""Input of chat messages: a line, a block between triple quotes, or lines continued by a backslash at their end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONTINUED = "… "
 
 
 class LineReader:
-    """Messages from stdin. With a terminal on both sides there is a prompt, line editing and this session's history."""
+    """Reads messages from stdin; if stdin and stdout are terminals, with a prompt, line editing and a history."""
 
     def __init__(self, completions: Sequence[str]) -> None:
         self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
@@ -22,7 +22,7 @@ class LineReader:
             set_up_editing(completions)
 
     def read(self) -> tuple[str, bool] | None:
-        """The next message and whether it may be a command (a block never is); None at the end of input."""
+        """Read the next message, and whether it may be a command (a single line); None at the end of input."""
         line = self.line(PROMPT)
         if line is None:
             return None
@@ -38,7 +38,7 @@ class LineReader:
         return "\n".join(lines), len(lines) == 1
 
     def block(self, first: str) -> str:
-        """Everything up to a line that ends in triple quotes, or the end of input; line breaks at both ends dropped."""
+        """Read up to a line that ends in triple quotes or the end of input; drops line breaks at both ends."""
         lines: list[str] = []
         line: str | None = first
         while line is not None:
@@ -50,10 +50,10 @@ class LineReader:
         return "\n".join(lines).strip("\n")
 
     def line(self, prompt: str) -> str | None:
-        """One line without its end; None at the end of input. Raises UsageError for bytes that are no text."""
+        """Read one line, without its line break; None at the end of input. Raises UsageError for undecodable bytes."""
         try:
             if self.interactive:
-                # readline counts columns: what takes none stands between \x01 and \x02
+                # readline counts columns, and colour codes take none: they must stand between \x01 and \x02.
                 shown = f"\x01\x1b[1;36m\x02{prompt}\x01\x1b[0m\x02" if colours(sys.stdout) else prompt
                 return input(shown)
             text = sys.stdin.readline() if sys.stdin is not None else ""
@@ -68,7 +68,10 @@ class LineReader:
 
 
 def set_up_editing(completions: Sequence[str]) -> None:
-    """Line editing, if Python has readline: pasted lines stay one message, Tab completes commands, no file is kept."""
+    """Set up line editing, if Python has readline: pasted lines stay one message, Tab completes commands.
+
+    The history is that of this session: no file is written.
+    """
     try:
         import readline
     except ImportError:

@@ -1,4 +1,4 @@
-"""The messages of a chat and their file: a JSON list of `{"role", "content"}` as templates take it."""
+"""The messages of a chat, and their file: a JSON list of `{"role": ..., "content": ...}`, as templates take it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ Message = dict[str, str]
 
 
 class Conversation:
-    """A system message, if any, and the turns since."""
+    """The system message, if there is one, and the user's and assistant's messages."""
 
     def __init__(self) -> None:
         self.system: str | None = None
         self.messages: list[Message] = []
 
     def all(self) -> list[Message]:
-        """The messages as a chat template takes them, the system message first."""
+        """Return the messages as a chat template takes them, the system message first."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*first, *self.messages]
 
     def add(self, question: str, answer: str) -> None:
-        """Remember one turn."""
+        """Append a turn: the user's message and the answer."""
         self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     def save(self, name: str) -> Path:
-        """Write all messages at once to `name`; a file that is no saved chat is never replaced (UsageError)."""
+        """Write all messages to the file `name` and return its path; replaces nothing but a saved chat (UsageError)."""
         path = file_path("/save", name)
         if path.exists():
             try:
                 read_messages(path)
             except UsageError:
                 raise UsageError(f"{path} exists and is not a saved chat: choose another name") from None
+        # A file beside the target is renamed over it, so an interrupted write leaves the old chat whole.
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             unfinished.write_text(json.dumps(self.all(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -48,7 +49,7 @@ class Conversation:
         return path
 
     def load(self, name: str) -> None:
-        """Replace everything by the messages in `name`; on UsageError nothing has changed."""
+        """Replace all messages by those in the file `name`; after a UsageError nothing has changed."""
         messages = read_messages(file_path("/load", name))
         has_system = bool(messages) and messages[0]["role"] == "system"
         self.system = messages[0]["content"] if has_system else None
@@ -56,17 +57,17 @@ class Conversation:
 
 
 def file_path(command: str, name: str) -> Path:
-    """The file named after a command, `~` understood."""
+    """Path of the file that follows a command; expands `~`."""
     if not name:
-        raise UsageError(f"{command} needs the name of a file")
+        raise UsageError(f"{command} needs the name of a file, as in {command} chat.json")
     return Path(name).expanduser()
 
 
 def read_messages(path: Path) -> list[Message]:
-    """The checked messages of a file. Raises UsageError, which names what is wrong and where."""
+    """Read and check the messages of a file. Raises UsageError, which says what is wrong and where."""
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise UsageError(f"{path} has more than {LARGEST_FILE >> 20} MB: not a saved chat")
+            raise UsageError(f"{path} is larger than {LARGEST_FILE >> 20} MiB: not a saved chat")
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise UsageError(f"cannot read {path}: {problem.strerror}") from None
@@ -78,11 +79,13 @@ def read_messages(path: Path) -> list[Message]:
 
 
 def checked(message: Any, where: str, *, first: bool) -> Message:
-    """`message` itself, if it is exactly a role and a text."""
+    """Return `message` if it is exactly a role and a text; else raise UsageError, which names the place `where`."""
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise UsageError(f'{where}: expected {{"role": ..., "content": ...}} and nothing else')
     if message["role"] not in ROLES or (message["role"] == "system" and not first):
-        raise UsageError(f"{where}: role {message['role']!r}, expected user or assistant, or system as the first")
+        raise UsageError(
+            f"{where}: role {message['role']!r}; expected user or assistant, or system in the first message only"
+        )
     if not isinstance(message["content"], str):
         raise UsageError(f"{where}: content must be text, found {type(message['content']).__name__}")
     return {"role": message["role"], "content": message["content"]}

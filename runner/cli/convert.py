@@ -1,4 +1,4 @@
-"""`runner convert`: a model into a Hub-style directory, packed or unpacked as asked."""
+"""`runner convert`: writes a model as a Hub-style directory, quantized or dequantized on request."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from runner.cli.perplexity import judge, read_text, with_error
 Source = Annotated[
     str, typer.Argument(metavar="SRC", help="A directory, a hub id (org/name, org/name@revision), or a .gguf file.")
 ]
-Target = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
 Quantize = Annotated[
     str | None,
-    typer.Option(metavar="FORM", help="Pack matrices: 2, 3, 4, 5, 6 or 8 bits, mxfp4, mxfp8 or nvfp4."),
+    typer.Option(metavar="FORM", help="Quantize matrices: 2, 3, 4, 5, 6 or 8 bits, mxfp4, mxfp8 or nvfp4."),
 ]
 GroupSize = Annotated[
-    int | None, typer.Option(metavar="N", help="Numbers that share a scale: 32, 64 (default) or 128, with bits.")
+    int | None,
+    typer.Option(metavar="N", help="Weights per scale, for --quantize with bits: 32, 64 (default) or 128."),
 ]
 RecipeName = Annotated[
     Literal["mixed"] | None,
-    typer.Option(metavar="mixed", help="With 2 to 5 bits: 6 for the head and, in half of the layers, values and down."),
+    typer.Option(
+        metavar="mixed",
+        help="With --quantize 2 to 5: use 6 bits for the head and, in half of the layers, for the value and down "
+        "projections.",
+    ),
 ]
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(
-        metavar="NAME", help="Store numbers as float32, float16 or bfloat16. Unpacks what is packed, to this."
-    ),
+    typer.Option(metavar="NAME", help="Store numbers as float32, float16 or bfloat16; dequantizes quantized matrices."),
 ]
 Eval = Annotated[
     Path | None,
     typer.Option(
         "--eval", metavar="FILE", exists=True, dir_okay=False, readable=True,
-        help="Perplexity on this text, before and after.",
+        help="Measure perplexity on this text, before and after.",
     ),
 ]  # fmt: skip
 
@@ -53,7 +56,7 @@ def convert(
     adapter: Adapter = None,
     judged_by: Eval = None,
 ) -> None:
-    """Write a model as a directory of config, tokenizer and safetensors, packed if asked for. Prints that directory."""
+    """Write a model as a directory of config, tokenizer and safetensors, quantized on request. Prints the directory."""
     from runner.ops import backend
 
     backend.require()
@@ -71,6 +74,7 @@ def convert(
     wanted = None if quantize is None else quantizer(quantize, group_size, recipe)
     text = None if judged_by is None else read_text(judged_by)
     visible = sys.stderr.isatty()
+    # The options and the text are checked by now: from here on, work takes minutes.
     files = open_files(resolve(source, progress=visible))
     adapters = open_adapters(adapter or (), lambda spec: resolve_adapter(spec, progress=visible))
     before = None if text is None else perplexity_of(str(files.path), text, "before")
@@ -78,9 +82,10 @@ def convert(
         report = write(merged(files, adapters), target, quantizer=wanted, dtype=dtype, progress=bar.update)
     forms = ", ".join(f"{count} {form}" for form, count in report.forms.items())
     terminal.note(f"{report.bits_after:.2f} bits per weight, {report.bits_before:.2f} before ({forms})")
+    # Matrices that stay plain are no error, but the size is not what was asked for: name one.
     if report.unpackable:
         more = f" and {len(report.unpackable) - 1} more" if len(report.unpackable) > 1 else ""
-        terminal.note(f"not packed: {report.unpackable[0]}{more}: inputs do not divide into groups", "yellow")
+        terminal.note(f"not quantized: {report.unpackable[0]}{more}: inputs do not divide into groups", "yellow")
     if text is not None and before is not None:
         after = perplexity_of(str(target), text, "after")
         terminal.note(f"perplexity {after} after, {before} before")
@@ -88,7 +93,7 @@ def convert(
 
 
 def perplexity_of(model: str, text: str, when: str) -> str:
-    """`14.2130 ± 0.2100`; the model is let go afterwards."""
+    """Measure perplexity, as in `14.2130 ± 0.2100`; the model's memory is free again afterwards."""
     from runner.perplexity import CHUNK
 
     lm = engine.open_model(model, None)

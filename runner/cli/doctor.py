@@ -1,4 +1,4 @@
-"""`runner doctor`: what this machine has, what is missing, and the command that fixes it."""
+"""`runner doctor`: reports what this machine has, what is missing, and the commands that fix it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runner.cli.options import AsJson
 if TYPE_CHECKING:
     from runner.ops.backend import BackendReport
 
-# distribution -> what does not work without it; None for a part nothing works without
+# distribution -> what does not work without it; None: nothing works without it
 PACKAGES: dict[str, str | None] = {
     "tokenizers": None,
     "safetensors": None,
@@ -32,9 +32,12 @@ MARKS = {"ok": ("✓", "ok", "green"), "note": ("·", "--", "yellow"), "missing"
 
 @dataclass(frozen=True)
 class Check:
-    """One line: `missing` makes the program unusable, `note` takes a part away or only informs.
+    """One line of the report.
 
-    `fix` is a command, `needs` what must be installed before it.
+    Attributes:
+        state: "missing" if the program cannot be used without it; "note" for a missing part or for information.
+        fix: the command that fixes it.
+        needs: what must be installed before `fix` is run.
     """
 
     name: str
@@ -60,7 +63,7 @@ def doctor(*, as_json: AsJson = False) -> None:
 
 
 def check_python() -> Check:
-    """Version, interpreter and machine."""
+    """Check Python's version; also shows the system, the processor and the number of cores."""
     where = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     state: Literal["ok", "missing"] = "ok" if sys.version_info >= (3, 11) else "missing"
     fix = None if state == "ok" else "install Python 3.11 or later"
@@ -68,7 +71,7 @@ def check_python() -> Check:
 
 
 def check_mlx(report: BackendReport) -> list[Check]:
-    """MLX, its device, memory and our kernels; with a problem, that one line only."""
+    """Check MLX, its device, its memory and our kernels; if MLX cannot run, one line says why."""
     if report.problem is not None:
         return [Check("mlx", "missing", report.problem, report.fix)]
     from runner.cli.tables import size
@@ -82,14 +85,14 @@ def check_mlx(report: BackendReport) -> list[Check]:
 
 
 def check_kernels(report: BackendReport) -> Check:
-    """Our kernels, or why plain MLX computes instead: slower, and no failure."""
+    """Check our kernels; without them plain MLX computes, which is slower but no failure."""
     if report.notice is None:
         return Check("kernels", "ok", report.kernels)
     return Check("kernels", "note", report.notice, report.fix, report.needs)
 
 
 def check_package(name: str) -> Check:
-    """Whether a distribution is installed, from its metadata: nothing is imported."""
+    """Check that a distribution is installed, by its metadata: nothing is imported."""
     try:
         return Check(name, "ok", version(name))
     except PackageNotFoundError:
@@ -100,13 +103,13 @@ def check_package(name: str) -> Check:
 
 
 def check_hub() -> list[Check]:
-    """The cache directory and what the environment says of the hub; a token is never printed."""
+    """Report the cache directory and the hub's environment variables; a token's value is never printed."""
     home = os.environ.get("HF_HOME") or os.path.join("~", ".cache", "huggingface")
     cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
     checks = [Check("hub cache", "ok", cache)]
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         checks.append(
-            Check("hub", "note", "offline: HF_HUB_OFFLINE is set, only cached models", "unset HF_HUB_OFFLINE")
+            Check("hub", "note", "offline (HF_HUB_OFFLINE is set): only cached models load", "unset HF_HUB_OFFLINE")
         )
     if os.environ.get("HF_TOKEN"):
         checks.append(Check("hub token", "ok", "set (HF_TOKEN)"))
@@ -114,7 +117,7 @@ def check_hub() -> list[Check]:
 
 
 def print_checks(checks: list[Check], usable: bool) -> None:
-    """Marks, names and values in columns, each fix under its line, and one sentence at the end."""
+    """Print marks, names and values in columns, each fix under its line, and a verdict at the end."""
     from runner.cli import tables
 
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
@@ -128,5 +131,6 @@ def print_checks(checks: list[Check], usable: bool) -> None:
             table.add_row("", "", tables.cell(f"install {check.needs}, then run:"))
         if check.fix is not None:
             table.add_row("", "", tables.cell(check.fix, "cyan"))
-    verdict = "ready" if usable else "not usable yet: run the command below the mark"
+    mark = MARKS["missing"][0 if unicode else 1]
+    verdict = "ready" if usable else f"not usable yet: run the command under each line marked {mark}"
     tables.show(table, "", tables.cell(verdict, "green" if usable else "red"))

@@ -1,4 +1,4 @@
-"""The one seam between the command line and the engine: every import of it is inside a function."""
+"""The seam between the command line and the engine: commands load models here, and import the engine only then."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 
 def open_model(model: str, dtype: str | None, adapters: Sequence[str] | None = None) -> LanguageModel:
-    """Load `model`, with adapters as in `runner.load`, and with a progress bar where there is a terminal.
+    """Load `model` as `runner.load` does, with a progress bar if stderr is a terminal.
 
-    Raises BackendError first where MLX cannot run.
+    Raises:
+        BackendError: MLX cannot run here; checked before anything is read.
+        RunnerError: see `runner.load`.
     """
     from runner.ops import backend
 
@@ -32,12 +34,12 @@ def open_model(model: str, dtype: str | None, adapters: Sequence[str] | None = N
 
 @functools.cache
 def _note_once(text: str) -> None:
-    """However many models a command loads."""
+    """Print a note once, however many models a command loads."""
     terminal.note(text, "yellow")
 
 
 def timing_lines(timings: Timings) -> tuple[str, str, str]:
-    """mlx-lm's three lines, word for word, so that the two can be compared; GB is 10**9 bytes there too."""
+    """Format timings in mlx-lm's three lines, word for word, for comparison with it; GB is 10**9 bytes there too."""
     return (
         f"Prompt: {timings.prompt_tokens} tokens, {timings.prompt_tps:.3f} tokens-per-sec",
         f"Generation: {timings.generation_tokens} tokens, {timings.generation_tps:.3f} tokens-per-sec",
@@ -46,13 +48,13 @@ def timing_lines(timings: Timings) -> tuple[str, str, str]:
 
 
 def print_timings(timings: Timings | None) -> None:
-    """The three lines on stderr."""
+    """Print the lines of `timing_lines` on stderr; nothing for None."""
     if timings is not None:
         print("\n".join(timing_lines(timings)), file=sys.stderr, flush=True)
 
 
 def timings_json(timings: Timings) -> dict[str, Any]:
-    """The same numbers under their own names; seconds, tokens per second and bytes."""
+    """Timings as a JSON object, in tokens, seconds, tokens per second and bytes."""
     return {
         "prompt_tokens": timings.prompt_tokens,
         "cached_tokens": timings.cached_tokens,

@@ -1,4 +1,4 @@
-"""Folding of a long list of tensors: runs of equal layers into one, several names into one with braces.
+"""Folding of a long list of tensors: runs of equal layers become one layer, several names one name with braces.
 
 model.layers.0.mlp.up_proj.weight                          layers.0-29          30 alike
 model.layers.1.mlp.up_proj.weight      ->                    mlp.up_proj.weight
@@ -22,7 +22,14 @@ LAYER = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.(?P<rest>.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the tree. `entry` None heads a run of layers; `repeats` counts the layers a line stands for."""
+    """One line of the tree.
+
+    Attributes:
+        depth: levels of indentation.
+        tensors: the folded names of the tensors that fill the field.
+        entry: the field; None on the heading of a run of layers.
+        repeats: how many layers the line stands for.
+    """
 
     depth: int
     field: str
@@ -33,14 +40,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Layer:
-    """The fields of one element of a list of blocks, in order; `entries` is empty for a field outside any list."""
+    """The fields of one element of a list of blocks, in order, with their names inside that element.
+
+    Fields outside any list are grouped with `list_name` "" and their full names.
+    """
 
     list_name: str
     index: int
     entries: tuple[tuple[str, Entry], ...]
 
     def pattern(self) -> object:
-        """Equal for layers that differ by their index alone."""
+        """Return a key that is equal for layers of a list that differ by their index alone."""
         return self.list_name, tuple(
             (rest, tuple(replace_index(name, self.index, "*") for name in e.tensors), e.shape, e.dtype, e.nbytes)
             for rest, e in self.entries
@@ -48,7 +58,7 @@ class Layer:
 
 
 def fold(entries: Sequence[Entry], *, unfold: bool = False) -> Iterator[Row]:
-    """The lines of the tree. With `unfold`, each field has its own line and full name."""
+    """Yield the lines of the tree; with `unfold`, a line with its full name for each field."""
     if unfold:
         for entry in entries:
             yield Row(0, entry.field, brace(entry.tensors), entry, 1)
@@ -67,7 +77,7 @@ def fold(entries: Sequence[Entry], *, unfold: bool = False) -> Iterator[Row]:
 
 
 def runs(entries: Sequence[Entry]) -> Iterator[list[Layer]]:
-    """The layers in order, those that follow each other and look alike together."""
+    """Yield runs of layers that follow each other in one list and look alike, in order."""
     run: list[Layer] = []
     for layer in split(entries):
         follows = bool(run) and layer.list_name != "" and layer.index == run[-1].index + 1
@@ -82,7 +92,7 @@ def runs(entries: Sequence[Entry]) -> Iterator[list[Layer]]:
 
 
 def split(entries: Sequence[Entry]) -> Iterator[Layer]:
-    """Entries grouped by the first `name.INDEX.` of their field, in the order they come."""
+    """Group the entries by the first `name.INDEX.` of their field, in order."""
 
     def place(entry: Entry) -> tuple[str, int]:
         match = LAYER.fullmatch(entry.field)
@@ -94,18 +104,18 @@ def split(entries: Sequence[Entry]) -> Iterator[Layer]:
 
 
 def replace_index(name: str, index: int, text: str) -> str:
-    """`name` with its first part that is `index` replaced: `model.layers.3.x`, 3, "0-29" -> `model.layers.0-29.x`."""
+    """Replace the first part of `name` that is `index`: `model.layers.3.x`, 3, "0-29" -> `model.layers.0-29.x`."""
     return re.sub(rf"(?<=\.){index}(?=\.)", text, name, count=1)
 
 
 def shared_start(names: Sequence[str]) -> str:
-    """The longest text that every name starts with."""
-    low, high = min(names), max(names)  # in order, whatever these two share lies in all between them
+    """The longest prefix of all names."""
+    low, high = min(names), max(names)  # names between these two in sorted order share the prefix that these share
     return low[: next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))]
 
 
 def brace(names: Sequence[str]) -> str:
-    """Several names as one: what they share, and the rest in braces; whole numbers in a row as `0-63`."""
+    """Fold several names into one, with the parts that differ in braces; consecutive numbers become `0-63`."""
     if len(names) < 2:
         return "".join(names)
     start = shared_start(names)

@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 Prompt = Annotated[
     str | None,
     typer.Argument(
-        metavar="PROMPT", help="The text; - or nothing reads it from stdin. Text piped in beside it is put after it."
+        metavar="PROMPT", help="The text; without it, or with -, stdin is read. Piped text is appended to it."
     ),
 ]
 Chat = Annotated[
     bool | None,
     typer.Option(
         "--chat/--raw",
-        help="Ask through the model's chat template, or let it continue the text as it is. "
-        "Default: --chat where the model has a template, else --raw.",
+        help="Ask through the model's chat template, or let the model continue the text as it is. "
+        "Default: --chat if the model has a template, else --raw.",
     ),
 ]
 Logprobs = Annotated[
     int | None,
-    typer.Option(metavar="N", min=0, help="With --json: the N likeliest tokens at each step.", rich_help_panel=OUTPUT),
+    typer.Option(metavar="N", min=0, help="With --json: the N most likely tokens per step.", rich_help_panel=OUTPUT),
 ]
 JsonLines = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="One JSON object a token; the last one has finish_reason and timings.",
+        help="Print one JSON object per token; the last has finish_reason and timings.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -59,11 +59,11 @@ def generate(
     logprobs: Logprobs = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write text from a prompt, as it comes."""
+    """Generate text from a prompt and print it as it comes."""
     if chat is False and system is not None:
         raise UsageError("--system needs the chat template: leave out --raw")
     if logprobs is not None and not as_json:
-        raise UsageError("--logprobs is part of the JSON: add --json")
+        raise UsageError("--logprobs is printed in the JSON output only: add --json")
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
     lm = engine.open_model(model, dtype, adapter)
@@ -87,7 +87,7 @@ def generate(
 
 
 def answer(lm: LanguageModel, text: str, chat: bool | None, system: str | None, **keywords: Any) -> Iterator[Chunk]:
-    """The stream of the answer: through the chat template, or as raw continuation."""
+    """Stream the answer, through the chat template or as a raw continuation; `chat` None: as the model allows."""
     templated = lm.tokenizer.has_chat_template
     if chat is None and system is not None and not templated:
         raise UsageError("--system needs a chat template, and this model has none")
@@ -100,7 +100,7 @@ def answer(lm: LanguageModel, text: str, chat: bool | None, system: str | None, 
 
 
 def chunk_json(chunk: Chunk) -> dict[str, Any]:
-    """One line of `--json`. A probability of 0 has no finite logarithm, and JSON no infinity: null."""
+    """Make the object of one `--json` line. The logarithm of probability 0 is null, as JSON has no infinity."""
     line: dict[str, Any] = {"text": chunk.text, "token": chunk.token, "logprob": finite(chunk.logprob)}
     if chunk.top_logprobs is not None:
         line["top_logprobs"] = [{"token": token, "logprob": finite(value)} for token, value in chunk.top_logprobs]
@@ -112,5 +112,5 @@ def chunk_json(chunk: Chunk) -> dict[str, Any]:
 
 
 def finite(value: float | None) -> float | None:
-    """`value`, or None where JSON cannot say it."""
+    """Return `value`, or None if it is infinite or NaN, which JSON cannot express."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Help pages in quiet columns: usage, text, arguments, options by the panel they were declared in, an example."""
+"""Help pages in plain columns: usage, description, arguments, options grouped by their panel, an example."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ OPTIONS = "Options"
 
 
 class Command(TyperCommand):
-    """A command whose options are grouped by `rich_help_panel` and whose epilog is printed as it is written."""
+    """A command whose help groups options by `rich_help_panel` and prints the epilog unwrapped."""
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
-        """One line: `Usage: runner generate [OPTIONS] MODEL [PROMPT]`."""
+        """Write one line, `Usage: runner generate [OPTIONS] MODEL [PROMPT]`."""
         arguments = [parameter for parameter in self.params if isinstance(parameter, TyperArgument)]
         pieces = [a.metavar or a.name.upper() for a in arguments]
         shown = [piece if a.required else f"[{piece}]" for piece, a in zip(pieces, arguments, strict=True)]
         formatter.write_usage(ctx.command_path, " ".join(["[OPTIONS]", *shown]), prefix=heading("Usage") + " ")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Arguments first, then each panel in the order of its first option, then the options without one."""
+        """Write the arguments, the panels in the order of their first options, then the options without a panel."""
         rows: dict[str, list[tuple[str, str]]] = {"Arguments": []}
         for parameter in self.get_params(ctx):
             if isinstance(parameter, TyperArgument):
@@ -43,14 +43,14 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The program: commands before options."""
+    """The program itself, whose help lists commands before options."""
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
-        """One line, like a command's."""
+        """Write one line, `Usage: runner COMMAND [OPTIONS] ...`."""
         formatter.write_usage(ctx.command_path, "COMMAND [OPTIONS] ...", prefix=heading("Usage") + " ")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """The table of commands, then the program's own options."""
+        """Write the table of commands, then the program's own options."""
         commands = [(name, self.commands[name].get_short_help_str(90)) for name in self.list_commands(ctx)]
         options = [record for p in self.get_params(ctx) if (record := p.get_help_record(ctx)) is not None]
         write_section(formatter, "Commands", commands)
@@ -62,12 +62,12 @@ class Group(TyperGroup):
 
 
 def heading(name: str) -> str:
-    """`Name:`, bold on a terminal."""
+    """Format a heading, `Name:`, bold on a terminal."""
     return paint(f"{name}:", "bold", sys.stdout)
 
 
 def write_section(formatter: Any, name: str, rows: list[tuple[str, str]]) -> None:
-    """A heading and two aligned columns; nothing for no rows."""
+    """Write a heading and two aligned columns; nothing if there are no rows."""
     if not rows:
         return
     formatter.write_paragraph()
@@ -77,6 +77,6 @@ def write_section(formatter: Any, name: str, rows: list[tuple[str, str]]) -> Non
 
 
 def write_epilog(formatter: Any, epilog: str | None) -> None:
-    """`Example:` and its lines, never rewrapped: they are there to be copied."""
+    """Write `Example:` and its lines, unwrapped: they are there to be copied."""
     title, _, lines = (epilog or "").partition(":\n")
     formatter.write(f"\n{heading(title)}\n{lines}\n")

@@ -1,4 +1,4 @@
-"""`runner pull` and `runner list`: the models of the Hugging Face hub and its cache on this machine."""
+"""`runner pull` and `runner list`: fetch models from the Hugging Face hub, and list those in its cache here."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import typer
 from runner.cli import terminal
 from runner.cli.options import AsJson
 
-HubId = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id: org/name, org/name@revision.")]
+HubId = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id: org/name or org/name@revision.")]
 
 
 def pull(model: HubId) -> None:
-    """Fetch a model from the hub into the cache; prints its directory."""
+    """Download a model from the hub into the cache. Prints its directory."""
     from runner.checkpoint import hub
 
     terminal.Output().line(str(hub.pull(model, progress=sys.stderr.isatty())))

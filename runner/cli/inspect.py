@@ -1,4 +1,4 @@
-"""`runner inspect`: what a checkpoint holds and how it will run, from its JSON files and tensor headers alone."""
+"""`runner inspect`: shows what a checkpoint holds, from its JSON files and tensor headers alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from runner.inspect_model import ModelReport
 
-All = Annotated[bool, typer.Option("--all", help="Every layer by itself, instead of equal ones folded together.")]
+All = Annotated[bool, typer.Option("--all", help="List every layer by itself, instead of folding equal ones.")]
 LONGEST_VALUE = 100  # characters of a config value before it is cut (never in --json)
 
 
 def inspect(model: Model, *, unfold: All = False, as_json: AsJson = False) -> None:
-    """Show a model's config, tokenizer, sampling defaults and tensors. The tensors are not read."""
+    """Show a model's config, tokenizer, sampling defaults and tensors, without reading the tensors' data."""
     from runner.inspect_model import inspect as inspect_model
 
     report = inspect_model(model)
@@ -44,7 +44,7 @@ def inspect(model: Model, *, unfold: All = False, as_json: AsJson = False) -> No
 
 
 def pairs(values: dict[str, Any]) -> Table:
-    """Names and values; nested objects as compact JSON, long ones cut."""
+    """Lay out names and values; nested objects as compact JSON, long values cut."""
     from runner.cli import tables
 
     table = tables.columns("", "")
@@ -57,7 +57,7 @@ def pairs(values: dict[str, Any]) -> Table:
 
 
 def totals(report: ModelReport) -> dict[str, str]:
-    """Parameters, bytes, bits a weight, and what the checkpoint holds beside."""
+    """Rows of the totals: parameters, size, bits per weight, and tensors that are not used."""
     from runner.cli import tables
 
     rows = {
@@ -71,7 +71,7 @@ def totals(report: ModelReport) -> dict[str, str]:
 
 
 def tree(report: ModelReport, unfold: bool) -> Table:
-    """Field, tensors, shape, dtype, bytes; a run of equal layers is one block under its range."""
+    """Table of fields with tensors, shape, dtype and size; a run of equal layers is one block under its range."""
     from runner.cli import tables
 
     table = tables.columns("field", "tensor", "shape", "dtype", ">size")
@@ -81,7 +81,7 @@ def tree(report: ModelReport, unfold: bool) -> Table:
 
 
 def add_row(table: Table, row: Row) -> None:
-    """A heading of a run of layers, or one field."""
+    """Append one row to the table: the heading of a run of layers, or a field."""
     from runner.cli import tables
 
     field = "  " * row.depth + row.field
@@ -99,7 +99,7 @@ def add_row(table: Table, row: Row) -> None:
 
 
 def as_dict(report: ModelReport) -> dict[str, Any]:
-    """The whole report, nothing folded or cut."""
+    """The whole report as a JSON object, with nothing folded or cut."""
     return {
         "path": str(report.path),
         "model_type": report.model_type,

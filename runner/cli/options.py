@@ -1,4 +1,4 @@
-"""Options that several commands share: declared once, spread into each command's signature."""
+"""Options shared by several commands: declared once, and spread into each command's signature."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ SAMPLING = "Sampling (default: the model's generation_config.json)"
 LENGTH = "Length"
 OUTPUT = "Output"
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a hub id: org/name, org/name@revision.")]
-System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message of the chat.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory, a .gguf file, or a hub id: org/name or org/name@revision.")
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message for the chat template.")]
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(metavar="NAME", help="Compute in float32, float16 or bfloat16, whatever the checkpoint's own."),
+    typer.Option(metavar="NAME", help="Compute in float32, float16 or bfloat16, whatever the checkpoint stores."),
 ]
 Adapter = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="PATH[=WEIGHT]", help="A LoRA or DoRA adapter in PEFT's format: a directory or hub id; may be repeated."
+        metavar="PATH[=WEIGHT]",
+        help="Add a LoRA or DoRA adapter in PEFT's format, from a directory or hub id; may be repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Speed and peak memory on stderr, afterwards.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option("--verbose", "-v", help="Print speed and peak memory on stderr at the end.", rich_help_panel=OUTPUT),
 ]
 
 
@@ -39,20 +43,24 @@ def _sampling(metavar: str, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen. None is the model's own default; `preset` changes those defaults."""
+    """Options for picking the next token. None: the model's default, or the preset's value if a preset is named."""
 
-    preset: Annotated[str | None, _sampling("NAME", "Named settings to start from.")] = None
-    temperature: Annotated[float | None, _sampling("T", "0 always takes the likeliest token.")] = None
-    top_k: Annotated[int | None, _sampling("K", "Among the K likeliest; 0 is all.")] = None
-    top_p: Annotated[float | None, _sampling("P", "Among the likeliest that hold P of the probability.")] = None
-    min_p: Annotated[float | None, _sampling("P", "Among those at least P times as likely as the first.")] = None
-    repetition_penalty: Annotated[float | None, _sampling("X", "Above 1: tokens seen already weigh less.")] = None
-    presence_penalty: Annotated[float | None, _sampling("X", "Taken off a token's logit once it appeared.")] = None
-    frequency_penalty: Annotated[float | None, _sampling("X", "Taken off for every time it appeared.")] = None
-    seed: Annotated[int | None, _sampling("N", "Same seed, same tokens.")] = None
+    preset: Annotated[str | None, _sampling("NAME", "Start from a preset of these options.")] = None
+    temperature: Annotated[
+        float | None, _sampling("T", "Divide the logits by T; 0 always picks the most likely token.")
+    ] = None
+    top_k: Annotated[int | None, _sampling("K", "Keep the K most likely tokens; 0 keeps all.")] = None
+    top_p: Annotated[float | None, _sampling("P", "Keep the most likely tokens that add up to probability P.")] = None
+    min_p: Annotated[float | None, _sampling("P", "Keep tokens at least P times as likely as the likeliest.")] = None
+    repetition_penalty: Annotated[float | None, _sampling("X", "Above 1: make tokens seen before less likely.")] = None
+    presence_penalty: Annotated[float | None, _sampling("X", "Subtract X from the logits of tokens seen before.")] = (
+        None
+    )
+    frequency_penalty: Annotated[float | None, _sampling("X", "Subtract X for each time a token was seen.")] = None
+    seed: Annotated[int | None, _sampling("N", "Same seed, same tokens; default: random.")] = None
 
     def keywords(self, logprobs: int | None = None) -> dict[str, Any]:
-        """The keyword arguments for `LanguageModel.stream`; raises UsageError before a model is loaded for nothing."""
+        """Make the keyword arguments for `LanguageModel.stream`; raises UsageError before a model is loaded in vain."""
         from runner.engine.sampling import SamplingParams
 
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -60,6 +68,7 @@ class SamplingOptions:
         if logprobs is not None:
             given["logprobs"] = logprobs
         checked = SamplingParams() if preset is None else SamplingParams.preset(preset)
+        # Without a preset, only the given values are passed: the model's defaults, still unknown here, fill the rest.
         checked = checked.replace(**given)
         if preset is None:
             return given
@@ -68,33 +77,40 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LengthOptions:
-    """Where an answer ends."""
+    """Options for the end of an answer."""
 
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Default: what is left of the context.", show_default=False, rich_help_panel=LENGTH
+            metavar="N",
+            min=1,
+            help="Stop after N tokens; default: what is left of the context.",
+            show_default=False,
+            rich_help_panel=LENGTH,
         ),
     ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT", help="End before this text; may be repeated ($'\\n' is a line end).", rich_help_panel=LENGTH
+            metavar="TEXT",
+            help="Stop before this text; may be repeated ($'\\n' is a line break).",
+            rich_help_panel=LENGTH,
         ),
     ] = None
 
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments for `LanguageModel.stream`."""
+        """Make the keyword arguments for `LanguageModel.stream`."""
         return {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ())}
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` with every parameter that is a dataclass of options replaced by that dataclass's fields.
+    """Replace every parameter of `function` that is a dataclass of options by the fields of the dataclass.
 
     `f(model, *, sampling: SamplingOptions)` becomes, for typer, `f(model, *, preset=None, temperature=None, ...)`.
     """
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    # The signature that typer reads: options in the order in which they were declared.
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in groups:
@@ -107,12 +123,14 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
             annotation = group_hints[field.name]
             parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
 
+    # Typer calls with one value per option: put them back together into the dataclasses.
     @functools.wraps(function)
     def command(**values: Any) -> None:
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         function(**values)
 
+    # `wraps` copied the annotations of `function`, and typer reads signature and annotations both: set each.
     command.__dict__["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command

@@ -1,4 +1,4 @@
-"""`runner perplexity`: how well a model predicts a text, and how far from another model's its predictions are."""
+"""`runner perplexity`: measures how well a model predicts a text, and how far its predictions are from another's."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from runner.perplexity import Comparison, Estimate, Perplexity
 
 Text = Annotated[
-    Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True, help="A text, in UTF-8.")
+    Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True, help="A text file in UTF-8.")
 ]
 Against = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="Compare with this model's predictions, those of the original, say."),
+    typer.Option(metavar="MODEL", help="Compare with the predictions of this model, such as the unquantized original."),
 ]
-Chunk = Annotated[int, typer.Option(metavar="N", min=4, help="Tokens of a chunk; its second half is judged.")]
+Chunk = Annotated[int, typer.Option(metavar="N", min=4, help="Tokens per chunk; its second half is scored.")]
 Chunks = Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after N chunks.")]
 
 
@@ -39,7 +39,7 @@ def perplexity(
     dtype: DType = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a model by a text, as llama-perplexity does: mean over chunks, ± standard error."""
+    """Measure perplexity on a text, as llama-perplexity does: mean over chunks ± standard error."""
     words = read_text(text)
     lm = engine.open_model(model, dtype, adapter)
     base = None if against is None else engine.open_model(against, dtype)
@@ -48,14 +48,14 @@ def perplexity(
     if as_json:
         output.line(json.dumps(as_dict(found, comparison, chunk), indent=2, allow_nan=False))
         return
-    judged = f"{found.tokens} tokens judged, of {found.chunks} chunks of {chunk}"
+    judged = f"{found.tokens} tokens scored, in {found.chunks} chunks of {chunk}"
     rows = [("perplexity", f"{with_error(found.perplexity)}   {judged}")]
     if comparison is not None:
-        most = f"{comparison.kl_max:.6f} at most, {comparison.kl_999:.6f} in 99.9 %"
+        most = f"max {comparison.kl_max:.6f}, 99.9th percentile {comparison.kl_999:.6f}"
         rows += [
             ("perplexity of the other", with_error(comparison.base.perplexity)),
             ("KL divergence", f"{with_error(comparison.kl_divergence, 6)}   {most}"),
-            ("same likeliest token", f"{with_error(comparison.same_top, 3, 100)} %"),
+            ("same most likely token", f"{with_error(comparison.same_top, 3, 100)} %"),
         ]
     width = max(len(name) for name, _ in rows)
     for name, values in rows:
@@ -63,11 +63,11 @@ def perplexity(
 
 
 def read_text(path: Path) -> str:
-    """The file's text; UsageError where it is not UTF-8."""
+    """Read a file's text; raises UsageError if it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as problem:
-        raise UsageError(f"{path} is not UTF-8 text: see byte {problem.start}") from problem
+        raise UsageError(f"{path} is not UTF-8 text: see the byte at offset {problem.start}") from problem
 
 
 def judge(
@@ -79,13 +79,17 @@ def judge(
     chunks: int | None = None,
     title: str = "perplexity",
 ) -> tuple[Perplexity, Comparison | None]:
-    """Judge `lm` by `text`, with a line on stderr that says how far it is."""
+    """Measure the perplexity of `lm` on `text` and, with `base`, compare the two; shows progress on stderr.
+
+    Raises:
+        UsageError: the two models tokenize the text differently, or see `runner.perplexity.compare`.
+    """
     from runner.perplexity import compare, read_ids
     from runner.perplexity import perplexity as measure
 
     ids, bos = read_ids(lm.tokenizer, text)
     if base is not None and read_ids(base.tokenizer, text) != (ids, bos):
-        raise UsageError("the models' tokenizers differ: they cut this text into different tokens")
+        raise UsageError("the models' tokenizers differ: they encode this text to different tokens")
     status = terminal.Status()
 
     def running(done: int, total: int, value: float) -> None:
@@ -100,12 +104,12 @@ def judge(
 
 
 def with_error(estimate: Estimate, digits: int = 4, scale: float = 1) -> str:
-    """`14.2130 ± 0.2100`."""
+    """Format a value and its standard error, as in `14.2130 ± 0.2100`."""
     return f"{estimate.value * scale:.{digits}f} ± {estimate.error * scale:.{digits}f}"
 
 
 def as_dict(found: Perplexity, comparison: Comparison | None, chunk: int) -> dict[str, Any]:
-    """What `--json` prints; an infinite perplexity is null."""
+    """The object that `--json` prints; an infinite perplexity is null."""
     result: dict[str, Any] = {
         "perplexity": finite(found.perplexity.value),
         "perplexity_error": finite(found.perplexity.error),
@@ -128,5 +132,5 @@ def as_dict(found: Perplexity, comparison: Comparison | None, chunk: int) -> dic
 
 
 def finite(value: float) -> float | None:
-    """`value`, or None where JSON cannot say it."""
+    """Return `value`, or None if it is infinite or NaN, which JSON cannot express."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Aligned columns and headings with rich; imported only by commands that print a report."""
+"""Aligned columns and headings, with rich; imported only by commands that print a report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ PIPE_WIDTH = 1000  # a pipe has no width: never wrap or cut there
 
 
 def console() -> Console:
-    """Stdout: colours on a terminal that takes them; no markup, emoji or highlighting of text we did not write."""
+    """A rich console on stdout, in colour on a terminal that takes it.
+
+    Markup, emoji and highlighting are off: the text comes from checkpoints, not from us.
+    """
     colour = colours(sys.stdout)
     return Console(
         file=sys.stdout,
@@ -31,12 +34,12 @@ def console() -> Console:
 
 
 def cell(text: str, style: str = "") -> Text:
-    """Text with control characters shown, in a style ("" is plain)."""
+    """A cell of text in a style ("": plain); control characters are made visible."""
     return Text(one_line(text), style=style if colours(sys.stdout) else "")
 
 
 def columns(*names: str, indent: int = 0) -> Table:
-    """A table without lines; a name that starts with ">" is aligned to the right, "" for all names is no header."""
+    """A table without lines; a column whose name starts with ">" is right-aligned; without names, no header."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=any(names))
     for name in names:
         align: Literal["left", "right"] = "right" if name.startswith(">") else "left"
@@ -46,7 +49,7 @@ def columns(*names: str, indent: int = 0) -> Table:
 
 
 def show(*parts: RenderableType) -> None:
-    """Print each part, with no spaces at the ends of lines."""
+    """Print the parts on stdout, without spaces at the ends of lines."""
     out = console()
     with out.capture() as captured:
         for part in parts:
@@ -56,12 +59,12 @@ def show(*parts: RenderableType) -> None:
 
 
 def section(title: str, body: RenderableType) -> tuple[RenderableType, ...]:
-    """A blank line, a bold title, and `body` under it, two columns in."""
+    """A section of a report: a blank line, a bold title, and `body` indented by two columns."""
     return Text(""), cell(title, "bold"), Padding(body, (0, 0, 0, 2))
 
 
 def size(nbytes: int) -> str:
-    """`269.1 MB`: powers of ten, as disks, the hub and mlx-lm count."""
+    """Format bytes as in `269.1 MB`, in powers of ten as disks, the hub and mlx-lm count."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.95:
@@ -71,7 +74,7 @@ def size(nbytes: int) -> str:
 
 
 def count(number: int) -> str:
-    """`134.5 M`, for parameters."""
+    """Format a number of parameters as in `134.5 M`."""
     for scale, unit in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
         if number >= scale:
             return f"{number / scale:.1f}{unit}"

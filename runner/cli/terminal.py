@@ -1,4 +1,4 @@
-"""What reaches the terminal and what comes from it: text on stdout, everything else on stderr, stdin as UTF-8."""
+"""Input and output of the commands: text on stdout, everything else on stderr, stdin as UTF-8."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from runner.errors import UsageError
 
 CODES = {"bold": "1", "dim": "2", "red": "1;31", "yellow": "33", "green": "32", "cyan": "1;36"}
 CLEAR_LINE = "\r\x1b[K"
-STDIN_PATIENCE = 3.0  # seconds without a byte before we say what we wait for
+STDIN_PATIENCE = 3.0  # seconds without a byte before a note says what we wait for
 
 
 def _visible_table() -> dict[int, str]:
-    """C0 controls as their Unicode pictures, C1 as the replacement sign; tab and newline stay, carriage return goes."""
+    """Translation of C0 controls to Unicode control pictures and of C1 to U+FFFD.
+
+    Tab and newline stay as they are, carriage returns are dropped.
+    """
     table = {code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A, 0x0D)}
     return table | {0x0D: "", 0x7F: "\u2421"} | {code: "\ufffd" for code in range(0x80, 0xA0)}
 
@@ -25,45 +28,45 @@ VISIBLE = _visible_table()
 
 
 def visible(text: str) -> str:
-    """`text` without the power to move the cursor, set the title, write to the clipboard: control characters are shown.
+    """Make control characters visible, so that `text` cannot move the cursor, set the title or write to the clipboard.
 
-    Models and checkpoints are untrusted; each character is judged alone, so a sequence split over chunks is safe too.
+    Models and checkpoints are untrusted. Each character is translated alone, so a sequence split over chunks is safe.
     """
     return text.translate(VISIBLE)
 
 
 def one_line(text: str) -> str:
-    """`visible` for names and values: no tabs or newlines either, so that columns stay columns."""
+    """Like `visible`, but with tabs and newlines made visible too: for names and values in columns."""
     return visible(text).replace("\n", "\u240a").replace("\t", "\u2409")
 
 
 def controls(stream: TextIO) -> bool:
-    """Whether cursor movements work on `stream`."""
+    """Whether `stream` is a terminal on which cursor movements work."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def colours(stream: TextIO) -> bool:
-    """Whether to colour `stream`: a terminal that can, and no NO_COLOR (https://no-color.org: set and not empty)."""
+    """Whether to colour `stream`: a terminal that can, unless NO_COLOR is set and not empty (https://no-color.org)."""
     return controls(stream) and not os.environ.get("NO_COLOR")
 
 
 def paint(text: str, style: str, stream: TextIO) -> str:
-    """`text` in one of the `CODES`, or as it is where `stream` takes no colour."""
+    """Colour `text` in a style of `CODES`; returns it unchanged if `stream` takes no colour."""
     return f"\x1b[{CODES[style]}m{text}\x1b[0m" if colours(stream) else text
 
 
 def note(text: str, style: str = "dim") -> None:
-    """A line on stderr that is not an error."""
+    """Print a line on stderr that is not an error."""
     print(paint(visible(text), style, sys.stderr), file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
-    """`error: text` on stderr."""
+    """Print `error: text` on stderr."""
     print(f"{paint('error:', 'red', sys.stderr)} {visible(text)}", file=sys.stderr, flush=True)
 
 
 def version() -> str:
-    """The installed distribution's version."""
+    """Version of the installed distribution."""
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
 
@@ -74,7 +77,7 @@ def version() -> str:
 
 
 class Output:
-    """Stdout, written piece by piece and flushed each time: made visible on a terminal, unchanged in a pipe or file."""
+    """Writes to stdout piece by piece, flushing each; on a terminal, control characters are made visible."""
 
     def __init__(self) -> None:
         self.stream = sys.stdout
@@ -94,20 +97,20 @@ class Output:
         self.write(text + "\n")
 
     def end_line(self) -> None:
-        """End the line unless it is ended; an empty answer stays empty."""
+        """End the line unless it has ended already; empty output stays empty."""
         if not self.at_line_start:
             self.write("\n")
 
 
 class Status:
-    """One line on stderr that is replaced and then removed; silent where the cursor cannot move."""
+    """Shows progress in one line on stderr, which is replaced and finally removed; silent without a terminal."""
 
     def __init__(self) -> None:
         self.active = controls(sys.stderr)
         self.shown = False
 
     def show(self, text: str) -> None:
-        """Replace the line."""
+        """Show `text`, in place of what the line showed before."""
         if self.active:
             sys.stderr.write(CLEAR_LINE + paint(text, "dim", sys.stderr))
             sys.stderr.flush()
@@ -121,7 +124,7 @@ class Status:
             self.shown = False
 
     def prefill(self, done: int, total: int) -> None:
-        """Progress through a prompt, in tokens; a prompt of one chunk shows nothing."""
+        """Show progress through a prompt, in tokens; for a prompt of one chunk nothing is shown."""
         if done < total:
             self.show(f"reading the prompt  {done}/{total} tokens")
         else:
@@ -129,11 +132,13 @@ class Status:
 
 
 def prompt_text(argument: str | None) -> str:
-    """The prompt: the argument, standard input (no argument, or `-`), or both when text is piped in beside an argument.
+    """Read the prompt from the argument, from standard input (no argument, or `-`), or from both.
 
     With both, the piped text follows the argument after a blank line: `runner generate M "Summarise:" < notes.txt`.
-    Line ends at the end of piped text are dropped, as a shell's `$(...)` does. Raises UsageError for no text at all,
-    for text that is not UTF-8, and for `-` or nothing at a terminal that gives none.
+    Line breaks at the end of piped text are dropped, as a shell's `$(...)` does.
+
+    Raises:
+        UsageError: there is no text, or it is not UTF-8.
     """
     pieces: list[str] = []
     if argument is not None and argument != "-":
@@ -144,12 +149,12 @@ def prompt_text(argument: str | None) -> str:
         pieces.append(read_stdin())
     text = "\n\n".join(piece for piece in pieces if piece)
     if not text.strip():
-        raise UsageError("the prompt is empty: give it as an argument, or pipe it in")
+        raise UsageError("the prompt is empty: pass it as an argument, or pipe it in")
     return text
 
 
 def stdin_is_piped() -> bool:
-    """Whether stdin is a pipe, file or socket: something with text for us. A terminal, /dev/null or nothing is not."""
+    """Whether stdin is a pipe, file or socket, which has text for us, and not a terminal, /dev/null or closed."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError, AttributeError):  # closed (`<&-` leaves sys.stdin None), or replaced by an object
@@ -158,9 +163,9 @@ def stdin_is_piped() -> bool:
 
 
 def read_stdin() -> str:
-    """All of stdin as UTF-8 text, without a byte order mark and line ends at the end; UsageError for other bytes."""
+    """Read all of stdin as UTF-8, without byte order mark and final line breaks; raises UsageError for other bytes."""
     if sys.stdin is None:
-        raise UsageError("the prompt '-' is standard input, which is closed")
+        raise UsageError("the prompt '-' means standard input, but that is closed")
     if os.name == "posix" and not select.select([sys.stdin], [], [], STDIN_PATIENCE)[0]:
         note("waiting for text on standard input (Ctrl-D ends it; </dev/null if there is none)")
     data = sys.stdin.buffer.read()
@@ -174,9 +179,9 @@ def read_stdin() -> str:
 
 
 def checked_utf8(text: str, name: str) -> str:
-    """`text` itself; UsageError where it holds bytes that were not UTF-8 (Python's lone surrogates)."""
+    """Return `text`; raises UsageError if it holds bytes that were not UTF-8 (Python's lone surrogates)."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as problem:
-        raise UsageError(f"{name} is not UTF-8 text: see character {problem.start}") from None
+        raise UsageError(f"{name} is not UTF-8 text: see the character at offset {problem.start}") from None
     return text
