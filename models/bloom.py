@@ -79,6 +79,7 @@ class AlibiDecoder(LayerNormDecoder):
 
     def run(self, x: mx.array, batch: Batch, caches: list[KVCache]) -> mx.array:
         if self.alibi is not None:
+            # Keys of this pass: those in the cache, then the new ones.
             batch = self.alibi(batch, caches[0].offset + x.shape[1], x.dtype)
         return super().run(x, batch, caches)
 

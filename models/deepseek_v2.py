@@ -69,7 +69,7 @@ class DeepseekConfig(LatentConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekV2Config(DeepseekConfig):
-    """`config.json` of a DeepSeek V2."""
+    """`config.json` of a DeepSeek V2: softmax scores, experts chosen from all or within the best groups."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,7 +37,7 @@ class Exaone4Config(WindowedConfig):
 
     @property
     def rotary_dim(self) -> int:
-        hybrid = self.sliding_window is not None and self.layer_index is not None
+        hybrid = self.sliding_window is not None and self.layer_index is not None  # else every layer rotates
         return 0 if hybrid and self.cache_window(self.layer_index or 0) is None else self.head_dim
 
 

@@ -22,7 +22,7 @@ from runner.weights.transforms import PLUS_ONE
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig(LlamaConfig):
-    """`config.json` of a Gemma."""
+    """`config.json` of a Gemma; `hidden_activation`, if set, overrides `hidden_act`."""
 
     num_key_value_heads: int = 16
     head_dim: int = 256
@@ -32,7 +32,7 @@ class GemmaConfig(LlamaConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden_act", self.activation)
+        object.__setattr__(self, "hidden_act", self.activation)  # before the parent checks it
         super().__post_init__()
 
     @property

@@ -39,7 +39,7 @@ class Gemma3Config(Gemma2Config):
 
     def for_layer(self, index: int) -> Self:
         layer = super().for_layer(index)
-        if self.cache_window(index) is not None:
+        if self.cache_window(index) is not None:  # a windowed layer
             object.__setattr__(layer, "rope_theta", self.rope_local_base_freq)
             object.__setattr__(layer, "rope_scaling", None)
         return layer

@@ -74,7 +74,7 @@ class Attention(llama.Attention):
 
 @dataclass
 class ClampedGLU(GLU):
-    """SwiGLU as gpt-oss has it: `gate * sigmoid(alpha * gate) * (up + 1)`, gate and up clamped to `swiglu_limit`."""
+    """gpt-oss's SwiGLU, `gate * sigmoid(alpha * gate) * (up + 1)`; gate is clamped from above, up on both sides."""
 
     swiglu_alpha: float = setting()
     swiglu_limit: float = setting()

@@ -16,7 +16,7 @@ from runner.weights.tags import weight
 
 @dataclass(frozen=True, kw_only=True)
 class HeliumConfig(LlamaConfig):
-    """`config.json` of a Helium."""
+    """`config.json` of a Helium: Llama's keys with other defaults."""
 
     num_key_value_heads: int = 20
     head_dim: int = 128

@@ -24,7 +24,7 @@ from runner.weights.tags import setting, weight
 
 @dataclass(frozen=True, kw_only=True)
 class Olmo2Config(LlamaConfig):
-    """`config.json` of an OLMo 2."""
+    """`config.json` of an OLMo 2: Llama's keys with another epsilon."""
 
     rms_norm_eps: float = 1e-5
 
@@ -42,7 +42,7 @@ class Olmo3Config(Olmo2Config, WindowedConfig):
 
     def for_layer(self, index: int) -> Self:
         layer = super().for_layer(index)
-        if self.cache_window(index) is not None:
+        if self.cache_window(index) is not None:  # a windowed layer
             object.__setattr__(layer, "rope_scaling", None)
             object.__setattr__(layer, "rope_theta", self.rope_local_base_freq or self.rope_theta)
         return layer
@@ -57,7 +57,7 @@ class Attention(llama.Attention):
     rms_norm_eps: float = setting()
 
     def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-        width = self.num_key_value_heads * self.head_dim
+        width = self.num_key_value_heads * self.head_dim  # of k and v; the norms act before heads are split
         q, k, v = mx.split(qkv, [qkv.shape[-1] - 2 * width, qkv.shape[-1] - width], axis=-1)
         normed = [self.q_norm(q, self.rms_norm_eps), self.k_norm(k, self.rms_norm_eps), v]
         return super().heads(mx.concatenate(normed, axis=-1), batch)

@@ -39,7 +39,7 @@ class SmolLM3Config(WindowedConfig):
             rotates = tuple(int((i + 1) % self.no_rope_layer_interval != 0) for i in range(self.num_hidden_layers))
         if len(rotates) < self.num_hidden_layers:
             raise ConfigError(f"config.json: {len(rotates)} no_rope_layers for {self.num_hidden_layers} layers")
-        rotates = rotates[: self.num_hidden_layers]
+        rotates = rotates[: self.num_hidden_layers]  # entries past the last layer are unused
         object.__setattr__(self, "no_rope_layers", rotates)
 
     @property

@@ -90,7 +90,7 @@ def _shapes(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> s
 
 def _check_mask(mask: mx.array, query: mx.array, keys: int) -> None:
     target = (*query.shape[:3], keys)
-    padded = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    padded = (1,) * (4 - mask.ndim) + tuple(mask.shape)  # as broadcasting pads: in front
     if len(padded) != 4 or any(size not in (1, full) for size, full in zip(padded, target, strict=True)):
         raise UsageError(f"attention: mask {mask.shape} does not broadcast to [B, H, L, S] = {list(target)}")
 
@@ -102,7 +102,7 @@ def provided_ops() -> Any:
 
 @dataclass
 class LayerNorm:
-    """Layer normalisation over the last axis (arXiv:1607.06450)."""
+    """Layer normalization over the last axis (arXiv:1607.06450)."""
 
     weight: mx.array = tensor("weight", "$0")
     bias: mx.array | None = field(default=None, metadata=tensor("bias", "$0").metadata)
@@ -144,7 +144,7 @@ class PlainLayerNorm:
 
 @dataclass
 class RMSNorm:
-    """Root mean square normalisation over the last axis (arXiv:1910.07467)."""
+    """Root mean square normalization over the last axis (arXiv:1910.07467)."""
 
     weight: mx.array = tensor("weight", "$0")
     ops: Ops = provided_ops()

@@ -104,7 +104,7 @@ class PlainLinear(Linear):
 
 @dataclass
 class QuantizedLinear(QuantizedFields, Linear):
-    """Packed weights `[out, in * bits / 32]`, with a scale (and in affine mode a bias) for each group of inputs."""
+    """A linear layer of packed weights `[out, in * bits / 32]`, a scale (affine: also a bias) per group of inputs."""
 
     bias: mx.array | None = tensor("bias", "$0", when="bias")
     ops: Ops = provided_ops()
@@ -120,7 +120,7 @@ class QuantizedLinear(QuantizedFields, Linear):
 class JoinedLinear(Linear):
     """A fused layer with parts stored in different precisions: each part is multiplied, then outputs are joined."""
 
-    parts: list[Linear] = tensor("", "$0", "$1")
+    parts: list[Linear] = tensor("", "$0", "$1")  # no name of their own: the parts of the joined name above
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
@@ -137,7 +137,7 @@ class Embedding(Chooses):
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        (leaf,) = leaves(tree)
+        (leaf,) = leaves(tree)  # a table is never joined of several
         width = shape[-1]
         assert isinstance(width, int)
         return _choice(stored_quantization(leaf, width, headers, config), shape, PlainEmbedding, QuantizedEmbedding)
@@ -182,6 +182,7 @@ def stored_quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], c
     Raises:
         WeightsError: no bits and group size fit the shapes, or the config contradicts them.
     """
+    # Without scales, or in another form than MLX's, the layer is taken for plain; the planner then judges its dtype.
     packed, scales = headers.get(f"{leaf.name}.weight"), headers.get(f"{leaf.name}.scales")
     if packed is None or scales is None or packed.dtype != "U32" or not packed.shape or not scales.shape:
         return None

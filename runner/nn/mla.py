@@ -111,7 +111,7 @@ class KeysAndValues(Chooses):
 
     @property
     def changeable(self) -> bool:
-        """See `Linear.changeable`."""
+        """Whether `matrix()` may differ at the next call; see `Linear.changeable`."""
         return False
 
     @classmethod
@@ -145,6 +145,7 @@ class SplitKeysAndValues(KeysAndValues):
     unembed_out: ExpertLinear = weight("unembed_out[num_attention_heads]", "v_head_dim", LATENT)
 
     def matrix(self) -> mx.array:
+        # Both as [heads, rows, latent]: a head's keys are followed by its values, as in `kv_b_proj`.
         heads = [self.embed_q.matrices().swapaxes(-1, -2), self.unembed_out.matrices()]
         return mx.concatenate(heads, axis=1).flatten(0, 1)
 

@@ -40,7 +40,7 @@ class ExpertLinear(Chooses):
 
     @property
     def changeable(self) -> bool:
-        """See `Linear.changeable`."""
+        """Whether `matrices()` may differ at the next call; see `Linear.changeable`."""
         return False
 
     @classmethod
@@ -130,6 +130,7 @@ class MoE:
     def __call__(self, x: mx.array) -> mx.array:
         """Weighted sum of the chosen experts' outputs, `[B, L, hidden_size]` to the same shape."""
         experts, routing_weights = self.route(x)
+        # With few rows each one gathers its experts' matrices; with many, sorting them reads each matrix once.
         outputs = self.sorted(x, experts) if experts.size >= SORTED_FROM else self.feed(x[:, :, None, None], experts)
         return mx.sum(outputs[..., 0, :] * routing_weights[..., None].astype(outputs.dtype), axis=2)
 

@@ -23,6 +23,7 @@ class XIELU(Chooses):
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        # The shape of alpha_p tells which of the two forms is stored.
         alpha = headers.get(f"{next(leaves(tree)).name}.alpha_p")
         return Choice(ScalarXIELU if alpha is not None and not alpha.shape else PlainXIELU, {})
 

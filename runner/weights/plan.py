@@ -141,7 +141,7 @@ class Place:
         return dataclasses.replace(self, path=f"{self.path}.{name}".lstrip("."))
 
     def size(self, dim: str | int) -> int:
-        """A dimension as a number."""
+        """The dimension `dim` as a number; see `tree.size_of`."""
         return size_of(dim, self.config, self.scope)
 
     def flag(self, name: str | bool) -> bool:

@@ -50,6 +50,7 @@ TRANSPOSE = Transform(
 
 
 def _alternate(array: mx.array) -> mx.array:
+    """The inverse of `HALVES`: rows of the two matrices in turn."""
     first, second = mx.split(array, 2, axis=1)
     return mx.stack([first, second], axis=2).reshape(array.shape)
 
