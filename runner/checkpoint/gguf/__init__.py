@@ -1,8 +1,8 @@
-"""GGUF files, read as they are: as checkpoints of the hub, tensor by tensor.
+"""GGUF files, read without conversion and presented as a hub checkpoint, tensor by tensor.
 
-container, blocks                      bytes: header, tensors, block formats
-architectures, settings, pretokenizers tables, and config.json from metadata
-tokenizer, checkpoint                  tokenizer.json from metadata; the whole as a model
+container, blocks                       the bytes: header, tensors, block formats
+architectures, settings, pretokenizers  tables, and config.json made from metadata
+tokenizer, checkpoint                   tokenizer.json made from metadata; the file as a model
 """
 
 from __future__ import annotations

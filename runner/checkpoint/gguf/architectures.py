@@ -1,4 +1,4 @@
-"""GGUF architectures as data: what llama.cpp's converters renamed, reordered or left out, and how to put it back.
+"""GGUF architectures as tables: what llama.cpp's converters renamed, reordered or left out, and how to undo it.
 
 Source: llama.cpp's conversion scripts and model loaders (0.3.36 of llama-cpp-python) and transformers' config classes.
 """
@@ -13,23 +13,26 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One value of `general.architecture`.
+    """How GGUF files with one value of `general.architecture` differ from transformers' checkpoints.
 
     Attributes:
-        model_type, class_name: transformers' names of the family.
-        blocks: tensors of a layer, GGUF's name -> transformers' below `model.layers.N`.
-        keys: metadata below `<architecture>.` -> key of config.json, beyond `COMMON_KEYS`.
-        fixed: config keys that the files do not carry.
-        flags: config key -> the tensor whose presence sets it.
-        interleaved: tensors whose rows llama.cpp stores for rotary pairs (2i, 2i+1) -> the metadata key of their heads.
-        norms_plus_one: norm weights are stored with the 1 added that the model adds when it runs.
-        head_dim: config.json has that key (others derive it).
-        windowed: the model_type of a file with a sliding window, where that is another.
-        window_period: every so many-th layer sees everything, the others a window, unless the file says otherwise.
-        period_key: the config key of that period; None where config.json knows the usual period only.
-        query_scalar: config.json has query_pre_attn_scalar. The files do not: it is the head size, but for models with
-            `query_scalar` layers (the 27B) hidden_size / num_attention_heads.
-        rstrip: control tokens swallow the white space behind them, except these (as in the family's tokenizer.json).
+        model_type, class_name: transformers' names for the family.
+        blocks: a layer's tensors: GGUF's name -> transformers' name below `model.layers.N`.
+        keys: metadata key below `<architecture>.` -> key of config.json, in addition to `COMMON_KEYS`.
+        fixed: keys of config.json whose values the files do not carry.
+        flags: boolean key of config.json -> the tensor whose presence makes it true.
+        interleaved: tensors whose rows llama.cpp reordered for the RoPE pairs (2i, 2i+1) -> the config key that gives
+            their number of heads.
+        norms_plus_one: norm weights are stored with 1 added, which transformers' model adds when it runs.
+        head_dim: config.json has the key `head_dim`; other families derive the head size.
+        windowed: model_type of files that have a sliding window, where it differs from `model_type`.
+        window_period: each `window_period`-th layer has full attention and the others a sliding window, unless the file
+            says otherwise.
+        period_key: config key that holds another period; None where the family's config has no such key.
+        query_scalar: not None where config.json has query_pre_attn_scalar, which the files leave out. Its value is the
+            head size, but hidden_size / num_attention_heads in models with `query_scalar` layers (the 27B).
+        rstrip: where not None, control tokens take the white space after them, except these tokens (as in the family's
+            tokenizer.json).
     """
 
     model_type: str
@@ -51,7 +54,7 @@ class Architecture:
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 IGNORED = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)(\.weight)?")
-"""Tables of frequencies that old converters wrote and nothing reads."""
+"""Names of the RoPE frequency tables per layer that old converters wrote and nothing reads."""
 
 ZERO_MEANS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
@@ -72,7 +75,7 @@ HARMLESS: Mapping[str, tuple[Any, ...] | None] = {
     "tensor_data_layout": None,
     "vocab_size": None,
 }
-"""Keys that change nothing with one of these values (None: with any)."""
+"""Metadata keys that do not affect the results if they have one of these values (None: any value)."""
 
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _ATTENTION = {
@@ -191,4 +194,4 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         head_dim=False,
     ),
 }
-"""By `general.architecture`."""
+"""The supported architectures, by `general.architecture`."""

@@ -1,17 +1,18 @@
-"""GGUF's block formats, and what MLX multiplies natively that equals them.
+"""GGUF's block formats, and the MLX formats that they are turned into without loss where that is possible.
 
-A block of ggml (see ggml-common.h and `dequantize_row_*` in ggml-quants.c) holds integers q under a scale, and perhaps
-an offset, of a few formats. Seven are MLX's affine form in groups of 32, `w = scale * q + bias`, number for number:
+A ggml block (see ggml-common.h and `dequantize_row_*` in ggml-quants.c) holds integers q with a scale and, in some
+formats, an offset. Seven formats equal MLX's affine form in groups of 32, `w = scale * q + bias`, number for number:
 
     Q4_0  d (q - 8)     = d q - 8 d          Q4_1  d q + m        Q4_K  (d s) q - (dmin m), s and m of 6 bits
-    Q5_0  d (q - 16)    = d q - 16 d         Q5_1  d q + m        Q5_K  the same, q of 5 bits
+    Q5_0  d (q - 16)    = d q - 16 d         Q5_1  d q + m        Q5_K  as Q4_K, with q of 5 bits
     Q8_0  d (u - 128)   = d u - 128 d, where u = q + 128 is unsigned
 
-A power of two times a float16 is a float16 again, so five keep float16 scales. The product d s of Q4_K and Q5_K has up
-to 11 + 6 bits of mantissa: exact in float32 (24 bits), not in float16 (11), so these two have float32 scales. What MLX
-computes from them in float32, `scale * q + bias`, has an exact product (17 + 5 bits) and one rounding, as ggml's own.
+A power of two times a float16 is a float16 again, so five formats keep float16 scales. The product d s of Q4_K and Q5_K
+has up to 11 + 6 bits of mantissa: exact in float32 (24 bits) but not in float16 (11), so these two get float32 scales.
+When MLX computes `scale * q + bias` from them in float32, the product is exact (17 + 5 bits) and the sum is rounded
+once, as in ggml.
 
-Q6_K, Q3_K and Q2_K have groups of 16, which MLX's affine form has not: they become float16.
+Q6_K, Q3_K and Q2_K have groups of 16, which MLX's affine form does not support: they are dequantized to float16.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ NUMPY: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "U32": np.dtype("<u4"),
 }
-"""How a part lies in NumPy; bfloat16, which NumPy lacks, as its bits."""
+"""NumPy's dtype for each dtype of a part; bfloat16, which NumPy lacks, is held as its bits."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A block format: `size` bytes hold `count` numbers. `dtype` is that of the plain numbers, or of the scales."""
+    """A block format: `size` bytes hold `count` numbers. `dtype` is the dtype of the plain numbers or of the scales."""
 
     name: str
     count: int
@@ -50,21 +51,21 @@ class Format:
 
     @property
     def bits(self) -> int | None:
-        """Bits of MLX's packed form; None where the tensor is not packed."""
+        """Bits per integer of MLX's quantized form; None where the tensor becomes plain numbers."""
         return None
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What a tensor of `shape` becomes: dtype and shape by suffix, "" for the whole one."""
+        """Dtype and shape of the arrays that a tensor of `shape` becomes, by suffix ("" for a single plain array)."""
         return {"": (self.dtype, shape)}
 
     def part(self, suffix: str, rows: Bytes) -> Array:
-        """One of `parts`, of some rows `[n, bytes]`: `[n, width]` in the part's dtype."""
+        """Compute one of `parts` for some rows of the file: `[n, bytes] -> [n, width]`, in the part's dtype."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Plain(Format):
-    """Numbers as they are."""
+    """Plain numbers, one per block."""
 
     def part(self, suffix: str, rows: Bytes) -> Array:
         return np.ascontiguousarray(rows).view(NUMPY[self.dtype])
@@ -72,7 +73,13 @@ class Plain(Format):
 
 @dataclass(frozen=True)
 class Packed(Format):
-    """`codes` gives the packed integers of blocks `[n, size]`, `affine` the scales and biases of their groups."""
+    """A format that equals MLX's affine form.
+
+    Attributes:
+        width: bits per integer.
+        codes: MLX's packed integers, as bytes, of blocks `[n, size]`.
+        affine: scales and biases of the groups of blocks `[n, size]`.
+    """
 
     width: int
     codes: Callable[[Bytes], Bytes]
@@ -98,7 +105,7 @@ class Packed(Format):
 
 @dataclass(frozen=True)
 class Unpacked(Format):
-    """`values` gives the numbers of blocks `[n, size]` in float32; they are kept as float16."""
+    """A format that becomes float16 numbers; `values` dequantizes blocks `[n, size]` to float32 `[n, count]`."""
 
     values: Callable[[Bytes], Array]
 
@@ -109,6 +116,7 @@ class Unpacked(Format):
 
 
 def _finite(form: Format, numbers: Array) -> Array:
+    """`numbers`, after checking that each is finite."""
     if not np.isfinite(numbers).all():
         raise CheckpointError(f"a {form.name} block has a scale that is not finite, or too large for float16")
     return numbers
@@ -123,20 +131,22 @@ def _half(blocks: Bytes, start: int) -> Array:
 
 
 def _nibbles(packed: Bytes, run: int) -> Bytes:
-    """The integers of 4 bits in order: each `run` bytes hold `run` of them in their low halves, then as many high."""
+    """Unpack 4-bit integers in order: of each `run` bytes, first all low halves, then all high halves."""
     runs = packed.reshape(len(packed), -1, 1, run)
     return np.concatenate([runs & 15, runs >> 4], axis=2).reshape(len(packed), -1)
 
 
 def _packed_nibbles(packed: Bytes, run: int) -> Bytes:
-    """`pack(_nibbles(packed, run), 4)`, two bytes at a time: neighbours' halves meet in one byte."""
+    """The result of `pack(_nibbles(packed, run), 4)`, computed faster, two bytes at a time."""
+    # Integers i and i + 1 share a byte in MLX's order; in ggml's they are the same halves of two neighbouring bytes.
     pairs = np.ascontiguousarray(packed).view(np.dtype("<u2")).reshape(len(packed), -1, 1, run // 2)
     low, high = (pairs & 0x0F) | (pairs >> 4 & 0xF0), (pairs >> 4 & 0x0F) | (pairs >> 8 & 0xF0)
     return np.concatenate([low, high], axis=2).astype(np.uint8).reshape(len(packed), -1)
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
-    """MLX's packing: integers of `bits` bits one after another, lowest bits first. `[n, c] -> [n, c * bits / 8]`."""
+    """Pack integers as MLX does, `bits` bits each, lowest bits first: uint8 `[n, c] -> [n, c * bits / 8]`."""
+    # Eight integers of `bits` bits fill exactly `bits` bytes: the lowest ones of a 64-bit word.
     eights = codes.reshape(-1, 8)
     word = np.zeros(len(eights), np.uint64)
     for index in range(8):
@@ -146,16 +156,20 @@ def pack(codes: Bytes, bits: int) -> Bytes:
 
 
 def _fifth_bits(blocks: Bytes, start: int) -> Bytes:
-    """Q5_0 and Q5_1: bit i of four bytes is the highest bit of number i. Worth 16: `[n, 32]`."""
+    """The fifth bits (0 or 16) of Q5_0 or Q5_1 blocks, `[n, 32]`: bit i of the four bytes at `start` is integer i's."""
     return np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little") << 4
 
 
 def _q5(blocks: Bytes, start: int) -> Bytes:
+    """Packed integers of Q5_0 or Q5_1 blocks, whose fifth bits are at byte `start` and the nibbles after them."""
     return pack(_nibbles(blocks[:, start + 4 :], 16) | _fifth_bits(blocks, start), 5)
 
 
 def _centred(zero: int) -> Callable[[Bytes], tuple[Array, Array]]:
-    """Scale d at the block's start, numbers `d (q - zero)`; `zero` is a power of two, so its product is exact."""
+    """Scales and biases of a format with numbers `d (q - zero)`, d at the start of the block.
+
+    `zero` is a power of two, so `-zero * d` is exact in float16.
+    """
 
     def affine(blocks: Bytes) -> tuple[Array, Array]:
         scales = _half(blocks, 0)
@@ -166,11 +180,14 @@ def _centred(zero: int) -> Callable[[Bytes], tuple[Array, Array]]:
 
 
 def _offset(blocks: Bytes) -> tuple[Array, Array]:
+    """Scales and biases of Q4_1 and Q5_1, with numbers `d q + m`: d and m start the block."""
     return _half(blocks, 0), _half(blocks, 2)
 
 
 def _six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
-    """The eight scales and eight minima of a Q4_K or Q5_K block, 6 bits each in 12 bytes."""
+    """Unpack the eight scales and eight minima of Q4_K or Q5_K blocks, 6 bits each in 12 bytes."""
+    # Scales and minima 0 to 3 are the low 6 bits of the first eight bytes. Numbers 4 to 7 have their low 4 bits in the
+    # halves of the last four bytes, and their high 2 bits in those that the first eight bytes have left.
     first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=1)
     minima = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=1)
@@ -178,31 +195,33 @@ def _six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
 
 
 def _super(blocks: Bytes) -> tuple[Array, Array]:
-    """Q4_K and Q5_K: scales `d s` and biases `-(dmin m)`, exact in float32."""
+    """Scales `d s` and biases `-(dmin m)` of Q4_K and Q5_K blocks, exact in float32."""
     scales, minima = _six_bits(blocks[:, 4:16])
     return _half(blocks, 0).astype(np.float32) * scales, -(_half(blocks, 2).astype(np.float32) * minima)
 
 
 def _q5_k(blocks: Bytes) -> Bytes:
+    """Packed integers of Q5_K blocks."""
     # Run c of 32 numbers takes its fifth bits from bit c of the 32 bytes before the nibbles.
     high = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     return pack(_nibbles(blocks[:, 48:], 32) | (high << 4).reshape(len(blocks), -1), 5)
 
 
 def _pairs_of_bits(packed: Bytes) -> Bytes:
-    """Q2_K's and Q3_K's order: of each 32 bytes the lowest two bits, then the next two, and so on."""
+    """Unpack 2-bit integers in the K formats' order: of each 32 bytes the lowest two bits, then the next two, etc."""
     runs = packed.reshape(len(packed), -1, 1, 32)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     return (runs >> shifts & 3).reshape(len(packed), -1)
 
 
 def _by_sixteen(scales: Array, codes: Array) -> Array:
-    """`scales [n, 16]` times `codes [n, 256]`, each scale for 16 of them."""
+    """Multiply `codes [n, 256]` by `scales [n, 16]`, one scale for each 16 codes."""
     numbers: Array = scales[:, :, None] * codes.reshape(len(codes), 16, 16)
     return numbers.reshape(len(codes), 256)
 
 
 def _q2_k(blocks: Bytes) -> Array:
+    """Dequantize Q2_K blocks: 16 bytes of 4-bit scales and minima, 64 bytes of 2-bit integers, d, dmin."""
     scales = _half(blocks, 80).astype(np.float32) * (blocks[:, :16] & 15)
     minima = _half(blocks, 82).astype(np.float32) * (blocks[:, :16] >> 4)
     numbers = _by_sixteen(scales, _pairs_of_bits(blocks[:, 16:80]))
@@ -211,15 +230,19 @@ def _q2_k(blocks: Bytes) -> Array:
 
 
 def _q3_k(blocks: Bytes) -> Array:
+    """Dequantize Q3_K blocks: 32 bytes of third bits, 64 bytes of 2-bit integers, 12 bytes of 6-bit scales, d."""
+    # 16 scales: the low 4 bits in the halves of eight bytes, the high 2 bits in the next four bytes.
     packed = blocks[:, 96:108]
     low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
     high = (packed[:, None, 8:] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3).reshape(len(blocks), 16)
     scales = _half(blocks, 108).astype(np.float32) * ((low | high << 4).astype(np.int8) - np.int8(32))
+    # Run c of 32 numbers takes its third bits from bit c of the first 32 bytes.
     mask = (blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(len(blocks), 256)
     return _by_sixteen(scales, (_pairs_of_bits(blocks[:, 32:96]) | mask << 2).astype(np.int8) - np.int8(4))
 
 
 def _q6_k(blocks: Bytes) -> Array:
+    """Dequantize Q6_K blocks: 128 bytes of nibbles, 64 bytes of high 2 bits, 16 scales (int8), d."""
     # Each half of a block: 64 bytes of nibbles (all low ones come first), 32 bytes of two bits for four runs of 32.
     low = _nibbles(blocks[:, :128], 64).reshape(len(blocks), 256)
     codes = (low | _pairs_of_bits(blocks[:, 128:192]) << 4).astype(np.int8) - np.int8(32)
@@ -241,9 +264,9 @@ FORMATS: Mapping[int, Format] = {
     14: Unpacked("Q6_K", 256, 210, "F16", _q6_k),
     30: Plain("BF16", 1, 2, "BF16"),
 }
-"""By ggml's number of the type."""
+"""The supported formats, by ggml's number of the tensor type."""
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a part in memory."""
+    """Size in bytes of an array in memory."""
     return math.prod(shape) * NUMPY[dtype].itemsize

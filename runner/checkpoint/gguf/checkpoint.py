@@ -1,4 +1,4 @@
-"""A GGUF file as a model: a `Source` of tensors under transformers' names, its config and its tokenizer."""
+"""A GGUF file as a model: a `Source` of tensors under transformers' names, with its config and tokenizer."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ _TOP = re.compile(rf"({'|'.join(TOP)})\.(weight|bias)")
 
 @dataclass(frozen=True)
 class Part:
-    """One array under transformers' name: a tensor, or the weight, scales or biases of a packed one.
+    """An array under transformers' name: a plain tensor, or the weight, scales or biases of a quantized one.
 
-    `dtype` in safetensors' spelling; `nbytes` as held in memory. `head_rows`: rows of a head whose order is undone;
-    `plus_one`: the stored number is one too large.
+    Attributes:
+        entry: the GGUF tensor that the array is made from.
+        suffix: `.weight`, `.scales` or `.biases` of a quantized tensor, "" for a plain one.
+        dtype: dtype in safetensors' spelling.
+        shape: shape of the array in memory.
+        head_rows: rows per attention head where llama.cpp reordered the rows of each head, which `GGUF.read` undoes.
+        plus_one: llama.cpp added 1 to the stored numbers, which `GGUF.read` subtracts.
     """
 
     entry: Entry
@@ -51,8 +56,12 @@ class GGUF:
     """A checked GGUF file (or all shards of one). Build it with `open`.
 
     Attributes:
-        config: what config.json would say; generation_config likewise.
-        headers: every array by transformers' name; packed tensors as `.weight`, `.scales`, `.biases`.
+        container: metadata and tensors as the file has them.
+        architecture: table entry of the file's architecture.
+        config: what `config.json` would hold.
+        generation_config: what `generation_config.json` would hold.
+        headers: every array by transformers' name; quantized tensors as `.weight`, `.scales` and `.biases`.
+        vocabulary: checked tokenizer metadata.
     """
 
     container: Container
@@ -67,11 +76,11 @@ class GGUF:
 
     @classmethod
     def open(cls, path: Path) -> GGUF:
-        """Read and check a file's header; no tensor is read.
+        """Read and check a file's header; of the tensors, only RoPE tables are read.
 
         Raises:
-            CheckpointError: the file is malformed, or holds a type, architecture, key or tensor that is not supported.
-            TokenizerError: its vocabulary is.
+            CheckpointError: the file is malformed, or has a type, architecture, key or tensor that is not supported.
+            TokenizerError: the file's vocabulary is malformed or of a kind that is not supported.
         """
         container = open_container(path)
         architecture = architecture_of(container)
@@ -86,10 +95,10 @@ class GGUF:
         return cls(container, architecture, config, generation, MappingProxyType(headers), vocabulary)
 
     def read(self, name: str) -> mx.array:
-        """The array `name`, read now, a few MiB of the file at a time.
+        """Read the array `name` now, a few MiB of the file at a time.
 
         Raises:
-            CheckpointError: no such array, a scale that is not finite, or a file that changed since it was opened.
+            CheckpointError: no array has this name, a scale is not finite, or the file changed since it was opened.
         """
         if name not in self.headers:
             raise CheckpointError(f"{self.container.path}: no tensor {quoted(name)}")
@@ -97,6 +106,7 @@ class GGUF:
         entry, dtype = part.entry, NUMPY[part.dtype]
         result = np.empty((entry.rows, part.nbytes // dtype.itemsize // entry.rows), dtype)
         done = 0
+        # Whole heads at a time, since the rows of a head are reordered among themselves.
         for rows in self.container.rows(entry, part.head_rows or 1):
             try:
                 numbers = entry.format.part(part.suffix, _in_order(rows, part.head_rows))
@@ -108,11 +118,15 @@ class GGUF:
         return array.view(mx.bfloat16) if part.dtype == "BF16" else array
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; raises `TokenizerError` where the file's is malformed or not known."""
+        """Build the tokenizer; raises `TokenizerError` where the file's one is malformed or not supported."""
         return tokenizer_of(self.vocabulary, self.container.path, self.architecture.rstrip)
 
     def side_files(self) -> dict[str, bytes | str]:
-        """What a hub-style directory of this model holds beside config and weights, by name; raises as `tokenizer`."""
+        """Contents, by name, of the files that a hub repository has besides config and weights.
+
+        Raises:
+            TokenizerError: for the same reasons as in `tokenizer`.
+        """
         generation_config = json.dumps(self.generation_config, indent=2)
         return {
             **tokenizer_files(self.vocabulary, self.architecture.rstrip),
@@ -121,24 +135,31 @@ class GGUF:
 
 
 def _in_order(rows: Any, head_rows: int | None) -> Any:
-    """llama.cpp pairs neighbours (2i, 2i+1) of a head in its rotary embedding: they go back to (i, i + D/2)."""
+    """Undo llama.cpp's row order within each head, if it has one.
+
+    llama.cpp's RoPE rotates the pairs (2i, 2i+1) of a head of size D, so its converter interleaved the rows; the
+    returned rows are in transformers' order, for the pairs (i, i + D/2).
+    """
     if head_rows is None:
         return rows
     return rows.reshape(-1, head_rows // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _parts(container: Container, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Part]:
+    """Every array that the file's tensors become, by transformers' name."""
     parts: dict[str, Part] = {}
     for entry in container.tensors.values():
         if entry.name in ROPE_TENSORS or IGNORED.fullmatch(entry.name):
             continue
         name, block = _hub_name(container, architecture, entry.name)
+        # Query and key rows of some architectures are reordered head by head, so they must divide into even heads.
         head_rows = None
         if block in architecture.interleaved:
             head_rows, rest = divmod(entry.shape[0], config[architecture.interleaved[block]])
             if rest or head_rows % 2:
                 raise CheckpointError(f"{container.path}: {entry.name}: {list(entry.shape)} do not divide into heads")
         plus_one = architecture.norms_plus_one and "norm" in entry.name
+        # Only `.weight` tensors may be quantized, and norms with 1 added must be float32, as the converters write them.
         if entry.format.count > 1 and not name.endswith(".weight"):
             raise CheckpointError(
                 f"{container.path}: {entry.name} has type {entry.format.name}, expected plain numbers"
@@ -152,7 +173,7 @@ def _parts(container: Container, architecture: Architecture, config: Mapping[str
 
 
 def _hub_name(container: Container, architecture: Architecture, name: str) -> tuple[str, str]:
-    """transformers' name of a tensor, and GGUF's name of its place in a layer."""
+    """Transformers' name of a tensor, and its GGUF name within a layer ("attn_q"; "" for a tensor outside layers)."""
     found = _BLOCK.fullmatch(name)
     if found is not None and found[2] in architecture.blocks:
         return f"model.layers.{found[1]}.{architecture.blocks[found[2]]}.{found[3]}", found[2]
@@ -163,7 +184,7 @@ def _hub_name(container: Container, architecture: Architecture, name: str) -> tu
 
 
 def _quantization(headers: Mapping[str, Part]) -> dict[str, Any]:
-    """config.json's `quantization` in mlx-lm's form: the commonest bits, and the layers that have others."""
+    """The `quantization` of config.json as mlx-lm writes it: the most common bits, and the layers that differ."""
     bits = {
         name.removesuffix(".weight"): part.entry.format.bits
         for name, part in headers.items()

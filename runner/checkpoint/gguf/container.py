@@ -1,8 +1,8 @@
-"""The GGUF container: metadata and the place of every tensor, believed only after each number was checked.
+"""The GGUF container: metadata and the position of every tensor, trusted only after each number was checked.
 
-Source: ggml's docs/gguf.md, versions 2 and 3. A file: "GGUF", version, numbers of tensors and of metadata entries; the
-entries (key, type, value); the tensors (name, dimensions, type, offset); padding; data, where offsets count from.
-Files are read, never mapped, so that one that shrinks under us is an error and not a signal.
+Source: ggml's docs/gguf.md, versions 2 and 3. Layout: "GGUF", version, number of tensors, number of metadata entries;
+the entries (key, type, value); the tensors (name, dimensions, type, offset); padding; the data, from whose start the
+offsets count. Files are read, never mapped, so that a file that shrinks meanwhile causes an error and not a signal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: `shape` row-major (GGUF lists it reversed), `offset` from the start of `file`."""
+    """A tensor in a file: `shape` is row-major (GGUF lists it reversed), `offset` counts from the start of `file`."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,12 +47,12 @@ class Entry:
 
     @property
     def rows(self) -> int:
-        """Rows of blocks; a vector of plain numbers has one a row, so that its numbers can be reordered as rows are."""
+        """Number of rows. A vector of plain numbers counts one number per row, to be reordered as matrices are."""
         return self.shape[0] if self._is_vector else math.prod(self.shape[:-1])
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row in the file."""
+        """Bytes per row in the file."""
         return (1 if self._is_vector else self.shape[-1]) // self.format.count * self.format.size
 
     @property
@@ -62,7 +62,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Container:
-    """A whole file, or all shards of one: metadata by key (numeric arrays as NumPy's), tensors by name."""
+    """The checked header of a file, or of all its shards together.
+
+    Attributes:
+        path: the file, or its first shard.
+        metadata: values by key; numeric arrays are NumPy's.
+        tensors: entries by tensor name.
+        stamps: identity and state of each file when it was checked.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
@@ -70,7 +77,10 @@ class Container:
     stamps: Mapping[Path, Stamp]
 
     def rows(self, entry: Entry, multiple: int = 1) -> Iterator[npt.NDArray[np.uint8]]:
-        """The tensor's bytes `[n, row_bytes]`, some rows at a time: a multiple of `multiple`, which divides them all.
+        """Yield the tensor's bytes in chunks `[n, row_bytes]`.
+
+        Args:
+            multiple: each n is a multiple of this number, which must divide the tensor's number of rows.
 
         Raises:
             CheckpointError: the file changed since it was opened, or cannot be read.
@@ -92,7 +102,10 @@ class Container:
 
 
 def open_container(path: Path) -> Container:
-    """Read and check a file's header, and those of its other shards (`-00001-of-00003.gguf`: name the first one).
+    """Read and check the header of a file and, where it is the first shard, those of the other shards.
+
+    Args:
+        path: the file; of a sharded model, the first shard (`...-00001-of-00003.gguf`).
 
     Raises:
         CheckpointError: naming the file and the problem.
@@ -102,7 +115,9 @@ def open_container(path: Path) -> Container:
     if count == 1:
         return first
     if _whole(first, "split.no", 0):
-        raise CheckpointError(f"{path}: a later shard of {count}; name the first one, ...-00001-of-{count:05d}.gguf")
+        raise CheckpointError(
+            f"{path}: not the first of {count} shards; name the first one, ...-00001-of-{count:05d}.gguf"
+        )
     found = _SHARD.fullmatch(path.name)
     if found is None or found[2] != "00001" or int(found[3]) != count or count > _MAX_SHARDS:
         raise CheckpointError(f"{path}: one of {count} shards, so its name must end in -00001-of-{count:05d}.gguf")
@@ -110,6 +125,7 @@ def open_container(path: Path) -> Container:
     for number in range(1, count):
         name = f"{found[1]}-{number + 1:05d}-of-{count:05d}.gguf"
         shard = _open(path_in(path.parent, name))
+        # A renamed file could be a shard of another model, or another shard of this one.
         if _whole(shard, "split.no", -1) != number or _whole(shard, "split.count", -1) != count:
             raise CheckpointError(f"{path.parent / name}: its metadata does not say that it is shard {number + 1}")
         twice = tensors.keys() & shard.tensors.keys()
@@ -119,16 +135,17 @@ def open_container(path: Path) -> Container:
         stamps |= shard.stamps
     total = _whole(first, "split.tensors.count", len(tensors))
     if total != len(tensors):
-        raise CheckpointError(f"{path}: the shards hold {len(tensors)} tensors, of {total}")
+        raise CheckpointError(f"{path}: the shards hold {len(tensors)} tensors, expected {total}")
     return Container(path, first.metadata, tensors, stamps)
 
 
 def brief(value: object) -> str:
-    """A metadata value for a message: one short line."""
+    """One short line that shows a metadata value in a message."""
     return f"an array of {value.size}" if isinstance(value, np.ndarray) else repr(value)[:80]
 
 
 def _whole(container: Container, key: str, default: int) -> int:
+    """The integer under a metadata key, `default` where the key is missing."""
     value = container.metadata.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool):
         raise CheckpointError(f"{container.path}: {key} is {brief(value)}, expected an integer")
@@ -136,6 +153,7 @@ def _whole(container: Container, key: str, default: int) -> int:
 
 
 def _open(path: Path) -> Container:
+    """Read and check the header of one file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
             raise CheckpointError(f"{path}: not a regular file")
@@ -147,7 +165,7 @@ def _open(path: Path) -> Container:
 
 
 class _Header:
-    """Reads a header front to back; nothing is allocated that the file is too short to hold."""
+    """Reads a header front to back, and allocates nothing larger than what the rest of the file can hold."""
 
     def __init__(self, path: Path, file: BinaryIO, stamp: Stamp) -> None:
         self.path = path
@@ -156,16 +174,21 @@ class _Header:
         self.position = 0
 
     def error(self, what: str) -> CheckpointError:
+        """An error that names the file and the problem, for the caller to raise."""
         return CheckpointError(f"{self.path.name} is not a readable GGUF file: {what}")
 
     def read(self) -> Container:
+        """Read the whole header and check that the tensors lie in the file and do not overlap."""
         magic, version = self.take(4), self.number("<I")
         if magic != MAGIC or version not in (2, 3):
+            # A version of 2 or 3 in the other byte order reads as 2 << 24 or 3 << 24.
             swapped = "; it was written for big-endian machines" if version in (2 << 24, 3 << 24) else ""
             raise self.error(f"magic {magic!r}, version {version}, expected {MAGIC!r}, 2 or 3{swapped}")
         tensors, pairs = self.number("<Q"), self.number("<Q")
         if tensors > _MAX_ENTRIES or pairs > _MAX_ENTRIES:
-            raise self.error(f"it claims {tensors} tensors and {pairs} metadata entries")
+            raise self.error(
+                f"it claims {tensors} tensors and {pairs} metadata entries, expected at most {_MAX_ENTRIES} of each"
+            )
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = self.string()
@@ -174,12 +197,14 @@ class _Header:
             metadata[key] = self.value(self.number("<I"))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 65536 or alignment % 8:
-            raise self.error(f"general.alignment is {brief(alignment)}")
+            raise self.error(f"general.alignment is {brief(alignment)}, expected a multiple of 8 from 8 to 65536")
+        # Offsets count from the start of the data, which is known only when all entries have been read.
         entries = [self.entry(alignment) for _ in range(tensors)]
         start = -(-self.position // alignment) * alignment
         found = {entry.name: self.placed(entry, start) for entry in entries}
         if len(found) != len(entries):
             raise self.error("a tensor name comes twice")
+        # In the order of their data, each tensor must start at or after the end of the one before; gaps are allowed.
         end, last = start, ""
         for entry in sorted(found.values(), key=lambda entry: entry.offset):
             if entry.offset < end:
@@ -188,19 +213,25 @@ class _Header:
         return Container(self.path, metadata, found, {self.path: self.stamp})
 
     def take(self, size: int) -> bytes:
+        """The next `size` bytes, refused before they are read where the file or the limit of a header ends first."""
         if size > min(self.stamp.size, _MAX_HEADER) - self.position:
-            raise self.error(f"{size} bytes at byte {self.position} of its header, which has {self.stamp.size} bytes")
+            raise self.error(
+                f"its header needs {size} bytes at byte {self.position}, but the file has {self.stamp.size} bytes "
+                f"(and a header at most {_MAX_HEADER})"
+            )
         data = self.file.read(size)
         if len(data) != size:
-            raise self.error(f"it ended at byte {self.position + len(data)} while it was read")
+            raise self.error(f"it ended at byte {self.position + len(data)} while it was being read")
         self.position += size
         return data
 
     def number(self, form: str) -> int:
+        """The next integer, in `struct`'s format `form`."""
         value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
         return value
 
     def string(self) -> str:
+        """The next string: a 64-bit length, then UTF-8."""
         data = self.take(self.number("<Q"))
         try:
             return data.decode("utf-8")
@@ -208,45 +239,57 @@ class _Header:
             raise self.error(f"a string that is not UTF-8 at byte {self.position - len(data)}") from error
 
     def value(self, kind: int) -> Any:
-        """A Python scalar, a string, a list of strings, or a NumPy array."""
+        """The next metadata value, of type `kind`: a Python scalar, a string, a list of strings, or a NumPy array."""
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
             inner, count = self.number("<I"), self.number("<Q")
             if inner == _STRING:
-                if count * 8 > self.stamp.size - self.position:
-                    raise self.error(f"an array of {count} strings at byte {self.position}")
+                if count * 8 > self.stamp.size - self.position:  # each string takes 8 bytes for its length alone
+                    raise self.error(
+                        f"an array of {count} strings at byte {self.position} does not fit into "
+                        f"its {self.stamp.size} bytes"
+                    )
                 return [self.string() for _ in range(count)]
             return self.numbers(inner, count)
         return self.numbers(kind, 1)[0].item()
 
     def numbers(self, kind: int, count: int) -> npt.NDArray[Any]:
+        """The next `count` numbers or booleans of type `kind`."""
         if kind == _BOOL:
             return np.frombuffer(self.take(count), np.uint8).astype(np.bool_)
         if kind not in _SCALARS:
-            raise self.error(f"metadata of type {kind} at byte {self.position}")
+            raise self.error(f"unknown metadata type {kind} at byte {self.position}")
         dtype = np.dtype(_SCALARS[kind])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def entry(self, alignment: int) -> Entry:
+        """The next tensor's entry, its offset still counted from the start of the data."""
         name = self.string()
         rank = self.number("<I")
         if not 1 <= rank <= 4 or len(name) > 512:
-            raise self.error(f"tensor {quoted(name)} has {rank} dimensions")
-        shape = tuple(int(size) for size in self.numbers(10, rank)[::-1])
+            raise self.error(
+                f"tensor {quoted(name)} has {rank} dimensions and a name of {len(name)} characters, "
+                "expected 1 to 4 dimensions and at most 512 characters"
+            )
+        shape = tuple(int(size) for size in self.numbers(10, rank)[::-1])  # type 10: uint64
         kind, offset = self.number("<I"), self.number("<Q")
         if kind not in FORMATS:
             known = ", ".join(form.name for form in FORMATS.values())
             raise CheckpointError(
                 f"{self.path.name}: tensor {quoted(name)} has type {_name(kind)}, "
-                f"which is not supported; these are: {known}"
+                f"which is not supported; supported types: {known}"
             )
         form = FORMATS[kind]
         if not all(0 < size <= MAX_DIM for size in shape) or shape[-1] % form.count or offset % alignment:
-            raise self.error(f"tensor {quoted(name)}: shape {list(shape)}, type {form.name}, offset {offset}")
+            raise self.error(
+                f"tensor {quoted(name)}: shape {list(shape)}, type {form.name}, offset {offset}: expected sizes from 1 "
+                f"to {MAX_DIM}, a last size that is a multiple of {form.count}, and an offset that {alignment} divides"
+            )
         return Entry(name, shape, form, self.path, offset)
 
     def placed(self, entry: Entry, start: int) -> Entry:
+        """The entry with its offset counted from the start of the file; `start` is where the data begins."""
         offset = start + entry.offset
         if offset + entry.rows * entry.row_bytes > self.stamp.size:
             raise self.error(f"tensor {quoted(entry.name)} ends beyond the file; an incomplete copy?")
@@ -261,4 +304,5 @@ _OTHER_TYPES = {
 
 
 def _name(kind: int) -> str:
+    """ggml's name of a tensor type that is not supported, or its number."""
     return _OTHER_TYPES.get(kind, str(kind))

@@ -1,7 +1,7 @@
-"""llama.cpp's names of pre-tokenisers: how a byte-level BPE cuts text into words before it merges within them.
+"""Pre-tokenizers by llama.cpp's names: how byte-level BPE cuts text into words before it merges within each word.
 
-Source: the models' own tokenizer.json files, which llama.cpp's table (llama-vocab.cpp) follows. Each regex cuts what
-the one before it left; what it matches and what lies between are both pieces.
+Source: the models' own tokenizer.json files, which llama.cpp's table (llama-vocab.cpp) follows. Each regex cuts the
+pieces that the regex before it left; its matches and the text between them all become pieces.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """`ignore_merges`: a word that is a token is taken whole. `bos`: BOS comes first unless the file says otherwise."""
+    """How text is cut into words.
+
+    Attributes:
+        patterns: regexes, applied one after another.
+        ignore_merges: a word that is itself a token is taken whole, whatever the merges would make of it.
+        bos: text starts with BOS unless the file says otherwise.
+    """
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
@@ -44,6 +50,7 @@ _DEEPSEEK_V3 = (
 
 
 def _named(names: str, entry: PreTokenizer) -> dict[str, PreTokenizer]:
+    """The same entry under each of the names, which are separated by spaces."""
     return dict.fromkeys(names.split(), entry)
 
 
@@ -64,4 +71,4 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     **_named("deepseek-coder", PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"))),
     **_named("deepseek-v3 hunyuan-dense", PreTokenizer((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3))),
 }
-"""By `tokenizer.ggml.pre`."""
+"""The known pre-tokenizers, by `tokenizer.ggml.pre`."""

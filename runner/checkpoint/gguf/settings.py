@@ -1,4 +1,4 @@
-"""`config.json` and `generation_config.json` of a GGUF file: metadata, and what its tensors say."""
+"""`config.json` and `generation_config.json` of a GGUF file, made from its metadata and what its tensors tell."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ _PUBLISHED_LLAMA3 = ((8.0, 8192), (32.0, 8192))  # factor and original context o
 
 
 def architecture_of(container: Container) -> Architecture:
-    """The file's entry of the table.
+    """Look up the file's architecture in the table.
 
     Raises:
-        CheckpointError: it has none; the message names those that exist.
+        CheckpointError: the table does not have it; the message names the supported ones.
     """
     name, kind = container.metadata.get("general.architecture"), container.metadata.get("general.type", "model")
     if kind != "model":
         raise CheckpointError(f"{container.path}: general.type is {brief(kind)}; only whole models are supported")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"{container.path}: architecture {brief(name)} is not supported; these are: {known}")
+        raise CheckpointError(f"{container.path}: architecture {brief(name)} is not supported; supported: {known}")
     return ARCHITECTURES[name]
 
 
 def config_of(container: Container) -> dict[str, Any]:
-    """`config.json` of the file, with transformers' names (without token ids).
+    """Make the file's `config.json`, with transformers' keys but without token ids.
 
     Raises:
-        CheckpointError: a key is missing or has a value of another kind, or would change numbers and is not understood.
+        CheckpointError: a key is missing, has a value of the wrong kind, or is unknown and could affect the results.
     """
     return _Metadata(container, architecture_of(container)).config()
 
 
 def generation_config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling defaults that a file recommends (`general.sampling.*`); greedy where it has none."""
+    """Make `generation_config.json` from the sampling defaults `general.sampling.*`; greedy where the file has none."""
     names = {
         "temp": "temperature",
         "top_k": "top_k",
@@ -67,7 +67,10 @@ def generation_config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Metadata:
-    """The keys below `<architecture>.`; each one that is read is crossed off, and what is left must be harmless."""
+    """The metadata keys below `<architecture>.`.
+
+    Each key that is asked for is noted in `read`; a key that is never read must be one that cannot affect the results.
+    """
 
     def __init__(self, container: Container, architecture: Architecture) -> None:
         self.container = container
@@ -81,10 +84,11 @@ class _Metadata:
         self.read: set[str] = set()
 
     def error(self, what: str) -> CheckpointError:
+        """An error that names the file and the problem, for the caller to raise."""
         return CheckpointError(f"{self.container.path}: {what}")
 
     def get(self, key: str) -> Any:
-        """The value, None where there is none. A list of one value for each layer counts as that value."""
+        """The value of a key, None where it is missing. A list of one equal value per layer counts as that value."""
         self.read.add(key)
         value = self.values.get(key)
         if isinstance(value, np.ndarray):
@@ -94,6 +98,7 @@ class _Metadata:
         return value
 
     def number(self, key: str) -> int | float | None:
+        """A finite number, None where the key is missing."""
         value = self.get(key)
         if value is None:
             return None
@@ -102,13 +107,14 @@ class _Metadata:
         return _decimal(value)
 
     def size(self, key: str) -> int | None:
-        """A dimension or a number of things."""
+        """A positive integer (a dimension or a count), None where the key is missing."""
         value = self.number(key)
         if value is not None and (not isinstance(value, int) or not 1 <= value <= MAX_DIMENSION):
             raise self.error(f"{self.prefix}{key} is {value}, expected an integer from 1 to {MAX_DIMENSION}")
         return value
 
     def config(self) -> dict[str, Any]:
+        """The whole of `config.json`, once every key of the file has been accounted for."""
         table = self.architecture
         config: dict[str, Any] = {"architectures": [table.class_name], "model_type": table.model_type, **table.fixed}
         for key, name in COMMON_KEYS.items():
@@ -120,9 +126,12 @@ class _Metadata:
             if value is not None:
                 config[name] = None if value == 0 and name in ZERO_MEANS_NONE else value
         config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
+        # The rest is read off the tensors: optional biases, the vocabulary's size, and whether the head is tied.
         tensors = self.container.tensors
         if "token_embd.weight" not in tensors:
-            raise self.error("it has no tensor token_embd.weight, so it is not a model (a vocabulary alone?)")
+            raise self.error(
+                "no tensor token_embd.weight, so this is not a model; does the file hold a vocabulary alone?"
+            )
         config |= {flag: name in tensors for flag, name in table.flags.items()}
         config["vocab_size"] = tensors["token_embd.weight"].shape[0]
         config["tie_word_embeddings"] = "output.weight" not in tensors
@@ -133,7 +142,7 @@ class _Metadata:
         return config
 
     def windows(self, config: dict[str, Any]) -> None:
-        """`sliding_window` and which layers have it."""
+        """Set `sliding_window`, and which layers use it."""
         table, window = self.architecture, config.get("sliding_window")
         if table.windowed is not None and window:
             config |= {"model_type": table.windowed, "architectures": ["MistralForCausalLM"]}
@@ -141,6 +150,7 @@ class _Metadata:
             config.pop("sliding_window", None)
         if table.window_period is None:
             return
+        # The file gives a period or a flag for each layer; `local` says for each layer whether it has a window.
         layers = config["num_hidden_layers"]
         self.read.add("attention.sliding_window_pattern")
         pattern = self.values.get("attention.sliding_window_pattern", table.window_period)
@@ -149,8 +159,13 @@ class _Metadata:
         elif isinstance(pattern, np.ndarray) and len(pattern) == layers:
             local = [bool(flag) for flag in pattern]
         else:
-            raise self.error(f"{self.prefix}attention.sliding_window_pattern is {brief(pattern)}")
+            raise self.error(
+                f"{self.prefix}attention.sliding_window_pattern is {brief(pattern)}, "
+                f"expected a period or a flag for each of {layers} layers"
+            )
         local = local if window else [False] * layers
+        # Written as a period where the family has a key for one and one fits (the usual one is tried first); not at all
+        # where the family's usual period fits; else as a list.
         usual = table.window_period
         periods = [p for p in (usual, *range(1, layers + 1)) if local == [(i + 1) % p != 0 for i in range(layers)]]
         if table.period_key is not None and periods:
@@ -159,12 +174,12 @@ class _Metadata:
             config["layer_types"] = ["sliding_attention" if flag else "full_attention" for flag in local]
 
     def heads(self, config: dict[str, Any]) -> None:
-        """`head_dim`, `query_pre_attn_scalar`, and the share of a head that is rotated."""
+        """Set `head_dim`, `query_pre_attn_scalar`, and `partial_rotary_factor`."""
         table, heads, hidden = self.architecture, config["num_attention_heads"], config["hidden_size"]
         derived = hidden // heads
         width = self.size("attention.key_length") or derived
         if not width:
-            raise self.error(f"{heads} heads of {hidden} numbers in all")
+            raise self.error(f"{heads} attention heads, but a hidden size of {hidden}, which leaves nothing for a head")
         if (self.size("attention.value_length") or width) != width:
             raise self.error("keys and values of different sizes are not supported")
         if table.head_dim or width != derived:
@@ -178,6 +193,7 @@ class _Metadata:
             config["query_pre_attn_scalar"] = _near_whole(scale**-2) if scale and scale > 0 else usual
 
     def rope(self, config: dict[str, Any]) -> None:
+        """Set `rope_theta` and `rope_scaling`: from the file's tables of factors if there are any, else from keys."""
         config["rope_theta"] = float(self.number("rope.freq_base") or 10000.0)
         tables = [name for name in ROPE_TENSORS if name in self.container.tensors]
         kind, factor = self.get("rope.scaling.type"), self.number("rope.scaling.factor")
@@ -198,6 +214,7 @@ class _Metadata:
             raise self.error(f"{self.prefix}rope.scaling.attn_factor = {attention} is not supported here")
 
     def yarn(self, factor: float | None) -> dict[str, Any]:
+        """YaRN's `rope_scaling` (arXiv:2309.00071)."""
         names = {
             "original_context_length": "original_max_position_embeddings",
             "yarn_attn_factor": "attention_factor",
@@ -210,7 +227,10 @@ class _Metadata:
         return {"rope_type": "yarn", "factor": factor or 1.0, **{k: v for k, v in found.items() if v is not None}}
 
     def longrope(self, config: dict[str, Any], attention: float | None) -> dict[str, Any]:
-        """Phi-3's two tables. `attn_factor` follows from the two context lengths; it is kept where it does not."""
+        """Phi-3's `rope_scaling`, with its two tables.
+
+        The attention factor usually follows from the two context lengths; it is written only where it does not.
+        """
         scaling: dict[str, Any] = {
             "rope_type": "longrope",
             "long_factor": self.table("rope_factors_long.weight"),
@@ -224,8 +244,11 @@ class _Metadata:
         return scaling
 
     def divisors(self, config: dict[str, Any], table: list[float]) -> dict[str, Any]:
-        """llama.cpp keeps Llama 3's scaling as what each frequency is divided by. Where the table is the published one
-        to float32's precision, its name is written; else the numbers themselves, as a longrope that never switches."""
+        """The `rope_scaling` that equals a table of divisors, one for each frequency: llama.cpp's form of Llama 3's.
+
+        Where the table equals a published Llama 3 scaling to float32's precision, that is written as "llama3". Any
+        other table is written as it is, as a longrope whose short and long factors are the same.
+        """
         base, dims, limit = config["rope_theta"], 2 * len(table), config["max_position_embeddings"]
         plain = inverse_frequencies(RopeScaling(), dims=dims, base=base, max_position_embeddings=limit)
         for factor, original in _PUBLISHED_LLAMA3:
@@ -250,6 +273,7 @@ class _Metadata:
         }
 
     def table(self, name: str) -> list[float]:
+        """Read a small float32 vector of positive numbers."""
         entry = self.container.tensors[name]
         if entry.format.dtype != "F32" or entry.format.count != 1 or len(entry.shape) != 1 or entry.shape[0] > 4096:
             raise self.error(f"{name} is {entry.format.name} {list(entry.shape)}, expected a vector of F32")
@@ -259,19 +283,21 @@ class _Metadata:
         return [float(_decimal(float(number))) for number in numbers]
 
     def refuse_unknown(self) -> None:
+        """Raise an error that names the keys nobody read and whose values could affect the results."""
         unknown = []
         for key, value in self.values.items():
             allowed = HARMLESS.get(key, ())
             if key not in self.read and allowed is not None and value not in allowed:
                 unknown.append(f"{quoted(self.prefix + key)} = {brief(value)}")
         if unknown:
-            raise self.error(f"could change the numbers and is not understood: {', '.join(unknown)}")
+            raise self.error(f"metadata that is not understood and could change the numbers: {', '.join(unknown)}")
 
 
 def _decimal(value: int | float) -> int | float:
-    """A float32 as the shortest decimal that means it: 1e-05 was stored, not 9.999999747378752e-06."""
+    """The shortest decimal that rounds to the float32 `value`: 1e-05 was stored, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _near_whole(value: float) -> float:
+    """`value`, or the integer that it equals to a relative 1e-5."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-5) else value

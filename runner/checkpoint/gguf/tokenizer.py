@@ -1,8 +1,8 @@
-"""The tokenizer inside a GGUF file, as the `tokenizer.json` and `tokenizer_config.json` of a hub repository.
+"""The tokenizer inside a GGUF file, turned into the `tokenizer.json` and `tokenizer_config.json` of a hub repository.
 
-Two kinds exist for these architectures. `gpt2`: byte-level BPE with merges, whose words are cut as `tokenizer.ggml.pre`
-says. `llama`: sentencepiece BPE, where scores rank the pieces; sentencepiece's unigram models have a kind of their own
-(`t5`), which no architecture here ships and which is refused.
+The supported architectures use two kinds. `gpt2`: byte-level BPE with merges, which `tokenizer.ggml.pre` tells how to
+cut text into words. `llama`: sentencepiece BPE, where scores rank the pieces. Sentencepiece's unigram models are a
+third kind (`t5`), which no supported architecture uses and which is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from runner.text.tokenizer_files import TokenizerFiles, bounded_template
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
-_NO_ID = (-1, 0xFFFFFFFF)  # how some converters say that there is none
+_NO_ID = (-1, 0xFFFFFFFF)  # what some converters write as the id of a token that does not exist
 _MAX_PIECE = 256  # longer pieces are not split into merges: none exists, and the work grows with the square
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 
@@ -48,14 +48,21 @@ ENDS = frozenset(
         "<｜end▁of▁sentence｜>",
     ]
 )
-"""Tokens that end an answer wherever they exist as control tokens: many files name only one of two."""
+"""Tokens that end an answer wherever they are control tokens: many files name only one of two such tokens."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`tokenizer.ggml.*`, checked: as many types as tokens, no token twice, ids within the vocabulary.
+    """The metadata `tokenizer.ggml.*`, checked: as many types as tokens, no token twice, ids within the vocabulary.
 
-    `ids` holds bos, eos, unk, pad, sep and mask where the file names them; `ends` every id that ends an answer.
+    Attributes:
+        kind: "gpt2" or "llama".
+        tokens: text of each token, by id.
+        types: llama.cpp's type of each token (normal, control, byte, ...), by id.
+        values: every key below `tokenizer.ggml.`.
+        ids: ids of bos, eos, unk, pad, sep and mask, where the file names them.
+        ends: every id that ends an answer.
+        templates: chat templates by name.
     """
 
     kind: str
@@ -68,7 +75,7 @@ class Vocabulary:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What config.json and generation_config.json say of tokens."""
+        """The token ids that config.json and generation_config.json hold."""
         found: dict[str, Any] = {f"{name}_token_id": self.ids[name] for name in ("bos", "pad") if name in self.ids}
         if self.ends:
             found["eos_token_id"] = min(self.ends) if len(self.ends) == 1 else sorted(self.ends)
@@ -76,15 +83,15 @@ class Vocabulary:
 
     @property
     def named(self) -> dict[str, str]:
-        """`bos_token` and the like, as text."""
+        """Text of the named tokens, by their keys in tokenizer_config.json (`bos_token`, ...)."""
         return {f"{name}_token": self.tokens[index] for name, index in self.ids.items()}
 
 
 def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
-    """Read the metadata of a file.
+    """Read and check the vocabulary in a file's metadata.
 
     Raises:
-        TokenizerError: a kind of tokenizer that is not supported, or lists that do not fit each other.
+        TokenizerError: the kind of tokenizer is not supported, or its lists do not fit each other.
     """
     prefix = "tokenizer.ggml."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -93,16 +100,17 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
         raise TokenizerError(f"GGUF: tokenizer {brief(kind)} is not supported; gpt2 and llama are")
     tokens = values.get("tokens")
     if not isinstance(tokens, list) or not tokens:
-        raise TokenizerError("GGUF: tokenizer.ggml.tokens is missing or no list of strings")
+        raise TokenizerError("GGUF: tokenizer.ggml.tokens is missing or not a list of strings")
     types = _numbers(values, "token_type", len(tokens), "iu")
     kinds = [_NORMAL] * len(tokens) if types is None else [int(value) for value in types]
     if kind == "llama":
-        # Pieces that the trainer was told of stand for text, and text has spaces where pieces have this sign.
+        # User-defined pieces are matched in the raw text, which has spaces where the vocabulary writes "▁".
         tokens = [t.replace(_SPACE, " ") if k == _USER_DEFINED else t for t, k in zip(tokens, kinds, strict=True)]
     if len(set(tokens)) != len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
         raise TokenizerError(f"GGUF: tokenizer.ggml.tokens holds {quoted(twice)} twice")
     ids = {name: _id(values, f"{key}_token_id", len(tokens)) for name, key in _NAMED.items()}
+    # The named ends, and every well-known end token: many files name only one of the two that their model writes.
     ends = [_id(values, f"{name}_token_id", len(tokens)) for name in ("eos", "eot", "eom")]
     ends += [index for index, token in enumerate(tokens) if token in ENDS and kinds[index] == _CONTROL]
     return Vocabulary(
@@ -117,6 +125,7 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 def _numbers(values: Mapping[str, Any], key: str, count: int, kinds: str) -> Any:
+    """The array of `count` numbers under a key, None where it is missing; `kinds`: allowed NumPy kinds, as "iu"."""
     found = values.get(key)
     if found is None:
         return None
@@ -126,6 +135,7 @@ def _numbers(values: Mapping[str, Any], key: str, count: int, kinds: str) -> Any
 
 
 def _id(values: Mapping[str, Any], key: str, count: int) -> int | None:
+    """The token id under a key, None where the file has none."""
     index = values.get(key)
     if index is None:
         return None
@@ -135,6 +145,7 @@ def _id(values: Mapping[str, Any], key: str, count: int) -> int | None:
 
 
 def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    """The boolean under a key, `default` where it is missing."""
     value = values.get(key, default)
     if not isinstance(value, bool):
         raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is {brief(value)}, expected true or false")
@@ -142,7 +153,7 @@ def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """`tokenizer.chat_template` is the default; `tokenizer.chat_template.NAME` are others."""
+    """Chat templates by name: `tokenizer.chat_template` as "default", `tokenizer.chat_template.NAME` as NAME."""
     prefix = "tokenizer.chat_template"
     found = {}
     for key, value in metadata.items():
@@ -154,10 +165,14 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def tokenizer_of(vocabulary: Vocabulary, where: Path, rstrip: tuple[str, ...] | None) -> Tokenizer:
-    """The tokenizer itself; `where` begins the message of an error, `rstrip` is the architecture's.
+    """Build the tokenizer of a vocabulary.
+
+    Args:
+        where: the file, with which error messages begin.
+        rstrip: see `Architecture`.
 
     Raises:
-        TokenizerError: scores, merges or the pre-tokeniser are missing, malformed or not known.
+        TokenizerError: scores, merges or the pre-tokenizer are missing, malformed or unknown.
     """
     library = parse_json(json.dumps(document_of(vocabulary, rstrip), ensure_ascii=False), str(where))
     files = TokenizerFiles(named=vocabulary.named, templates=vocabulary.templates)
@@ -165,7 +180,11 @@ def tokenizer_of(vocabulary: Vocabulary, where: Path, rstrip: tuple[str, ...] | 
 
 
 def tokenizer_files(vocabulary: Vocabulary, rstrip: tuple[str, ...] | None) -> dict[str, str]:
-    """The same as files by name; errors as `tokenizer_of`'s."""
+    """Contents of `tokenizer.json` and `tokenizer_config.json`, by name.
+
+    Raises:
+        TokenizerError: for the same reasons as in `tokenizer_of`.
+    """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -185,8 +204,9 @@ def tokenizer_files(vocabulary: Vocabulary, rstrip: tuple[str, ...] | None) -> d
 
 
 def document_of(vocabulary: Vocabulary, rstrip: tuple[str, ...] | None) -> dict[str, Any]:
-    """`tokenizer.json`. Named tokens are special whatever their type; `rstrip`: see `Architecture`."""
+    """The contents of `tokenizer.json`; `rstrip`: see `Architecture`."""
     parts, bos = _gpt2(vocabulary) if vocabulary.kind == "gpt2" else _sentencepiece(vocabulary)
+    # Named tokens and ends of an answer are special whatever their type, as are control and unknown tokens.
     named = set(vocabulary.ids.values()) | vocabulary.ends
     added = []
     for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
@@ -204,6 +224,7 @@ def document_of(vocabulary: Vocabulary, rstrip: tuple[str, ...] | None) -> dict[
                     "special": special,
                 }
             )
+    # BOS and EOS are added around each text where the file, or else the kind of tokenizer, says so.
     first = (
         [vocabulary.ids["bos"]] if "bos" in vocabulary.ids and _flag(vocabulary.values, "add_bos_token", bos) else []
     )
@@ -221,6 +242,8 @@ def document_of(vocabulary: Vocabulary, rstrip: tuple[str, ...] | None) -> dict[
 
 
 def _around(tokens: Sequence[str], first: list[int], last: list[int]) -> dict[str, Any]:
+    """The post-processor that puts the tokens `first` before and `last` after each text."""
+
     def single(sequence: str, kind: int) -> list[dict[str, Any]]:
         before = [{"SpecialToken": {"id": tokens[index], "type_id": kind}} for index in first]
         after = [{"SpecialToken": {"id": tokens[index], "type_id": kind}} for index in last]
@@ -237,6 +260,7 @@ def _around(tokens: Sequence[str], first: list[int], last: list[int]) -> dict[st
 
 
 def _bpe(vocabulary: Vocabulary, merges: list[list[str]], **options: Any) -> dict[str, Any]:
+    """The BPE model of `tokenizer.json`, with `options` in place of the defaults."""
     return {
         "type": "BPE",
         "dropout": None,
@@ -257,6 +281,7 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
 
 
 def _cut(pre: PreTokenizer) -> dict[str, Any]:
+    """The `pre_tokenizer` that cuts text into words by the patterns in turn, then maps bytes to letters."""
     splits = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in pre.patterns
@@ -265,21 +290,25 @@ def _cut(pre: PreTokenizer) -> dict[str, Any]:
 
 
 def _gpt2(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
+    """The parts of `tokenizer.json` for byte-level BPE, and whether BOS is added by default."""
     pre, merges = vocabulary.values.get("pre"), vocabulary.values.get("merges")
     if pre is None:
         raise TokenizerError(
-            "GGUF: no tokenizer.ggml.pre, so how text is cut into words is unknown: the file is from before May 2024, "
-            "fetch a newer conversion"
+            "GGUF: no tokenizer.ggml.pre, so it is unknown how text is cut into words; such files are from before May "
+            "2024: fetch a newer conversion"
         )
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-        raise TokenizerError(f"GGUF: pre-tokeniser {brief(pre)} is not known; these are: {', '.join(PRE_TOKENIZERS)}")
+        raise TokenizerError(f"GGUF: pre-tokenizer {brief(pre)} is not known; known: {', '.join(PRE_TOKENIZERS)}")
     if not isinstance(merges, list):
-        raise TokenizerError("GGUF: tokenizer.ggml.merges is missing or no list of strings")
+        raise TokenizerError("GGUF: tokenizer.ggml.merges is missing or not a list of strings")
+    # Each merge is "left right", and the two joined must be a token.
     pairs = [merge.split(" ") for merge in merges]
     known = set(vocabulary.tokens)
     wrong = next((m for m, p in zip(merges, pairs, strict=True) if len(p) != 2 or "".join(p) not in known), None)
     if wrong is not None:
-        raise TokenizerError(f"GGUF: tokenizer.ggml.merges holds {quoted(wrong)}: not two pieces that make a token")
+        raise TokenizerError(
+            f"GGUF: tokenizer.ggml.merges holds {quoted(wrong)}, expected two pieces that make a token"
+        )
     table = PRE_TOKENIZERS[pre]
     parts = {
         "normalizer": None,
@@ -291,16 +320,20 @@ def _gpt2(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
-    """Sentencepiece BPE joins the adjacent pair whose piece scores highest: the same as merges sorted by score."""
+    """The parts of `tokenizer.json` for sentencepiece BPE, and whether BOS is added by default.
+
+    Sentencepiece joins the adjacent pair whose joined piece has the highest score: BPE with merges sorted by score.
+    """
     scores = _numbers(vocabulary.values, "scores", len(vocabulary.tokens), "fi")
     if scores is None or np.isnan(scores).any():
-        raise TokenizerError("GGUF: tokenizer.ggml.scores is missing or not all numbers")
+        raise TokenizerError("GGUF: tokenizer.ggml.scores is missing, or has NaN among its numbers")
     if _flag(vocabulary.values, "remove_extra_whitespaces", False):
         raise TokenizerError("GGUF: tokenizer.ggml.remove_extra_whitespaces is not supported")
     unknown = vocabulary.ids.get("unk", 0)
     byte_pieces = sum(kind == _BYTE for kind in vocabulary.types)
     if byte_pieces not in (0, 256):
         raise TokenizerError(f"GGUF: {byte_pieces} byte pieces, expected none or 256")
+    # Spaces become "▁" before encoding and come back after decoding, without the one put before the text.
     prefix = _flag(vocabulary.values, "add_space_prefix", True)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [{"type": "Prepend", "prepend": _SPACE}, spaces] if prefix else [spaces]
@@ -325,9 +358,9 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
 
 
 def _merges(vocabulary: Vocabulary, scores: Any) -> list[list[str]]:
-    """Every way to join two pieces into a third, the highest score first.
+    """Every way to join two pieces into a third, the highest score of the joined piece first.
 
-    Only normal pieces take part; one way of many (equal scores) goes by the ids of its halves, as in transformers.
+    Only normal pieces take part. Merges with equal scores are sorted by the ids of their halves, as in transformers.
     """
     index = {
         token: number

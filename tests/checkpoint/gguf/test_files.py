@@ -95,7 +95,7 @@ def test_foreign_tensors_and_types_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'blk.0.attn_sinks.weight' is not part of a llama"):
         GGUF.open(write(tmp_path / "m.gguf", odd, **keys))
     (tmp_path / "n.gguf").write_bytes(header(keys, {"token_embd.weight": ((300, 256), 23, 0)}) + bytes(300 * 136))
-    with pytest.raises(CheckpointError, match=r"has type IQ4_XS, which is not supported; these are: F32.*Q6_K"):
+    with pytest.raises(CheckpointError, match=r"has type IQ4_XS, which is not supported; supported types: F32.*Q6_K"):
         GGUF.open(tmp_path / "n.gguf")
 
 

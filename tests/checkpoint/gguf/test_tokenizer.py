@@ -234,11 +234,11 @@ def test_templates_by_name_and_as_files(tmp_path: Path) -> None:
         ({"eot_token_id": -2}, "eot_token_id is -2"),
         ({"add_bos_token": 1}, "add_bos_token is 1, expected true or false"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is not supported"),
-        ({"model": "gpt2", "pre": "whale"}, "'whale' is not known; these are: gpt-2"),
+        ({"model": "gpt2", "pre": "whale"}, "'whale' is not known; known: gpt-2"),
         ({"model": "gpt2", "pre": None}, "no tokenizer.ggml.pre"),
         ({"model": "gpt2", "pre": "qwen2"}, "merges is missing"),
-        ({"model": "gpt2", "pre": "qwen2", "merges": ["a  b"]}, "'a  b': not two pieces"),
-        ({"model": "gpt2", "pre": "qwen2", "merges": ["zz qq"]}, "'zz qq': not two pieces"),
+        ({"model": "gpt2", "pre": "qwen2", "merges": ["a  b"]}, "'a  b', expected two pieces"),
+        ({"model": "gpt2", "pre": "qwen2", "merges": ["zz qq"]}, "'zz qq', expected two pieces"),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
