@@ -1,8 +1,8 @@
-"""AWQ (arXiv:2306.00978) as AutoAWQ writes it, version "gemm": 4 bits.
+"""AWQ (arXiv:2306.00978) as AutoAWQ writes it: version "gemm", 4 bits.
 
-`qweight` `[in, out / 8]` int32 is packed along the outputs; the eight integers of a word are those of outputs 0, 2, 4,
-6, 1, 3, 5, 7, lowest bits first. `qzeros` `[groups, out / 8]` likewise, `scales` `[groups, out]`. Zero points differ
-from group to group, so MLX's parts are float32.
+`qweight` `[in, out / 8]` int32 is packed along the outputs; the eight integers of a word belong to outputs 0, 2, 4, 6,
+1, 3, 5, 7, lowest bits first. `qzeros` `[groups, out / 8]` is packed the same way; `scales` is `[groups, out]`. Zero
+points differ from group to group, so MLX's scales and biases are float32.
 
 Facts from AutoAWQ 0.2.9 (`modules/linear/gemm.py`, `utils/packing_utils.py`) and transformers 5.23 (`AwqConfig`).
 """
@@ -23,11 +23,11 @@ from runner.errors import WeightsError
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight outputs lies at each place of a word."""
+"""Which of eight outputs each 4-bit place of a word belongs to, lowest bits first."""
 
 
 def layers(raw: Mapping[str, Any], tensors: Tensors) -> list[Layer]:
-    """The quantised layers of a checkpoint whose `quantization_config` is `raw`; no tensor is read.
+    """List the quantized layers of a checkpoint whose `quantization_config` is `raw`; no tensor is read.
 
     Raises:
         ConfigError: an option is not supported.
@@ -46,7 +46,7 @@ def layers(raw: Mapping[str, Any], tensors: Tensors) -> list[Layer]:
     options.one_of("checkpoint_format", "gemm")
     options.one_of("backend", "autoawq", "auto")
     options.one_of("desc_act", False)
-    options.harmless("sym")  # GPTQConfig's, which AwqConfig inherits; zero points are stored in any case
+    options.harmless("sym")  # an option of GPTQConfig that AwqConfig inherits; zero points are stored in any case
     options.words("modules_to_not_convert")
     group_size = options.integer("group_size", 128)
     if group_size < -1 or group_size == 0:
@@ -56,19 +56,23 @@ def layers(raw: Mapping[str, Any], tensors: Tensors) -> list[Layer]:
 
 
 def _layer(name: str, group_size: int, tensors: Tensors) -> Layer:
+    """Check the tensors of one layer, and choose what it becomes."""
     width, words = tensors.shape(f"{name}.qweight", ("I32",), None, None)
     rows = words * 8
     size = width if group_size == -1 else group_size
     groups, _ = tensors.shape(f"{name}.scales", FLOATS, None, rows)
     tensors.shape(f"{name}.qzeros", ("I32",), groups, words)
     if groups != -(-width // size):
-        raise WeightsError(f"{name}.scales: {groups} groups of {width} inputs; config.json says {size} inputs a group")
+        raise WeightsError(
+            f"{name}.scales: {groups} groups for {width} inputs, but config.json says {size} inputs per group"
+        )
     if width % 8:
-        raise WeightsError(f"{name}.qweight: {width} inputs, which do not fill words of 8")
+        raise WeightsError(f"{name}.qweight: {width} inputs, expected a multiple of 8")
     dtype = tensors.headers[f"{name}.scales"].dtype
 
     def codes(read: Read) -> mx.array:
-        # Eight inputs of an output fill a word, and eight outputs come from one: a column of words at a time.
+        # AWQ's words hold eight outputs of one input, MLX's eight inputs of one output. For each place in AWQ's words,
+        # the integers there of eight inputs in a row are gathered into one of MLX's words.
         stored = np.array(read(f"{name}.qweight")).view(np.uint32).reshape(width // 8, 8, words)
         result = np.zeros((rows, width // 8), np.uint32)
         for place, output in enumerate(ORDER):
@@ -85,6 +89,7 @@ def _layer(name: str, group_size: int, tensors: Tensors) -> Layer:
             zeros[:, output::8] = stored >> np.uint32(4 * place) & np.uint32(15)
         return float32(read(f"{name}.scales")).T, zeros.T
 
-    form = None if dtype == "F32" else affine_form(BITS, size, width)  # s z needs more bits than float32 has
+    # With float32 scales, the product s z can need more bits than float32 has.
+    form = None if dtype == "F32" else affine_form(BITS, size, width)
     stored = tuple(f"{name}.{part}" for part in ("qweight", "qzeros", "scales"))
     return Affine(name, (rows, width), stored, form, "F32", dtype, BITS, size, codes, affine)

@@ -1,4 +1,4 @@
-"""A published checkpoint as MLX would have it: each quantised layer under the names of its packed or plain parts."""
+"""A published quantized checkpoint in mlx-lm's form: each layer as `.weight`, `.scales` and `.biases`, or plain."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any], Tensors], list[Layer]]] = {
     "fp8": fp8.layers,
     "compressed-tensors": compressed_tensors.layers,
 }
-"""By `quant_method`."""
+"""The function that lists a checkpoint's quantized layers, by `quant_method`."""
 
 BY_FAMILY = "mxfp4"
-"""Read by the tags of the families that are published so (gpt-oss); `Config.reads_packed` refuses it elsewhere."""
+"""The `quant_method` that a family's own weight tags read (gpt-oss); `Config.reads_packed` refuses it elsewhere."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of a layer under MLX's name; `nbytes` as held in memory."""
+    """Header of one array (weight, scales or biases) that a layer becomes; `nbytes` is its size in memory."""
 
     layer: Layer
     suffix: str
@@ -51,7 +51,13 @@ class Part:
 
 
 class Published:
-    """A `Source` over another: quantised layers are repacked when they are read, one at a time."""
+    """A `Source` over another that turns quantized layers into MLX's form, one array at a time, when they are read.
+
+    Args:
+        source: the published tensors.
+        layers: the quantized layers; the tensors they are stored in disappear from `headers`.
+        hidden: names of further tensors to leave out.
+    """
 
     def __init__(self, source: Source, layers: list[Layer], hidden: frozenset[str]) -> None:
         self.source = source
@@ -62,15 +68,15 @@ class Published:
             for suffix, (dtype, shape) in layer.parts().items():
                 name = layer.name + suffix
                 if name in headers or name in self.parts:
-                    raise WeightsError(f"{quoted(name)} is there both as plain numbers and quantised")
+                    raise WeightsError(f"tensor {quoted(name)} is stored both as plain numbers and quantized")
                 self.parts[name] = Part(layer, suffix, dtype, shape)
         self.headers: Mapping[str, Header] = MappingProxyType({**headers, **self.parts})
 
     def read(self, name: str) -> mx.array:
-        """The tensor `name`; one of a quantised layer is made now.
+        """Return the tensor `name`; an array of a quantized layer is computed now.
 
         Raises:
-            CheckpointError: no such tensor, or a number in it is not what its format allows.
+            CheckpointError: no tensor has this name, or a number in it is not allowed by its format.
         """
         if name not in self.headers:
             raise CheckpointError(f"no tensor {quoted(name)}")
@@ -79,11 +85,11 @@ class Published:
 
 
 def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any], Source]:
-    """`config.json` and tensors of a published quantisation as MLX's form; any other checkpoint comes back as it is.
+    """Turn config and tensors of a published quantization into mlx-lm's form; other checkpoints come back unchanged.
 
     Raises:
-        ConfigError: the method or one of its options is not supported.
-        WeightsError: the tensors are not as the method has them.
+        ConfigError: the quantization method or one of its options is not supported.
+        WeightsError: the tensors do not have the layout of the method.
     """
     raw = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(raw, Mapping) or "quant_method" not in raw or raw["quant_method"] == BY_FAMILY:
@@ -92,14 +98,16 @@ def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any]
     if not isinstance(method, str) or method not in METHODS:
         supported = ", ".join((*METHODS, f"{BY_FAMILY} (gpt-oss)"))
         raise ConfigError(
-            f"config.json: quant_method {short(method)} is not supported; these are: {supported}, and MLX's own"
+            f"config.json: quant_method {short(method)} is not supported; supported: {supported}, and MLX's own"
         )
     if config.get("quantization") is not None:
-        raise ConfigError("config.json: both quantization (MLX's) and a quantization_config with a quant_method")
+        raise ConfigError(
+            "config.json has both quantization (MLX's) and a quantization_config with a quant_method; expected only one"
+        )
     tensors = Tensors(source)
     layers = _alike(METHODS[method](raw, tensors))
     if not layers:
-        raise WeightsError(f"config.json says quant_method {method!r}, but no tensor is quantised so")
+        raise WeightsError(f"config.json says quant_method {method!r}, but no tensor is quantized that way")
     result = {
         name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")
     }
@@ -110,9 +118,13 @@ def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any]
 
 
 def _alike(layers: list[Layer]) -> list[Layer]:
-    """Experts' matrices with the same input are one stacked matrix: where one must become plain numbers, all do."""
+    """Make the experts of a layer alike: where one expert's matrix must become plain numbers, all with its input do.
+
+    The model stacks the experts, and may fuse matrices that have the same input, so they must share one form.
+    """
 
     def stack(layer: Layer) -> tuple[str, int] | None:
+        """The experts that a layer belongs to, and its input size; None for a layer that is not an expert's."""
         found = re.match(r"(.*\.experts)\.\d+\.", layer.name)
         return None if found is None else (found[1], layer.shape[1])
 
@@ -121,7 +133,7 @@ def _alike(layers: list[Layer]) -> list[Layer]:
 
 
 def _quantization(forms: Mapping[str, Form | None]) -> dict[str, Any]:
-    """config.json's `quantization` as mlx-lm writes it: the commonest form, and the layers that differ."""
+    """The `quantization` of config.json as mlx-lm writes it: the most common form, and the layers that differ."""
     counts = Counter(form for form in forms.values() if form is not None)
     if not counts:
         return {}
@@ -131,11 +143,12 @@ def _quantization(forms: Mapping[str, Form | None]) -> dict[str, Any]:
 
 
 def _zero_biases(config: Mapping[str, Any], layers: list[Layer], tensors: Tensors) -> frozenset[str]:
-    """Biases of zeros that older quantisers gave to every layer, also where the family has none."""
+    """Names of all-zero biases that the family does not have: older quantizers gave a bias to every layer."""
     names = [f"{layer.name}.bias" for layer in layers if f"{layer.name}.bias" in tensors.headers]
     zero = frozenset(name for name in names if not np.any(np.array(tensors.read(name).astype(mx.float32))))
     if not zero:
         return zero
+    # A zero bias stays if the model declares it: the family has biases, and this layer's happens to be zero.
     config_class, model_class = find(config)
     declared = plan(model_class, config_class.from_dict(config), None)
     return zero - {leaf.name for array in declared.arrays() for leaf in leaves(array.tree)}

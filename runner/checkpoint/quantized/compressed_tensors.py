@@ -1,18 +1,18 @@
-"""`quant_method` "compressed-tensors": what llm-compressor writes, in six of its formats.
+"""`quant_method` "compressed-tensors": six of the formats that llm-compressor writes.
 
     pack-quantized        `weight_packed` int32: integers + 2^(bits - 1), lowest bits first: MLX's words as they are
-    int-quantized         `weight` int8, with `naive-quantized` as its older name
-    float-quantized       `weight` E4M3, a scale for each block, group, output or matrix
-    nvfp4-pack-quantized  `weight_packed` E2M1, scales E4M3 for 16 inputs, divided by `weight_global_scale`
-    mxfp4-pack-quantized  `weight_packed` E2M1, scales E8M0 for 32 inputs
-    mxfp8-quantized       `weight` E4M3, scales E8M0 for 32 inputs
+    int-quantized         `weight` int8; `naive-quantized` is the older name
+    float-quantized       `weight` E4M3, a scale per block, group, output or matrix
+    nvfp4-pack-quantized  `weight_packed` E2M1, E4M3 scales per 16 inputs, divided by `weight_global_scale`
+    mxfp4-pack-quantized  `weight_packed` E2M1, E8M0 scales per 32 inputs
+    mxfp8-quantized       `weight` E4M3, E8M0 scales per 32 inputs
 
-`w = (q - weight_zero_point) * weight_scale`. `config_groups` describe the layers; which layer is of which group is seen
-from its tensors, all of which must be as one of the groups says. A global scale that is a power of two is taken into
-nvfp4's own scales where these can hold it; under any other the layer becomes plain bfloat16.
+`w = (q - weight_zero_point) * weight_scale`. `config_groups` describe the layers; a layer's tensors show which group it
+belongs to, and must fit it entirely. nvfp4's own scales are divided by a global scale that is a power of two, if they
+can hold the result; with any other global scale, the layer becomes plain bfloat16.
 
-Activations stay as they are where a scheme rounds them as it runs (`dynamic`); static scales for them are refused, as
-are quantised caches, sparsity and transforms. Facts from compressed-tensors 0.20.
+Where a scheme rounds activations at run time (`dynamic`), they are left unrounded; static scales for activations are
+refused, as are quantized caches, sparsity and transforms. Facts from compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -41,7 +41,17 @@ STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 
 @dataclass(frozen=True)
 class Group:
-    """Layers quantised alike: `size` inputs, or a `block`, share a scale."""
+    """The quantization that a group of layers has in common.
+
+    Attributes:
+        format: one of `FORMATS`.
+        type: "int" or "float".
+        bits: bits per weight.
+        symmetric: layers need not have zero points.
+        strategy: one of `STRATEGIES`: which weights share a scale.
+        size: inputs per scale, for the strategies "group" and "tensor_group".
+        block: (rows, columns) per scale, for the strategy "block".
+    """
 
     format: str
     type: str
@@ -52,7 +62,7 @@ class Group:
     block: tuple[int, int] | None
 
     def grid(self, rows: int, width: int) -> tuple[int, int]:
-        """Rows and columns of a block that shares a scale."""
+        """Rows and columns of the blocks that share a scale, in a matrix `[rows, width]`."""
         if self.strategy == "tensor":
             return rows, width
         if self.block is not None:
@@ -61,12 +71,13 @@ class Group:
 
 
 def layers(raw: Mapping[str, Any], tensors: Tensors) -> list[Layer]:
-    """The quantised layers of a checkpoint whose `quantization_config` is `raw`; of tensors, shapes, orders of groups,
-    global scales and powers of two are read.
+    """List the quantized layers of a checkpoint whose `quantization_config` is `raw`.
+
+    Only small tensors are read: shapes, orders of groups, global scales, and scales that may be powers of two.
 
     Raises:
         ConfigError: an option is not supported.
-        WeightsError: a tensor is missing, or not as any of the groups has it.
+        WeightsError: a tensor is missing, or does not fit any of the config groups.
     """
     groups = _groups(raw)
     packed = list(tensors.layers(".weight_packed"))
@@ -75,6 +86,7 @@ def layers(raw: Mapping[str, Any], tensors: Tensors) -> list[Layer]:
 
 
 def _groups(raw: Mapping[str, Any]) -> list[Group]:
+    """Read and check `quantization_config`, and list its groups."""
     options = Options(raw, "quantization_config")
     options.harmless("global_compression_ratio", "version", "run_compressed", "config_groups", "ignore", "format")
     options.one_of("quant_method", "compressed-tensors")
@@ -93,6 +105,7 @@ def _groups(raw: Mapping[str, Any]) -> list[Group]:
 
 
 def _group(name: str, raw: object, common: object) -> Group:
+    """Read and check one of the config groups; `common` is the format of groups that do not have their own."""
     where = f"quantization_config.config_groups.{name}"
     options = Options(raw, where)
     options.words("targets")
@@ -104,19 +117,22 @@ def _group(name: str, raw: object, common: object) -> Group:
     options.finish()
     if options.raw.get("input_activations") is not None:
         inputs = Options(options.raw["input_activations"], f"{where}.input_activations")
-        # "local": the scale of a group is found as it runs, below one for all that only moves its range.
+        # "local": a group's scale is found at run time; a stored scale for the whole tensor only shifts its range.
         inputs.one_of("dynamic", False, True, "local")
         if not inputs.raw.get("dynamic"):
-            raise ConfigError(f"config.json: {where}.input_activations has dynamic = false; static ones are not read")
+            raise ConfigError(
+                f"config.json: {where}.input_activations has dynamic = false, but static activation scales are not read"
+            )
     weights = Options(options.raw.get("weights"), f"{where}.weights")
     weights.harmless("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
     weights.one_of("dynamic", False)
-    weights.one_of("actorder", False, "weight", "static", "group", "dynamic")  # the tensors have the order
+    weights.one_of("actorder", False, "weight", "static", "group", "dynamic")  # the order itself is in `weight_g_idx`
     kind, bits = weights.one_of("type", "int", "float"), weights.integer("num_bits", 8)
     size, block = weights.raw.get("group_size"), weights.size("block_structure")
     weights.harmless("group_size")
     if size is not None and (type(size) is not int or size < -1):
         raise weights.error("group_size", size, "-1 or a positive integer")
+    # Without a strategy, the sizes imply one.
     default = "block" if block else "tensor" if size is None else "channel" if size <= 0 else "group"
     strategy = weights.one_of("strategy", default, *STRATEGIES)
     symmetric = weights.flag("symmetric", True)
@@ -133,7 +149,7 @@ def _group(name: str, raw: object, common: object) -> Group:
 
 
 def _check(group: Group, options: Options) -> None:
-    """Refuse bits and groups that the format does not have."""
+    """Refuse bits, group sizes and strategies that the group's format does not support."""
     form = (group.type, group.bits)
     allowed = {
         "pack-quantized": [("int", 4), ("int", 8)],
@@ -156,6 +172,7 @@ def _check(group: Group, options: Options) -> None:
 
 
 def _packed(name: str, groups: list[Group], tensors: Tensors) -> Layer:
+    """Check the tensors of a layer that has `weight_packed`: bytes hold E2M1, int32 words hold integers."""
     if tensors.headers[f"{name}.weight_packed"].dtype == "U8":
         return _float4(name, groups, tensors)
     rows, words = tensors.shape(f"{name}.weight_packed", ("I32",), None, None)
@@ -164,12 +181,14 @@ def _packed(name: str, groups: list[Group], tensors: Tensors) -> Layer:
     if shape[0] != rows or not 0 < shape[1] <= 8 * words:
         raise WeightsError(f"{name}.weight_shape says {shape}, but {name}.weight_packed is [{rows}, {words}]")
     width = int(shape[1])
+    # The number of words per row tells groups of different bits apart.
     fitting = [g for g in groups if g.format == "pack-quantized" and -(-width * g.bits // 32) == words]
     group = _fitting(name, fitting, (rows, width), tensors)
     return _affine(name, group, (rows, width), tensors, f"{name}.weight_packed")
 
 
 def _stored(name: str, groups: list[Group], tensors: Tensors) -> Layer:
+    """Check the tensors of a layer whose `weight` has one element per weight: int8 or E4M3."""
     rows, width = tensors.shape(f"{name}.weight", ("F8_E4M3", "I8"), None, None)
     kind = "int" if tensors.headers[f"{name}.weight"].dtype == "I8" else "float"
     fitting = [g for g in groups if g.type == kind and g.bits == 8 and g.format != "pack-quantized"]
@@ -179,16 +198,16 @@ def _stored(name: str, groups: list[Group], tensors: Tensors) -> Layer:
     exponents = group.format == "mxfp8-quantized"
     if exponents != (tensors.headers[f"{name}.weight_scale"].dtype in ("U8", "F8_E8M0")):
         dtype = tensors.headers[f"{name}.weight_scale"].dtype
-        raise WeightsError(f"{name}.weight_scale is {dtype}, which is no scale of {group.format}")
+        raise WeightsError(f"{name}.weight_scale is {dtype}, which is not a dtype of scales in {group.format}")
     block = group.grid(rows, width)
     return float8_layer(name, (rows, width), f"{name}.weight_scale", block, tensors, powers=exponents)
 
 
 def _fitting(name: str, groups: list[Group], shape: tuple[int, int], tensors: Tensors) -> Group:
-    """The group whose scales and zero points are as this layer's."""
+    """The first of the groups that fits the layer's scales and zero points."""
     scale = tensors.headers.get(f"{name}.weight_scale")
     if scale is None:
-        raise WeightsError(f"tensor {quoted(f'{name}.weight_scale')} is missing, without which its layer can't be read")
+        raise WeightsError(f"tensor {quoted(f'{name}.weight_scale')} is missing, so its quantized layer cannot be read")
     zeros = f"{name}.weight_zero_point" in tensors.headers
     for group in groups:
         block = group.grid(*shape)
@@ -198,11 +217,12 @@ def _fitting(name: str, groups: list[Group], shape: tuple[int, int], tensors: Te
             return group
     raise WeightsError(
         f"{name}: weights {list(shape)} with scales {list(scale.shape)} and "
-        f"{'' if zeros else 'no '}zero points are as no config_groups of config.json has them"
+        f"{'' if zeros else 'no '}zero points fit none of the config_groups in config.json"
     )
 
 
 def _affine(name: str, group: Group, shape: tuple[int, int], tensors: Tensors, codes: str) -> Layer:
+    """A layer of integers, which are in the tensor `codes`: packed, or int8."""
     rows, width = shape
     packed = group.format == "pack-quantized"
     scale, zero, index = (f"{name}.weight_{part}" for part in ("scale", "zero_point", "g_idx"))
@@ -211,6 +231,7 @@ def _affine(name: str, group: Group, shape: tuple[int, int], tensors: Tensors, c
     dtype = tensors.headers[scale].dtype
     if dtype not in FLOATS:
         raise WeightsError(f"tensor {scale} is {dtype}, expected {' or '.join(FLOATS)}")
+    # Zero points are packed as the weights are, but along the outputs; or they are int8, one for each scale.
     zeros = zero in tensors.headers
     if zeros and packed:
         tensors.shape(zero, ("I32",), -(-rows * group.bits // 32), grid[1])
@@ -222,11 +243,13 @@ def _affine(name: str, group: Group, shape: tuple[int, int], tensors: Tensors, c
     def words(read: Read) -> mx.array:
         if packed:
             return read(codes).view(mx.uint32)
+        # int8 q to the unsigned q + 128 that MLX expects: flip the highest bit. Rows are padded to whole words.
         stored = np.zeros((rows, -(-width // 4) * 4), np.uint8)
         stored[:, :width] = np.array(read(codes)).view(np.uint8) ^ 0x80
         return mx.array(stored).view(mx.uint32)
 
     def affine(read: Read) -> tuple[Array, Array]:
+        # Integers are unsigned here, so a zero point of 0 is the middle of their range; packed ones include it already.
         middle = 1 << (group.bits - 1)
         shifts = np.full((rows, grid[1]), middle, np.int16)
         if zeros and packed:
@@ -253,14 +276,15 @@ def _affine(name: str, group: Group, shape: tuple[int, int], tensors: Tensors, c
 
 
 def _float4(name: str, groups: list[Group], tensors: Tensors) -> Layer:
+    """A layer of E2M1 numbers: nvfp4 where it has a global scale, else mxfp4."""
     rows, half = tensors.shape(f"{name}.weight_packed", ("U8",), None, None)
     width, scale, overall = 2 * half, f"{name}.weight_scale", f"{name}.weight_global_scale"
     nvidia = overall in tensors.headers
     format, size = ("nvfp4-pack-quantized", 16) if nvidia else ("mxfp4-pack-quantized", 32)
     if not any(group.format == format for group in groups):
-        raise WeightsError(f"{name}.weight_packed: of {format}, which no config_groups of config.json has")
+        raise WeightsError(f"{name}.weight_packed: {format}, which none of the config_groups in config.json has")
     if width % size:
-        raise WeightsError(f"{name}.weight_packed: {width} inputs are no groups of {size}")
+        raise WeightsError(f"{name}.weight_packed: {width} inputs do not divide into groups of {size}")
     tensors.shape(scale, ("F8_E4M3",) if nvidia else ("U8", "F8_E8M0"), rows, width // size)
     dtype, divisor = tensors.headers[scale].dtype, np.float32(1)
     if nvidia:
@@ -278,6 +302,8 @@ def _float4(name: str, groups: list[Group], tensors: Tensors) -> Layer:
     def bytes_of(read: Read) -> Array:
         return np.array(read(scale)) if divisor == 1 else np.searchsorted(_POSITIVE, factors(read)).astype(np.uint8)
 
+    # MLX needs whole groups of 32 inputs. A divisor goes into the scales if it is a power of two and every quotient is
+    # an E4M3 number again.
     form = Form(4, size, "nvfp4" if nvidia else "mxfp4") if width % 32 == 0 else None
     if divisor != 1 and (np.frexp(divisor)[0] != 0.5 or not np.isin(factors(tensors.read), _POSITIVE).all()):
         form = None
@@ -287,4 +313,4 @@ def _float4(name: str, groups: list[Group], tensors: Tensors) -> Layer:
 
 
 _POSITIVE = E4M3[:127]
-"""What an E4M3 scale can be: sorted, and its place is its byte."""
+"""The non-negative E4M3 numbers in ascending order, so that a number's index is its byte."""

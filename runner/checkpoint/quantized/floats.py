@@ -1,9 +1,10 @@
-"""Matrices of small floats under scales: E4M3 in 8 bits, E2M1 in 4, and the scales of 8 bits that MLX has itself.
+"""Matrices of small floats with scales: E4M3 (8 bits) and E2M1 (4 bits), and the scales that MLX supports for them.
 
 E4M3 (sign, 4 bits of exponent, 3 of mantissa; no infinity, 0x7f and 0xff are NaN) and E8M0 (a power of two) are
-those of the OCP specifications "8-bit Floating Point" and "Microscaling Formats". MLX multiplies E4M3 with an E8M0
-scale for 32 inputs (mxfp8), E2M1 with an E8M0 scale for 32 (mxfp4) or an E4M3 scale for 16 (nvfp4): a scale that is a
-power of two goes over exactly, any other makes the matrix plain bfloat16, the product of float32 numbers rounded once.
+defined by the OCP specifications "8-bit Floating Point" and "Microscaling Formats". MLX has E4M3 with an E8M0 scale
+per 32 inputs (mxfp8), and E2M1 with an E8M0 scale per 32 (mxfp4) or an E4M3 scale per 16 inputs (nvfp4). Scales that
+MLX's form can hold convert exactly: powers of two, or for nvfp4 E4M3 numbers. With any other scales, the matrix becomes
+plain bfloat16: number times scale, computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from runner.errors import CheckpointError
 
 
 def _e4m3() -> Array:
+    """The value of each E4M3 byte, from the definition: bias 7, subnormals, NaN where all lower bits are set."""
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, code & 7
     size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
@@ -27,17 +29,18 @@ def _e4m3() -> Array:
 
 
 E4M3 = _e4m3()
-"""The number of each byte."""
+"""The E4M3 number of each byte, float32."""
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""The E2M1 number of each 4-bit code."""
 MAX_EXPONENT = 127 + 118
-"""The largest E8M0 scale under which the largest E4M3, 448, is a finite float32."""
+"""The largest E8M0 byte (exponent + 127) whose scale times the largest E4M3 number, 448, is a finite float32."""
 
 
 def read_scales(read: Read, name: str, dtype: str) -> Array:
-    """Scales of any dtype in float32; bytes are exponents (E8M0) where `dtype` is U8 or F8_E8M0.
+    """Read scales of any dtype as float32; bytes are E8M0 exponents where `dtype` is U8 or F8_E8M0.
 
     Raises:
-        CheckpointError: one is not finite.
+        CheckpointError: a scale is not finite, or is larger than 2^118 (E8M0).
     """
     stored = read(name)
     if dtype in ("U8", "F8_E8M0"):
@@ -52,7 +55,8 @@ def read_scales(read: Read, name: str, dtype: str) -> Array:
 
 
 def exponents_of(scales: Array) -> Array | None:
-    """Scales as E8M0 bytes; None where one is no power of two within its range."""
+    """Convert scales to E8M0 bytes; None where a scale is not a power of two, or is out of range."""
+    # `frexp` gives mantissas in [0.5, 1), so a power of two 2^e comes as 0.5 and e + 1.
     mantissa, exponent = np.frexp(scales)
     if not ((mantissa == 0.5) & (exponent >= -126) & (exponent - 1 + 127 <= MAX_EXPONENT)).all():
         return None
@@ -61,10 +65,12 @@ def exponents_of(scales: Array) -> Array | None:
 
 @dataclass(frozen=True)
 class Float8(Layer):
-    """E4M3 `[out, in]` in the tensor `codes`, and a scale for each block of `block = (rows, columns)`.
+    """E4M3 numbers with a scale for each block. Becomes mxfp8 where all scales are powers of two.
 
-    `factors` gives the scales as float32, `[out / rows, in / columns]`, rounded up. Packed (mxfp8) where all of them
-    are powers of two.
+    Attributes:
+        codes: name of the tensor of E4M3 bytes `[out, in]`.
+        block: (rows, columns) that share a scale.
+        factors: reads the scales, float32 `[out / rows, in / columns]`, both sizes rounded up.
     """
 
     codes: str
@@ -81,12 +87,13 @@ class Float8(Layer):
     def words(self, read: Read) -> mx.array:
         codes = read(self.codes)
         if bool(mx.any((codes & 127) == 127)):
-            raise CheckpointError(f"{self.codes}: a weight is not a number")
+            raise CheckpointError(f"{self.codes}: a weight is NaN")
         return codes.view(mx.uint32)
 
     def scale_part(self, read: Read) -> mx.array:
         exponents = exponents_of(self.factors(read))
         assert exponents is not None and self.form is not None, "checked when the form was chosen"
+        # Each row's group of 32 inputs takes the scale of the block that it lies in.
         rows = np.arange(self.shape[0]) // self.block[0]
         columns = np.arange(0, self.shape[1], self.form.group_size) // self.block[1]
         return mx.array(exponents[rows][:, columns])
@@ -94,9 +101,13 @@ class Float8(Layer):
 
 @dataclass(frozen=True)
 class Float4(Layer):
-    """E2M1 `[out, in / 2]` in the tensor `codes`, two in a byte, the first in its low half.
+    """E2M1 numbers with a scale for each group of inputs. Becomes nvfp4 or mxfp4, or plain numbers.
 
-    `factors` gives float32 scales `[out, in / group_size]`; `stored_scales` MLX's bytes, where it is packed.
+    Attributes:
+        codes: name of the tensor `[out, in / 2]`: two numbers per byte, the first in its low half.
+        group_size: inputs per scale.
+        factors: reads the scales, float32 `[out, in / group_size]`.
+        stored_scales: reads the scales as MLX's bytes; used only where `form` is not None.
     """
 
     codes: str
@@ -114,5 +125,5 @@ class Float4(Layer):
         return read(self.codes).view(mx.uint32)
 
     def scale_part(self, read: Read) -> mx.array:
-        self.factors(read)  # refuses scales that are no numbers
+        self.factors(read)  # only to refuse scales that are not finite
         return mx.array(self.stored_scales(read))

@@ -1,11 +1,12 @@
-"""`quant_method` "fp8": E4M3 weights under float scales, as DeepSeek V3 and Qwen 3 are published.
+"""`quant_method` "fp8": E4M3 weights with float scales, the format in which DeepSeek V3 and Qwen 3 are published.
 
-`weight` is `[out, in]`; `weight_scale_inv` (or `weight_scale`, the name vLLM's own files have) is what a weight is
-multiplied with, despite the first name: one for each block of `weight_block_size` (the last ones may be cut short),
-or without one, for each output `[out, 1]` or for the whole matrix. With `scale_fmt` "ue8m0" scales are powers of two.
+`weight` is `[out, in]`. `weight_scale_inv` (or `weight_scale`, the name in vLLM's own files) is what weights are
+multiplied by, despite the first name. There is one scale for each block of `weight_block_size` (the last blocks may be
+cut short) or, without that option, one for each output `[out, 1]` or one for the matrix. With `scale_fmt` "ue8m0" all
+scales are powers of two.
 
-The reference rounds activations to E4M3 as well, to multiply faster; here they are not rounded. Rounding them with a
-scale found beforehand ("static") clips them, too, so that is refused.
+The reference implementation also rounds activations to E4M3, to multiply faster; here they are not rounded. Rounding
+them with a scale found beforehand ("static") would also clip them, so that is refused.
 
 Facts from DeepSeek V3's `inference/kernel.py` and transformers 5.23 (`FineGrainedFP8Config`, `Fp8Dequantize`).
 """
@@ -25,15 +26,16 @@ SCALES = (*FLOATS, "F8_E8M0", "U8")
 
 
 def layers(raw: Mapping[str, Any], tensors: Tensors) -> list[Layer]:
-    """The quantised layers of a checkpoint whose `quantization_config` is `raw`; of tensors, only scales that may be
-    powers of two are read.
+    """List the quantized layers of a checkpoint whose `quantization_config` is `raw`.
+
+    No tensors are read but scales that may be powers of two.
 
     Raises:
         ConfigError: an option is not supported.
         WeightsError: a tensor is missing or has another dtype or shape.
     """
     options = Options(raw, "quantization_config")
-    options.harmless("dequantize")  # whether transformers should unpack it
+    options.harmless("dequantize")  # whether transformers should dequantize on loading
     options.one_of("quant_method", "fp8")
     options.one_of("activation_scheme", "dynamic")
     options.one_of("fmt", "e4m3")
@@ -48,6 +50,7 @@ def layers(raw: Mapping[str, Any], tensors: Tensors) -> list[Layer]:
 
 
 def _layer(name: str, block: tuple[int, int] | None, powers: bool, tensors: Tensors) -> Layer:
+    """Find the scales of one layer; without a block size, their number says what they are for."""
     rows, width = tensors.shape(f"{name}.weight", ("F8_E4M3",), None, None)
     names = [f"{name}.{suffix}" for suffix in ("weight_scale_inv", "weight_scale")]
     scale = names[0] if names[0] in tensors.headers or names[1] not in tensors.headers else names[1]
@@ -59,17 +62,26 @@ def _layer(name: str, block: tuple[int, int] | None, powers: bool, tensors: Tens
 def float8_layer(
     name: str, shape: tuple[int, int], scale: str, block: tuple[int, int], tensors: Tensors, *, powers: bool
 ) -> Layer:
-    """E4M3 `name.weight` under the scales in the tensor `scale`; `powers`: they may be powers of two.
+    """Check the tensors of an E4M3 layer, and choose what it becomes.
+
+    Args:
+        name: name of the layer, whose numbers are in `name.weight`.
+        shape: (out, in).
+        scale: name of the tensor of scales.
+        block: rows and columns that share a scale.
+        powers: the scales may all be powers of two, even if their dtype does not say so.
 
     Raises:
-        WeightsError: the scales are missing, or not as many as there are blocks.
+        WeightsError: the scales are missing, have another dtype, or are not one per block.
     """
     (rows, width), grid = shape, (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    # A single scale may have any shape: [], [1] or [1, 1].
     if not (grid == (1, 1) and tensors.single(scale)):
         tensors.shape(scale, SCALES, *grid)
     dtype = tensors.headers[scale].dtype
     if dtype not in SCALES:
         raise WeightsError(f"tensor {scale} is {dtype}, expected {' or '.join(SCALES)}")
+    # MLX's mxfp8 has a power-of-two scale for each 32 inputs, so blocks must hold whole groups of 32.
     form = None
     if (powers or dtype in ("U8", "F8_E8M0")) and width % 32 == 0 and (block[1] % 32 == 0 or block[1] >= width):
         exponents = exponents_of(read_scales(tensors.read, scale, dtype))

@@ -1,10 +1,11 @@
-"""One quantised matrix of a published checkpoint, and what it becomes: MLX's packed parts, or plain numbers.
+"""A quantized matrix of a published checkpoint, and what it becomes: MLX's quantized arrays, or plain numbers.
 
-Integers q under a scale s and a zero point z, `w = s (q - z)`, are MLX's affine form `scale * q + bias` with the bias
-`-s z`. That is exact with parts in the scales' own dtype where z is a power of two (the middle of the range: symmetric
-quantisation), and with float32 parts for any z where s has 16 bits: the product has at most 11 + 8 bits of mantissa,
-and the sum is a multiple of s's last bit below 2^24 of them. Where it is not exact, where groups follow an order of
-their own (`g_idx`), or are none that MLX has (32, 64, 128, and multiples), the matrix becomes plain numbers.
+Integers q with a scale s and a zero point z, `w = s (q - z)`, equal MLX's affine form `scale * q + bias` with the bias
+`-s z`. This is exact in the scales' own dtype where z is a power of two (the middle of the range: symmetric
+quantization), and exact in float32 for any z where s has 16 bits: the product has at most 11 + 8 bits of mantissa, and
+the sum is a multiple of s's last bit, less than 2^24 times that bit. The matrix becomes plain numbers where the form is
+not exact, where the groups have an order of their own (`g_idx`), or where MLX lacks their size (it has 32, 64 and 128;
+multiples of these are split).
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from runner.errors import CheckpointError
 
 Array = npt.NDArray[Any]
 Read = Callable[[str], mx.array]
-"""A stored tensor by its name."""
+"""A function that reads a stored tensor by name."""
 
 ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
 CHUNK = 1 << 22
-"""Numbers unpacked at once where a matrix becomes plain."""
+"""How many numbers are dequantized at once where a matrix becomes plain."""
 
 BITS = (2, 3, 4, 8)
-"""Bits of integers that the formats here and MLX's affine form have in common."""
+"""Bits per integer that both the formats here and MLX's affine form support."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How MLX packs it."""
+    """How MLX quantizes a matrix: the arguments of `mx.quantize`."""
 
     bits: int
     group_size: int
@@ -45,9 +46,15 @@ class Form:
 
 @dataclass(frozen=True)
 class Layer(ABC):
-    """A matrix `shape = (out, in)` of the layer `name`, stored in the tensors `stored`.
+    """A quantized matrix, and how it is read.
 
-    `form` is None where it becomes plain numbers; these have `dtype`. `scales` is the dtype of the packed form's.
+    Attributes:
+        name: name of the layer, without `.weight`.
+        shape: (out, in).
+        stored: names of the tensors that it is stored in.
+        form: the MLX form that it becomes; None where it becomes plain numbers.
+        scales: dtype of MLX's scales and biases, where `form` is not None.
+        dtype: dtype of the plain numbers, where `form` is None.
     """
 
     name: str
@@ -58,7 +65,7 @@ class Layer(ABC):
     dtype: str
 
     def parts(self) -> dict[str, tuple[str, tuple[int, int]]]:
-        """Dtype and shape of what it becomes, by suffix."""
+        """Dtype and shape of the arrays that the matrix becomes, by suffix."""
         rows, width = self.shape
         if self.form is None:
             return {".weight": (self.dtype, self.shape)}
@@ -67,32 +74,32 @@ class Layer(ABC):
         return {**parts, ".biases": groups} if self.form.mode == "affine" else parts
 
     def part(self, suffix: str, read: Read) -> mx.array:
-        """One of `parts`.
+        """Compute one of `parts`.
 
         Raises:
-            CheckpointError: a number in it is not finite, or not what the format allows.
+            CheckpointError: a number is not finite, or is not allowed by the format.
         """
-        with np.errstate(over="ignore", invalid="ignore"):  # refused when it is rounded
+        with np.errstate(over="ignore", invalid="ignore"):  # `rounded` refuses what is not finite
             if self.form is None:
                 return mx.concatenate([rounded(rows, self.dtype, self.name) for rows in self.numbers(read)])
             return {".weight": self.words, ".scales": self.scale_part, ".biases": self.bias_part}[suffix](read)
 
     def plain(self) -> Self:
-        """The same matrix, to become plain numbers."""
+        """A copy of this layer that becomes plain numbers."""
         return dataclasses.replace(self, form=None)
 
     def row_chunks(self) -> Iterator[slice]:
-        """Rows that make up about `CHUNK` numbers."""
+        """Yield slices of rows that cover the matrix, each of about `CHUNK` numbers."""
         step = max(1, CHUNK // self.shape[1])
         yield from (slice(start, start + step) for start in range(0, self.shape[0], step))
 
     @abstractmethod
     def numbers(self, read: Read) -> Iterator[Array]:
-        """The matrix in float32, some rows `[n, in]` at a time."""
+        """Dequantize to float32, yielding some rows `[n, in]` at a time."""
 
     @abstractmethod
     def words(self, read: Read) -> mx.array:
-        """MLX's packed words `[out, in * bits / 32]`."""
+        """MLX's packed integers, uint32 `[out, in * bits / 32]`."""
 
     @abstractmethod
     def scale_part(self, read: Read) -> mx.array:
@@ -105,14 +112,14 @@ class Layer(ABC):
 
 @dataclass(frozen=True)
 class Affine(Layer):
-    """`w = s (q - z)`, with a scale and a zero point for each group of inputs.
+    """Integers `w = s (q - z)`, with a scale s and a zero point z for each group of inputs.
 
     Attributes:
-        bits: of q.
-        group_size: inputs of a group, as stored.
-        codes: q as MLX's words `[out, in * bits / 32]`.
-        affine: s `[out, groups]` float32, and z int16.
-        order: the group of each input `[in]`, where it is not `i // group_size`.
+        bits: bits per integer q.
+        group_size: inputs per group, as stored.
+        codes: reads q as MLX packs it, uint32 `[out, in * bits / 32]`.
+        affine: reads s, float32 `[out, groups]`, and z, int16 `[out, groups]`.
+        order: reads the group of each input `[in]`; None where it is `i // group_size`.
     """
 
     bits: int
@@ -132,8 +139,9 @@ class Affine(Layer):
         return self._grouped(-(scales * zeros.astype(np.float32)))
 
     def _grouped(self, values: Array) -> mx.array:
-        """`[out, stored groups]` as MLX's groups have it, in the scales' dtype."""
+        """Repeat values `[out, stored groups]` for MLX's groups, in the dtype of the scales."""
         assert self.form is not None
+        # MLX's groups may be smaller than the stored ones: each takes the values of the group that its first input has.
         starts = np.arange(0, self.shape[1], self.form.group_size) // self.group_size
         return rounded(values[:, starts], self.scales, self.name)
 
@@ -148,7 +156,10 @@ class Affine(Layer):
 
 
 def affine_form(bits: int, group_size: int, width: int) -> Form | None:
-    """MLX's form of integers in groups of `group_size`: the largest of its groups that fits into them evenly."""
+    """MLX's form for integers in groups of `group_size`, None where it has none.
+
+    MLX's group size is the largest that divides both `group_size` and the number of inputs, `width`.
+    """
     for size in (128, 64, 32):
         if math.gcd(group_size, width) % size == 0:
             return Form(bits, size, "affine")
@@ -156,9 +167,10 @@ def affine_form(bits: int, group_size: int, width: int) -> Form | None:
 
 
 def unpack(words: Array, bits: int, count: int) -> Array:
-    """Integers of `bits` bits, lowest bits first, from rows of uint32: `[n, words] -> [n, count]` uint8."""
+    """Unpack integers of `bits` bits, lowest bits first: uint32 `[n, words] -> [n, count]` uint8."""
     stream = np.ascontiguousarray(words).view(np.uint8)
     result: Array
+    # 2, 4 and 8 bits divide a byte, so each byte's integers are shifted out at once; 3 bits are collected one by one.
     if 8 % bits == 0:
         places = 8 // bits
         result = np.empty((len(words), stream.shape[1] * places), np.uint8)
@@ -171,13 +183,13 @@ def unpack(words: Array, bits: int, count: int) -> Array:
 
 
 def rounded(values: Array, dtype: str, name: str) -> mx.array:
-    """float32 numbers as `dtype`, rounded to nearest, ties to even; evaluated.
+    """Round float32 numbers to `dtype`, to nearest with ties to even, and evaluate the array.
 
     Raises:
-        CheckpointError: one is not finite, or becomes infinite.
+        CheckpointError: a number is not finite, or becomes infinite; the message begins with `name`.
     """
     number = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}[dtype]
-    # Rounding keeps the order, and a NaN is both the least and the greatest.
+    # Checking two numbers is enough: rounding keeps the order, and NumPy's minimum of numbers with a NaN is NaN.
     extremes = mx.array([float(values.min()), float(values.max())]).astype(number)
     if not bool(mx.all(mx.isfinite(extremes))):
         raise CheckpointError(f"{name}: a scale or weight is not finite, or too large for {dtype}")
@@ -187,5 +199,5 @@ def rounded(values: Array, dtype: str, name: str) -> mx.array:
 
 
 def float32(array: mx.array) -> Array:
-    """Any stored float as NumPy's float32."""
+    """Convert an array of any float dtype to NumPy's float32."""
     return np.array(array.astype(mx.float32))

@@ -1,4 +1,4 @@
-"""`quantization_config`, read key by key: a key or value that nobody reads is refused by name."""
+"""Strict reading of `quantization_config`: a key that is not read, or a value that is not supported, is an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from runner.errors import ConfigError
 
 
 class Options:
-    """The object `raw`; `where` names it in messages. Each method marks the keys it is asked for as read."""
+    """A JSON object of options, read key by key.
+
+    Each method notes the keys it is asked for; `finish` refuses the keys that are left.
+
+    Args:
+        raw: the parsed JSON value.
+        where: its name in messages, such as "quantization_config".
+
+    Raises:
+        ConfigError: `raw` is not an object.
+    """
 
     def __init__(self, raw: object, where: str) -> None:
         if not isinstance(raw, Mapping):
@@ -19,31 +29,31 @@ class Options:
         self.known: set[str] = set()
 
     def harmless(self, *names: str) -> None:
-        """Keys that say nothing about the numbers."""
+        """Accept keys whatever their values, since they do not affect the numbers or are read elsewhere."""
         self.known.update(names)
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """A key that holds an integer."""
+        """The integer under a key; `default` where the key is missing or null."""
         value = self._get(name, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(name, value, "an integer")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
-        """A key that holds true or false."""
+        """The boolean under a key; `default` where the key is missing or null."""
         value = self._get(name, default)
         if not isinstance(value, bool):
             raise self.error(name, value, "true or false")
         return value
 
     def words(self, name: str) -> None:
-        """A list of module names; which modules are packed is read from the tensors, so only its form is checked."""
+        """Check that a key holds a list of module names. The names do not matter: tensors show what is quantized."""
         value = self._get(name, [])
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise self.error(name, value, "a list of module names")
 
     def one_of(self, name: str, *values: object) -> Any:
-        """A key with one of these values; the first stands in where it is missing or null."""
+        """The value under a key, which must be one of `values`; the first is the default for a missing key or null."""
         value = self._get(name, values[0])
         value = value.lower() if isinstance(value, str) else value
         if not any(value == item and type(value) is type(item) for item in values):
@@ -51,7 +61,7 @@ class Options:
         return value
 
     def size(self, name: str) -> tuple[int, int] | None:
-        """Rows and columns of a block, or null."""
+        """The rows and columns of a block, or None where the key is missing or null."""
         value = self._get(name, None)
         if value is None:
             return None
@@ -62,10 +72,10 @@ class Options:
         raise self.error(name, value, "two positive integers")
 
     def finish(self) -> None:
-        """Refuse the keys that are set and were not read.
+        """Check that every key that is set has been read.
 
         Raises:
-            ConfigError: naming them.
+            ConfigError: naming the keys that have not.
         """
         left = [
             f"{name!r} = {short(value)}"
@@ -73,11 +83,13 @@ class Options:
             if name not in self.known and value not in (None, False, [], {})
         ]
         if left:
-            raise ConfigError(f"config.json: {self.where} has {', '.join(left)}: not supported, may change the numbers")
+            raise ConfigError(
+                f"config.json: {self.where} has {', '.join(left)}: not supported, and could change the numbers"
+            )
 
     def error(self, name: str, value: object, expected: str) -> ConfigError:
-        """To be raised: the key's value is not one that is supported."""
-        return ConfigError(f"config.json: {self.where}.{name} = {short(value)} is not supported, only {expected}")
+        """An error that says that the value of a key is not supported, for the caller to raise."""
+        return ConfigError(f"config.json: {self.where}.{name} = {short(value)} is not supported, expected {expected}")
 
     def _get(self, name: str, default: Any) -> Any:
         self.known.add(name)
@@ -86,6 +98,6 @@ class Options:
 
 
 def short(value: object) -> str:
-    """A value as a message shows it."""
+    """Shorten the repr of a value for a message, to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

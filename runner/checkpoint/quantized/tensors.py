@@ -1,4 +1,4 @@
-"""The stored tensors of quantised layers: found by suffix, held against the dtype and shape the format gives them."""
+"""The stored tensors of quantized layers: found by suffix, and checked for the dtype and shape that the format says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOATS = ("F16", "BF16", "F32")
 
 
 class Tensors:
-    """A source seen layer by layer."""
+    """A `Source` with look-ups and checks for quantized layers."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -25,22 +25,22 @@ class Tensors:
         return self.source.headers
 
     def read(self, name: str) -> mx.array:
-        """See `Source`."""
+        """Read the tensor `name`."""
         return self.source.read(name)
 
     def layers(self, suffix: str) -> Iterator[str]:
-        """Names of the layers that have a tensor with this suffix."""
+        """Yield the names of the layers that have a tensor with this suffix."""
         yield from (name.removesuffix(suffix) for name in self.headers if name.endswith(suffix) and name != suffix)
 
     def shape(self, name: str, dtypes: tuple[str, ...], *dims: int | None) -> tuple[int, ...]:
-        """The shape of tensor `name`, which has one of these dtypes and these sizes (None: any but zero).
+        """The shape of tensor `name`, which must have one of `dtypes` and the sizes `dims` (None: any size above zero).
 
         Raises:
-            WeightsError: it is missing, or has another dtype or shape.
+            WeightsError: the tensor is missing, or has another dtype or shape.
         """
         header = self.headers.get(name)
         if header is None:
-            raise WeightsError(f"tensor {quoted(name)} is missing, without which its layer can't be read")
+            raise WeightsError(f"tensor {quoted(name)} is missing, so its quantized layer cannot be read")
         fits = len(header.shape) == len(dims) and all(
             size == dim or (dim is None and size > 0) for size, dim in zip(header.shape, dims, strict=True)
         )
@@ -53,17 +53,21 @@ class Tensors:
         return header.shape
 
     def single(self, name: str) -> bool:
-        """Whether tensor `name` is there and holds one number."""
+        """Whether tensor `name` exists and holds a single number."""
         header = self.headers.get(name)
         return header is not None and all(size == 1 for size in header.shape)
 
     def group_order(self, name: str, width: int, groups: int, group_size: int, *, unset: int | None = None) -> bool:
-        """Whether the tensor `name`, the group of each of `width` inputs, has an order of its own.
+        """Whether the tensor `name`, which gives the group of each input, differs from the usual `i // group_size`.
 
-        False where it is `i // group_size`, where there is none, and where it was never filled in (`unset` throughout).
+        Also False where the tensor does not exist, or holds nothing but `unset`, since it was never filled in.
+
+        Args:
+            width: number of inputs.
+            groups: number of groups.
 
         Raises:
-            WeightsError: it has another dtype or shape, or names a group that there is not.
+            WeightsError: the tensor has another dtype or shape, or holds a number that is not a group's.
         """
         if name not in self.headers:
             return False
