@@ -1,4 +1,4 @@
-"""Chat templates: which one, what it may see, and the text it makes (equal to transformers' `apply_chat_template`)."""
+"""Chat templates: choosing one, checking its inputs, and rendering it to the text that transformers renders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _MAX_COMPILED = 16
 
 @dataclass(frozen=True)
 class ChatInputs:
-    """What one rendering sees: plain JSON-like copies, so that a template meets no object of the caller's."""
+    """Inputs of one rendering: plain JSON-like copies, so that a template gets no object of the caller's.
+
+    `continue_final_message` is the key of the last message that the model is to go on writing; None: a new message.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
@@ -38,10 +41,19 @@ def chat_inputs(
     continue_final_message: bool | str = False,
     **extra: Any,
 ) -> ChatInputs:
-    """Checks and copies a template's inputs as transformers does: keys that are None go, reasoning gets all its names.
+    """Check and copy the inputs of a template, as transformers does.
 
-    `continue_final_message`: True, or the key of the last message that the model is to go on writing.
-    Raises TemplateError for an empty chat, a message that is no mapping, or a value that is not JSON-like.
+    Keys of a message that are None are left out. The reasoning of a message gets the names `thinking` and
+    `reasoning_content`, whichever of its names it came under, since templates read either.
+
+    Args:
+        continue_final_message: True to let the model go on writing the `content` of the last message, or another key of
+            that message.
+        extra: variables for the template.
+
+    Raises:
+        TemplateError: the chat is empty, a message is not a mapping, a value is not JSON-like, or both a generation
+            prompt and a message to continue are asked for.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise TemplateError('messages must be a list of at least one {"role": ..., "content": ...}')
@@ -55,6 +67,7 @@ def chat_inputs(
             raise TemplateError(f"messages[{index}] is a {type(message).__name__}, expected a mapping with a role")
         plain = _plain({key: value for key, value in message.items() if value is not None}, f"messages[{index}]")
         reasoning = next((plain[key] for key in _REASONING if plain.get(key) is not None), None)
+        # The first of the names that is set gives the text; a `thinking` of the message's own stays.
         if reasoning is not None:
             plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
         copied.append(plain)
@@ -65,10 +78,12 @@ def chat_inputs(
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """Deep copy of a JSON-like value; `where` names the value in an error."""
     if depth > _MAX_DEPTH:
         raise TemplateError(f"{where} is nested more than {_MAX_DEPTH} deep")
     if value is None or type(value) in (str, int, float, bool):
         return value
+    # A subclass of str could have methods of its own, which a template would call.
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Mapping):
@@ -84,7 +99,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 class ChatTemplates:
-    """A tokenizer's templates by name, and the variables they all see (`bos_token`, ...)."""
+    """A tokenizer's chat templates, by name, and the variables that all of them can read (`bos_token`, ...)."""
 
     def __init__(self, templates: Mapping[str, str], variables: Mapping[str, str]) -> None:
         self._templates = dict(templates)
@@ -96,8 +111,15 @@ class ChatTemplates:
         return tuple(self._templates)
 
     def choose(self, template: str | None, tools: Sequence[Any] | None) -> str:
-        """The source of a template: by name, or Jinja text itself, or None for the model's own choice, which is
-        `tool_use` where there are tools, else `default`."""
+        """Return the Jinja source of a template.
+
+        `template` is a name, the source itself, or None for the model's choice: the template `tool_use` if there are
+        tools and such a template, otherwise `default`.
+
+        Raises:
+            TemplateError: there is no such template.
+        """
+        # Text without a brace is taken for a mistyped name: as Jinja source it would render every chat the same.
         if template is not None:
             if template not in self._templates and "{" not in template:
                 raise TemplateError(
@@ -119,12 +141,14 @@ class ChatTemplates:
         return f"there are: {', '.join(self._templates)}" if self._templates else "the model has none"
 
     def render(self, source: str, inputs: ChatInputs) -> str:
-        """The text of `inputs` under template `source`, within the limits of `runner.text.template_sandbox`."""
+        """Render `inputs` with the template `source`, within the limits of `runner.text.template_sandbox`."""
         from runner.text.template_sandbox import render_template  # jinja2 only where a chat is rendered
 
+        # To continue a message is to render it with a tag at its end and cut the text off at the tag.
         messages, cut = inputs.messages, inputs.continue_final_message
         if cut is not None:
             messages = _tag_final(messages, cut, source)
+        # Later entries win: no variable of the caller's can replace the messages.
         variables = {
             **self._variables,
             **inputs.extra,
@@ -137,6 +161,7 @@ class ChatTemplates:
         return text if cut is None else _cut_at_tag(text, inputs.messages[-1][cut])
 
     def _code(self, source: str) -> CodeType:
+        """Compiled code of a template; that of the last few templates is kept."""
         from runner.text.template_sandbox import compile_template
 
         if len(source) > _MAX_SOURCE:
@@ -149,7 +174,7 @@ class ChatTemplates:
 
 
 def _size(value: Any) -> int:
-    """Characters and items in a plain value."""
+    """Number of characters and items in a plain value."""
     if isinstance(value, str):
         return len(value) + 1
     if isinstance(value, Mapping):
@@ -160,16 +185,18 @@ def _size(value: Any) -> int:
 
 
 def _tag_final(messages: list[dict[str, Any]], key: str, source: str) -> list[dict[str, Any]]:
-    """The messages with a tag after the text that the model is to continue (transformers' own way and tag)."""
+    """Return the messages with a tag after the text that the model is to continue; way and tag are transformers'."""
     final = messages[-1]
     value = final.get(key)
     if value is None:
         raise TemplateError(f"continue_final_message: the final message has no {key!r:.40} to continue")
+    # A reasoning text stands in the message under several names, and the template may read any of them.
     keys = [name for name in _REASONING if final.get(name) == value] if key in _REASONING else [key]
     if not any(name in source for name in keys):
         raise TemplateError(f"continue_final_message: the chat template does not read {key!r:.40}")
     if isinstance(value, str):
         return [*messages[:-1], {**final, **dict.fromkeys(keys, value + _CONTINUE_TAG)}]
+    # Content in blocks: the tag goes behind the last block of text.
     blocks = list(value) if isinstance(value, (list, tuple)) else []
     for index in reversed(range(len(blocks))):
         if isinstance(blocks[index], dict) and isinstance(blocks[index].get("text"), str):
@@ -179,6 +206,7 @@ def _tag_final(messages: list[dict[str, Any]], key: str, source: str) -> list[di
 
 
 def _cut_at_tag(text: str, final: Any) -> str:
+    """Cut the rendered text where the final message's own text ends."""
     tag = text.rfind(_CONTINUE_TAG.strip())
     wanted = final if isinstance(final, str) else next(b["text"] for b in reversed(final) if "text" in b)
     if tag < 0 or wanted.strip() not in text:

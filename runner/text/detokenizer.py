@@ -1,7 +1,8 @@
-"""From token ids back to text, one id at a time.
+"""Streaming detokenizer: token ids to text, one id at a time.
 
-What `add` and `flush` return, joined, is `Tokenizer.decode` of the same ids; no piece ends inside a character. Each
-kind of decoder has a stream that needs only the token's own string, looked up by id: nothing is rebuilt for an answer.
+The pieces that `add` and `flush` return join to `Tokenizer.decode` of the same ids, and no piece ends inside a
+character. Each common kind of decoder has a stream that needs only the string of the new token, so a token costs the
+same at the end of a long answer as at its start.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from typing import Any, Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WINDOW = 8  # ids of context that a re-decoding stream keeps
-_HELD = 16  # ids that it holds back at most, waiting for the end of a character
+_HELD = 16  # ids that such a stream holds back at most, waiting for the end of a character
 
 
 class TokenStream(Protocol):
-    """Turns tokens into text; `finish` gives what was held back and makes the stream as new."""
+    """Turns tokens into text one by one; `finish` returns the text held back and resets the stream."""
 
     def push(self, token_id: int, token: str) -> str: ...
     def finish(self) -> str: ...
 
 
 class Detokenizer:
-    """`add(id) -> str` for each token of an answer, then `flush() -> str` once; afterwards it starts afresh.
+    """Decodes an answer: call `add` for each of its tokens, then `flush` once, after which the next answer can begin.
 
-    `token_of(id)` is the token's string or None for an id outside the vocabulary, which adds no text, as in `decode`.
+    `token_of` maps an id to the token's string, or to None outside the vocabulary, where an id adds no text, as in
+    `decode`. Ids in `skip` add no text either.
     """
 
     def __init__(self, stream: TokenStream, token_of: Callable[[int], str | None], skip: Container[int]) -> None:
@@ -35,19 +37,19 @@ class Detokenizer:
         self._skip = skip
 
     def add(self, token_id: int) -> str:
-        """The text that is complete now; "" while a character is incomplete or the token is skipped."""
+        """Return the text that this token completes; "" if a character is still incomplete or the token is skipped."""
         if token_id in self._skip:
             return ""
         token = self._token_of(token_id)
         return "" if token is None else self._stream.push(token_id, token)
 
     def flush(self) -> str:
-        """What was held back: an incomplete character becomes U+FFFD."""
+        """Return the text held back, with U+FFFD for an incomplete character, and start afresh."""
         return self._stream.finish()
 
 
 class ByteLevelStream:
-    """GPT-2's byte alphabet: each character of a token stands for one byte (see `byte_alphabet`)."""
+    """Stream for byte-level BPE: each character of a token stands for one byte (see `byte_alphabet`)."""
 
     def __init__(self, alphabet: Mapping[str, int]) -> None:
         self._alphabet = alphabet
@@ -67,9 +69,10 @@ class ByteLevelStream:
 
 
 class PieceStream:
-    """SentencePiece tokens: a mark for the space, `<0xNN>` for a byte, and up to `strip` leading spaces dropped.
+    """Stream for SentencePiece tokens, in which a mark stands for the space and `<0xNN>` for a byte.
 
-    Bytes become text as soon as a character is complete; each byte that belongs to none becomes one U+FFFD.
+    `replacements` turn the mark into a space; up to `strip` spaces at the start of the text are dropped. Bytes become
+    text as soon as a character is complete; each byte that belongs to no character becomes one U+FFFD.
     """
 
     def __init__(self, replacements: Sequence[tuple[str, str]], *, byte_fallback: bool, strip: int) -> None:
@@ -94,14 +97,16 @@ class PieceStream:
         return tail
 
     def _complete(self) -> str:
-        """The characters that are complete in the pending bytes, at most the last three of which stay pending."""
+        """Take the complete characters from the pending bytes; at most the last three bytes stay pending."""
         text = ""
         while self._pending:
             try:
                 whole = self._pending.decode("utf-8")
             except UnicodeDecodeError as error:
+                # Only the start of a character is left: it waits for more bytes.
                 if error.start == 0 and error.reason == "unexpected end of data":
                     break
+                # Take the text before the error or, if there is none, replace the one byte at the start.
                 good = self._pending[: error.start].decode("utf-8")
                 self._pending = self._pending[max(1, error.start) :]
                 text += good or REPLACEMENT
@@ -111,10 +116,12 @@ class PieceStream:
         return text
 
     def _take_pending(self) -> str:
+        """Give up on the pending bytes: one U+FFFD for each."""
         text, self._pending = REPLACEMENT * len(self._pending), b""
         return text
 
     def _emit(self, text: str) -> str:
+        """Return `text`, at the start of the answer without the spaces that are to be dropped."""
         if self._unstripped and text:
             kept = text.lstrip(" ")
             dropped = min(self._unstripped, len(text) - len(kept))
@@ -125,7 +132,7 @@ class PieceStream:
 
 
 class MetaspaceStream:
-    """The Metaspace decoder: the mark is a space, except in the first token where `drop_first` removes it."""
+    """Stream for the Metaspace decoder: the mark becomes a space or, in the first token with `drop_first`, nothing."""
 
     def __init__(self, mark: str, *, drop_first: bool) -> None:
         self._mark = mark
@@ -143,7 +150,7 @@ class MetaspaceStream:
 
 
 class WindowStream:
-    """Any other decoder: decode the last few ids with and without the new one; the difference is the new text."""
+    """Stream for any other decoder: decodes the last few ids with and without the new ones and takes the difference."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
@@ -153,6 +160,7 @@ class WindowStream:
     def push(self, token_id: int, token: str) -> str:
         self._held.append(token_id)
         text = self._new_text()
+        # U+FFFD at the end can be half a character; after `_HELD` ids it is taken for broken bytes and shown.
         if text.endswith(REPLACEMENT) and len(self._held) < _HELD:
             return ""
         self._settle()
@@ -167,24 +175,29 @@ class WindowStream:
         return self._decode([*self._context, *self._held])[len(self._decode(self._context)) :]
 
     def _settle(self) -> None:
+        """Make the held ids part of the context, of which the last few are kept."""
         self._context = [*self._context, *self._held][-_WINDOW:]
         self._held = []
 
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """Which stream suits a tokenizer, found once when it is loaded.
-
-    `keeps_characters`: in a run of byte tokens that is not all UTF-8 the stream keeps the characters that are whole,
-    where the library's decoder gives U+FFFD for every byte of the run; `decode` then follows the stream.
-    """
+    """The kind of stream that suits a tokenizer, found once when the tokenizer is loaded."""
 
     make: Callable[[], TokenStream]
+    """Makes a new stream."""
     keeps_characters: bool = False
+    """Whether the stream keeps whole characters in a run of byte tokens that is not all UTF-8.
+
+    The library's decoder gives U+FFFD for every byte of such a run; `decode` then follows the stream.
+    """
 
 
 def plan_decoder(spec: Mapping[str, Any] | None, decode: Callable[[Sequence[int]], str]) -> DecoderPlan:
-    """The stream for tokenizer.json's `decoder` section; `decode` serves the kinds that have none of their own."""
+    """Choose the stream for `spec`, the `decoder` section of a tokenizer.json.
+
+    `decode` is the library's own decoding, for the kinds of decoder that have no stream of their own.
+    """
     steps = _steps(spec)
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -202,6 +215,7 @@ def plan_decoder(spec: Mapping[str, Any] | None, decode: Callable[[Sequence[int]
 
 
 def _steps(spec: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a decoder in order, with nested sequences flattened."""
     if spec is None:
         return []
     if spec["type"] == "Sequence":
@@ -212,7 +226,11 @@ def _steps(spec: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 def _piece_arguments(
     steps: Sequence[Mapping[str, Any]], kinds: Sequence[str]
 ) -> tuple[list[tuple[str, str]], bool, int] | None:
-    """What `PieceStream` needs, if the steps are Replace*, ByteFallback?, Fuse?, Strip? in this order, else None."""
+    """Arguments of `PieceStream` (replacements, byte fallback, strip); None if it cannot do what the steps do.
+
+    The steps must be Replace (once or more), then ByteFallback, Fuse and Strip, of which each may be missing; Strip
+    needs Fuse before it, since it would otherwise strip every token.
+    """
     replaces = [step for step in steps if step["type"] == "Replace"]
     rest = list(kinds[len(replaces) :])
     if not replaces or list(kinds[: len(replaces)]) != ["Replace"] * len(replaces):
@@ -220,6 +238,7 @@ def _piece_arguments(
     if rest not in ([], ["Fuse"], ["ByteFallback"], ["ByteFallback", "Fuse"], ["Fuse", "Strip"],
                     ["ByteFallback", "Fuse", "Strip"]):  # fmt: skip
         return None
+    # `PieceStream` replaces plain strings only, and strips only spaces and only at the start of the text.
     if not all(step["pattern"].get("String") for step in replaces):
         return None
     strip = 0
@@ -232,7 +251,7 @@ def _piece_arguments(
 
 
 def byte_of(token: str) -> int | None:
-    """The value of a byte token `<0xNN>`, else None."""
+    """Value of a byte token `<0xNN>`; None for any other token."""
     if len(token) != 6 or not token.startswith("<0x") or token[5] != ">":
         return None
     try:
@@ -242,7 +261,10 @@ def byte_of(token: str) -> int | None:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's table (openai/gpt-2, encoder.py): printable Latin-1 bytes are themselves, the others 256, 257, ..."""
+    """GPT-2's table from character to byte (openai/gpt-2, encoder.py).
+
+    Printable Latin-1 characters stand for their own byte; those from U+0100 on stand for the other bytes in order.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -1,10 +1,10 @@
-"""Where special tokens stand in a text, and whose they are: the chat template's (parsed) or a user's (plain text).
+"""Finds special tokens in text and tells those of the chat template (parsed) from those of a user (plain text).
 
 A chat's strings may spell a special token (`<|im_end|>`), which must not end the user's turn. Before rendering, each
-such spelling is wrapped in two private marker characters; afterwards the markers are taken out again and every match
-that touches a marked spelling stays plain text. A string that ends or starts with *part* of a token gets one marker
-there, so that two strings set side by side cannot form a token either. Not covered: templates that change letters
-(`content | lower`) into a token that no string spelled.
+such spelling is put between two marker characters from a private use area; after rendering the markers are removed, and
+every match that touches a marked spelling stays plain text. A string that starts or ends with *part* of a token gets
+one marker there, so that two strings side by side cannot form a token either. Not covered: a template that changes
+letters (`content | lower`) into a token that no string spelled.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _PRIVATE_FIRST, _PRIVATE_LAST = 0xF0000, 0xFFFFD  # supplementary private use ar
 
 @dataclass(frozen=True)
 class AddedToken:
-    """One token outside the model's own merges, with the flags of tokenizer.json.
+    """A token that is matched as a whole before the model splits the text, with the flags that tokenizer.json gives it.
 
-    `lstrip`/`rstrip`: white space on that side belongs to the token. `single_word`: only between non-word characters.
-    `normalized`: matched after normalisation. `id` is None where the files leave it to the vocabulary's order.
+    `lstrip`/`rstrip`: white space on that side belongs to the token. `single_word`: matches only between non-word
+    characters. `normalized`: matched after normalisation. `id`: None if the files leave it to the vocabulary's order.
     """
 
     content: str
@@ -37,7 +37,7 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Match:
-    """Text `[start, end)` is the token `id`, swallowed white space included."""
+    """Place of the token `id` in a text: characters `[start, end)`, with white space that belongs to the token."""
 
     start: int
     end: int
@@ -46,16 +46,17 @@ class Match:
 
 @dataclass(frozen=True)
 class Marked:
-    """A rendered text without its markers. `covered`: the characters that spell a token in a user's string; `breaks`:
-    where a marker stood, before this character, so that no token may reach across."""
+    """A rendered text without its markers, and where they stood."""
 
     text: str
     covered: frozenset[int]
+    """Indices of the characters that spell a token in a user's string."""
     breaks: frozenset[int]
+    """Indices of the characters that had a marker right before them, across which no token may reach."""
 
 
 class TokenScanner:
-    """Finds added tokens in text: leftmost first, then longest, never overlapping."""
+    """Finds added tokens in text: of those that overlap the leftmost, of those that start together the longest."""
 
     def __init__(self, tokens: Iterable[tuple[AddedToken, int]]) -> None:
         self._tokens = {token.content: (token, token_id) for token, token_id in tokens if token.content}
@@ -64,10 +65,11 @@ class TokenScanner:
         self._starts = re.compile(f"[{starts}]") if starts else None
 
     def find(self, text: str, marked: Marked | None = None) -> list[Match]:
-        """Every token in `text`, in order; with `marked`, only those that no user's string had a part in."""
+        """Find every token in `text`, in order; with `marked`, only those that no user's string had a part in."""
         found: list[Match] = []
         taken = 0
         for start, end in self._spellings(text, marked):
+            # White space goes to the token, as far as the token before has not taken it.
             token, token_id = self._tokens[text[start:end]]
             while token.lstrip and start > taken and text[start - 1].isspace():
                 start -= 1
@@ -78,9 +80,11 @@ class TokenScanner:
         return found
 
     def _spellings(self, text: str, marked: Marked | None) -> Iterable[tuple[int, int]]:
+        """Start and end of each token in `text`, without white space around it."""
         if self._starts is None:
             return
         position = 0
+        # Only places where some token's first character stands are tried, longest token first.
         while candidate := self._starts.search(text, position):
             start = candidate.start()
             end = next((start + n for n in self._lengths if self._accepts(text, start, start + n, marked)), None)
@@ -89,11 +93,13 @@ class TokenScanner:
             position = start + 1 if end is None else end
 
     def _accepts(self, text: str, start: int, end: int, marked: Marked | None) -> bool:
+        """Whether `text[start:end]` is a token that may be matched at this place."""
         entry = self._tokens.get(text[start:end]) if end <= len(text) else None
         if entry is None:
             return False
         if entry[0].single_word and (_is_word(text[start - 1 : start]) or _is_word(text[end : end + 1])):
             return False
+        # A break at `start` itself is harmless: the token lies on one side of it.
         if marked is None:
             return True
         return not (
@@ -103,18 +109,20 @@ class TokenScanner:
 
     @cached_property
     def _heads(self) -> frozenset[str]:
+        """Proper prefixes of all tokens."""
         return frozenset(content[:n] for content in self._tokens for n in range(1, len(content)))
 
     @cached_property
     def _tails(self) -> frozenset[str]:
+        """Proper suffixes of all tokens."""
         return frozenset(content[n:] for content in self._tokens for n in range(1, len(content)))
 
     def touches(self, value: Any) -> bool:
-        """Whether any string in `value` (JSON-like, keys included) spells a token, or a part to be completed."""
+        """Whether any string in `value` (JSON-like, keys included) spells a token, or part of a token at either end."""
         return any(self._mark(text, "[", "]") != text for text in _strings(value))
 
     def mark(self, value: Any, markers: tuple[str, str]) -> Any:
-        """`value` with each token that its strings and keys spell put between the two markers."""
+        """Return `value` with each token that its strings and keys spell put between the two markers."""
         if isinstance(value, str):
             return self._mark(value, *markers)
         if isinstance(value, Mapping):
@@ -132,7 +140,7 @@ class TokenScanner:
             pieces += [text[position:start], opening, text[start:end], closing]
             position = end
         pieces.append(text[position:])
-        # Parts of tokens at either end, inside the white space that a template may trim away.
+        # Parts of tokens at either end get a marker inside the white space, which a template may trim away.
         core = text.strip()
         longest = min(self._lengths[0] - 1, len(core))
         if any(core[:n] in self._tails for n in range(1, longest + 1)):
@@ -144,7 +152,7 @@ class TokenScanner:
         return "".join(pieces)
 
     def unmark(self, text: str, markers: tuple[str, str]) -> Marked:
-        """The rendered `text` without markers, and where they stood."""
+        """Remove the markers from the rendered `text` and return it with the places where they stood."""
         opening, closing = markers
         pieces: list[str] = []
         covered: set[int] = set()
@@ -164,7 +172,7 @@ class TokenScanner:
 
 
 def choose_markers(*values: Any) -> tuple[str, str]:
-    """Two private-use characters that stand nowhere in `values` (strings and JSON-like data)."""
+    """Choose two private-use characters that occur nowhere in `values` (strings and JSON-like data)."""
     used = {
         character for value in values for text in _strings(value) for character in text if character >= "\U000f0000"
     }
@@ -173,6 +181,7 @@ def choose_markers(*values: Any) -> tuple[str, str]:
 
 
 def _strings(value: Any) -> Iterable[str]:
+    """Every string in JSON-like data, keys of mappings included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Stop strings, matched on text: a stop that begins in one token and ends in another is found, and none of it leaks."""
+"""Stop strings, matched on text rather than ids: one that spans several tokens is found, and no part of it is shown."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from runner.errors import UsageError
 
 
 class StopMatcher:
-    """Feed pieces of text; get back what is safe to show. Holds back only what could still become a stop string."""
+    """Finds stop strings in text that arrives in pieces; holds back only text that could still become a stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Raises `UsageError` for what is no text, and an empty one, which would end every answer before it begins."""
+        """Match any of `stops`.
+
+        Raises:
+            UsageError: a stop string is not a string, or is empty, which would end every answer before it begins.
+        """
         if not all(isinstance(stop, str) for stop in stops):
             raise UsageError(f"stop strings must be text, not {stops!r}")
         if any(not stop for stop in stops):
@@ -21,7 +25,10 @@ class StopMatcher:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """Text that may be shown, and whether a stop was found: then nothing after it is ever shown."""
+        """Take the next piece; return the text that may now be shown and whether a stop string was found.
+
+        The text ends before the stop string; what follows the stop string is dropped.
+        """
         if not self._stops:
             return text, False
         self._held += text
@@ -29,18 +36,19 @@ class StopMatcher:
         if starts:
             shown, self._held = self._held[: min(starts)], ""
             return shown, True
+        # The tail that begins a stop string waits for the next piece; all before it can be in no stop string.
         keep = self._pending()
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """Return the text held back, once no more text comes."""
         tail, self._held = self._held, ""
         return tail
 
     def _pending(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is the beginning of a stop string."""
         for size in range(min(self._longest - 1, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-size:]) for stop in self._stops):
                 return size

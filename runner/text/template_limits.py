@@ -1,4 +1,4 @@
-"""What one chat template may spend, and how large each thing that it makes may get."""
+"""Limits on what the rendering of a chat template may cost: steps, time, and the size of the values it makes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from runner.errors import TemplateError
 
 _STEPS = 200_000
 _SECONDS = 3.0
-_TEXT = 1 << 20  # characters that one value may have, beyond what the inputs bring
-_WORK = 64  # the sum over all values made, in units of one value's limit
-_WIDTH = 10_000  # fields, indents and the like
+_TEXT = 1 << 20  # characters that one value may have, besides four for each character of the inputs
+_WORK = 64  # limit on the sum over all values made, as a multiple of the limit on one value
+_WIDTH = 10_000  # largest width of a formatted field, an indent and the like
 _INT_BITS = 4096
 _NESTING = (list, tuple, dict, set, frozenset, KeysView, ValuesView, ItemsView)
 
 
 class Budget:
-    """What one rendering may still spend. `size`: characters and items of its inputs, which raise the limits."""
+    """What one rendering may still spend.
+
+    `size` is the number of characters and items in the template and its inputs; limits on text and steps grow with it.
+    """
 
     def __init__(self, size: int) -> None:
         self.text_limit = _TEXT + 4 * size
@@ -28,26 +31,28 @@ class Budget:
         self._deadline = time.monotonic() + _SECONDS
 
     def step(self) -> None:
+        """Count one step; raises `TemplateError` when steps or time run out."""
         self._steps -= 1
         if self._steps < 0 or time.monotonic() > self._deadline:
             raise TemplateError("the chat template takes too many steps: its loops are refused; use another template")
 
     def check(self, length: int) -> None:
-        """Refuses a text or list of `length` that is about to be made."""
+        """Raise `TemplateError` if a text or list of `length`, which is about to be made, would be too long."""
         if length > self.text_limit:
             raise TemplateError(
                 f"the chat template makes {_shown(length)} characters at once, more than the {self.text_limit} allowed"
             )
 
     def check_bits(self, bits: int) -> None:
-        """The same for a whole number of so many bits."""
+        """Raise `TemplateError` if an integer of `bits` bits, which is about to be made, would be too large."""
         if bits > _INT_BITS:
             raise TemplateError(f"the chat template makes a number of {_shown(bits)} bits, more than {_INT_BITS}")
 
     def charge(self, value: Any) -> Any:
-        """Counts a value that was just made, and returns it."""
+        """Charge the budget for a value that was just made, and return the value."""
         if isinstance(value, (str, bytes)):
             length = len(value)
+        # An item is a pointer of eight bytes, whatever it points to.
         elif isinstance(value, (list, tuple, dict, set)):
             length = 8 * len(value)
         elif isinstance(value, int):
@@ -62,10 +67,14 @@ class Budget:
         return value
 
     def walk(self, value: Any, indent: int = 0) -> Any:
-        """Refuses containers whose contents, written out (each level `indent` deeper), would pass the limit."""
+        """Return `value`; raise `TemplateError` if writing it out, `indent` deeper for each level, would be too long.
+
+        A container counts as often as it occurs: nested pairs `[x, x]` are small in memory and endless in print.
+        """
         if not isinstance(value, _NESTING):
             return value
         left = self.text_limit
+        # A stack instead of recursion, so that deep nesting is not an error of its own.
         waiting: list[tuple[Any, int]] = [(value, 0)]
         while waiting:
             item, depth = waiting.pop()
@@ -81,13 +90,14 @@ class Budget:
 
 
 def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
-    """Refuses `left operator right` where the result would be too large to make."""
+    """Raise `TemplateError` if the result of `left operator right` would be too large."""
     if operator == "*":
         for value, times in ((left, right), (right, left)):
             if isinstance(value, (str, bytes, list, tuple)) and isinstance(times, int):
                 budget.check(len(value) * max(times, 0) * (1 if isinstance(value, (str, bytes)) else 8))
         if isinstance(left, int) and isinstance(right, int):
             budget.check_bits(left.bit_length() + right.bit_length())
+    # Adding to a Markup (a subclass of str) escapes the other side, up to five characters for one: six is safe.
     elif operator == "+" and isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
         budget.check((len(left) + len(right)) * (6 if isinstance(left, str) and type(left) is not str else 1))
     elif operator == "%" and isinstance(left, str):
@@ -97,7 +107,10 @@ def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None
 
 
 def check_format(budget: Budget, template: str, values: Any, *, nested: bool) -> None:
-    """Refuses wide fields, in the template or (where a width comes from a value) among the values."""
+    """Raise `TemplateError` if formatting `template` with `values` makes a wide field or too long a text.
+
+    `nested`: a width may come from a value (`%*d`, `{:{}}`), so that numbers among the values are checked as widths.
+    """
     listed = [*values.values()] if isinstance(values, dict) else [*values] if isinstance(values, tuple) else [values]
     numbers_in = re.findall(r"\d+", template)
     wide = any(len(digits) > 6 or int(digits) > _WIDTH for digits in numbers_in)
@@ -107,6 +120,7 @@ def check_format(budget: Budget, template: str, values: Any, *, nested: bool) ->
         wide = wide or any(abs(n) > _WIDTH for n in numbers) or any(re.search(r"\d{5}", text) for text in texts)
     if wide:
         raise TemplateError(f"the chat template formats a field wider than {_WIDTH}")
+    # An upper bound: every field is as long as the longest value or the widest width.
     longest = max((len(str(value)) for value in listed if isinstance(value, (str, *_NESTING))), default=0)
     fields = template.count("{") + template.count("%")
     width = max([_WIDTH if nested else 0, *(int(digits) for digits in numbers_in)])
@@ -116,7 +130,10 @@ def check_format(budget: Budget, template: str, values: Any, *, nested: bool) ->
 def check_text_call(
     budget: Budget, name: str, text: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Refuses a text method whose result would be too long; returns the arguments, an iterable among them as a list."""
+    """Raise `TemplateError` if the result of the string method `name` would be too long.
+
+    Returns the arguments of the method, with the iterable given to `join`, which measuring uses up, as a list.
+    """
     if name in ("center", "ljust", "rjust", "zfill") and args and isinstance(args[0], int):
         budget.check(args[0])
     elif name == "expandtabs":
@@ -132,10 +149,14 @@ def check_text_call(
 
 
 def check_filter(budget: Budget, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The same for filters; the first argument is the value that is filtered."""
+    """Raise `TemplateError` if the result of the filter `name` would be too large; `args[0]` is the filtered value.
+
+    Returns the arguments of the filter, with an iterable that measuring uses up as a list.
+    """
     if not args:
         return args
     value, options = args[0], [*args[1:], *kwargs.values()]
+    # Any number among the options may be the width, and any text the string that is repeated.
     if name in ("center", "indent", "round", "batch", "slice", "tojson"):
         widths = [*(len(o) for o in options if isinstance(o, str)), *(o for o in options if isinstance(o, int))]
         width = max((abs(number) for number in widths), default=0)
@@ -146,6 +167,7 @@ def check_filter(budget: Budget, name: str, args: tuple[Any, ...], kwargs: Mappi
         if name == "tojson":
             separators = [len(part) for option in options if isinstance(option, tuple) for part in option]
             budget.walk(value, max([width, *separators]))
+    # `list` copies a container and looks no deeper; `join` and `sum` go through the contents.
     elif name in ("join", "sum", "list"):
         items = list(value) if name == "list" else budget.walk(list(value))
         separator = options[0] if options and isinstance(options[0], str) else ""
@@ -157,10 +179,12 @@ def check_filter(budget: Budget, name: str, args: tuple[Any, ...], kwargs: Mappi
         budget.check(len(str(value)) + str(value).count(old) * len(new))
     elif name == "format":
         check_format(budget, str(value), tuple(options), nested="*" in str(value))
+    # A number of n digits has more than 3n bits, and converting it takes time that is quadratic in n.
     elif name == "int" and isinstance(value, str):
         budget.check(0 if len(value) < _INT_BITS else budget.text_limit + 1)
     return args
 
 
 def _shown(number: int) -> str:
+    """`number` for a message; Python refuses to print integers of thousands of digits."""
     return str(number) if number < 10**15 else "over 10**15"

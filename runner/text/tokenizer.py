@@ -1,4 +1,4 @@
-"""Text to ids and back, and chats to either: one interface over every file a vocabulary comes in."""
+"""`Tokenizer`: text to ids and back, and chats to text or ids, whichever files the vocabulary comes in."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MAX_ID = 1 << 31
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer; ids equal transformers' for the same files (differences: docs of the backends).
+    """A checkpoint's tokenizer.
 
-    Safe to share between threads. Text is untrusted: a string such as `<|im_end|>` in it is plain text unless
-    `parse_special` says otherwise.
+    Its ids equal those of transformers for the same files; the backends' docstrings list the differences. Safe to share
+    between threads. Text is untrusted: a string such as `<|im_end|>` in it is plain text unless `parse_special` is set.
     """
 
     def __init__(self, backend: Backend, files: TokenizerFiles) -> None:
@@ -41,17 +41,19 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
-        """Reads the first of `SOURCES` that is there, and the small files beside it.
+        """Load the tokenizer of the directory `path`: the first of `SOURCES` that is there, and the small files.
 
-        Raises TokenizerError where all are missing (naming what the directory holds) or a file is malformed.
+        Raises:
+            TokenizerError: the directory has no tokenizer (the message lists what it holds), or a file is malformed.
         """
         directory = Path(path)
         if not directory.is_dir():
-            raise TokenizerError(f"{directory} is no directory: expected one that holds a tokenizer.json")
+            raise TokenizerError(f"{directory} is not a directory: expected one that holds a tokenizer.json")
         files = read_tokenizer_files(directory)
         for names, backend in SOURCES.items():
             if all((directory / name).is_file() for name in names):
                 return cls(backend(directory, files), files)
+        # A directory of weights can hold hundreds of files; a dozen names show what it is.
         held = sorted(entry.name for entry in directory.iterdir())
         listed = ", ".join(held[:12]) + (f" and {len(held) - 12} more" if len(held) > 12 else "")
         wanted = ", ".join(" + ".join(names) for names in SOURCES)
@@ -62,17 +64,17 @@ class Tokenizer:
 
     @property
     def kind(self) -> str:
-        """ "tokenizer.json", "tekken.json", "sentencepiece", "tiktoken" or "vocab.json + merges.txt"."""
+        """Format: "tokenizer.json", "tekken.json", "sentencepiece", "tiktoken" or "vocab.json + merges.txt"."""
         return self._backend.kind
 
     @property
     def vocab_size(self) -> int:
-        """Ids `[0, vocab_size)`, added tokens included; a model's logits may be padded beyond it."""
+        """Number of ids, added tokens included; ids are in `[0, vocab_size)`. A model's logits may be padded beyond."""
         return self._backend.vocab_size
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        """Every special token and its id."""
+        """Id of each special token, by its text."""
         return self._backend.special
 
     @property
@@ -85,24 +87,29 @@ class Tokenizer:
         return self._templates.names
 
     def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = False) -> list[int]:
-        """Ids of `text`, with BOS/EOS where the tokenizer adds them.
+        """Return the ids of `text`. Added tokens that are not special are always recognised, as in transformers.
 
-        `parse_special`: strings of special tokens in `text` become those tokens (transformers' default). A rendered
-        chat has its BOS already: pass `add_special_tokens=False` with it, or take `apply_chat_template`'s ids. Added
-        tokens that are not special are always recognised, as in transformers.
-        Raises TokenizerError for text that is not Unicode (lone surrogates).
+        Args:
+            text: the text to encode.
+            add_special_tokens: add BOS and EOS if the tokenizer is set up to. A rendered chat has its BOS already: pass
+                False with it, or use the ids that `apply_chat_template` returns.
+            parse_special: turn the strings of special tokens in `text` into those tokens (the default of transformers).
+
+        Raises:
+            TokenizerError: `text` is not valid Unicode (it has a lone surrogate).
         """
         return self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens, parse_special=parse_special)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; ids outside the vocabulary add none. Bytes that are no UTF-8 become U+FFFD.
+        """Return the text of `ids`. Ids outside the vocabulary add no text; bytes that are not UTF-8 become U+FFFD.
 
-        Raises TokenizerError for a negative id.
+        Raises:
+            TokenizerError: an id is negative, or 2**31 or more.
         """
         return self._backend.decode([_checked_id(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """A fresh streaming decoder; what its pieces join to is `decode` of the ids."""
+        """Return a new streaming decoder, whose pieces joined together equal `decode` of the same ids."""
         skip = self._special_ids if skip_special_tokens else frozenset()
         return Detokenizer(self._backend.plan.make(), lambda index: self._backend.token(_checked_id(index)), skip)
 
@@ -139,29 +146,41 @@ class Tokenizer:
         template: str | None = None,
         **kwargs: Any,
     ) -> list[int] | str:
-        """A chat as ids, or as text with `tokenize=False` (equal to transformers').
+        """Render a chat and return its ids, or its text, equal to that of transformers, if `tokenize` is False.
 
-        `template`: the name of one of `chat_templates`, or Jinja text. `continue_final_message` (bool, or a key) and
-        all other keywords go to the template. The ids hold the special tokens that the template writes, BOS among
-        them, and nothing is added to them; special tokens spelled in messages, tools or keywords are plain text. Where
-        a template takes such a string apart, the ids are those of the text it makes with the marks in place.
-        Raises TemplateError: no template, a refusal of its own (role order), or over the limits.
+        The ids have the special tokens that the template writes, BOS among them, and no others: special tokens spelled
+        in messages, tools or keywords are plain text. If a template takes such a string apart, the ids are those of the
+        text that it makes while the string is marked (see `runner.text.special_tokens`).
+
+        Args:
+            messages: the chat, oldest message first.
+            add_generation_prompt: end with the start of the assistant's turn.
+            tokenize: return ids rather than text.
+            tools: JSON schemas of the functions that the model may call.
+            template: the name of one of `chat_templates`, or Jinja source; None: the model's own choice.
+            kwargs: `continue_final_message` (a bool, or a key of the last message), and variables for the template.
+
+        Raises:
+            TemplateError: there is no template, it refuses the messages (for example their order of roles), or it
+                exceeds the limits.
         """
         source = self._templates.choose(template, tools)
         inputs = chat_inputs(messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs)
         text = self._templates.render(source, inputs)
         if not tokenize:
             return text
+        # The usual case: no string of the caller's spells a special token, so every one in the text is the template's.
         scanner = self._backend.scanner
         if not scanner.touches([inputs.messages, inputs.tools, inputs.extra]):
             return self.encode(text, add_special_tokens=False, parse_special=True)
+        # Otherwise render again with the callers' spellings marked, and parse only the tokens that no mark touches.
         markers = choose_markers(source, text, inputs.messages, inputs.tools, inputs.extra)
         marked = scanner.unmark(self._templates.render(source, _marked_inputs(inputs, scanner.mark, markers)), markers)
         return self._backend.encode_matches(_unicode(marked.text), scanner.find(marked.text, marked))
 
 
 def _from_model_file(directory: Path, files: TokenizerFiles) -> Backend:
-    """`tokenizer.model` is sentencepiece's protobuf, or lines of base64 and rank (Llama 3's original files)."""
+    """Load a `tokenizer.model`: a SentencePiece protobuf, or lines of base64 and rank (Llama 3's original files)."""
     path = directory / "tokenizer.model"
     with path.open("rb") as file:
         first = file.readline(2048)
@@ -180,10 +199,11 @@ SOURCES: Mapping[tuple[str, ...], Callable[[Path, TokenizerFiles], Backend]] = {
         tokenizer_rebuilt.byte_level(directory, files), files, "vocab.json + merges.txt"
     ),
 }
-"""The files a vocabulary comes in, in the order they are looked for."""
+"""Maps the files that a vocabulary can come in to their loader, in the order in which they are looked for."""
 
 
 def _unicode(text: str) -> str:
+    """Return `text` if it is valid Unicode; the libraries fail on a lone surrogate with less helpful errors."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -210,5 +230,5 @@ def _named_id(backend: Backend, files: TokenizerFiles, name: str) -> int | None:
 
 def _checked_id(index: int) -> int:
     if not 0 <= index < _MAX_ID:
-        raise TokenizerError(f"{index} is no token id, expected 0 or more")
+        raise TokenizerError(f"{index} is not a token id, expected 0 to {_MAX_ID - 1}")
     return int(index)

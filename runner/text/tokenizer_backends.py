@@ -1,4 +1,4 @@
-"""Two libraries behind one interface: `tokenizers` for tokenizer.json, `sentencepiece` for a lone tokenizer.model."""
+"""One interface over two libraries: `tokenizers` for a tokenizer.json, `sentencepiece` for a lone tokenizer.model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ _MAX_VOCABULARY_FILE = 512 << 20
 
 
 class Backend(Protocol):
-    """What `Tokenizer` needs of a library. Ids are Python ints; `special` maps each special token to its id."""
+    """Interface that `Tokenizer` needs from a library."""
 
     kind: str
+    """Name of the format, for people."""
     vocab_size: int
+    """Number of ids, added tokens included."""
     special: Mapping[str, int]
-    scanner: TokenScanner  # of the special tokens
+    """Id of each special token, by its text."""
+    scanner: TokenScanner
+    """Finds the special tokens in text."""
     plan: DecoderPlan
+    """Makes the streams that decode ids one by one."""
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]: ...
     def encode_matches(self, text: str, matches: Sequence[Match]) -> list[int]: ...
@@ -36,15 +41,16 @@ class Backend(Protocol):
 
 
 class JsonBackend:
-    """A tokenizer of the `tokenizers` library, read from a tokenizer.json or rebuilt.
+    """Backend over the `tokenizers` library, whose tokenizer is read from a tokenizer.json or rebuilt from other files.
 
-    Its post-processor decides on BOS and EOS; the config's add_bos_token does not (as in transformers 5.23, which drops
-    the flag when there is a tokenizer.json).
+    The post-processor in the file decides on BOS and EOS; add_bos_token in tokenizer_config.json does not, as in
+    transformers 5.23, which drops the flag if there is a tokenizer.json.
     """
 
     def __init__(self, library: tokenizers.Tokenizer, files: TokenizerFiles, kind: str = "tokenizer.json") -> None:
         self.kind = kind
         self._library = library
+        # A tokenizer.json may ask for truncation or padding, which would change every prompt.
         self._library.no_truncation()
         self._library.no_padding()
         _add_tokens(self._library, files.added)
@@ -52,12 +58,12 @@ class JsonBackend:
         added = self._library.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {token.content: index for index, token in added.items() if token.special}
         self.scanner = TokenScanner((_flags(token), index) for index, token in added.items() if token.special)
-        # Stands for the special tokens of `encode_matches` while the library takes all others as plain text; random,
-        # so that no text can hold it.
+        # The anchor stands for the special tokens that `encode_matches` is given, while the library takes all others as
+        # plain text. It is random, so that no text can contain it.
         self._anchor = f"\U0010fffd{secrets.token_hex(16)}"
         self._library.add_tokens([tokenizers.AddedToken(self._anchor, special=False, normalized=False)])
         self._anchor_id = self._library.token_to_id(self._anchor)
-        self._lock = threading.Lock()  # around the library's one switch for special tokens and its use
+        self._lock = threading.Lock()  # held while the library's one switch for special tokens is set and used
         decoder = self._library.decoder
         spec = None if decoder is None else json.loads(decoder.__getstate__())
         self.plan = plan_decoder(spec, lambda ids: self._library.decode(ids, skip_special_tokens=False))
@@ -69,8 +75,11 @@ class JsonBackend:
         return ids
 
     def encode_matches(self, text: str, matches: Sequence[Match]) -> list[int]:
-        """Plain text but for `matches`: the library sees an added token in each one's place, so that the text around
-        it is normalised and split just as around the special token."""
+        """Encode `text` with a special token at each of `matches` and everything else as plain text.
+
+        The library sees an added token in the place of each match, so that the text around it is normalised and split
+        as it is around the special token.
+        """
         pieces: list[str] = []
         position = 0
         for match in matches:
@@ -83,6 +92,7 @@ class JsonBackend:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         known = [index for index in ids if index != self._anchor_id]
+        # The stream and `decode` must agree; where the library treats broken bytes differently, the stream decides.
         text: str = self._library.decode(known, skip_special_tokens=skip_special_tokens)
         if self.plan.keeps_characters and "\N{REPLACEMENT CHARACTER}" in text:
             return _join_stream(self, known, skip_special_tokens)
@@ -100,12 +110,14 @@ class JsonBackend:
 
 
 class SentencePieceBackend:
-    """A tokenizer.model alone, with the conventions of transformers 5.23's LlamaTokenizer:
+    """Backend over the `sentencepiece` library, for a tokenizer.model without a tokenizer.json.
 
-    - special tokens split the text; each part between is SentencePiece's own business;
-    - a space is put before the first part (`legacy`: before every part) unless the part starts with one;
-    - BOS first unless add_bos_token is false: the default that LlamaTokenizer documents, and how these models were
-      trained (5.23 itself adds none where the config has no such key).
+    It follows the conventions of LlamaTokenizer in transformers 5.23:
+
+    - special tokens split the text, and SentencePiece encodes each part between them;
+    - a space is put before the first part (with `legacy`, before every part) unless the part starts with one;
+    - BOS comes first unless add_bos_token is false. This is the default that LlamaTokenizer documents and how these
+      models were trained; 5.23 itself adds no BOS if the config lacks the key.
     """
 
     kind = "sentencepiece"
@@ -114,6 +126,7 @@ class SentencePieceBackend:
         self._library, model_prefix = _load_sentencepiece(path)
         pieces: int = self._library.get_piece_size()
         added = _place_added(files.added, self._library, pieces, path)
+        # The model file's own control tokens and <unk> are special even if no other file lists them.
         for index in range(pieces):
             if self._library.is_control(index) or self._library.is_unknown(index):
                 added.setdefault(index, AddedToken(self._library.id_to_piece(index), index, special=True))
@@ -124,11 +137,14 @@ class SentencePieceBackend:
         self.scanner = TokenScanner((token, index) for index, token in added.items() if token.special)
         self._all = TokenScanner((token, index) for index, token in added.items())
         self._plain = TokenScanner((token, index) for index, token in added.items() if not token.special)
+        # The config's word on the space before a text wins over that of the model file.
         prefix = model_prefix if files.add_prefix_space is None else files.add_prefix_space
         self._prefix_first = prefix
         self._prefix_every = prefix and files.legacy is True
         self._bos = self.named_id(files, "bos_token") if files.add_bos_token is not False else None
         self._eos = self.named_id(files, "eos_token") if files.add_eos_token is True else None
+        # The decoder section that a tokenizer.json of this vocabulary would have. `PieceStream` can do these steps, so the
+        # plan never calls the function that decodes for other kinds.
         steps: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
         ]  # fmt: skip
@@ -137,7 +153,7 @@ class SentencePieceBackend:
         self.plan = plan_decoder({"type": "Sequence", "decoders": steps}, lambda ids: "")
 
     def named_id(self, files: TokenizerFiles, name: str) -> int | None:
-        """The id of `bos_token` or `eos_token`: the config's, else the model file's own."""
+        """Id of `bos_token` or `eos_token`: as the config names it, otherwise as the model file does."""
         if name in files.named:
             return self.token_id(files.named[name])
         index: int = self._library.bos_id() if name == "bos_token" else self._library.eos_id()
@@ -150,7 +166,10 @@ class SentencePieceBackend:
         return [*([] if self._bos is None else [self._bos]), *ids, *([] if self._eos is None else [self._eos])]
 
     def encode_matches(self, text: str, matches: Sequence[Match]) -> list[int]:
-        """Plain text but for `matches`, and for added tokens that are not special, which are always recognised."""
+        """Encode `text` with a special token at each of `matches` and all other special tokens as plain text.
+
+        Added tokens that are not special are always recognised.
+        """
         everywhere = list(matches)
         for plain in self._plain.find(text):
             if all(plain.end <= match.start or match.end <= plain.start for match in matches):
@@ -158,6 +177,7 @@ class SentencePieceBackend:
         return self._encode_parts(text, sorted(everywhere, key=lambda match: match.start))
 
     def _encode_parts(self, text: str, matches: Sequence[Match]) -> list[int]:
+        """Ids of the matches and of the text between them."""
         ids: list[int] = []
         position = 0
         for match in matches:
@@ -185,24 +205,30 @@ class SentencePieceBackend:
     def token_id(self, token: str) -> int | None:
         if token in self._ids:
             return self._ids[token]
+        # The library gives the id of <unk> for a text that is not a piece.
         index: int = self._library.piece_to_id(token)
         return index if self._library.id_to_piece(index) == token else None
 
 
 def _join_stream(backend: Backend, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    """Decode `ids` with the backend's own stream."""
     skip = frozenset(backend.special.values()) if skip_special_tokens else frozenset()
     stream = Detokenizer(backend.plan.make(), backend.token, skip)
     return "".join([*(stream.add(index) for index in ids), stream.flush()])
 
 
 def load_json(path: Path) -> tokenizers.Tokenizer:
-    """Read a tokenizer.json; TokenizerError where the library refuses it."""
+    """Read a tokenizer.json.
+
+    Raises:
+        TokenizerError: the file is too large, or the library refuses it.
+    """
     _check_size(path)
     return _parsed(lambda: tokenizers.Tokenizer.from_file(str(path)), str(path))
 
 
 def parse_json(text: str, where: str) -> tokenizers.Tokenizer:
-    """`load_json` of a file's text; `where` begins the message of an error."""
+    """Parse the text of a tokenizer.json, as `load_json`; error messages start with `where`."""
     return _parsed(lambda: tokenizers.Tokenizer.from_str(text), where)
 
 
@@ -223,16 +249,17 @@ def _check_size(path: Path) -> None:
 
 
 def _add_tokens(library: tokenizers.Tokenizer, added: Sequence[AddedToken]) -> None:
-    """Adds or re-flags the config's tokens; the flags of tokenizer_config.json win, as in transformers."""
+    """Add the config's tokens to the library's tokenizer; the flags in the config win, as in transformers."""
     present = {token.content: _flags(token) for token in library.get_added_tokens_decoder().values()}
     wanted = [token for token in added if token.content]
-    # A name in the config (no id of its own) only makes its token special; the other flags stay as they are.
+    # A token that the config only names, without an id, becomes special; its other flags stay as they are.
     merged = [
         AddedToken(**{**vars(present[token.content]), "special": True})
         if token.id is None and token.content in present
         else token
         for token in wanted
     ]
+    # Tokens that are there already with the same flags are not added again.
     changed = [t for t in merged if present.get(t.content) != AddedToken(**{**vars(t), "id": None})]
     library.add_tokens(
         [
@@ -246,6 +273,7 @@ def _add_tokens(library: tokenizers.Tokenizer, added: Sequence[AddedToken]) -> N
 
 
 def _flags(token: tokenizers.AddedToken) -> AddedToken:
+    """The library's token as ours, without an id."""
     return AddedToken(
         token.content, special=token.special, normalized=token.normalized, lstrip=token.lstrip, rstrip=token.rstrip,
         single_word=token.single_word,
@@ -253,7 +281,10 @@ def _flags(token: tokenizers.AddedToken) -> AddedToken:
 
 
 def _load_sentencepiece(path: Path) -> tuple[Any, bool]:
-    """The processor without a space of its own before each text, and whether the model file asks for that space."""
+    """Load a tokenizer.model.
+
+    Returns the processor, set to put no space before a text, and whether the model file asks for that space.
+    """
     try:
         import sentencepiece
     except ImportError as error:
@@ -273,11 +304,12 @@ def _load_sentencepiece(path: Path) -> tuple[Any, bool]:
 
 
 def _place_added(tokens: Sequence[AddedToken], library: Any, pieces: int, path: Path) -> dict[int, AddedToken]:
-    """Ids of the added tokens: the piece of that name, else the config's id, else the next free one."""
+    """Give each added token the id of the piece with its text, else the config's id, else the next free one."""
     placed: dict[int, AddedToken] = {}
     for token in (token for token in tokens if token.content):
         index = library.piece_to_id(token.content)
         if library.id_to_piece(index) != token.content:
+            # Only ids that the model does not use for text can be given to a token that is not one of its pieces.
             index = token.id if token.id is not None else max(pieces, *(i + 1 for i in placed), pieces)
             if index < pieces and not library.is_unused(index) and not library.is_control(index):
                 raise TokenizerError(

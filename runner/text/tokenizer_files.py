@@ -1,7 +1,8 @@
-"""The small files beside a tokenizer's vocabulary, read and checked: they come from strangers.
+"""Reads and checks the small files beside a tokenizer's vocabulary, which come from strangers.
 
-tokenizer_config.json, special_tokens_map.json, added_tokens.json and the chat templates. Which file wins follows
-transformers 5.23 (`PreTrainedTokenizerBase._from_pretrained`), so that ids and templates are the same.
+The files are tokenizer_config.json, special_tokens_map.json, added_tokens.json and the chat templates. Where they
+disagree, the same file wins as in transformers 5.23 (`PreTrainedTokenizerBase._from_pretrained`), so that ids and
+templates are the same.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
-    """What the small files say. `added`: in the order in which they enter the vocabulary; `named`: `bos_token` → "<s>"
-    and the like, which templates see; a flag is None where no file sets it."""
+    """Contents of the small files; a flag is None if no file sets it."""
 
     added: tuple[AddedToken, ...] = ()
+    """Tokens to add, in the order in which they enter the vocabulary."""
     named: Mapping[str, str] = field(default_factory=dict)
+    """Text of each token that has a name (`bos_token`: "<s>"); chat templates see these as variables."""
     templates: Mapping[str, str] = field(default_factory=dict)
+    """Source of each chat template, by name."""
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
     add_prefix_space: bool | None = None
@@ -40,11 +43,17 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
-    """Reads the files that exist in `directory`; TokenizerError for one that is malformed."""
+    """Read those of the small files that exist in `directory`.
+
+    Raises:
+        TokenizerError: a file is malformed.
+    """
     path = directory / "tokenizer_config.json"
     config = _read_object(path) if path.is_file() else {}
+    # The older name of the key, which transformers still reads.
     if config.get("extra_special_tokens") is None:
         config["extra_special_tokens"] = config.get("additional_special_tokens")
+    # The two older files count only if tokenizer_config.json has no list of added tokens with ids.
     added = _added_tokens_decoder(config, path)
     if added is None:
         config, added = _legacy_files(directory, config)
@@ -69,7 +78,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a {type(value).__name__}, expected an object")
+        raise TokenizerError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
 
 
@@ -94,18 +103,19 @@ def _token(value: Any, where: str, *, token_id: int | None = None, special: bool
         raise TokenizerError(f"{where}: {wrong[0]} is {flags[wrong[0]]!r:.80}, expected true or false")
     # `tokenizers` matches a token that is not special after normalisation unless told otherwise.
     is_special = special or flags.pop("special", False)
-    flags.pop("special", None)
+    flags.pop("special", None)  # still there if `special` alone decided
     return AddedToken(content, token_id, special=is_special, **{"normalized": not is_special, **flags})
 
 
 def _token_id(value: Any, where: str) -> int:
     text = str(value)
     if isinstance(value, bool) or not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) < _MAX_ID):
-        raise TokenizerError(f"{where}: {value!r:.80} is no token id, expected 0 to {_MAX_ID - 1}")
+        raise TokenizerError(f"{where}: {value!r:.80} is not a token id, expected 0 to {_MAX_ID - 1}")
     return int(text)
 
 
 def _added_tokens_decoder(config: Mapping[str, Any], path: Path) -> list[AddedToken] | None:
+    """Tokens in the key `added_tokens_decoder`, in the order of their ids; None if the config lacks the key."""
     decoder = config.get("added_tokens_decoder")
     if decoder is None:
         return None
@@ -117,7 +127,10 @@ def _added_tokens_decoder(config: Mapping[str, Any], path: Path) -> list[AddedTo
 
 
 def _legacy_files(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[AddedToken]]:
-    """Without `added_tokens_decoder`: the two older files, special_tokens_map.json over tokenizer_config.json."""
+    """Read special_tokens_map.json and added_tokens.json, the two files used before `added_tokens_decoder` existed.
+
+    Returns the config, with the keys of special_tokens_map.json in place of its own, and the added tokens.
+    """
     path = directory / "special_tokens_map.json"
     if path.is_file():
         found = _read_object(path)
@@ -130,6 +143,7 @@ def _legacy_files(directory: Path, config: dict[str, Any]) -> tuple[dict[str, An
     entries = _read_object(path)
     if len(entries) > _MAX_ADDED:
         raise TokenizerError(f"{path} lists {len(entries)} tokens, more than the {_MAX_ADDED} that are read")
+    # added_tokens.json has only texts and ids: a token is special if the config names it or lists it as extra.
     special = {content for name in _NAMES if isinstance(content := _text_of(config.get(name)), str)}
     extra = config.get("extra_special_tokens")
     special |= {text for item in (extra if isinstance(extra, list) else []) if isinstance(text := _text_of(item), str)}
@@ -141,11 +155,15 @@ def _legacy_files(directory: Path, config: dict[str, Any]) -> tuple[dict[str, An
 
 
 def _text_of(value: Any) -> Any:
+    """The text of a token given as a string or as an object; unlike `_content`, without a check."""
     return value.get("content") if isinstance(value, dict) else value
 
 
 def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """The standard names, then a model's own `*_token` keys (only plain strings count, as in transformers)."""
+    """Texts of the tokens with standard names and of a model's own, which `*_token` keys and extra tokens name.
+
+    A model's own `*_token` key counts only if it is a plain string, as in transformers; standard names win.
+    """
     named = {name: _content(config[name], f"{path}: {name}") for name in _NAMES if config.get(name) is not None}
     own = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
     extra = config.get("extra_special_tokens")
@@ -158,19 +176,23 @@ def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
 def _extra_tokens(
     config: Mapping[str, Any], named: Mapping[str, str], added: list[AddedToken], path: Path
 ) -> list[AddedToken]:
-    """Named and extra special tokens that the other lists lack; empty names (`"bos_token": ""`) are no tokens."""
+    """Named and extra special tokens that are not in `added` yet; an empty name (`"bos_token": ""`) adds no token."""
     extra = config.get("extra_special_tokens")
     if extra is not None and not (isinstance(extra, (list, dict)) and len(extra) <= _MAX_ADDED):
         raise TokenizerError(f"{path}: extra_special_tokens must be a list or an object of at most {_MAX_ADDED} tokens")
     found = [_token(config.get(name, text), f"{path}: {name}", special=True) for name, text in named.items()]
     if isinstance(extra, list):
         found += [_token(item, f"{path}: extra_special_tokens", special=True) for item in extra]
+    # Each text once, in the order of first mention, because ids are given out in this order.
     known = {token.content for token in added}
     return [token for token in {t.content: t for t in found}.values() if token.content and token.content not in known]
 
 
 def _read_templates(directory: Path, config: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Template files win over the config's `chat_template`, a string or a list of `{name, template}`."""
+    """Read the chat templates, by name: from template files or, if there are none, from the config's `chat_template`.
+
+    `chat_template` is Jinja source, a list of `{"name": ..., "template": ...}`, or an object of sources by name.
+    """
     files = {"default": directory / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))[:100]}
     if templates := {name: _read_template(file) for name, file in files.items() if file.is_file()}:
@@ -200,7 +222,7 @@ def _read_template(path: Path) -> str:
 
 
 def bounded_template(text: str, where: str) -> str:
-    """`text`; TokenizerError where it is longer than any chat template."""
+    """Return `text`, or raise `TokenizerError` if it is longer than any chat template."""
     if len(text) > _MAX_TEMPLATE:
         raise TokenizerError(f"{where} has {len(text)} characters, more than the {_MAX_TEMPLATE} that are read")
     return text

@@ -1,7 +1,8 @@
-"""Vocabularies without a tokenizer.json, built for `tokenizers`: vocab.json + merges.txt, tiktoken ranks, tekken.json.
+"""Builds tokenizers of the `tokenizers` library without a tokenizer.json, from the other files of byte-level BPE.
 
-Ranks are byte strings in the order in which they were learnt. A pair merges when its joined bytes have a rank, lowest
-first, so that every split of a token into two tokens is a merge with that token's priority (as in openai/tiktoken).
+Those are vocab.json + merges.txt, tiktoken's lists of ranks, and tekken.json. Ranks are byte strings in the order in
+which they were learnt. Two neighbours merge if their joined bytes have a rank, lowest rank first; so every split of a
+token into two tokens is a merge with the priority of that token (as in openai/tiktoken).
 """
 
 from __future__ import annotations
@@ -32,17 +33,20 @@ LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 
 RANK_PATTERNS: Mapping[int, str] = {128_000: LLAMA3, 100_256: LLAMA3}
-"""How text is cut before merging, by the number of ranks, since a file of ranks does not say it: Llama 3's vocabulary
-and OpenAI's cl100k_base (meta-llama/llama-models tokenizer.py, openai/tiktoken openai_public.py)."""
+"""Regular expression that cuts text before merging, by the number of ranks, because a file of ranks does not have it.
+
+The vocabularies are those of Llama 3 (meta-llama/llama-models, tokenizer.py) and of OpenAI's cl100k_base
+(openai/tiktoken, openai_public.py).
+"""
 
 _BYTE_LEVEL = frozenset(["GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer"])
 
 
 def byte_level(directory: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """vocab.json and merges.txt of a byte-level BPE; `tokenizer_class` says how text is cut.
+    """Build the tokenizer of a vocab.json and a merges.txt; the config's `tokenizer_class` decides how text is cut.
 
     Raises:
-        TokenizerError: a class that cuts text in a way that is not known here, or a malformed file.
+        TokenizerError: how the class cuts text is not known here, or a file is malformed.
     """
     name = (files.tokenizer_class or "GPT2Tokenizer").removesuffix("Fast")
     cut: Any
@@ -52,8 +56,8 @@ def byte_level(directory: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
         cut = pre_tokenizers.ByteLevel(add_prefix_space=bool(files.add_prefix_space))
     else:
         raise TokenizerError(
-            f"{directory}: vocab.json and merges.txt of a {name} cannot be read without a tokenizer.json; known are "
-            f"{', '.join(sorted(_BYTE_LEVEL | {'Qwen2Tokenizer'}))}"
+            f"{directory}: how a {name} cuts text is not known, so its vocab.json and merges.txt are of no use without "
+            f"a tokenizer.json; known are {', '.join(sorted(_BYTE_LEVEL | {'Qwen2Tokenizer'}))}"
         )
     path = directory / "vocab.json"
     vocab = _json(path)
@@ -66,10 +70,12 @@ def byte_level(directory: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
 
 
 def tiktoken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """Lines of base64 bytes and rank (Llama 3's `tokenizer.model`); special tokens are tokenizer_config.json's.
+    """Build the tokenizer of a list of tiktoken ranks: lines of base64 and rank, such as Llama 3's `tokenizer.model`.
+
+    The list has no special tokens; those of tokenizer_config.json are added by the backend.
 
     Raises:
-        TokenizerError: a malformed line, or a number of ranks whose cutting pattern is not known.
+        TokenizerError: a line is malformed, or how text is cut is not known for this number of ranks.
     """
     lines = _read(path).split(b"\n")
     ranks = [_ranked(line, index, path) for index, line in enumerate(lines) if line.strip()]
@@ -83,21 +89,26 @@ def tiktoken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
 
 
 def tekken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """Mistral's tekken.json: special tokens first, then ranks (mistral-common, tekken.py).
+    """Build the tokenizer of Mistral's tekken.json, whose special tokens have the first ids.
+
+    The format is that of mistral-common, tekken.py.
 
     Raises:
-        TokenizerError: a malformed file.
+        TokenizerError: the file is malformed.
     """
     data = _json(path)
     config, entries = data.get("config"), data.get("vocab")
     if not isinstance(config, dict) or not isinstance(entries, list) or len(entries) > MAX_TOKENS:
-        raise TokenizerError(f"{path} is no tekken file: it needs a config and a vocab of at most {MAX_TOKENS} tokens")
+        raise TokenizerError(
+            f"{path} is not a tekken file: it needs a config and a vocab of at most {MAX_TOKENS} tokens"
+        )
     size, reserved = _count(config, "default_vocab_size", path), _count(config, "default_num_special_tokens", path)
     pattern = config.get("pattern")
     if reserved >= size or not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
         raise TokenizerError(f"{path}: config needs a pattern, and fewer special tokens than tokens")
     ranks = [_decoded(entry.get("token_bytes") if isinstance(entry, dict) else None, path) for entry in entries]
     special = _tekken_special(data.get("special_tokens"), reserved, path)
+    # The file may list more ranks than the model uses.
     result = from_ranks(ranks[: size - reserved], pattern, path, special)
     result.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
     result.post_processor = _bos("<s>", 1)
@@ -105,6 +116,7 @@ def tekken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
 
 
 def _count(config: dict[str, Any], name: str, path: Path) -> int:
+    """The number of tokens that the config has under `name`."""
     value = config.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_TOKENS:
         raise TokenizerError(f"{path}: config needs {name}, from 1 to {MAX_TOKENS}, not {value!r:.40}")
@@ -112,7 +124,10 @@ def _count(config: dict[str, Any], name: str, path: Path) -> int:
 
 
 def _tekken_special(listed: Any, reserved: int, path: Path) -> list[str]:
-    """The reserved names in the order of their ids; files before 2024-11 list none and mean `TEKKEN_SPECIAL`."""
+    """Texts of the `reserved` special tokens in the order of their ids.
+
+    Files before 2024-11 list none and mean `TEKKEN_SPECIAL`; ids without a text get a placeholder.
+    """
     names: dict[Any, Any] = dict(enumerate(TEKKEN_SPECIAL))
     if listed is not None:
         if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
@@ -129,16 +144,27 @@ TEKKEN_SPECIAL = (
     "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
     "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
 )  # fmt: skip
-"""mistral-common's fixed names of a tekken.json that lists none."""
+"""Special tokens of a tekken.json that lists none, fixed in mistral-common."""
 
 
 def from_ranks(ranks: Sequence[bytes], pattern: str, path: Path, before: Sequence[str] = ()) -> tokenizers.Tokenizer:
-    """A byte-level BPE of `ranks`; the first ids are those of the tokens `before`."""
+    """Build a byte-level BPE tokenizer of `ranks`, whose ids follow those of the tokens `before`.
+
+    Args:
+        ranks: tokens as bytes, lowest rank first.
+        pattern: regular expression whose matches are merged separately.
+        path: the file that error messages name.
+        before: tokens with the first ids (special tokens).
+
+    Raises:
+        TokenizerError: a token is there twice, or `pattern` is not a regular expression.
+    """
     letters = {byte: letter for letter, byte in byte_alphabet().items()}
     spelled = ["".join(letters[byte] for byte in token) for token in ranks]
     vocab = {text: index for index, text in enumerate([*before, *spelled])}
     if len(vocab) != len(before) + len(ranks):
-        raise TokenizerError(f"{path}: a token comes twice")
+        raise TokenizerError(f"{path}: a token is listed twice")
+    # Merges of one token stand together, in the order of its rank; among them the split with the lowest ids first.
     merges: list[tuple[str, str]] = []
     for text in spelled:
         splits = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in vocab and text[i:] in vocab]
@@ -159,17 +185,19 @@ def _assemble(
 
 
 def _split(pattern: str) -> Any:
+    """Pre-tokenizer that cuts text by `pattern` and spells each piece in the byte alphabet."""
     try:
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
     except Exception as error:  # an invalid expression is a bare exception of the library
-        raise TokenizerError(f"the pattern that cuts text is no regular expression ({error})") from error
+        raise TokenizerError(f"the pattern that cuts text is not a valid regular expression ({error})") from error
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _with_bos(library: tokenizers.Tokenizer, files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """BOS in front where tokenizer_config.json asks for it (`add_bos_token`); its id is known once it is added."""
+    """Let the tokenizer put BOS first if tokenizer_config.json asks for it (`add_bos_token`)."""
     text = files.named.get("bos_token")
     if files.add_bos_token and text:
+        # BOS has an id only once it is added, and it must get the one that it has among all added tokens.
         library.add_tokens([_library_token(token) for token in files.added if token.content])
         index = library.token_to_id(text)
         if index is not None:
@@ -185,6 +213,7 @@ def _library_token(token: AddedToken) -> tokenizers.AddedToken:
 
 
 def _bos(text: str, index: int) -> Any:
+    """Post-processor that puts BOS first."""
     return processors.TemplateProcessing(
         single=f"{text}:0 $A:0", pair=f"{text}:0 $A:0 $B:1", special_tokens=[(text, index)]
     )
@@ -210,19 +239,20 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
-    """Lines of two tokens; a first line `#version` is none."""
+    """Read a merges.txt: one pair of tokens per line, after an optional first line `#version`."""
     result: list[tuple[str, str]] = []
     for number, line in enumerate(_read(path).decode("utf-8", "replace").split("\n")):
         if not line.strip() or (number == 0 and line.startswith("#version")):
             continue
         pair = line.rstrip("\r").split(" ")
         if len(pair) != 2 or len(result) >= MAX_TOKENS:
-            raise TokenizerError(f"{path}: line {number + 1} is no pair of tokens: {line!r:.60}")
+            raise TokenizerError(f"{path}: line {number + 1} is not a pair of tokens: {line!r:.60}")
         result.append((pair[0], pair[1]))
     return result
 
 
 def _ranked(line: bytes, index: int, path: Path) -> bytes:
+    """Token in a line of base64 and rank; the rank must be the line's own index."""
     parts = line.split()
     if len(parts) != 2 or parts[1] != str(index).encode() or index >= MAX_TOKENS:
         raise TokenizerError(f"{path}: line {index + 1} is not base64 and the rank {index}: {line!r:.60}")
@@ -230,10 +260,11 @@ def _ranked(line: bytes, index: int, path: Path) -> bytes:
 
 
 def _decoded(text: Any, path: Path) -> bytes:
+    """Bytes of a token in base64."""
     try:
         token = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     except (binascii.Error, ValueError):
         token = b""
     if not 0 < len(token) <= MAX_TOKEN_BYTES:
-        raise TokenizerError(f"{path}: {text!r:.60} is no token: base64 of 1 to {MAX_TOKEN_BYTES} bytes")
+        raise TokenizerError(f"{path}: {text!r:.60} is not a token: expected base64 of 1 to {MAX_TOKEN_BYTES} bytes")
     return token

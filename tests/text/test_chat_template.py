@@ -1,4 +1,4 @@
-"""Chat templates: equal to transformers where they are honest, refused where they are not.
+"""Chat templates: honest ones render as in transformers, hostile ones are refused.
 
 `tests/data/tokenizers/templates.json`: ten templates and what transformers 5.23.0 renders (recipe: make.py beside it).
 """
@@ -48,7 +48,7 @@ def test_renders_as_transformers_does(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["chatml", "instruct", "macros", "spaces", "scopes"])
 def test_metered_code_equals_plain_jinja(name: str) -> None:
-    """Naive twin: the same sandbox without our meters."""
+    """Metered templates render the same text as in the plain sandbox of Jinja."""
     source = next(case["source"] for case in RECORDED["cases"] if case["name"] == name)
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     messages: list[dict[str, Any]] = [USER, {"role": "assistant", "content": " yes "}, USER]
@@ -136,7 +136,7 @@ def test_choice_of_template() -> None:
 
 
 def test_where_templates_come_from(tmp_path: Path) -> None:
-    """Files win over tokenizer_config.json, as in transformers."""
+    """Template files win over tokenizer_config.json, as in transformers."""
     directory = tmp_path / "model"
     shutil.copytree(DATA / "chatml", directory)
     path = directory / "tokenizer_config.json"
@@ -252,7 +252,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", [*ENDLESS, *LARGE])
 def test_expensive_templates_are_refused(name: str) -> None:
-    """Without a limit each of these takes minutes or gigabytes; the suite's own time would tell."""
+    """Without a limit each of these templates takes minutes or gigabytes, which would show in the test's own time."""
     with pytest.raises(
         TemplateError, match=r"more than|too many steps|too much text|wider|width|RecursionError|Range too big"
     ):
@@ -315,7 +315,7 @@ def test_refusals_carry_the_template_s_words() -> None:
 
 
 def test_long_chats_are_not_refused() -> None:
-    """Limits grow with the inputs: a thousand messages, and one of two million characters."""
+    """Limits grow with the inputs: a thousand messages, and one message of two million characters, are rendered."""
     source = next(case["source"] for case in RECORDED["cases"] if case["name"] == "tools")
     many: list[dict[str, Any]] = [USER, {"role": "assistant", "content": "yes"}] * 500
     assert render(source, *many).count("<|im_end|>") == 1000

@@ -1,4 +1,4 @@
-"""Streamed text against decoding all ids at once, for every kind of decoder, and the library as the second opinion."""
+"""Streamed text equals decoding all ids at once, for every kind of decoder, and what the library decodes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KEEPS = ("byte fallback, strip", "byte fallback, strip three", "byte fallback")
 
 @cache
 def backend_of(name: str) -> tuple[Tokenizer, tokenizers.Tokenizer]:
-    """A tokenizer of words only, with that decoder, and the library's own object."""
+    """A backend over a word-level tokenizer with the given decoder, and the library's own tokenizer."""
     alphabet = ["Ġ", "Ġa", "Ã", "©", "æ", "Ĺ", "¥", "ð", "Ł", "ĺ", "Ģ"]
     names = list(dict.fromkeys([*BYTES, *PIECES, *alphabet]))
     library = tokenizers.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="a"))
@@ -105,7 +105,7 @@ def test_stream_equals_decode_and_the_library(name: str, data: st.DataObject, sk
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), text=st.text(max_size=30))
 def test_no_piece_holds_half_a_character(kind: str, data: st.DataObject, text: str) -> None:
-    """Of text, cut into tokens anywhere: every piece is whole text, so U+FFFD only where the text has it."""
+    """Text may be cut into tokens anywhere: every piece has whole characters, and U+FFFD only where the text has it."""
     tokenizer = load(kind)
     ids = tokenizer.encode(text, add_special_tokens=False)
     pieces = pieces_of(tokenizer.detokenizer(), ids)
@@ -131,7 +131,7 @@ def test_characters_wait_for_their_last_byte(kind: str) -> None:
 
 
 def test_broken_bytes_by_hand() -> None:
-    """Whole characters stay, each other byte is one U+FFFD, and nothing is held longer than needed."""
+    """Whole characters stay, each other byte becomes one U+FFFD, and no text is held back longer than needed."""
     tokenizer, library = backend_of("byte fallback")
     stream = tokenizer.detokenizer()
     ids = [0xC3, 0xA9, 0xE2, 0x82, 0x41, 0xFF, 0xF0, 0x9F]  # é, two thirds of €, A, no UTF-8, half of an emoji
@@ -157,8 +157,9 @@ def test_byte_tokens() -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_one_step_for_each_token(name: str) -> None:
-    """The work for a token does not grow with what came before it: decoders without a stream of their own see a few
-    ids again, twice; the others see each token once."""
+    """The work for a token does not grow with the tokens before it.
+
+    Decoders without a stream of their own decode a few ids again, twice; the others see each token once."""
     tokenizer, library = backend_of(name)
     stream = tokenizer.detokenizer()
     decoded: list[int] = []

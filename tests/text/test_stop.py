@@ -1,4 +1,4 @@
-"""Stop strings across pieces, against a naive search in the whole text."""
+"""Stop strings that span pieces of text, compared with a naive search in the whole text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Vocabularies without a tokenizer.json: ids equal those of a tokenizer.json of the same vocabulary.
+"""Tokenizers built without a tokenizer.json give the ids of a tokenizer.json with the same vocabulary.
 
-On the real files of Llama 3, cl100k and Mistral Nemo the same comparison is `scripts/compare/compare_tokenizers`'
-business; here a small byte-level BPE is trained on the spot (tokenizers, this file's own text: the same on every
-machine).
+`scripts/compare/compare_tokenizers` makes the same comparison on the real files of Llama 3, cl100k and Mistral Nemo;
+here a small byte-level BPE is trained with `tokenizers` on this file's own text, with the same result on every machine.
 """
 
 from __future__ import annotations
@@ -119,9 +118,9 @@ def test_tekken(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"config": {}}, "needs default_vocab_size"),
-        ({"config": 5}, "no tekken file"),
-        ({"vocab": [{"token_bytes": "AA=="}, {"token_bytes": "!!"}]}, "is no token"),
-        ({"vocab": [{"token_bytes": "AA=="}, {"token_bytes": "AA=="}]}, "comes twice"),
+        ({"config": 5}, "not a tekken file"),
+        ({"vocab": [{"token_bytes": "AA=="}, {"token_bytes": "!!"}]}, "is not a token"),
+        ({"vocab": [{"token_bytes": "AA=="}, {"token_bytes": "AA=="}]}, "listed twice"),
         ({"special_tokens": ["x"]}, "list of objects"),
         ({"special_tokens": [{"rank": 0, "token_str": None}]}, "has no text"),
     ],
@@ -135,7 +134,7 @@ def test_damaged_tekken_files_are_refused(tmp_path: Path, changes: dict[str, Any
 @pytest.mark.parametrize("line", ["IQ== 0\nIg== 7\n", "IQ== 0\n! 1\n", "IQ== 0\nIg==\n"])
 def test_damaged_ranks_are_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "tokenizer.model").write_text(line)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model: .*(line 2|is no token)"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model: .*(line 2|is not a token)"):
         Tokenizer.from_directory(tmp_path)
 
 
