@@ -1,4 +1,4 @@
-"""The one exception tree. What users can cause derives from `RunnerError`; its message is a readable line (or list)."""
+"""Exceptions of this package. Errors that a user can cause derive from `RunnerError` and have a message for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class UsageError(RunnerError, ValueError):
 
 
 class ConfigError(RunnerError, ValueError):
-    """`config.json` (or a sibling) misses a key, has a bad value, or a key that would change numbers and is unknown."""
+    """`config.json` or a file beside it lacks a key, has a wrong value, or an unknown key that could change numbers."""
 
 
 class CheckpointError(RunnerError, ValueError):
@@ -20,7 +20,7 @@ class CheckpointError(RunnerError, ValueError):
 
 
 class WeightsError(CheckpointError):
-    """Tensor names, shapes or dtypes do not fit the model: every problem at once, one per line."""
+    """Names, shapes or dtypes of tensors do not fit the model; the message lists all problems, one per line."""
 
 
 class TokenizerError(RunnerError, ValueError):
@@ -28,11 +28,11 @@ class TokenizerError(RunnerError, ValueError):
 
 
 class TemplateError(RunnerError, ValueError):
-    """A chat template is missing, unsafe, too expensive, or raised an exception of its own."""
+    """A chat template is missing, unsafe or too expensive, failed, or refuses the messages."""
 
 
 class ContextLengthError(UsageError):
-    """A prompt does not fit the context window; carries both numbers."""
+    """A prompt does not fit the context window; the attributes have both lengths in tokens."""
 
     def __init__(self, prompt_tokens: int, context_length: int) -> None:
         self.prompt_tokens = prompt_tokens

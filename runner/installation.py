@@ -1,4 +1,4 @@
-"""How this package came to this machine, and the pip commands that therefore bring what is missing."""
+"""pip commands that add what an installation lacks, in the way in which this package was installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "mlx-runner"
 
 
 def extra() -> str:
-    """The extra with the MLX backend that fits this machine; "" on a Mac, whose MLX has one built in."""
+    """Name of the extra with the MLX backend for this machine; "" on a Mac, where MLX comes with its backend."""
     if sys.platform == "darwin":
         return ""
     import shutil
@@ -23,18 +23,20 @@ def extra() -> str:
 
 
 def requirement(extras: str, package: Path | None = None, origin: dict[str, Any] | None = None) -> list[str]:
-    """What pip must be given to install this package again: from the source tree, or the place, it came from.
+    """Arguments with which pip installs this package again, from the source tree or other place that it came from.
 
     Args:
-        extras: in brackets behind the name; "" for none.
-        package: the directory of the package; None: this one's.
+        extras: names of extras, separated by commas; "" for none.
+        package: the directory of the package; None: the directory of this one.
         origin: direct_url.json of the installed distribution (https://packaging.python.org/specifications/direct-url/),
-            empty for one from an index; None: read it.
+            empty if it came from an index; None: read it from the installation.
     """
     brackets = f"[{extras}]" if extras else ""
+    # A source tree: the package runs from it, whatever an installed distribution says.
     root = (package or Path(__file__).parent).parent
     if (root / "pyproject.toml").is_file() and (root / "setup.py").is_file():
         return ["-e", f"{root}{brackets}"]
+    # Otherwise the directory or repository that pip recorded, and last the index.
     source = _origin() if origin is None else origin
     url = str(source.get("url", ""))
     if "dir_info" in source and (directory := Path(unquote(urlsplit(url).path))).is_dir():
@@ -45,14 +47,14 @@ def requirement(extras: str, package: Path | None = None, origin: dict[str, Any]
 
 
 def install(extras: str) -> str:
-    """The command that adds an extra ("cpu", "plot", "cpu,dev") to this installation."""
+    """Shell command that adds extras ("cpu", "plot", "cpu,dev") to this installation."""
     return pip(*requirement(extras))
 
 
 def rebuild(*, dependencies: bool) -> str:
-    """The command that compiles the CPU kernels again; with `dependencies`, against the MLX that they are made for.
+    """Shell command that compiles the CPU kernels again; with `dependencies`, also installs the MLX that they need.
 
-    A wheel that pip built earlier, or that an index has, was built without what is missing now: neither is taken.
+    Wheels that pip built earlier or that an index has are not used: they were built without what is missing now.
     """
     options = ["--force-reinstall", "--no-cache-dir", "--no-binary", NAME]
     if not dependencies:
@@ -61,7 +63,7 @@ def rebuild(*, dependencies: bool) -> str:
 
 
 def _origin() -> dict[str, Any]:
-    """direct_url.json of the installed distribution; empty where there is none, or no distribution."""
+    """Contents of direct_url.json of the installed distribution; empty if there is no such file or no distribution."""
     try:
         text = distribution(NAME).read_text("direct_url.json")
     except PackageNotFoundError:
@@ -71,5 +73,5 @@ def _origin() -> dict[str, Any]:
 
 
 def pip(*words: str) -> str:
-    """A line for a shell: pip of the interpreter that runs now, whatever `pip` is on the path."""
+    """Shell command that runs `pip install` in the running interpreter, whichever `pip` is on the path."""
     return shlex.join([sys.executable, "-m", "pip", "install", *words])

@@ -1,4 +1,4 @@
-"""Reading small files of a model directory that nobody vouches for: safe names, no links out, strict JSON."""
+"""Reads small files of a model directory that comes from strangers: safe names, no links out of it, strict JSON."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 from runner.errors import CheckpointError
 
-MAX_DEPTH = 64
+MAX_DEPTH = 64  # levels of nesting in a JSON file
 MAX_DIGITS = 64  # tokenizer configs hold 10**30 as "no limit"; nothing needs more
 
 
 def quoted(text: str, limit: int = 120) -> str:
-    """`text` quoted for a message: control characters escaped, length bounded."""
+    """Quote `text` for a message: control characters are escaped and the length is bounded."""
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` is one file's name on any system: no separator, drive, `..` or control character."""
+    """Whether `name` is the name of a file on any system: without separators, drive, `..` and control characters."""
     return (
         name not in ("", ".", "..")
         and name.isprintable()
@@ -30,13 +30,14 @@ def is_plain_name(name: str) -> bool:
 
 
 def path_in(directory: Path, name: str) -> Path:
-    """The path of a file that lies in `directory` itself.
+    """Return the path of the file `name` in `directory` itself.
 
-    A link is followed where it stays inside the directory, or inside `blobs` of the same model in the hub's cache
+    A link may point inside the directory, or into `blobs` of the same model in the hub's cache
     (`models--org--name/snapshots/COMMIT/file -> ../../blobs/HASH`).
 
     Raises:
-        CheckpointError: not a plain file name, a missing file, not a regular file, or a link that leads out.
+        CheckpointError: `name` is not a plain file name, or the file is missing, is not a regular file, or is a link
+            that leads out of these places.
     """
     if not is_plain_name(name):
         raise CheckpointError(f"{directory}: {quoted(name)} is not a plain file name; refusing to follow it")
@@ -44,11 +45,17 @@ def path_in(directory: Path, name: str) -> Path:
 
 
 def checked_path(directory: Path, path: Path) -> Path:
-    """`path` itself, a regular file that lies in `directory` or a folder of it, as `path_in` demands."""
+    """Return `path` if it is a regular file in `directory` or a folder of it, and no link out, as in `path_in`.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    # A snapshot in the hub's cache consists of links into the blobs beside it.
     home = directory.resolve()
     roots = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         roots.append(home.parent.parent / "blobs")
+    # Links are resolved before anything is compared, so that no chain of links and no `..` can lead out unseen.
     try:
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
@@ -65,20 +72,22 @@ def checked_path(directory: Path, path: Path) -> Path:
 
 
 def _reason(error: Exception, path: Path) -> str:
+    """Why `path` could not be resolved, in words."""
     if isinstance(error, FileNotFoundError):
         return "a link to a file that does not exist" if path.is_symlink() else "no such file"
     return (error.strerror or str(error)) if isinstance(error, OSError) else "a loop of links"
 
 
 def read_json(path: Path, max_bytes: int = 16 << 20) -> dict[str, Any]:
-    """The JSON object in `path`, strictly read.
+    """Read the JSON object in the file `path`, strictly.
 
-    Refused: more than `max_bytes`, invalid UTF-8, a repeated key, NaN, nesting deeper than 64, integers beyond 64
-    digits, unpaired surrogates, and anything but an object at the top. Infinity is accepted, because transformers
-    writes it (`time_step_limit` of Mamba); a config class that takes a number must check that it is finite.
+    Refused are files of more than `max_bytes`, invalid UTF-8, a repeated key, NaN, nesting deeper than 64 levels,
+    integers of more than 64 digits, unpaired surrogates, and anything but an object at the top. Infinity is accepted,
+    because transformers writes it (`time_step_limit` of Mamba); a config class that reads a number must check that it
+    is finite.
 
     Raises:
-        CheckpointError: naming the file and the problem.
+        CheckpointError: the file cannot be read or is refused; the message names the file and the problem.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
@@ -93,7 +102,7 @@ def read_json(path: Path, max_bytes: int = 16 << 20) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """`read_json` of bytes; `where` begins the message of an error."""
+    """Parse the bytes of a JSON object as strictly as `read_json`; error messages start with `where`."""
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant, parse_int=_bounded_int
@@ -116,6 +125,7 @@ _KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", b
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these keys and values; refuses a repeated key, of which readers take the first or the last."""
     result = dict(pairs)
     if len(result) != len(pairs):
         again = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -124,18 +134,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> float:
+    """Value of `Infinity` or `-Infinity`; refuses `NaN`."""
     if name == "NaN":
-        raise ValueError("NaN, which no setting can mean")
+        raise ValueError("it has the number NaN, which no setting can mean")
     return float(name)
 
 
 def _bounded_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
+        raise ValueError(f"it has an integer of {len(digits)} digits, more than {MAX_DIGITS}")
     return int(digits)
 
 
 def _check_depth(value: object) -> None:
+    """Refuse deep nesting, level by level, since a recursive check could itself go too deep."""
     level, depth = [value], 0
     while level := [
         child

@@ -1,4 +1,4 @@
-"""A progress bar for what takes over a second; nothing is drawn, and nothing imported, before that."""
+"""Progress bar for work that takes over a second; before that nothing is drawn and `rich` is not imported."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 PATIENCE = 1.0
-"""Seconds without a bar."""
+"""Seconds of work after which the bar appears."""
 
 
 class ProgressBar:
-    """`with ProgressBar("loading") as bar: work(bar.update)`; draws on stderr."""
+    """Progress bar on stderr: `with ProgressBar("loading", enabled=True) as bar: work(bar.update)`."""
 
     def __init__(self, title: str, *, enabled: bool) -> None:
         self._title = title
@@ -32,7 +32,7 @@ class ProgressBar:
             self._bar[0].stop()
 
     def update(self, done: int, total: int) -> None:
-        """Bytes done and in all."""
+        """Show that `done` of `total` bytes are done."""
         if not self._enabled or (self._bar is None and time.monotonic() - self._started < PATIENCE):
             return
         if self._bar is None:

@@ -1,4 +1,4 @@
-"""The data that comes with the package: `configs/`, in the source tree and installed alike."""
+"""Reads the data files that come with the package, in `configs/`; works in the source tree and installed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from runner.errors import UsageError
 
 
 def names(kind: str) -> list[str]:
-    """What there is of a kind ("shapes" or "sampling")."""
+    """Names of the data files of a kind ("shapes" or "sampling"), sorted."""
     files = resources.files("runner").joinpath("configs", kind).iterdir()
     return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
 
 
 def read(kind: str, name: str) -> dict[str, Any]:
-    """The named file's object.
+    """Return the JSON object in the data file `name` of a kind ("shapes" or "sampling").
 
     Raises:
-        UsageError: there is none of that name; the message lists those there are.
+        UsageError: there is no file of that name; the message lists the names.
     """
     if name not in names(kind):
         raise UsageError(f"no {kind} named {name!r}; there are {', '.join(names(kind))}")
