@@ -143,8 +143,8 @@ class SentencePieceBackend:
         self._prefix_every = prefix and files.legacy is True
         self._bos = self.named_id(files, "bos_token") if files.add_bos_token is not False else None
         self._eos = self.named_id(files, "eos_token") if files.add_eos_token is True else None
-        # The decoder section that a tokenizer.json of this vocabulary would have. `PieceStream` can do these steps, so the
-        # plan never calls the function that decodes for other kinds.
+        # The decoder section that a tokenizer.json of this vocabulary would have. `PieceStream` can do these steps, so
+        # the plan never calls the function that decodes for other kinds.
         steps: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
         ]  # fmt: skip
