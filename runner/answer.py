@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.engine.sampling import Sampled
+from runner.engine.sampling import Token
 from runner.text.detokenizer import Detokenizer
 from runner.text.stop import StopMatcher
 
@@ -88,91 +88,64 @@ class Answer:
         detokenizer: Detokenizer,
         stops: StopMatcher,
         prompt_tokens: int,
-        cached_tokens: int,
     ) -> None:
+        """Begin an answer now; `prompt_tokens` is the length of its prompt, those that a cache holds included."""
         self.end_tokens = end_tokens
         self.detokenizer = detokenizer
         self.stops = stops
         self.prompt_tokens = prompt_tokens
-        self.cached_tokens = cached_tokens
+        self.cached_tokens = 0
         self.count = 0
         self.started = time.perf_counter()
         self.first = self.started
 
-    def add(self, step: tuple[mx.array, ...], *, last: bool, cancelled: bool) -> Chunk:
-        """Make the chunk of a token; waits until the token is computed.
+    def add(self, token: Token, *, last: bool, cancelled: bool) -> Chunk:
+        """Make the chunk of a token.
 
         Args:
-            step: the arrays of `flat`.
             last: whether the token is the last that the length limit allows.
             cancelled: whether the caller wants no more tokens.
         """
-        token = _int(step[0])
         if self.count == 0:
             self.first = time.perf_counter()
         self.count += 1
         text, reason = "", None
         # An end token ends the answer and has no text. Of the other reasons a stop string comes first: it was met by
         # this token, even if this is also the last one allowed.
-        if token in self.end_tokens:
+        if token.id in self.end_tokens:
             reason = "stop"
         else:
-            text, stopped = self.stops.add(self.detokenizer.add(token))
+            text, stopped = self.stops.add(self.detokenizer.add(token.id))
             reason = "stop" if stopped else "length" if last else "cancelled" if cancelled else None
             # What follows a stop string is no part of the answer, so nothing is flushed.
             if stopped:
-                return self.chunk(text, token, step, reason)
+                return self.chunk(text, token, reason)
         # At the end, flush bytes of an incomplete character and text held back as the possible start of a stop string.
         if reason is not None:
             tail, stopped = self.stops.add(self.detokenizer.flush())
             text += tail if stopped else tail + self.stops.flush()
             reason = "stop" if stopped else reason
-        return self.chunk(text, token, step, reason)
+        return self.chunk(text, token, reason)
 
     def cancelled(self) -> Chunk:
         """Make the only chunk of an answer that was cancelled during prefill."""
         return Chunk("", -1, finish_reason="cancelled", timings=self.timings())
 
-    def chunk(self, text: str, token: int, step: tuple[mx.array, ...], reason: str | None) -> Chunk:
-        """Make a chunk from its text and the arrays of `flat`; with a `reason` to end, the timings are added."""
-        logprob = _float(step[1]) if len(step) > 1 else None
-        top = None
-        if len(step) > 2:
-            top = [(_int(token), _float(value)) for token, value in zip(step[2], step[3], strict=True)]
-        return Chunk(text, token, logprob, top, reason, self.timings() if reason else None)
+    def chunk(self, text: str, token: Token, reason: str | None) -> Chunk:
+        """Make a chunk from a token and its text; with a `reason` to end, the timings are added."""
+        return Chunk(text, token.id, token.logprob, token.top_logprobs, reason, self.timings() if reason else None)
 
     def timings(self) -> Timings:
         """Timings from the start of the answer to now."""
         now = time.perf_counter()
         return Timings(
-            self.prompt_tokens,
+            self.prompt_tokens - self.cached_tokens,
             self.first - self.started,
             self.count,
             now - self.first,
             mx.get_peak_memory(),
             self.cached_tokens,
         )
-
-
-def _int(array: mx.array) -> int:
-    value = array.item()
-    assert isinstance(value, int)
-    return value
-
-
-def _float(array: mx.array) -> float:
-    value = array.item()
-    assert isinstance(value, float)
-    return value
-
-
-def flat(sampled: Sampled) -> tuple[mx.array, ...]:
-    """Flatten to (token[, logprob[, top ids, top logprobs]]), the arrays that `decode` schedules and `Answer` reads."""
-    if sampled.logprob is None:
-        return (sampled.token,)
-    if sampled.top is None:
-        return (sampled.token, sampled.logprob)
-    return (sampled.token, sampled.logprob, *sampled.top)
 
 
 def gather(chunks: Iterator[Chunk]) -> Generation:

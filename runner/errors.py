@@ -43,6 +43,10 @@ class ContextLengthError(UsageError):
         )
 
 
+class NumericsError(RunnerError, ArithmeticError):
+    """A model's logits are not numbers to choose by: NaN, plus infinity, or minus infinity for every token."""
+
+
 class HubError(RunnerError, OSError):
     """A model could not be found or fetched from the hub."""
 

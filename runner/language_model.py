@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from runner.answer import Answer, Chunk, Generation, flat, gather
+from runner.answer import Answer, Chunk, Generation, gather
 from runner.checkpoint.hub import resolve, resolve_adapter
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.config.base import Config
 from runner.engine.engine import Engine, assemble
-from runner.engine.generate import Cancelled, decode, prefill
+from runner.engine.generate import Cancelled
 from runner.engine.prompt_cache import PromptCache
-from runner.engine.sampling import Sampler, SamplingParams
+from runner.engine.request import Request, Run
+from runner.engine.sampling import SamplingParams
 from runner.errors import ConfigError, ContextLengthError, UsageError
 from runner.families import Model
 from runner.ops.device import Device
+from runner.ops.owner import OWNER
 from runner.progress import ProgressBar
 from runner.text.stop import StopMatcher
 from runner.text.tokenizer import Tokenizer
@@ -74,7 +76,7 @@ class LanguageModel:
     @property
     def adapters(self) -> dict[str, float]:
         """Names and current weights of the adapters that the model was loaded with."""
-        return {} if self.engine.adapters is None else dict(self.engine.adapters.weights)
+        return self.engine.adapter_weights
 
     def set_adapters(self, weights: Mapping[str, float]) -> None:
         """Change the weights of the named adapters, from the next answer on; 0 turns an adapter off.
@@ -93,7 +95,13 @@ class LanguageModel:
         Raises:
             UsageError: `ids` is empty, or an id is not an integer or is outside the vocabulary.
         """
-        return self.engine.logits(ids)
+
+        def job() -> mx.array:
+            result = self.engine.logits(ids)
+            mx.eval(result)  # what is still to be computed only the owner's thread could compute
+            return result
+
+        return self.engine.run(job)
 
     def prompt_cache(self) -> PromptCache:
         """Make an empty prompt cache: `stream` and `chat_stream` calls that share it prefill only what is new."""
@@ -136,38 +144,29 @@ class LanguageModel:
         budget = room if max_tokens is None else min(max_tokens, room)
         # Arguments are checked above, in this plain method: a generator would raise only when its first token is read.
         kept = self.prompt_cache() if prompt_cache is None else prompt_cache
-        return self._run(ids, params, StopMatcher(stops), budget, kept, on_prefill, cancelled)
+        request = Request(ids, params, budget, on_prefill, cancelled)
+        return self._run(request, StopMatcher(stops), kept, cancelled)
 
     def _run(
         self,
-        ids: list[int],
-        params: SamplingParams,
+        request: Request,
         stops: StopMatcher,
-        budget: int,
         kept: PromptCache,
-        on_prefill: Callable[[int, int], None] | None,
         cancelled: Callable[[], bool] | None,
     ) -> Iterator[Chunk]:
-        reused = kept.reuse(ids)
-        answer = Answer(self.eos_token_ids, self.tokenizer.detokenizer(), stops, len(ids) - reused, reused)
-        sampler = Sampler(params, self.config.vocab_size, ids, argmax=self.device.ops.argmax)
-
-        def sample(logits: mx.array) -> tuple[mx.array, ...]:
-            return flat(sampler(logits))
-
+        answer = Answer(self.eos_token_ids, self.tokenizer.detokenizer(), stops, len(request.ids))
+        run = Run(self.engine, kept, request)
         try:
-            logits = prefill(self.model, ids[reused:], kept.caches, on_progress=on_prefill, cancelled=cancelled)
+            for index, token in enumerate(run):
+                answer.cached_tokens = run.reused
+                stopped = cancelled is not None and cancelled()
+                chunk = answer.add(token, last=index + 1 == request.budget, cancelled=stopped)
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
         except Cancelled:
+            answer.cached_tokens = run.reused
             yield answer.cancelled()
-            return
-        steps = decode(self.model, logits, kept.caches, sample, budget, self.device.ops)
-        for index, step in enumerate(steps):
-            stopped = cancelled is not None and cancelled()
-            chunk = answer.add(step, last=index + 1 == budget, cancelled=stopped)
-            kept.add(chunk.token)
-            yield chunk
-            if chunk.finish_reason is not None:
-                return
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
         """Generate a whole answer; takes the arguments of `stream`."""
@@ -239,7 +238,15 @@ def load(
 
         opened = open_adapters(adapters, lambda spec: resolve_adapter(spec, progress=progress))
     with ProgressBar(f"loading {files.path.name}", enabled=progress) as bar:
-        engine = assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=bar.update)
+
+        def update(done: int, total: int) -> None:
+            OWNER.check_wanted()  # Ctrl-C in the waiting thread ends the loading too
+            bar.update(done, total)
+
+        def job() -> Engine:
+            return assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=update)
+
+        engine = OWNER.run(job, mx.default_device())
     params, ignored = SamplingParams.from_generation_config(files.generation_config)
     return LanguageModel(files.path, engine, tokenizer, params, ignored, end_tokens(files, tokenizer))
 

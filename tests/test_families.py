@@ -1,4 +1,4 @@
-"""Refused configs and their messages, that no config runs code, and families from other packages."""
+"""Which configs are refused and how, that none of them runs code, and families that come in other packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LLAMA = TESTS / "fixtures" / "llama" / "llama-gqa-hub"
 
 
 def config(family: str) -> dict[str, Any]:
-    """The parsed `config.json` of a fixture."""
+    """`config.json` of a fixture."""
     folder = "llama" if family.startswith(("llama", "mistral")) else "families"
     result: dict[str, Any] = json.loads((TESTS / "fixtures" / folder / family / "config.json").read_text())
     return result
@@ -99,7 +99,7 @@ def test_what_is_not_supported_is_named(family: str, changes: dict[str, Any], wo
 
 
 def test_null_is_what_the_authors_code_makes_of_it() -> None:
-    """In the authors' code a null flag is false, whatever its default; null sizes are computed from other keys."""
+    """A null flag is false there, whatever its default; null sizes are worked out."""
     assert read({**config("deepseek_v3-base"), "rope_interleave": None, "norm_topk_prob": None}).traditional is False
     assert read({**config("glm-base"), "partial_rotary_factor": None}).rotary_dim == 16
     assert read({**config("llama-gqa-hub"), "head_dim": None}).head_dim == 8
@@ -109,7 +109,7 @@ def test_null_is_what_the_authors_code_makes_of_it() -> None:
 
 
 def test_remote_code_runs_nothing(tmp_path: Path) -> None:
-    """`auto_map` is ignored if the family is known; mlx-lm's `model_file` is refused like any unknown key."""
+    """`auto_map` is ignored where the family is known; `model_file` (mlx-lm's) is refused like any unknown key."""
     model, ran = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(LLAMA, model)
     code = f"open({str(ran)!r}, 'w')\n"
@@ -157,7 +157,7 @@ except ConfigError as error:
 
 
 def run_with(site: Path, model: Path) -> str:
-    """Run a process that finds an installed distribution in `site`; return its output."""
+    """What a process says that finds an installed distribution in `site`."""
     path = os.pathsep.join([str(site), str(ROOT)])
     command = [sys.executable, "-c", LOADS, str(model)]
     done = subprocess.run(

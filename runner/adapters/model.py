@@ -33,13 +33,15 @@ class Adapters:
     Attributes:
         base: the model, with the whole tensors that adapters bring in place of its own.
         parts: the factors and the rows for single tokens.
-        weights: each adapter's weight by name; layers read this object at every call, so `set_weights` just updates it.
+        weights: each adapter's weight by name, as the next answer will use it; `set_weights` changes it.
+        used: the same as the layers read it, at every call; `use` changes it.
         fixed: names of adapters that bring whole tensors: their weights cannot change after loading.
     """
 
     base: Base
     parts: Parts
     weights: dict[str, float]
+    used: dict[str, float]
     fixed: frozenset[str]
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
@@ -61,6 +63,11 @@ class Adapters:
         self.check(self.weights | changed)
         self.weights.update(changed)
 
+    def use(self, weights: Mapping[str, float]) -> None:
+        """Let the layers compute with `weights`, which were checked when they were set."""
+        if self.used != weights:
+            self.used.update(weights)
+
     def check(self, weights: Mapping[str, float]) -> None:
         """Check that DoRA and rows for single tokens have a defined result.
 
@@ -80,7 +87,7 @@ class Adapters:
 
     def applied(self, layout: ModulePlan, ops: Ops, dtype: mx.Dtype | None) -> ModulePlan:
         """The plan `layout` of `base` with adapted layers where adapters change it; `dtype` as in `build`."""
-        return Applying(self.base, self.parts, self.weights, ops, dtype).module(layout)
+        return Applying(self.base, self.parts, self.used, ops, dtype).module(layout)
 
     def merged(self) -> Base:
         """The model with the adapters merged into its tensors."""
@@ -137,6 +144,6 @@ def fit(
             changes[name], owner[name] = change, adapter.name
     weights = {adapter.name: adapter.weight for adapter in adapters}
     model = Base(raw, base, sites, stacks, head, tied).changed(changes, untied)
-    result = Adapters(model, parts, weights, frozenset(fixed))
+    result = Adapters(model, parts, weights, dict(weights), frozenset(fixed))
     result.check(weights)
     return result

@@ -72,7 +72,7 @@ def resolve(model: str, *, revision: str | None = None, progress: bool = True) -
                 "only hub ids have revisions"
             )
         return Path(path)
-    if os.path.exists(path):  # never ask the hub for something that exists here
+    if os.path.exists(path):
         raise UsageError(f"{path} is a file, neither a model's directory nor a .gguf file: name its directory")
     repo, revision = _parse(model, revision)
     cached = _snapshot(repo, revision)

@@ -166,6 +166,11 @@ class Config:
         return self.quantization.layers.get(name, self.quantization.default)
 
     @property
+    def rope_border(self) -> int | None:
+        """The longest sequence whose keys have the first of two sets of RoPE frequencies (LongRoPE); None: one set."""
+        return None
+
+    @property
     def rope_depends_on_length(self) -> bool:
         """Whether RoPE rotates the keys of earlier tokens differently in a longer sequence.
 

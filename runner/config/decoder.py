@@ -52,6 +52,12 @@ class DecoderConfig(Config):
         return self.head_dim
 
     @property
+    def rope_border(self) -> int | None:
+        if self.rope_scaling is None or self.rope_scaling.kind != "longrope":
+            return None
+        return self.rope_scaling.original_max_position_embeddings or self.max_position_embeddings
+
+    @property
     def rope_depends_on_length(self) -> bool:
         return self.rope_scaling is not None and depends_on_length(self.rope_scaling)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
@@ -19,6 +19,7 @@ from runner.errors import UsageError
 from runner.families import Model, find
 from runner.nn.batch import Batch
 from runner.ops.device import Device, current
+from runner.ops.owner import OWNER
 from runner.weights import loading
 from runner.weights.loading import Progress
 from runner.weights.plan import ModulePlan, plan
@@ -26,6 +27,8 @@ from runner.weights.tags import Source
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Adapters
+
+T = TypeVar("T")
 
 DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -47,10 +50,24 @@ class Engine:
     storage: Storage
     adapters: Adapters | None = None
 
+    def run(self, job: Callable[[], T]) -> T:
+        """Run `job` on the thread that owns the device; see `runner.ops.owner`."""
+        return OWNER.run(job, self.device.mlx)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in memory."""
         return loading.nbytes(self.model)
+
+    @property
+    def adapter_weights(self) -> dict[str, float]:
+        """Names and weights of the adapters, as the next answer will use them."""
+        return {} if self.adapters is None else dict(self.adapters.weights)
+
+    def use_adapters(self, weights: Mapping[str, float]) -> None:
+        """Let the layers compute with these weights from now on; called before each pass."""
+        if self.adapters is not None:
+            self.adapters.use(weights)
 
     def new_caches(self) -> list[KVCache]:
         """A list of empty KV caches, one per layer."""
@@ -62,6 +79,7 @@ class Engine:
         Raises:
             UsageError: `ids` is empty, or an id is not an integer or is outside the vocabulary.
         """
+        self.use_adapters(self.adapter_weights)
         hidden = self.model(Batch(mx.array([self.checked(ids)], dtype=mx.int32)), self.new_caches())
         return self.model.logits(hidden)[0].astype(mx.float32)
 
@@ -116,6 +134,8 @@ def assemble(
     if adapted is not None:
         layout = adapted.applied(layout, device.ops, DTYPES[dtype] if dtype else None)
     model = loading.build(layout, source, dtype=DTYPES[dtype] if dtype else None, progress=progress)
+    # Nothing lazy is shared: what modules computed for themselves (RoPE's frequencies, MLA's matrices) is computed now.
+    mx.eval([array for _, array in loading.arrays(model)])
     # Only where no dtype was asked for may the device round the rows of its caches.
     return Engine(config, model, layout, device, device.storage if dtype is None else device.ops.storage, adapted)
 

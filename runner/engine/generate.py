@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -18,8 +19,8 @@ from runner.ops.table import PORTABLE, Ops
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass: enough to fill the machine, few enough to cancel soon and keep activations small."""
 
-Sample = Callable[[mx.array], tuple[mx.array, ...]]
-"""Maps the next token's logits `[V]` to lazy arrays, the first of which is the token."""
+Step = TypeVar("Step", bound=tuple[mx.array | None, ...])
+"""What sampling makes of a row of logits: lazy arrays, the first of which is the token."""
 
 
 def new_caches(config: Config, storage: Storage = PLAIN) -> list[KVCache]:
@@ -30,6 +31,31 @@ def new_caches(config: Config, storage: Storage = PLAIN) -> list[KVCache]:
 
 class Cancelled(Exception):
     """Raised by `prefill` when its caller no longer wants an answer."""
+
+
+def prefill_passes(
+    model: Model, ids: Sequence[int], caches: list[KVCache], *, chunk: int = PREFILL_CHUNK
+) -> Iterator[tuple[int, mx.array | None]]:
+    """Run the prompt through the model, one chunk for each item: the tokens done, and after the last one the logits.
+
+    The logits are `[V]` and follow the last token; no others are computed. Arguments and errors are `prefill`'s.
+    """
+    if not ids or chunk < 1:
+        raise UsageError(
+            f"prefill needs at least one token and a positive chunk size, not {len(ids)} tokens in chunks of {chunk}"
+        )
+    offset = caches[0].offset
+    length = offset + len(ids)  # of the whole prompt: some RoPE types choose their frequencies by it
+    for start in range(0, len(ids), chunk):
+        piece = mx.array([list(ids[start : start + chunk])], dtype=mx.int32)
+        hidden = model(Batch(piece, offset + start, length), caches)
+        if start + chunk >= len(ids):
+            # The last chunk stays lazy: it is computed together with the logits.
+            yield len(ids), model.logits(hidden[:, -1:])[0, -1]
+            return
+        # Compute this chunk now, or the graphs of all chunks (and their activations) would be held at once.
+        mx.eval([array for cache in caches for array in cache.arrays])
+        yield start + chunk, None
 
 
 def prefill(
@@ -53,50 +79,46 @@ def prefill(
         UsageError: the prompt is empty, or `chunk` is not positive.
         Cancelled: `cancelled()` returned true.
     """
-    if not ids or chunk < 1:
-        raise UsageError(
-            f"prefill needs at least one token and a positive chunk size, not {len(ids)} tokens in chunks of {chunk}"
-        )
-    offset = caches[0].offset
-    length = offset + len(ids)  # of the whole prompt: some RoPE types choose their frequencies by it
-    hidden = None
-    for start in range(0, len(ids), chunk):
+    passes = prefill_passes(model, ids, caches, chunk=chunk)
+    while True:
         if cancelled is not None and cancelled():
             raise Cancelled
-        piece = mx.array([list(ids[start : start + chunk])], dtype=mx.int32)
-        hidden = model(Batch(piece, offset + start, length), caches)
-        # Compute this chunk now, or the graphs of all chunks (and their activations) would be held at once. The last
-        # chunk stays lazy: it is computed together with the logits.
-        if start + chunk < len(ids):
-            mx.eval([array for cache in caches for array in cache.arrays])
+        done, logits = next(passes)
         if on_progress is not None:
-            on_progress(min(start + chunk, len(ids)), len(ids))
-    assert hidden is not None
-    return model.logits(hidden[:, -1:])[0, -1]
+            on_progress(done, len(ids))
+        if logits is not None:
+            return logits
 
 
 def decode(
     model: Model,
     logits: mx.array,
     caches: list[KVCache],
-    sample: Sample,
+    sample: Callable[[mx.array], Step],
     max_tokens: int,
     ops: Ops = PORTABLE,
-) -> Iterator[tuple[mx.array, ...]]:
-    """Yield what `sample` returns for up to `max_tokens` tokens; while one is read, the next is being computed.
+) -> Iterator[Step]:
+    """Yield what `sample` makes of the logits `[V]` of each of up to `max_tokens` tokens, one computed ahead.
 
-    Tokens are fed back without leaving the device, whose operations `ops` holds. `caches` end before the last of
-    `max_tokens` tokens; if the caller stops earlier, they include the last token that was yielded.
+    While a token is read, the next is being computed. Tokens are fed back without leaving the device, whose operations
+    `ops` holds. `caches` end before the last of `max_tokens` tokens; if the caller stops earlier, they include the last
+    token that was yielded.
     """
     steps = Steps(model, caches, ops)
     current = sample(logits)
-    ops.schedule(*current)
+    ops.schedule(*_arrays(current))
     for index in range(max_tokens):
         # Schedule the next step before yielding: it runs while the caller reads and prints this token.
         following = None
         if index + 1 < max_tokens:
-            following = sample(steps(current[0].reshape(1, 1))[0])
-            ops.schedule(*following)
+            token = current[0]
+            assert token is not None
+            following = sample(steps(token.reshape(1, 1))[0])
+            ops.schedule(*_arrays(following))
         yield current
         if following is not None:
             current = following
+
+
+def _arrays(step: tuple[mx.array | None, ...]) -> list[mx.array]:
+    return [array for array in step if array is not None]

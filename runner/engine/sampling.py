@@ -13,12 +13,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
 from runner import resources
-from runner.errors import UsageError
+from runner.errors import NumericsError, UsageError
 
 _LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0),
@@ -49,6 +49,10 @@ _OTHER_DEFAULTS: dict[str, tuple[object, ...]] = {
     "min_new_tokens": (None, 0),
 }
 """Keys of generation_config.json that no field of `SamplingParams` honours, with the values that have no effect."""
+
+
+SMALLEST = 2.0**-126
+"""The smallest normal float32. A temperature below it cannot be divided by on every device, and counts as 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +146,42 @@ class SamplingParams:
         return dataclasses.asdict(self)
 
 
+class Token(NamedTuple):
+    """A token that was read from the device: its id, and its log-probabilities where they were asked for."""
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
+
+
 class Sampled(NamedTuple):
-    """Lazy arrays: the picked token and its log-probability (scalars), and `top`, (ids, log-probabilities) of the most
-    likely tokens, in descending order. None for what `SamplingParams.logprobs` did not ask for."""
+    """Lazy arrays: the picked token, the greatest of the logits it was picked from and the token's log-probability
+    (scalars), and ids and log-probabilities of the most likely tokens, in descending order. None for what
+    `SamplingParams.logprobs` did not ask for."""
 
     token: mx.array
-    logprob: mx.array | None
-    top: tuple[mx.array, mx.array] | None
+    peak: mx.array
+    logprob: mx.array | None = None
+    top_ids: mx.array | None = None
+    top_logprobs: mx.array | None = None
+
+    def read(self) -> Token:
+        """Wait for the arrays and return them as Python numbers.
+
+        Raises:
+            NumericsError: no token can be picked from such logits. A maximum tells: NaN anywhere makes it NaN, plus
+                infinity anywhere makes it that, and without a finite entry it is minus infinity.
+        """
+        peak = self.peak.item()
+        assert isinstance(peak, float)
+        if not math.isfinite(peak):
+            raise NumericsError("NaN" if math.isnan(peak) else "infinity" if peak > 0 else "no finite number")
+        token, logprob = self.token.item(), None if self.logprob is None else self.logprob.item()
+        assert isinstance(token, int) and isinstance(logprob, float | None)
+        if self.top_ids is None or self.top_logprobs is None:
+            return Token(token, logprob)
+        ids, values = cast(list[int], self.top_ids.tolist()), cast(list[float], self.top_logprobs.tolist())
+        return Token(token, logprob, list(zip(ids, values, strict=True)))
 
 
 def argmax(logits: mx.array) -> mx.array:
@@ -193,21 +226,24 @@ class Sampler:
         """Pick a token from logits `[V]`, without evaluating anything."""
         params = self._params
         # Greedy decoding without log-probabilities needs no float32: the order of the logits is all that counts.
-        raw = logits.astype(mx.float32) if params.temperature or params.logprobs is not None else logits
+        greedy = params.temperature < SMALLEST
+        raw = logits if greedy and params.logprobs is None else logits.astype(mx.float32)
         logits = raw if self._bias is None else raw + self._bias
         if self._penalised:
             logits = self._penalise(logits)
-        token = self._argmax(logits) if params.temperature == 0 else self._draw(logits / params.temperature)
+        peak = mx.max(logits)
+        # Relative to the greatest, so that no temperature makes a logit overflow to plus infinity.
+        token = self._argmax(logits) if greedy else self._draw((logits - peak) / params.temperature)
         if self._penalised:
             self._remember(token)
         # Log-probabilities are the model's own: of the raw logits, not of those that were biased and filtered.
         if params.logprobs is None:
-            return Sampled(token, None, None)
+            return Sampled(token, peak)
         logprobs = raw - mx.logsumexp(raw)
         if params.logprobs == 0:
-            return Sampled(token, logprobs[token], None)
+            return Sampled(token, peak, logprobs[token])
         ids = mx.argsort(-logprobs)[: params.logprobs]
-        return Sampled(token, logprobs[token], (ids, logprobs[ids]))
+        return Sampled(token, peak, logprobs[token], ids, logprobs[ids])
 
     def _remember(self, token: mx.array) -> None:
         """Count `token` as seen, and forget the oldest token where the penalty window is full."""

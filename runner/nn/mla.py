@@ -5,9 +5,8 @@ Source: DeepSeek V2, arXiv:2405.04434 section 2.1; the absorbed form is in its a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -177,6 +176,12 @@ class LatentAttention:
     qk_rope_head_dim: int = setting()
     v_head_dim: int = setting()
     activations: mx.Dtype | None = setting(default=None)
+    kept: tuple[mx.array, mx.array] | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        # Unpacked once, here: layers are shared by threads, so that nothing in them may change while they compute.
+        if not self.kv_b_proj.changeable:
+            self.kept = self.matrices()
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         # Each query head has a part without position and a rotated part.
@@ -210,17 +215,12 @@ class LatentAttention:
 
     def absorbed(self, q: mx.array, rotary: mx.array, stored: History, batch: Batch) -> mx.array:
         """Absorbed form of `expanded`: a token's row in the cache serves as key and value of all heads."""
-        to_keys, to_values = self.matrices() if self.kv_b_proj.changeable else self.kept_matrices
+        to_keys, to_values = self.matrices() if self.kept is None else self.kept
         # Keys are whole rows [latent, rotated key], values only their latents.
         rows = mx.concatenate([stored.keys, stored.values], axis=-1)
         history = History(rows, rows[..., : self.kv_lora_rank], stored.length)
         gathered = self.attend(mx.concatenate([q @ to_keys, rotary], axis=-1), history, batch.mask)
         return gathered @ to_values.swapaxes(-1, -2)
-
-    @functools.cached_property
-    def kept_matrices(self) -> tuple[mx.array, mx.array]:
-        """The result of `matrices`, computed once."""
-        return self.matrices()
 
     def matrices(self) -> tuple[mx.array, mx.array]:
         """The parts of `kv_b_proj` that make keys and values, `[H, qk_nope_head_dim, kv_lora_rank]` and

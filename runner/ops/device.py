@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -19,7 +19,7 @@ class Device:
 
     `storage` is how caches keep float32 rows where nobody asked for float32. `threads` are those of our
     kernels; None where MLX decides. `notice` says why it is slower than this machine can be, `fix` is the command that
-    changes it and `needs` what must be installed before; None where nothing is missing.
+    changes it and `needs` what must be installed before; None where nothing is missing. `mlx` is MLX's name for it.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Device:
     notice: str | None = None
     fix: str | None = None
     needs: str | None = None
+    mlx: mx.Device = field(default_factory=mx.default_device)
 
 
 def current() -> Device:

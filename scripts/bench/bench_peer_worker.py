@@ -1,4 +1,4 @@
-"""Runs one engine in one process, driven by lines of JSON: `python bench_peer_worker.py KIND MODEL`. See `bench_peers`.
+"""One engine in one process, driven by lines of JSON: `python bench_peer_worker.py KIND MODEL`. See `bench_peers`.
 
 KIND is runner, mlx-lm, llama.cpp, torch-bfloat16 or torch-float32. Requests, each answered with a line of JSON:
 
@@ -29,12 +29,12 @@ THREADS = int(os.environ.get("RUNNER_NUM_THREADS", "0")) or len(os.sched_getaffi
 
 
 def random_ids(count: int, vocab: int) -> list[int]:
-    """Random ids, the same for every engine."""
+    """The same ids for every engine."""
     return np.random.default_rng(SEED).integers(0, vocab, count).tolist()
 
 
 class Engine:
-    """Interface of an engine; `position` is the number of tokens in its cache."""
+    """What each engine brings; `position` is how many tokens its cache holds."""
 
     version: str
     vocab: int
@@ -227,14 +227,14 @@ class Torch(Engine):
 
 
 def open_engine(kind: str, model: str) -> Engine:
-    """Load the model in the engine called `kind`."""
+    """The engine of that name with its model."""
     if kind.startswith("torch-"):
         return Torch(model, kind.removeprefix("torch-"))
     return {"runner": Runner, "mlx-lm": MlxLm, "llama.cpp": LlamaCpp}[kind](model)
 
 
 def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """Carry out a request and return the result."""
+    """Do what a request asks."""
     what = request["do"]
     if what == "pp":
         engine.rewind(0)
@@ -261,7 +261,7 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer requests on the original stdout; whatever libraries print goes to stderr."""
+    """Answer on the stdout we were given; what libraries print goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine = open_engine(sys.argv[1], sys.argv[2])

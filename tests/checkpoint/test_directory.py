@@ -1,4 +1,4 @@
-"""Checkpoint directories: which open, which are refused and why, what reads return and cost, and writing them back."""
+"""Checkpoints: what opens, what is refused and why, what a read returns and what it costs, and the way back to disk."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ F32_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """The bytes of a safetensors file with any header, right or wrong; `header` may be the JSON text itself."""
+    """A file of any header, true or not; `header` may be the JSON text itself."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def tensor_file(names: list[str], value: int = 0) -> bytes:
-    """A safetensors file in which each name is a U8 tensor of four bytes `value`."""
+    """Each name a U8 tensor of four bytes `value`."""
     header = {name: {"dtype": "U8", "shape": [4], "data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
     return safetensors(header, bytes([value]) * 4 * len(names))
 
@@ -86,7 +86,7 @@ def test_single_file_without_generation_config(tmp_path: Path) -> None:
 
 
 def test_the_index_decides_and_strays_are_not_loaded(tmp_path: Path) -> None:
-    """A shard that the index does not name may hold anything; a tensor in two shards comes from the indexed one."""
+    """A shard that the index does not name may be anything; a tensor in two shards comes from the one it names."""
     weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
     sharded(tmp_path, weight_map, one=tensor_file(["a"], 1), two=tensor_file(["a", "b"], 2), stray=b"not safetensors")
     (tmp_path / "model.safetensors").write_bytes(tensor_file(["a", "x"], 9))
@@ -96,7 +96,7 @@ def test_the_index_decides_and_strays_are_not_loaded(tmp_path: Path) -> None:
 
 
 def test_unlisted_tensors_of_named_shards_are_taken(tmp_path: Path) -> None:
-    """Transformers takes them too: dropping them could silently drop an optional bias."""
+    """As transformers does: dropping them could drop an optional bias without a word."""
     sharded(tmp_path / "m", {"a": "one.safetensors"}, one=tensor_file(["a", "b"], 1))
     assert sorted(Checkpoint.open(tmp_path / "m").headers) == ["a", "b"]
     weight_map = {"a": "one.safetensors", "c": "two.safetensors"}
@@ -254,7 +254,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("judged", [True, False], ids=["library first", "alone"])
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_headers_that_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, judged: bool) -> None:
-    """Our own checks refuse each of these headers, also without the safetensors library's checks."""
+    """Our own checks refuse all of them too, when the safetensors library is not asked."""
     if not judged:
         monkeypatch.setattr(safetensors_header, "_judge", lambda path: None)
     model_dir(tmp_path, {"model.safetensors": BAD_FILES[case]})
@@ -341,7 +341,7 @@ def test_json_that_is_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("others", [False, True], ids=["mapped", "raw"])
 @pytest.mark.parametrize("dtype", sorted(RAW_DTYPES))
 def test_every_dtype_reads_its_own_bytes(tmp_path: Path, dtype: str, others: bool) -> None:
-    """Both through MLX, and tensor by tensor where the file has another tensor of a dtype that MLX refuses (F64)."""
+    """Through MLX, and tensor by tensor where another tensor of the file has a dtype that MLX refuses (F64)."""
     size = BITS[dtype] // 8
     data = bytes(range(1, 1 + 6 * size)) if dtype != "BOOL" else bytes([0, 1, 1, 0, 1, 0])
     last = 6 * size
@@ -433,7 +433,7 @@ print(high_water() - base, mx.get_peak_memory())
 
 
 def test_peak_memory(tmp_path: Path) -> None:
-    """Reading 200 MB takes at most 1.15 times that, one by one or all at once; freeing each tensor, 0.35 times."""
+    """200 MB: kept, at most 1.15 times that, read one by one or all at once; freed one by one, a small part of it."""
     count, each = 20, 10_000_000
     header = {f"t{i}": entry("BF16", [1000, 5000], [i * each, (i + 1) * each]) for i in range(count)}
     model_dir(tmp_path, {})
@@ -499,7 +499,7 @@ def test_shards_respect_the_limit_and_the_index_names_them(tmp_path: Path) -> No
 
 
 def test_the_writer_streams(tmp_path: Path) -> None:
-    """When a tensor is asked for, all earlier shards are on disk and their tensors have been released."""
+    """When a tensor is asked for, the shards before it are on disk and their tensors are let go."""
     on_disk: list[int] = []
     alive: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Hub ids, the cache, and fetching from a fake hub: a thread that serves the three endpoints that a download uses.
+"""Hub ids, the cache, and fetching, against a hub of our own: a thread with the three endpoints that a download uses.
 
 `huggingface_hub` reads its environment when it is imported, so each case runs in a process of its own.
 """
@@ -55,7 +55,7 @@ SHARDED["model.safetensors.index.json"] = json.dumps(INDEX).encode()
 
 @dataclass
 class FakeHub:
-    """A hub in a thread, with repositories by id: revision -> commit, and the files of each commit."""
+    """Repositories by id: revision -> commit, and the files of each commit."""
 
     refs: dict[str, dict[str, str]] = field(default_factory=dict)
     files: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
@@ -175,7 +175,7 @@ Call = tuple[str, list[str], dict[str, Any]]
 
 
 def call(tmp_path: Path, endpoint: str, *calls: Call, **environment: str) -> tuple[list[Any], str]:
-    """Call functions in another process: the result of each (an error as [type, message]), and stderr."""
+    """Each function's result (an error as [type, message]), and stderr."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     kept = {key: value for key, value in kept.items() if not key.lower().endswith("_proxy")}
     kept |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "NO_PROXY": "*", "HF_HUB_ETAG_TIMEOUT": "3"}
@@ -233,7 +233,7 @@ def test_no_progress_bar_when_none_is_wanted(fake: FakeHub, tmp_path: Path) -> N
 
 
 def test_revisions_and_pull(fake: FakeHub, tmp_path: Path) -> None:
-    """When the branch moves on, `resolve` stays with the cached commit and `pull` fetches the new one."""
+    """`resolve` keeps to the cache when the branch moves on; `pull` follows it."""
     fake.add("org/name", SMALL | SINGLE)
     fake.add("org/name", SMALL | SINGLE, "c" * 40, "refs/pr/1")
     first, other, by_argument = call(
@@ -253,7 +253,7 @@ def test_revisions_and_pull(fake: FakeHub, tmp_path: Path) -> None:
 
 
 def test_a_dropped_connection_is_resumed(fake: FakeHub, tmp_path: Path) -> None:
-    """The hub library writes in pieces of 10 MiB, and resumes after the last complete piece."""
+    """The hub library writes in pieces of 10 MiB, and goes on after the last whole one."""
     content = os.urandom(1 << 20) * 12
     fake.add("org/name", SMALL | {"model.safetensors": content})
     fake.cut = 11 << 20
@@ -355,7 +355,7 @@ def test_a_full_disk(fake: FakeHub, tmp_path: Path) -> None:
 
 
 def cached(tmp_path: Path, repo: str, files: dict[str, bytes], commit: str = COMMIT) -> Path:
-    """Create a snapshot as `huggingface_hub` does: links into `blobs`, and a ref that names the commit."""
+    """A snapshot as `huggingface_hub` lays it out: links into `blobs`, a ref that names the commit."""
     folder = tmp_path / "hf/hub" / f"models--{repo.replace('/', '--')}"
     for name, data in files.items():
         blob, link = folder / "blobs" / hashlib.sha1(data).hexdigest(), folder / "snapshots" / commit / name
@@ -387,7 +387,7 @@ def test_an_offline_cache(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_without_tokenizer_is_completed(fake: FakeHub, tmp_path: Path) -> None:
-    """Other programs fetch file by file: missing files are fetched, and files in the cache are not fetched again."""
+    """Other programs fetch file by file; what they left out is fetched, what is there is not fetched again."""
     fake.add("org/name", SMALL | SINGLE)
     snapshot = cached(tmp_path, "org/name", {"config.json": SMALL["config.json"]} | SINGLE)
     (path,), _ = call(tmp_path, fake.endpoint, resolve("org/name"))

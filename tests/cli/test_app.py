@@ -1,4 +1,4 @@
-"""The command line as a subprocess: stdout, stderr and exit codes."""
+"""The command line from outside: what reaches stdout, what stderr, and the exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GREEDY = ["--temperature", "0", "--max-tokens", "8"]
 
 
 def run(*arguments: str, stdin: str | bytes | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m runner ...` with text as input and output; stdin None is /dev/null."""
+    """`python -m runner ...` with text in and out; stdin None is /dev/null."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     done = subprocess.run(
         [sys.executable, "-m", "runner", *arguments],

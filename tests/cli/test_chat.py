@@ -23,7 +23,7 @@ PATIENCE = 60.0  # seconds; only reached when the test fails
 
 
 class Terminal:
-    """Runs a program with a terminal on stdin, stdout and stderr."""
+    """A program with a terminal on stdin, stdout and stderr."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         master, slave = pty.openpty()
@@ -41,7 +41,7 @@ class Terminal:
         os.close(slave)
 
     def expect(self, pattern: str) -> str:
-        """Wait until the output since the last match contains `pattern`; return the text up to the end of the match."""
+        """Wait until what was written since the last match holds `pattern`; returns the text up to its end."""
         deadline = time.monotonic() + PATIENCE
         while (found := re.search(pattern, self.seen)) is None:
             if time.monotonic() > deadline:
@@ -65,7 +65,7 @@ class Terminal:
         os.kill(self.process.pid, signal.SIGINT)
 
     def close(self) -> int:
-        """Wait for the program to end; return its exit code."""
+        """Wait for the end; returns the exit code."""
         deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < deadline:
             if select.select([self.master], [], [], 0.05)[0]:
@@ -143,7 +143,7 @@ def test_ctrl_c_at_the_prompt_needs_a_second_one(chat: Terminal) -> None:
 
 
 def long_model(directory: Path) -> str:
-    """A fixture whose answer would take minutes, as no token ends it: Ctrl-C comes in the middle."""
+    """The fixture with room for an answer of minutes and no token that ends it: Ctrl-C comes in the middle."""
     for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
         (directory / name).write_bytes((Path(MODEL) / name).read_bytes())
     tokenizer = json.loads((Path(MODEL) / "tokenizer_config.json").read_text())

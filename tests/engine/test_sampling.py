@@ -17,7 +17,7 @@ V = 12
 
 
 def twin(logits: np.ndarray, params: SamplingParams, seen: list[int]) -> np.ndarray:
-    """Probabilities of the next token, by the documented steps one after another."""
+    """Probabilities of the next token."""
     x = logits.astype(np.float64)
     for token, bias in params.logit_bias.items():
         x[token] += bias
@@ -86,9 +86,9 @@ def test_penalties_see_prompt_and_answer_through_one_window(window: int, prompt:
 def test_greedy_logprobs_and_seeds() -> None:
     logits = mx.array([0.0, 3.0, 3.0, 1.0])
     picked = Sampler(SamplingParams(temperature=0, logprobs=2), 4, [])(logits)
-    assert int(picked.token) == 1 and picked.logprob is not None and picked.top is not None
+    assert int(picked.token) == 1 and picked.logprob is not None and picked.top_ids is not None
     wanted = 3 - math.log(1 + 2 * math.exp(3) + math.exp(1))
-    assert abs(float(picked.logprob) - wanted) < 1e-5 and sorted(np.array(picked.top[0]).tolist()) == [1, 2]
+    assert abs(float(picked.logprob) - wanted) < 1e-5 and sorted(np.array(picked.top_ids).tolist()) == [1, 2]
     before = [np.array(key).tolist() for key in mx.random.state]
 
     def draw(seed: int) -> list[int]:

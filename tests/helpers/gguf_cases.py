@@ -1,4 +1,4 @@
-"""Ingredients of the GGUF files that tests write: random blocks and small configs."""
+"""GGUF files of tests: random blocks, small configs, and where they are written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ONE_SCALE = ("Q4_0", "Q5_0", "Q8_0")
 
 
 def blocks(kind: Type, rows: int, columns: int, seed: int = 0, spread: float = 0.02) -> np.ndarray:
-    """Random blocks `[rows, bytes]`: all bits are random except the float16 scales, which are normal numbers."""
+    """Random blocks `[rows, bytes]`: every bit random but for the float16 scales, which are normal numbers."""
     form = FORMATS[kind]
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows * columns // form.count, form.size), dtype=np.uint8)

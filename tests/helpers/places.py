@@ -1,4 +1,4 @@
-"""Paths of the repository and of its tests folder, for tests in any folder."""
+"""Where the repository and its tests are, for files in whichever folder below."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with the results that transformers computed from them, and how close ours must be."""
+"""Tiny checkpoints with what transformers computed from their weights, and how near it a result must be."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ FIXTURES = sorted(
 )
 
 TOLERANCE = 2e-4
-"""Allowed error of logits, as a fraction of their standard deviation.
-
-Ten times less than promised, since an error of 2e-3 could not tell gelu from its tanh form.
-"""
+"""Of the logits' standard deviation; ten times finer than promised, since 2e-3 cannot tell gelu from its tanh form."""
 
 QUANTISED = 1e-3
-"""Allowed error for quantized fixtures: CPU kernels multiply quantized weights with 16-bit activations."""
+"""CPU kernels multiply packed weights with activations of 16 bits: this is the error they are allowed."""
 
 
 def expected(path: Path) -> dict[str, Any]:

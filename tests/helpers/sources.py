@@ -1,4 +1,4 @@
-"""Small made-up checkpoints in memory, for tests of weight tags."""
+"""Made-up checkpoints in memory, for tests of the tag walker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Info:
 
 
 class Arrays:
-    """An in-memory `Source` that lists the names of the tensors read from it."""
+    """A source that counts what is read."""
 
     def __init__(self, arrays: dict[str, mx.array]) -> None:
         self.arrays = arrays

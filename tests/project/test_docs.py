@@ -1,4 +1,4 @@
-"""README.md and the usage pages: every command and example runs, and quoted help texts and code are current."""
+"""README.md and the usage pages: every command and example in them runs, what they copy is current."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_command_has_a_page_with_its_help() -> None:
 
 
 def test_the_commands_of_readme_and_pages_run_and_copies_are_current() -> None:
-    """scripts/docs/make_docs runs each command with a tiny checkpoint, and compares help texts and generated parts."""
+    """scripts/docs/make_docs runs each with a tiny checkpoint, and compares help texts and what the code makes."""
     command = [sys.executable, str(ROOT / "scripts" / "docs" / "make_docs"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +63,7 @@ def test_the_other_python_examples_parse() -> None:
 
 
 def test_shell_commands_are_those_that_ci_runs() -> None:
-    """.ci/run runs `scripts/test` and `scripts/demo`; setup_venv runs pip's line, same directory and extras."""
+    """`scripts/test` and `scripts/demo` by .ci/run; pip's line by setup_venv, from the same directory and extras."""
     commands = [line.split("  #")[0].strip() for text in blocks("sh") for line in text.splitlines()]
     assert set(commands) == {"scripts/demo", "scripts/test", 'pip install ".[cpu]"'}
     ci = (ROOT / ".ci" / "run").read_text()

@@ -82,7 +82,6 @@ class GGUF:
             CheckpointError: the file is malformed, or has a type, architecture, key or tensor that is not supported.
             TokenizerError: the file's vocabulary is malformed or of a kind that is not supported.
         """
-        # All names, types and shapes are checked here; a later read fails only on its own bytes, or a changed file.
         container = open_container(path)
         architecture = architecture_of(container)
         config = config_of(container)
@@ -115,7 +114,6 @@ class GGUF:
                 raise CheckpointError(f"{entry.file}: tensor {quoted(entry.name)}: {error}") from error
             result[done : done + len(rows)] = numbers - 1 if part.plus_one else numbers
             done += len(rows)
-        # NumPy has no bfloat16: its bits were read as uint16 and are reinterpreted in MLX.
         array = mx.array(result.reshape(part.shape))
         return array.view(mx.bfloat16) if part.dtype == "BF16" else array
 

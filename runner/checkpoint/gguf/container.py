@@ -85,7 +85,6 @@ class Container:
         Raises:
             CheckpointError: the file changed since it was opened, or cannot be read.
         """
-        # About `_CHUNK` bytes at a time, rounded down to whole multiples, of which there is at least one.
         step = max(1, _CHUNK // (entry.row_bytes * multiple)) * multiple
         try:
             with entry.file.open("rb") as file:
@@ -111,7 +110,6 @@ def open_container(path: Path) -> Container:
     Raises:
         CheckpointError: naming the file and the problem.
     """
-    # The first shard has the metadata of the model; each shard says how many there are, and which one it is.
     first = _open(path)
     count = _whole(first, "split.count", 1)
     if count == 1:
@@ -135,7 +133,6 @@ def open_container(path: Path) -> Container:
             raise CheckpointError(f"{path.parent / name}: tensor {quoted(min(twice))} is in another shard too")
         tensors |= shard.tensors
         stamps |= shard.stamps
-    # A shard may have lost tensors and still be a valid file; the first shard says how many there must be.
     total = _whole(first, "split.tensors.count", len(tensors))
     if total != len(tensors):
         raise CheckpointError(f"{path}: the shards hold {len(tensors)} tensors, expected {total}")
@@ -187,7 +184,6 @@ class _Header:
             # A version of 2 or 3 in the other byte order reads as 2 << 24 or 3 << 24.
             swapped = "; it was written for big-endian machines" if version in (2 << 24, 3 << 24) else ""
             raise self.error(f"magic {magic!r}, version {version}, expected {MAGIC!r}, 2 or 3{swapped}")
-        # Both counts drive loops, so they are bounded before the loops start.
         tensors, pairs = self.number("<Q"), self.number("<Q")
         if tensors > _MAX_ENTRIES or pairs > _MAX_ENTRIES:
             raise self.error(
@@ -270,7 +266,6 @@ class _Header:
     def entry(self, alignment: int) -> Entry:
         """The next tensor's entry, its offset still counted from the start of the data."""
         name = self.string()
-        # Bounded before the shape is read: GGUF has at most four dimensions.
         rank = self.number("<I")
         if not 1 <= rank <= 4 or len(name) > 512:
             raise self.error(

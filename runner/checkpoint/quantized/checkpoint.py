@@ -104,7 +104,6 @@ def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any]
         raise ConfigError(
             "config.json has both quantization (MLX's) and a quantization_config with a quant_method; expected only one"
         )
-    # List the layers, then describe them in mlx-lm's own key `quantization`, which the rest of the package reads.
     tensors = Tensors(source)
     layers = _alike(METHODS[method](raw, tensors))
     if not layers:

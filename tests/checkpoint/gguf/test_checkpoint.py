@@ -34,7 +34,7 @@ BLOCK_KINDS = [kind for kind in KINDS if FORMATS[kind].count > 1]
 
 
 def unpacked(found: GGUF, name: str) -> np.ndarray:
-    """Dequantize a tensor to float32, in the way that a kernel would."""
+    """A tensor in float32, computed as a kernel would."""
     stem = name.removesuffix(".weight")
     if f"{stem}.scales" not in found.headers:
         return np.array(found.read(name).astype(mx.float32))
@@ -49,7 +49,7 @@ def unpacked(found: GGUF, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", BLOCK_KINDS, ids=lambda kind: kind.name)
 def test_blocks_equal_the_gguf_packages(kind: Type) -> None:
-    """Equal bit for bit: quantized tensors in float32, the others rounded once to float16."""
+    """Bit for bit: what is packed, in float32; what is not, rounded once to float16."""
     raw = blocks(kind, 6, 1024)
     wanted = gguf.dequantize(raw, kind).astype(np.float32)
     form = FORMATS[kind]
@@ -113,7 +113,7 @@ NOT_IN_GGUF = {
     "llama-sharded", "llama-mlx-4bit", "llama-mlx-mixed", "llama-mlx-tied", "qwen2-window", "qwen3-window",
     "gemma2-gelu",
 }  # fmt: skip
-"""Fixtures whose config cannot be expressed in GGUF, and fixtures that are about safetensors."""
+"""Fixtures whose config has no word in GGUF, and those that are about safetensors."""
 
 FIXTURES = [
     path.parent
@@ -158,7 +158,7 @@ def test_logits_are_the_references(path: Path, tmp_path: Path) -> None:
 
 
 class Dense:
-    """An in-memory `Source` of plain arrays."""
+    """A `Source` of plain arrays."""
 
     def __init__(self, arrays: Mapping[str, mx.array]) -> None:
         self.arrays = arrays
@@ -181,7 +181,7 @@ MIXES = {
 
 
 def mixed_model(path: Path, name: str) -> writer.Tensors:
-    """Write a Llama of one layer to `path`, with the tensor types of `MIXES[name]`."""
+    """A Llama of one layer in the types of `MIXES[name]`, written to `path`."""
     config = config_of_llama()
     rng = np.random.default_rng(5)
     shapes = {
@@ -204,7 +204,7 @@ def mixed_model(path: Path, name: str) -> writer.Tensors:
 
 @pytest.mark.parametrize("name", MIXES)
 def test_packed_models_compute_what_their_blocks_say(name: str, tmp_path: Path) -> None:
-    """The logits of a quantized file equal those of its dequantized numbers in float32."""
+    """Logits of a packed file = logits of its dequantised numbers in float32."""
     path = tmp_path / "m.gguf"
     raw_head, kind = mixed_model(path, name)["output.weight"]
     found = GGUF.open(path)
@@ -242,7 +242,7 @@ def test_published_llama3_scaling_gets_its_name(tmp_path: Path) -> None:
     [("gemma2", 46, 144), ("gemma2", 26, 256), ("gemma3_text", 62, 168), ("gemma3_text", 34, 256)],
 )
 def test_the_query_scale_that_files_leave_out(arch: str, layers: int, scalar: int, tmp_path: Path) -> None:
-    """It is 4608 / 32 and 5376 / 32 in Gemma 2 27B and 3 27B, and the head size in all others (their config.json)."""
+    """4608 / 32 and 5376 / 32 in the 27B models of Gemma 2 and 3, the head size in all others (their config.json)."""
     config = {
         **config_of_llama(layers=layers), "model_type": arch, "hidden_size": 4608 if arch == "gemma2" else 5376,
         "num_attention_heads": 32, "head_dim": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,

@@ -1,4 +1,4 @@
-"""FP8 and compressed-tensors: layers equal the format's definition, exactly where quantized, rounded where plain."""
+"""FP8 and compressed-tensors: each layer equals the format's definition, exactly where packed, rounded where plain."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_a_model_computes_what_its_weights_mean(kind: str, fixture: str, tmp_pat
 
 
 def changed(options: dict[str, Any], path: str, value: object) -> dict[str, Any]:
-    """A copy of `options` with one value changed, whose path is given as keys with slashes between them."""
+    """`options` with one value, named by keys with slashes between, set to another."""
     result = copy.deepcopy(options)
     inner = result
     *above, last = path.split("/")
@@ -279,7 +279,7 @@ def test_options_of_fp8_that_are_not_supported_are_named(path: str, value: objec
 
 
 def damages() -> dict[str, Case]:
-    """Layers with one wrong tensor each, by what is wrong with it."""
+    """Layers of which one tensor is not as it should be."""
 
     def damaged(case: Case, name: str, array: mx.array | None) -> Case:
         case.tensors.pop(name, None)

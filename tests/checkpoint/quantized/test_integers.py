@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: converted layers equal the format's definition number for number, and models compute with them."""
+"""GPTQ and AWQ: what becomes of each layer equals the format's definition number for number, and models compute it."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_other_methods_are_refused_with_those_that_are_read(method: object) -> N
 
 
 def damages(rng: np.random.Generator) -> dict[str, Case]:
-    """Layers with one wrong tensor each, by what is wrong with it."""
+    """Layers of which one tensor is not as it should be."""
 
     def changed(name: str, array: mx.array | None, **kind: Any) -> Case:
         case = gptq(rng, 32, 64, **kind)

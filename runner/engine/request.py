@@ -1,0 +1,124 @@
+"""One request: the ids of a prompt in, tokens out, computed on the thread that owns the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import mlx.core as mx
+
+from runner.engine.engine import Engine
+from runner.engine.generate import Cancelled, decode, prefill_passes
+from runner.engine.prompt_cache import PromptCache
+from runner.engine.sampling import Sampler, SamplingParams, Token
+from runner.errors import NumericsError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer, checked already.
+
+    Attributes:
+        ids: the prompt.
+        budget: how many tokens may be generated.
+        on_prefill: called after each chunk of the prompt with the tokens done and the tokens in all.
+        cancelled: asked before each chunk of the prompt; true ends it with `Cancelled`.
+    """
+
+    ids: list[int]
+    params: SamplingParams
+    budget: int
+    on_prefill: Callable[[int, int], None] | None = None
+    cancelled: Callable[[], bool] | None = None
+
+
+class Run:
+    """A request on an engine: iterate over its tokens. `reused` is known once the iteration has begun.
+
+    Whatever touches the device is a job of its owner's thread, and a job holds whole passes: an exception that
+    interrupts the iterating thread finds every layer at the same offset. The callbacks are called on that thread.
+    """
+
+    def __init__(self, engine: Engine, kept: PromptCache, request: Request) -> None:
+        self.engine = engine
+        self.active = False  # whether it uses the prompt cache
+        self.reused = 0
+        self._kept = kept
+        self._request = request
+        # Adapters as they are weighted now, whatever `set_adapters` does while the answer is under way.
+        self._weights = engine.adapter_weights
+
+    def __iter__(self) -> Iterator[Token]:
+        """Yield the tokens.
+
+        Raises:
+            UsageError: the prompt cache is in use by another answer.
+            NumericsError: the logits are NaN or infinite.
+            Cancelled: the request says so while its prompt is read.
+        """
+        self.active = True
+        try:
+            self.engine.run(lambda: self._kept.lend(self))
+            ids, made = self._request.ids, 0
+            sampler = self._job(lambda: self._sampler(ids))
+            while made < self._request.budget:
+                # Once, as a rule; again where RoPE's frequencies change at a length (LongRoPE): keys of the two sides
+                # do not go together, so that all is read anew, as transformers does.
+                reused = self._job(functools.partial(self._kept.reuse, ids, self._weights))
+                self.reused = self.reused if made else reused
+                logits = self._prefill(ids, reused, self._request.on_prefill if not made else None)
+                border, count = self.engine.config.rope_border, self._request.budget - made
+                if border is not None and len(ids) <= border:
+                    count = min(count, border - len(ids) + 1)
+                ids = list(ids)
+                for token in self._decode(logits, sampler, count, len(ids)):
+                    ids.append(token.id)
+                    made += 1
+                    self._kept.add(token.id)
+                    yield token
+        finally:
+            self.active = False
+
+    def _prefill(self, ids: Sequence[int], held: int, on_progress: Callable[[int, int], None] | None) -> mx.array:
+        """Read the ids behind the first `held`, chunk by chunk, and return the logits that follow."""
+        passes = prefill_passes(self.engine.model, ids[held:], self._kept.caches)
+        while True:
+            if self._request.cancelled is not None and self._request.cancelled():
+                raise Cancelled
+            done, logits = self._job(lambda: next(passes))
+            if on_progress is not None:
+                on_progress(done, len(ids) - held)
+            if logits is not None:
+                return logits
+
+    def _decode(self, logits: mx.array, sampler: Sampler, count: int, position: int) -> Iterator[Token]:
+        """Yield up to `count` tokens, the first of them at `position` of the sequence."""
+        engine = self.engine
+        steps = decode(engine.model, logits, self._kept.caches, sampler, count, engine.device.ops)
+        for index in range(count):
+            try:
+                token = self._job(lambda: next(steps).read())
+            except NumericsError as error:
+                kind = str(logits.dtype).removeprefix("mlx.core.")
+                raise NumericsError(
+                    f"no token can be picked at position {position + index}: the logits hold {error} ({kind}); "
+                    "weights or activations are out of the range of their type (dtype='float32' may help), "
+                    "or a bias or penalty is too large"
+                ) from None
+            yield token
+
+    def _sampler(self, ids: Sequence[int]) -> Sampler:
+        return Sampler(self._request.params, self.engine.config.vocab_size, ids, argmax=self.engine.device.ops.argmax)
+
+    def _job(self, work: Callable[[], T]) -> T:
+        """Do `work` on the owner's thread with this answer's adapters; if it fails, the caches are emptied."""
+
+        def job() -> T:
+            self.engine.use_adapters(self._weights)
+            return self._kept.whole(work)
+
+        return self.engine.run(job)

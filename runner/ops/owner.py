@@ -1,0 +1,144 @@
+"""The thread that owns the device: everything that computes for the library runs on it, one job after another.
+
+MLX gives each thread streams of its own: a thread that computes leaves an operating system thread and its buffers
+behind, and what one thread has built but not computed no other can use. With one thread for all of it, requests may
+come from any thread, and a request that is interrupted (Ctrl-C, a timeout raised by a signal) leaves no half-done work:
+the interrupted thread stops waiting, the job itself runs to its end. Python delivers signals to the main thread alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from runner.errors import BackendError
+
+T = TypeVar("T")
+
+
+class Abandoned(Exception):
+    """Raised within a job by `check_wanted`, when nobody waits for its result any more."""
+
+
+class _Job:
+    """Work for the owner, and what became of it. `done` is locked until then."""
+
+    __slots__ = ("device", "done", "error", "result", "wanted", "work")
+
+    def __init__(self, work: Callable[[], Any], device: mx.Device | None) -> None:
+        self.work = work
+        self.device = device
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.wanted = True
+        self.done = threading.Lock()
+        self.done.acquire()
+
+    def perform(self) -> None:
+        """Do the work, on the owner's thread."""
+        try:
+            if self.device is not None and mx.default_device() != self.device:
+                mx.set_default_device(self.device)
+            self.result = self.work()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.release()
+
+
+class Owner:
+    """One worker thread, started by its first job and stopped with the interpreter, whatever it is doing then.
+
+    Queue and locks are those that are written in C: an exception that a signal raises in a waiting thread can come
+    between any two lines of Python, and would leave a `Condition` (and thus a `Future`) of the library broken.
+    """
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._starting = threading.Lock()
+        self._pid: int | None = None  # of the process whose thread it is
+        self._thread: threading.Thread | None = None
+        self._current: _Job | None = None
+        self._ended = False
+
+    def run(self, work: Callable[[], T], device: mx.Device | None = None) -> T:
+        """Run `work` on the owning thread and return its result, or raise its exception.
+
+        Jobs of all threads run in the order of these calls. Called from within a job, it runs at once. Where the
+        waiting thread is interrupted, a job that has not begun never runs, and one that has runs to its end.
+
+        Args:
+            device: what MLX computes on during the job; None: what it computes on by default.
+
+        Raises:
+            BackendError: this process was forked from one that computed already, or the interpreter is ending.
+        """
+        if self._thread is None:
+            self._start()
+        if threading.current_thread() is self._thread:
+            return work()
+        self._check_alive()
+        job = _Job(work, device)
+        try:
+            self._queue.put(job)
+            job.done.acquire()
+        except BaseException:
+            job.wanted = False
+            raise
+        if job.error is not None:
+            try:
+                raise job.error
+            finally:
+                del job  # its traceback would keep this frame, which keeps it
+        result: T = job.result
+        return result
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None:
+                self._pid = os.getpid()
+                thread = threading.Thread(target=self._work, name="runner-device", daemon=True)
+                thread.start()
+                atexit.register(self._end)
+                self._thread = thread
+
+    def _check_alive(self) -> None:
+        if os.getpid() != self._pid:
+            raise BackendError(
+                "this process was forked from one that had loaded a model, and MLX's threads do not survive a fork: "
+                "load models in the child alone, or start it by multiprocessing's 'spawn' method"
+            )
+        if self._ended:
+            # Daemon threads go on for a moment while the interpreter ends; they end quietly here.
+            if threading.current_thread() is not threading.main_thread():
+                raise SystemExit
+            raise BackendError("the interpreter is ending: nothing can be computed any more")
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            self._current = job
+            if job.wanted:
+                job.perform()
+            self._current = job = None  # nothing of the last job is kept until the next one comes
+
+    def _end(self) -> None:
+        """Let the job that is under way end, before the interpreter takes down what it stands on."""
+        if os.getpid() == self._pid and self._thread is not None:
+            self._ended = True
+            self._queue.put(None)
+            self._thread.join()
+
+    def check_wanted(self) -> None:
+        """Within a long job, between two of its steps: raise `Abandoned` if its caller was interrupted."""
+        if self._current is not None and not self._current.wanted:
+            raise Abandoned
+
+
+OWNER = Owner()
+"""The only one: there is one device, and so this package has one global."""
