@@ -110,7 +110,7 @@ class Matching:
 
     def twice(self, full: str) -> None:
         """Report a second tensor for one place."""
-        self.problems.other(f"{full} is there twice, under two names")
+        self.problems.other(f"{full} is given twice, under two names")
 
     def module(self, module: str, tensors: dict[str, str]) -> None:
         """Check the factors of one module; those that fit are kept."""

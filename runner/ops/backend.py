@@ -1,4 +1,4 @@
-"""Is there an MLX that can compute here? Answered once, in one clear line."""
+"""Reports whether MLX can compute on this machine, and the command that fixes it if not."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from runner.errors import BackendError
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What `doctor` shows. `problem`: why models cannot run; `notice`: why they run slower than they could.
+    """What `doctor` shows about MLX on this machine.
 
-    `fix` is the command that changes that, `needs` what must be installed before it; None: nothing to say.
+    Attributes:
+        device: kind and name of MLX's default device.
+        kernels: name of the operations that models run on.
+        problem: why models cannot run; None if they can.
+        notice: why models run slower than they could; None if they do not.
+        fix: the command that removes the problem or the notice.
+        needs: what must be installed before that command.
     """
 
     mlx_version: str | None
@@ -31,10 +37,10 @@ class BackendReport:
 
 
 def require() -> None:
-    """Make sure that MLX and a backend can be imported.
+    """Check that MLX and a backend can be imported.
 
     Raises:
-        BackendError: they cannot; the message carries the command that installs what is missing.
+        BackendError: they cannot; the message has the command that installs what is missing.
     """
     try:
         importlib.import_module("mlx.core")
@@ -46,7 +52,7 @@ def require() -> None:
 
 
 def describe() -> BackendReport:
-    """Look at MLX, its device, and this package's CPU kernels; raises nothing."""
+    """Describe MLX, its device and this package's CPU kernels; never raises."""
     try:
         version: str | None = importlib.metadata.version("mlx")
     except importlib.metadata.PackageNotFoundError:
@@ -68,8 +74,10 @@ def describe() -> BackendReport:
 
 
 def _fix() -> str:
+    """The command that installs MLX with a backend for this machine."""
     return installation.install(installation.extra())
 
 
 def _memory() -> int:
+    """Physical memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""What this machine computes with, decided once when a model is loaded."""
+"""Chooses the operations and settings for this machine's device, once, when a model is loaded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from runner.ops.table import PORTABLE, Ops
 
 @dataclass(frozen=True)
 class Device:
-    """A table of ops, with the dtype of activations that suits it (None: as the checkpoint stores its weights).
+    """A table of operations, with the settings that suit it.
 
-    `storage` is how caches keep float32 rows where nobody asked for float32. `threads` are those of our
-    kernels; None where MLX decides. `notice` says why it is slower than this machine can be, `fix` is the command that
-    changes it and `needs` what must be installed before; None where nothing is missing. `mlx` is MLX's name for it.
+    Attributes:
+        activations: dtype of activations; None: the dtype of the checkpoint's weights.
+        storage: how caches keep float32 rows, unless float32 was asked for.
+        threads: threads of our kernels; None where MLX decides.
+        notice: why the device is slower than this machine can be; None if it is not.
+        fix: the command that removes the notice.
+        needs: what must be installed before that command.
+        mlx: MLX's name for the device.
     """
 
     name: str
@@ -34,7 +39,7 @@ class Device:
 
 
 def current() -> Device:
-    """The device that MLX computes on by default."""
+    """The `Device` for MLX's default device."""
     if mx.default_device() != mx.Device(mx.cpu):
         return Device("MLX's CUDA kernels", CUDA) if mx.cuda.is_available() else Device("MLX's GPU kernels", PORTABLE)
     from runner.ops import cpu as kernels
@@ -56,20 +61,20 @@ def current() -> Device:
 
 
 def _cuda_quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
-    """MLX's product, except where that is wrong."""
+    """MLX's quantized product, except where it is wrong on CUDA."""
     outputs = matrix.weight.shape[0]
     wrong = wrong_on_cuda(x, outputs, matrix.group_size, matrix.mode)
     return (_unpacked_linear if wrong else PORTABLE.quantized_linear)(x, matrix, bias)
 
 
 def wrong_on_cuda(x: mx.array, outputs: int, group_size: int, mode: str) -> bool:
-    """Whether MLX 0.32.4's product of `x` with packed weights is wrong or fails on an NVIDIA GPU.
+    """Whether MLX 0.32.4's product of `x` with quantized weights is wrong or fails on an NVIDIA GPU.
 
-    Measured on an H100 over bits, groups, shapes and dtypes: affine matrices of a single group per row (inputs =
-    group_size) give wrong numbers for two rows of x or more; groups of 128 in float32 fail to launch from some 16 on;
-    with 32 outputs there is no kernel for 37 rows, affine and mxfp8 alike, and with 32 inputs as well none for one row
-    (with 96 and 64 there is). Which numbers of outputs have one was not searched: those that are no multiple of 64 are
-    taken to have none, which is right and costs an unpacking.
+    Measured on an H100 over bits, groups, shapes and dtypes: affine matrices with a single group per row (inputs =
+    group_size) give wrong numbers for two rows of x or more; groups of 128 in float32 fail to launch from about 16 rows
+    on; with 32 outputs there is no kernel for 37 rows, in affine mode and mxfp8 alike, and with 32 inputs as well none
+    for one row (with 96 and 64 there is). Which numbers of outputs have a kernel was not searched: any that is not a
+    multiple of 64 is taken to have none, which is always right and at worst costs dequantizing the matrix.
     """
     several, odd = x.size > x.shape[-1], outputs % 64 != 0
     one_group, wide = x.shape[-1] == group_size, group_size == 128 and x.dtype == mx.float32
@@ -79,7 +84,7 @@ def wrong_on_cuda(x: mx.array, outputs: int, group_size: int, mode: str) -> bool
 
 
 def _unpacked_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
-    """The matrix unpacked for each product, in float32: on a CPU 5 times faster than MLX's own product of them."""
+    """Dequantize the matrix for each product, in float32: on a CPU 5 times faster than MLX's own quantized product."""
     full = matrix.dequantize().astype(mx.float32)
     return PORTABLE.linear(x.astype(mx.float32), full, bias).astype(x.dtype)
 

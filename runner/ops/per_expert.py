@@ -1,4 +1,4 @@
-"""Products with a matrix for each expert, one expert after the other: for devices without a fast gathered product."""
+"""Products with one matrix per expert, expert after expert: for devices without a fast gathered product."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from runner.ops.quantized import QuantizedWeight
 def by_expert(
     x: mx.array, experts: mx.array, multiply: Callable[[mx.array, int], mx.array], *, sorted_indices: bool = False
 ) -> mx.array:
-    """`multiply(rows, e)` for the rows of x that chose expert e, each expert's matrix read once.
+    """Apply `multiply(rows, e)` to the rows of x that chose expert e, reading each expert's matrix once.
 
     Args:
-        x: `[..., 1, in]`, its leading dimensions broadcast to those of `experts`.
-        experts: `[...]`, integers; evaluated here, since which products there are depends on them.
-        multiply: `[rows, in]` and an expert -> `[rows, out]`.
+        x: `[..., 1, in]`, whose leading dimensions broadcast to those of `experts`.
+        experts: `[...]` integers; evaluated here, since they decide which products there are.
+        multiply: maps rows `[rows, in]` and an expert's index to `[rows, out]`.
         sorted_indices: whether `experts` is `[rows]` and sorted.
 
     Returns:
         `[..., 1, out]`.
     """
+    # Bring the rows of each expert together, multiply each run of them, and restore the order.
     rows = mx.broadcast_to(x, (*experts.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])
     chosen = np.array(experts).flatten()
     if not sorted_indices:
@@ -37,12 +38,12 @@ def by_expert(
 
 
 def matrix(stacked: mx.array, expert: int) -> mx.array:
-    """One expert's part of `[E, ...]`, where it lies: `stacked[expert]` would be a copy."""
+    """One expert's part of `[E, ...]` without a copy, which `stacked[expert]` would be."""
     return mx.squeeze(stacked[expert : expert + 1], 0)
 
 
 def gather_linear(linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """`Ops.gather_linear` from a device's `Ops.linear`."""
+    """Make `Ops.gather_linear` from a device's `Ops.linear`."""
 
     def gather(x: mx.array, weight: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
         def multiply(rows: mx.array, expert: int) -> mx.array:
@@ -54,7 +55,7 @@ def gather_linear(linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def gather_quantized_linear(quantized_linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """`Ops.gather_quantized_linear` from a device's `Ops.quantized_linear`."""
+    """Make `Ops.gather_quantized_linear` from a device's `Ops.quantized_linear`."""
 
     def gather(x: mx.array, matrices: QuantizedWeight, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
         def multiply(rows: mx.array, expert: int) -> mx.array:

@@ -1,4 +1,4 @@
-"""A matrix of packed integers with its scales: one value for all that MLX's quantized forms consist of."""
+"""A quantized matrix as one value: its packed codes, scales and form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 
 
 class QuantizedWeight(NamedTuple):
-    """A quantized matrix `[..., out, in]`, or a stack of them: what an operation needs to multiply with it.
+    """A quantized matrix `[..., out, in]`, or a stack of them: all that an operation needs to multiply with it.
 
     `weight` is uint32 `[..., out, in * bits / 32]`; `scales` (and `biases`, in affine mode) are
     `[..., out, in / group_size]`. `mode` is "affine", "mxfp4", "mxfp8" or "nvfp4". A named tuple, because layers make
@@ -23,7 +23,7 @@ class QuantizedWeight(NamedTuple):
     mode: str
 
     def dequantize(self) -> mx.array:
-        """The matrix as numbers, `[..., out, in]` in the dtype of the scales (bfloat16 in the other modes)."""
+        """The matrix as numbers, `[..., out, in]`: in the dtype of the scales in affine mode, else bfloat16."""
         weight, scales, biases, group_size, bits, mode = self
         return mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
 

@@ -1,6 +1,6 @@
-"""What a device computes a model with: one table of operations, and the portable one over `mx.fast`.
+"""The table of operations that a device computes a model with, and the portable table over `mx.fast`.
 
-A table is picked when a model is loaded and handed to each layer by the weight walker; a layer calls
+A table is chosen when a model is loaded, and the weight walker hands it to each layer; a layer calls
 `self.ops.linear(x, weight, bias)` and never learns which table it got. `PORTABLE` is plain MLX, right on every backend.
 """
 
@@ -37,7 +37,7 @@ ACTIVATIONS: Mapping[str, Callable[[mx.array], mx.array]] = {
     "relu": lambda x: mx.maximum(x, 0),
     "relu2": lambda x: mx.square(mx.maximum(x, 0)),
 }
-"""The functions that `runner.config.activations` names."""
+"""The activation functions, by the names in `runner.config.activations`."""
 
 
 def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
@@ -56,10 +56,11 @@ def _embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype | None) -> mx.array:
 
 
 def _quantized_embed(ids: mx.array, table: QuantizedWeight, dtype: mx.Dtype | None) -> mx.array:
-    if table.mode == "nvfp4" and ids.size % 4:  # MLX's CPU decodes these scales four at a time, and no rest
+    if table.mode == "nvfp4" and ids.size % 4:  # MLX's CPU decodes these scales four at a time and refuses a remainder
         padded = mx.concatenate([ids.flatten(), mx.zeros(-ids.size % 4, ids.dtype)])
         return _quantized_embed(padded, table, dtype)[: ids.size].reshape(*ids.shape, -1)
     found = table.rows(ids)
+    # Affine rows are computed in the dtype of their scales: convert these, so that rows are rounded once.
     if dtype is not None and found.biases is not None:
         found = found._replace(scales=found.scales.astype(dtype), biases=found.biases.astype(dtype))
     rows = found.dequantize()
@@ -94,13 +95,13 @@ def _attention(
         key, value = key[:, :, :length], value[:, :, :length]
     if window is not None and window < key.shape[2]:
         if isinstance(mask, mx.array):
-            raise UsageError("attention: a window and a mask array at once; put the window into the array")
+            raise UsageError("attention takes a window or a mask array, not both: apply the window to the array")
         mask = window_mask(query.shape[2], key.shape[2], window)
     return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask, sinks=sinks)
 
 
 def window_mask(queries: int, keys: int, window: int) -> mx.array:
-    """Boolean `[queries, keys]`, True where a query sees a key: not later than itself, and one of the last `window`."""
+    """Boolean `[queries, keys]`, True where a query sees a key: one of the last `window` up to its own position."""
     row = mx.arange(keys - queries, keys)[:, None]
     column = mx.arange(keys)[None]
     return (column <= row) & (column > row - window)
@@ -149,17 +150,19 @@ def _argmax(x: mx.array) -> mx.array:
 
 
 class Program(Protocol):
-    """A step that was recorded: `run(token)` starts it for the next token, int32 or uint32 `[B, 1]`."""
+    """A recorded step: `run(token)` starts it for the next token, int32 or uint32 `[B, 1]`."""
 
     def run(self, token: mx.array) -> mx.array: ...
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Records what a step does, to do it again without building its graph; see `runner.engine.replay`.
+    """Records a step, to run it again without building its graph; see `runner.engine.replay`.
 
-    `slot(shape)`: ids that stand for any token. `record(slot, outputs, ahead)`: `outputs[i]` is the step's result over
-    them, `ahead[i]` positions after the first one's; None where the steps differ in more than such positions.
+    Attributes:
+        slot: `slot(shape)` makes ids that stand for any token.
+        record: `record(slot, outputs, ahead)` makes a program from graphs of the step over `slot`: `outputs[i]` is its
+            result `ahead[i]` positions after the first. None where the graphs differ in more than positions.
     """
 
     slot: Callable[[list[int]], mx.array]
@@ -168,12 +171,12 @@ class Recorder:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """What a device computes a model with. Each entry has `PORTABLE`'s signature and, within rounding, its result.
+    """The operations for a device. Each entry has the signature of `PORTABLE`'s and, within rounding, the same result.
 
     `glu(gate_up, activation)` and `activate(x, activation)` take `hidden_act`'s names; `attention` gets `mask` as an
     array, "causal" (aligned to the last key) or None for all keys, may read `key` and `value` where they lie, and takes
-    their first `length` rows (None: all), in whatever form `storage` keeps them. `schedule(*arrays)` starts to compute
-    them, as `mx.async_eval` does.
+    their first `length` rows (None: all), in whatever form `storage` keeps them. `schedule(*arrays)` starts computing
+    the arrays, as `mx.async_eval` does.
     """
 
     name: str
@@ -197,3 +200,4 @@ class Ops:
 
 
 PORTABLE = Ops(name="mlx")
+"""Plain MLX for every operation."""

@@ -545,7 +545,7 @@ def test_two_names_of_one_matrix(tmp_path: Path, name: str) -> None:
             copy = f"{Q0}.lora_{part}.default.weight" if "default" in name else f"{name}.lora_{part}.weight"
             arrays[copy] = arrays[f"{Q0}.lora_{part}.weight"]
 
-    with pytest.raises(WeightsError, match="is there twice, under two names"):
+    with pytest.raises(WeightsError, match="is given twice, under two names"):
         open_engine(base(QV), adapters=[AdapterFiles.open(damaged(tmp_path, tensors=again), "a")])
 
 

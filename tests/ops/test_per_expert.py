@@ -1,4 +1,4 @@
-"""Products with a matrix for each expert: against plain MLX, and without copies of the matrices."""
+"""Products with one matrix per expert: equal to plain MLX's, and without copies of the matrices."""
 
 from __future__ import annotations
 

@@ -50,32 +50,32 @@ if not TYPE_CHECKING:
 
 
 def unavailable() -> Unavailable | None:
-    """None when the extension works with the installed MLX, else why it does not and what to do."""
+    """None if the extension works with the installed MLX, else the reason why not and the fix."""
     return _C if isinstance(_C, Unavailable) else None
 
 
 def require() -> None:
-    """Raises BackendError when the extension cannot be used."""
+    """Raise `BackendError` if the extension cannot be used."""
     why = unavailable()
     if why is not None:
         raise BackendError(str(why))
 
 
 def num_threads() -> int:
-    """Threads the kernels use: RUNNER_NUM_THREADS, else the cores this process may run on (affinity, cgroup quota)."""
+    """Thread count of the kernels: RUNNER_NUM_THREADS, else the cores this process may use (affinity, cgroup quota)."""
     return _C.num_threads()
 
 
 def isa() -> str:
     """The instruction set in use: "avx512", "avx2" or "scalar".
 
-    RUNNER_KERNELS_ISA forces one the CPU has; "none" loads no kernels.
+    RUNNER_KERNELS_ISA selects another that the CPU has; "none" loads no kernels.
     """
     return _C.isa()
 
 
 def read_seconds(size: int, passes: int) -> float:
-    """Seconds of the fastest of `passes` readings of a buffer of `size` bytes by all threads: memory bandwidth."""
+    """Seconds that all threads take to read a buffer of `size` bytes, the fastest of `passes`: memory bandwidth."""
     return _C.read_seconds(size, passes)
 
 
@@ -97,13 +97,13 @@ def quantized_linear(
     group_size: int,
     bits: int,
 ) -> mx.array:
-    """x @ dequantised(weight).T + bias for MLX's affine layout (`mx.quantize`): w = scale * q + shift per group.
+    """x @ dequantize(weight).T + bias for MLX's affine layout (`mx.quantize`): w = scale * q + shift per group.
 
     x float [..., in]; weight uint32 [out, in * bits / 32]; scales and biases (the shifts) one float type,
     [out, in / group_size]; bias float [out]; bits 2 to 6 or 8; group_size 32, 64 or 128. Returns [..., out] of
-    x's type. On x86, x is taken as integers with a scale per group (error at most 2^-24 of the group's greatest value
-    for few rows, 2^-16 for many, where no value stands out); rows that hold NaN or infinity, and other CPUs, take the
-    float path.
+    x's type. On x86, x is rounded to integers with a scale per group (error at most 2^-24 of the group's largest
+    magnitude for few rows, 2^-16 for many, where no value stands out); rows with NaN or infinity, and other CPUs, use
+    floats.
     """
     return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
 
@@ -111,11 +111,11 @@ def quantized_linear(
 def small_float_linear(
     x: mx.array, weight: mx.array, scales: mx.array, bias: mx.array | None = None, *, mode: str
 ) -> mx.array:
-    """x @ dequantised(weight).T + bias for matrices of small floats: `mx.quantize`'s modes mxfp4, mxfp8 and nvfp4.
+    """x @ dequantize(weight).T + bias for matrices of small floats: `mx.quantize`'s modes mxfp4, mxfp8 and nvfp4.
 
     x float [..., in]; weight uint32 [out, in * bits / 32], bits 4, 8 and 4; scales uint8 [out, in / group], groups of
-    32, 32 and 16; bias float [out]. Returns [..., out] of x's type. Few rows of x meet mxfp4 on x86 in integers, as in
-    `quantized_linear`.
+    32, 32 and 16; bias float [out]. Returns [..., out] of x's type. For few rows of x and mxfp4, x86 uses integers, as
+    `quantized_linear` does.
     """
     return _C.small_float_linear(x, weight, scales, bias, mode)
 
@@ -123,7 +123,7 @@ def small_float_linear(
 def embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype) -> mx.array:
     """weight[ids] in `dtype`: ids int32 or uint32 [...], weight float [V, dim]. Returns [..., dim].
 
-    A negative id counts from the end; one that is not in the table gives NaN.
+    A negative id counts from the end; an id outside the table gives NaN.
     """
     return _C.embed(ids, weight, dtype)
 
@@ -138,7 +138,7 @@ def quantized_embed(
     bits: int,
     dtype: mx.Dtype,
 ) -> mx.array:
-    """`embed` of a table in the layout of `quantized_linear`'s weight."""
+    """`embed` from a quantized table, in the layout of `quantized_linear`'s weight."""
     return _C.quantized_embed(ids, weight, scales, biases, group_size, bits, dtype)
 
 
@@ -169,9 +169,10 @@ def rope(
 ) -> mx.array:
     """Rotary position embedding with the meaning of `mx.fast.rope`.
 
-    x float [B, H, L, D], any strides; offset: position of the first of L, one for all or an integer array [B];
-    the first `dims` values turn by (offset + l) * scale / freqs[i], freqs [dims / 2] or base^(2 i / dims); pairs are
-    (i, i + dims / 2), or neighbours if `traditional`. Returns [B, H, L, D], contiguous.
+    x float [B, H, L, D], any strides; offset: position of the first of the L, one for all or an integer array [B]. The
+    first `dims` values are rotated in pairs, pair i by the angle (offset + l) * scale / freqs[i], with freqs [dims / 2]
+    or base^(2 i / dims). Pairs are (i, i + dims / 2), or (2 i, 2 i + 1) if `traditional`. Returns [B, H, L, D],
+    contiguous.
     """
     return _C.rope(x, offset, dims=dims, traditional=traditional, base=base, scale=scale, freqs=freqs)
 
@@ -187,20 +188,20 @@ def attention(
     sinks: mx.array | None = None,
     length: int | None = None,
 ) -> mx.array:
-    """Softmax attention with grouped heads; no L x S matrix is built, k and v are read where they lie.
+    """Softmax attention with grouped heads; builds no L x S matrix and reads k and v where they lie.
 
-    q float [B, H, L, D]; k [B, KV, S, D] and v [B, KV, S, DV] of one float type, H a multiple of KV; any strides, no
-    copy is made while the last dimension is contiguous; both may be int16 [.., D + 2] as `append` writes it, and
-    `length` says that S is less than their third dimension. The query at l stands at key S - L + l: "causal" hides the
-    keys after it, `window` those and all but the last `window` up to it. An array mask broadcasts to [B, H, L, S]:
-    bool (True = visible) or float (added to the scores). sinks float [H]: one more score per head that takes its
-    share and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, DV] of q's type.
+    q float [B, H, L, D]; k [B, KV, S, D] and v [B, KV, S, DV] of one float type, H a multiple of KV; any strides, and
+    no copy is made if the last dimension is contiguous. Both may be int16 [.., D + 2] as `append` writes it; `length`
+    is S where their third dimension is larger. Query l has the position of key S - L + l: "causal" hides the keys after
+    it, `window` also those before the last `window` keys up to it. An array mask broadcasts to [B, H, L, S]: bool
+    (True = visible) or float (added to the scores). sinks float [H]: one more score per head, which takes its share of
+    the softmax and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, DV] of q's type.
     """
     return _C.attention(q, k, v, mask, scale=scale, window=window, sinks=sinks, length=length)
 
 
 def append(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) -> tuple[mx.array, mx.array]:
-    """Writes k and v float [B, KV, L, D] into the rows from `at` on of keys and values [B, KV, C, ..], in place.
+    """Write k and v float [B, KV, L, D] into the rows from `at` on of keys and values [B, KV, C, ..], in place.
 
     A buffer is float [.., D], or int16 [.., D + 2]: codes and, in the bytes of the last two, a float32 scale, the
     row's largest magnitude / 32767 (NaN where the row holds NaN or infinity). The results share the buffers' memory,
@@ -223,10 +224,10 @@ def activate(x: mx.array, activation: Activation) -> mx.array:
 
 
 def argmax(x: mx.array) -> mx.array:
-    """Index (uint32) of the greatest value of the last dimension; the lowest on a tie. NaN never wins."""
+    """Index (uint32) of the largest value along the last dimension, the lowest index on a tie. NaN never wins."""
     return _C.argmax(x)
 
 
 def schedule(*arrays: mx.array) -> None:
-    """`mx.async_eval(*arrays)`, which hands the extension's operations to the CPU as one task instead of one by one."""
+    """`mx.async_eval(*arrays)`, but the extension's operations reach the CPU stream as one task, not one by one."""
     _C.schedule(list(arrays))

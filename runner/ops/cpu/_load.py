@@ -1,4 +1,4 @@
-"""Loads the extension, or says in one line why it cannot be used: never a crash on a mismatched binary."""
+"""Loads the extension, or says in one line why it cannot be used, so that a mismatched binary never crashes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runner import installation
 
 @dataclass(frozen=True)
 class Unavailable:
-    """Why the kernels cannot be used, and the command that changes it; `needs` is what must be there before."""
+    """Why the kernels cannot be used, and the command that fixes it; `needs` is what must be installed before."""
 
     reason: str
     fix: str
@@ -27,7 +27,7 @@ class Unavailable:
 
 
 def load_extension(name: str = f"{__package__}._C") -> ModuleType | Unavailable:
-    """The extension. RUNNER_KERNELS_ISA=none leaves it out, to compare with plain MLX."""
+    """Import the extension. RUNNER_KERNELS_ISA=none leaves it out, to compare with plain MLX."""
     if os.environ.get("RUNNER_KERNELS_ISA") == "none":
         return Unavailable("RUNNER_KERNELS_ISA=none turns the CPU kernels off", "unset RUNNER_KERNELS_ISA")
     try:
@@ -36,17 +36,18 @@ def load_extension(name: str = f"{__package__}._C") -> ModuleType | Unavailable:
         found = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
         needs = None if found else "a C++20 compiler (g++ or clang++)"
         return Unavailable("the CPU kernels are not built", installation.rebuild(dependencies=False), needs)
-    except ImportError as error:  # a symbol of another MLX, a library that is not there
+    except ImportError as error:  # a symbol of another MLX version, or a missing library
         return Unavailable(f"the CPU kernels do not load ({error})", installation.rebuild(dependencies=True))
     return check(module, importlib.metadata.version("mlx"))
 
 
 def check(module: ModuleType, installed: str) -> ModuleType | Unavailable:
-    """`module` itself, unless it was built for another MLX or another nanobind ABI than mlx.core's."""
+    """Return `module`, unless it was built for another MLX version or another nanobind ABI than mlx.core's."""
     built = str(module.built_for_mlx)
     if built != installed.split(".dev")[0]:
-        reason = f"the CPU kernels were built for MLX {built}, installed is {installed}"
+        reason = f"the CPU kernels were built for MLX {built}, but MLX {installed} is installed"
         return Unavailable(reason, installation.rebuild(dependencies=True))
+    # nanobind shares types only between modules of one ABI: only a call shows whether arrays are accepted.
     try:
         module.accepts_array(mx.array(0))
     except TypeError:

@@ -1,4 +1,4 @@
-"""The table of ops that a CPU computes with where the extension is built: its functions themselves where they fit."""
+"""The operations for CPUs where the extension is built: its kernels, or MLX for arguments that they do not take."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _SMALL_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
 def _quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
+    """A kernel for the quantized forms that have one, else a product with the dequantized matrix."""
     weight, scales, biases, group_size, bits, mode = matrix
     if mode == "affine" and biases is not None and bits in _PACKED and group_size in _GROUPS:
         return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
@@ -39,10 +40,10 @@ def _quantized_embed(ids: mx.array, table: QuantizedWeight, dtype: mx.Dtype | No
 
 
 def _dense(rows: mx.array, capacity: int) -> mx.array:
-    """Float32 rows are kept as int16 with a scale each: half the bytes that every later token reads.
+    """Make a buffer that keeps float32 rows as int16 with a scale each: half the bytes that every later token reads.
 
-    The error is at most 2^-16 of a row's largest value; float16 would be off by up to 2^-11 of each value, which on
-    SmolLM2-135M moves logits by 2e-3 of their deviation, four times as much as this.
+    The error is at most 2^-16 of a row's largest magnitude; float16 would be off by up to 2^-11 of each value, which on
+    SmolLM2-135M moves logits by 2e-3 of their standard deviation, four times as much as this.
     """
     if rows.dtype != mx.float32:
         return PLAIN.empty(rows, capacity)
@@ -55,7 +56,7 @@ _ACTIVATIONS: dict[str, kernels.Activation] = {
     "gelu_tanh": "gelu_approx",
     "relu": "relu",
 }
-"""Kernels for the functions that `runner.config.activations` names."""
+"""The kernels' names for activations that `runner.config.activations` lists; others have no kernel."""
 
 
 def _glu(gate_up: mx.array, activation: str) -> mx.array:
@@ -92,7 +93,7 @@ KERNELS = Ops(
     gather_quantized_linear=per_expert.gather_quantized_linear(_quantized_linear),
     storage=Storage(PLAIN.empty, _C.append, unpacked),
 )
-"""`runner.ops.table.Ops` over `runner.ops.cpu`; what has no kernel is plain MLX."""
+"""The operations over `runner.ops.cpu`; those without a kernel are plain MLX."""
 
 DENSE = Storage(_dense, _C.append, unpacked)
-"""Caches of half the size, within 1e-3 of the logits' deviation."""
+"""Storage that halves float32 caches; logits move by less than 1e-3 of their standard deviation."""

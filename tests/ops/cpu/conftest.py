@@ -1,4 +1,4 @@
-"""What every kernel test runs over: plain MLX, and the extension once for each instruction set this CPU has."""
+"""Parameters of every kernel test: plain MLX, and the extension with each instruction set this CPU has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
-    """The table of ops under test, with the extension switched to the asked instruction set."""
+    """The table of ops under test, with the extension switched to the instruction set asked for."""
     if request.param == "mlx":
         yield PORTABLE
         return

@@ -1,4 +1,4 @@
-"""What only the extension does: refusals, forced instruction sets, forks. Not collected where it is not built."""
+"""Behaviour of the extension alone: refusals, forced instruction sets, forks. Not collected where it is not built."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_forked_child_gets_threads_of_its_own() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (1, 1, 64)])
 def test_empty_and_small_batches(shape: tuple[int, ...]) -> None:
-    """Plain MLX 0.32.4 dies of a division by zero in some of these."""
+    """Plain MLX 0.32.4 crashes with a division by zero on some of these shapes."""
     x = mx.zeros(shape)
     packed, scales, shifts = mx.quantize(rand(8, 64, seed=1), group_size=32, bits=8)
     y = kernels.quantized_linear(x, packed, scales, shifts, group_size=32, bits=8)
@@ -144,7 +144,7 @@ def test_no_keys_no_inputs() -> None:
 def test_append(
     level: str, batch: int, kv: int, length: int, dim: int, dtype: mx.Dtype, kept: str, layout: str, seed: int
 ) -> None:
-    """The rows hold what was written, to the form's own rounding; the rows before and after are untouched."""
+    """The rows hold what was written, to the rounding of the buffer's type; the rows before and after are untouched."""
     k, v = (rand(batch, kv, length, dim, seed=seed + i, dtype=dtype, layout=layout) for i in range(2))
     packed = kept == "int16"
     shape = (batch, kv, length + 9, dim + 2 * packed)
@@ -158,7 +158,7 @@ def test_append(
         assert bool(mx.all(buffer[:, :, :4] == 7)) and bool(mx.all(buffer[:, :, 4 + length :] == 7))
         rows, want = numpy(unpacked(buffer[:, :, 4 : 4 + length])), numpy(x)
         if packed:
-            # Half a code, and what float32 loses of a code of up to 32767 in two products.
+            # Half a code, and float32's rounding of a code of up to 32767 in two products.
             limit = np.abs(want).max(-1, keepdims=True) * (0.5 + 2**-7) / 32767
         else:
             limit = np.abs(want) * EPSILON[getattr(mx, kept)]
@@ -185,7 +185,7 @@ def test_append_writes_in_place_and_a_bad_row_is_nan_alone() -> None:
 def test_attention_over_a_cache_is_attention_over_its_numbers(
     level: str, kv: int, group: int, new: int, before: int, dim: int, window: int | None, seed: int
 ) -> None:
-    """Int16 rows and a length give what the unpacked rows give, cut to that length."""
+    """Int16 rows and a length give the same result as the rows as numbers, cut to that length."""
     size = before + new
     q, k, v = (rand(2, heads, rows, dim, seed=seed + i) for i, (heads, rows) in enumerate(
         [(kv * group, new), (kv, size), (kv, size)]))  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is promised beyond the numbers: threads, streams, chunks, reads in place. For plain MLX and the extension."""
+"""Guarantees beyond right numbers, of plain MLX and the extension: threads, streams, chunks, reads in place."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_results_do_not_depend_on_how_many_rows_come_together(ops: Ops) -> None:
 
 
 def test_keys_are_read_where_they_lie(ops: Ops) -> None:
-    """A cache larger than its used part, heads apart: what lies behind the used part must not be read into a result."""
+    """A cache is larger than its used part, which lies apart for each head: unused rows must not affect a result."""
     cache = np.full((1, 2, 64, 32), np.nan, dtype=np.float32)
     cache[:, :, :37] = numpy(rand(1, 2, 37, 32, seed=0))
     used = mx.array(cache)[:, :, :37]

@@ -1,4 +1,4 @@
-"""The extension as a whole: loading it, its threads, its refusals. What it computes is tested beside this file."""
+"""Loading the extension, and why it is refused. What it computes is tested in the files next to this one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runner.ops.cpu import _load
 
 
 class Fake(types.ModuleType):
-    """A module that says what it was built for; `same_abi` False refuses arrays, as nanobind does across ABIs."""
+    """A stand-in for the extension, built for some MLX; without `same_abi` it refuses arrays, as nanobind does."""
 
     def __init__(self, built_for_mlx: str, *, same_abi: bool = True) -> None:
         super().__init__("_C")

@@ -28,7 +28,7 @@ ROWS = st.sampled_from([1, 2, 3, 5, 16, 17, 33, 70])
 
 
 def meant(ops: Ops, dtype: mx.Dtype) -> mx.Dtype:
-    """Plain MLX rounds in between on 16-bit types, and promotes mixed ones: it shows the twins right in float32."""
+    """The dtype to test in: float32 for plain MLX, which rounds 16-bit types in between and promotes mixed ones."""
     return mx.float32 if ops is PORTABLE else dtype
 
 
@@ -95,7 +95,7 @@ def test_quantized_linear(
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_scales_that_are_nan_spoil_their_rows_only(ops: Ops, bits: int, group_size: int) -> None:
-    """Kernels read whole vectors of scales, past the end of a row of 5, 9 or 16 groups."""
+    """Kernels read whole vectors of scales, past the end of a row of 5, 9 or 16 groups: the next must not leak in."""
     for groups, rows in [(5, 1), (9, 1), (16, 1), (5, 3)]:
         packed, scales, shifts = mx.quantize(rand(40, groups * group_size, seed=1), group_size=group_size, bits=bits)
         scales[11, 0], shifts[17, groups - 1] = float("nan"), float("inf")
@@ -119,7 +119,7 @@ def test_scales_that_are_nan_spoil_their_rows_only(ops: Ops, bits: int, group_si
 def test_embed(
     ops: Ops, n: int, groups: int, bits: int, group_size: int, ids: list[int], dtype: mx.Dtype, st_: mx.Dtype, seed: int
 ) -> None:
-    """Rows by their numbers, negative ones from the end; plain and packed."""
+    """Rows of plain and quantized tables by id, with negative ids from the end."""
     dtype, st_ = meant(ops, dtype), meant(ops, st_)
     numbers = mx.array([i % (2 * n) - n for i in ids], dtype=mx.int32)
     table = rand(n, groups * group_size, seed=seed, dtype=st_)
@@ -145,7 +145,7 @@ SMALL_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 def test_matrices_of_small_floats(
     ops: Ops, rows: int, n: int, groups: int, mode: str, xt: mx.Dtype, biased: bool, layout: str, seed: int
 ) -> None:
-    """Every code, with scales far apart."""
+    """Every code of the small float modes, with scales of very different sizes."""
     bits, group_size = SMALL_FLOATS[mode]
     xt, k = meant(ops, xt), groups * group_size
     numbers = np.random.default_rng(seed)
@@ -178,7 +178,7 @@ def test_the_small_float_that_is_nan(ops: Ops, mode: str) -> None:
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 3000, 576), (16, 50, 8192), (260, 50, 2176), (1100, 49, 1152)])
 @pytest.mark.parametrize("bits", [0, 2, 3, 4, 5, 6, 8])
 def test_linear_layers_of_several_tiles(ops: Ops, rows: int, n: int, k: int, bits: int) -> None:
-    """Past every blocking constant: tile rows, columns and depth, rows of x at a time, pieces of the pool."""
+    """Sizes past every blocking constant: tile rows, columns and depth, rows of x at a time, pieces of the pool."""
     x, w = rand(rows, k, seed=1), rand(n, k, seed=2)
     if bits == 0:
         assert_close(ops.linear(x, w, None), twins.linear(x, w, None), rounded_to=mx.float32, tolerance=5e-5)

@@ -1,4 +1,4 @@
-"""Scheduling a graph as one task gives what MLX gives, whatever stands in the graph and whoever holds parts of it."""
+"""Scheduling a graph as one task gives MLX's results, whatever operations it has and whoever holds parts of it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def grown(ops: Ops, seed: int, count: int) -> list[mx.array]:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(st.integers(0, 2**31), st.integers(1, 40), st.data())
 def test_random_graphs(ops: Ops, seed: int, count: int, data: st.DataObject) -> None:
-    """Some arrays are evaluated before, some are on their way, some are asked for; all are right afterwards."""
+    """Some arrays are evaluated, some scheduled and some requested beforehand; all are right afterwards."""
     expected, found = grown(ops, seed, count), grown(ops, seed, count)
     mx.eval(expected)
     index = st.integers(0, len(found) - 1)
@@ -70,7 +70,7 @@ def test_random_graphs(ops: Ops, seed: int, count: int, data: st.DataObject) -> 
 
 
 def test_the_cases_without_a_task(ops: Ops) -> None:
-    """Nothing to do, nothing left to do, another stream of the CPU, and results too large to be taken all at once."""
+    """No arrays, arrays already evaluated, another CPU stream, and results too large to be allocated all at once."""
     ops.schedule()
     x, weight = mx.ones((1, DIM)), mx.eye(DIM)
     done = ops.linear(x, weight, None)
@@ -100,7 +100,7 @@ def test_rows_are_appended_once_and_in_order(ops: Ops) -> None:
 
 
 def test_what_a_task_reads_stays_until_it_has_run(ops: Ops) -> None:
-    """The inputs are let go, and their memory filled with others, while the task that reads them waits for its turn."""
+    """The inputs are released, and new arrays could take their memory, while the task that reads them waits."""
     weight = mx.eye(256)
     busy = mx.random.normal((64, 256))
     mx.eval(weight, busy)
@@ -124,7 +124,7 @@ def test_what_a_task_reads_stays_until_it_has_run(ops: Ops) -> None:
 
 
 def test_a_large_graph_lets_go_of_its_results(ops: Ops) -> None:
-    """400 results of 1 MB each, of which MLX has no more than some hundred under way."""
+    """Of 400 results of 1 MB each, MLX holds no more than about a hundred at a time."""
     gain, x = mx.ones(256), mx.ones((1024, 256))
     mx.eval(gain, x)
     before = mx.get_active_memory()

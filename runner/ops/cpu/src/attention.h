@@ -53,7 +53,7 @@ RUNNER_INLINE float mask_at(const AttentionArgs& a, int64_t b, int64_t h, int64_
   return load_one(a.mask, a.mt, i);
 }
 
-// A key that is masked away is away even where its score is NaN.
+// A masked key has no part in the result, even where its score is NaN.
 RUNNER_INLINE float masked(float score, float mask) { return mask == kMinusInf ? kMinusInf : score + mask; }
 
 template <class T>

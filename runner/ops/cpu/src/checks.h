@@ -1,4 +1,4 @@
-// What the graph-building functions ask of their arguments; a refusal names the op, the argument and the expectation.
+// Argument checks of the graph-building functions; an error names the op, the argument and what was expected.
 #pragma once
 
 #include <sstream>

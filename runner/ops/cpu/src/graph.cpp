@@ -7,11 +7,11 @@
 namespace runner {
 namespace {
 
-// The ids of arrays that were met.
+// The ids of the arrays visited so far.
 class Met {
  public:
   Met() : slots_(1024, 0) {}
-  // False where it was met before.
+  // False if the id was inserted before.
   bool insert(std::uintptr_t id) {
     if (2 * ++count_ > slots_.size()) grow();
     return place(id);
@@ -64,7 +64,7 @@ bool one_value(const mx::array& a) {
   return true;
 }
 
-// What MLX's own operators leave in most layers: x + y of equal shapes, x times or over a number. False where it is none.
+// MLX's own operators in most layers: x + y of equal shapes, x times or divided by a number. False for any other.
 bool plan_simple(const mx::Primitive& primitive, const std::vector<mx::array>& inputs, mx::array& out, Dispatcher& d) {
   std::string_view is = primitive.name();
   if (is != "Add" && is != "Multiply" && is != "Divide") return false;

@@ -1,4 +1,4 @@
-// What stands between some arrays and what is computed already: the operations MLX would run, in its order.
+// The operations that MLX would run to compute some arrays from what is computed already, in its order.
 #pragma once
 
 #include <memory>
@@ -10,11 +10,11 @@ namespace runner {
 
 using Operations = std::vector<mx::array>;
 
-// Unscheduled arrays, inputs before what is made of them, one for each operation.
+// Unscheduled arrays, one for each operation, inputs before what is made of them.
 struct Graph {
   std::shared_ptr<Operations> operations = std::make_shared<Operations>();
   std::vector<mx::array> pending;  // what they read that is being computed
-  std::vector<mx::array> held;     // what else they read, and all that those of several results make
+  std::vector<mx::array> held;     // what else they read, and all results of operations that have several
   size_t bytes = 0;                // of their results
   bool one_stream = true;
 };
@@ -25,7 +25,7 @@ Graph walk(const std::vector<mx::array>& outputs, const mx::Stream& stream);
 // done, where MLX's primitive would give work to the stream by itself.
 bool plan_operation(mx::array& a, Dispatcher& list);
 
-// The two arrays' primitives do the same, at whatever position.
+// Whether two arrays' primitives do the same, whatever their positions.
 bool same_operation(const mx::array& a, const mx::array& b);
 
 }  // namespace runner

@@ -1,4 +1,4 @@
-// What the primitives ask of the kernels: plain structs, one table of entry points per instruction set.
+// The interface between primitives and kernels: plain structs, and a table of entry points per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace runner {
 enum class DType : uint8_t { f32, bf16, f16, i16 };  // i16: rows of a cache only, see AppendArgs
 inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
-// How the codes of packed weights and their scales are meant, in MLX's layouts. affine: w = scale * q + shift. The others
+// The meaning of packed codes and their scales, in MLX's layouts. affine: w = scale * q + shift. The others
 // have no shifts and scales of one byte: mxfp4 and mxfp8 (OCP Microscaling 1.0) an e2m1 or e4m3 code times a power of
 // two (e8m0), nvfp4 an e2m1 code times an e4m3 number.
 enum class Format : uint8_t { affine, mxfp4, mxfp8, nvfp4 };

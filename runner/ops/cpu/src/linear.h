@@ -1,4 +1,4 @@
-// Float linear layers: one row at a time while few rows of x are there, packed panels after that. Included inside an
+// Float linear layers: row by row for few rows of x, packed panels for more. Included inside an
 // ISA namespace. Weights become float32 a tile at a time; nothing of the size of the weights is ever allocated.
 
 constexpr int kFewRows = RUNNER_ISA == 2 ? 8 : 16;  // up to here each weight is read once, for all rows of x in registers
@@ -121,7 +121,7 @@ void dequantise_row(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, f
 constexpr int kFp4Zero = 12;
 alignas(16) constexpr uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
-// Those bytes of `count` codes, a multiple of 16.
+// Writes those bytes for `count` codes, a multiple of 16.
 RUNNER_INLINE void fp4_to_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
 #if RUNNER_ISA > 0
   const __m128i nibble = _mm_set1_epi8(15), value = _mm_load_si128((const __m128i*)kFp4);
@@ -135,7 +135,7 @@ RUNNER_INLINE void fp4_to_bytes(const uint8_t* from, int64_t count, uint8_t* to)
 #endif
 }
 
-// The same for a layer of small floats: exact, as a code times a scale always fits float32.
+// As dequantise_row, for a layer of small floats: exact, as a code times a scale always fits float32.
 inline void dequantise_floats(const LinearArgs& a, int64_t n, int64_t k0, int64_t count, float* dst) {
   const uint8_t* q = (const uint8_t*)a.w + (n * a.k + k0) * a.bits / 8;
   const uint8_t* s = (const uint8_t*)a.scales + n * groups_of(a) + k0 / a.group;
@@ -256,7 +256,7 @@ inline const float* float_rows(const LinearArgs& a) {
   return x;
 }
 
-// Rows of w by their numbers in x; a negative one counts from the end.
+// Rows of w by the ids in x; a negative id counts from the end.
 inline void embed(const LinearArgs& a) {
   constexpr int64_t kRowsEach = 16;
   Pool::get().parallel_for((int)((a.m + kRowsEach - 1) / kRowsEach), [&](int chunk) {

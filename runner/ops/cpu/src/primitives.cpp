@@ -259,7 +259,7 @@ mx::array linear_op(const mx::array& x, const mx::array& weight, const MaybeArra
   return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
 }
 
-// Refuses what is no matrix in MLX's affine layout; returns its inputs.
+// Refuses a matrix that is not in MLX's affine layout; returns the number of its inputs.
 int64_t need_affine(const char* op, const mx::array& weight, const mx::array& scales, const mx::array& biases,
                     int group_size, int bits) {
   need_dims(op, "weight", weight, 2);

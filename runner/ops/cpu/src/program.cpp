@@ -50,9 +50,9 @@ class Run : public CpuPrimitive {
   int64_t ahead_;
 };
 
-constexpr size_t kConstant = 64;  // bytes up to which arrays may be numbers that Python made anew
+constexpr size_t kConstant = 64;  // bytes up to which arrays may be constants that Python made anew
 
-// Whether both are the same array, or small ones that hold the same.
+// Whether both are the same array, or small arrays with equal contents.
 bool same_input(const mx::array& a, const mx::array& b) {
   if (a.id() == b.id()) return true;
   bool small = a.is_available() && b.is_available() && a.dtype() == b.dtype() && a.shape() == b.shape() &&
@@ -60,7 +60,7 @@ bool same_input(const mx::array& a, const mx::array& b) {
   return small && std::memcmp(a.data<char>(), b.data<char>(), a.nbytes()) == 0;
 }
 
-// Whether two graphs are one but for positions, and each operation's position is `pace` times `ahead` further in the
+// Whether two graphs are equal but for positions, and each operation's position is `pace` times `ahead` further in the
 // second; an empty `pace` is filled in instead.
 bool follows(const Operations& first, const Operations& second, int64_t ahead, std::vector<int64_t>& pace) {
   if (first.size() != second.size()) return false;

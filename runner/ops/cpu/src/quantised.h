@@ -73,8 +73,8 @@ RUNNER_INLINE void store_even_odd_words(const __m256i v[4], int8_t* to) {
 #endif
 
 // 32 values of x as codes, 16 bytes each of even and odd high, mid and low (four bits), or 32 bytes each; `shift` is 8
-// where low is 0 (AVX2), else 0. Returns the codes' sum: the shift of weights then meets the same rounded x as the weights, and the rounding error is multiplied by w, which
-// is centred, not by q, which is not (three times less error).
+// where low is 0 (AVX2), else 0. Returns the codes' sum: the shift of weights then meets the same rounded x as the
+// weights, and the rounding error is multiplied by w, which is centred, not by q, which is not: a third of the error.
 RUNNER_INLINE int32_t quantise_32(const float* x, float inverse, [[maybe_unused]] int shift, int bits, int8_t* to) {
   [[maybe_unused]] int step = bits == 4 ? 64 : 16;  // from even to odd values, or from the first 16 to the next
   [[maybe_unused]] int piece = bits == 4 ? 128 : 64;  // from high to mid to low
@@ -195,7 +195,7 @@ inline QuantX quantise_x(const LinearArgs& a) {
   return to;
 }
 
-// What a layer of scales of type T stands for: mxfp4 has no shifts, they follow from its scales.
+// Whether scales of type T are mxfp4's, which has no shifts: they follow from the scales.
 template <class T>
 constexpr bool is_fp4() {
   return sizeof(typename T::S) == 1;
@@ -335,8 +335,8 @@ RUNNER_INLINE void even_odd(__m256i w, __m256i* even, __m256i* odd) {
   }
 }
 
-// Those against half a chunk of x: sums of q (65536 high + 256 mid + low) per lane of 4 bytes, or of q (256 high + mid)
-// where it is not fine.
+// Products of those operands with half a chunk of x: sums of q (65536 high + 256 mid + low) per lane of 4 bytes, or of
+// q (256 high + mid) where it is not fine.
 template <int BITS>
 RUNNER_INLINE VF half_product(__m256i even, __m256i odd, const int8_t* p, bool fine) {
   auto x = [&](int at) { return _mm256_loadu_si256((const __m256i*)(p + at)); };

@@ -30,7 +30,7 @@ class AsOne : public CpuPrimitive {
       a.primitive().eval_cpu(a.inputs(), results);
     }
     hand_over(listing, d);
-    // Nothing that the tasks point at may go before they are done.
+    // Everything that the tasks point at must live until they are done.
     d.run([made = std::move(operations_), held = std::move(held_), copies = std::move(listing.held)]() mutable {
       made.reset();
       held.clear();

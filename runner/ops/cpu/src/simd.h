@@ -219,7 +219,7 @@ struct F16 {
   static RUNNER_INLINE S from(float x) { return float_to_f16(x); }
 };
 
-// Codes of a cache's rows: their scale lies at the end of the row and is applied by who reads them.
+// Codes of a cache's rows: their scale lies at the end of the row and is applied by the reader.
 struct I16 {
   using S = int16_t;
   static constexpr bool kCodes = true;
