@@ -36,6 +36,7 @@ class Applying:
         kind = kind_of(item)
         if kind is not None:
             return self.adapted(item, kind)
+        # A plan is frozen: its parts are replaced in a copy.
         fields: dict[str, Any] = {}
         for name, field in item.fields.items():
             if isinstance(field, list):
@@ -64,6 +65,7 @@ class Applying:
         for adapter in self.weights:
             if adapter not in found:
                 continue
+            # Factors for all experts at once are kept apart from those of single experts' matrices.
             if stack is not None and adapter in stacked:
                 deltas.append(self.stack(stacked[adapter], stack))
                 continue
@@ -73,6 +75,7 @@ class Applying:
             delta, magnitude = self.delta(adapter, kind, array, pieces[0])
             deltas.append(delta)
             magnitudes += [] if magnitude is None else [magnitude]
+        # The base's plan becomes a part of the new layer, so its arrays load as before.
         fields: dict[str, Any] = {
             "base": item,
             "deltas": Value(deltas),
@@ -97,6 +100,7 @@ class Applying:
         out = sum(rows.stop - rows.start for rows in matrix)
         # Reading may permute the field's rows: those of B, and DoRA's magnitudes, must follow.
         order = row_order(array.transform, out)
+        # Each matrix's A goes below the last one's, and its B into columns of its own.
         downs = [self.cast(factors.down()) for _, factors in parts]
         ups = [self.cast(factors.up()) for _, factors in parts]
         scale = _scales([factors.scale for _, factors in parts], [down.shape[0] for down in downs])
@@ -108,7 +112,7 @@ class Applying:
         if kind is Embedding:
             down, up = up, down.T
         down, up = mx.contiguous(down), mx.contiguous(up)
-        mx.eval(down, up)
+        mx.eval(down, up)  # else the graph holds the tensors that were read
         delta = Delta(adapter, down, up, scale)
         if all(factors.magnitude is None for _, factors in parts):
             return delta, None
@@ -135,6 +139,7 @@ class Applying:
         largest, with zeros where one has less or no factors.
         """
         found = [[self.of(adapter, rows, ExpertLinear) for rows in matrix] for matrix in pieces]
+        # All experts share one array, so each column's rank is the largest that any expert has there.
         ranks = [max(0 if item is None else item.rank for item in column) for column in zip(*found, strict=True)]
         out = sum(rows.stop - rows.start for rows in pieces[0])
         downs, ups = [], []

@@ -68,6 +68,7 @@ class AdapterConfig:
         """
         if "fine_tune_type" in raw or "lora_parameters" in raw:
             raise ConfigError("this is an adapter of mlx-lm, which is not supported: only PEFT's format is")
+        # Problems are collected, so that one message names them all. null means the default.
         problems = _refused(raw)
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
@@ -97,6 +98,7 @@ class AdapterConfig:
         return any(_listed(self.target_parameters, name) for name in names)
 
     def _targets(self, name: str, linear: bool) -> bool:
+        # Modules that are excluded or trained as a whole have no factors, whatever else matches.
         if _listed(self.exclude_modules, name) or any(_within(saved, name) for saved in self.modules_to_save):
             return False
         if isinstance(self.target_modules, NamePattern):
@@ -151,6 +153,7 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
         )
     elif start is not None and start not in STARTS:
         problems.append(f"init_lora_weights {_short(start)} is not understood")
+    # An unknown key is harmless only while it is off.
     known = {item.name for item in dataclasses.fields(AdapterConfig)}
     known |= HARMLESS | {"peft_type", "task_type", "init_lora_weights"}
     for name in raw:

@@ -46,6 +46,7 @@ class TokenRows:
 
     def looked_up(self, ids: mx.array, y: mx.array) -> mx.array:
         """Replace rows of `y` `[..., width]`, which the table has for `ids` `[...]`, where an id is in `tokens`."""
+        # Which of the tokens each id is; argmax of no hit is 0, which `where` discards.
         hits = ids[..., None] == self.tokens
         return mx.where(
             mx.any(hits, axis=-1, keepdims=True),
@@ -113,11 +114,13 @@ class AdaptedLinear(Linear):
             # Scaled between the two products, where there are R values and not `out`.
             lows = self.ops.linear(x, delta.down, None) * (delta.scale * weight)
             more = self.ops.linear(lows, delta.up, None)
+            # A gain scales base and update together: an adapter with one is alone on its rows.
             if delta.adapter in self.gains:
                 gain, shift = self.gains[delta.adapter]
                 y = (gain * (y + more) + shift).astype(y.dtype)
             else:
                 y = y + more.astype(y.dtype)
+        # Token rows replace what the head computed for them, so they come last.
         for rows in self.tokens:
             y = rows.scored(x, y, self.ops) if self.weights[rows.adapter] else y
         return y

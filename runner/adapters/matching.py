@@ -69,6 +69,7 @@ class Matching:
         # Factors of a module are checked together, once all of them are found.
         found: dict[str, dict[str, str]] = {}
         self.left: list[str] = []
+        # PEFT wraps the model and its layers: names start with `base_model.model.` and may contain `.base_layer.`.
         for full, header in self.adapter.source.headers.items():
             name = full.removeprefix("base_model.model.")
             factor = _FACTOR.fullmatch(name)
@@ -122,6 +123,7 @@ class Matching:
             return
         if site.name in self.factors:
             self.twice(next(iter(tensors.values())))
+        # The file's own spelling counts too: patterns were written for the names that PEFT saw.
         names = [module, *site.spellings]
         if not self.config.targets(names, linear=self.in_all_linear(site)):
             self.problems.other(f"{module} has an adapter, but adapter_config.json does not target it")
@@ -138,6 +140,7 @@ class Matching:
             if site.kind is not Linear:
                 self.problems.other(f"{module}: DoRA is supported for linear layers only")
                 return
+        # Every problem is reported; factors are kept only if all that are needed are there.
         for kind, full in tensors.items():
             shape = adapter.source.headers[full].shape
             if kind not in shapes:
@@ -163,6 +166,7 @@ class Matching:
         """
         if tensors.keys() != {"A", "B"} or self.config.use_dora:
             return False
+        # PEFT names the module that holds the parameter, not the parameter.
         above = short(module.replace(".base_layer", ""))
         a, b = (self.adapter.source.headers[tensors[part]].shape for part in "AB")
         for stack in self.stacks.values():
@@ -170,6 +174,7 @@ class Matching:
             names = [stack.name, f"{PREFIXES[0]}{short(stack.name)}"]
             if short(stack.name).rpartition(".")[0] != above or not self.config.targets_parameter(names):
                 continue
+            # A shape that fits two parameters goes to the first that has no factors yet.
             columns = experts * self.config.rank(names)
             if (a, b) == ((columns, width), (out, columns)) and stack.name not in self.stacked:
                 source, scale = self.adapter.source, self.config.scale(names)
@@ -183,6 +188,7 @@ class Matching:
 
         Each module that the config targets must have factors; the experts of one field all or none of them.
         """
+        # Factors: those of a field with experts may be absent, but not of some experts only.
         there = {site.name for module in found if (site := self.site(module)) is not None}
         groups = {self.sites[name].group for name in there}
         for site in self.sites.values():
@@ -206,6 +212,7 @@ class Matching:
             own = self.config.bias == "all" or (self.config.bias == "lora_only" and site and site.name in there)
             if own and name.endswith(".bias") and name not in self.changes and not HARMLESS.search(name):
                 self.problems.missing(f"base_model.model.{name}", header.shape)
+        # Modules trained as a whole.
         saved = [short(name) for name in self.changes]
         for module in self.config.modules_to_save:
             if not any(re.search(rf"(^|[._]){re.escape(module)}\.", name) for name in saved):
@@ -223,6 +230,7 @@ class Matching:
             own, shape = f"{site.name}.weight", site.shape
         elif own is not None:
             shape = self.base.headers[own].shape
+        # PEFT may save embeddings and head without being asked; the config must name any other tensor.
         saved = self.config.saves(module)
         table = site is not None and (site.kind is Embedding or site.name == self.head)
         if own is None or shape is None or not (saved or table or (last == "bias" and self.config.bias != "none")):
@@ -231,6 +239,7 @@ class Matching:
         if header.shape != shape:
             self.problems.shape(full, header.shape, shape)
             return
+        # A whole head, or embeddings trained as a module without ensure_weight_tying, end the sharing.
         if self.tied is not None and site is not None and site.name in (self.head, self.tied):
             self.untied |= site.name == self.head or (saved and not self.config.ensure_weight_tying)
         if own in self.changes:
@@ -249,6 +258,7 @@ class Matching:
         if site.name == self.head and self.ties:
             self.problems.other(f"{full}: the head shares the embeddings, so rows for the head alone are not supported")
             return
+        # One row for each token, each token once.
         tokens, shape = indices[key], (len(indices[key]), site.shape[1])
         if self.adapter.source.headers[full].shape != shape:
             self.problems.shape(full, self.adapter.source.headers[full].shape, shape)

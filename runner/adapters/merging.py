@@ -43,6 +43,7 @@ class _Merging:
         for name in dict.fromkeys([*self.parts.sites(), *experts]):
             site, (factors, rows) = self.base.sites[name], self.parts.active(name, self.weights)
             both = [*factors, *experts.get(name, ())]
+            # A head that still shares the table changes with the table.
             if (both or rows) and (apart or site.leaf == name):
                 changes[f"{name}.weight"] = self.matrix(site, both, rows)
         for name, stacked in self.parts.stacked.items():
@@ -74,6 +75,7 @@ class _Merging:
         source = self.base.source
 
         def read() -> mx.array:
+            # Sums are made in float32 and rounded once; token rows replace whatever was added to them.
             stored = numbers(source, site.leaf, site.form)
             matrix = (stored.T if site.transposed else stored).astype(mx.float32)
             for item in factors:
@@ -94,6 +96,7 @@ class _Merging:
         Published tensors (gpt-oss) have transformers' row order and are `[E, in, out]`; those that mlx-lm wrote
         (`.weight`) have the field's order and are `[E, out, in]`.
         """
+        # Only a float dtype can hold the sum: bytes of a quantized tensor become bfloat16.
         source = self.base.source
         written = leaf.name.endswith(".weight")
         experts, _, width = stack.shape
@@ -109,6 +112,7 @@ class _Merging:
                 matrix = mx.dequantize(words, scales, None, group_size=32, bits=4, mode="mxfp4")
             else:
                 matrix = source.read(leaf.name).swapaxes(-1, -2)
+            # This tensor has a range of each expert's rows.
             matrix = matrix.astype(mx.float32)
             for item in factors:
                 ups = in_field_order(stack, item.ups) if written else item.ups

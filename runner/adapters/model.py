@@ -60,6 +60,7 @@ class Adapters:
                     f"adapter {name} replaced whole tensors when the model was loaded: its weight stays "
                     f"{self.weights[name]:g}; to change it, load the model again"
                 )
+        # Check before anything changes, so that a refused call leaves the weights as they were.
         self.check(self.weights | changed)
         self.weights.update(changed)
 
@@ -142,6 +143,7 @@ def fit(
             if name in changes:
                 raise UsageError(f"adapters {owner[name]} and {adapter.name} both replace {name}: use one at a time")
             changes[name], owner[name] = change, adapter.name
+    # Weights are checked together: what is not allowed depends on which adapters share a matrix.
     weights = {adapter.name: adapter.weight for adapter in adapters}
     model = Base(raw, base, sites, stacks, head, tied).changed(changes, untied)
     result = Adapters(model, parts, weights, dict(weights), frozenset(fixed))

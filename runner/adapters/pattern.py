@@ -96,6 +96,7 @@ class _Parser:
         self.take("?")  # lazy or not, the ends are the same set
         if counted[0] == "?":
             return lambda text, starts: starts | inner(text, starts)
+        # Bound the time: a loop within loops repeats the inner one's rounds for each of its own.
         if depth >= MAX_LOOP_DEPTH:
             raise ConfigError(f"must not have loops within {MAX_LOOP_DEPTH} groups, as {self.text[:80]!r} has")
         if counted[0] in "*+":
@@ -117,6 +118,7 @@ class _Parser:
             assert closing is not None, "re has accepted it"
             return self.letter(closing[0])
         if letter == "\\":
+            # Letters and digits after a backslash may mean anything (\1, \x61): only known classes pass.
             escape = self.text[self.at : self.at + 2]
             if escape in ("\\b", "\\B", "\\Z", "\\A"):
                 return self.place(escape)
@@ -141,6 +143,7 @@ class _Parser:
             raise self.unknown()
         if opening[0] in ("(", "(?:"):
             return inner
+        # A lookahead takes no text: it keeps or drops each start by itself.
         wanted = opening[0] == "(?="
         return lambda text, starts: frozenset(i for i in starts if bool(inner(text, frozenset([i]))) == wanted)
 

@@ -126,6 +126,7 @@ def _matrix(array: ArrayPlan, tree: Tree) -> list[Rows]:
     """The stored matrices that `tree` joins by rows; empty where one of them is not a plain weight matrix."""
     result: list[Rows] = []
     offset = 0
+    # The field's rows follow one another in the order of the tree's leaves.
     for leaf, shape in leaf_shapes(tree, array.sizes):
         if leaf.stack is not None or len(shape) != 2 or not leaf.name.endswith(".weight"):
             return []
@@ -205,6 +206,7 @@ def _stack(parent: ModulePlan, module: ModulePlan) -> Stack | None:
     layer = _EXPERTS.match(next(leaves(array.tree)).name)
     if layer is None:
         return None
+    # Adapters use transformers' name for the parameter and its row order, which the class's tag tells.
     field = module.path.rpartition(".")[2]
     order = next(item.metadata[TAG].transform for item in dataclasses.fields(parent.cls) if item.name == field)
     name = f"{layer[1].replace('.block_sparse_moe', '.mlp')}.experts.{field}"
@@ -221,6 +223,7 @@ def _stack(parent: ModulePlan, module: ModulePlan) -> Stack | None:
 
 def row_order(transform: Transform, out: int, *, stacked: bool = False) -> mx.array | None:
     """For each of a field's `out` rows, its index before `transform`; None where the order stays."""
+    # Undoing the transform on row numbers shows where each row comes from, whatever the transform does.
     rows = mx.arange(out)[:, None]
     places = transform.invert(rows[None] if stacked else rows).flatten()  # by index before: the index after
     order = mx.argsort(places)

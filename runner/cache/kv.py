@@ -62,6 +62,7 @@ class KVCache:
     def append(self, keys: mx.array, values: mx.array) -> History:
         """Add keys and values `[B, KV, L, D]` of the next L tokens; returns what those tokens may attend to."""
         count = keys.shape[2]
+        # Rows in the buffer, whose first need not be position 0 under a sliding window.
         stored = self.offset - self._start
         if self._keys is None or self._values is None or stored + count > self._keys.shape[2]:
             stored = self._make_room(keys, values, stored)
@@ -143,4 +144,4 @@ class RotatingKVCache(KVCache):
         return self.offset if self._start == 0 else max(0, self.offset - self._start - self._window + 1)
 
     def _kept(self, stored: int) -> int:
-        return min(stored, self._window - 1)
+        return min(stored, self._window - 1)  # the next token is itself part of its window

@@ -100,6 +100,7 @@ def _run(job: Job, work: Conversion, source: Source, transforms: Mapping[str, Tr
         if turned:
             rows = {field: job.arrays[field][1].apply(array) for field, array in rows.items()}
         for field, array in _converted(job, rows, new_order if turned else None).items():
+            # A piece lies at its row's place in the written tensor, within its expert's slot of a stack.
             target = job.outputs[field].target
             split = mx.split(array, parts, axis=0 if leaf.stack is None else 1) if parts > 1 else [array]
             for name, part in zip(target.names, split, strict=True):

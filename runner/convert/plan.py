@@ -207,6 +207,7 @@ class _Planner:
         A stored head that differs is what the model uses: it is kept, and the two are no longer tied.
         """
         arrays = [item for item in module.fields.values() if isinstance(item, ArrayPlan)]
+        # A stored head that the config ties has the embeddings as its twin: all arrays must be equal.
         twins = [(item.tree, item.same_as) for item in arrays if item.same_as is not None]
         if not twins:
             return False
@@ -226,6 +227,7 @@ class _Planner:
     def conversion(self) -> Conversion:
         """Make the plan, checked against the model's tags."""
         forms = {stem: self.form_of(item) for stem, item in self.found.items() if isinstance(item, _Matrix)}
+        # Wanted, but with inputs that do not divide into groups.
         unpackable = tuple(
             stem
             for stem, item in self.found.items()
@@ -264,6 +266,7 @@ class _Planner:
             return item.form
         if self.quantizer is None or not self.wanted(item):
             return None
+        # A tied head's matrix is found as the embeddings', but it counts as a head for recipes.
         path = "lm_head" if item.stem in self.heads else item.path
         form = self.quantizer.of(path, item.stem, self.config.num_hidden_layers)
         return None if item.shape[-1] % form.group_size else form
@@ -291,6 +294,7 @@ class _Planner:
                 continue
             made = self.matrix_jobs(item, forms[stem], rename)
             jobs += made
+            # The config describes the layers by the names they are written under.
             for name in made[0].outputs["weight"].target.names:
                 layers[SUFFIX.sub("", name)] = forms[stem]
         # Tensors are written in the order they have in the source.
@@ -320,6 +324,7 @@ class _Planner:
                 plain = _Plain(leaf, transform, stored, item.packed[field], layer=True, kept=True)
                 copies.append(self.copied(plain, rename))
             return copies
+        # A plain matrix that stays plain under its own name also keeps its stored order.
         leaf, _ = item.arrays["weight"]
         if item.form is None and into is None and not rename:
             shape = self.source.headers[leaf.name].shape  # in the file's order
@@ -343,6 +348,7 @@ class _Planner:
 
     def copied(self, item: _Plain, rename: bool) -> Job:
         """The job for a tensor that is copied, possibly to another dtype."""
+        # Under mlx-lm's names a tensor has the model's shape; otherwise it stays as the file has it.
         header = self.source.headers[item.leaf.name]
         dtype, shape = (item.dtype, item.shape) if rename else (header.dtype, header.shape)  # else in the file's order
         cast = self.dtype if dtype in FLOAT and not item.kept else None
@@ -364,6 +370,7 @@ class _Planner:
         """
         config = {name: value for name, value in self.raw.items() if name not in QUANTIZATION}
         if self.dtype is not None:
+            # The key for the dtype is the one that the source has.
             spelled = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
             config |= dict.fromkeys(spelled, str(self.dtype).removeprefix("mlx.core."))
         if self.untied:
@@ -388,6 +395,7 @@ def _headers(jobs: Sequence[Job]) -> dict[str, Planned]:
     for job in jobs:
         for output in job.outputs.values():
             for name in output.target.names:
+                # Only the slots of a stack may share a name, each of them once and all of one shape and dtype.
                 slot = output.target.slot
                 if slot is not None and slot not in slots.setdefault(name, set()):
                     slots[name].add(slot)

@@ -51,6 +51,7 @@ class Recipe:
     def favours(self, path: str, stem: str, layers: int) -> bool:
         """Whether the matrix `stem` of the file, in the field `path` of a model of `layers` layers, gets more bits."""
         words = [word for word in path.split(".") if word != "parts" and not word.isdigit()]
+        # The last word of a path is the field; its first number is the layer.
         if words[-1] in self.heads:
             return True
         if words[-1] not in self.fields and stem.rpartition(".")[2] not in self.parts:
@@ -124,6 +125,7 @@ def quantize(matrix: mx.array, form: Quantization) -> dict[str, mx.array]:
     if form.mode == "affine":
         arrays = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=form.mode)
         return dict(zip(("weight", "scales", "biases"), arrays, strict=True))
+    # The largest value of a group becomes the mode's largest number; in nvfp4 a group of zeros has the step 0.
     groups = matrix.astype(mx.float32).reshape(*matrix.shape[:-1], -1, form.group_size)
     scales, steps = _scales(mx.max(mx.abs(groups), axis=-1, keepdims=True) / LARGEST[form.mode], form.mode)
     numbers = mx.where(steps > 0, groups / steps, 0).reshape(matrix.shape)
@@ -146,6 +148,7 @@ def _scales(wanted: mx.array, mode: str) -> tuple[mx.array, mx.array]:
 
 def _nibbles(numbers: mx.array) -> mx.array:
     """Round `[..., n]` to the nearest E2M1 (ties to the smaller), two codes in a byte, the first in its low half."""
+    # The code of a magnitude is the number of midpoints below it.
     sizes = mx.abs(numbers)
     codes = mx.zeros(numbers.shape, mx.uint8)
     for threshold in BETWEEN:

@@ -76,6 +76,7 @@ def wrong_on_cuda(x: mx.array, outputs: int, group_size: int, mode: str) -> bool
     for one row (with 96 and 64 there is). Which numbers of outputs have a kernel was not searched: any that is not a
     multiple of 64 is taken to have none, which is always right and at worst costs dequantizing the matrix.
     """
+    # One row and several fail in different cases.
     several, odd = x.size > x.shape[-1], outputs % 64 != 0
     one_group, wide = x.shape[-1] == group_size, group_size == 128 and x.dtype == mx.float32
     if not several:

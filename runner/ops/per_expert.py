@@ -31,6 +31,7 @@ def by_expert(
     if not sorted_indices:
         order = np.argsort(chosen, kind="stable")
         rows, chosen = rows[mx.array(order)], chosen[order]
+    # Runs of equal experts start where the sorted list changes.
     starts = [0, *(np.flatnonzero(np.diff(chosen)) + 1).tolist(), len(chosen)]
     pieces = [multiply(rows[a:b], int(chosen[a])) for a, b in itertools.pairwise(starts)]
     result = mx.concatenate(pieces)
