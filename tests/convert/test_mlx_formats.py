@@ -116,8 +116,12 @@ def test_experts_stacked_by_mlx_lm() -> None:
         ({"bits": 4, "group_size": 32}, WeightsError, "config.json says (4, 32, 'affine')"),
         ({"bits": 8, "group_size": 64}, WeightsError, "config.json says (8, 64, 'affine')"),
         ({"bits": 4, "group_size": 64, "mode": "int4"}, ConfigError, "a mode of MLX"),
-        ({"bits": "4", "group_size": 64}, ConfigError, "bits, group_size"),
-        ({"bits": 4, "group_size": 64, "model.layers.0.mlp.up_proj": {"bits": 2}}, ConfigError, "bits, group_size"),
+        ({"bits": "4", "group_size": 64}, ConfigError, "integers bits and group_size"),
+        (
+            {"bits": 4, "group_size": 64, "model.layers.0.mlp.up_proj": {"bits": 2}},
+            ConfigError,
+            "integers bits and group_size",
+        ),
         ([4, 64], ConfigError, "must be an object"),
     ],
 )
