@@ -9,6 +9,7 @@ tokens has n - 1 - n // 2 scored tokens; a remainder shorter than a chunk is lef
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -101,9 +102,13 @@ def perplexity(
     """
     losses = _Losses()
     pieces = _cut(engine, ids, bos, chunk, chunks)
-    for index, piece in enumerate(pieces):
+
+    def score(piece: list[int]) -> None:
         for logits, targets in _judged(engine, piece):
             losses.add(_negative_log_likelihood(_log_probabilities(logits), targets))
+
+    for index, piece in enumerate(pieces):
+        engine.run(functools.partial(score, piece))
         if running is not None:
             running(index + 1, len(pieces), losses.perplexity(index + 1).perplexity.value)
     return losses.perplexity(len(pieces))
@@ -135,7 +140,9 @@ def compare(
     same = 0
     pieces = _cut(engine, ids, bos, chunk, chunks)
     _cut(base, ids, bos, chunk, chunks)  # for its checks: chunks must fit the base's context too
-    for index, piece in enumerate(pieces):
+
+    def score(piece: list[int]) -> int:
+        same = 0
         for (logits, targets), (base_logits, _) in zip(_judged(engine, piece), _judged(base, piece), strict=True):
             q, p = _log_probabilities(logits), _log_probabilities(base_logits)
             mine.add(_negative_log_likelihood(q, targets))
@@ -145,6 +152,10 @@ def compare(
             divergence = mx.sum(mx.where(share > 0, share * (p - q), 0.0), axis=-1)
             divergences.append(np.array(divergence, dtype=np.float64))
             same += int(mx.sum(mx.argmax(logits, axis=-1) == mx.argmax(base_logits, axis=-1)))
+        return same
+
+    for index, piece in enumerate(pieces):
+        same += engine.run(functools.partial(score, piece))
         if running is not None:
             running(index + 1, len(pieces), mine.perplexity(index + 1).perplexity.value)
     every = np.concatenate(divergences)
@@ -181,6 +192,7 @@ def _cut(engine: Engine, ids: Sequence[int], bos: int | None, chunk: int, chunks
 def _judged(engine: Engine, ids: list[int]) -> Iterator[tuple[mx.array, mx.array]]:
     """Yield float32 logits `[N, V]` of a chunk's second half and the ids `[N]` that follow, N at most `ROWS`."""
     first, last = len(ids) // 2, len(ids) - 1
+    engine.use_adapters(engine.adapter_weights)
     caches = engine.new_caches()
     for start in range(0, last, PREFILL_CHUNK):
         piece = ids[start : min(start + PREFILL_CHUNK, last)]
