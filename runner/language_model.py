@@ -231,7 +231,8 @@ def load(
         RunnerError: a subclass that says what is missing, unknown or inconsistent.
     """
     files = open_files(resolve(str(model), revision=revision, progress=progress))
-    tokenizer = files.tokenizer()
+    # On the owner's thread as well: what reading a vocabulary has used and freed, reading the weights can use again.
+    tokenizer = OWNER.run(files.tokenizer)
     opened: Sequence[AdapterFiles] = ()
     if adapters:
         from runner.adapters import open_adapters
