@@ -88,7 +88,7 @@ class Matching:
         for module, tensors in found.items():
             self.module(module, tensors)
         self.expect(found)
-        if self.problems.found:
+        if self.problems.count:
             title = f"{self.adapter.source.directory}: the adapter does not fit the model"
             raise WeightsError(self.problems.message(self.left, title))
 

@@ -37,7 +37,7 @@ MAX_RANK = 32
 MAX_DIM = 2**31 - 1  # MLX keeps dimensions in 32 signed bits and would wrap a larger one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor's entry in a header, checked against its file.
 
@@ -106,7 +106,9 @@ def read_header(path: Path) -> ShardHeader:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     raw = parse_json(text, f"{path}: header")
     metadata = _metadata(raw.pop("__metadata__", None), path)
-    infos = sorted((_tensor(name, raw[name], path, 8 + length) for name in raw), key=lambda i: (i.offset, i.nbytes))
+    # Parsed entries take much more memory than their text, so each one goes as soon as it is checked.
+    infos = [_tensor(name, raw.pop(name), path, 8 + length) for name in list(raw)]
+    infos.sort(key=lambda i: (i.offset, i.nbytes))
     _check_layout(infos, path, 8 + length, stamp.size)
     return ShardHeader({info.name: info for info in infos}, metadata, stamp)
 

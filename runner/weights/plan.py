@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -32,6 +33,9 @@ from runner.weights.tree import (
     resolve,
     size_of,
 )
+
+MAX_PROBLEMS = 10_000
+"""Problems at which planning stops. A layer that lacks all its tensors is planned at many times their headers' size."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +176,9 @@ class _Planner:
         self.names: dict[type, frozenset[str]] = {}
         self.used: set[str] = set()
         self.problems = Problems()
-        # Every name of a tensor, and every part of one that ends before a dot: `present` looks modules up here.
-        self.prefixes = {
-            name[:i] for name in self.headers for i in range(len(name) + 1) if name[i : i + 1] in (".", "")
-        }
+        # In order, the tensors below one name lie side by side: `below` finds them without a list of all prefixes,
+        # which takes the square of a name's length.
+        self.ordered = sorted(self.headers)
 
     def finish(self, config: Config) -> None:
         """Report the tensors that no field took, and raise if anything at all does not fit."""
@@ -183,7 +186,7 @@ class _Planner:
         unused = [name for name in left if not HARMLESS.search(name) and not config.ignores(name)]
         for name in unused:
             self.problems.unused(name, self.headers[name].shape)
-        if self.problems.found and not self.declared:
+        if self.problems.count and not self.declared:
             raise WeightsError(self.problems.message(unused))
 
     def module(self, cls: type, place: Place) -> ModulePlan:
@@ -212,8 +215,16 @@ class _Planner:
 
     def take_all(self, tree: Tree) -> None:
         """Mark every tensor below `tree` as used."""
-        below = tuple(leaf.name + "." for leaf in leaves(tree))
-        self.used.update(name for name in self.headers if name.startswith(below))
+        for leaf in leaves(tree):
+            self.used.update(self.below(leaf.name))
+
+    def below(self, name: str) -> Iterator[str]:
+        """The names of the tensors below the module `name`, in order."""
+        start = f"{name}."
+        for index in range(bisect.bisect_left(self.ordered, start), len(self.ordered)):
+            if not self.ordered[index].startswith(start):
+                return
+            yield self.ordered[index]
 
     def field(
         self, item: dataclasses.Field[Any], hint: Any, place: Place
@@ -296,7 +307,7 @@ class _Planner:
 
     def present(self, tree: Tree) -> bool:
         """Whether the checkpoint has any tensor at or below the names of `tree`."""
-        return any(leaf.name in self.prefixes for leaf in leaves(tree))
+        return any(leaf.name in self.headers or any(self.below(leaf.name)) for leaf in leaves(tree))
 
     def modules(self, tag: Tag, element: type, place: Place) -> list[ModulePlan]:
         """Plan a list: one dataclass for each layer, or for each part of a joined name."""
@@ -340,6 +351,13 @@ class _Planner:
             self.check(result, result.same_as)
         return result
 
+    def missing(self, name: str, expected: tuple[int, ...]) -> None:
+        """Note a missing tensor; where thousands are, stop: the counts of config.json, not the tensors, are wrong."""
+        self.problems.missing(name, expected)
+        if not self.declared and self.problems.count > MAX_PROBLEMS:
+            title = "the checkpoint does not fit the model; no more was looked for"
+            raise WeightsError(self.problems.message((), title))
+
     def check(self, array: ArrayPlan, tree: Tree) -> None:
         """Note every tensor of `tree` that is missing, or has a shape or dtype that `array` cannot take."""
         for leaf, shape in leaf_shapes(tree, array.sizes):
@@ -347,7 +365,7 @@ class _Planner:
             header = self.headers.get(leaf.name)
             self.used.add(leaf.name)
             if header is None:
-                self.problems.missing(leaf.name, expected)
+                self.missing(leaf.name, expected)
             elif header.dtype not in array.dtypes:
                 self.problems.dtype(leaf.name, header.dtype, array.dtypes)
             elif header.shape != expected:
