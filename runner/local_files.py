@@ -1,8 +1,12 @@
-"""Reads small files of a model directory that comes from strangers: safe names, no links out of it, strict JSON."""
+"""Opens the files of a model directory that comes from strangers: safe names, no links out of it, strict JSON.
+
+Every reader of such a file gets its path from `path_in`, `find_file` or `checked_path`, or its bytes from `read_file`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections import Counter
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -44,6 +48,15 @@ def path_in(directory: Path, name: str) -> Path:
     return checked_path(directory, directory / name)
 
 
+def find_file(directory: Path, name: str) -> Path | None:
+    """Return `path_in(directory, name)`, or None if the directory has no entry of this name.
+
+    Raises:
+        CheckpointError: there is an entry, but it is not a file that may be read (a dangling link is an entry).
+    """
+    return path_in(directory, name) if os.path.lexists(directory / name) else None
+
+
 def checked_path(directory: Path, path: Path) -> Path:
     """Return `path` if it is a regular file in `directory` or a folder of it, and no link out, as in `path_in`.
 
@@ -78,6 +91,24 @@ def _reason(error: Exception, path: Path) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else "a loop of links"
 
 
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Read a whole file of at most `max_bytes`; `path` comes from one of the functions above.
+
+    Raises:
+        CheckpointError: it cannot be read, is not a regular file, or is larger.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
+            raise CheckpointError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)  # one more than allowed, to tell a file that is too large
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(data) > max_bytes:
+        raise CheckpointError(f"{path}: larger than {max_bytes} bytes, the most this file may have")
+    return data
+
+
 def read_json(path: Path, max_bytes: int = 16 << 20) -> dict[str, Any]:
     """Read the JSON object in the file `path`, strictly.
 
@@ -89,16 +120,7 @@ def read_json(path: Path, max_bytes: int = 16 << 20) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read or is refused; the message names the file and the problem.
     """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
-            raise CheckpointError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(data) > max_bytes:
-        raise CheckpointError(f"{path}: larger than {max_bytes} bytes, the most this file may have")
-    return parse_json(data, str(path))
+    return parse_json(read_file(path, max_bytes), str(path))
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:

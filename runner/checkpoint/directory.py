@@ -19,7 +19,7 @@ from runner.checkpoint.safetensors_header import INDEX, SINGLE, ShardHeader, Sta
 from runner.checkpoint.safetensors_header import TensorInfo as TensorInfo
 from runner.checkpoint.writer import write_checkpoint as write_checkpoint
 from runner.errors import CheckpointError
-from runner.local_files import path_in, quoted
+from runner.local_files import find_file, path_in, quoted
 from runner.local_files import read_json as read_json
 
 if TYPE_CHECKING:
@@ -91,13 +91,11 @@ class Checkpoint:
             what = "is a file; a checkpoint is a directory" if os.path.exists(directory) else "no such directory"
             raise CheckpointError(f"{directory}: {what}")
         shards, headers = _weights(directory)
-        if not _exists(directory, "config.json"):
+        config, generation = (find_file(directory, name) for name in ("config.json", "generation_config.json"))
+        if config is None:
             raise CheckpointError(f"{directory}: no config.json; is this a model's directory?")
-        generation = {}
-        if _exists(directory, "generation_config.json"):
-            generation = read_json(path_in(directory, "generation_config.json"))
-        config = read_json(path_in(directory, "config.json"))
-        return cls._of(directory, config, generation, shards, headers)
+        defaults = {} if generation is None else read_json(generation)
+        return cls._of(directory, read_json(config), defaults, shards, headers)
 
     @classmethod
     def open_file(cls, directory: Path, weights: str, config: str) -> Checkpoint:
@@ -207,16 +205,11 @@ def _check_stamp(file: Path, shard: ShardHeader, status: os.stat_result) -> None
         raise CheckpointError(f"{file}: changed since the checkpoint was opened; open it again")
 
 
-def _exists(directory: Path, name: str) -> bool:
-    """Whether the directory has an entry `name`, even a dangling link: `path_in` then says what is wrong with it."""
-    return os.path.lexists(directory / name)
-
-
 def _weights(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorInfo]]:
     """Headers of the weight files: the shards by file name, and every tensor by name."""
-    if _exists(directory, INDEX):
+    if find_file(directory, INDEX):
         return _indexed(directory)
-    if _exists(directory, SINGLE):
+    if find_file(directory, SINGLE):
         header = read_header(path_in(directory, SINGLE))
         return {SINGLE: header}, header.tensors
     try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from runner.errors import CheckpointError
-from runner.local_files import checked_path
+from runner.local_files import checked_path, read_file
 
 NAMES = (
     "generation_config.json",
@@ -37,16 +36,4 @@ def side_files(directory: Path) -> dict[str, bytes | str]:
     paths = {name: directory / name for name in NAMES if os.path.lexists(directory / name)}
     templates = sorted((directory / TEMPLATES).glob("*.jinja"))[:MAX_TEMPLATES]
     paths |= {f"{TEMPLATES}/{path.name}": path for path in templates}
-    return {name: _bounded(checked_path(directory, path)) for name, path in paths.items()}
-
-
-def _bounded(path: Path) -> bytes:
-    """Contents of a file of at most `MAX_BYTES`."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)  # one more than allowed, to tell a file that is too large
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(data) > MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_BYTES} bytes, the limit for a file that is copied")
-    return data
+    return {name: read_file(checked_path(directory, path), MAX_BYTES) for name, path in paths.items()}

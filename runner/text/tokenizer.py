@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from runner.errors import TokenizerError
+from runner.local_files import find_file, path_in
 from runner.text import tokenizer_rebuilt
 from runner.text.chat_template import ChatInputs, ChatTemplates, Message, chat_inputs
 from runner.text.detokenizer import Detokenizer
@@ -45,13 +46,15 @@ class Tokenizer:
 
         Raises:
             TokenizerError: the directory has no tokenizer (the message lists what it holds), or a file is malformed.
+            CheckpointError: a file is a link out of the directory, or cannot be read.
         """
         directory = Path(path)
         if not directory.is_dir():
             raise TokenizerError(f"{directory} is not a directory: expected one that holds a tokenizer.json")
         files = read_tokenizer_files(directory)
         for names, backend in SOURCES.items():
-            if all((directory / name).is_file() for name in names):
+            paths = [find_file(directory, name) for name in names]
+            if None not in paths:
                 return cls(backend(directory, files), files)
         # A directory of weights can hold hundreds of files; a dozen names show what it is.
         held = sorted(entry.name for entry in directory.iterdir())
@@ -181,7 +184,7 @@ class Tokenizer:
 
 def _from_model_file(directory: Path, files: TokenizerFiles) -> Backend:
     """Load a `tokenizer.model`: a SentencePiece protobuf, or lines of base64 and rank (Llama 3's original files)."""
-    path = directory / "tokenizer.model"
+    path = path_in(directory, "tokenizer.model")
     with path.open("rb") as file:
         first = file.readline(2048)
     if re.fullmatch(rb"[A-Za-z0-9+/]+=* 0\r?\n", first):
@@ -190,9 +193,9 @@ def _from_model_file(directory: Path, files: TokenizerFiles) -> Backend:
 
 
 SOURCES: Mapping[tuple[str, ...], Callable[[Path, TokenizerFiles], Backend]] = {
-    ("tokenizer.json",): lambda directory, files: JsonBackend(load_json(directory / "tokenizer.json"), files),
+    ("tokenizer.json",): lambda directory, files: JsonBackend(load_json(path_in(directory, "tokenizer.json")), files),
     ("tekken.json",): lambda directory, files: JsonBackend(
-        tokenizer_rebuilt.tekken(directory / "tekken.json", files), files, "tekken.json"
+        tokenizer_rebuilt.tekken(path_in(directory, "tekken.json"), files), files, "tekken.json"
     ),
     ("tokenizer.model",): _from_model_file,
     ("vocab.json", "merges.txt"): lambda directory, files: JsonBackend(

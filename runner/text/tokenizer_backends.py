@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from runner.errors import TokenizerError
+from runner.local_files import read_file
 from runner.text.detokenizer import DecoderPlan, Detokenizer, plan_decoder
 from runner.text.special_tokens import AddedToken, Match, TokenScanner
 from runner.text.tokenizer_files import TokenizerFiles
@@ -223,8 +224,8 @@ def load_json(path: Path) -> tokenizers.Tokenizer:
     Raises:
         TokenizerError: the file is too large, or the library refuses it.
     """
-    _check_size(path)
-    return _parsed(lambda: tokenizers.Tokenizer.from_file(str(path)), str(path))
+    data = read_file(path, _MAX_VOCABULARY_FILE)
+    return _parsed(lambda: tokenizers.Tokenizer.from_buffer(data), str(path))
 
 
 def parse_json(text: str, where: str) -> tokenizers.Tokenizer:
@@ -241,11 +242,6 @@ def _parsed(parse: Callable[[], tokenizers.Tokenizer], where: str) -> tokenizers
         raise TokenizerError(
             f"{where} is not a tokenizer.json that `tokenizers` reads ({error}): fetch it again"
         ) from error
-
-
-def _check_size(path: Path) -> None:
-    if (size := path.stat().st_size) > _MAX_VOCABULARY_FILE:
-        raise TokenizerError(f"{path} has {size} bytes, more than the {_MAX_VOCABULARY_FILE} that are read")
 
 
 def _add_tokens(library: tokenizers.Tokenizer, added: Sequence[AddedToken]) -> None:
@@ -289,8 +285,7 @@ def _load_sentencepiece(path: Path) -> tuple[Any, bool]:
         import sentencepiece
     except ImportError as error:
         raise TokenizerError(f"{path} needs the sentencepiece package: pip install sentencepiece") from error
-    _check_size(path)
-    data = path.read_bytes()
+    data = read_file(path, _MAX_VOCABULARY_FILE)
     try:
         library = sentencepiece.SentencePieceProcessor(model_proto=data)
         prefix = library.normalize("a").startswith("▁")

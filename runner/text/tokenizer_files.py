@@ -8,12 +8,14 @@ templates are the same.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner.errors import TokenizerError
+from runner.local_files import checked_path, find_file, read_file
 from runner.text.special_tokens import AddedToken
 
 _MAX_JSON = 64 << 20
@@ -47,9 +49,10 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
 
     Raises:
         TokenizerError: a file is malformed.
+        CheckpointError: a file is a link out of the directory, or cannot be read.
     """
     path = directory / "tokenizer_config.json"
-    config = _read_object(path) if path.is_file() else {}
+    config = _read_object(directory, path.name) or {}
     # The older name of the key, which transformers still reads.
     if config.get("extra_special_tokens") is None:
         config["extra_special_tokens"] = config.get("additional_special_tokens")
@@ -70,12 +73,15 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(directory: Path, name: str) -> dict[str, Any] | None:
+    """Read the JSON object in the file `name`; None if there is no such file."""
+    path = find_file(directory, name)
+    if path is None:
+        return None
+    data = read_file(path, _MAX_JSON)
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise TokenizerError(f"{path} has {path.stat().st_size} bytes, more than the {_MAX_JSON} that are read")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} holds a {type(value).__name__}, expected a JSON object")
@@ -131,16 +137,15 @@ def _legacy_files(directory: Path, config: dict[str, Any]) -> tuple[dict[str, An
 
     Returns the config, with the keys of special_tokens_map.json in place of its own, and the added tokens.
     """
-    path = directory / "special_tokens_map.json"
-    if path.is_file():
-        found = _read_object(path)
+    found = _read_object(directory, "special_tokens_map.json")
+    if found is not None:
         if "additional_special_tokens" in found:
             found.setdefault("extra_special_tokens", found.pop("additional_special_tokens"))
         config = {**config, **found}
     path = directory / "added_tokens.json"
-    if not path.is_file():
+    entries = _read_object(directory, path.name)
+    if entries is None:
         return config, []
-    entries = _read_object(path)
     if len(entries) > _MAX_ADDED:
         raise TokenizerError(f"{path} lists {len(entries)} tokens, more than the {_MAX_ADDED} that are read")
     # added_tokens.json has only texts and ids: a token is special if the config names it or lists it as extra.
@@ -195,7 +200,9 @@ def _read_templates(directory: Path, config: Mapping[str, Any], path: Path) -> d
     """
     files = {"default": directory / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))[:100]}
-    if templates := {name: _read_template(file) for name, file in files.items() if file.is_file()}:
+    if templates := {
+        name: _read_template(checked_path(directory, file)) for name, file in files.items() if os.path.lexists(file)
+    }:
         return templates
     value = config.get("chat_template")
     if value is None:
@@ -214,10 +221,8 @@ def _is_named_template(entry: Any) -> bool:
 
 def _read_template(path: Path) -> str:
     try:
-        if path.stat().st_size > _MAX_TEMPLATE:
-            raise TokenizerError(f"{path} has {path.stat().st_size} bytes, more than the {_MAX_TEMPLATE} that are read")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(path, _MAX_TEMPLATE).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} cannot be read as UTF-8 text ({error})") from error
 
 

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from runner.errors import TokenizerError
+from runner.local_files import path_in, read_file
 from runner.text.detokenizer import byte_alphabet
 from runner.text.special_tokens import AddedToken
 from runner.text.tokenizer_files import TokenizerFiles
@@ -59,11 +60,11 @@ def byte_level(directory: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
             f"{directory}: how a {name} cuts text is not known, so its vocab.json and merges.txt are of no use without "
             f"a tokenizer.json; known are {', '.join(sorted(_BYTE_LEVEL | {'Qwen2Tokenizer'}))}"
         )
-    path = directory / "vocab.json"
+    path = path_in(directory, "vocab.json")
     vocab = _json(path)
     if not all(isinstance(index, int) and 0 <= index < MAX_TOKENS for index in vocab.values()):
         raise TokenizerError(f"{path}: every token needs an id from 0 to {MAX_TOKENS - 1}")
-    result = _assemble(vocab, _merges(directory / "merges.txt"), cut, ignore_merges=False, path=path)
+    result = _assemble(vocab, _merges(path_in(directory, "merges.txt")), cut, ignore_merges=False, path=path)
     if name == "Qwen2Tokenizer":
         result.normalizer = normalizers.NFC()
     return _with_bos(result, files)
@@ -77,7 +78,7 @@ def tiktoken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
     Raises:
         TokenizerError: a line is malformed, or how text is cut is not known for this number of ranks.
     """
-    lines = _read(path).split(b"\n")
+    lines = read_file(path, MAX_FILE).split(b"\n")
     ranks = [_ranked(line, index, path) for index, line in enumerate(lines) if line.strip()]
     pattern = RANK_PATTERNS.get(len(ranks))
     if pattern is None:
@@ -219,18 +220,9 @@ def _bos(text: str, index: int) -> Any:
     )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_FILE:
-            raise TokenizerError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_FILE} that are read")
-        return path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error})") from error
-
-
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read(path).decode("utf-8"))
+        value = json.loads(read_file(path, MAX_FILE).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
     if not isinstance(value, dict) or len(value) > MAX_TOKENS:
@@ -241,7 +233,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _merges(path: Path) -> list[tuple[str, str]]:
     """Read a merges.txt: one pair of tokens per line, after an optional first line `#version`."""
     result: list[tuple[str, str]] = []
-    for number, line in enumerate(_read(path).decode("utf-8", "replace").split("\n")):
+    for number, line in enumerate(read_file(path, MAX_FILE).decode("utf-8", "replace").split("\n")):
         if not line.strip() or (number == 0 and line.startswith("#version")):
             continue
         pair = line.rstrip("\r").split(" ")
