@@ -1,4 +1,4 @@
-"""Turns sampled ids into an answer: text, stop strings, timings and the reason for its end."""
+"""Turns sampled ids into an answer: text, reasoning, timings and the reason for its end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.engine.sampling import Token
-from runner.text.detokenizer import Detokenizer
-from runner.text.stop import StopMatcher
+from runner.text.answer_text import AnswerText
+from runner.text.separator import Split
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Chunk:
     """One token of an answer.
 
     Attributes:
-        text: the text that the token completes; often empty.
+        text: the text that the token completes, its reasoning left out; often empty.
         token: its id; -1 for an answer that was cancelled before its first token.
         logprob: its log-probability; None unless asked for.
         top_logprobs: (id, log-probability) of the most likely tokens; None unless asked for.
         finish_reason: on the last chunk "stop" (end token or stop string), "length" or "cancelled"; else None.
         timings: on the last chunk; else None.
+        reasoning: the text of the model's reasoning that the token completes; "" in an answer to plain text.
     """
 
     text: str
@@ -60,6 +61,7 @@ class Chunk:
     top_logprobs: list[tuple[int, float]] | None = None
     finish_reason: str | None = None
     timings: Timings | None = None
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Generation:
         tokens: the ids of the answer, an end token included.
         finish_reason: "stop" (end token or stop string), "length" or "cancelled".
         logprobs: the log-probability of each token; None unless asked for.
+        reasoning: what the model wrote to itself before the text; "" if nothing, or if the prompt was plain text.
     """
 
     text: str
@@ -77,6 +80,7 @@ class Generation:
     finish_reason: str
     timings: Timings
     logprobs: list[float] | None = None
+    reasoning: str = ""
 
 
 class Answer:
@@ -85,14 +89,12 @@ class Answer:
     def __init__(
         self,
         end_tokens: Collection[int],
-        detokenizer: Detokenizer,
-        stops: StopMatcher,
+        text: AnswerText,
         prompt_tokens: int,
     ) -> None:
         """Begin an answer now; `prompt_tokens` is the length of its prompt, those that a cache holds included."""
         self.end_tokens = end_tokens
-        self.detokenizer = detokenizer
-        self.stops = stops
+        self.text = text
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
         self.count = 0
@@ -109,31 +111,26 @@ class Answer:
         if self.count == 0:
             self.first = time.perf_counter()
         self.count += 1
-        text, reason = "", None
-        # An end token ends the answer and has no text. Of the other reasons a stop string comes first: it was met by
+        split, reason = Split(), None
+        # An end token ends the answer and has no text. Of the other reasons a stop text comes first: it was met by
         # this token, even if this is also the last one allowed.
         if token.id in self.end_tokens:
             reason = "stop"
         else:
-            text, stopped = self.stops.add(self.detokenizer.add(token.id))
+            split, stopped = self.text.add(token.id)
             reason = "stop" if stopped else "length" if last else "cancelled" if cancelled else None
-            # What follows a stop string is no part of the answer, so nothing is flushed.
-            if stopped:
-                return self.chunk(text, token, reason)
-        # At the end, flush bytes of an incomplete character and text held back as the possible start of a stop string.
+        # At the end comes what was held back: an incomplete character, the possible start of a stop text or of a mark.
         if reason is not None:
-            tail, stopped = self.stops.add(self.detokenizer.flush())
-            text += tail if stopped else tail + self.stops.flush()
-            reason = "stop" if stopped else reason
-        return self.chunk(text, token, reason)
+            tail, stopped = self.text.finish()
+            split, reason = split + tail, "stop" if stopped else reason
+        timings = self.timings() if reason else None
+        return Chunk(
+            split.content, token.id, token.logprob, token.top_logprobs, reason, timings, reasoning=split.reasoning
+        )
 
     def cancelled(self) -> Chunk:
         """Make the only chunk of an answer that was cancelled during prefill."""
         return Chunk("", -1, finish_reason="cancelled", timings=self.timings())
-
-    def chunk(self, text: str, token: Token, reason: str | None) -> Chunk:
-        """Make a chunk from a token and its text; with a `reason` to end, the timings are added."""
-        return Chunk(text, token.id, token.logprob, token.top_logprobs, reason, self.timings() if reason else None)
 
     def timings(self) -> Timings:
         """Timings from the start of the answer to now."""
@@ -161,4 +158,5 @@ def gather(chunks: Iterator[Chunk]) -> Generation:
         last.finish_reason,
         last.timings,
         logprobs if len(logprobs) == len(made) else None,
+        "".join(piece.reasoning for piece in pieces),
     )

@@ -23,6 +23,8 @@ from runner.families import Model
 from runner.ops.device import Device
 from runner.ops.owner import OWNER
 from runner.progress import ProgressBar
+from runner.text.answer_text import AnswerText
+from runner.text.separator import PlainText
 from runner.text.stop import StopMatcher
 from runner.text.tokenizer import Tokenizer
 
@@ -123,7 +125,8 @@ class LanguageModel:
         Args:
             prompt: text (special tokens spelled out in it are read as plain text), or token ids.
             max_tokens: the most tokens to generate; None: as many as the context has left.
-            stop: a text, or several, before which the answer ends; None: no text ends it.
+            stop: a text, or several, before which the answer ends; None: no text ends it. Special tokens count as
+                their text, so `"</s>"` and `"\\n</s>"` are found; so is a text within the reasoning.
             prompt_cache: the KV caches of earlier turns (made by `prompt_cache()`); None: nothing is kept.
             on_prefill: called after each chunk of the prompt with the tokens done and the tokens in all.
             cancelled: asked before each chunk of the prompt and after each token; true ends the answer.
@@ -154,7 +157,8 @@ class LanguageModel:
         kept: PromptCache,
         cancelled: Callable[[], bool] | None,
     ) -> Iterator[Chunk]:
-        answer = Answer(self.eos_token_ids, self.tokenizer.detokenizer(), stops, len(request.ids))
+        text = AnswerText(self.tokenizer.detokenizer(), stops, PlainText())
+        answer = Answer(self.eos_token_ids, text, len(request.ids))
         run = Run(self.engine, kept, request)
         try:
             for index, token in enumerate(run):

@@ -43,6 +43,10 @@ class Detokenizer:
         token = self._token_of(token_id)
         return "" if token is None else self._stream.push(token_id, token)
 
+    def skipped(self, token_id: int) -> str:
+        """Return the vocabulary's text of a token that adds no text because it is in `skip`; "" for any other token."""
+        return (self._token_of(token_id) or "") if token_id in self._skip else ""
+
     def flush(self) -> str:
         """Return the text held back, with U+FFFD for an incomplete character, and start afresh."""
         return self._stream.finish()

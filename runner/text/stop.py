@@ -21,7 +21,6 @@ class StopMatcher:
         if any(not stop for stop in stops):
             raise UsageError("a stop string must not be empty")
         self._stops = tuple(stops)
-        self._longest = max(map(len, stops), default=0)
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
@@ -37,8 +36,7 @@ class StopMatcher:
             shown, self._held = self._held[: min(starts)], ""
             return shown, True
         # The tail that begins a stop string waits for the next piece; all before it can be in no stop string.
-        keep = self._pending()
-        cut = len(self._held) - keep
+        cut = len(self._held) - unfinished(self._held, self._stops)
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False
 
@@ -47,9 +45,11 @@ class StopMatcher:
         tail, self._held = self._held, ""
         return tail
 
-    def _pending(self) -> int:
-        """Length of the longest suffix of the held text that is the beginning of a stop string."""
-        for size in range(min(self._longest - 1, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
-                return size
-        return 0
+
+def unfinished(text: str, wanted: Sequence[str]) -> int:
+    """Length of the longest suffix of `text` that begins one of `wanted` but is shorter than it; 0 if there is none."""
+    longest = max(map(len, wanted), default=0)
+    for size in range(min(longest - 1, len(text)), 0, -1):
+        if any(len(one) > size and one.startswith(text[-size:]) for one in wanted):
+            return size
+    return 0
