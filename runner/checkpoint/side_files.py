@@ -19,6 +19,7 @@ NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "processor_config.json",  # may hold the chat template
 )
 """File names that are copied. A model directory may also hold code and pickles, which are not."""
 

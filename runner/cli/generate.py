@@ -28,7 +28,7 @@ Chat = Annotated[
     typer.Option(
         "--chat/--raw",
         help="Ask through the model's chat template, or let the model continue the text as it is. "
-        "Default: --chat if the model has a template, else --raw.",
+        "Default: --chat if the model has a template, else --raw with a note.",
     ),
 ]
 Logprobs = Annotated[
@@ -87,7 +87,10 @@ def generate(
 
 
 def answer(lm: LanguageModel, text: str, chat: bool | None, system: str | None, **keywords: Any) -> Iterator[Chunk]:
-    """Stream the answer, through the chat template or as a raw continuation; `chat` None: as the model allows."""
+    """Stream the answer, through the chat template or as a raw continuation; `chat` None: as the model allows.
+
+    Where the model has no template and neither way was asked for, a note on stderr says that the text is continued.
+    """
     templated = lm.tokenizer.has_chat_template
     if chat is None and system is not None and not templated:
         raise UsageError("--system needs a chat template, and this model has none")
@@ -96,6 +99,8 @@ def answer(lm: LanguageModel, text: str, chat: bool | None, system: str | None, 
         if system is not None:
             messages.insert(0, {"role": "system", "content": terminal.checked_utf8(system, "--system")})
         return lm.chat_stream(messages, **keywords)
+    if chat is None:
+        terminal.note("(no chat template: the text is continued as it is; --raw asks for that)")
     return lm.stream(text, **keywords)
 
 

@@ -9,12 +9,12 @@ from types import CodeType
 from typing import Any
 
 from runner.errors import TemplateError
+from runner.text.template_limits import MAX_SOURCE
 
 Message = Mapping[str, Any]
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 100
-_MAX_SOURCE = 512 << 10
 _MAX_COMPILED = 16
 
 
@@ -133,8 +133,9 @@ class ChatTemplates:
         if self._templates:
             raise TemplateError(f"the model has several chat templates and no default: name one; {self._listed()}")
         raise TemplateError(
-            "the model has no chat template (none in tokenizer_config.json, chat_template.jinja or "
-            "additional_chat_templates/): it is probably a base model. Complete raw text instead, or pass a template"
+            "the model has no chat template (none in chat_template.jinja, additional_chat_templates/, "
+            "tokenizer_config.json, processor_config.json, chat_template.json or a GGUF file's metadata): it is "
+            "probably a base model. Complete raw text instead, or pass a template"
         )
 
     def _listed(self) -> str:
@@ -164,8 +165,8 @@ class ChatTemplates:
         """Compiled code of a template; that of the last few templates is kept."""
         from runner.text.template_sandbox import compile_template
 
-        if len(source) > _MAX_SOURCE:
-            raise TemplateError(f"the chat template has {len(source)} characters, more than the {_MAX_SOURCE} allowed")
+        if len(source) > MAX_SOURCE:
+            raise TemplateError(f"the chat template has {len(source)} characters, more than the {MAX_SOURCE} allowed")
         if source not in self._compiled:
             while len(self._compiled) >= _MAX_COMPILED:
                 self._compiled.pop(next(iter(self._compiled)))

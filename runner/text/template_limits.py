@@ -9,6 +9,7 @@ from typing import Any
 
 from runner.errors import TemplateError
 
+MAX_SOURCE = 128 << 10  # characters of a template; the longest that are published have some 30,000
 _STEPS = 200_000
 _SECONDS = 3.0
 _TEXT = 1 << 20  # characters that one value may have, besides four for each character of the inputs

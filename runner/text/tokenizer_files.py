@@ -8,18 +8,17 @@ templates are the same.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner.errors import TokenizerError
-from runner.local_files import checked_path, find_file, read_file
+from runner.local_files import find_file, read_file
 from runner.text.special_tokens import AddedToken
+from runner.text.template_files import read_templates
 
 _MAX_JSON = 64 << 20
-_MAX_TEMPLATE = 512 << 10
 _MAX_ADDED = 100_000
 _MAX_CONTENT = 1024  # characters of one token
 _MAX_ID = 1 << 24
@@ -65,7 +64,7 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     return TokenizerFiles(
         added=tuple(added),
         named=named,
-        templates=_read_templates(directory, config, path),
+        templates=read_templates(directory, config),
         tokenizer_class=name if isinstance(name := config.get("tokenizer_class"), str) else None,
         **{
             name: _flag(config, name, path) for name in ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
@@ -191,43 +190,3 @@ def _extra_tokens(
     # Each text once, in the order of first mention, because ids are given out in this order.
     known = {token.content for token in added}
     return [token for token in {t.content: t for t in found}.values() if token.content and token.content not in known]
-
-
-def _read_templates(directory: Path, config: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Read the chat templates, by name: from template files or, if there are none, from the config's `chat_template`.
-
-    `chat_template` is Jinja source, a list of `{"name": ..., "template": ...}`, or an object of sources by name.
-    """
-    files = {"default": directory / "chat_template.jinja"}
-    files |= {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))[:100]}
-    if templates := {
-        name: _read_template(checked_path(directory, file)) for name, file in files.items() if os.path.lexists(file)
-    }:
-        return templates
-    value = config.get("chat_template")
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        return {"default": bounded_template(value, f"{path}: chat_template")}
-    entries = [{"name": k, "template": v} for k, v in value.items()] if isinstance(value, dict) else value
-    if not isinstance(entries, list) or len(entries) > 100 or not all(_is_named_template(entry) for entry in entries):
-        raise TokenizerError(f'{path}: chat_template must be text or a list of {{"name": ..., "template": ...}}')
-    return {e["name"]: bounded_template(e["template"], f"{path}: chat_template {e['name']!r:.40}") for e in entries}
-
-
-def _is_named_template(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return read_file(path, _MAX_TEMPLATE).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path} cannot be read as UTF-8 text ({error})") from error
-
-
-def bounded_template(text: str, where: str) -> str:
-    """Return `text`, or raise `TokenizerError` if it is longer than any chat template."""
-    if len(text) > _MAX_TEMPLATE:
-        raise TokenizerError(f"{where} has {len(text)} characters, more than the {_MAX_TEMPLATE} that are read")
-    return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_chat_is_the_default_where_there_is_a_template() -> None:
     asked = answer("abc")
     assert asked == answer("abc", "--chat") and asked != answer("abc", "--raw")
     assert asked != answer("abc", "--system", "be brief")
+
+
+def test_a_model_without_a_template_says_that_it_continues_the_text(tmp_path: Path) -> None:
+    model = tmp_path / "base"
+    shutil.copytree(MODEL, model, ignore=shutil.ignore_patterns("chat_template*", "expected*"))
+    raw = run("generate", str(model), "abc", "--raw", *GREEDY)
+    assert (raw.returncode, raw.stderr) == (0, "")
+    done = run("generate", str(model), "abc", *GREEDY)
+    assert (done.returncode, done.stdout) == (0, raw.stdout)
+    assert done.stderr.count("no chat template") == 1 and "--raw" in done.stderr
+    for command in (["generate", str(model), "abc", "--chat"], ["chat", str(model)]):
+        refused = run(*command, stdin="abc\n")
+        assert refused.returncode in (1, 2) and refused.stdout == "" and "no chat template" in refused.stderr
+    # The same model with its template in the file that processors keep it in asks through it.
+    source = (FIXTURES / "llama-gqa" / "chat_template.jinja").read_text(encoding="utf-8")
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": source}), encoding="utf-8")
+    found = run("generate", str(model), "abc", *GREEDY)
+    assert (found.stdout, found.stderr) == (answer("abc"), "")
 
 
 def test_json_is_an_object_a_token() -> None:

@@ -20,9 +20,10 @@ from runner.checkpoint.gguf.container import brief
 from runner.checkpoint.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from runner.errors import TokenizerError
 from runner.local_files import quoted
+from runner.text.template_files import bounded_template
 from runner.text.tokenizer import Tokenizer
 from runner.text.tokenizer_backends import JsonBackend, parse_json
-from runner.text.tokenizer_files import TokenizerFiles, bounded_template
+from runner.text.tokenizer_files import TokenizerFiles
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
@@ -155,12 +156,13 @@ def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name: `tokenizer.chat_template` as "default", `tokenizer.chat_template.NAME` as NAME."""
     prefix = "tokenizer.chat_template"
-    found = {}
+    found: dict[str, str] = {}
     for key, value in metadata.items():
         if key == prefix or key.startswith(f"{prefix}."):
             if not isinstance(value, str):
                 raise TokenizerError(f"GGUF: {quoted(key)} is not text")
-            found[key.removeprefix(prefix).removeprefix(".") or "default"] = bounded_template(value, f"GGUF: {key}")
+            if value.strip():
+                found[key.removeprefix(prefix).removeprefix(".") or "default"] = bounded_template(value, f"GGUF: {key}")
     return found
 
 
