@@ -11,6 +11,8 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 Metadata = Mapping[str, Any]
+SIZES = {**{int(kind): size for kind, size in GGML_QUANT_SIZES.items()}, 42: (64, 18)}
+"""Numbers and bytes of a block, by ggml's number of the type; 42 is Q2_0, which gguf 0.19 does not know."""
 Tensors = Mapping[str, tuple[np.ndarray, Type]]  # bytes [rows, row_bytes] or plain numbers, with the type
 
 
@@ -53,7 +55,7 @@ def file_bytes(metadata: Metadata, tensors: Tensors, version: int = 3) -> bytes:
     alignment = metadata.get("general.alignment", 32)
     places, chunks, offset = {}, [], 0
     for name, (array, kind) in tensors.items():
-        count, size = GGML_QUANT_SIZES[kind]
+        count, size = SIZES[int(kind)]
         shape = array.shape if array.dtype != np.uint8 else (*array.shape[:-1], array.shape[-1] // size * count)
         places[name] = (shape, int(kind), offset)
         chunks.append(array.tobytes() + bytes(-array.nbytes % alignment))

@@ -3,28 +3,143 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import gguf_writer as writer
+import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from gguf_bytes import Tensors, file_bytes
+from gguf_bytes import Tensors, file_bytes, vocabulary
+from places import TESTS
 
+from runner.checkpoint.gguf import GGUF
 from runner.checkpoint.gguf.blocks import FORMATS
+from runner.checkpoint.gguf.formats import Format
 
-HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}  # where a block keeps its float16 scales; else at 0 and 2
+SCALES = {
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,),
+    "TQ1_0": (52,), "TQ2_0": (64,), "IQ1_M": (48,),
+}  # fmt: skip
+"""The bytes at which a block has its float16 scales; other formats at 0. Those of MXFP4 and NVFP4 are bytes."""
 
-ONE_SCALE = ("Q4_0", "Q5_0", "Q8_0")
+
+def scale_places(form: Format) -> tuple[int, ...]:
+    return () if form.dtype == "U8" else SCALES.get(form.name, (0,))
 
 
-def blocks(kind: Type, rows: int, columns: int, seed: int = 0, spread: float = 0.02) -> np.ndarray:
-    """Random blocks `[rows, bytes]`: every bit random but for the float16 scales, which are normal numbers."""
+def put_scale(form: Format, raw: np.ndarray, place: int, scales: np.ndarray) -> None:
+    """Write the float16 `scales [blocks, 1]` into blocks `[blocks, size]`."""
+    halves = scales.astype(np.float16)
+    if form.name == "IQ1_M":  # the lowest four bits are the highest of the first word, and so on
+        bits = (halves.view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16) & 15).astype(np.uint8)
+        raw[:, place + 1 :: 2] = raw[:, place + 1 :: 2] & 15 | bits << 4
+    else:
+        raw[:, place : place + 2] = halves.view(np.uint8)
+
+
+def put_byte_scales(form: Format, raw: np.ndarray, sizes: np.ndarray) -> None:
+    """Write scales of about `sizes [blocks, groups of a block]`: powers of two (MXFP4), or E4M3 (NVFP4)."""
+    logarithms = np.log2(np.abs(sizes) + 1e-9)
+    eighths = form.name == "NVFP4"
+    raw[:, : sizes.shape[1]] = np.clip(8 * (logarithms + 7), 0, 126) if eighths else 127 + np.floor(logarithms)
+
+
+BY_HAND = (41, 42)
+"""Q1_0 and Q2_0, which gguf 0.19 does not dequantize."""
+
+
+def by_hand(number: int, raw: np.ndarray) -> np.ndarray:
+    """The numbers of Q1_0 (41) and Q2_0 (42) blocks, float32 `[rows, columns]`, computed one at a time.
+
+    As `dequantize_row_q1_0` and `dequantize_row_q2_0`; llama.cpp b11549 gives the same.
+    """
+    found = []
+    for block in raw.reshape(-1, 18):
+        scale, data = float(block[:2].view(np.float16)[0]), int.from_bytes(block[2:].tobytes(), "little")
+        if number == 41:
+            found += [scale if data >> place & 1 else -scale for place in range(128)]
+        else:
+            found += [scale * ((data >> 2 * place & 3) - 1) for place in range(64)]
+    return np.array(found, np.float32).reshape(len(raw), -1)
+
+
+def blocks(kind: int, rows: int, columns: int, seed: int = 0, spread: float = 0.02) -> np.ndarray:
+    """Random blocks `[rows, bytes]`: every bit random but for the scales, which are normal numbers."""
     form = FORMATS[kind]
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows * columns // form.count, form.size), dtype=np.uint8)
-    for place in HALVES.get(form.name, (0,) if form.name in ONE_SCALE else (0, 2)):
-        raw[:, place : place + 2] = rng.normal(0, spread, (len(raw), 1)).astype(np.float16).view(np.uint8)
+    for place in scale_places(form):
+        put_scale(form, raw, place, rng.normal(0, spread, (len(raw), 1)))
+    if form.dtype == "U8":
+        put_byte_scales(form, raw, rng.normal(0, spread, (len(raw), 4 if form.name == "NVFP4" else 1)))
     return raw.reshape(rows, -1)
+
+
+def unpacked(found: GGUF, name: str) -> np.ndarray:
+    """A tensor in float32, computed as a kernel would."""
+    stem = name.removesuffix(".weight")
+    if f"{stem}.scales" not in found.headers:
+        return np.array(found.read(name).astype(mx.float32))
+    form = found.headers[name].entry.format
+    parts = {part: found.read(f"{stem}{part}") for part in form.parts((form.count,))}
+    return matrix_of(form, parts)
+
+
+def matrix_of(form: Format, parts: Mapping[str, mx.array]) -> np.ndarray:
+    """The numbers, float32, of the arrays that a quantized tensor became."""
+    assert form.quantized is not None
+    options = asdict(form.quantized)
+    if options["mode"] != "affine":
+        return np.array(mx.dequantize(parts[".weight"], parts[".scales"], **options, dtype=mx.float32))
+    scales, biases = (parts[part].astype(mx.float32) for part in (".scales", ".biases"))
+    return np.array(mx.dequantize(parts[".weight"], scales, biases, **options))
+
+
+MIXES: Mapping[str, Mapping[str, str]] = {
+    "Q4_0": {}, "Q4_1": {}, "Q5_0": {}, "Q5_1": {}, "Q8_0": {}, "Q2_K": {}, "Q3_K": {}, "Q6_K": {},
+    "Q4_K": {"attn_v": "Q6_K", "ffn_down": "Q6_K", "output": "Q6_K"},  # as llama.cpp's Q4_K_M mixes
+    "Q5_K": {"attn_v": "Q8_0", "attn_k": "Q4_K", "token_embd": "Q6_K", "ffn_up": "F16"},
+    "IQ1_S": {"attn_v": "Q4_K", "attn_output": "IQ2_XXS", "ffn_down": "Q2_K", "token_embd": "Q2_K", "output": "Q5_K"},
+    "IQ1_M": {"attn_v": "Q4_K", "attn_output": "IQ2_XXS", "token_embd": "Q2_K", "output": "Q5_K"},
+    "IQ2_XXS": {}, "IQ2_XS": {"attn_v": "Q4_K"}, "IQ2_S": {"attn_output": "IQ3_S"},
+    "IQ3_XXS": {"attn_q": "IQ2_S", "token_embd": "IQ3_S"}, "IQ3_S": {"output": "Q6_K"},
+    "IQ4_NL": {}, "IQ4_XS": {"attn_v": "Q5_K", "output": "Q6_K"},
+    "TQ1_0": {"token_embd": "Q4_K", "output": "Q6_K"}, "TQ2_0": {"token_embd": "Q4_K", "output": "Q6_K"},
+    "Q1_0": {"token_embd": "Q4_K", "output": "Q6_K"},
+    "MXFP4": {"attn_v": "Q8_0", "token_embd": "Q8_0"}, "NVFP4": {"ffn_down": "MXFP4"},
+}  # fmt: skip
+"""Models of tests: the type of most matrices, and those of others."""
+
+_SIZES = {
+    "Q4_0": 4, "Q4_1": 4, "Q4_K": 9, "Q5_0": 5, "Q5_1": 5, "Q5_K": 10, "Q8_0": 7, "Q2_K": 4, "Q3_K": 8, "Q6_K": 10,
+    "IQ1_S": 3, "IQ1_M": 3, "IQ2_XXS": 6, "IQ2_XS": 6, "IQ2_S": 6, "IQ3_XXS": 7, "IQ3_S": 7, "IQ4_NL": 6, "IQ4_XS": 10,
+    "MXFP4": 1, "NVFP4": 1,
+}  # fmt: skip
+"""The numbers of a block are about 2 to this power times its scale."""
+
+
+def mixed_model(path: Path, name: str) -> dict[str, Any]:
+    """A Llama of one layer in the types of `MIXES[name]`, written to `path`."""
+    config = config_of_llama()
+    rng = np.random.default_rng(5)
+    shapes = {
+        "token_embd": (300, 256), "output": (300, 256), "blk.0.attn_q": (256, 256), "blk.0.attn_k": (128, 256),
+        "blk.0.attn_v": (128, 256), "blk.0.attn_output": (256, 256), "blk.0.ffn_gate": (512, 256),
+        "blk.0.ffn_up": (512, 256), "blk.0.ffn_down": (256, 512),
+    }  # fmt: skip
+    norms = ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")
+    tensors: dict[str, Any] = {f"{n}.weight": (rng.normal(1, 0.2, 256).astype(np.float32), Type.F32) for n in norms}
+    for seed, (tensor, shape) in enumerate(shapes.items()):
+        kind = Type[MIXES[name].get(tensor.split(".")[-1], name)]
+        # Scales such that the numbers are of the size that weights are.
+        spread = 0.05 * 2.0 ** -_SIZES.get(kind.name, 0)
+        plain = rng.normal(0, 0.05, shape).astype(np.float16)
+        tensors[f"{tensor}.weight"] = (plain if kind == Type.F16 else blocks(kind, *shape, seed, spread), kind)
+    write(path, tensors, **writer.metadata_of(config), **vocabulary(300))
+    return tensors
 
 
 def write(path: Path, tensors: Tensors, **metadata: Any) -> Path:
@@ -68,3 +183,18 @@ UNRENAMED = [
 def config_of(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((path / "config.json").read_text())
     return result
+
+
+NOT_IN_GGUF = {
+    "llama-gelu", "llama-gelu-tanh", "llama-rope-dynamic", "llama-rope-longrope",
+    "llama-rope-longrope-attention-factor", "llama-rope-yarn-mscale", "llama-rope-yarn-untruncated",
+    "llama-sharded", "llama-mlx-4bit", "llama-mlx-mixed", "llama-mlx-tied", "qwen2-window", "qwen3-window",
+    "gemma2-gelu",
+}  # fmt: skip
+"""Fixtures whose config has no word in GGUF, and those that are about safetensors."""
+
+FIXTURES = [
+    path.parent
+    for path in sorted([*TESTS.glob("fixtures/llama/*/config.json"), *TESTS.glob("fixtures/families/*/config.json")])
+    if json.loads(path.read_text())["model_type"] in writer.ARCHITECTURES and path.parent.name not in NOT_IN_GGUF
+]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from runner.checkpoint.gguf.architectures import IGNORED, ROPE_TENSORS, TOP, Architecture
-from runner.checkpoint.gguf.blocks import GROUP, NUMPY, nbytes
 from runner.checkpoint.gguf.container import Container, Entry, open_container
+from runner.checkpoint.gguf.formats import NUMPY, nbytes
 from runner.checkpoint.gguf.settings import architecture_of, config_of, generation_config_of
 from runner.checkpoint.gguf.tokenizer import Vocabulary, tokenizer_files, tokenizer_of, vocabulary_of
 from runner.errors import CheckpointError
@@ -184,15 +185,15 @@ def _hub_name(container: Container, architecture: Architecture, name: str) -> tu
 
 
 def _quantization(headers: Mapping[str, Part]) -> dict[str, Any]:
-    """The `quantization` of config.json as mlx-lm writes it: the most common bits, and the layers that differ."""
-    bits = {
-        name.removesuffix(".weight"): part.entry.format.bits
+    """The `quantization` of config.json as mlx-lm writes it: the most common form, and the layers that differ."""
+    forms = {
+        name.removesuffix(".weight"): part.entry.format.quantized
         for name, part in headers.items()
         if part.suffix == ".weight"
     }
-    if not bits:
+    counts = Counter(form for form in forms.values() if form is not None)
+    if not counts:
         return {}
-    counts = list(bits.values())
-    common = max(set(counts), key=counts.count)
-    others = {name: {"group_size": GROUP, "bits": value} for name, value in bits.items() if value != common}
-    return {"group_size": GROUP, "bits": common, **others}
+    common = counts.most_common(1)[0][0]
+    others = {name: asdict(form) for name, form in forms.items() if form is not None and form != common}
+    return {**asdict(common), **others}

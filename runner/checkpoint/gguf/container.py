@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from runner.checkpoint.gguf.blocks import FORMATS, Format
+from runner.checkpoint.gguf.blocks import FORMATS
+from runner.checkpoint.gguf.formats import Format
 from runner.checkpoint.safetensors_header import MAX_DIM, Stamp
 from runner.errors import CheckpointError
 from runner.local_files import path_in, quoted
@@ -297,10 +298,11 @@ class _Header:
 
 
 _OTHER_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
 }  # fmt: skip
+"""Types that no weight matrix has (intermediate results, integers), and those that llama.cpp itself has dropped."""
 
 
 def _name(kind: int) -> str:

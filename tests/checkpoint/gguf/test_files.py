@@ -94,9 +94,11 @@ def test_foreign_tensors_and_types_are_refused_by_name(tmp_path: Path) -> None:
     odd = {**table, "blk.0.attn_sinks.weight": (np.zeros(4, np.float32), Type.F32)}
     with pytest.raises(CheckpointError, match=r"'blk.0.attn_sinks.weight' is not part of a llama"):
         GGUF.open(write(tmp_path / "m.gguf", odd, **keys))
-    (tmp_path / "n.gguf").write_bytes(header(keys, {"token_embd.weight": ((300, 256), 23, 0)}) + bytes(300 * 136))
-    with pytest.raises(CheckpointError, match=r"has type IQ4_XS, which is not supported; supported types: F32.*Q6_K"):
-        GGUF.open(tmp_path / "n.gguf")
+    for number, name in ((26, "I32"), (31, "Q4_0_4_4"), (99, "99")):
+        data = header(keys, {"token_embd.weight": ((300, 256), number, 0)}) + bytes(300 * 256 * 4)
+        (tmp_path / "n.gguf").write_bytes(data)
+        with pytest.raises(CheckpointError, match=rf"has type {name}, which is not supported; supported .* F32.*Q2_0"):
+            GGUF.open(tmp_path / "n.gguf")
 
 
 def test_shards_are_one_model(tmp_path: Path) -> None:

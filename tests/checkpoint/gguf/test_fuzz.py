@@ -37,8 +37,9 @@ def metadata() -> dict[str, Any]:
 
 
 def tensors() -> dict[str, Any]:
-    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "ffn_up": (32, 32), "ffn_down": (32, 32)}
-    kinds = [Type.Q4_0, Type.Q5_1, Type.Q8_0, Type.Q4_1]
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "ffn_up": (32, 32), "ffn_down": (32, 32), "ffn_gate": (32, 32),
+              "attn_output": (32, 32)}  # fmt: skip
+    kinds = [Type.Q4_0, Type.Q5_1, Type.Q8_0, Type.Q4_1, Type.IQ4_NL, Type.MXFP4]
     found: dict[str, Any] = {"token_embd.weight": (blocks(Type.Q5_0, 260, 32), Type.Q5_0)}
     for (name, shape), kind in zip(shapes.items(), kinds, strict=True):
         found[f"blk.0.{name}.weight"] = (blocks(kind, *shape), kind)
