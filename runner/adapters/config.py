@@ -8,16 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, ItemsView, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from runner.adapters.pattern import NamePattern
+from runner.adapters.pattern import Effort, NamePattern
+from runner.adapters.pattern_table import PatternTable
 from runner.errors import ConfigError
 from runner.local_files import quoted
 
-Modules = tuple[str, ...] | NamePattern
-"""Module names, or a pattern that matches them."""
+Modules = frozenset[str] | NamePattern
+"""Module names (ends of full names, at a dot), or a pattern that matches full names."""
 
 HARMLESS = frozenset(
     ["auto_mapping", "base_model_name_or_path", "corda_config", "ephemeral_gpu_offload", "eva_config",
@@ -37,6 +39,9 @@ ALL_LINEAR = "all-linear"
 MAX_RANK = 1 << 14
 """The largest rank that a config may ask for."""
 
+MAX_NAMES = 1024
+"""Names in a list that is searched for every module; lists of targets, which are looked up, have no limit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
@@ -47,14 +52,14 @@ class AdapterConfig:
     use_rslora: bool = False
     use_dora: bool = False
     bias: str = "none"
-    target_modules: Modules = ()
-    exclude_modules: Modules = ()
-    layers_to_transform: tuple[int, ...] = ()
+    target_modules: Modules = frozenset()
+    exclude_modules: Modules = frozenset()
+    layers_to_transform: frozenset[int] = frozenset()
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
-    rank_pattern: tuple[tuple[NamePattern, int], ...] = ()
-    alpha_pattern: tuple[tuple[NamePattern, float], ...] = ()
-    target_parameters: tuple[str, ...] = ()
+    rank_pattern: PatternTable[int] | None = None
+    alpha_pattern: PatternTable[float] | None = None
+    target_parameters: frozenset[str] = frozenset()
     trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ensure_weight_tying: bool = False
 
@@ -113,19 +118,25 @@ class AdapterConfig:
 
         The index is the first number after one of `layers_pattern`, or after any word where that is empty.
         """
-        before = "|".join(map(re.escape, self.layers_pattern)) or r"[^.]*"
-        start = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-        found = re.match(rf"{start}(?:{before})\.(\d+)\.", name)
-        return found is not None and int(found[1]) in self.layers_to_transform
+        words = name.split(".")
+        numbers = [at for at, word in enumerate(words[:-1]) if word.isdecimal() and len(word) < 10]
+        if self.layers_pattern:
+            # A pattern may be several words long; the earliest place in the name counts.
+            ends = [(at - len(part.split(".")), at) for part in self.layers_pattern for at in numbers
+                    if f".{'.'.join(words[:at])}".endswith(f".{part}")]  # fmt: skip
+            return bool(ends) and int(words[min(ends)[1]]) in self.layers_to_transform
+        first = next((at for at in numbers if at >= 2), None)
+        return first is not None and int(words[first]) in self.layers_to_transform
 
     def rank(self, names: Sequence[str]) -> int:
         """The rank r of the module known by `names`."""
-        return int(_chosen(self.rank_pattern, names, self.r))
+        return self.r if self.rank_pattern is None else self.rank_pattern.find(names, self.r)
 
     def scale(self, names: Sequence[str]) -> float:
         """The factor that multiplies B A: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
         rank = self.rank(names)
-        return _chosen(self.alpha_pattern, names, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        alpha = self.lora_alpha if self.alpha_pattern is None else self.alpha_pattern.find(names, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def saves(self, name: str) -> bool:
         """Whether the module was trained as a whole (`modules_to_save`)."""
@@ -169,17 +180,13 @@ def _listed(modules: Modules, name: str) -> bool:
     """Whether `name` matches a pattern as a whole, or ends with one of the names in a list, at a dot."""
     if isinstance(modules, NamePattern):
         return modules.matches(name)
-    return any(name == module or name.endswith(f".{module}") for module in modules)
+    words = name.split(".")
+    return any(".".join(words[at:]) in modules for at in range(len(words)))
 
 
 def _within(module: str, name: str) -> bool:
     """Whether `name` is the module or lies in it; `module` may start at any dot of `name`."""
     return f".{module}." in f".{name}."
-
-
-def _chosen(patterns: Sequence[tuple[NamePattern, float]], names: Sequence[str], default: float) -> float:
-    """The value of the first pattern that matches the end of one of `names`, else `default`."""
-    return next((value for pattern, value in patterns if any(map(pattern.ends, names))), default)
 
 
 # --- reading values ---------------------------------------------------------------------------------------------------
@@ -215,57 +222,74 @@ def _bias(value: object) -> str:
     return str(value)
 
 
-def _names(value: object) -> tuple[str, ...]:
+def _strings(value: object) -> list[str]:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise ConfigError("must be a list of names")
-    return tuple(value)
+    return value
 
 
-def _modules(value: object) -> Modules:
-    return NamePattern.compile(value) if isinstance(value, str) else _names(value)
+def _names(value: object) -> tuple[str, ...]:
+    names = tuple(_strings(value))
+    if len(names) > MAX_NAMES:
+        raise ConfigError(f"must have at most {MAX_NAMES} names")
+    return names
+
+
+def _set(value: object) -> frozenset[str]:
+    return frozenset(_strings(value))
+
+
+def _modules(key: str, value: object) -> Modules:
+    return NamePattern.compile(value, Effort(key)) if isinstance(value, str) else _set(value)
 
 
 def _indices(value: object) -> tuple[int, ...]:
     return tuple(_index(item) for item in (value if isinstance(value, list) else [value]))
 
 
+def _layers(value: object) -> frozenset[int]:
+    return frozenset(_indices(value))
+
+
 def _tokens(value: object) -> dict[str, tuple[int, ...]]:
     """Token ids by the name of a table; a bare list is for the model's embeddings, under the name ""."""
     named = value if isinstance(value, dict) else {"": value}
+    if len(named) > MAX_NAMES:
+        raise ConfigError(f"must name at most {MAX_NAMES} tables")
     return {name: _indices(indices) for name, indices in named.items()}
 
 
-def _ranks(value: object) -> tuple[tuple[NamePattern, int], ...]:
-    return tuple((pattern, _positive(rank)) for pattern, rank in _patterns(value))
+def _ranks(value: object) -> PatternTable[int]:
+    return PatternTable.compile("rank_pattern", {pattern: _positive(rank) for pattern, rank in _entries(value)})
 
 
-def _alphas(value: object) -> tuple[tuple[NamePattern, float], ...]:
-    return tuple((pattern, _number(alpha)) for pattern, alpha in _patterns(value))
+def _alphas(value: object) -> PatternTable[float]:
+    return PatternTable.compile("alpha_pattern", {pattern: _number(alpha) for pattern, alpha in _entries(value)})
 
 
-def _patterns(value: object) -> list[tuple[NamePattern, object]]:
+def _entries(value: object) -> ItemsView[str, object]:
     """The entries of an object whose keys are patterns of module names."""
     if not isinstance(value, dict):
         raise ConfigError("must be an object of patterns and their values")
-    return [(NamePattern.compile(pattern), entry) for pattern, entry in value.items()]
+    return value.items()
 
 
-_READ = {
+_READ: Mapping[str, Callable[[object], Any]] = {
     "r": _positive,
     "lora_alpha": _number,
     "use_rslora": _flag,
     "use_dora": _flag,
     "bias": _bias,
-    "target_modules": _modules,
-    "exclude_modules": _modules,
-    "layers_to_transform": _indices,
+    "target_modules": partial(_modules, "target_modules"),
+    "exclude_modules": partial(_modules, "exclude_modules"),
+    "layers_to_transform": _layers,
     "layers_pattern": _names,
     "modules_to_save": _names,
     "rank_pattern": _ranks,
     "alpha_pattern": _alphas,
-    "target_parameters": _names,
+    "target_parameters": _set,
     "trainable_token_indices": _tokens,
     "ensure_weight_tying": _flag,
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from runner.adapters.files import AdapterFiles
+from runner.adapters.files import CONFIG, AdapterFiles
 from runner.adapters.parts import Factors, SavedRows, StackFactors
 from runner.adapters.sites import FLOATS, HEAD, PREFIXES, TABLE, Site, Stack, short
 from runner.checkpoint.overlay import Change, Info
-from runner.errors import WeightsError
+from runner.errors import ConfigError, WeightsError
 from runner.nn.linear import Embedding, Linear
 from runner.nn.moe import ExpertLinear
 from runner.weights.problems import Problems
@@ -48,6 +48,7 @@ class Matching:
 
         Raises:
             WeightsError: the adapter does not fit the model; the message lists all problems.
+            ConfigError: the config's patterns take too long to match.
         """
         self.adapter, self.config = adapter, adapter.config
         self.base, self.sites, self.stacks = base, sites, stacks
@@ -62,7 +63,10 @@ class Matching:
         self.changes: dict[str, Change] = {}
         self.untied = False
         """Whether head and embeddings, one tensor in the base, become two with this adapter."""
-        self.match()
+        try:
+            self.match()
+        except ConfigError as error:  # patterns that take too long are noticed when they are matched
+            raise ConfigError(f"{adapter.source.directory / CONFIG}: {error}") from error
 
     def match(self) -> None:
         """Sort the adapter's tensors by their names, then check that each fits and none is missing."""

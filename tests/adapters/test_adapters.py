@@ -478,6 +478,14 @@ def test_any_config_is_read_or_refused(raw: dict[str, Any]) -> None:
         config.targets(["model.layers.0.self_attn.q_proj"], linear=True)
 
 
+def test_patterns_that_would_never_end_name_key_and_file(tmp_path: Path) -> None:
+    path = damaged(tmp_path, rank_pattern={f"({'(.*.*)*' * 495}x)*{index}": 2 for index in range(9)})
+    item = AdapterFiles.open(path, "a")
+    item.config.rank_pattern.effort.steps = 100_000  # type: ignore[union-attr]  # as if the model had more matrices
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: rank_pattern takes more than 4000000 steps"):
+        open_engine(base(QV), adapters=[item])
+
+
 def test_every_bad_key_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"LOHA.*lora_bias.*r must"):
         AdapterFiles.open(damaged(tmp_path, peft_type="LOHA", lora_bias=True, r=0), "a")
