@@ -24,7 +24,7 @@ from runner.ops.device import Device
 from runner.ops.owner import OWNER
 from runner.progress import ProgressBar
 from runner.text.answer_text import AnswerText
-from runner.text.separator import PlainText
+from runner.text.separator import PlainText, Separator
 from runner.text.stop import StopMatcher
 from runner.text.tokenizer import Tokenizer
 
@@ -136,7 +136,22 @@ class LanguageModel:
             ContextLengthError: the prompt leaves no room for an answer.
             UsageError: an argument is out of range.
         """
-        ids = self.engine.checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._start(ids, PlainText(), max_tokens, stop, prompt_cache, on_prefill, cancelled, **sampling)
+
+    def _start(
+        self,
+        prompt: Sequence[int],
+        separator: Separator,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = (),
+        prompt_cache: PromptCache | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Chunk]:
+        """Check the arguments of `stream` and begin the answer, whose text goes through `separator`."""
+        ids = self.engine.checked(prompt)
         params = self.sampling.replace(**sampling)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         room = self.context_length - len(ids)
@@ -148,17 +163,18 @@ class LanguageModel:
         # Arguments are checked above, in this plain method: a generator would raise only when its first token is read.
         kept = self.prompt_cache() if prompt_cache is None else prompt_cache
         request = Request(ids, params, budget, on_prefill, cancelled)
-        return self._run(request, StopMatcher(stops), kept, cancelled)
+        special = self.tokenizer.special_tokens
+        ends = self.eos_token_ids | {special[token] for token in separator.ends if token in special}
+        text = AnswerText(self.tokenizer.detokenizer(), StopMatcher(stops), separator)
+        return self._run(request, Answer(ends, text, len(ids)), kept, cancelled)
 
     def _run(
         self,
         request: Request,
-        stops: StopMatcher,
+        answer: Answer,
         kept: PromptCache,
         cancelled: Callable[[], bool] | None,
     ) -> Iterator[Chunk]:
-        text = AnswerText(self.tokenizer.detokenizer(), stops, PlainText())
-        answer = Answer(self.eos_token_ids, text, len(request.ids))
         run = Run(self.engine, kept, request)
         try:
             for index, token in enumerate(run):
@@ -195,18 +211,19 @@ class LanguageModel:
             template_kwargs: further variables for the template.
             options: the other arguments of `stream`.
 
+        The model's reasoning comes in `Chunk.reasoning`, apart from the text. In the next turn's messages, give the
+        text as `content` and, if you like, the reasoning as `reasoning_content`: the template decides what it keeps.
+
         Raises:
             TemplateError: the model has no chat template, or the template refused the messages.
         """
+        chat, functions = list(messages), None if tools is None else list(tools)
+        variables = template_kwargs or {}
         ids = self.tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=True,
-            tokenize=True,
-            tools=None if tools is None else list(tools),
-            template=template,
-            **(template_kwargs or {}),
+            chat, add_generation_prompt=True, tokenize=True, tools=functions, template=template, **variables
         )
-        return self.stream(ids, **options)
+        separator = self.tokenizer.separator(ids, chat, tools=functions, template=template, **variables)
+        return self._start(ids, separator, **options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """Generate the whole answer to a conversation; takes the arguments of `chat_stream`."""

@@ -14,7 +14,8 @@ import typer
 from runner.cli import engine, terminal
 from runner.cli.chat_input import LineReader
 from runner.cli.conversation import Conversation
-from runner.cli.options import Adapter, DType, LengthOptions, Model, SamplingOptions, System, Verbose
+from runner.cli.options import Adapter, DType, LengthOptions, Model, SamplingOptions, System, Thinking, Verbose
+from runner.cli.thinking import AnswerOutput
 from runner.errors import ContextLengthError, RunnerError, UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def chat(
     adapter: Adapter = None,
     sampling: SamplingOptions,
     length: LengthOptions,
+    thinking: Thinking = None,
     verbose: Verbose = False,
 ) -> None:
     """Chat with a model. /help lists the chat's commands, Ctrl-C stops an answer, Ctrl-D leaves."""
@@ -51,18 +53,26 @@ def chat(
     lm = engine.open_model(model, dtype, adapter)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
-    Chat(lm, conversation, keywords, verbose).run()
+    Chat(lm, conversation, keywords, verbose, thinking).run()
 
 
 class Chat:
     """Runs one conversation: reads a message, streams the answer, remembers both."""
 
-    def __init__(self, lm: LanguageModel, conversation: Conversation, keywords: dict[str, Any], verbose: bool) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        conversation: Conversation,
+        keywords: dict[str, Any],
+        verbose: bool,
+        thinking: str | None = None,
+    ) -> None:
         self.lm = lm
         self.cache = lm.prompt_cache()
         self.conversation = conversation
         self.keywords = keywords
         self.verbose = verbose
+        self.thinking = thinking
         self.reader = LineReader(tuple(name.split()[0] for name in HELP if name.startswith("/")))
         self.output = terminal.Output()
         self.commands: dict[str, Callable[[str], None]] = {
@@ -122,10 +132,14 @@ class Chat:
             self.answer(terminal.checked_utf8(text, "the message"))
 
     def answer(self, text: str) -> None:
-        """Stream the answer to `text` and remember both: after Ctrl-C what was shown, after an error nothing."""
-        said = ""
+        """Stream the answer to `text` and remember both: after Ctrl-C what was shown, after an error nothing.
+
+        Reasoning is no part of the answer: it goes back to the model only under the key that its template reads.
+        """
+        said, thought = "", ""
         last: Chunk | None = None
         status = terminal.Status()
+        shown = AnswerOutput(self.output, status, self.thinking)
         interactive = self.reader.interactive
         messages = [*self.conversation.all(), {"role": "user", "content": text}]
         # At a terminal, the first Ctrl-C stops only the answer; in a pipe, it ends the program as usual.
@@ -139,17 +153,19 @@ class Chat:
                     **self.keywords,
                 )
                 for last in chunks:
-                    status.clear()
-                    self.output.write(last.text)
+                    shown.write(last)
                     said += last.text
+                    thought += last.reasoning
             except KeyboardInterrupt:  # a second Ctrl-C, before the model could react to the first
                 if not interactive:
                     raise
             finally:
-                status.clear()
-                self.output.end_line()
+                shown.end()
         if said:
-            self.conversation.add(text, said)
+            key = self.lm.tokenizer.reasoning_key()
+            self.conversation.add(text, said, {key: thought} if key is not None and thought else {})
+        if shown.unanswered:
+            terminal.note("(only reasoning and no answer: your message was not kept)")
         self.after(last, stopped=cancelled())
 
     def after(self, last: Chunk | None, *, stopped: bool) -> None:

@@ -26,9 +26,13 @@ class Conversation:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*first, *self.messages]
 
-    def add(self, question: str, answer: str) -> None:
-        """Append a turn: the user's message and the answer."""
-        self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    def add(self, question: str, answer: str, more: Message | None = None) -> None:
+        """Append a turn: the user's message and the answer; `more` are further keys of the latter, which no file gets.
+
+        The template decides what it does with them: most drop the reasoning of earlier turns.
+        """
+        answered = {**(more or {}), "role": "assistant", "content": answer}
+        self.messages += [{"role": "user", "content": question}, answered]
 
     def save(self, name: str) -> Path:
         """Write all messages to the file `name` and return its path; replaces nothing but a saved chat (UsageError)."""
@@ -41,7 +45,8 @@ class Conversation:
         # A file beside the target is renamed over it, so an interrupted write leaves the old chat whole.
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            unfinished.write_text(json.dumps(self.all(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            plain = [{"role": message["role"], "content": message["content"]} for message in self.all()]
+            unfinished.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
             unfinished.replace(path)
         except OSError as problem:
             unfinished.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runner.cli import engine, terminal
-from runner.cli.options import OUTPUT, Adapter, DType, LengthOptions, Model, SamplingOptions, System, Verbose
+from runner.cli.options import OUTPUT, Adapter, DType, LengthOptions, Model, SamplingOptions, System, Thinking, Verbose
+from runner.cli.thinking import AnswerOutput
 from runner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,29 +58,37 @@ def generate(
     length: LengthOptions,
     as_json: JsonLines = False,
     logprobs: Logprobs = None,
+    thinking: Thinking = None,
     verbose: Verbose = False,
 ) -> None:
     """Generate text from a prompt and print it as it comes."""
     if chat is False and system is not None:
         raise UsageError("--system needs the chat template: leave out --raw")
+    if chat is False and thinking is not None:
+        raise UsageError("--thinking needs the chat template, as raw text has no reasoning apart: leave out --raw")
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs is printed in the JSON output only: add --json")
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
     lm = engine.open_model(model, dtype, adapter)
+    if thinking is not None and not lm.tokenizer.has_chat_template:
+        raise UsageError("--thinking needs a chat template, and this model has none: leave it out")
     status = terminal.Status()
     output = terminal.Output()
+    shown = AnswerOutput(output, status, thinking)
     last: Chunk | None = None
     try:
         for last in answer(lm, text, chat, system, on_prefill=status.prefill, **keywords):
-            status.clear()
             if as_json:
-                output.line(json.dumps(chunk_json(last), allow_nan=False))
+                status.clear()
+                output.line(json.dumps(chunk_json(last, reasoning=thinking != "hide"), allow_nan=False))
             else:
-                output.write(last.text)
+                shown.write(last)
     finally:
         status.clear()
-    output.end_line()
+    shown.end()
+    if shown.unanswered:
+        terminal.note("(only reasoning and no answer: --thinking show prints it, a larger --max-tokens leaves it room)")
     if last is not None and last.finish_reason == "length" and length.max_tokens is None:
         terminal.note(f"(the context window of {lm.context_length} tokens is full)")
     if verbose and last is not None:
@@ -104,9 +113,14 @@ def answer(lm: LanguageModel, text: str, chat: bool | None, system: str | None, 
     return lm.stream(text, **keywords)
 
 
-def chunk_json(chunk: Chunk) -> dict[str, Any]:
-    """Make the object of one `--json` line. The logarithm of probability 0 is null, as JSON has no infinity."""
+def chunk_json(chunk: Chunk, *, reasoning: bool = True) -> dict[str, Any]:
+    """Make the object of one `--json` line. The logarithm of probability 0 is null, as JSON has no infinity.
+
+    Text that is `reasoning` is added where there is some.
+    """
     line: dict[str, Any] = {"text": chunk.text, "token": chunk.token, "logprob": finite(chunk.logprob)}
+    if reasoning and chunk.reasoning:
+        line["reasoning"] = chunk.reasoning
     if chunk.top_logprobs is not None:
         line["top_logprobs"] = [{"token": token, "logprob": finite(value)} for token, value in chunk.top_logprobs]
     if chunk.finish_reason is not None:

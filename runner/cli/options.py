@@ -31,6 +31,14 @@ Adapter = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Thinking = Annotated[
+    Literal["show", "hide"] | None,
+    typer.Option(
+        metavar="show|hide",
+        help="Show the model's reasoning, dimmed, before its answer, or hide it. Default: show on a terminal.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Print speed and peak memory on stderr at the end.", rich_help_panel=OUTPUT),

@@ -77,18 +77,21 @@ def version() -> str:
 
 
 class Output:
-    """Writes to stdout piece by piece, flushing each; on a terminal, control characters are made visible."""
+    """Writes to a stream (stdout unless told) piece by piece, flushing each.
 
-    def __init__(self) -> None:
-        self.stream = sys.stdout
+    On a terminal, control characters are made visible.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = sys.stdout if stream is None else stream
         self.safe = self.stream.isatty()
         self.at_line_start = True
 
-    def write(self, text: str) -> None:
-        """Write a piece of text at once."""
+    def write(self, text: str, style: str | None = None) -> None:
+        """Write a piece of text at once, in a style of `CODES` where the stream takes colours."""
         shown = visible(text) if self.safe else text
         if shown:
-            self.stream.write(shown)
+            self.stream.write(shown if style is None else paint(shown, style, self.stream))
             self.stream.flush()
             self.at_line_start = shown.endswith("\n")
 

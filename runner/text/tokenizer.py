@@ -8,16 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from runner.errors import TokenizerError
+from runner.errors import TemplateError, TokenizerError
 from runner.local_files import find_file, path_in
 from runner.text import tokenizer_rebuilt
+from runner.text.blocks import BlockSeparator
 from runner.text.chat_template import ChatInputs, ChatTemplates, Message, chat_inputs
 from runner.text.detokenizer import Detokenizer
+from runner.text.harmony import HarmonySeparator, speaks_harmony
+from runner.text.reasoning import BlockFormat, Marks, block_format, reasoning_key
+from runner.text.separator import Separator
 from runner.text.special_tokens import choose_markers
 from runner.text.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, load_json
 from runner.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 _MAX_ID = 1 << 31
+_PROMPT_END = 64  # ids at the end of a prompt in which an opening mark is looked for
 
 
 class Tokenizer:
@@ -180,6 +185,69 @@ class Tokenizer:
         markers = choose_markers(source, text, inputs.messages, inputs.tools, inputs.extra)
         marked = scanner.unmark(self._templates.render(source, _marked_inputs(inputs, scanner.mark, markers)), markers)
         return self._backend.encode_matches(_unicode(marked.text), scanner.find(marked.text, marked))
+
+    def separator(
+        self,
+        ids: Sequence[int],
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **kwargs: Any,
+    ) -> Separator:
+        """Return what tells reasoning from content in the answer to the prompt `ids`.
+
+        The other arguments are those from which `apply_chat_template` made the ids, with a generation prompt. The marks
+        of the reasoning are those that the template, the vocabulary or a system message names; see
+        `runner.text.reasoning`.
+        """
+        source = self._templates.choose(template, tools)
+        end = list(ids[-_PROMPT_END:])
+        if speaks_harmony(source, self._has_token):
+            stream = self.detokenizer()
+            pieces = [(stream.skipped(index) or stream.add(index), bool(stream.skipped(index))) for index in end]
+            return HarmonySeparator(self.special_tokens, pieces)
+        named = "\n".join([source, *_system_texts(messages)])
+        known = block_format(named, self.special_tokens, self._has_token)
+        opened = known.opened(self.decode(end, skip_special_tokens=False))
+        if opened is not None:
+            opened = self._opened_by_template(known, opened, messages, tools=tools, template=template, **kwargs)
+        return BlockSeparator(known, self.special_tokens, opened)
+
+    def _opened_by_template(
+        self, known: BlockFormat, found: Marks, messages: Sequence[Message], **arguments: Any
+    ) -> Marks | None:
+        """The block that the generation prompt opens; None if the mark `found` at the end is a message's own text."""
+        whole = self.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **arguments)
+        bare = self.apply_chat_template(messages, add_generation_prompt=False, tokenize=False, **arguments)
+        if whole != bare and whole.startswith(bare):
+            return known.opened(whole[len(bare) :])
+        # The template does the same without the flag: the mark is the template's if no message ends with it.
+        quoted = _text_of(messages[-1]).rstrip().endswith(found.opening)
+        return found if whole.rstrip().endswith(found.opening) and not quoted else None
+
+    def _has_token(self, text: str) -> bool:
+        return self._backend.token_id(text) is not None
+
+    def reasoning_key(self) -> str | None:
+        """Key under which the default template reads the reasoning of a message; None if it reads none."""
+        try:
+            return reasoning_key(self._templates.choose(None, None))
+        except TemplateError:
+            return None
+
+
+def _system_texts(messages: Sequence[Message]) -> list[str]:
+    """Texts of the messages that tell the model how to answer."""
+    return [_text_of(message) for message in messages if message.get("role") in ("system", "developer")]
+
+
+def _text_of(message: Message) -> str:
+    """Text of a message, whose content may come in blocks."""
+    content = message.get("content")
+    blocks = content if isinstance(content, (list, tuple)) else [{"text": content}]
+    texts = [block.get("text") for block in blocks if isinstance(block, Mapping)]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _from_model_file(directory: Path, files: TokenizerFiles) -> Backend:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import own
+from command_line import own, run
 from places import TESTS
 
 from runner.cli.app import COMMANDS
@@ -18,21 +18,6 @@ from runner.cli.app import COMMANDS
 FIXTURES = TESTS / "fixtures" / "llama"
 MODEL = str(FIXTURES / "llama-gqa")
 GREEDY = ["--temperature", "0", "--max-tokens", "8"]
-
-
-def run(*arguments: str, stdin: str | bytes | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m runner ...` with text in and out; stdin None is /dev/null."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
-        [sys.executable, "-m", "runner", *arguments],
-        input=data,
-        stdin=subprocess.DEVNULL if data is None else None,
-        capture_output=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def answer(*arguments: str, stdin: str | None = None) -> str:

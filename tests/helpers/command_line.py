@@ -1,6 +1,25 @@
-"""What commands say on stderr, whether or not the CPU kernels are built."""
+"""`runner` as a program, and what it says on stderr whether or not the CPU kernels are built."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def run(*arguments: str, stdin: str | bytes | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m runner ...` with text in and out; stdin None is /dev/null."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *arguments],
+        input=data,
+        stdin=subprocess.DEVNULL if data is None else None,
+        capture_output=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def own(stderr: str) -> str:
