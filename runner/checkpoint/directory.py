@@ -9,6 +9,7 @@ One gap remains, a writer who changes a file *while* MLX maps it: do not load fr
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,16 @@ MLX has no 8-bit floats: they come as raw bytes, to be decoded by the caller, wh
 """
 
 
+class _Lazy(threading.local):
+    """Arrays by file and name that are loaded and not asked for yet, each thread's own: no other can compute them.
+
+    A quantised checkpoint is looked into by the thread that opens it, and read by the one that owns the device.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[Path, dict[str, mx.array]] = {}
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Checkpoint:
     """A checked model directory. Build it with `open`.
@@ -70,7 +81,7 @@ class Checkpoint:
     metadata: dict[str, str]
     _shards: Mapping[Path, ShardHeader]
     _raw_files: frozenset[Path]
-    _lazy: dict[Path, dict[str, mx.array]] = field(default_factory=dict)
+    _own: _Lazy = field(default_factory=lambda: _Lazy())
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.directory)!r}, {len(self.headers)} tensors)"
@@ -131,7 +142,7 @@ class Checkpoint:
         )
 
     def read(self, name: str) -> mx.array:
-        """Return the tensor `name`, lazily: MLX reads its bytes when the array is evaluated.
+        """Return the tensor `name`, lazily: MLX reads its bytes when the array is evaluated, on the same thread.
 
         The checkpoint keeps no reference to an array it has returned, so a caller that drops the array frees it;
         reading the same name again opens the file again. Tensors of a shard that has a dtype MLX cannot load are read
@@ -159,6 +170,11 @@ class Checkpoint:
         if not loaded:
             del self._lazy[info.file]
         return array
+
+    @property
+    def _lazy(self) -> dict[Path, dict[str, mx.array]]:
+        """This thread's arrays that wait to be asked for, by file and name."""
+        return self._own.files
 
     def _load(self, file: Path) -> dict[str, mx.array]:
         """Load all tensors of a shard lazily, and compare what MLX's own parser saw with the checked header."""

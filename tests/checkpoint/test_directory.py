@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -390,6 +391,14 @@ def test_nothing_handed_out_is_kept_and_a_second_read_works(tmp_path: Path) -> N
     assert again is not first and mx.array_equal(first, again)
     assert checkpoint.read("b").tolist() == [5] * 4
     assert checkpoint._lazy == {}
+
+
+def test_one_thread_may_look_into_a_file_that_another_reads(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(model_dir(tmp_path, {"model.safetensors": tensor_file(["a", "b"], 5)}))
+    assert checkpoint.read("a").tolist() == [5] * 4  # "b" is loaded with it, and waits
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: checkpoint.read("b").tolist()).result() == [5] * 4
+    assert checkpoint.read("b").tolist() == [5] * 4
 
 
 @pytest.mark.parametrize("dtype", ["U8", "F8_E5M2"], ids=["mapped", "raw"])
