@@ -52,7 +52,9 @@ def open_files(path: Path) -> ModelFiles:
     found = Checkpoint.open(path)
     config: Mapping[str, Any] = found.config
     source: Source = found
-    if any(config.get(name) for name in ("quantization_config", "compression_config")):
+    named = any(config.get(name) for name in ("quantization_config", "compression_config"))
+    # Float8 weights need their scales even if config.json does not speak of them (modelopt has a file of its own).
+    if named or any(info.dtype.startswith("F8_") for info in found.headers.values()):
         from runner.checkpoint.quantized import as_mlx
 
         config, source = as_mlx(found.config, found)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 All = Annotated[bool, typer.Option("--all", help="List every layer by itself, instead of folding equal ones.")]
 LONGEST_VALUE = 100  # characters of a config value before it is cut (never in --json)
+MOST_UNUSED = 20  # names of unused tensors before the rest is counted (never in --json)
 
 
 def inspect(model: Model, *, unfold: All = False, as_json: AsJson = False) -> None:
@@ -66,8 +70,16 @@ def totals(report: ModelReport) -> dict[str, str]:
         "bits per weight": f"{report.bits_per_weight:.2f}",
     }
     if report.ignored:
-        rows["not used"] = ", ".join(report.ignored)
+        rows["not used"] = unused(report.ignored)
     return rows
+
+
+def unused(names: Sequence[str]) -> str:
+    """Names with `*` for the numbers of layers and experts, each with how many tensors it stands for."""
+    counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    shown = [name if count == 1 else f"{name} ({count} tensors)" for name, count in counts.most_common(MOST_UNUSED)]
+    more = [f"and {len(counts) - MOST_UNUSED} more"] if len(counts) > MOST_UNUSED else []
+    return ", ".join(shown + more)
 
 
 def tree(report: ModelReport, unfold: bool) -> Table:

@@ -37,8 +37,10 @@ SCALES = FLOAT | {"U8"}
 
 HARMLESS = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.(masked_bias|bias)$|rotary_pos_emb\.inv_freq$"
+    r"|\.(input|output)_(scale|zero_point|global_scale|scale_ub)$|\.(q|k|v|kv|prob)_(scale|zero_point)$"
 )
-"""Names of tensors in old checkpoints that no model reads: computed tables and causal masks."""
+"""Names of tensors that no model reads: computed tables and causal masks of old checkpoints, and the scales with which
+other engines round activations and KV caches, which are not rounded here."""
 
 
 class Header(Protocol):

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from runner.checkpoint.quantized import awq, compressed_tensors, fp8, gptq
+from runner.checkpoint.quantized.evidence import float8_layers, packed, signs, unexplained
 from runner.checkpoint.quantized.layers import ITEM_SIZE, Form, Layer
 from runner.checkpoint.quantized.options import short
 from runner.checkpoint.quantized.tensors import Tensors
@@ -24,13 +25,22 @@ from runner.weights.plan import plan
 from runner.weights.tags import Header, Source
 from runner.weights.tree import leaves
 
-METHODS: Mapping[str, Callable[[Mapping[str, Any], Tensors], list[Layer]]] = {
-    "gptq": gptq.layers,
-    "awq": awq.layers,
-    "fp8": fp8.layers,
-    "compressed-tensors": compressed_tensors.layers,
+
+@dataclass(frozen=True)
+class Method:
+    """A quantization method: the function that lists a checkpoint's layers, and suffixes that only its tensors have."""
+
+    layers: Callable[[Mapping[str, Any], Tensors], list[Layer]]
+    suffixes: tuple[str, ...]
+
+
+METHODS = {
+    "gptq": Method(gptq.layers, (".qweight",)),
+    "awq": Method(awq.layers, (".qweight",)),
+    "fp8": Method(fp8.layers, (".weight",)),
+    "compressed-tensors": Method(compressed_tensors.layers, (".weight_packed", ".weight_scale")),
 }
-"""The function that lists a checkpoint's quantized layers, by `quant_method`."""
+"""The methods that are read, by `quant_method`."""
 
 BY_FAMILY = "mxfp4"
 """The `quant_method` that a family's own weight tags read (gpt-oss); `Config.reads_packed` refuses it elsewhere."""
@@ -87,34 +97,69 @@ class Published:
 def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any], Source]:
     """Turn config and tensors of a published quantization into mlx-lm's form; other checkpoints come back unchanged.
 
+    The tensors decide: a method's name on plain tensors, or on ones in MLX's form, is left over and removed, and float8
+    weights with scales are read under any name.
+
     Raises:
-        ConfigError: the quantization method or one of its options is not supported.
+        ConfigError: the tensors are packed by a method, or with an option, that is not supported.
         WeightsError: the tensors do not have the layout of the method.
     """
     raw = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(raw, Mapping) or "quant_method" not in raw or raw["quant_method"] == BY_FAMILY:
+    method = raw["quant_method"] if isinstance(raw, Mapping) and "quant_method" in raw else _NO_METHOD
+    found = packed(source.headers)
+    plain = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
+    if method is not _NO_METHOD and source.headers and not found and not signs(source.headers):
+        return plain, source
+    # gpt-oss reads its packed experts itself; without a method, only float8 weights explain themselves.
+    if method == BY_FAMILY or (method is _NO_METHOD and not float8_layers(source.headers)):
         return config, source
-    method = raw["quant_method"]
-    if not isinstance(method, str) or method not in METHODS:
-        supported = ", ".join((*METHODS, f"{BY_FAMILY} (gpt-oss)"))
-        raise ConfigError(
-            f"config.json: quant_method {short(method)} is not supported; supported: {supported}, and MLX's own"
-        )
-    if config.get("quantization") is not None:
-        raise ConfigError(
-            "config.json has both quantization (MLX's) and a quantization_config with a quant_method; expected only one"
-        )
     tensors = Tensors(source)
-    layers = _alike(METHODS[method](raw, tensors))
-    if not layers:
-        raise WeightsError(f"config.json says quant_method {method!r}, but no tensor is quantized that way")
-    result = {
-        name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")
-    }
+    layers = _alike(_layers(method, raw, found, tensors))
+    # MLX's own settings are left over too where no tensor has its form.
+    if plain.get("quantization") is not None and not any(header.dtype == "U32" for header in source.headers.values()):
+        del plain["quantization"]
+    if plain.get("quantization") is not None:
+        raise ConfigError(
+            "config.json has both quantization (MLX's) and a quantization_config with a quant_method, and there are "
+            "tensors of both; expected only one"
+        )
     quantization = _quantization({layer.name: layer.form for layer in layers})
     if quantization:
-        result["quantization"] = quantization
-    return result, Published(source, layers, _zero_biases(result, layers, tensors))
+        plain["quantization"] = quantization
+    return plain, Published(source, layers, _zero_biases(plain, layers, tensors))
+
+
+_NO_METHOD = object()
+"""In place of a `quant_method` where the config has none; a null is one of an unknown kind."""
+
+
+def _layers(method: object, raw: Any, found: list[str], tensors: Tensors) -> list[Layer]:
+    """The quantized layers: the method's where it is known and its tensors are there, else float8 with scales.
+
+    Args:
+        raw: the `quantization_config`.
+        found: names of the tensors that are packed in some way.
+    """
+    known = METHODS.get(method) if isinstance(method, str) else None
+    if known is not None and any(name.endswith(known.suffixes) for name in tensors.headers):
+        layers = known.layers(raw, tensors)
+        if layers:
+            return layers
+    rest = unexplained(found, tensors.headers)
+    if not rest:
+        return fp8.scaled(raw, tensors)
+    example = f"{quoted(rest[0])} is {tensors.headers[rest[0]].dtype}"
+    if known is not None:
+        raise WeightsError(
+            f"config.json says quant_method {method!r}, but no tensor is quantized that way, and {example}"
+        )
+    supported = ", ".join((*METHODS, f"{BY_FAMILY} (gpt-oss)"))
+    if method is _NO_METHOD:
+        raise WeightsError(f"some weights are float8 with scales, but {example}, and config.json names no quant_method")
+    raise ConfigError(
+        f"config.json: quant_method {short(method)} is not supported, and tensor {example}; "
+        f"supported: {supported}, and MLX's own"
+    )
 
 
 def _alike(layers: list[Layer]) -> list[Layer]:

@@ -11,8 +11,8 @@
 belongs to, and must fit it entirely. nvfp4's own scales are divided by a global scale that is a power of two, if they
 can hold the result; with any other global scale, the layer becomes plain bfloat16.
 
-Where a scheme rounds activations at run time (`dynamic`), they are left unrounded; static scales for activations are
-refused, as are quantized caches, sparsity and transforms. Facts from compressed-tensors 0.20.
+Where a scheme rounds activations or the cache, they are left unrounded, and scales stored for that stay unread.
+Sparsity and transforms are refused. Facts from compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def _groups(raw: Mapping[str, Any]) -> list[Group]:
     """Read and check `quantization_config`, and list its groups."""
     options = Options(raw, "quantization_config")
     options.harmless("global_compression_ratio", "version", "run_compressed", "config_groups", "ignore", "format")
+    options.harmless("kv_cache_scheme")  # how others round the cache
     options.one_of("quant_method", "compressed-tensors")
     options.one_of("quantization_status", "compressed", "frozen")
     options.words("ignore")
@@ -101,7 +102,11 @@ def _groups(raw: Mapping[str, Any]) -> list[Group]:
     found = Options(raw.get("config_groups") or {}, "quantization_config.config_groups").raw
     if not found:
         raise ConfigError("config.json: quantization_config has no config_groups")
-    return [_group(name, value, raw.get("format")) for name, value in found.items()]
+    # A group without weights is one of activations alone.
+    weighty = {name: value for name, value in found.items() if not isinstance(value, Mapping) or value.get("weights")}
+    if not weighty:
+        raise ConfigError("config.json: none of quantization_config.config_groups has weights")
+    return [_group(name, value, raw.get("format")) for name, value in weighty.items()]
 
 
 def _group(name: str, raw: object, common: object) -> Group:
@@ -113,16 +118,9 @@ def _group(name: str, raw: object, common: object) -> Group:
     format = Options({"format": own or common}, where if own else "quantization_config").one_of("format", *FORMATS)
     if not own and not common:
         raise ConfigError(f"config.json: {where} has no format")
-    options.harmless("format", "weights", "input_activations")
+    options.harmless("format", "weights")
+    options.harmless("input_activations", "output_activations")  # how others round what is multiplied
     options.finish()
-    if options.raw.get("input_activations") is not None:
-        inputs = Options(options.raw["input_activations"], f"{where}.input_activations")
-        # "local": a group's scale is found at run time; a stored scale for the whole tensor only shifts its range.
-        inputs.one_of("dynamic", False, True, "local")
-        if not inputs.raw.get("dynamic"):
-            raise ConfigError(
-                f"config.json: {where}.input_activations has dynamic = false, but static activation scales are not read"
-            )
     weights = Options(options.raw.get("weights"), f"{where}.weights")
     weights.harmless("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
     weights.one_of("dynamic", False)
@@ -307,7 +305,7 @@ def _float4(name: str, groups: list[Group], tensors: Tensors) -> Layer:
     form = Form(4, size, "nvfp4" if nvidia else "mxfp4") if width % 32 == 0 else None
     if divisor != 1 and (np.frexp(divisor)[0] != 0.5 or not np.isin(factors(tensors.read), _POSITIVE).all()):
         form = None
-    extra = (f"{name}.weight_packed", scale, overall, f"{name}.input_global_scale", f"{name}.weight_shape")
+    extra = (f"{name}.weight_packed", scale, overall, f"{name}.weight_shape")
     stored = tuple(item for item in extra if item in tensors.headers)
     return Float4(name, (rows, width), stored, form, "U8", "BF16", extra[0], size, factors, bytes_of)
 

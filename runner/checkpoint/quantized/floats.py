@@ -1,6 +1,6 @@
-"""Matrices of small floats with scales: E4M3 (8 bits) and E2M1 (4 bits), and the scales that MLX supports for them.
+"""Matrices of small floats with scales: E4M3 and E5M2 (8 bits), E2M1 (4 bits), and the scales that MLX has for them.
 
-E4M3 (sign, 4 bits of exponent, 3 of mantissa; no infinity, 0x7f and 0xff are NaN) and E8M0 (a power of two) are
+E4M3 (sign, 4 bits of exponent, 3 of mantissa; no infinity, 0x7f and 0xff are NaN), E5M2 and E8M0 (a power of two) are
 defined by the OCP specifications "8-bit Floating Point" and "Microscaling Formats". MLX has E4M3 with an E8M0 scale
 per 32 inputs (mxfp8), and E2M1 with an E8M0 scale per 32 (mxfp4) or an E4M3 scale per 16 inputs (nvfp4). Scales that
 MLX's form can hold convert exactly: powers of two, or for nvfp4 E4M3 numbers. With any other scales, the matrix becomes
@@ -30,6 +30,8 @@ def _e4m3() -> Array:
 
 E4M3 = _e4m3()
 """The E4M3 number of each byte, float32."""
+E5M2 = (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
+"""The E5M2 number of each byte, float32: the upper half of a float16."""
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """The E2M1 number of each 4-bit code."""
 MAX_EXPONENT = 127 + 118
@@ -65,24 +67,26 @@ def exponents_of(scales: Array) -> Array | None:
 
 @dataclass(frozen=True)
 class Float8(Layer):
-    """E4M3 numbers with a scale for each block. Becomes mxfp8 where all scales are powers of two.
+    """E4M3 or E5M2 numbers with a scale for each block. E4M3 becomes mxfp8 where all scales are powers of two.
 
     Attributes:
-        codes: name of the tensor of E4M3 bytes `[out, in]`.
+        codes: name of the tensor of bytes `[out, in]`.
         block: (rows, columns) that share a scale.
         factors: reads the scales, float32 `[out / rows, in / columns]`, both sizes rounded up.
+        table: the number of each byte.
     """
 
     codes: str
     block: tuple[int, int]
     factors: Callable[[Read], Array]
+    table: Array
 
     def numbers(self, read: Read) -> Iterator[Array]:
         codes, factors = np.array(read(self.codes)), self.factors(read)
         columns = np.arange(self.shape[1]) // self.block[1]
         for rows in self.row_chunks():
             inner = np.arange(self.shape[0])[rows] // self.block[0]
-            yield np.take(E4M3, codes[rows]) * np.take(factors[inner], columns, axis=1)
+            yield np.take(self.table, codes[rows]) * np.take(factors[inner], columns, axis=1)
 
     def words(self, read: Read) -> mx.array:
         codes = read(self.codes)

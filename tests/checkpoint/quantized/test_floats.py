@@ -239,12 +239,11 @@ G = "config_groups/group_0"
     "path, value",
     [
         ("format", "dense"), ("format", "marlin-24"), ("format", 3), ("quantization_status", "initialized"),
-        ("kv_cache_scheme", {"num_bits": 8}), ("sparsity_config", {"format": "sparse-24-bitmask"}),
+        ("sparsity_config", {"format": "sparse-24-bitmask"}),
         ("sparsity_config", {"format": "dense", "wings": 2}), ("transform_config", {"config_groups": {"u": {}}}),
         ("moe_sparsity_config", {"a": 1}), ("wings", 2), ("ignore", "lm_head"), ("config_groups", {}),
         ("config_groups", [1]), (G, ["Linear"]), (f"{G}/format", "dense"), (f"{G}/wings", 2),
-        (f"{G}/output_activations", {"dynamic": True}), (f"{G}/targets", [3]),
-        (f"{G}/input_activations", {"dynamic": False, "num_bits": 8}), (f"{G}/input_activations", {"num_bits": 8}),
+        (f"{G}/targets", [3]),
         (f"{G}/weights", None), (f"{G}/weights/num_bits", 3), (f"{G}/weights/num_bits", "4"),
         (f"{G}/weights/type", "float"), (f"{G}/weights/dynamic", True), (f"{G}/weights/strategy", "token"),
         (f"{G}/weights/strategy", "attn_head"), (f"{G}/weights/group_size", 0), (f"{G}/weights/group_size", None),
@@ -267,9 +266,9 @@ def test_options_of_compressed_tensors_that_are_not_supported_are_named(path: st
 @pytest.mark.parametrize(
     "path, value",
     [
-        ("activation_scheme", "static"), ("fmt", "e5m2"), ("expert_dtype", "fp4"), ("scale_fmt", "e4m3"),
+        ("activation_scheme", "sideways"), ("fmt", "e5m2"), ("expert_dtype", "fp4"), ("scale_fmt", "e4m3"),
         ("weight_block_size", [128]), ("weight_block_size", [0, 128]), ("weight_block_size", 128),
-        ("modules_to_not_convert", {"a": 1}), ("kv_cache_scheme", "fp8"), ("wings", 2),
+        ("modules_to_not_convert", {"a": 1}), ("wings", 2),
     ],
 )  # fmt: skip
 def test_options_of_fp8_that_are_not_supported_are_named(path: str, value: object) -> None:

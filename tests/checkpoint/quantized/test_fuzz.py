@@ -62,8 +62,9 @@ def paths(options: Any) -> list[tuple[str, ...]]:
 
 def ends_well(case: Case, options: object) -> None:
     try:
-        config, source = as_mlx({"model_type": "t", "quantization_config": options}, Layers({"a": case}))
-        if "a.weight" in source.headers and "quantization_config" not in config:
+        given = Layers({"a": case})
+        config, source = as_mlx({"model_type": "t", "quantization_config": options}, given)
+        if "a.weight" in source.headers and source is not given:
             assert np.isfinite(values(config, source)).all()
     except RunnerError as error:
         assert str(error) and "\n" not in str(error)
@@ -93,16 +94,18 @@ def test_any_tensor(data: st.DataObject) -> None:
     ends_well(changed, case.options)
 
 
-def test_inspect_and_load_see_what_a_layer_becomes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("build", [awq, gptq, ct_integers, ct_float4])  # all but AWQ are read from when opened
+def test_inspect_and_load_see_what_a_layer_becomes(build: Callable[..., Case], tmp_path: Path) -> None:
     fixture = TESTS / "fixtures" / "llama" / "llama-gqa"
-    cases = {name: awq(np.random.default_rng(0), *shape) for name, shape in linears(fixture).items()}
+    cases = {name: build(np.random.default_rng(0), *shape) for name, shape in linears(fixture).items()}
     path = write_model(tmp_path / "model", fixture, cases, next(iter(cases.values())).options)
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(fixture / file, path / file)
     report = inspect(path)
     entry = next(entry for entry in report.entries if entry.field == "layers.0.self_attn.qkv_proj.weight")
-    assert (entry.dtype, entry.shape) == ("U32", (64, 4))
-    assert report.parameters == inspect(fixture).parameters and not report.ignored
+    assert (entry.dtype, entry.shape) == (("BF16", (64, 32)) if build is ct_float4 else ("U32", (64, 4)))
+    assert report.parameters == inspect(fixture).parameters
+    assert all(name.endswith("input_global_scale") for name in report.ignored)
     assert runner.load(path).generate("a", max_tokens=2, temperature=0).text is not None
 
 
@@ -117,6 +120,8 @@ def test_other_configs_come_back_as_they_are() -> None:
 
 def test_mxfp4_of_other_families_is_refused(tmp_path: Path) -> None:
     fixture = TESTS / "fixtures" / "llama" / "llama-gqa"
-    path = write_model(tmp_path / "model", fixture, {}, {"quant_method": "mxfp4"})
+    name = next(iter(linears(fixture)))
+    packed = Case({"weight_blocks": mx.zeros((2, 16), mx.uint8)}, np.zeros(()))
+    path = write_model(tmp_path / "model", fixture, {name: packed}, {"quant_method": "mxfp4"})
     with pytest.raises(RunnerError, match=r"mxfp4.*not supported"):
         open_engine(path)

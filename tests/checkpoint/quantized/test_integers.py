@@ -239,11 +239,6 @@ def test_a_layer_that_is_there_twice_is_refused() -> None:
         opened(case)
 
 
-def test_a_config_without_quantised_tensors_is_refused() -> None:
-    with pytest.raises(WeightsError, match="no tensor"):
-        as_mlx({"quantization_config": {"quant_method": "awq"}}, Arrays({"a.weight": mx.zeros((8, 32))}))
-
-
 def test_where_one_expert_is_plain_all_are() -> None:
     rng = np.random.default_rng(0)
     kinds = {"l.experts.0.up": False, "l.experts.1.up": True, "l.other": False}
