@@ -10,12 +10,16 @@ letters (`content | lower`) into a token that no string spelled.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import chain, islice
 from typing import Any
 
-_PRIVATE_FIRST, _PRIVATE_LAST = 0xF0000, 0xFFFFD  # supplementary private use area A
+from runner.errors import TokenizerError
+from runner.text.token_search import TokenSearch
+
+_PRIVATE_FIRST, _PRIVATE_LAST = 0xF0000, 0xFFFFE  # supplementary private use area A; the last is not in it
+_UNASSIGNED_FIRST, _UNASSIGNED_LAST = 0x40000, 0xE0000  # planes 4 to 13
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,13 @@ class Match:
 
 @dataclass(frozen=True)
 class Marked:
-    """A rendered text without its markers, and where they stood."""
+    """A rendered text without its markers, and where a token of the template's may stand in it."""
 
     text: str
-    covered: frozenset[int]
-    """Indices of the characters that spell a token in a user's string."""
-    breaks: frozenset[int]
-    """Indices of the characters that had a marker right before them, across which no token may reach."""
+    free: tuple[tuple[int, int], ...]
+    """Start and end of each part between two markers, apart from tokens that a user's string spelled. A token may lie
+    in one of these parts, but not reach from one into the next.
+    """
 
 
 class TokenScanner:
@@ -60,66 +64,49 @@ class TokenScanner:
 
     def __init__(self, tokens: Iterable[tuple[AddedToken, int]]) -> None:
         self._tokens = {token.content: (token, token_id) for token, token_id in tokens if token.content}
-        self._lengths = sorted({len(content) for content in self._tokens}, reverse=True)
-        starts = "".join(re.escape(first) for first in sorted({content[0] for content in self._tokens}))
-        self._starts = re.compile(f"[{starts}]") if starts else None
+        self._search = TokenSearch(self._tokens.keys())
+        self._words = any(token.single_word for token, _ in self._tokens.values())
 
     def find(self, text: str, marked: Marked | None = None) -> list[Match]:
         """Find every token in `text`, in order; with `marked`, only those that no user's string had a part in."""
         found: list[Match] = []
         taken = 0
-        for start, end in self._spellings(text, marked):
-            # White space goes to the token, as far as the token before has not taken it.
-            token, token_id = self._tokens[text[start:end]]
-            while token.lstrip and start > taken and text[start - 1].isspace():
-                start -= 1
-            while token.rstrip and end < len(text) and text[end].isspace():
-                end += 1
-            found.append(Match(start, end, token_id))
-            taken = end
+        for part in ((0, len(text)),) if marked is None else marked.free:
+            for start, content in self._spellings(text, *part):
+                # White space goes to the token, as far as the token before has not taken it.
+                token, token_id = self._tokens[content]
+                end = start + len(content)
+                while token.lstrip and start > taken and text[start - 1].isspace():
+                    start -= 1
+                while token.rstrip and end < len(text) and text[end].isspace():
+                    end += 1
+                if start >= taken:
+                    found.append(Match(start, end, token_id))
+                    taken = end
         return found
 
-    def _spellings(self, text: str, marked: Marked | None) -> Iterable[tuple[int, int]]:
-        """Start and end of each token in `text`, without white space around it."""
-        if self._starts is None:
-            return
-        position = 0
-        # Only places where some token's first character stands are tried, longest token first.
-        while candidate := self._starts.search(text, position):
-            start = candidate.start()
-            end = next((start + n for n in self._lengths if self._accepts(text, start, start + n, marked)), None)
-            if end is not None:
-                yield start, end
-            position = start + 1 if end is None else end
+    def _spellings(self, text: str, start: int, end: int) -> Iterator[tuple[int, str]]:
+        """Place and text of each token within `text[start:end]`, without white space around it."""
 
-    def _accepts(self, text: str, start: int, end: int, marked: Marked | None) -> bool:
-        """Whether `text[start:end]` is a token that may be matched at this place."""
-        entry = self._tokens.get(text[start:end]) if end <= len(text) else None
-        if entry is None:
-            return False
-        if entry[0].single_word and (_is_word(text[start - 1 : start]) or _is_word(text[end : end + 1])):
-            return False
-        # A break at `start` itself is harmless: the token lies on one side of it.
-        if marked is None:
-            return True
-        return not (
-            any(place in marked.covered for place in range(start, end))
-            or any(place in marked.breaks for place in range(start + 1, end))
-        )
+        def fits(content: str, place: int) -> bool:
+            if not self._tokens[content][0].single_word:
+                return True
+            after = place + len(content)
+            return not (_is_word(text[place - 1 : place]) or _is_word(text[after : after + 1]))
 
-    @cached_property
-    def _heads(self) -> frozenset[str]:
-        """Proper prefixes of all tokens."""
-        return frozenset(content[:n] for content in self._tokens for n in range(1, len(content)))
-
-    @cached_property
-    def _tails(self) -> frozenset[str]:
-        """Proper suffixes of all tokens."""
-        return frozenset(content[n:] for content in self._tokens for n in range(1, len(content)))
+        return self._search.spellings(text, start, end, fits if self._words else None)
 
     def touches(self, value: Any) -> bool:
         """Whether any string in `value` (JSON-like, keys included) spells a token, or part of a token at either end."""
-        return any(self._mark(text, "[", "]") != text for text in _strings(value))
+        return any(self._touches(text) for text in _strings(value))
+
+    def _touches(self, text: str) -> bool:
+        core = text.strip()
+        return (
+            self._search.starts_inside(core)
+            or self._search.ends_inside(core)
+            or next(self._spellings(text, 0, len(text)), None) is not None
+        )
 
     def mark(self, value: Any, markers: tuple[str, str]) -> Any:
         """Return `value` with each token that its strings and keys spell put between the two markers."""
@@ -132,21 +119,18 @@ class TokenScanner:
         return value
 
     def _mark(self, text: str, opening: str, closing: str) -> str:
-        if not self._tokens:
-            return text
         pieces: list[str] = []
         position = 0
-        for start, end in self._spellings(text, None):
-            pieces += [text[position:start], opening, text[start:end], closing]
-            position = end
+        for start, content in self._spellings(text, 0, len(text)):
+            pieces += [text[position:start], opening, content, closing]
+            position = start + len(content)
         pieces.append(text[position:])
         # Parts of tokens at either end get a marker inside the white space, which a template may trim away.
         core = text.strip()
-        longest = min(self._lengths[0] - 1, len(core))
-        if any(core[:n] in self._tails for n in range(1, longest + 1)):
+        if self._search.starts_inside(core):
             lead = len(text) - len(text.lstrip())
             pieces[0] = pieces[0][:lead] + closing + pieces[0][lead:]
-        if any(core[len(core) - n :] in self._heads for n in range(1, longest + 1)):
+        if self._search.ends_inside(core):
             tail = pieces[-1].rstrip()
             pieces[-1] = tail + closing + pieces[-1][len(tail) :]
         return "".join(pieces)
@@ -154,30 +138,37 @@ class TokenScanner:
     def unmark(self, text: str, markers: tuple[str, str]) -> Marked:
         """Remove the markers from the rendered `text` and return it with the places where they stood."""
         opening, closing = markers
-        pieces: list[str] = []
-        covered: set[int] = set()
-        breaks: set[int] = set()
-        length, before = 0, ""
-        for piece in re.split(f"([{opening}{closing}])", text):
-            if piece in (opening, closing):
-                # A pair counts only around a whole token: a template may have split the text between the two.
-                if before == opening and piece == closing and pieces[-1] in self._tokens:
-                    covered.update(range(length - len(pieces[-1]), length))
-                before = piece
-                breaks.add(length)
-            else:
-                pieces.append(piece)
-                length += len(piece)
-        return Marked("".join(pieces), frozenset(covered), frozenset(breaks))
+        # Text and markers take turns, text first and last.
+        pieces = re.split(f"([{opening}{closing}])", text)
+        free: list[tuple[int, int]] = []
+        length = 0
+        for index in range(0, len(pieces), 2):
+            piece = pieces[index]
+            around = (pieces[index - 1] if index else None, pieces[index + 1] if index + 1 < len(pieces) else None)
+            # A pair counts only around a whole token: a template may have split the text between the two.
+            if piece and not (around == (opening, closing) and piece in self._tokens):
+                free.append((length, length + len(piece)))
+            length += len(piece)
+        return Marked("".join(pieces[::2]), tuple(free))
 
 
 def choose_markers(*values: Any) -> tuple[str, str]:
-    """Choose two private-use characters that occur nowhere in `values` (strings and JSON-like data)."""
-    used = {
-        character for value in values for text in _strings(value) for character in text if character >= "\U000f0000"
-    }
-    free = (chr(code) for code in range(_PRIVATE_FIRST, _PRIVATE_LAST) if chr(code) not in used)
-    return next(free), next(free)
+    """Choose two characters without a meaning that occur nowhere in `values` (strings and JSON-like data).
+
+    Raises:
+        TokenizerError: `values` hold all of them.
+    """
+    used = set().union(*(text for value in values for text in _strings(value)))
+    # After the private use area, characters that Unicode has not assigned.
+    codes = chain(range(_PRIVATE_FIRST, _PRIVATE_LAST), range(_UNASSIGNED_FIRST, _UNASSIGNED_LAST))
+    free = (chr(code) for code in codes if chr(code) not in used)
+    markers = list(islice(free, 2))
+    if len(markers) < 2:
+        raise TokenizerError(
+            "the chat holds every private and unassigned character of Unicode, so that none is left to mark text with: "
+            "shorten it"
+        )
+    return markers[0], markers[1]
 
 
 def _strings(value: Any) -> Iterable[str]:

@@ -16,9 +16,10 @@ from runner.text.chat_template import ChatInputs, ChatTemplates, Message, chat_i
 from runner.text.detokenizer import Detokenizer
 from runner.text.harmony import HarmonySeparator, speaks_harmony
 from runner.text.reasoning import BlockFormat, Marks, block_format, reasoning_key
+from runner.text.sentencepiece_backend import SentencePieceBackend
 from runner.text.separator import Separator
 from runner.text.special_tokens import choose_markers
-from runner.text.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, load_json
+from runner.text.tokenizer_backends import Backend, JsonBackend, load_json
 from runner.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 _MAX_ID = 1 << 31
@@ -180,7 +181,7 @@ class Tokenizer:
         # The usual case: no string of the caller's spells a special token, so every one in the text is the template's.
         scanner = self._backend.scanner
         if not scanner.touches([inputs.messages, inputs.tools, inputs.extra]):
-            return self.encode(text, add_special_tokens=False, parse_special=True)
+            return self._backend.encode_rendered(_unicode(text))
         # Otherwise render again with the callers' spellings marked, and parse only the tokens that no mark touches.
         markers = choose_markers(source, text, inputs.messages, inputs.tools, inputs.extra)
         marked = scanner.unmark(self._templates.render(source, _marked_inputs(inputs, scanner.mark, markers)), markers)
