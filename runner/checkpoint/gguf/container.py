@@ -32,7 +32,7 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_HEADER = 1 << 28  # the largest real ones (vocabularies of 260,000 tokens) take 16 MB
 _MAX_ENTRIES = 100_000
 _MAX_SHARDS = 1000
-_CHUNK = 4 << 20  # bytes of a tensor in memory at once
+_CHUNK = 4 << 20  # bytes of a tensor in memory at once, and numbers: in some formats a byte is four of them
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -86,7 +86,8 @@ class Container:
         Raises:
             CheckpointError: the file changed since it was opened, or cannot be read.
         """
-        step = max(1, _CHUNK // (entry.row_bytes * multiple)) * multiple
+        widest = max(entry.row_bytes, entry.row_bytes // entry.format.size * entry.format.count)
+        step = max(1, _CHUNK // (widest * multiple)) * multiple
         try:
             with entry.file.open("rb") as file:
                 if Stamp.of(os.fstat(file.fileno())) != self.stamps[entry.file]:

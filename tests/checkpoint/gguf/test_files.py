@@ -134,6 +134,20 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
         found.read("x")
 
 
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q4_0, Type.IQ1_S], ids=lambda kind: kind.name)
+def test_chunks_are_bounded_in_bytes_and_in_numbers(tmp_path: Path, kind: Type) -> None:
+    """IQ1_S has five numbers to a byte: chunks of 4 MiB of it would become 40 MB of float16."""
+    count, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.arange(2100, dtype=np.uint8).repeat(4096 // count * size).reshape(2100, -1)
+    raw = rows if kind != Type.F32 else rows.view(np.float32)
+    path = write(tmp_path / "m.gguf", {"token_embd.weight": (raw, kind)}, **writer.metadata_of(config_of_llama(4096)))
+    found = open_container(path)
+    chunks = list(found.rows(found.tensors["token_embd.weight"], multiple=4))
+    assert len(chunks) > 2 and all(len(chunk) % 4 == 0 for chunk in chunks)
+    assert max(chunk.size for chunk in chunks) <= 4 << 20 and max(map(len, chunks)) * 4096 <= 4 << 20
+    assert np.array_equal(np.concatenate(chunks), rows)
+
+
 LOADER = """
 import json, resource, sys
 from pathlib import Path
