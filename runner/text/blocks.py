@@ -39,7 +39,9 @@ class BlockSeparator:
         self._spelled = [marks for marks in known.blocks if marks.opening not in special]
         self._special = special
         self._block = opened
-        self._state = _State.START if opened is None else _State.OPENED
+        self._state = _State.START
+        if opened is not None:  # a special token that only repeats the prompt's is left out like any other
+            self._state = _State.INSIDE if opened.opening in special else _State.OPENED
         self._wrapper: Marks | None = None
         self._held = ""
         self._trim = opened is not None  # white space at the start of the present part is dropped

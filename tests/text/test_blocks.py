@@ -105,6 +105,7 @@ def test_a_prompt_that_opens_the_block() -> None:
 
 
 def test_a_special_mark_spelled_in_plain_text_is_a_quotation() -> None:
+    assert separate([("[T] begins", False)], TOKENS, SPECIAL, TOKENS.blocks[0]) == Split("", "[T] begins")
     pieces = [("[T]", True), ("the mark [/T] ends", False), ("[/T]", True), ("[T] begins", False)]
     assert separate(pieces, TOKENS, SPECIAL) == Split("[T] begins", "the mark [/T] ends")
 
