@@ -28,7 +28,7 @@ class DeepseekConfig(LatentConfig):
     first_k_dense_replace: int = key(default=0, minimum=0)
     moe_layer_freq: int = 1
     moe_intermediate_size: int = 1407
-    num_experts: int = key("n_routed_experts", default=64)
+    num_experts: int = key("n_routed_experts", also="num_experts", default=64)
     n_shared_experts: int = 2
     num_experts_per_tok: int
     n_group: int | None = 1

@@ -24,7 +24,7 @@ class DeepseekV3Config(DeepseekConfig):
     max_position_embeddings: int = 4096
     first_k_dense_replace: int = key(default=3, minimum=0)
     moe_intermediate_size: int = 2048
-    num_experts: int = key("n_routed_experts", default=256)
+    num_experts: int = key("n_routed_experts", also="num_local_experts", default=256)
     n_shared_experts: int = 1
     num_experts_per_tok: int = 8
     n_group: int | None = 8
@@ -33,7 +33,7 @@ class DeepseekV3Config(DeepseekConfig):
     norm_topk_prob: bool = True
     topk_method: str = "noaux_tc"
     scoring_func: str = "sigmoid"
-    num_nextn_predict_layers: int = key(default=0, minimum=0)
+    num_nextn_predict_layers: int = key(also="num_mtp_layers", default=0, minimum=0)
     rope_interleave: bool = True
 
     def __post_init__(self) -> None:

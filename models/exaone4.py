@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.config import layer_types
-from runner.config.base import FULL, SLIDING, key
+from runner.config.base import key
 from runner.config.decoder import WindowedConfig
+from runner.config.layer_types import FULL, SLIDING
 from runner.models import llama, qwen3
 from runner.nn import blocks
 from runner.weights.tags import weight

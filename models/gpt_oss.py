@@ -11,8 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.config.base import FULL, SLIDING
+from runner.config.base import key
 from runner.config.decoder import WindowedConfig
+from runner.config.layer_types import FULL, SLIDING
 from runner.config.moe import LocalExpertsConfig
 from runner.config.rope import RopeScaling
 from runner.errors import ConfigError
@@ -44,7 +45,7 @@ class GptOssConfig(LocalExpertsConfig, WindowedConfig):
     rope_scaling: RopeScaling | None = STRETCHED
     attention_bias: bool = True
     sliding_window: int | None = 128
-    num_local_experts: int = 128
+    num_local_experts: int = key(also="num_experts", default=128)
     num_experts_per_tok: int = 4
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner.config.base import key
 from runner.config.moe import LocalExpertsConfig
 from runner.models import llama
 from runner.models.llama import MistralConfig
@@ -24,6 +25,7 @@ class MixtralConfig(LocalExpertsConfig, MistralConfig):
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1000000.0
     sliding_window: int | None = None
+    num_local_experts: int = key(also="num_experts", default=8)
     router_jitter_noise: float | None = None
 
 

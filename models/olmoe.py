@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner.config.base import key
 from runner.config.moe import check_routing
 from runner.models import olmo, olmo2
 from runner.models.llama import LlamaConfig
@@ -23,7 +24,7 @@ class OlmoeConfig(LlamaConfig):
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 4096
     clip_qkv: float | None = None
-    num_experts: int = 64
+    num_experts: int = key(also="num_local_experts", default=64)
     num_experts_per_tok: int = 8
     norm_topk_prob: bool = False
     router_aux_loss_coef: float | None = None

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.config.base import FULL, SLIDING, key
+from runner.config.base import key
 from runner.config.decoder import WindowedConfig
+from runner.config.layer_types import FULL, SLIDING
 from runner.models import llama
 from runner.nn.linear import HIDDEN, KV, Linear, Q
 from runner.weights.tags import weight

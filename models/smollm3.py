@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runner.config.base import FULL, SLIDING
 from runner.config.decoder import WindowedConfig
+from runner.config.layer_types import FULL, SLIDING
 from runner.errors import ConfigError
 from runner.models.llama import Llama as Llama
 

@@ -7,12 +7,17 @@ class RunnerError(Exception):
     """Base of every error this package raises on purpose; the command line prints it and exits 1."""
 
 
+class RunnerWarning(UserWarning):
+    """A model was loaded, but something in its files was ignored; the command line prints it as a note."""
+
+
 class UsageError(RunnerError, ValueError):
     """An argument or option is wrong; the command line exits 2."""
 
 
 class ConfigError(RunnerError, ValueError):
-    """`config.json` or a file beside it lacks a key, has a wrong value, or an unknown key that could change numbers."""
+    """`config.json` or a file beside it lacks a key, has a wrong value, or a key that could change numbers and is not
+    understood."""
 
 
 class CheckpointError(RunnerError, ValueError):

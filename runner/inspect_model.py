@@ -41,6 +41,7 @@ class ModelReport:
 
     Attributes:
         ignored: names of the tensors that no field uses.
+        notes: sentences about keys of the config that nothing reads.
         parameters: how many numbers the weights stand for, quantized or not; a tied tensor counts once.
         nbytes: bytes of the tensors in use.
     """
@@ -56,6 +57,7 @@ class ModelReport:
     parameters: int
     nbytes: int
     bits_per_weight: float
+    notes: tuple[str, ...]
 
 
 def inspect(model: str | Path) -> ModelReport:
@@ -90,6 +92,7 @@ def inspect(model: str | Path) -> ModelReport:
         parameters=parameters,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / max(parameters, 1),
+        notes=config.notes,
     )
 
 

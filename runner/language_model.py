@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from runner.engine.generate import Cancelled
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.request import Request, Run
 from runner.engine.sampling import SamplingParams
-from runner.errors import ConfigError, ContextLengthError, UsageError
+from runner.errors import ConfigError, ContextLengthError, RunnerWarning, UsageError
 from runner.families import Model
 from runner.ops.device import Device
 from runner.ops.owner import OWNER
@@ -54,6 +55,11 @@ class LanguageModel:
     def config(self) -> Config:
         """The model's configuration, from its `config.json`."""
         return self.engine.config
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what was ignored in the model's files; `load` gives each as a `RunnerWarning`, too."""
+        return self.config.notes
 
     @property
     def model(self) -> Model:
@@ -250,6 +256,9 @@ def load(
 
     Raises:
         RunnerError: a subclass that says what is missing, unknown or inconsistent.
+
+    Warns:
+        RunnerWarning: for each of `LanguageModel.notes`.
     """
     files = open_files(resolve(str(model), revision=revision, progress=progress))
     # On the owner's thread as well: what reading a vocabulary has used and freed, reading the weights can use again.
@@ -270,7 +279,10 @@ def load(
 
         engine = OWNER.run(job, mx.default_device())
     params, ignored = SamplingParams.from_generation_config(files.generation_config)
-    return LanguageModel(files.path, engine, tokenizer, params, ignored, end_tokens(files, tokenizer))
+    lm = LanguageModel(files.path, engine, tokenizer, params, ignored, end_tokens(files, tokenizer))
+    for note in lm.notes:
+        warnings.warn(note, RunnerWarning, stacklevel=2)
+    return lm
 
 
 def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> frozenset[int]:

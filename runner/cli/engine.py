@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runner.cli import terminal
+from runner.errors import RunnerWarning
 
 if TYPE_CHECKING:
     from runner.answer import Timings
@@ -26,7 +28,12 @@ def open_model(model: str, dtype: str | None, adapters: Sequence[str] | None = N
     backend.require()
     import runner
 
-    lm = runner.load(model, dtype=dtype, adapters=adapters or (), progress=sys.stderr.isatty())
+    # The same sentences as warnings would come with this file's name and line.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunnerWarning)
+        lm = runner.load(model, dtype=dtype, adapters=adapters or (), progress=sys.stderr.isatty())
+    for note in lm.notes:
+        _note_once(note)
     if lm.device.notice is not None:
         _note_once(f"{lm.device.notice} ('runner doctor' says more)")
     return lm

@@ -45,6 +45,8 @@ def inspect(model: Model, *, unfold: All = False, as_json: AsJson = False) -> No
         *tables.section("tensors", tree(report, unfold)),
         *tables.section("totals", pairs(totals(report))),
     )
+    for note in report.notes:
+        terminal.note(note, "yellow")
 
 
 def pairs(values: dict[str, Any]) -> Table:
@@ -133,4 +135,5 @@ def as_dict(report: ModelReport) -> dict[str, Any]:
         "parameters": report.parameters,
         "bytes": report.nbytes,
         "bits_per_weight": report.bits_per_weight,
+        "notes": list(report.notes),
     }

@@ -20,7 +20,7 @@ ACTIVATIONS: Mapping[str, str] = {
 that this package computes for it."""
 
 
-def check_activation(name: str, known: Collection[str] = frozenset(ACTIVATIONS)) -> None:
-    """Raise `ConfigError` if the activation `name` is not in `known`."""
+def check_activation(name: str, known: Collection[str] = frozenset(ACTIVATIONS), key: str = "hidden_act") -> None:
+    """Raise `ConfigError` if the activation `name`, the value of `key` in `config.json`, is not in `known`."""
     if name not in known:
-        raise ConfigError(f"config.json: hidden_act {name!r} is not known; known are {', '.join(sorted(known))}")
+        raise ConfigError(f"config.json: {key} {name!r} is not known; known are {', '.join(sorted(known))}")

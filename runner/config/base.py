@@ -7,34 +7,32 @@ gets its value when its plain name and default do not:
 - `rope_theta: float = key(also="rotary_emb_base", default=10000.0)` reads `rope_theta`, or the older name of that key;
 - `mlp_bias: bool = fixed(True)` reads no key: in this family the inherited field always has that value.
 
-The two spellings of RoPE settings in transformers (v4 and v5) give equal configs. A key that no field reads and that is
-not known to be harmless is an error that names the key: skipping an unknown key can mean computing another model than
-its authors did.
+The two spellings of RoPE settings in transformers (v4 and v5) give equal configs. A key that no field reads is refused
+if it could change numbers, and ignored with a note otherwise (`runner.config.unknown_keys` has the principle).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
-from runner.config.harmless_keys import HARMLESS
+from runner.config import rope_keys
+from runner.config.layer_types import FULL, SLIDING
+from runner.config.problems import short
 from runner.config.rope import RopeScaling
+from runner.config.unknown_keys import judge
 from runner.errors import ConfigError
 
 _KEY = "runner.key"
 _ALSO = "runner.also"
 _MINIMUM = "runner.minimum"
 C = TypeVar("C", bound="Config")
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""The two values that an item of `layer_types` can have, spelled as in transformers."""
 
 MAX_DIMENSION = 1 << 24
 """Largest integer accepted in `config.json`. No published model comes near it; a larger one means a damaged or hostile
@@ -80,7 +78,7 @@ class Quantized:
                 `quantization_config` of a method that this package does not read.
         """
         if not isinstance(raw, Mapping):
-            raise ConfigError(f"quantization must be an object, not {_short(raw)}")
+            raise ConfigError(f"quantization must be an object, not {short(raw)}")
         if "quant_method" in raw:
             raise ConfigError(
                 f"quant_method {raw['quant_method']!r} is not supported for this model; use a checkpoint that is "
@@ -105,7 +103,7 @@ def _form(raw: Mapping[str, Any]) -> tuple[int, int, str]:
     ):
         raise ConfigError(
             f"quantization needs integers bits and group_size and a mode of MLX (affine, mxfp4, mxfp8, nvfp4), "
-            f"not {_short(dict(raw))}"
+            f"not {short(dict(raw))}"
         )
     return bits, group_size, mode
 
@@ -125,6 +123,8 @@ class Config:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     quantization: Quantized | None = None
+    notes: tuple[str, ...] = field(init=False, default=(), repr=False, compare=False)
+    """Sentences for people about what was ignored: keys of `config.json` that nothing reads."""
     layer_index: int | None = field(init=False, default=None, metadata={_MINIMUM: 0})
     """Index of the layer that this copy of the config describes; None in the config of the whole model."""
     INERT: ClassVar[frozenset[str]] = frozenset()
@@ -153,6 +153,12 @@ class Config:
         # The class is frozen; nobody else holds the copy yet.
         object.__setattr__(layer, "layer_index", index)
         return layer
+
+    @classmethod
+    def key_of(cls, field_name: str) -> str:
+        """The key of `config.json` that the field `field_name` is read from."""
+        (item,) = (item for item in dataclasses.fields(cls) if item.name == field_name)
+        return next(_names(item))
 
     @classmethod
     def reads_packed(cls, method: Mapping[str, Any]) -> bool:
@@ -194,67 +200,6 @@ def _check_minimum(item: dataclasses.Field[Any], value: object) -> None:
         raise ConfigError(f"config.json: {name} must be at least {minimum}, not {value}")
 
 
-def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring the RoPE settings of transformers v5 into the spelling of v4; other keys stay as they are.
-
-    `rope_parameters` becomes `rope_theta`, `rope_scaling` and `partial_rotary_factor`. If it holds one object per layer
-    type, the base of the sliding-window layers becomes `rope_local_base_freq`. A null `rope_scaling` is removed, so
-    that the field's default applies; a `rope_scaling` of type "default" becomes None.
-
-    Raises:
-        ConfigError: `rope_parameters` is malformed, or both spellings are present and disagree.
-    """
-    result = dict(raw)
-    # Removed before `rope_parameters` is read, which then has nothing to disagree with.
-    if result.get("rope_scaling", ...) is None:
-        del result["rope_scaling"]
-    parameters = result.pop("rope_parameters", None)
-    if parameters is not None:
-        _take_rope_parameters(result, parameters)
-    # "default" and no type at all both mean unscaled RoPE; None is the one way to say that from here on.
-    scaling = result.get("rope_scaling")
-    if isinstance(scaling, Mapping) and all(scaling.get(name) in (None, "default") for name in ("rope_type", "type")):
-        result["rope_scaling"] = None
-    return result
-
-
-def _take_rope_parameters(result: dict[str, Any], parameters: object) -> None:
-    """Move the settings in `rope_parameters` into the older keys of `result`, in place."""
-    if not isinstance(parameters, Mapping):
-        raise ConfigError(f"config.json: rope_parameters must be an object, not {parameters!r}")
-    scaling = dict(parameters)
-    # One object per type of layer (Gemma 3): the full-attention one takes the usual keys, and of the sliding-window one
-    # only the base has a key to go to, so anything else in it is refused.
-    if set(scaling) & {FULL, SLIDING}:
-        if set(scaling) - {FULL, SLIDING}:
-            raise ConfigError(
-                "config.json: rope_parameters must be one object for all layers or one for each type of layer, "
-                f"not {_short(scaling)}"
-            )
-        if not all(isinstance(value, Mapping) for value in scaling.values()):
-            raise ConfigError(
-                f"config.json: rope_parameters needs an object for each type of layer, not {_short(scaling)}"
-            )
-        local = dict(scaling.get(SLIDING, {}))
-        scaling = dict(scaling.get(FULL, {}))
-        if set(local) - {"rope_theta", "rope_type"} or local.get("rope_type", "default") != "default":
-            raise ConfigError(f"config.json: rope_parameters of {SLIDING} can only have a rope_theta, not {local!r}")
-        if "rope_theta" in local:
-            result.setdefault("rope_local_base_freq", local["rope_theta"])
-    # A file written for both versions has these settings twice: they must agree, and a null in the older key yields.
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if name in scaling:
-            value = scaling.pop(name)
-            if result.setdefault(name, value) not in (value, None):
-                raise ConfigError(f"config.json says {name} twice: {result[name]!r}, and {value!r} in rope_parameters")
-            result[name] = value
-    # What is left describes the scaling. Parsed objects are compared, because `type` and `rope_type` are synonyms.
-    legacy = result.get("rope_scaling")
-    if legacy is not None and RopeScaling.from_dict(legacy) != RopeScaling.from_dict(scaling):
-        raise ConfigError(f"config.json: rope_scaling {legacy!r} and rope_parameters {dict(parameters)!r} disagree")
-    result["rope_scaling"] = scaling
-
-
 def read(cls: type[C], raw: Mapping[str, Any]) -> C:
     """Build a config of class `cls` from the object in `config.json`; see `Config.from_dict` for the errors.
 
@@ -262,7 +207,9 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
     are collected, so that one message lists them all.
     """
     # From here on RoPE settings have one spelling; `raw` is needed only for what that spelling no longer shows.
-    values = normalise(raw)
+    values = rope_keys.normalise(raw)
+    if all(item.name != "original_max_position_embeddings" for item in dataclasses.fields(cls)):
+        values = rope_keys.with_original_length(values)
 
     # `quantization_config` is harmless where the checkpoint reader or the family's tags understand its method. The
     # checkpoint reader removes the methods that it handles, so one that is still here and not the family's is refused.
@@ -276,17 +223,14 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
     # A family with two RoPE bases cannot tell from a single object which layers it is for.
     parameters = raw.get("rope_parameters")
     if "rope_local_base_freq" in hints and isinstance(parameters, Mapping) and set(parameters) - {FULL, SLIDING}:
-        problems.append(f"rope_parameters needs an object for each type of layer, not {_short(dict(parameters))}")
+        problems.append(f"rope_parameters needs an object for each type of layer, not {short(dict(parameters))}")
 
     arguments: dict[str, Any] = {}
-    known: set[str | None] = {*cls.INERT, *cls.ONLY}
     for item in dataclasses.fields(cls):
         # A `fixed` field has no key here; if the file sets that key all the same, it is reported as unknown below.
         if not item.init:
             continue
         name = _present(item, values, problems)
-        # Both names are known, also where only one of them is read.
-        known |= {item.metadata.get(_KEY, item.name), item.metadata.get(_ALSO)}
         required = item.default is MISSING and item.default_factory is MISSING
 
         # A null means, in this order: what the family says, false for a bool, None where the type allows it, and
@@ -313,11 +257,33 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
     # Keys that no field reads: those with one published value, then those that nobody knows.
     for name, only in cls.ONLY.items():
         if values.get(name) not in (None, only):
-            problems.append(f"key {name!r} = {_short(values[name])} is not supported, only {only!r} is")
-    problems += _unknown(values, known)
+            problems.append(f"key {name!r} = {short(values[name])} is not supported, only {only!r} is")
+    refused, ignored = judge(values, readable_keys(cls), {*cls.INERT, *cls.ONLY}, raw.get("model_type"))
+    misspelt, unread = rope_keys.unread(raw) if "rope_scaling" in readable_keys(cls) else ([], [])
+    problems += refused + misspelt
+    notes = [f"config.json: nothing reads {', '.join(ignored + unread)}: ignored"] if ignored or unread else []
     if problems:
-        raise ConfigError(f"config.json of a {raw.get('model_type', '(unnamed)')} model: " + "; ".join(problems))
-    return cls(**arguments)
+        name = f"config.json of a {raw.get('model_type', '(unnamed)')} model"
+        raise ConfigError(f"{name}: " + "; ".join(problems + [note.removeprefix("config.json: ") for note in notes]))
+    config = cls(**arguments)
+    object.__setattr__(config, "notes", tuple(notes))  # the class is frozen; nobody else holds the config yet
+    return config
+
+
+def readable_keys(cls: type[Config]) -> frozenset[str]:
+    """The keys of `config.json` that the fields of `cls` are read from, older names included."""
+    names = {name for item in dataclasses.fields(cls) if item.init for name in _names(item)}
+    # Two keys are read on the way to the one spelling of RoPE settings.
+    if "rope_scaling" in names:
+        names |= {"rope_parameters", "original_max_position_embeddings"}
+    return frozenset(names)
+
+
+def _names(item: dataclasses.Field[Any]) -> Iterator[str]:
+    """The key of a field, and the older name of the key, if there is one."""
+    yield item.metadata.get(_KEY, item.name)
+    if item.metadata.get(_ALSO) is not None:
+        yield item.metadata[_ALSO]
 
 
 def _present(item: dataclasses.Field[Any], values: Mapping[str, Any], problems: list[str]) -> str:
@@ -329,26 +295,8 @@ def _present(item: dataclasses.Field[Any], values: Mapping[str, Any], problems: 
     if also is None or values.get(also) is None:
         return str(name)
     if values.get(name) not in (None, values[also]):
-        problems.append(f"{name!r} = {_short(values[name])} and {also!r} = {_short(values[also])} disagree")
+        problems.append(f"{name!r} = {short(values[name])} and {also!r} = {short(values[also])} disagree")
     return str(also)
-
-
-def _unknown(values: Mapping[str, Any], known: set[str | None]) -> list[str]:
-    """One line for each key that is neither read nor known to be harmless, with the nearest known key as a hint."""
-    problems = []
-    for name, value in values.items():
-        # null and false are how a file says that a feature which this family does not have is off.
-        if name in known or name in HARMLESS or value is None or value is False:
-            continue
-        near = difflib.get_close_matches(name, sorted(filter(None, known)), n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        problems.append(f"key {name!r} = {_short(value)} could change the numbers and is not understood{hint}")
-    return problems
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _accepts_none(hint: Any) -> bool:
@@ -378,7 +326,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return tuple(_convert(item, typing.get_args(hint)[0], f"{name}[{i}]") for i, item in enumerate(value))
     elif hint is int and not isinstance(value, bool) and isinstance(value, int | float) and value == _floor(value):
         if abs(value) > MAX_DIMENSION:
-            raise ConfigError(f"key {name!r} = {_short(value)} is larger than any model has ({MAX_DIMENSION})")
+            raise ConfigError(f"key {name!r} = {short(value)} is larger than any model has ({MAX_DIMENSION})")
         return int(value)
     # The bound is compared first: `math.isfinite` and `float` raise OverflowError for an integer of hundreds of digits.
     elif hint is float and not isinstance(value, bool) and isinstance(value, int | float):
@@ -388,7 +336,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return value
     # A branch above that did not return had a value of the right kind but out of range.
     expected = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise ConfigError(f"key {name!r} must be {expected}, not {_short(value)}")
+    raise ConfigError(f"key {name!r} must be {expected}, not {short(value)}")
 
 
 def _floor(value: float) -> float:

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from runner.config import layer_types
 from runner.config.activations import ACTIVATIONS, check_activation
-from runner.config.base import SLIDING, Config, fixed
+from runner.config.base import Config, fixed
+from runner.config.layer_types import SLIDING
 from runner.config.rope import RopeScaling, depends_on_length
 from runner.errors import ConfigError
 
@@ -44,7 +45,7 @@ class DecoderConfig(Config):
                 f"config.json: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        check_activation(self.hidden_act, self.ACTS)
+        check_activation(self.hidden_act, self.ACTS, self.key_of("hidden_act"))
 
     @property
     def rotary_dim(self) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runner.config.base import FULL, SLIDING
 from runner.errors import ConfigError
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""The two values that an item of `layer_types` can have, spelled as in transformers."""
 
 
 def checked(layer_types: Sequence[str] | None, layers: int, default: Sequence[str]) -> tuple[str, ...]:

@@ -69,9 +69,7 @@ class RopeScaling:
         """
         if not isinstance(raw, Mapping):
             raise ConfigError(f"rope_scaling must be an object, not {raw!r}")
-        # transformers renamed `type` to `rope_type`; files may have both, which must then agree.
-        kinds = {raw[name] for name in ("rope_type", "type") if isinstance(raw.get(name), str)}
-        kinds = {_ALIASES.get(kind, kind) for kind in kinds} or {"default"}
+        kinds = _kinds(raw)
         if len(kinds) > 1:
             raise ConfigError(f"rope_scaling names two types: {sorted(kinds)}")
         kind = kinds.pop()
@@ -85,6 +83,23 @@ class RopeScaling:
         if missing or (unknown and kind != "default"):
             raise ConfigError(f"rope type {kind!r}: missing {missing}, not understood {unknown}")
         return cls(kind=kind, **{name: _number(name, values[name]) for name in values if name in allowed})
+
+
+def kind_of(raw: Mapping[str, Any]) -> str | None:
+    """The type that a `rope_scaling` object names, "default" for none; None if it names two or an unknown one."""
+    kinds = _kinds(raw)
+    return next(iter(kinds)) if len(kinds) == 1 and kinds <= _REQUIRED.keys() else None
+
+
+def keys_of(kind: str) -> frozenset[str]:
+    """The keys that RoPE scaling of the type `kind` reads, besides those that name the type."""
+    return frozenset(_REQUIRED[kind] + _OPTIONAL.get(kind, ()))
+
+
+def _kinds(raw: Mapping[str, Any]) -> set[str]:
+    # transformers renamed `type` to `rope_type`; files may have both, which must then agree.
+    kinds = {raw[name] for name in ("rope_type", "type") if isinstance(raw.get(name), str)}
+    return {_ALIASES.get(kind, kind) for kind in kinds} or {"default"}
 
 
 def _number(name: str, value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.checkpoint.shard_writer import WIDTHS, Planned, bytes_of
-from runner.config.base import normalise
+from runner.config.rope_keys import normalise
 from runner.convert.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
 from runner.convert.quantize import Quantizer
 from runner.engine.engine import DTYPES

@@ -221,3 +221,15 @@ def test_kernels_missing_is_said_once_on_stderr() -> None:
     done = run("generate", MODEL, "abc", "--raw", *GREEDY, RUNNER_KERNELS_ISA="none")
     assert done.returncode == 0
     assert done.stderr.count("slower") == 1
+
+
+def test_an_ignored_key_is_one_note_on_stderr(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**raw, "use_flash_attention_2": True}))
+    note = "config.json: nothing reads 'use_flash_attention_2' = True: ignored\n"
+    done = run("generate", str(model), "abc", "--raw", *GREEDY)
+    assert (done.returncode, done.stdout) == (0, answer("abc", "--raw")) and done.stderr.count(note) == 1
+    shown = run("inspect", str(model))
+    assert shown.returncode == 0 and shown.stderr == note

@@ -1,4 +1,4 @@
-"""Thousands of damaged config.json objects: each must give a clean error, or a config that the planner accepts."""
+"""Thousands of damaged config.json objects: each gives a clean error, or a config that can be planned."""
 
 from __future__ import annotations
 
@@ -54,13 +54,15 @@ def test_a_damaged_config_is_refused_or_planned(path: Path) -> None:
     rng = random.Random(path.name)
     raw = json.loads((path / "config.json").read_text())
     headers = Checkpoint.open(path).headers
-    refused = 0
+    told = 0
     for _ in range(ROUNDS):
         damaged = mutate(raw, rng)
         try:
             config_class, model_class = find(damaged)
-            plan(model_class, config_class.from_dict(damaged), headers)
+            config = config_class.from_dict(damaged)
+            plan(model_class, config, headers)
+            told += bool(config.notes)
         except RunnerError as error:
-            refused += 1
+            told += 1
             assert str(error), damaged
-    assert refused > ROUNDS // 4  # a reader that accepts nearly anything would pass the rest
+    assert told > ROUNDS // 4  # a reader that accepts nearly anything would pass the rest

@@ -16,8 +16,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf_bytes import Metadata, file_bytes, vocabulary
 
-from runner.config.base import normalise
 from runner.config.rope import RopeScaling, attention_factor, inverse_frequencies
+from runner.config.rope_keys import normalise
 
 ARCHITECTURES = {
     "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA", "gemma2": "GEMMA2",
