@@ -47,8 +47,9 @@ class Backend(Protocol):
 class JsonBackend:
     """Backend over the `tokenizers` library, whose tokenizer is read from a tokenizer.json or rebuilt from other files.
 
-    The post-processor in the file decides on BOS and EOS; add_bos_token in tokenizer_config.json does not, as in
-    transformers 5.23, which drops the flag if there is a tokenizer.json.
+    The file's post-processor decides on BOS and EOS, as in transformers 5.23, which drops the flags of
+    tokenizer_config.json beside a tokenizer.json. The one exception is add_bos_token: true, which puts BOS first where
+    the post-processor does not: DeepSeek's files rely on the flag, and transformers 4 and llama.cpp honour it.
     """
 
     def __init__(self, library: tokenizers.Tokenizer, files: TokenizerFiles, kind: str = "tokenizer.json") -> None:
@@ -62,6 +63,7 @@ class JsonBackend:
         added = self._library.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {token.content: index for index, token in added.items() if token.special}
         self._special_ids = frozenset(self.special.values())
+        self._bos = self.token_id(files.named.get("bos_token", "")) if files.add_bos_token else None
         self._unknown_id = _unknown_id(self._library)
         self.scanner = TokenScanner((_flags(token), index) for index, token in added.items() if token.special)
         # The anchor stands for the special tokens that `encode_matches` is given, while the library takes all others as
@@ -77,8 +79,10 @@ class JsonBackend:
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
         if parse_special:
             ids: list[int] = self._run(text, add_special_tokens, parse_special=True).ids
-            return ids
-        return self._encode_anchored([text], [], add_special_tokens)
+        else:
+            ids = self._encode_anchored([text], [], add_special_tokens)
+        wanted = self._bos if add_special_tokens else None
+        return ids if wanted is None or ids[:1] == [wanted] else [wanted, *ids]
 
     def encode_rendered(self, text: str) -> list[int]:
         """Encode a rendered chat none of whose strings spells a special token: all in it are the template's.

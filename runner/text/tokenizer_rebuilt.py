@@ -20,7 +20,6 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from runner.errors import TokenizerError
 from runner.local_files import path_in, read_file
 from runner.text.detokenizer import byte_alphabet
-from runner.text.special_tokens import AddedToken
 from runner.text.tokenizer_files import TokenizerFiles
 
 MAX_FILE = 64 << 20
@@ -67,7 +66,7 @@ def byte_level(directory: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
     result = _assemble(vocab, _merges(path_in(directory, "merges.txt")), cut, ignore_merges=False, path=path)
     if name == "Qwen2Tokenizer":
         result.normalizer = normalizers.NFC()
-    return _with_bos(result, files)
+    return result
 
 
 def tiktoken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
@@ -86,7 +85,7 @@ def tiktoken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
         raise TokenizerError(
             f"{path}: how text is cut for a vocabulary of {len(ranks)} ranks is not known ({known} are)"
         )
-    return _with_bos(from_ranks(ranks, pattern, path), files)
+    return from_ranks(ranks, pattern, path)
 
 
 def tekken(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
@@ -192,25 +191,6 @@ def _split(pattern: str) -> Any:
     except Exception as error:  # an invalid expression is a bare exception of the library
         raise TokenizerError(f"the pattern that cuts text is not a valid regular expression ({error})") from error
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _with_bos(library: tokenizers.Tokenizer, files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """Let the tokenizer put BOS first if tokenizer_config.json asks for it (`add_bos_token`)."""
-    text = files.named.get("bos_token")
-    if files.add_bos_token and text:
-        # BOS has an id only once it is added, and it must get the one that it has among all added tokens.
-        library.add_tokens([_library_token(token) for token in files.added if token.content])
-        index = library.token_to_id(text)
-        if index is not None:
-            library.post_processor = _bos(text, index)
-    return library
-
-
-def _library_token(token: AddedToken) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(
-        token.content, special=token.special, normalized=token.normalized, lstrip=token.lstrip, rstrip=token.rstrip,
-        single_word=token.single_word,
-    )  # fmt: skip
 
 
 def _bos(text: str, index: int) -> Any:

@@ -227,11 +227,44 @@ def test_prefix_space_of_a_lone_model(tmp_path: Path) -> None:
     assert "".join(map(str, pieces("spaced", " a", legacy=False))) == "▁a"
 
 
-def test_the_post_processor_of_tokenizer_json_decides(tmp_path: Path) -> None:
-    """`add_bos_token` beside a tokenizer.json changes nothing, as in transformers 5."""
+def without_post_processor(to: Path, processor: Any, **changes: Any) -> Tokenizer:
+    """The tokenizer.json of the fixture with another post-processor (None: none) and other keys in its config."""
+    directory = copy_of("chatml", to, **changes)
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "post_processor": processor}))
+    return Tokenizer.from_directory(directory)
+
+
+def test_a_post_processor_that_adds_bos_does_so_whatever_the_flag(tmp_path: Path) -> None:
+    """As in transformers 5.23, which drops the flags beside a tokenizer.json; and never BOS twice."""
     for value in (True, False, None):
-        directory = copy_of("chatml", tmp_path / str(value), add_bos_token=value)
-        assert Tokenizer.from_directory(directory).encode("a")[0] == 0
+        tokenizer = Tokenizer.from_directory(copy_of("chatml", tmp_path / str(value), add_bos_token=value))
+        ids = tokenizer.encode("a")
+        assert ids[0] == 0 and 0 not in ids[1:]
+
+
+@pytest.mark.parametrize("processor", [None, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+                                              "use_regex": True}])  # fmt: skip
+def test_add_bos_token_puts_bos_first_where_the_post_processor_does_not(tmp_path: Path, processor: Any) -> None:
+    tokenizer = without_post_processor(tmp_path / "true", processor, add_bos_token=True)
+    bare = without_post_processor(tmp_path / "unsaid", processor, add_bos_token=None)
+    bos = tokenizer.bos_token_id
+    assert bos is not None
+    for text in ("", "a b", "日本"):
+        plain = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text) == [bos, *plain] and bare.encode(text) == plain
+    named = next(token for token, index in tokenizer.special_tokens.items() if index == bos)
+    assert tokenizer.encode(f"{named}a", parse_special=True).count(bos) == 1
+    messages = chat("hi")
+    assert tokenizer.apply_chat_template(messages) == bare.apply_chat_template(messages)
+    # Siblings, as in transformers 5.23: a false flag adds nothing, and neither does add_eos_token, nor a flag for a BOS
+    # that has no name.
+    for name, changes in {
+        "false": {"add_bos_token": False}, "eos": {"add_eos_token": True}, "nameless": {"add_bos_token": True,
+        "bos_token": None}
+    }.items():  # fmt: skip
+        flags = {"add_bos_token": None, **changes}
+        assert without_post_processor(tmp_path / name, processor, **flags).encode("a") == bare.encode("a")
 
 
 def test_eos_forms(tmp_path: Path) -> None:
