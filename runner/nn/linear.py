@@ -13,7 +13,7 @@ from runner.errors import WeightsError
 from runner.nn.fast import provided_ops
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import Ops
-from runner.weights.tags import PACKED, SCALES, Choice, Chooses, Header, setting, tensor
+from runner.weights.tags import FLOAT, PACKED, SCALES, Choice, Chooses, Header, setting, tensor
 from runner.weights.tree import Join, Leaf, Size, Tree, leaf_shapes, leaves
 
 HIDDEN, INTERMEDIATE, VOCAB = "hidden_size", "intermediate_size", "vocab_size"
@@ -80,6 +80,12 @@ class QuantizedFields:
     bits: int = setting()
     group_size: int = setting()
     mode: str = setting()
+
+    def __post_init__(self) -> None:
+        # Kernels take scales and biases of one dtype; where files store two, float32 holds the numbers of both.
+        if self.biases is not None and self.biases.dtype != self.scales.dtype:
+            self.scales, self.biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
+            mx.eval(self.scales, self.biases)
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -192,7 +198,10 @@ def stored_quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], c
     # Biases mean the affine mode; the other modes are told apart by their sizes.
     affine = f"{leaf.name}.biases" in headers
     mode = "affine" if affine else _MODES.get((bits, group_size, scales.dtype))
-    if bits_rest or group_rest or mode is None or (affine and (bits not in _BITS or group_size not in _GROUPS)):
+    fits = mode is not None and not bits_rest and not group_rest
+    if affine:
+        fits = fits and bits in _BITS and group_size in _GROUPS and scales.dtype in FLOAT
+    if mode is None or not fits:
         raise WeightsError(
             f"{leaf.name}: weight {list(packed.shape)} and scales {list(scales.shape)} {scales.dtype} fit "
             f"none of MLX's quantizations of a matrix with {width} inputs"
