@@ -210,7 +210,8 @@ class LanguageModel:
         """Answer a conversation through the chat template, token by token.
 
         Args:
-            messages: `[{"role": ..., "content": ...}, ...]`.
+            messages: `[{"role": ..., "content": ...}, ...]`, in OpenAI's shapes: content may be a list of parts with
+                text, and is absent from a tool call.
             tools: JSON schemas of functions the model may call, for templates that take them.
             template: the name of one of the model's templates, or Jinja text; None: the one called `tool_use` if it
                 exists and there are tools, else the default.
@@ -221,14 +222,14 @@ class LanguageModel:
         text as `content` and, if you like, the reasoning as `reasoning_content`: the template decides what it keeps.
 
         Raises:
-            TemplateError: the model has no chat template, or the template refused the messages.
+            TemplateError: the model has no chat template, a message has another shape, or the template refused it.
+            UsageError: `template_kwargs` has a name that the template gets from elsewhere, such as `messages`.
         """
-        chat, functions = list(messages), None if tools is None else list(tools)
-        variables = template_kwargs or {}
+        variables = self.tokenizer.template_kwargs(template_kwargs)
         ids = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, tools=functions, template=template, **variables
+            messages, add_generation_prompt=True, tokenize=True, tools=tools, template=template, **variables
         )
-        separator = self.tokenizer.separator(ids, chat, tools=functions, template=template, **variables)
+        separator = self.tokenizer.separator(ids, messages, tools=tools, template=template, **variables)
         return self._start(ids, separator, **options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:

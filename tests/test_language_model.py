@@ -1,14 +1,18 @@
-"""Whole answers of scripted models: reasoning apart from content, and stop texts that are special tokens."""
+"""Whole answers: reasoning apart from content, stop texts that are special tokens, and chats in OpenAI's shapes."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from places import TESTS
 from scripted import scripted
 
 import runner
+from runner.errors import TemplateError, UsageError
+from runner.language_model import LanguageModel
 
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 HARMONY_TEMPLATE = (
@@ -102,3 +106,47 @@ def test_a_stop_text_within_the_reasoning(tmp_path: Path) -> None:
     named = template() + "{# <think></think> #}"
     found = ask(tmp_path, "<think>Easy.</think>Paris.", template=named, stop="</think>")
     assert (found.text, found.reasoning, found.finish_reason) == ("", "Easy.", "stop")
+
+
+MODEL = TESTS / "fixtures" / "llama" / "llama-gqa"
+ABC = {"role": "user", "content": "abc"}
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return runner.load(MODEL)
+
+
+def test_parts_with_text_are_answered_as_the_text(lm: LanguageModel) -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "bc"}]}
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
+    assert lm.chat([parts], **options).text == lm.chat([ABC], **options).text
+    assert lm.tokenizer.apply_chat_template([parts]) == lm.tokenizer.apply_chat_template([ABC])
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "tokenize", "add_generation_prompt", "bos_token", "self"])
+def test_taken_names_of_template_variables_are_refused(lm: LanguageModel, name: str) -> None:
+    with pytest.raises(UsageError, match=f"template_kwargs cannot set '{name}'"):
+        lm.chat_stream([ABC], template_kwargs={name: 1})
+
+
+def test_template_variables_reach_the_template(lm: LanguageModel) -> None:
+    template = "{{ 'no' if deep is defined and not deep else 'yes' }}{{ messages[0].content }}"
+    texts: list[Any] = []
+    for given in (None, {"deep": False}):
+        variables = lm.tokenizer.template_kwargs(given)
+        texts.append(lm.tokenizer.apply_chat_template([ABC], tokenize=False, template=template, **variables))
+    assert texts == ["yesabc", "noabc"]
+
+
+@pytest.mark.parametrize("messages", ["abc", ABC, [], 5, ["abc"]])
+def test_chats_of_another_shape_are_named(lm: LanguageModel, messages: Any) -> None:
+    with pytest.raises(TemplateError, match="messages"):
+        lm.chat(messages, max_tokens=1)
+
+
+def test_a_chat_without_a_template_says_so(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template*"))
+    base = runner.load(tmp_path / "base")
+    with pytest.raises(TemplateError, match="the model has no chat template"):
+        base.chat([ABC])

@@ -1,101 +1,18 @@
-"""Chat templates: choosing one, checking its inputs, and rendering it to the text that transformers renders."""
+"""Chat templates: choosing one, and rendering it to the text that transformers renders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
 from types import CodeType
 from typing import Any
 
 from runner.errors import TemplateError
+from runner.text.chat_inputs import REASONING, ChatInputs, size_of
 from runner.text.template_limits import MAX_SOURCE
+from runner.text.template_shapes import TemplateShapes
 
-Message = Mapping[str, Any]
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-_MAX_DEPTH = 100
 _MAX_COMPILED = 16
-
-
-@dataclass(frozen=True)
-class ChatInputs:
-    """Inputs of one rendering: plain JSON-like copies, so that a template gets no object of the caller's.
-
-    `continue_final_message` is the key of the last message that the model is to go on writing; None: a new message.
-    """
-
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
-    extra: dict[str, Any]
-    add_generation_prompt: bool = False
-    continue_final_message: str | None = None
-    now: datetime = field(default_factory=datetime.now)
-
-
-def chat_inputs(
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    continue_final_message: bool | str = False,
-    **extra: Any,
-) -> ChatInputs:
-    """Check and copy the inputs of a template, as transformers does.
-
-    Keys of a message that are None are left out. The reasoning of a message gets the names `thinking` and
-    `reasoning_content`, whichever of its names it came under, since templates read either.
-
-    Args:
-        continue_final_message: True to let the model go on writing the `content` of the last message, or another key of
-            that message.
-        extra: variables for the template.
-
-    Raises:
-        TemplateError: the chat is empty, a message is not a mapping, a value is not JSON-like, or both a generation
-            prompt and a message to continue are asked for.
-    """
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise TemplateError('messages must be a list of at least one {"role": ..., "content": ...}')
-    if add_generation_prompt and continue_final_message:
-        raise TemplateError("add_generation_prompt and continue_final_message exclude each other: choose one")
-    if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise TemplateError("tools must be a list of JSON schemas (mappings); describe a function by its schema")
-    copied: list[dict[str, Any]] = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise TemplateError(f"messages[{index}] is a {type(message).__name__}, expected a mapping with a role")
-        plain = _plain({key: value for key, value in message.items() if value is not None}, f"messages[{index}]")
-        reasoning = next((plain[key] for key in _REASONING if plain.get(key) is not None), None)
-        # The first of the names that is set gives the text; a `thinking` of the message's own stays.
-        if reasoning is not None:
-            plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-        copied.append(plain)
-    key = "content" if continue_final_message is True else continue_final_message or None
-    return ChatInputs(
-        copied, _plain(tools, "tools"), _plain(extra, "template arguments"), add_generation_prompt, key
-    )  # fmt: skip
-
-
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Deep copy of a JSON-like value; `where` names the value in an error."""
-    if depth > _MAX_DEPTH:
-        raise TemplateError(f"{where} is nested more than {_MAX_DEPTH} deep")
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    # A subclass of str could have methods of its own, which a template would call.
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, Mapping):
-        return {
-            _plain(key, where, depth + 1): _plain(item, f"{where}[{key!r:.40}]", depth + 1)
-            for key, item in value.items()
-        }
-    if isinstance(value, tuple):
-        return tuple(_plain(item, where, depth + 1) for item in value)
-    if isinstance(value, list):
-        return [_plain(item, where, depth + 1) for item in value]
-    raise TemplateError(f"{where} is a {type(value).__name__}; templates take text, numbers, lists and mappings only")
 
 
 class ChatTemplates:
@@ -105,6 +22,7 @@ class ChatTemplates:
         self._templates = dict(templates)
         self._variables = dict(variables)
         self._compiled: dict[str, CodeType] = {}
+        self._shapes: dict[str, TemplateShapes] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -141,6 +59,19 @@ class ChatTemplates:
     def _listed(self) -> str:
         return f"there are: {', '.join(self._templates)}" if self._templates else "the model has none"
 
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """Variables that every template can read, by name."""
+        return self._variables
+
+    def fit(self, source: str, inputs: ChatInputs) -> ChatInputs:
+        """Return the inputs in the shapes that the template `source` understands (`TemplateShapes.fit`)."""
+        if source not in self._shapes:
+            while len(self._shapes) >= _MAX_COMPILED:
+                self._shapes.pop(next(iter(self._shapes)))
+            self._shapes[source] = TemplateShapes(lambda probe: self.render(source, probe))
+        return self._shapes[source].fit(inputs)
+
     def render(self, source: str, inputs: ChatInputs) -> str:
         """Render `inputs` with the template `source`, within the limits of `runner.text.template_sandbox`."""
         from runner.text.template_sandbox import render_template  # jinja2 only where a chat is rendered
@@ -158,7 +89,10 @@ class ChatTemplates:
             "documents": inputs.extra.get("documents"),
             "add_generation_prompt": inputs.add_generation_prompt,
         }
-        text = render_template(self._code(source), variables, size=_size(variables) + len(source), now=inputs.now)
+        size = size_of(variables) + len(source)
+        text = render_template(
+            self._code(source), variables, size=size, now=inputs.now, deadline=inputs.deadline
+        )  # fmt: skip
         return text if cut is None else _cut_at_tag(text, inputs.messages[-1][cut])
 
     def _code(self, source: str) -> CodeType:
@@ -174,17 +108,6 @@ class ChatTemplates:
         return self._compiled[source]
 
 
-def _size(value: Any) -> int:
-    """Number of characters and items in a plain value."""
-    if isinstance(value, str):
-        return len(value) + 1
-    if isinstance(value, Mapping):
-        return 1 + sum(_size(key) + _size(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return 1 + sum(_size(item) for item in value)
-    return 1
-
-
 def _tag_final(messages: list[dict[str, Any]], key: str, source: str) -> list[dict[str, Any]]:
     """Return the messages with a tag after the text that the model is to continue; way and tag are transformers'."""
     final = messages[-1]
@@ -192,7 +115,7 @@ def _tag_final(messages: list[dict[str, Any]], key: str, source: str) -> list[di
     if value is None:
         raise TemplateError(f"continue_final_message: the final message has no {key!r:.40} to continue")
     # A reasoning text stands in the message under several names, and the template may read any of them.
-    keys = [name for name in _REASONING if final.get(name) == value] if key in _REASONING else [key]
+    keys = [name for name in REASONING if final.get(name) == value] if key in REASONING else [key]
     if not any(name in source for name in keys):
         raise TemplateError(f"continue_final_message: the chat template does not read {key!r:.40}")
     if isinstance(value, str):

@@ -19,35 +19,45 @@ _INT_BITS = 4096
 _NESTING = (list, tuple, dict, set, frozenset, KeysView, ValuesView, ItemsView)
 
 
+class OverBudgetError(TemplateError):
+    """A template exceeds a limit on steps, time or sizes."""
+
+
+def seconds_for(size: int) -> float:
+    """Seconds that rendering inputs of `size` characters and items may take: 3, and one more for each million."""
+    return _SECONDS + size * 1e-6
+
+
 class Budget:
     """What one rendering may still spend.
 
     `size` is the number of characters and items in the template and its inputs; limits on text and steps grow with it.
+    `deadline` is a time of `time.monotonic`; None: as late as the size allows.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, deadline: float | None = None) -> None:
         self.text_limit = _TEXT + 4 * size
         self._work = _WORK * self.text_limit
         self._steps = _STEPS + 4 * size
-        self._deadline = time.monotonic() + _SECONDS
+        self._deadline = time.monotonic() + seconds_for(size) if deadline is None else deadline
 
     def step(self) -> None:
-        """Count one step; raises `TemplateError` when steps or time run out."""
+        """Count one step; raises `OverBudgetError` when steps or time run out."""
         self._steps -= 1
         if self._steps < 0 or time.monotonic() > self._deadline:
-            raise TemplateError("the chat template takes too many steps: its loops are refused; use another template")
+            raise OverBudgetError("the chat template takes too many steps: its loops are refused; use another template")
 
     def check(self, length: int) -> None:
-        """Raise `TemplateError` if a text or list of `length`, which is about to be made, would be too long."""
+        """Raise `OverBudgetError` if a text or list of `length`, which is about to be made, would be too long."""
         if length > self.text_limit:
-            raise TemplateError(
+            raise OverBudgetError(
                 f"the chat template makes {_shown(length)} characters at once, more than the {self.text_limit} allowed"
             )
 
     def check_bits(self, bits: int) -> None:
-        """Raise `TemplateError` if an integer of `bits` bits, which is about to be made, would be too large."""
+        """Raise `OverBudgetError` if an integer of `bits` bits, which is about to be made, would be too large."""
         if bits > _INT_BITS:
-            raise TemplateError(f"the chat template makes a number of {_shown(bits)} bits, more than {_INT_BITS}")
+            raise OverBudgetError(f"the chat template makes a number of {_shown(bits)} bits, more than {_INT_BITS}")
 
     def charge(self, value: Any) -> Any:
         """Charge the budget for a value that was just made, and return the value."""
@@ -64,11 +74,11 @@ class Budget:
         self.check(length)
         self._work -= length
         if self._work < 0:
-            raise TemplateError("the chat template makes too much text in all; use another template")
+            raise OverBudgetError("the chat template makes too much text in all; use another template")
         return value
 
     def walk(self, value: Any, indent: int = 0) -> Any:
-        """Return `value`; raise `TemplateError` if writing it out, `indent` deeper for each level, would be too long.
+        """Return `value`; raise `OverBudgetError` if writing it out, `indent` deeper for each level, would be too long.
 
         A container counts as often as it occurs: nested pairs `[x, x]` are small in memory and endless in print.
         """
@@ -91,7 +101,7 @@ class Budget:
 
 
 def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
-    """Raise `TemplateError` if the result of `left operator right` would be too large."""
+    """Raise `OverBudgetError` if the result of `left operator right` would be too large."""
     if operator == "*":
         for value, times in ((left, right), (right, left)):
             if isinstance(value, (str, bytes, list, tuple)) and isinstance(times, int):
@@ -108,7 +118,7 @@ def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None
 
 
 def check_format(budget: Budget, template: str, values: Any, *, nested: bool) -> None:
-    """Raise `TemplateError` if formatting `template` with `values` makes a wide field or too long a text.
+    """Raise `OverBudgetError` if formatting `template` with `values` makes a wide field or too long a text.
 
     `nested`: a width may come from a value (`%*d`, `{:{}}`), so that numbers among the values are checked as widths.
     """
@@ -120,7 +130,7 @@ def check_format(budget: Budget, template: str, values: Any, *, nested: bool) ->
         texts = [value for value in listed if isinstance(value, str)]
         wide = wide or any(abs(n) > _WIDTH for n in numbers) or any(re.search(r"\d{5}", text) for text in texts)
     if wide:
-        raise TemplateError(f"the chat template formats a field wider than {_WIDTH}")
+        raise OverBudgetError(f"the chat template formats a field wider than {_WIDTH}")
     # An upper bound: every field is as long as the longest value or the widest width.
     longest = max((len(str(value)) for value in listed if isinstance(value, (str, *_NESTING))), default=0)
     fields = template.count("{") + template.count("%")
@@ -131,7 +141,7 @@ def check_format(budget: Budget, template: str, values: Any, *, nested: bool) ->
 def check_text_call(
     budget: Budget, name: str, text: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Raise `TemplateError` if the result of the string method `name` would be too long.
+    """Raise `OverBudgetError` if the result of the string method `name` would be too long.
 
     Returns the arguments of the method, with the iterable given to `join`, which measuring uses up, as a list.
     """
@@ -150,7 +160,7 @@ def check_text_call(
 
 
 def check_filter(budget: Budget, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Raise `TemplateError` if the result of the filter `name` would be too large; `args[0]` is the filtered value.
+    """Raise `OverBudgetError` if the result of the filter `name` would be too large; `args[0]` is the filtered value.
 
     Returns the arguments of the filter, with an iterable that measuring uses up as a list.
     """
@@ -162,7 +172,7 @@ def check_filter(budget: Budget, name: str, args: tuple[Any, ...], kwargs: Mappi
         widths = [*(len(o) for o in options if isinstance(o, str)), *(o for o in options if isinstance(o, int))]
         width = max((abs(number) for number in widths), default=0)
         if width > (32 if name == "round" else _WIDTH):
-            raise TemplateError(f"the chat template asks {name} for a width of {_shown(width)}")
+            raise OverBudgetError(f"the chat template asks {name} for a width of {_shown(width)}")
         if name == "indent":
             budget.check((str(value).count("\n") + 1) * width)
         if name == "tojson":

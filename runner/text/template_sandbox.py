@@ -266,7 +266,9 @@ def compile_template(source: str) -> CodeType:
     return code
 
 
-def render_template(code: CodeType, variables: Mapping[str, Any], *, size: int, now: datetime) -> str:
+def render_template(
+    code: CodeType, variables: Mapping[str, Any], *, size: int, now: datetime, deadline: float | None = None
+) -> str:
     """Render the compiled template `code`.
 
     Args:
@@ -274,11 +276,12 @@ def render_template(code: CodeType, variables: Mapping[str, Any], *, size: int, 
         variables: plain JSON-like data that the template can read.
         size: characters and items in the template and `variables`; the limits grow with it.
         now: the time that `strftime_now` formats.
+        deadline: time of `time.monotonic` at which it must be done; None: as late as the size allows.
 
     Raises:
         TemplateError: the template refuses its input, fails, or exceeds a limit.
     """
-    environment = BoundedEnvironment(Budget(size), now)
+    environment = BoundedEnvironment(Budget(size, deadline), now)
     try:
         template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
         return environment.concat(template.root_render_func(template.new_context(dict(variables))))

@@ -12,7 +12,8 @@ from runner.errors import TemplateError, TokenizerError
 from runner.local_files import find_file, path_in
 from runner.text import tokenizer_rebuilt
 from runner.text.blocks import BlockSeparator
-from runner.text.chat_template import ChatInputs, ChatTemplates, Message, chat_inputs
+from runner.text.chat_inputs import ChatInputs, Message, chat_inputs, checked_variables
+from runner.text.chat_template import ChatTemplates
 from runner.text.detokenizer import Detokenizer
 from runner.text.harmony import HarmonySeparator, speaks_harmony
 from runner.text.reasoning import BlockFormat, Marks, block_format, reasoning_key
@@ -162,7 +163,8 @@ class Tokenizer:
         text that it makes while the string is marked (see `runner.text.special_tokens`).
 
         Args:
-            messages: the chat, oldest message first.
+            messages: the chat, oldest message first; content may be text or parts with text, and a tool call's
+                arguments an object or its JSON text: they are brought into the shape that the template reads.
             add_generation_prompt: end with the start of the assistant's turn.
             tokenize: return ids rather than text.
             tools: JSON schemas of the functions that the model may call.
@@ -174,7 +176,9 @@ class Tokenizer:
                 exceeds the limits.
         """
         source = self._templates.choose(template, tools)
-        inputs = chat_inputs(messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs)
+        given = chat_inputs(messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs)
+        # Before special tokens are looked for: arguments of a tool call may spell them with JSON escapes.
+        inputs = self._templates.fit(source, given)
         text = self._templates.render(source, inputs)
         if not tokenize:
             return text
@@ -186,6 +190,14 @@ class Tokenizer:
         markers = choose_markers(source, text, inputs.messages, inputs.tools, inputs.extra)
         marked = scanner.unmark(self._templates.render(source, _marked_inputs(inputs, scanner.mark, markers)), markers)
         return self._backend.encode_matches(_unicode(marked.text), scanner.find(marked.text, marked))
+
+    def template_kwargs(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return a caller's variables for the chat templates, checked, as keywords of `apply_chat_template`.
+
+        Raises:
+            UsageError: one has the name of a variable or argument that a rendering gets from elsewhere.
+        """
+        return checked_variables(given, self._templates.variables)
 
     def separator(
         self,

@@ -17,7 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from places import TESTS
 
 from runner.errors import TemplateError
-from runner.text.chat_template import ChatTemplates, chat_inputs
+from runner.text.chat_inputs import chat_inputs
+from runner.text.chat_template import ChatTemplates
 from runner.text.template_limits import Budget
 from runner.text.tokenizer import Tokenizer
 

@@ -104,7 +104,9 @@ def test_special_tokens_that_are_ordinary_pieces_too() -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert special_in(tokenizer, ids) == [], text[:20]
         assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
-        chat = tokenizer.apply_chat_template([{"content": text}], template="<s> {{ messages[0].content }} </s>")
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], template="<s> {{ messages[0].content }} </s>"
+        )
         assert special_in(tokenizer, chat) == [11, 12]
     # What is unknown is still unknown.
     assert tokenizer.encode("a ż b") == [5, 10, 6]
@@ -159,7 +161,9 @@ def test_special_pieces_of_a_sentencepiece_model(tmp_path: Path, monkeypatch: py
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert index not in ids
         assert "turn" in tokenizer.decode(ids)
-        chat = tokenizer.apply_chat_template([{"content": text}], template="<start_of_turn>{{ messages[0].content }}")
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], template="<start_of_turn>{{ messages[0].content }}"
+        )
         assert chat.count(index) == 1
     # Added tokens that are not special are recognised in any text, as ever.
     extra = tokenizer._backend.token_id("<extra>")
