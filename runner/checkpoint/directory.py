@@ -16,8 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from runner.checkpoint.safetensors_header import INDEX, SINGLE, ShardHeader, Stamp, read_header, read_index
+from runner.checkpoint.safetensors_header import ShardHeader, Stamp, read_header
 from runner.checkpoint.safetensors_header import TensorInfo as TensorInfo
+from runner.checkpoint.weight_files import read_weights
 from runner.checkpoint.writer import write_checkpoint as write_checkpoint
 from runner.errors import CheckpointError
 from runner.local_files import find_file, path_in, quoted
@@ -90,9 +91,10 @@ class Checkpoint:
     def open(cls, directory: Path) -> Checkpoint:
         """Read and check the JSON files and the safetensors headers of a model directory.
 
-        The weights are `model.safetensors` or, where `model.safetensors.index.json` exists, the shards that the index
-        names and no other file. Each tensor comes from the shard that the index gives for it. A tensor that is in a
-        named shard but not in the index is taken too, as transformers does, unless two shards hold it.
+        The weights are in `model.safetensors` or, where `model.safetensors.index.json` exists, in the shards that the
+        index names and no other file; a stale index yields to files that are whole (`weight_files.choose`). A tensor
+        comes from the shard that the index gives for it. One that the index does not list, or that is in another shard
+        than it says, is taken too, as transformers does, unless two shards hold it.
 
         Raises:
             CheckpointError: naming the file and the problem.
@@ -101,7 +103,7 @@ class Checkpoint:
         if not os.path.isdir(directory):
             what = "is a file; a checkpoint is a directory" if os.path.exists(directory) else "no such directory"
             raise CheckpointError(f"{directory}: {what}")
-        shards, headers = _weights(directory)
+        shards, headers = read_weights(directory)
         config, generation = (find_file(directory, name) for name in ("config.json", "generation_config.json"))
         if config is None:
             raise CheckpointError(f"{directory}: no config.json; is this a model's directory?")
@@ -219,59 +221,3 @@ class Checkpoint:
 def _check_stamp(file: Path, shard: ShardHeader, status: os.stat_result) -> None:
     if Stamp.of(status) != shard.stamp:
         raise CheckpointError(f"{file}: changed since the checkpoint was opened; open it again")
-
-
-def _weights(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorInfo]]:
-    """Headers of the weight files: the shards by file name, and every tensor by name."""
-    if find_file(directory, INDEX):
-        return _indexed(directory)
-    if find_file(directory, SINGLE):
-        header = read_header(path_in(directory, SINGLE))
-        return {SINGLE: header}, header.tensors
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be read: {error.strerror or error}") from error
-    raise CheckpointError(f"{directory}: {_no_weights(names, directory)}")
-
-
-def _no_weights(names: list[str], directory: Path) -> str:
-    """Say why a directory with these files has no weights to load, and what to do about it."""
-    expected = f"no {SINGLE} and no {INDEX}"
-    stray = [name for name in names if name.endswith(".safetensors")]
-    gguf = [name for name in names if name.endswith(".gguf")]
-    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
-    if stray:
-        return f"{expected}, only {quoted(stray[0])}; an incomplete copy, or not a transformers model"
-    if gguf:
-        return f"{expected}, but a GGUF file: to load it, name that file: {directory / gguf[0]}"
-    if pickles:
-        return (
-            f"only pickle weights ({quoted(pickles[0])}); reading a pickle can run its author's code, so they are "
-            "refused: get the model's safetensors version or, if you trust the file, convert it (transformers: "
-            "from_pretrained, then save_pretrained)"
-        )
-    return f"{expected}; is this a model's directory?"
-
-
-def _indexed(directory: Path) -> tuple[dict[str, ShardHeader], dict[str, TensorInfo]]:
-    """Headers of the shards that the index names, and of every tensor by name."""
-    index = directory / INDEX
-    weight_map = read_index(path_in(directory, INDEX))
-    shards = {file: read_header(path_in(directory, file)) for file in sorted(set(weight_map.values()))}
-    headers: dict[str, TensorInfo] = {}
-    for file, shard in shards.items():
-        for name, info in shard.tensors.items():
-            if weight_map.get(name, file) != file:  # the index takes this tensor from another shard
-                continue
-            if name in headers:
-                raise CheckpointError(
-                    f"{index}: does not list {quoted(name)}, and both {headers[name].file.name} and {file} hold it"
-                )
-            headers[name] = info
-    # Every tensor of the index must have been found in the shard that the index gives for it.
-    lacking = [name for name in weight_map if name not in headers]
-    if lacking:
-        more = f" (and {len(lacking) - 1} more like it)" if len(lacking) > 1 else ""
-        raise CheckpointError(f"{index}: tensor {quoted(lacking[0])} is not in {weight_map[lacking[0]]}{more}")
-    return shards, headers

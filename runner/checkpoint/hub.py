@@ -18,11 +18,12 @@ import errno
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoint.safetensors_header import INDEX, SINGLE, read_index
+from runner.checkpoint.weight_files import choose
 from runner.errors import CheckpointError, HubError, UsageError
 from runner.local_files import path_in, quoted
 
@@ -171,11 +172,10 @@ def _snapshot(repo: str, revision: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _shards(snapshot: Path) -> list[str]:
-    """Names of a snapshot's weight files: the shards that its index names, or the single file."""
-    if not (snapshot / INDEX).is_file():
-        return [SINGLE]
-    return sorted(set(read_index(path_in(snapshot, INDEX)).values()))
+def _shards(snapshot: Path, names: Collection[str]) -> list[str]:
+    """Which of the files `names` hold a snapshot's weights; the single file where nothing says."""
+    weight_map = read_index(path_in(snapshot, INDEX)) if (snapshot / INDEX).is_file() else None
+    return choose(names, weight_map) or [SINGLE]
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -184,8 +184,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model", "merges.t
 
 def _has_weights(snapshot: Path) -> bool:
     try:
-        files = ["config.json", *_shards(snapshot)]
-    except CheckpointError:
+        files = ["config.json", *_shards(snapshot, os.listdir(snapshot))]
+    except (CheckpointError, OSError):
         return False
     return all((snapshot / file).is_file() for file in files)
 
@@ -233,7 +233,7 @@ def _fetch(repo: str, revision: str, progress: bool) -> Path:
         # All files by commit, not by branch, so that they belong together even if the branch moves meanwhile.
         # The weights come last: a snapshot that has them is complete.
         snapshot = _download(repo, commit, [name for name in files if _is_small(name)])
-        shards = _shards(snapshot)
+        shards = _shards(snapshot, files)
         lacking = [name for name in shards if name not in files]
         if lacking:
             raise HubError(

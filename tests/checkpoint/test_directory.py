@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import struct
@@ -16,6 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
+from model_dirs import model_dir, refusal, safetensors, sharded, tensor_file
 from places import ROOT
 
 from runner.checkpoint import safetensors_header
@@ -24,38 +24,6 @@ from runner.checkpoint.safetensors_header import BITS, read_header
 from runner.errors import CheckpointError, UsageError
 
 F32_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-
-
-def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A file of any header, true or not; `header` may be the JSON text itself."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-def tensor_file(names: list[str], value: int = 0) -> bytes:
-    """Each name a U8 tensor of four bytes `value`."""
-    header = {name: {"dtype": "U8", "shape": [4], "data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
-    return safetensors(header, bytes([value]) * 4 * len(names))
-
-
-def model_dir(path: Path, files: dict[str, Any]) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    for name, content in {"config.json": {"model_type": "t"}, **files}.items():
-        (path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return path
-
-
-def sharded(path: Path, weight_map: dict[str, Any], **shards: bytes) -> Path:
-    files: dict[str, Any] = {f"{name}.safetensors": data for name, data in shards.items()}
-    return model_dir(path, files | {"model.safetensors.index.json": {"weight_map": weight_map}})
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(path)
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message
-    return message
 
 
 # --- what opens -------------------------------------------------------------------------------------------------------

@@ -205,7 +205,11 @@ def error_of(result: Any, *expected: str) -> None:
 # --- fetching ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", [SINGLE, SHARDED], ids=["single", "sharded"])
+STALE = {**SINGLE, "model.safetensors.index.json": SHARDED["model.safetensors.index.json"]}
+"""One whole file beside the index of shards that are gone."""
+
+
+@pytest.mark.parametrize("weights", [SINGLE, SHARDED, STALE], ids=["single", "sharded", "stale index"])
 def test_only_what_is_needed_and_then_no_request(fake: FakeHub, tmp_path: Path, weights: dict[str, bytes]) -> None:
     fake.add("org/name", UNWANTED | SMALL | weights)
     (path,), errors = call(tmp_path, fake.endpoint, resolve("org/name"))
