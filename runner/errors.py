@@ -8,7 +8,7 @@ class RunnerError(Exception):
 
 
 class RunnerWarning(UserWarning):
-    """A model was loaded, but something in its files was ignored; the command line prints it as a note."""
+    """A model was loaded, but something in its files was ignored or guessed; the command line prints it as a note."""
 
 
 class UsageError(RunnerError, ValueError):

@@ -41,7 +41,7 @@ class ModelReport:
 
     Attributes:
         ignored: names of the tensors that no field uses.
-        notes: sentences about keys of the config that nothing reads.
+        notes: sentences about keys of the config that nothing reads, and about what the files leave open.
         parameters: how many numbers the weights stand for, quantized or not; a tied tensor counts once.
         nbytes: bytes of the tensors in use.
     """
@@ -92,7 +92,7 @@ def inspect(model: str | Path) -> ModelReport:
         parameters=parameters,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / max(parameters, 1),
-        notes=config.notes,
+        notes=(*config.notes, *files.notes),
     )
 
 

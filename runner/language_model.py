@@ -42,6 +42,7 @@ class LanguageModel:
         sampling: the model's own sampling defaults (generation_config.json).
         ignored_defaults: defaults of generation_config.json that are not honoured, as `"name = value"`.
         eos_token_ids: ids of the tokens that end an answer.
+        guesses: sentences about what the files leave open; a part of `notes`.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class LanguageModel:
     sampling: SamplingParams
     ignored_defaults: tuple[str, ...]
     eos_token_ids: frozenset[int]
+    guesses: tuple[str, ...] = ()
 
     @property
     def config(self) -> Config:
@@ -58,8 +60,8 @@ class LanguageModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about what was ignored in the model's files; `load` gives each as a `RunnerWarning`, too."""
-        return self.config.notes
+        """Sentences about what was ignored or guessed; `load` gives each as a `RunnerWarning`, too."""
+        return (*self.config.notes, *self.guesses)
 
     @property
     def model(self) -> Model:
@@ -280,7 +282,7 @@ def load(
 
         engine = OWNER.run(job, mx.default_device())
     params, ignored = SamplingParams.from_generation_config(files.generation_config)
-    lm = LanguageModel(files.path, engine, tokenizer, params, ignored, end_tokens(files, tokenizer))
+    lm = LanguageModel(files.path, engine, tokenizer, params, ignored, end_tokens(files, tokenizer), files.notes)
     for note in lm.notes:
         warnings.warn(note, RunnerWarning, stacklevel=2)
     return lm

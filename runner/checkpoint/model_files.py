@@ -25,6 +25,7 @@ class ModelFiles:
         source: the tensors, under transformers' names.
         tokenizer: reads the tokenizer; a function, since a model can compute without one.
         side_files: reads the files besides config and weights, by name, for writing a copy of the model.
+        notes: sentences for the user about what had to be guessed.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class ModelFiles:
     source: Source
     tokenizer: Callable[[], Tokenizer]
     side_files: Callable[[], dict[str, bytes | str]]
+    notes: tuple[str, ...] = ()
 
 
 def open_files(path: Path) -> ModelFiles:
@@ -48,7 +50,8 @@ def open_files(path: Path) -> ModelFiles:
         from runner.checkpoint.gguf import GGUF  # imported late: with NumPy, a third of a short run's import time
 
         gguf = GGUF.open(path)
-        return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files)
+        notes = gguf.vocabulary.notes
+        return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files, notes)
     found = Checkpoint.open(path)
     config: Mapping[str, Any] = found.config
     source: Source = found

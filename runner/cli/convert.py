@@ -76,6 +76,8 @@ def convert(
     visible = sys.stderr.isatty()
     # The options and the text are checked by now: from here on, work takes minutes.
     files = open_files(resolve(source, progress=visible))
+    for note in files.notes:
+        terminal.note(note, "yellow")
     adapters = open_adapters(adapter or (), lambda spec: resolve_adapter(spec, progress=visible))
     before = None if text is None else perplexity_of(str(files.path), text, "before")
     with ProgressBar(f"converting {files.path.name}", enabled=visible) as bar:

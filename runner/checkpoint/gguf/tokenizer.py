@@ -83,6 +83,17 @@ class Vocabulary:
         return found
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user about what is a guess; none for most files."""
+        if self.kind != "gpt2" or not _is_default(self.values.get("pre")):
+            return ()
+        said = "names the pre-tokenizer 'default'" if self.values.get("pre") else "has no tokenizer.ggml.pre"
+        return (
+            f"GGUF: the file {said}, so text is cut into words by llama.cpp's default, which may not be how the model "
+            "was trained and can make answers worse; a newer conversion names the model's own",
+        )
+
+    @property
     def named(self) -> dict[str, str]:
         """Text of the named tokens, by their keys in tokenizer_config.json (`bos_token`, ...)."""
         return {f"{name}_token": self.tokens[index] for name, index in self.ids.items()}
@@ -291,14 +302,15 @@ def _cut(pre: PreTokenizer) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [*splits, _byte_level(False)]}
 
 
+def _is_default(pre: object) -> bool:
+    """Whether llama.cpp takes its default pre-tokenizer: for files from before May 2024, and where a file says so."""
+    return pre is None or (isinstance(pre, str) and pre in ("", "default"))
+
+
 def _gpt2(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
     """The parts of `tokenizer.json` for byte-level BPE, and whether BOS is added by default."""
     pre, merges = vocabulary.values.get("pre"), vocabulary.values.get("merges")
-    if pre is None:
-        raise TokenizerError(
-            "GGUF: no tokenizer.ggml.pre, so it is unknown how text is cut into words; such files are from before May "
-            "2024: fetch a newer conversion"
-        )
+    pre = "default" if _is_default(pre) else pre
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise TokenizerError(f"GGUF: pre-tokenizer {brief(pre)} is not known; known: {', '.join(PRE_TOKENIZERS)}")
     if not isinstance(merges, list):

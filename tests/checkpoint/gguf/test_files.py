@@ -24,7 +24,7 @@ from runner.checkpoint.gguf.container import open_container
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
 from runner.engine.engine import open_engine
-from runner.errors import CheckpointError, UsageError
+from runner.errors import CheckpointError, RunnerWarning, UsageError
 from runner.inspect_model import inspect
 from runner.weights.loading import nbytes
 
@@ -59,6 +59,22 @@ def test_load_inspect_and_convert_take_the_file(tmp_path: Path) -> None:
     assert again.tokenizer.encode("ab c") == lm.tokenizer.encode("ab c")
     with pytest.raises(UsageError, match="is a file"):
         runner.load(path, revision="main")
+
+
+def test_a_guessed_pre_tokenizer_is_a_note_at_every_front_door(tmp_path: Path) -> None:
+    """Files from before May 2024 name none; refusing them was too strict, silence would be too lax."""
+    path = small(tmp_path, **{"tokenizer.ggml.pre": "default"})
+    with pytest.warns(RunnerWarning, match="names the pre-tokenizer 'default'.*llama.cpp's default") as caught:
+        lm = runner.load(path)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert lm.notes == inspect(path).notes == open_files(path).notes == (str(caught[0].message),)
+    for command in (["inspect", str(path)], ["convert", str(path), str(tmp_path / "out")],
+                    ["generate", str(path), "a", "--raw", "--max-tokens", "1"]):  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "runner", *command], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stderr.count(f"{lm.notes[0]}\n")) == (0, 1), done.stderr
+    # What was guessed is written out as it was read: the copy names its own words, and there is nothing left to say.
+    again = runner.load(tmp_path / "out")
+    assert again.notes == () and again.tokenizer.encode("a1b22 c!") == lm.tokenizer.encode("a1b22 c!")
 
 
 @pytest.mark.parametrize(

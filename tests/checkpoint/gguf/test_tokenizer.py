@@ -185,6 +185,24 @@ def test_words_are_llama_cpps(pre: str) -> None:
     assert "".join(words) == text
 
 
+@pytest.mark.parametrize("pre", [None, "", "default"])
+def test_without_a_pre_tokenizer_words_are_llama_cpps_default_and_a_note_says_so(pre: str | None) -> None:
+    """`make_gguf_pretokenizers` checks that llama.cpp itself cuts the same without the key and under "default"."""
+    metadata = {k: v for k, v in keys(model="gpt2", pre=pre, bos_token_id=0, **WORDS).items() if v is not None}
+    found = tokenizer(metadata)
+    for index, text in enumerate(SPLITS["texts"]):
+        assert [found.decode([token]) for token in found.encode(text)] == SPLITS["words"]["default"][index], text
+    (note,) = vocabulary_of(metadata).notes
+    said = "the pre-tokenizer 'default'" if pre else "no tokenizer.ggml.pre"
+    assert said in note and "newer conversion" in note and "\n" not in note
+
+
+def test_no_note_where_the_file_says_how_text_is_cut() -> None:
+    assert vocabulary_of(keys(model="gpt2", pre="qwen2", **WORDS)).notes == ()
+    assert vocabulary_of(sentencepiece_keys(pre="default")).notes == ()  # sentencepiece cuts no words beforehand
+    assert vocabulary_of({k: v for k, v in sentencepiece_keys().items() if not k.endswith(".pre")}).notes == ()
+
+
 def test_bos_goes_first_where_the_pre_tokeniser_is_of_that_kind() -> None:
     values = {**WORDS, "model": "gpt2", "bos_token_id": 0}
     assert tokenizer(keys(pre="llama-bpe", **values)).encode("a")[0] == 0
@@ -235,7 +253,9 @@ def test_templates_by_name_and_as_files(tmp_path: Path) -> None:
         ({"add_bos_token": 1}, "add_bos_token is 1, expected true or false"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is not supported"),
         ({"model": "gpt2", "pre": "whale"}, "'whale' is not known; known: gpt-2"),
-        ({"model": "gpt2", "pre": None}, "no tokenizer.ggml.pre"),
+        ({"model": "gpt2", "pre": "Default"}, "'Default' is not known"),
+        ({"model": "gpt2", "pre": 7}, "7 is not known"),
+        ({"model": "gpt2", "pre": ["qwen2"]}, r"\['qwen2'\] is not known"),
         ({"model": "gpt2", "pre": "qwen2"}, "merges is missing"),
         ({"model": "gpt2", "pre": "qwen2", "merges": ["a  b"]}, "'a  b', expected two pieces"),
         ({"model": "gpt2", "pre": "qwen2", "merges": ["zz qq"]}, "'zz qq', expected two pieces"),
