@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
+from runner.cache.caches import Caches
 from runner.cache.kv import KVCache
 from runner.config.base import fixed, key
 from runner.config.decoder import UnrotatedConfig
@@ -77,10 +78,10 @@ class AlibiDecoder(LayerNormDecoder):
 
     alibi: Alibi | None = weight("")
 
-    def run(self, x: mx.array, batch: Batch, caches: list[KVCache]) -> mx.array:
+    def run(self, x: mx.array, batch: Batch, caches: Caches) -> mx.array:
         if self.alibi is not None:
             # Keys of this pass: those in the cache, then the new ones.
-            batch = self.alibi(batch, caches[0].offset + x.shape[1], x.dtype)
+            batch = self.alibi(batch, caches.offset + x.shape[1], x.dtype)
         return super().run(x, batch, caches)
 
 

@@ -169,7 +169,7 @@ class LanguageModel:
             raise UsageError(f"max_tokens must be an integer of at least 1, or None, not {max_tokens!r}")
         budget = room if max_tokens is None else min(max_tokens, room)
         # Arguments are checked above, in this plain method: a generator would raise only when its first token is read.
-        kept = self.prompt_cache() if prompt_cache is None else prompt_cache
+        kept = PromptCache(self.engine, keeps=False) if prompt_cache is None else prompt_cache
         request = Request(ids, params, budget, on_prefill, cancelled)
         special = self.tokenizer.special_tokens
         ends = self.eos_token_ids | {special[token] for token in separator.ends if token in special}

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from runner.bench.models import Subject
-from runner.cache.kv import KVCache
+from runner.cache.caches import Caches
 from runner.engine.engine import Engine
 from runner.engine.generate import PREFILL_CHUNK
 from runner.engine.replay import Steps
@@ -147,7 +147,7 @@ def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
     )
 
 
-def filled(engine: Engine, ids: np.ndarray) -> list[KVCache]:
+def filled(engine: Engine, ids: np.ndarray) -> Caches:
     """Make caches that hold `ids` `[B, depth]`."""
     caches = engine.new_caches()
     if ids.shape[1]:
@@ -155,29 +155,27 @@ def filled(engine: Engine, ids: np.ndarray) -> list[KVCache]:
     return caches
 
 
-def rewind(caches: list[KVCache], depth: int) -> bool:
+def rewind(caches: Caches, depth: int) -> bool:
     """Cut the caches back to `depth` tokens; returns False, changing nothing, if a cache has dropped some of these."""
-    counts = [cache.offset - depth for cache in caches]
-    if any(cache.trimmable() < count for cache, count in zip(caches, counts, strict=True)):
+    if caches.reach(depth) < depth:
         return False
-    for cache, count in zip(caches, counts, strict=True):
-        cache.trim(count)
+    caches.rewind(depth)
     return True
 
 
-def read(engine: Engine, ids: np.ndarray, caches: list[KVCache]) -> mx.array:
+def read(engine: Engine, ids: np.ndarray, caches: Caches) -> mx.array:
     """Prefill `ids` `[B, T]` in chunks, as `generate.prefill` does; returns the most likely next tokens `[B]`."""
-    offset, count = caches[0].offset, ids.shape[1]
+    offset, count = caches.offset, ids.shape[1]
     tokens = mx.array(ids)
     for start in range(0, count, PREFILL_CHUNK):
         piece = tokens[:, start : start + PREFILL_CHUNK]
         hidden = engine.model(Batch(piece, offset + start, offset + count), caches)
         if start + PREFILL_CHUNK < count:
-            mx.eval([array for cache in caches for array in cache.arrays])
+            mx.eval(caches.arrays)
     return engine.device.ops.argmax(engine.model.logits(hidden[:, -1:])[:, 0])
 
 
-def generate(engine: Engine, first: np.ndarray, caches: list[KVCache], count: int) -> None:
+def generate(engine: Engine, first: np.ndarray, caches: Caches, count: int) -> None:
     """Decode `count` greedy steps from `first` `[B, 1]`; like `generate.decode`, computes one step ahead."""
     ops = engine.device.ops
     steps = Steps(engine.model, caches, ops)
@@ -205,14 +203,9 @@ def weight_bytes(engine: Engine) -> int | None:
     return engine.nbytes - sum(array.nbytes for array in rows)
 
 
-def cache_bytes(caches: Sequence[KVCache], length: float) -> float:
-    """Bytes of keys and values that a decode step reads after `length` tokens."""
-    total = 0.0
-    for cache in caches:
-        seen = length if cache.window is None else min(length, cache.window)
-        # A buffer has spare rows: count the bytes per row times the rows that attention reads.
-        total += sum(array.nbytes / array.shape[2] for array in cache.arrays) * seen
-    return total
+def cache_bytes(caches: Caches, length: float) -> float:
+    """Bytes of keys, values and states that a decode step reads after `length` tokens."""
+    return sum(cache.bytes_read(length) for cache in caches)
 
 
 def peak_rss() -> int:

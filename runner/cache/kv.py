@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from runner.cache.mark import Mark
 from runner.cache.storage import PLAIN, Storage
 from runner.errors import UsageError
 
@@ -43,6 +44,18 @@ class KVCache:
         self._start = 0  # position of the buffer's first token
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
+        self._history: History | None = None
+
+    @property
+    def history(self) -> History:
+        """What the last `append` returned: layers that share these keys and values look at it.
+
+        Raises:
+            UsageError: nothing was appended yet.
+        """
+        if self._history is None:
+            raise UsageError("a layer that shares another's keys and values came before it")
+        return self._history
 
     @property
     def window(self) -> int | None:
@@ -53,6 +66,11 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of the buffers, including rows not used yet."""
         return sum(0 if buffer is None else buffer.nbytes for buffer in (self._keys, self._values))
+
+    def bytes_read(self, length: float) -> float:
+        """Bytes that a decode step reads after `length` tokens: the rows that attention sees, not the spare ones."""
+        seen = length if self.window is None else min(length, self.window)
+        return sum(array.nbytes / array.shape[2] for array in self.arrays) * seen
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -70,7 +88,8 @@ class KVCache:
         end = stored + count
         self._keys, self._values = self.storage.write(self._keys, self._values, keys, values, stored)
         self.offset += count
-        return History(self._keys, self._values, end, self.window, self.storage)
+        self._history = History(self._keys, self._values, end, self.window, self.storage)
+        return self._history
 
     @property
     def room(self) -> int:
@@ -96,6 +115,30 @@ class KVCache:
         if not 0 <= count <= self.trimmable():
             raise UsageError(f"the cache can forget 0 to {self.trimmable()} of its {self.offset} tokens, not {count}")
         self.offset -= count
+        self._history = None
+
+    def reserve(self, count: int) -> None:
+        """Make each of the next pass' `count` tokens a place to go back to: rows always are."""
+
+    def reach(self, offset: int) -> int:
+        """The furthest place at or before `offset` that `go_back` can go to; 0 at worst."""
+        return offset if self.offset - offset <= self.trimmable() else 0
+
+    def go_back(self, offset: int) -> None:
+        """Forget all tokens from `offset` on, a place that `reach` named."""
+        if offset == 0:
+            self._keys = self._values = self._history = None
+            self.offset = self._start = 0
+        else:
+            self.trim(self.offset - offset)
+
+    def mark(self) -> Mark:
+        """What `restore` needs to come back to here: nothing, as earlier rows stay."""
+        return Mark(self.offset, {})
+
+    def restore(self, mark: Mark) -> None:
+        """Come back to where `mark` was made; `reach` must have named the place."""
+        self.go_back(mark.offset)
 
     def trimmable(self) -> int:
         """How many of the newest tokens `trim` can forget."""
@@ -145,3 +188,18 @@ class RotatingKVCache(KVCache):
 
     def _kept(self, stored: int) -> int:
         return min(stored, self._window - 1)  # the next token is itself part of its window
+
+    def mark(self) -> Mark:
+        """What `restore` needs to come back to here: a copy of the rows that the next token's window holds."""
+        if self._keys is None or self._values is None:
+            return Mark(self.offset, {})
+        end = self.offset - self._start
+        kept = self._kept(end)
+        rows = {"keys": self._keys[..., end - kept : end, :], "values": self._values[..., end - kept : end, :]}
+        return Mark(self.offset, {name: mx.contiguous(array) for name, array in rows.items()})
+
+    def restore(self, mark: Mark) -> None:
+        """Come back to where `mark` was made, with buffers of the marked rows; they grow at the next `append`."""
+        self._keys, self._values, self._history = mark.arrays.get("keys"), mark.arrays.get("values"), None
+        self.offset = mark.offset
+        self._start = mark.offset - (0 if self._keys is None else self._keys.shape[2])

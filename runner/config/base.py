@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from runner.config import rope_keys
 from runner.config.layer_types import FULL, SLIDING
+from runner.config.memory import Memory
 from runner.config.problems import short
 from runner.config.rope import RopeScaling
 from runner.config.unknown_keys import judge
@@ -187,6 +188,10 @@ class Config:
     def ignores(self, name: str) -> bool:
         """Whether the tensor `name` of a checkpoint may stay unread: it is of a part that decoding does not use."""
         return False
+
+    def memory(self, index: int) -> tuple[Memory, ...]:
+        """What layer `index` remembers between tokens; () for a layer that remembers nothing."""
+        raise NotImplementedError
 
     def cache_window(self, index: int) -> int | None:
         """Number of keys that a query of layer `index` attends to, its own token's included; None: all earlier keys."""

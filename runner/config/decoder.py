@@ -10,6 +10,7 @@ from runner.config import layer_types
 from runner.config.activations import ACTIVATIONS, check_activation
 from runner.config.base import Config, fixed
 from runner.config.layer_types import SLIDING
+from runner.config.memory import Memory, Rows
 from runner.config.rope import RopeScaling, depends_on_length
 from runner.errors import ConfigError
 
@@ -51,6 +52,9 @@ class DecoderConfig(Config):
     def rotary_dim(self) -> int:
         """Number of elements of each head that RoPE rotates: all of them, unless a subclass says otherwise."""
         return self.head_dim
+
+    def memory(self, index: int) -> tuple[Memory, ...]:
+        return (Rows(self.num_key_value_heads, self.head_dim, self.head_dim, self.cache_window(index)),)
 
     @property
     def rope_border(self) -> int | None:

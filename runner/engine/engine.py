@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
-from runner.cache.kv import KVCache
+from runner.cache.caches import Caches
 from runner.cache.storage import Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
@@ -69,8 +69,8 @@ class Engine:
         if self.adapters is not None:
             self.adapters.use(weights)
 
-    def new_caches(self) -> list[KVCache]:
-        """A list of empty KV caches, one per layer."""
+    def new_caches(self) -> Caches:
+        """Make empty caches for a new sequence."""
         return new_caches(self.config, self.storage)
 
     def logits(self, ids: Sequence[int]) -> mx.array:

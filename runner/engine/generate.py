@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 import mlx.core as mx
 
-from runner.cache.kv import KVCache, RotatingKVCache
+from runner.cache.caches import Caches
 from runner.cache.storage import PLAIN, Storage
 from runner.config.base import Config
 from runner.engine.replay import Steps
@@ -23,10 +23,9 @@ Step = TypeVar("Step", bound=tuple[mx.array | None, ...])
 """What sampling makes of a row of logits: lazy arrays, the first of which is the token."""
 
 
-def new_caches(config: Config, storage: Storage = PLAIN) -> list[KVCache]:
-    """A list of empty KV caches, one per layer, rows kept by `storage`; a layer with a window gets a rotating one."""
-    windows = [config.cache_window(index) for index in range(config.num_hidden_layers)]
-    return [KVCache(storage) if window is None else RotatingKVCache(window, storage) for window in windows]
+def new_caches(config: Config, storage: Storage = PLAIN) -> Caches:
+    """Make empty caches for what the layers of `config` remember, rows kept by `storage`."""
+    return Caches.of([config.memory(index) for index in range(config.num_hidden_layers)], storage)
 
 
 class Cancelled(Exception):
@@ -34,34 +33,43 @@ class Cancelled(Exception):
 
 
 def prefill_passes(
-    model: Model, ids: Sequence[int], caches: list[KVCache], *, chunk: int = PREFILL_CHUNK
+    model: Model,
+    ids: Sequence[int],
+    caches: Caches,
+    *,
+    chunk: int = PREFILL_CHUNK,
+    cuts: Collection[int] = (),
 ) -> Iterator[tuple[int, mx.array | None]]:
     """Run the prompt through the model, one chunk for each item: the tokens done, and after the last one the logits.
 
-    The logits are `[V]` and follow the last token; no others are computed. Arguments and errors are `prefill`'s.
+    The logits are `[V]` and follow the last token; no others are computed. Arguments and errors are `prefill`'s; a
+    chunk also ends at each position of `cuts`.
     """
     if not ids or chunk < 1:
         raise UsageError(
             f"prefill needs at least one token and a positive chunk size, not {len(ids)} tokens in chunks of {chunk}"
         )
-    offset = caches[0].offset
+    offset = caches.offset
     length = offset + len(ids)  # of the whole prompt: some RoPE types choose their frequencies by it
-    for start in range(0, len(ids), chunk):
-        piece = mx.array([list(ids[start : start + chunk])], dtype=mx.int32)
+    start = 0
+    while True:
+        end = min([start + chunk, len(ids), *(cut - offset for cut in cuts if cut - offset > start)])
+        piece = mx.array([list(ids[start:end])], dtype=mx.int32)
         hidden = model(Batch(piece, offset + start, length), caches)
-        if start + chunk >= len(ids):
+        if end == len(ids):
             # The last chunk stays lazy: it is computed together with the logits.
             yield len(ids), model.logits(hidden[:, -1:])[0, -1]
             return
         # Compute this chunk now, or the graphs of all chunks (and their activations) would be held at once.
-        mx.eval([array for cache in caches for array in cache.arrays])
-        yield start + chunk, None
+        mx.eval(caches.arrays)
+        yield end, None
+        start = end
 
 
 def prefill(
     model: Model,
     ids: Sequence[int],
-    caches: list[KVCache],
+    caches: Caches,
     *,
     chunk: int = PREFILL_CHUNK,
     on_progress: Callable[[int, int], None] | None = None,
@@ -93,7 +101,7 @@ def prefill(
 def decode(
     model: Model,
     logits: mx.array,
-    caches: list[KVCache],
+    caches: Caches,
     sample: Callable[[mx.array], Step],
     max_tokens: int,
     ops: Ops = PORTABLE,

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import mlx.core as mx
+
+from runner.cache.caches import Marks
 from runner.engine.engine import Engine
 from runner.errors import UsageError
 
 T = TypeVar("T")
+
+BUDGET = 512 << 20
+"""Bytes of marks in one prompt cache. A mark holds recurrent states and windows: 64 MB in a Qwen 3.5 35B-A3B."""
+
+SPACING = 4096
+"""Tokens of a long prompt between two marks."""
 
 
 class User(Protocol):
@@ -24,13 +34,15 @@ class User(Protocol):
 class PromptCache:
     """The KV caches of one conversation and the token ids in them. One answer uses it at a time.
 
-    A prompt that begins with the ids of the last one continues after them. Where it differs, the caches are cut back to
-    the common prefix, or emptied where they cannot be cut (a sliding window that has moved on, RoPE frequencies that
-    depend on the length, adapter weights that have changed).
+    A prompt that begins with the ids of the last one continues after them. Where it differs, the caches go back to the
+    common prefix, or to the nearest mark before it where they cannot be cut there (a sliding window that has moved on,
+    a recurrent state). They are emptied where RoPE frequencies depend on the length or adapter weights have changed.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, keeps: bool = True) -> None:
+        """Make an empty one; `keeps` false: for a single answer, to which nothing comes back."""
         self._engine = engine
+        self._keeps = keeps
         self._user: weakref.ref[User] | None = None
         self._weights: dict[str, float] = {}
         self.clear()
@@ -39,6 +51,8 @@ class PromptCache:
         """Forget everything."""
         self.caches = self._engine.new_caches()
         self._ids: list[int] = []
+        self._marks: list[Marks] = []
+        self._parted = 0
 
     def lend(self, user: User) -> None:
         """Give the caches to one answer, until its `active` is false or it is gone. A job of the owner's thread.
@@ -73,23 +87,36 @@ class PromptCache:
         """
         # The last token of an answer may not have been fed back, so the caches can hold one id less than `_ids`; an
         # answer that was interrupted may have fed back tokens that nobody has read: then they hold more.
-        held = self.caches[0].offset
-        common = 0
-        for known, wanted in zip(self._ids[:held], ids[:-1], strict=False):
-            if known != wanted:
-                break
-            common += 1
-        # All caches are trimmed, or none: a model's layers must agree on the offset.
-        surplus = held - common
-        fixed = not self._engine.config.rope_depends_on_length and self._weights == weights
-        if fixed and common and all(surplus <= cache.trimmable() for cache in self.caches):
-            for cache in self.caches:
-                cache.trim(surplus)
-        else:
+        pairs = zip(self._ids[: self.caches.offset], ids[:-1], strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if self._engine.config.rope_depends_on_length or self._weights != weights:
             common = 0
+        # Not every place can be come back to: states and windows that have moved on need a mark.
+        place = self.caches.reach(common, self._marks)
+        if place:
+            self.caches.rewind(place, self._marks)
+            self._marks = [marks for marks in self._marks if marks.offset <= common]
+        else:
             self.clear()
-        self._ids, self._weights = list(ids), weights
-        return common
+        self._ids, self._weights, self._parted = list(ids), weights, common
+        return place
+
+    def cuts(self) -> frozenset[int]:
+        """Places at which the prefill of the ids given to `reuse` should pause for a `mark`."""
+        if not self._keeps or not self.caches.needs_marks:
+            return frozenset()
+        # Where this prompt parts from the last one the next may part too; at its end but one token, as one must be
+        # left to read; and now and then in a long one.
+        last = len(self._ids) - 1
+        return frozenset(place for place in (self._parted, *range(SPACING, last, SPACING), last) if 0 < place <= last)
+
+    def mark(self) -> None:
+        """Keep what is needed to come back to where the caches are; the oldest marks go first, within `BUDGET`."""
+        marks = self.caches.mark()
+        mx.eval(marks.arrays)
+        self._marks = [other for other in self._marks if other.offset != marks.offset] + [marks]
+        while len(self._marks) > 1 and sum(other.nbytes for other in self._marks) > BUDGET:
+            del self._marks[0]
 
     def add(self, token: int) -> None:
         """Append a token of the answer; the caches hold it already, or will once it is fed back."""

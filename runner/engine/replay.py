@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from runner.cache.kv import KVCache
+from runner.cache.caches import Caches
 from runner.errors import RunnerError
 from runner.families import Model
 from runner.nn.batch import Batch
@@ -28,7 +28,7 @@ LEAST = 32
 class Steps:
     """Runs decode steps: each call maps tokens `[B, 1]` to logits `[B, V]` and appends keys and values to `caches`."""
 
-    def __init__(self, model: Model, caches: list[KVCache], ops: Ops) -> None:
+    def __init__(self, model: Model, caches: Caches, ops: Ops) -> None:
         self._model = model
         self._caches = caches
         self._recorder = ops.recorder
@@ -46,17 +46,16 @@ class Steps:
         # The program writes keys and values into the caches' buffers; Python only moves the offsets along.
         logits = self._program.run(token)
         self._left -= 1
-        for cache in self._caches:
-            cache.advance()
+        self._caches.advance()
         return logits
 
-    def _logits(self, ids: mx.array, caches: list[KVCache]) -> mx.array:
-        return self._model.logits(self._model(Batch(ids, caches[0].offset), caches))[:, -1]
+    def _logits(self, ids: mx.array, caches: Caches) -> mx.array:
+        return self._model.logits(self._model(Batch(ids, caches.offset), caches))[:, -1]
 
     def _recorded(self, token: mx.array) -> Program | None:
         """Record a step that is valid for as many tokens as the caches have room for; None: build this step instead."""
         # A program addresses the buffers it was recorded with, so it lasts until the first cache needs larger ones.
-        room = min(cache.room for cache in self._caches)
+        room = self._caches.room
         # Recording must pay: the answer is long enough already, and the program will serve enough steps.
         if self._recorder is None or self._built < PATIENCE or room < LEAST or token.dtype not in (mx.int32, mx.uint32):
             return None
@@ -66,7 +65,7 @@ class Steps:
         ahead = [0, 1, room // 2, room - 1]
         try:
             # Each graph is built over copies of the caches: the caches themselves must not move before a step runs.
-            steps = [self._logits(slot, [cache.ahead(count) for cache in self._caches]) for count in ahead]
+            steps = [self._logits(slot, self._caches.ahead(count)) for count in ahead]
             program = self._recorder.record(slot, steps, ahead)
         except (RuntimeError, RunnerError):  # the model looked at its token, or has no position as far ahead as these
             program = None

@@ -85,11 +85,19 @@ class Run:
 
     def _prefill(self, ids: Sequence[int], held: int, on_progress: Callable[[int, int], None] | None) -> mx.array:
         """Read the ids behind the first `held`, chunk by chunk, and return the logits that follow."""
-        passes = prefill_passes(self.engine.model, ids[held:], self._kept.caches)
+        cuts = self._kept.cuts()
+        passes = prefill_passes(self.engine.model, ids[held:], self._kept.caches, cuts=cuts)
+
+        def step() -> tuple[int, mx.array | None]:
+            done, logits = next(passes)
+            if held + done in cuts:
+                self._kept.mark()
+            return done, logits
+
         while True:
             if self._request.cancelled is not None and self._request.cancelled():
                 raise Cancelled
-            done, logits = self._job(lambda: next(passes))
+            done, logits = self._job(step)
             if on_progress is not None:
                 on_progress(done, len(ids) - held)
             if logits is not None:

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 
+from runner.cache.caches import Caches
 from runner.cache.kv import KVCache
 from runner.config.base import Config
 from runner.nn.batch import Batch
@@ -145,13 +146,13 @@ class BaseDecoder:
     norm_eps: float = setting()
     final_logit_softcapping: float | None = setting(default=None)
 
-    def __call__(self, batch: Batch, caches: list[KVCache]) -> mx.array:
+    def __call__(self, batch: Batch, caches: Caches) -> mx.array:
         """Hidden states `[B, L, hidden_size]` of `batch`; its keys and values are appended to `caches`."""
         return self.run(self.embed(batch), batch, caches)
 
-    def run(self, x: mx.array, batch: Batch, caches: list[KVCache]) -> mx.array:
+    def run(self, x: mx.array, batch: Batch, caches: Caches) -> mx.array:
         """Pass `x` `[B, L, hidden_size]` through the layers and the final norm; the shape stays."""
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self.layers, caches.layers, strict=True):
             x = layer(x, batch, cache)
         return x if self.norm is None else self.norm(x, self.norm_eps)
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 from runner.cache.kv import History, KVCache
 from runner.config.base import Config, key
 from runner.config.decoder import DecoderConfig
+from runner.config.memory import Memory, Rows
 from runner.config.rope import yarn_mscale
 from runner.errors import ConfigError
 from runner.nn.attention import Attend, merge_heads, split_heads
@@ -45,6 +46,9 @@ class LatentConfig(DecoderConfig):
             raise ConfigError(f"config.json: head_dim = {self.head_dim} and qk_rope_head_dim = {self.qk_rope_head_dim}")
         super().__post_init__()
         object.__setattr__(self, "qk_head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim)
+
+    def memory(self, index: int) -> tuple[Memory, ...]:
+        return (Rows(1, self.kv_lora_rank, self.qk_rope_head_dim),)
 
     @property
     def rotary_dim(self) -> int:

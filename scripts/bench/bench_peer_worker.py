@@ -85,20 +85,20 @@ class Runner(Engine):
 
         if not rewind(self.caches, depth):
             self.caches = self.engine.new_caches()
-        self.position = self.caches[0].offset
+        self.position = self.caches.offset
 
     def read(self, ids: list[int]) -> int:
         from runner.bench.measure import read
 
         token = int(read(self.engine, np.array([ids], dtype=np.int32), self.caches).item())
-        self.position = self.caches[0].offset
+        self.position = self.caches.offset
         return token
 
     def generate(self, token: int, count: int) -> None:
         from runner.bench.measure import generate
 
         generate(self.engine, np.array([[token]], dtype=np.int32), self.caches, count)
-        self.position = self.caches[0].offset
+        self.position = self.caches.offset
 
     def logits(self, ids: list[int]) -> np.ndarray:
         return np.array(self.engine.logits(ids))

@@ -83,3 +83,27 @@ def test_a_window_that_moved_on_starts_again() -> None:
     assert len(long) > window
     for prompt in (long, long[:20], [*long[:20], 7]):
         assert tokens(answer(lm, prompt, kept, 2)) == tokens(answer(lm, prompt, None, 2))
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "mistral-window"])
+def test_a_chat_of_many_turns_reads_only_what_is_new(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six turns, one of them an edit of an earlier one; windows move on at every turn, so that only marks lead back."""
+    monkeypatch.setattr("runner.cache.kv.STEP", 4)
+    lm = runner.load(FIXTURES / model, dtype="float32")
+    kept = lm.prompt_cache()
+    prompt, prompts, again = list(FIRST), [], []
+    for turn in range(6):
+        if turn == 3:
+            prompt = [*prompts[1], 60, 61]  # the second answer is asked for anew
+        prompts.append(prompt)
+        found = answer(lm, prompt, kept)
+        assert tokens(found) == tokens(answer(lm, prompt, None)), turn
+        again.append(len(prompt) - cached(found))
+        # A template that drops what came last (its thinking) parts inside the answer.
+        said = tokens(found)[:4] if turn % 2 else tokens(found)
+        prompt = [*prompt, *said, 50 + turn, 51, 52]
+    fresh = [len(prompt) for prompt in prompts]
+    assert again[0] == fresh[0] and again[3] <= 3 + 1  # back to the mark at the end of the second prompt
+    # At most the last answer and what is new, never the conversation.
+    assert all(count <= 6 + 3 + 1 for count in again[1:]), (again, fresh)
+    assert max(fresh) > 30

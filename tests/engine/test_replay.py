@@ -75,7 +75,7 @@ def test_four_positions_speak_for_all(path: str) -> None:
     def recorded(ahead: list[int]) -> bool:
         assert recorder is not None
         try:
-            steps = [engine.model(Batch(slot, 12 + n), [cache.ahead(n) for cache in caches]) for n in ahead]
+            steps = [engine.model(Batch(slot, 12 + n), caches.ahead(n)) for n in ahead]
             return recorder.record(slot, [engine.model.logits(step)[:, -1] for step in steps], ahead) is not None
         except (RuntimeError, RunnerError):
             return False
@@ -190,7 +190,7 @@ def test_refusals() -> None:
     slot = recorder.slot([1, 1])
     with pytest.raises(RuntimeError, match="reads its token"):
         slot.item()
-    steps = [engine.model.logits(engine.model(Batch(slot, 12 + n), [c.ahead(n) for c in caches])) for n in (0, 1)]
+    steps = [engine.model.logits(engine.model(Batch(slot, 12 + n), caches.ahead(n))) for n in (0, 1)]
     with pytest.raises(ValueError, match="0 and 1 first"):
         recorder.record(slot, steps, [0, 2])
     program = recorder.record(slot, steps, [0, 1])

@@ -159,10 +159,11 @@ def test_another_models_cache_is_refused() -> None:
 
 
 REQUESTS = """
-import json, os, sys, threading
+import json, os, sys, threading, time
 import runner
 lm = runner.load(sys.argv[1])
 def state():
+    time.sleep(0.2)  # the last thread has been joined, and may not have left the system's list yet
     pages = int(open("/proc/self/statm").read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 def ask(i):

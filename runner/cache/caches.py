@@ -1,0 +1,178 @@
+"""All that a model remembers of one sequence: the caches of its layers, which go forward and back together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from runner.cache.kv import History, KVCache, RotatingKVCache
+from runner.cache.mark import Mark
+from runner.cache.recurrent import StateCache
+from runner.cache.storage import PLAIN, Storage
+from runner.config.memory import Memory, Rows, Shared, State
+
+Cache = KVCache | StateCache
+
+
+@dataclass(frozen=True)
+class SharedCache:
+    """The keys and values of an earlier layer, for a layer that has none of its own."""
+
+    owner: KVCache
+
+    @property
+    def history(self) -> History:
+        """What the owner's attention saw in this pass."""
+        return self.owner.history
+
+
+class Marks(NamedTuple):
+    """A place that all caches can come back to: a mark of each."""
+
+    offset: int
+    marks: tuple[Mark, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that are kept for it."""
+        return sum(mark.nbytes for mark in self.marks)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays that are kept for it, for `mx.eval`."""
+        return [array for mark in self.marks for array in mark.arrays.values()]
+
+
+class Caches(Sequence[Cache]):
+    """The caches of one sequence (or of B sequences in lockstep), layer by layer.
+
+    As a sequence it is every cache once, in the order of the layers. `layers` is what each layer is given: its cache,
+    a tuple where it has none or several.
+    """
+
+    def __init__(self, layers: list[Any], caches: list[Cache]) -> None:
+        self.layers = layers
+        self._caches = caches
+
+    @classmethod
+    def of(cls, memories: Sequence[Sequence[Memory]], storage: Storage = PLAIN) -> Caches:
+        """Empty caches for what each layer remembers, rows kept by `storage`."""
+        caches: list[Cache] = []
+        layers: list[Any] = []
+        rows: dict[int, KVCache] = {}
+        for index, wanted in enumerate(memories):
+            found: list[Cache | SharedCache] = []
+            for memory in wanted:
+                if isinstance(memory, Shared):
+                    found.append(SharedCache(rows[memory.layer]))
+                    continue
+                cache = _cache(memory, storage)
+                if isinstance(cache, KVCache):
+                    rows.setdefault(index, cache)
+                caches.append(cache)
+                found.append(cache)
+            layers.append(found[0] if len(found) == 1 else tuple(found))
+        return cls(layers, caches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._caches[index]
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def __iter__(self) -> Iterator[Cache]:
+        return iter(self._caches)
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen so far: the position of the next one."""
+        return self._caches[0].offset
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Everything they hold, for `mx.eval`."""
+        return [array for cache in self._caches for array in cache.arrays]
+
+    @property
+    def room(self) -> int:
+        """How many more steps a recorded one is valid for."""
+        return min(cache.room for cache in self._caches)
+
+    def ahead(self, count: int) -> Caches:
+        """A copy with `count` more tokens (at most `room`) over the same buffers, to build later steps' graphs with."""
+        copies = {id(cache): cache.ahead(count) for cache in self._caches}
+
+        def copied(given: Any) -> Any:
+            if isinstance(given, tuple):
+                return tuple(copied(one) for one in given)
+            if isinstance(given, SharedCache):
+                owner = copies[id(given.owner)]
+                assert isinstance(owner, KVCache)
+                return SharedCache(owner)
+            return copies[id(given)]
+
+        return Caches([copied(given) for given in self.layers], [copies[id(cache)] for cache in self._caches])
+
+    def advance(self) -> None:
+        """Count one more token, which a recorded step has written into the buffers."""
+        for cache in self._caches:
+            cache.advance()
+
+    def reserve(self, count: int) -> None:
+        """Make each of the next pass' `count` tokens a place that `reach` can name."""
+        for cache in self._caches:
+            cache.reserve(count)
+
+    @property
+    def needs_marks(self) -> bool:
+        """Whether there are places behind that only a mark can bring back: states, windows."""
+        return any(not isinstance(cache, KVCache) or cache.window is not None for cache in self._caches)
+
+    def mark(self) -> Marks:
+        """Keep what is needed to come back to here later."""
+        return Marks(self.offset, tuple(cache.mark() for cache in self._caches))
+
+    def reach(self, offset: int, marks: Sequence[Marks] = ()) -> int:
+        """The furthest place at or before `offset` that *every* cache can be at; 0, an empty sequence, at worst."""
+        # Without a mark: where one cache can't be, another may not be able to be either, so ask again from there.
+        place = offset
+        while (lower := min(cache.reach(place) for cache in self._caches)) < place:
+            place = lower
+        marked = (m.offset for m in marks if m.offset <= offset and self._restorable(m))
+        return max(place, *marked, 0)
+
+    def rewind(self, offset: int, marks: Sequence[Marks] = ()) -> None:
+        """Go to a place that `reach` named, with the same marks. All caches go, or none."""
+        if all(cache.reach(offset) == offset for cache in self._caches):
+            for cache in self._caches:
+                cache.go_back(offset)
+            return
+        found = next(m for m in marks if m.offset == offset and self._restorable(m))
+        for cache, mark in zip(self._caches, found.marks, strict=True):
+            cache.restore(mark)
+
+    def _restorable(self, marks: Marks) -> bool:
+        """Whether those caches that keep nothing in a mark, being rows, can be there by themselves."""
+        return all(
+            bool(mark.arrays) or cache.reach(mark.offset) == mark.offset
+            for cache, mark in zip(self._caches, marks.marks, strict=True)
+        )
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for cache in self._caches:
+            cache.go_back(0)
+
+
+def _cache(memory: Rows | State, storage: Storage) -> Cache:
+    if isinstance(memory, State):
+        return StateCache(memory)
+    return KVCache(storage) if memory.window is None else RotatingKVCache(memory.window, storage)

@@ -1,0 +1,117 @@
+"""State caches: what a recurrent layer or a short convolution carries from token to token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from runner.cache.mark import Mark
+from runner.config.memory import State
+from runner.errors import UsageError
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+States = Mapping[str, mx.array]
+
+
+class StateCache:
+    """Arrays of a fixed size that each pass replaces.
+
+    A state can't be taken back token by token. The one before the last pass is kept, so that a pass can be taken back
+    as a whole; after `reserve`, the pass also leaves the state behind each of its tokens.
+    """
+
+    def __init__(self, memory: State) -> None:
+        self._memory = memory
+        self.offset = 0
+        self._states: States | None = None  # None: zeros, before the first token
+        self._earlier: list[tuple[int, States | None]] = []  # offsets and states of places to go back to
+        self._reserved = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states, those to go back to included."""
+        kept = [self._states, *(states for _, states in self._earlier)]
+        return sum(array.nbytes for states in kept if states is not None for array in states.values())
+
+    def bytes_read(self, length: float) -> float:
+        """Bytes that a decode step reads, however long the sequence is."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The states, for `mx.eval`."""
+        return [] if self._states is None else list(self._states.values())
+
+    @property
+    def room(self) -> int:
+        """How many more steps a recorded one is valid for: none, as each makes arrays of its own."""
+        return 0
+
+    def read(self, like: mx.array) -> States:
+        """The states `[B, *shape]`: zeros of the batch and dtype of `like` before the first token."""
+        if self._states is not None:
+            return self._states
+        return {
+            name: mx.zeros((like.shape[0], *shape), DTYPES.get(self._memory.dtypes.get(name, ""), like.dtype))
+            for name, shape in self._memory.shapes.items()
+        }
+
+    @property
+    def reserved(self) -> bool:
+        """Whether the next pass must leave the state behind each of its tokens."""
+        return self._reserved > 0
+
+    def reserve(self, count: int) -> None:
+        """Make each of the next pass' `count` tokens a place to go back to: `write` takes `[count, B, *shape]` then."""
+        self._reserved = count
+
+    def write(self, count: int, **states: mx.array) -> None:
+        """Replace the states: those behind `count` more tokens, `[B, *shape]`, or after `reserve` behind each of them.
+
+        Raises:
+            UsageError: `count` is not what was reserved.
+        """
+        if self._reserved and count != self._reserved:
+            raise UsageError(f"a pass of {self._reserved} tokens was reserved, not one of {count}")
+        self._earlier = [(self.offset, self._states)]
+        if self._reserved:
+            for index in range(count - 1):
+                self._earlier.append((self.offset + index + 1, {name: a[index] for name, a in states.items()}))
+            states = {name: array[-1] for name, array in states.items()}
+        self._states = states
+        self._reserved = 0
+        self.offset += count
+
+    def reach(self, offset: int) -> int:
+        """The furthest place at or before `offset` that `go_back` can go to; 0 at worst."""
+        places = [place for place, _ in self._earlier] + [self.offset]
+        return max((place for place in places if place <= offset), default=0)
+
+    def go_back(self, offset: int) -> None:
+        """Forget all tokens from `offset` on, a place that `reach` named."""
+        if offset == self.offset:
+            return
+        self._states = next((states for place, states in self._earlier if place == offset), None)
+        self._earlier = [(place, states) for place, states in self._earlier if place < offset]
+        self.offset = offset
+
+    def mark(self) -> Mark:
+        """What `restore` needs to come back to here: the states themselves, which nobody changes."""
+        return Mark(self.offset, dict(self._states or {}))
+
+    def restore(self, mark: Mark) -> None:
+        """Come back to where `mark` was made."""
+        self._states, self._earlier, self.offset = mark.arrays or None, [], mark.offset
+
+    def ahead(self, count: int) -> StateCache:
+        """A copy with `count` more tokens, to build later steps' graphs with."""
+        later = copy.copy(self)
+        later.offset += count
+        return later
+
+    def advance(self) -> None:
+        """Count one more token."""
+        self.offset += 1

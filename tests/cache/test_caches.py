@@ -1,0 +1,210 @@
+"""All kinds of memory under random schedules: cut anyhow, taken back, marked and come back to, each is as if never fed.
+
+The twin of a sequence's caches is the list of its tokens: what the caches show must be a function of that list alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.cache.caches import Caches, Marks, SharedCache
+from runner.cache.kv import KVCache
+from runner.cache.recurrent import StateCache
+from runner.config.memory import Memory, Rows, Shared, State, needed
+from runner.errors import UsageError
+
+WINDOW = 5
+KINDS: dict[str, list[tuple[Memory, ...]]] = {
+    "rows": [(Rows(2, 4, 4),), (Rows(2, 4, 4),)],
+    "window": [(Rows(2, 4, 4, window=WINDOW),), (Rows(2, 4, 4),)],
+    "latent": [(Rows(1, 8, 2),)],
+    "shared": [(Rows(2, 4, 4),), (Rows(2, 4, 4, window=WINDOW),), (Shared(1),), (Shared(0),)],
+    "state": [(State({"sum": (3,), "last": (2, 3)}, {"sum": "float32"}),)],
+    "hybrid": [(State({"sum": (3,), "last": (2, 3)}, {"sum": "float32"}),), (), (Rows(2, 4, 4),)],
+    "both in a layer": [(Rows(2, 4, 4), State({"sum": (3,), "last": (2, 3)}, {}))],
+}
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def row(tokens: list[int], heads: int, size: int) -> mx.array:
+    """`[1, heads, L, size]`, a row of which tells its token."""
+    values = mx.array(tokens, dtype=mx.float32)[None, None, :, None]
+    return values + mx.arange(size) * 0.01 + mx.arange(heads)[:, None, None] * 0.1
+
+
+def feed(caches: Caches, kinds: list[tuple[Memory, ...]], tokens: list[int]) -> None:
+    """One pass: every layer does with its memory what a layer does."""
+    for layer, memories in zip(caches.layers, kinds, strict=True):
+        for cache, memory in zip(layer if isinstance(layer, tuple) else (layer,), memories, strict=True):
+            if isinstance(memory, Rows):
+                cache.append(row(tokens, memory.heads, memory.key_size), -row(tokens, memory.heads, memory.value_size))
+            elif isinstance(memory, State):
+                run(cache, tokens)
+
+
+def run(cache: StateCache, tokens: list[int]) -> None:
+    """A recurrence, token by token: a running sum that halves, and the last two tokens."""
+    states = cache.read(mx.zeros((1, 1)))
+    total, last = states["sum"], states["last"]
+    trail = []
+    for token in tokens:
+        total = total / 2 + token
+        last = mx.concatenate([last[:, 1:], mx.full((1, 1, 3), token, dtype=last.dtype)], axis=1)
+        trail.append({"sum": total, "last": last})
+    if cache.reserved:
+        cache.write(len(tokens), **{name: mx.stack([states[name] for states in trail]) for name in trail[0]})
+    else:
+        cache.write(len(tokens), **trail[-1])
+
+
+def shown(caches: Caches, kinds: list[tuple[Memory, ...]]) -> list[Any]:
+    """What the next token would see, memory by memory."""
+    ahead: list[Any] = [caches.offset]
+    for layer, memories in zip(caches.layers, kinds, strict=True):
+        for cache, memory in zip(layer if isinstance(layer, tuple) else (layer,), memories, strict=True):
+            if isinstance(memory, State):
+                ahead.append({name: array.tolist() for name, array in cache.read(mx.zeros((1, 1))).items()})
+            else:
+                history = cache.history
+                seen = history.length if history.window is None else min(history.length, history.window)
+                ahead.append((history.keys[..., -seen:, :].tolist(), history.values[..., -seen:, :].tolist()))
+    return ahead
+
+
+def fresh(kinds: list[tuple[Memory, ...]], tokens: list[int]) -> list[Any]:
+    caches = Caches.of(kinds)
+    feed(caches, kinds, tokens)
+    return shown(caches, kinds)
+
+
+@by_kind
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+@settings(max_examples=20, deadline=None)
+def test_appended_in_any_cut_is_appended_at_once(kind: str, cuts: list[int]) -> None:
+    kinds, caches, tokens = KINDS[kind], Caches.of(KINDS[kind]), list(range(1, sum(cuts) + 1))
+    start = 0
+    for cut in cuts:
+        feed(caches, kinds, tokens[start : start + cut])
+        start += cut
+    assert shown(caches, kinds) == fresh(kinds, tokens)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("feed"), st.integers(1, 9)),
+    st.tuples(st.just("speculate"), st.tuples(st.integers(1, 6), st.integers(0, 6))),
+    st.tuples(st.just("mark"), st.none()),
+    st.tuples(st.just("rewind"), st.integers(0, 60)),
+)
+
+
+@by_kind
+@given(st.lists(STEPS, min_size=1, max_size=14))
+@settings(max_examples=60, deadline=None)
+def test_what_was_taken_back_was_never_fed(kind: str, steps: list[tuple[str, Any]]) -> None:
+    """Fed, speculated, marked and gone back in any order; `reach` never promises what `rewind` does not do."""
+    kinds, caches = KINDS[kind], Caches.of(KINDS[kind])
+    tokens: list[int] = []
+    marks: list[Marks] = []
+    number = 0
+    for step, argument in steps:
+        if step == "feed":
+            new = list(range(number + 1, number + argument + 1))
+            number += argument
+            feed(caches, kinds, new)
+            tokens += new
+        elif step == "speculate":
+            count, accepted = argument[0], min(argument)
+            caches.reserve(count)
+            new = list(range(number + 1, number + count + 1))
+            number += count
+            feed(caches, kinds, new)
+            place = len(tokens) + accepted
+            assert caches.reach(place) == place  # any tail of a reserved pass can be taken back
+            caches.rewind(place)
+            tokens += new[:accepted]
+        elif step == "mark":
+            marks.append(caches.mark())
+        else:
+            wanted = min(argument, len(tokens))
+            place = caches.reach(wanted, marks)
+            assert 0 <= place <= wanted
+            assert place >= max((m.offset for m in marks if m.offset <= wanted), default=0)
+            caches.rewind(place, marks)
+            tokens = tokens[:place]
+            marks = [m for m in marks if m.offset <= place]
+        assert caches.offset == len(tokens) and {cache.offset for cache in caches} == {len(tokens)}
+    feed(caches, kinds, [77])
+    assert shown(caches, kinds) == fresh(kinds, [*tokens, 77])
+
+
+def test_a_recurrent_pass_can_be_taken_back_as_a_whole_but_not_in_part() -> None:
+    """The token that was computed one ahead when an answer stops: no mark is needed for it."""
+    kinds = KINDS["hybrid"]
+    caches = Caches.of(kinds)
+    feed(caches, kinds, [1, 2, 3, 4])
+    feed(caches, kinds, [5])
+    assert caches.reach(4) == 4
+    caches.rewind(4)
+    feed(caches, kinds, [6])
+    assert shown(caches, kinds) == fresh(kinds, [1, 2, 3, 4, 6])
+    assert caches.reach(2) == 0  # inside the first pass: rows could be cut there, the state could not
+
+
+def test_marks_bring_back_windows_and_states() -> None:
+    kinds = [(Rows(2, 4, 4, window=WINDOW),), (State({"sum": (3,), "last": (2, 3)}, {}),), (Rows(2, 4, 4),)]
+    caches = Caches.of(kinds)
+    feed(caches, kinds, list(range(40)))
+    marks = [caches.mark()]
+    for token in range(600):  # the window's buffer moves on
+        feed(caches, kinds, [token])
+    assert caches.reach(639, marks) == 639 and caches.reach(300, marks) == 40 and caches.reach(39, marks) == 0
+    caches.rewind(40, marks)
+    feed(caches, kinds, [50, 51])
+    assert shown(caches, kinds) == fresh(kinds, [*range(40), 50, 51])
+    assert marks[0].nbytes == 2 * (WINDOW - 1) * 2 * 4 * 4 + (3 + 6) * 4  # rows of full attention cost nothing
+
+
+def test_a_sharer_sees_the_whole_pass_of_its_owner() -> None:
+    caches = Caches.of(KINDS["shared"])
+    feed(caches, KINDS["shared"], [1, 2, 3])
+    sharer = caches.layers[3]
+    assert isinstance(sharer, SharedCache) and sharer.history is caches.layers[0].history and len(caches) == 2
+    ahead = caches.ahead(1)
+    assert ahead.layers[3].owner is ahead.layers[0] is not caches.layers[0]
+    with pytest.raises(UsageError, match="came before it"):
+        Caches.of(KINDS["shared"]).layers[2].history  # noqa: B018
+
+
+def test_a_reserved_pass_has_the_reserved_length() -> None:
+    cache = StateCache(State({"sum": (3,)}, {}))
+    cache.reserve(2)
+    with pytest.raises(UsageError, match="2 tokens was reserved, not one of 3"):
+        cache.write(3, sum=mx.zeros((3, 1, 3)))
+
+
+def test_bytes_are_counted_from_data_alone() -> None:
+    memories = [memory for layer in KINDS["shared"] for memory in layer] + [
+        State({"a": (2, 3), "b": (5,)}, {"a": "float32"})
+    ]
+    rows, window = 2 * (4 + 4), 2 * (4 + 4) * WINDOW
+    assert needed(memories, 100, 2) == (100 * rows + window) * 2 + 6 * 4 + 5 * 2
+
+
+def test_states_keep_their_own_dtype() -> None:
+    cache = StateCache(State({"sum": (3,), "rows": (2, 4)}, {"sum": "float32"}))
+    states = cache.read(mx.zeros((2, 1), dtype=mx.bfloat16))
+    assert states["sum"].dtype == mx.float32 and states["rows"].dtype == mx.bfloat16
+    assert states["sum"].shape == (2, 3) and states["rows"].shape == (2, 2, 4)
+
+
+def test_only_rows_need_no_marks() -> None:
+    assert not Caches.of(KINDS["rows"]).needs_marks and not Caches.of(KINDS["latent"]).needs_marks
+    assert all(
+        Caches.of(KINDS[kind]).needs_marks for kind in ("window", "shared", "state", "hybrid", "both in a layer")
+    )
+    assert isinstance(Caches.of(KINDS["rows"]).layers[0], KVCache)
