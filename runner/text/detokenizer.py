@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WINDOW = 8  # ids of context that a re-decoding stream keeps
@@ -72,33 +71,97 @@ class ByteLevelStream:
         return tail
 
 
+TextStep = Callable[[str, bool], str]
+"""A step for a token's text; the flag says whether the token is the first of the text."""
+
+
+def replacement(old: str, new: str) -> TextStep:
+    """Step that replaces `old` by `new`."""
+    return lambda text, first: text.replace(old, new)
+
+
+def metaspace(mark: str, *, drop_first: bool) -> TextStep:
+    """Step that turns the mark into a space or, in the first token with `drop_first`, into nothing."""
+    return lambda text, first: text.replace(mark, "" if first and drop_first else " ")
+
+
+def strip_each(character: str, start: int, stop: int) -> TextStep:
+    """Step that drops up to `start` characters at the start of each token and up to `stop` at its end."""
+    return lambda text, first: _strip(text, character, start, stop)
+
+
+def _strip(text: str, character: str, start: int, stop: int) -> str:
+    """`text` without up to `start` and `stop` times the character at its ends; the library panics on short texts."""
+    left = min(start, len(text) - len(text.lstrip(character)))
+    right = min(stop, len(text) - len(text.rstrip(character)))
+    return text[left : max(left, len(text) - right)]
+
+
 class PieceStream:
     """Stream for SentencePiece tokens, in which a mark stands for the space and `<0xNN>` for a byte.
 
-    `replacements` turn the mark into a space; up to `strip` spaces at the start of the text are dropped. Bytes become
-    text as soon as a character is complete; each byte that belongs to no character becomes one U+FFFD.
+    Bytes become text as soon as a character is complete; each byte that belongs to no character becomes one U+FFFD.
+
+    Args:
+        before: steps for the text of each token, before bytes are recognised.
+        byte_fallback: whether `<0xNN>` is a byte.
+        after: steps for each token after that; those in `fused` take the whole text for one token.
+        strip: a character of which up to `strip_start` are dropped at the start of the whole text, and up to
+            `strip_stop` at its end.
     """
 
-    def __init__(self, replacements: Sequence[tuple[str, str]], *, byte_fallback: bool, strip: int) -> None:
-        self._replacements = tuple(replacements)
+    def __init__(
+        self,
+        *,
+        before: Sequence[TextStep] = (),
+        after: Sequence[TextStep] = (),
+        fused: Sequence[TextStep] = (),
+        byte_fallback: bool = False,
+        strip: str = " ",
+        strip_start: int = 0,
+        strip_stop: int = 0,
+    ) -> None:
+        self._before = tuple(before)
+        self._after = tuple(after)
+        self._fused = tuple(fused)
         self._byte_fallback = byte_fallback
-        self._strip = strip
-        self._unstripped = strip
+        self._strip, self._strip_start, self._strip_stop = strip, strip_start, strip_stop
+        self._reset()
+
+    def _reset(self) -> None:
         self._pending = b""
+        self._seen = False  # a token before this one
+        self._past_first = False  # a token before this one, where a run of bytes counts as one
+        self._unstripped = self._strip_start
+        self._held = ""  # characters that the end of the text would drop
 
     def push(self, token_id: int, token: str) -> str:
-        for old, new in self._replacements:
-            token = token.replace(old, new)
+        first, self._seen = not self._seen, True
+        for step in self._before:
+            token = step(token, first)
         byte = byte_of(token) if self._byte_fallback else None
-        if byte is None:
-            return self._emit(self._take_pending() + token)
-        self._pending += bytes([byte])
-        return self._emit(self._complete())
+        if byte is not None:
+            self._pending += bytes([byte])
+            return self._emit(self._finished(self._complete()))
+        text = self._finished(self._take_pending())
+        # A run of bytes ends here, so this token is not the first if there was one.
+        self._past_first = not first
+        text += self._finished(token)
+        self._past_first = True
+        return self._emit(text)
 
     def finish(self) -> str:
-        tail = self._emit(self._take_pending())
-        self._unstripped = self._strip
+        tail = self._emit(self._finished(self._take_pending()))
+        self._reset()
         return tail
+
+    def _finished(self, text: str) -> str:
+        """`text` after the steps past the bytes."""
+        for step in self._after:
+            text = step(text, not self._past_first)
+        for step in self._fused:
+            text = step(text, True)
+        return text
 
     def _complete(self) -> str:
         """Take the complete characters from the pending bytes; at most the last three bytes stay pending."""
@@ -125,32 +188,19 @@ class PieceStream:
         return text
 
     def _emit(self, text: str) -> str:
-        """Return `text`, at the start of the answer without the spaces that are to be dropped."""
+        """Return `text` without what is dropped at the start of the whole text, holding back what the end may drop."""
         if self._unstripped and text:
-            kept = text.lstrip(" ")
+            kept = text.lstrip(self._strip)
             dropped = min(self._unstripped, len(text) - len(kept))
             # Only the very start of the text is stripped: stop at its first other character.
             self._unstripped = self._unstripped - dropped if dropped == len(text) else 0
             text = text[dropped:]
-        return text
-
-
-class MetaspaceStream:
-    """Stream for the Metaspace decoder: the mark becomes a space or, in the first token with `drop_first`, nothing."""
-
-    def __init__(self, mark: str, *, drop_first: bool) -> None:
-        self._mark = mark
-        self._drop_first = drop_first
-        self._first = True
-
-    def push(self, token_id: int, token: str) -> str:
-        space = "" if self._first and self._drop_first else " "
-        self._first = False
-        return token.replace(self._mark, space)
-
-    def finish(self) -> str:
-        self._first = True
-        return ""
+        if not self._strip_stop:
+            return text
+        text = self._held + text
+        shown = len(text) - min(self._strip_stop, len(text) - len(text.rstrip(self._strip)))
+        self._held = text[shown:]
+        return text[:shown]
 
 
 class WindowStream:
@@ -182,76 +232,6 @@ class WindowStream:
         """Make the held ids part of the context, of which the last few are kept."""
         self._context = [*self._context, *self._held][-_WINDOW:]
         self._held = []
-
-
-@dataclass(frozen=True)
-class DecoderPlan:
-    """The kind of stream that suits a tokenizer, found once when the tokenizer is loaded."""
-
-    make: Callable[[], TokenStream]
-    """Makes a new stream."""
-    keeps_characters: bool = False
-    """Whether the stream keeps whole characters in a run of byte tokens that is not all UTF-8.
-
-    The library's decoder gives U+FFFD for every byte of such a run; `decode` then follows the stream.
-    """
-
-
-def plan_decoder(spec: Mapping[str, Any] | None, decode: Callable[[Sequence[int]], str]) -> DecoderPlan:
-    """Choose the stream for `spec`, the `decoder` section of a tokenizer.json.
-
-    `decode` is the library's own decoding, for the kinds of decoder that have no stream of their own.
-    """
-    steps = _steps(spec)
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
-        alphabet = byte_alphabet()
-        return DecoderPlan(lambda: ByteLevelStream(alphabet))
-    if kinds == ["Metaspace"]:
-        mark, drop = steps[0]["replacement"], steps[0]["prepend_scheme"] != "never"
-        return DecoderPlan(lambda: MetaspaceStream(mark, drop_first=drop))
-    if (arguments := _piece_arguments(steps, kinds)) is not None:
-        replacements, byte_fallback, strip = arguments
-        return DecoderPlan(
-            lambda: PieceStream(replacements, byte_fallback=byte_fallback, strip=strip), keeps_characters=byte_fallback
-        )
-    return DecoderPlan(lambda: WindowStream(decode))
-
-
-def _steps(spec: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a decoder in order, with nested sequences flattened."""
-    if spec is None:
-        return []
-    if spec["type"] == "Sequence":
-        return [inner for step in spec["decoders"] for inner in _steps(step)]
-    return [spec]
-
-
-def _piece_arguments(
-    steps: Sequence[Mapping[str, Any]], kinds: Sequence[str]
-) -> tuple[list[tuple[str, str]], bool, int] | None:
-    """Arguments of `PieceStream` (replacements, byte fallback, strip); None if it cannot do what the steps do.
-
-    The steps must be Replace (once or more), then ByteFallback, Fuse and Strip, of which each may be missing; Strip
-    needs Fuse before it, since it would otherwise strip every token.
-    """
-    replaces = [step for step in steps if step["type"] == "Replace"]
-    rest = list(kinds[len(replaces) :])
-    if not replaces or list(kinds[: len(replaces)]) != ["Replace"] * len(replaces):
-        return None
-    if rest not in ([], ["Fuse"], ["ByteFallback"], ["ByteFallback", "Fuse"], ["Fuse", "Strip"],
-                    ["ByteFallback", "Fuse", "Strip"]):  # fmt: skip
-        return None
-    # `PieceStream` replaces plain strings only, and strips only spaces and only at the start of the text.
-    if not all(step["pattern"].get("String") for step in replaces):
-        return None
-    strip = 0
-    if rest[-1:] == ["Strip"]:
-        if steps[-1]["content"] != " " or steps[-1]["stop"] != 0:
-            return None
-        strip = steps[-1]["start"]
-    pairs = [(step["pattern"]["String"], step["content"]) for step in replaces]
-    return pairs, "ByteFallback" in rest, strip
 
 
 def byte_of(token: str) -> int | None:

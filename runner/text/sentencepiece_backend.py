@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.errors import TokenizerError
 from runner.local_files import read_file
-from runner.text.detokenizer import plan_decoder
+from runner.text.decoder_plan import sentencepiece_stream
 from runner.text.special_tokens import AddedToken, Match, TokenScanner
 from runner.text.tokenizer_backends import MAX_VOCABULARY_FILE, join_stream
 from runner.text.tokenizer_files import TokenizerFiles
@@ -56,14 +56,7 @@ class SentencePieceBackend:
         self._prefix_every = prefix and files.legacy is True
         self._bos = self.named_id(files, "bos_token") if files.add_bos_token is not False else None
         self._eos = self.named_id(files, "eos_token") if files.add_eos_token is True else None
-        # The decoder section that a tokenizer.json of this vocabulary would have. `PieceStream` can do these steps, so
-        # the plan never calls the function that decodes for other kinds.
-        steps: list[dict[str, Any]] = [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-        ]  # fmt: skip
-        if prefix:
-            steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-        self.plan = plan_decoder({"type": "Sequence", "decoders": steps}, lambda ids: "")
+        self.make_stream = sentencepiece_stream(prefix)
 
     def named_id(self, files: TokenizerFiles, name: str) -> int | None:
         """Id of `bos_token` or `eos_token`: as the config names it, otherwise as the model file does."""

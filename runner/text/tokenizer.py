@@ -121,7 +121,7 @@ class Tokenizer:
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """Return a new streaming decoder, whose pieces joined together equal `decode` of the same ids."""
         skip = self._special_ids if skip_special_tokens else frozenset()
-        return Detokenizer(self._backend.plan.make(), lambda index: self._backend.token(_checked_id(index)), skip)
+        return Detokenizer(self._backend.make_stream(), lambda index: self._backend.token(_checked_id(index)), skip)
 
     @overload
     def apply_chat_template(

@@ -9,17 +9,22 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import tokenizers
 
 from runner.errors import TokenizerError
 from runner.local_files import read_file
-from runner.text.detokenizer import DecoderPlan, Detokenizer, plan_decoder
+from runner.text.decoder_plan import MARK, plan_stream
+from runner.text.detokenizer import Detokenizer, TokenStream
 from runner.text.special_tokens import AddedToken, Match, TokenScanner
 from runner.text.tokenizer_files import TokenizerFiles
 
 MAX_VOCABULARY_FILE = 512 << 20
+_SAMPLED = 2048  # pieces that tell what kind a vocabulary is
+
+
+T = TypeVar("T")
 
 
 class Backend(Protocol):
@@ -33,7 +38,7 @@ class Backend(Protocol):
     """Id of each special token, by its text."""
     scanner: TokenScanner
     """Finds the special tokens in text."""
-    plan: DecoderPlan
+    make_stream: Callable[[], TokenStream]
     """Makes the streams that decode ids one by one."""
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]: ...
@@ -58,7 +63,7 @@ class JsonBackend:
         # A tokenizer.json may ask for truncation or padding, which would change every prompt.
         self._library.no_truncation()
         self._library.no_padding()
-        _add_tokens(self._library, files.added)
+        guarded("adding tokens", lambda: _add_tokens(self._library, files.added))
         self.vocab_size: int = self._library.get_vocab_size(with_added_tokens=True)
         added = self._library.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {token.content: index for index, token in added.items() if token.special}
@@ -72,9 +77,7 @@ class JsonBackend:
         self._library.add_tokens([tokenizers.AddedToken(self._anchor, special=False, normalized=False)])
         self._anchor_id = self._library.token_to_id(self._anchor)
         self._lock = threading.Lock()  # held while the library's one switch for special tokens is set and used
-        decoder = self._library.decoder
-        spec = None if decoder is None else json.loads(decoder.__getstate__())
-        self.plan = plan_decoder(spec, lambda ids: self._library.decode(ids, skip_special_tokens=False))
+        self.make_stream = self._plan()
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
         if parse_special:
@@ -117,7 +120,7 @@ class JsonBackend:
     def _run(self, text: str, add_special_tokens: bool, parse_special: bool) -> tokenizers.Encoding:
         with self._lock:
             self._library.encode_special_tokens = not parse_special
-            return self._library.encode(text, add_special_tokens=add_special_tokens)
+            return guarded("encoding", lambda: self._library.encode(text, add_special_tokens=add_special_tokens))
 
     def _special_in(self, encoding: tokenizers.Encoding, text: str) -> list[tuple[int, tuple[int, int]]]:
         """Id and place of each special token that stands for a part of `text`; not those put around the text."""
@@ -171,13 +174,28 @@ class JsonBackend:
             tokens += [*[None] * (len(edges) - 2), token]
         return parts, tokens[:-1]
 
+    def _plan(self) -> Callable[[], TokenStream]:
+        """Choose the stream by the file's decoder and by a sample of the vocabulary's pieces."""
+        model, decoder = self._library.model, self._library.decoder
+        size = self._library.get_vocab_size(with_added_tokens=False)
+        added = self._library.get_added_tokens_decoder()
+        # The pieces of single bytes come first in most vocabularies.
+        ids = [*range(min(size, _SAMPLED)), *range(_SAMPLED, size, size // _SAMPLED + 1)]
+        pieces = [model.id_to_token(index) for index in ids if index not in added]
+        return plan_stream(
+            None if decoder is None else json.loads(decoder.__getstate__()),
+            [piece for piece in pieces if piece is not None],
+            decode_ids=lambda ids: guarded(
+                "decoding", lambda: str(self._library.decode(ids, skip_special_tokens=False))
+            ),
+            decode_tokens=lambda tokens: (
+                " ".join(tokens) if decoder is None else guarded("decoding", lambda: str(decoder.decode(tokens)))
+            ),
+            prefixed=lambda: self._run("a", False, parse_special=False).tokens[:1] in ([f"{MARK}a"], [MARK]),
+        )
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        known = [index for index in ids if index != self._anchor_id]
-        # The stream and `decode` must agree; where the library treats broken bytes differently, the stream decides.
-        text: str = self._library.decode(known, skip_special_tokens=skip_special_tokens)
-        if self.plan.keeps_characters and "\N{REPLACEMENT CHARACTER}" in text:
-            return join_stream(self, known, skip_special_tokens)
-        return text
+        return join_stream(self, ids, skip_special_tokens)
 
     def token(self, token_id: int) -> str | None:
         if token_id == self._anchor_id:
@@ -193,7 +211,7 @@ class JsonBackend:
 def join_stream(backend: Backend, ids: Sequence[int], skip_special_tokens: bool) -> str:
     """Decode `ids` with the backend's own stream."""
     skip = frozenset(backend.special.values()) if skip_special_tokens else frozenset()
-    stream = Detokenizer(backend.plan.make(), backend.token, skip)
+    stream = Detokenizer(backend.make_stream(), backend.token, skip)
     return "".join([*(stream.add(index) for index in ids), stream.flush()])
 
 
@@ -230,12 +248,28 @@ def parse_json(text: str, where: str) -> tokenizers.Tokenizer:
 
 def _parsed(parse: Callable[[], tokenizers.Tokenizer], where: str) -> tokenizers.Tokenizer:
     try:
-        return parse()
+        return guarded("parsing", parse)
+    except TokenizerError as error:
+        raise TokenizerError(
+            f"{where} is not a tokenizer.json that `tokenizers` reads ({error.__cause__}): fetch it again"
+        ) from error
+
+
+def guarded(doing: str, call: Callable[[], T]) -> T:
+    """Return what a call of the library returns.
+
+    Raises:
+        TokenizerError: the call failed. The library's errors are bare exceptions, and its panics (on a decoder's or a
+            text's corner cases) are no `Exception` at all: they would pass every handler up to the end of the program.
+    """
+    try:
+        return call()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library's panics on malformed files derive from BaseException
+    except BaseException as error:
         raise TokenizerError(
-            f"{where} is not a tokenizer.json that `tokenizers` reads ({error}): fetch it again"
+            f"the tokenizers library failed while {doing} ({error}): the tokenizer's files contradict themselves, or "
+            "the library has a fault; fetch the files again, or report the model"
         ) from error
 
 
