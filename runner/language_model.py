@@ -253,7 +253,7 @@ def load(
         dtype: "float32", "float16" or "bfloat16" for weights and activations; None: weights as they are stored,
             activations in the dtype that is fastest on this machine and no less exact.
         revision: branch, tag or commit of a hub id.
-        adapters: LoRA or DoRA adapters in PEFT's format, by directory or hub id: a list of "PATH" or "PATH=WEIGHT", or
+        adapters: adapters in PEFT's format or mlx-lm's, by directory or hub id: a list of "PATH" or "PATH=WEIGHT", or
             a mapping from paths to weights. Their updates add up; the base model's weights stay as they are.
         progress: show progress bars on stderr for a download, and for reading that takes over a second.
 

@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters in PEFT's format: read, matched against a model, applied or merged."""
+"""LoRA and DoRA adapters in PEFT's format and mlx-lm's: read, matched against a model, applied or merged."""
 
 from runner.adapters.base import Base as Base
 from runner.adapters.files import AdapterFiles as AdapterFiles

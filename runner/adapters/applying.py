@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from runner.adapters.base import Base
 from runner.adapters.layers import AdaptedEmbedding, AdaptedExperts, AdaptedLinear, Delta, Magnitude, TokenRows
-from runner.adapters.parts import Factors, Parts, SavedRows, StackFactors
+from runner.adapters.parts import AllExperts, Factors, Parts, SavedRows
 from runner.adapters.sites import Rows, Stack, in_field_order, kind_of, pieces_of, row_order, width_of
 from runner.nn.linear import Embedding, Linear
 from runner.nn.moe import ExpertLinear
@@ -158,7 +158,7 @@ class Applying:
         mx.eval(stacked)
         return Delta(adapter, *stacked, 1.0)
 
-    def stack(self, factors: StackFactors, stack: Stack) -> Delta:
+    def stack(self, factors: AllExperts, stack: Stack) -> Delta:
         """One adapter's delta for a field with experts, from factors of all experts at once."""
         down, up = self.cast(factors.downs), self.cast(mx.contiguous(in_field_order(stack, factors.ups)))
         mx.eval(down, up)

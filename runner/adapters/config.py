@@ -15,6 +15,7 @@ from typing import Any
 
 from runner.adapters.pattern import Effort, NamePattern
 from runner.adapters.pattern_table import PatternTable
+from runner.adapters.values import number, positive, short_value
 from runner.errors import ConfigError
 from runner.local_files import quoted
 
@@ -36,9 +37,6 @@ CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq")
 """Values of `init_lora_weights` that changed the base before training: the adapter fits only that changed base."""
 
 ALL_LINEAR = "all-linear"
-MAX_RANK = 1 << 14
-"""The largest rank that a config may ask for."""
-
 MAX_NAMES = 1024
 """Names in a list that is searched for every module; lists of targets, which are looked up, have no limit."""
 
@@ -71,9 +69,6 @@ class AdapterConfig:
             ConfigError: the method is not LoRA, a value is invalid, or a key that could change results is not
                 understood; the message lists all problems.
         """
-        if "fine_tune_type" in raw or "lora_parameters" in raw:
-            raise ConfigError("this is an adapter of mlx-lm, which is not supported: only PEFT's format is")
-        # Problems are collected, so that one message names them all. null means the default.
         problems = _refused(raw)
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
@@ -82,7 +77,7 @@ class AdapterConfig:
             try:
                 values[item.name] = _READ[item.name](raw[item.name])
             except ConfigError as error:
-                problems.append(f"{item.name} {error}, not {_short(raw[item.name])}")
+                problems.append(f"{item.name} {error}, not {short_value(raw[item.name])}")
         if isinstance(values.get("target_modules"), NamePattern) and values.get("layers_to_transform"):
             problems.append("layers_to_transform needs target_modules as a list")
         if problems:
@@ -143,19 +138,13 @@ class AdapterConfig:
         return any(_within(saved, name) or name.endswith(saved) for saved in self.modules_to_save)
 
 
-def _short(value: object) -> str:
-    """Show a value in a message, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _refused(raw: Mapping[str, Any]) -> list[str]:
     """List the problems with keys that are not fields of `AdapterConfig`."""
     problems = []
     if raw.get("peft_type") != "LORA":
-        problems.append(f"peft_type {_short(raw.get('peft_type'))} is not supported, only 'LORA' is")
+        problems.append(f"peft_type {short_value(raw.get('peft_type'))} is not supported, only 'LORA' is")
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(f"task_type {_short(raw['task_type'])} is not supported, only 'CAUSAL_LM' is")
+        problems.append(f"task_type {short_value(raw['task_type'])} is not supported, only 'CAUSAL_LM' is")
     start = raw.get("init_lora_weights", True)
     if isinstance(start, str) and CHANGED_BASE.fullmatch(start):
         problems.append(
@@ -163,13 +152,14 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
             "itself: save it with PEFT's path_initial_model_for_weight_conversion"
         )
     elif start is not None and start not in STARTS:
-        problems.append(f"init_lora_weights {_short(start)} is not understood")
+        problems.append(f"init_lora_weights {short_value(start)} is not understood")
     # An unknown key is harmless only while it is off.
     known = {item.name for item in dataclasses.fields(AdapterConfig)}
     known |= HARMLESS | {"peft_type", "task_type", "init_lora_weights"}
     for name in raw:
         if name not in known and raw[name] not in (None, False, [], {}):
-            problems.append(f"key {quoted(name)} = {_short(raw[name])} could change the numbers and is not supported")
+            shown = f"key {quoted(name)} = {short_value(raw[name])}"
+            problems.append(f"{shown} could change the numbers and is not supported")
     return problems
 
 
@@ -192,22 +182,10 @@ def _within(module: str, name: str) -> bool:
 # --- reading values ---------------------------------------------------------------------------------------------------
 
 
-def _positive(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_RANK:
-        raise ConfigError(f"must be an integer from 1 to {MAX_RANK}")
-    return value
-
-
 def _index(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
         raise ConfigError("must be an index or a list of indices")
     return value
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise ConfigError("must be a finite number")
-    return float(value)
 
 
 def _flag(value: object) -> bool:
@@ -262,11 +240,11 @@ def _tokens(value: object) -> dict[str, tuple[int, ...]]:
 
 
 def _ranks(value: object) -> PatternTable[int]:
-    return PatternTable.compile("rank_pattern", {pattern: _positive(rank) for pattern, rank in _entries(value)})
+    return PatternTable.compile("rank_pattern", {pattern: positive(rank) for pattern, rank in _entries(value)})
 
 
 def _alphas(value: object) -> PatternTable[float]:
-    return PatternTable.compile("alpha_pattern", {pattern: _number(alpha) for pattern, alpha in _entries(value)})
+    return PatternTable.compile("alpha_pattern", {pattern: number(alpha) for pattern, alpha in _entries(value)})
 
 
 def _entries(value: object) -> ItemsView[str, object]:
@@ -277,8 +255,8 @@ def _entries(value: object) -> ItemsView[str, object]:
 
 
 _READ: Mapping[str, Callable[[object], Any]] = {
-    "r": _positive,
-    "lora_alpha": _number,
+    "r": positive,
+    "lora_alpha": number,
     "use_rslora": _flag,
     "use_dora": _flag,
     "bias": _bias,

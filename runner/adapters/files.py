@@ -1,4 +1,4 @@
-"""Opens an adapter's directory in PEFT's format: checks its config and the headers of its tensors."""
+"""Opens an adapter's directory, in PEFT's format or mlx-lm's: checks its config and the headers of its tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.adapters.config import AdapterConfig
+from runner.adapters.mlx_config import MlxConfig, is_mlx
 from runner.checkpoint.directory import Checkpoint
 from runner.errors import CheckpointError, ConfigError, UsageError
 from runner.local_files import path_in, quoted, read_json
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG = "adapter_config.json"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+MLX_WEIGHTS, MLX_ARCHIVE = "adapters.safetensors", "adapters.npz"
 
 Given = Mapping[str, float] | Iterable[str]
 """Adapters by directory or hub id: a mapping to their weights, or strings "PATH" (weight 1) or "PATH=WEIGHT"."""
@@ -31,12 +34,12 @@ class AdapterFiles:
 
     name: str
     weight: float
-    config: AdapterConfig
+    config: AdapterConfig | MlxConfig
     source: Checkpoint
 
     @classmethod
     def open(cls, path: Path, name: str, weight: float = 1.0) -> AdapterFiles:
-        """Read and check `adapter_config.json` and the header of `adapter_model.safetensors`.
+        """Read and check `adapter_config.json` and the header of the tensors' file, which has PEFT's or mlx-lm's name.
 
         Raises:
             CheckpointError: a file is missing or malformed, or the weights are a pickle.
@@ -47,19 +50,28 @@ class AdapterFiles:
             raise CheckpointError(f"{path}: {what}")
         if not os.path.lexists(path / CONFIG):
             raise CheckpointError(f"{path}: no {CONFIG}; is this an adapter's directory?")
+        raw = read_json(path_in(path, CONFIG))
+        mlx = is_mlx(raw)
         try:
-            config = AdapterConfig.from_dict(read_json(path_in(path, CONFIG)))
+            config = MlxConfig.from_dict(raw) if mlx else AdapterConfig.from_dict(raw)
         except ConfigError as error:
             raise ConfigError(f"{path / CONFIG}: {error}") from error
-        if not os.path.lexists(path / WEIGHTS):
-            why = f"no {WEIGHTS}"
-            if os.path.lexists(path / PICKLE):
-                why = (
-                    f"only {PICKLE}, a pickle, which can run its author's code when it is read, so it is refused: if "
-                    "you trust it, save the adapter again (PEFT's save_pretrained writes safetensors)"
-                )
-            raise CheckpointError(f"{path}: {why}")
-        return cls(name, weight, config, Checkpoint.open_file(path, WEIGHTS, CONFIG))
+        weights = MLX_WEIGHTS if mlx else WEIGHTS
+        if not os.path.lexists(path / weights):
+            raise CheckpointError(f"{path}: {_no_weights(path, weights)}")
+        return cls(name, weight, config, Checkpoint.open_file(path, weights, CONFIG))
+
+
+def _no_weights(path: Path, weights: str) -> str:
+    """Say what the directory has in place of the file `weights`, and what to do about it."""
+    if weights == WEIGHTS and os.path.lexists(path / PICKLE):
+        return (
+            f"only {PICKLE}, a pickle, which can run its author's code when it is read, so it is refused: if "
+            "you trust it, save the adapter again (PEFT's save_pretrained writes safetensors)"
+        )
+    if weights == MLX_WEIGHTS and os.path.lexists(path / MLX_ARCHIVE):
+        return f"only {MLX_ARCHIVE}, as mlx-lm wrote until March 2024: save its arrays with mx.save_safetensors"
+    return f"no {weights}"
 
 
 def open_adapters(given: Given, resolve: Callable[[str], Path]) -> list[AdapterFiles]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from runner.adapters.config import AdapterConfig
 from runner.adapters.files import CONFIG, AdapterFiles
-from runner.adapters.parts import Factors, SavedRows, StackFactors
+from runner.adapters.parts import Factors, Matched, SavedRows, StackFactors
 from runner.adapters.sites import FLOATS, HEAD, PREFIXES, TABLE, Site, Stack, short
 from runner.checkpoint.overlay import Change, Info
 from runner.errors import ConfigError, WeightsError
@@ -26,14 +27,13 @@ class Matching:
     """One adapter matched against the sites of a model.
 
     Attributes:
-        factors, rows: the adapter's factors, and its rows for single tokens, by the name of their site.
-        stacked: its factors for all experts of a field, by the name of their stack.
-        changes: the tensors that it replaces, by name.
+        found: what the adapter brings.
     """
 
     def __init__(
         self,
         adapter: AdapterFiles,
+        config: AdapterConfig,
         base: Source,
         sites: Mapping[str, Site],
         stacks: Mapping[str, Stack],
@@ -50,19 +50,14 @@ class Matching:
             WeightsError: the adapter does not fit the model; the message lists all problems.
             ConfigError: the config's patterns take too long to match.
         """
-        self.adapter, self.config = adapter, adapter.config
+        self.adapter, self.config = adapter, config
         self.base, self.sites, self.stacks = base, sites, stacks
         self.tied, self.ties = tied, ties
         self.head = next((name for name, site in sites.items() if site.group == HEAD), "lm_head")
         self.problems = Problems()
         self.by_short = {short(name): site for name, site in sites.items()}
         self.base_short = {short(name): name for name in base.headers}
-        self.factors: dict[str, Factors] = {}
-        self.rows: dict[str, SavedRows] = {}
-        self.stacked: dict[str, StackFactors] = {}
-        self.changes: dict[str, Change] = {}
-        self.untied = False
-        """Whether head and embeddings, one tensor in the base, become two with this adapter."""
+        self.found = Matched()
         try:
             self.match()
         except ConfigError as error:  # patterns that take too long are noticed when they are matched
@@ -125,7 +120,7 @@ class Matching:
                 for full in tensors.values():
                     self.unused(full)
             return
-        if site.name in self.factors:
+        if site.name in self.found.factors:
             self.twice(next(iter(tensors.values())))
         # The file's own spelling counts too: patterns were written for the names that PEFT saw.
         names = [module, *site.spellings]
@@ -156,7 +151,7 @@ class Matching:
                 self.problems.missing(f"base_model.model.{module}.{_SUFFIX[kind]}", expected)
         if tensors.keys() >= shapes.keys():
             scale = self.config.scale(names)
-            self.factors[site.name] = Factors(
+            self.found.factors[site.name] = Factors(
                 adapter.name, adapter.source, site.kind, scale, tensors[a], tensors[b], tensors.get("m")
             )
             if site.name == self.tied and self.config.ensure_weight_tying:
@@ -180,10 +175,10 @@ class Matching:
                 continue
             # A shape that fits two parameters goes to the first that has no factors yet.
             columns = experts * self.config.rank(names)
-            if (a, b) == ((columns, width), (out, columns)) and stack.name not in self.stacked:
+            if (a, b) == ((columns, width), (out, columns)) and stack.name not in self.found.stacked:
                 source, scale = self.adapter.source, self.config.scale(names)
                 factors = StackFactors(self.adapter.name, source, scale, tensors["A"], tensors["B"], experts)
-                self.stacked[stack.name] = factors
+                self.found.stacked[stack.name] = factors
                 return True
         return False
 
@@ -205,7 +200,7 @@ class Matching:
                 self.problems.missing(f"base_model.model.{site.name}.{_SUFFIX[kind]}", shape)
         for stack in self.stacks.values():
             experts, out, width = stack.shape
-            if stack.name not in self.stacked and self.config.targets_parameter([stack.name]):
+            if stack.name not in self.found.stacked and self.config.targets_parameter([stack.name]):
                 rank = self.config.rank([stack.name])
                 what = f"A [{experts * rank}, {width}] and B [{out}, {experts * rank}]"
                 self.problems.other(f"target_parameters names {stack.name}, but the adapter has no {what} for it")
@@ -214,10 +209,10 @@ class Matching:
             module = name.removesuffix(".bias")
             site = self.site(module)
             own = self.config.bias == "all" or (self.config.bias == "lora_only" and site and site.name in there)
-            if own and name.endswith(".bias") and name not in self.changes and not HARMLESS.search(name):
+            if own and name.endswith(".bias") and name not in self.found.changes and not HARMLESS.search(name):
                 self.problems.missing(f"base_model.model.{name}", header.shape)
         # Modules trained as a whole.
-        saved = [short(name) for name in self.changes]
+        saved = [short(name) for name in self.found.changes]
         for module in self.config.modules_to_save:
             if not any(re.search(rf"(^|[._]){re.escape(module)}\.", name) for name in saved):
                 self.problems.other(f"modules_to_save names {module!r}, but the adapter has none of its tensors")
@@ -245,11 +240,11 @@ class Matching:
             return
         # A whole head, or embeddings trained as a module without ensure_weight_tying, end the sharing.
         if self.tied is not None and site is not None and site.name in (self.head, self.tied):
-            self.untied |= site.name == self.head or (saved and not self.config.ensure_weight_tying)
-        if own in self.changes:
+            self.found.untied |= site.name == self.head or (saved and not self.config.ensure_weight_tying)
+        if own in self.found.changes:
             self.twice(full)
         source = self.adapter.source
-        self.changes[own] = Change(Info(header.dtype, shape), lambda: source.read(full))
+        self.found.changes[own] = Change(Info(header.dtype, shape), lambda: source.read(full))
 
     def tokens(self, module: str, full: str) -> None:
         """Match rows that replace single rows of a table; a head that shares the table shares them."""
@@ -270,12 +265,12 @@ class Matching:
         if len(set(tokens)) < len(tokens) or max(tokens) >= site.shape[0]:
             self.problems.other(f"trainable_token_indices: expected distinct token ids below {site.shape[0]}")
             return
-        if site.name in self.rows:
+        if site.name in self.found.rows:
             self.twice(full)
         rows = SavedRows(self.adapter.name, self.adapter.source, full, tokens)
-        self.rows[site.name] = rows
+        self.found.rows[site.name] = rows
         if self.ties and site.group == TABLE and self.head in self.sites:
-            self.rows[self.head] = rows
+            self.found.rows[self.head] = rows
 
 
 _SUFFIX = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.adapters.base import Base
-from runner.adapters.parts import ExpertFactors, Factors, Parts, SavedRows, StackFactors
+from runner.adapters.parts import AllExperts, ExpertFactors, Factors, Parts, SavedRows
 from runner.adapters.sites import HEAD, TABLE, Site, Stack, StackLeaf, in_field_order, numbers, stored_dtype
 from runner.checkpoint.overlay import Change, Info
 from runner.weights.loading import STORED
@@ -90,7 +90,7 @@ class _Merging:
 
         return Change(Info(stored_dtype(source, site.leaf), site.shape[::-1] if site.transposed else site.shape), read)
 
-    def stack(self, stack: Stack, leaf: StackLeaf, factors: Sequence[StackFactors]) -> Change:
+    def stack(self, stack: Stack, leaf: StackLeaf, factors: Sequence[AllExperts]) -> Change:
         """The change that adds factors to one tensor of all experts.
 
         Published tensors (gpt-oss) have transformers' row order and are `[E, in, out]`; those that mlx-lm wrote

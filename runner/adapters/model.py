@@ -16,6 +16,8 @@ from runner.adapters.base import Base
 from runner.adapters.files import AdapterFiles, checked_weight
 from runner.adapters.matching import Matching
 from runner.adapters.merging import merged
+from runner.adapters.mlx_config import MlxConfig
+from runner.adapters.mlx_matching import MlxMatching
 from runner.adapters.parts import Parts
 from runner.adapters.sites import HEAD, find_sites, find_stacks, head_name
 from runner.checkpoint.overlay import Change
@@ -122,7 +124,11 @@ def fit(
     untied = False
     fixed = set()
     for adapter in adapters:
-        matching = Matching(adapter, base, sites, stacks, tied, config.tie_word_embeddings)
+        if isinstance(adapter.config, MlxConfig):
+            matching = MlxMatching(adapter, adapter.config, base, sites, stacks, head, tied).found
+        else:
+            ties = config.tie_word_embeddings
+            matching = Matching(adapter, adapter.config, base, sites, stacks, tied, ties).found
         for name, item in matching.factors.items():
             parts.factors.setdefault(name, []).append(item)
         for name, experts in matching.stacked.items():

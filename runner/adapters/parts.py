@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import mlx.core as mx
 
+from runner.checkpoint.overlay import Change
 from runner.nn.linear import Embedding
 from runner.weights.tags import Source
 
@@ -56,6 +58,24 @@ class SavedRows:
         return self.source.read(self.name)
 
 
+class AllExperts(Protocol):
+    """One adapter's factors for all experts of a field.
+
+    Attributes:
+        downs: A of each expert, `[E, r, width]`.
+        ups: B of each expert, `[E, out, r]`, with rows in transformers' order.
+    """
+
+    @property
+    def adapter(self) -> str: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def downs(self) -> mx.array: ...
+    @property
+    def ups(self) -> mx.array: ...
+
+
 @dataclass(frozen=True)
 class StackFactors:
     """One adapter's factors for all experts of a field, as PEFT's `ParamWrapper` stores them.
@@ -84,10 +104,42 @@ class StackFactors:
 
 
 @dataclass(frozen=True)
+class SwitchFactors:
+    """One adapter's factors for all experts of a field, as mlx-lm stores them: gate and up have factors of their own.
+
+    Attributes:
+        pairs: names of A `[E, r, width]` and B `[E, rows, r]`, and the first row of the field that B changes.
+        out: rows of the field, in which gate comes before up.
+        reorder: brings B's rows `[E, out, r]` from the field's order to transformers'.
+    """
+
+    adapter: str
+    source: Source
+    scale: float
+    pairs: tuple[tuple[str, str, int], ...]
+    out: int
+    reorder: Callable[[mx.array], mx.array]
+
+    @functools.cached_property
+    def downs(self) -> mx.array:
+        """A of each expert, `[E, r, width]`: the pairs' one after another."""
+        return mx.concatenate([self.source.read(a) for a, _, _ in self.pairs], axis=1)
+
+    @functools.cached_property
+    def ups(self) -> mx.array:
+        """B of each expert, `[E, out, r]`, in columns of its own for each pair and zero in the others' rows."""
+        columns = []
+        for _, name, start in self.pairs:
+            b = self.source.read(name)
+            columns.append(mx.pad(b, [(0, 0), (start, self.out - start - b.shape[1]), (0, 0)]))
+        return self.reorder(mx.concatenate(columns, axis=2))
+
+
+@dataclass(frozen=True)
 class ExpertFactors:
     """The factors for rows `[start, stop)` of one expert of a stack, with the interface of `Factors`."""
 
-    stack: StackFactors
+    stack: AllExperts
     expert: int
     start: int
     stop: int
@@ -128,7 +180,7 @@ class Parts:
 
     factors: dict[str, list[Factors]] = field(default_factory=dict)
     rows: dict[str, list[SavedRows]] = field(default_factory=dict)
-    stacked: dict[str, list[StackFactors]] = field(default_factory=dict)
+    stacked: dict[str, list[AllExperts]] = field(default_factory=dict)
 
     def sites(self) -> list[str]:
         """Names of the sites that some adapter changes, at whatever weight."""
@@ -138,3 +190,21 @@ class Parts:
         """The factors and token rows for the site `name` whose adapters have a weight other than 0."""
         factors = [item for item in self.factors.get(name, ()) if weights[item.adapter]]
         return factors, [item for item in self.rows.get(name, ()) if weights[item.adapter]]
+
+
+@dataclass
+class Matched:
+    """What one adapter brings.
+
+    Attributes:
+        factors, rows: its factors, and its rows for single tokens, by the name of their site.
+        stacked: its factors for all experts of a field, by the name of their stack.
+        changes: the tensors that it replaces, by name.
+        untied: whether head and embeddings, one tensor in the base, become two with this adapter.
+    """
+
+    factors: dict[str, Factors] = field(default_factory=dict)
+    rows: dict[str, SavedRows] = field(default_factory=dict)
+    stacked: dict[str, AllExperts] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
+    untied: bool = False

@@ -236,6 +236,12 @@ def in_field_order(stack: Stack, ups: mx.array) -> mx.array:
     return ups if order is None else ups[:, order]
 
 
+def in_file_order(stack: Stack, ups: mx.array) -> mx.array:
+    """Permute the rows of B `[E, out, r]` from the field's order to transformers': the way back."""
+    order = row_order(stack.order, ups.shape[1], stacked=True)
+    return ups if order is None else ups[:, mx.argsort(order)]
+
+
 def head_name(model_class: type) -> str:
     """The family's module name for a head with tensors of its own."""
     names = [item.metadata[TAG].name for item in dataclasses.fields(model_class) if item.name == HEAD]

@@ -83,7 +83,7 @@ def resolve(model: str, *, revision: str | None = None, progress: bool = True) -
 
 
 def resolve_adapter(adapter: str, *, progress: bool = True) -> Path:
-    """Find an adapter (PEFT's format) on this machine, or fetch it from the hub, and return its directory.
+    """Find an adapter (PEFT's or mlx-lm's) on this machine, or fetch it from the hub, and return its directory.
 
     Args:
         adapter: an existing directory, or a hub id `org/name[@revision]`.
@@ -97,7 +97,11 @@ def resolve_adapter(adapter: str, *, progress: bool = True) -> Path:
         return Path(path)
     repo, revision = _parse(adapter, None)
     cached = _snapshot(repo, revision)
-    if cached is not None and all((cached / name).is_file() for name in ADAPTER_FILES):
+    if (
+        cached is not None
+        and (cached / ADAPTER_CONFIG).is_file()
+        and any((cached / name).is_file() for name in ADAPTER_WEIGHTS)
+    ):
         return cached
     return _fetch_adapter(repo, revision, progress)
 
@@ -178,7 +182,9 @@ def _shards(snapshot: Path, names: Collection[str]) -> list[str]:
     return choose(names, weight_map) or [SINGLE]
 
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
+"""PEFT's file of tensors, and mlx-lm's."""
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model", "merges.txt")
 
 
@@ -259,13 +265,14 @@ def _fetch_adapter(repo: str, revision: str, progress: bool) -> Path:
         files = [sibling.rfilename for sibling in info.siblings or ()]
         if info.sha is None or not _COMMIT.fullmatch(info.sha):
             raise HubError(f"{repo}@{revision}: the hub's answer names no commit (40 hexadecimal digits)")
-        for name in ADAPTER_FILES:
-            if name not in files:
-                pickle = ", only adapter_model.bin, a pickle" if "adapter_model.bin" in files else ""
-                raise HubError(f"{repo} has no {name}{pickle}: not an adapter in PEFT's safetensors format")
-        snapshot = _download(repo, info.sha, list(ADAPTER_FILES))
+        weights = [name for name in ADAPTER_WEIGHTS if name in files]
+        if ADAPTER_CONFIG not in files or not weights:
+            lacking = ADAPTER_WEIGHTS[0] if ADAPTER_CONFIG in files else ADAPTER_CONFIG
+            pickle = ", only adapter_model.bin, a pickle" if "adapter_model.bin" in files else ""
+            raise HubError(f"{repo} has no {lacking}{pickle}: not an adapter in PEFT's or mlx-lm's safetensors format")
+        snapshot = _download(repo, info.sha, [ADAPTER_CONFIG, *weights])
         if revision != info.sha:
-            hf_hub_download(repo, ADAPTER_FILES[0], revision=revision)  # cached already: only records the ref's commit
+            hf_hub_download(repo, ADAPTER_CONFIG, revision=revision)  # cached already: only records the ref's commit
     return snapshot
 
 

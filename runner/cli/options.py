@@ -27,7 +27,7 @@ Adapter = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATH[=WEIGHT]",
-        help="Add a LoRA or DoRA adapter in PEFT's format, from a directory or hub id; may be repeated.",
+        help="Add a LoRA or DoRA adapter of PEFT or mlx-lm, from a directory or hub id; may be repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

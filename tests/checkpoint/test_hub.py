@@ -507,6 +507,18 @@ def test_an_adapter_is_two_files(fake: FakeHub, tmp_path: Path) -> None:
     assert local == path
 
 
+def test_an_adapter_of_mlx_lm_is_two_files_too(fake: FakeHub, tmp_path: Path) -> None:
+    files = {"adapter_config.json": b"{ }", "adapters.safetensors": b"a" * 100}
+    checkpoint = {"0000100_adapters.safetensors": b"an earlier state"}
+    fake.add("org/lora", files | UNWANTED | checkpoint)
+    wanted: Call = ("resolve_adapter", ["org/lora"], {})
+    (path,), _ = call(tmp_path, fake.endpoint, wanted)
+    assert names(path) == set(files)
+    fake.requests.clear()
+    found, errors = call(tmp_path, fake.endpoint, wanted)
+    assert found == [path] and fake.requests == [] and errors == ""
+
+
 def test_adapters_that_cannot_be_had(fake: FakeHub, tmp_path: Path) -> None:
     fake.add("org/model", SMALL | SINGLE)
     fake.add("org/old", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
