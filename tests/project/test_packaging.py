@@ -167,3 +167,33 @@ def test_mypy_and_pytest_know_one_name_for_a_model_file(tmp_path: Path) -> None:
         "import sys, runner.models.llama\ndef test_name() -> None:\n    assert 'models' not in sys.modules\n"
     )
     assert "1 passed" in command("-m", "pytest", "-q", str(tmp_path), cwd=ROOT)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
+def test_a_wheel_with_kernels_needs_no_compiler(tmp_path: Path) -> None:
+    """scripts/wheel, installed into an environment that sees no compiler: its kernels compute."""
+    tree = tmp_path / "tree"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
+    for name in (name.decode() for name in tracked if name and not name.startswith(b"tests/")):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
+    if (ROOT / "build" / "kernels").is_dir():  # what was compiled for this checkout
+        shutil.copytree(ROOT / "build" / "kernels", tree / "build" / "kernels")
+    environment = {**os.environ, "RUNNER_VENV": sys.prefix}
+    shutil.copy(tree / "scripts" / "setup_venv", tmp_path / "kept")
+    (tree / "scripts" / "setup_venv").write_text("#!/bin/sh\n")  # this environment stays as it is
+    done = subprocess.run(
+        [str(tree / "scripts" / "wheel")], env=environment, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    built = Path(done.stdout.strip())
+    assert built.suffix == ".whl" and any(name.startswith("runner/ops/cpu/_C.") for name in names(built))
+    python = bare_environment(tmp_path / "venv")
+    options = ("--quiet", "--no-deps", "--no-index", "--ignore-installed")
+    command("-m", "pip", "install", *options, str(built), cwd=tmp_path, python=python, PATH="/nowhere")
+    code = (
+        "import runner; from runner.ops import cpu; assert cpu.unavailable() is None; print(runner.__file__, cpu.isa())"
+    )
+    said = command("-c", code, cwd=tmp_path, python=python, PATH="/nowhere")
+    assert said.startswith(str(tmp_path / "venv"))
