@@ -20,7 +20,7 @@ from runner.text.detokenizer import Detokenizer, TokenStream
 from runner.text.special_tokens import AddedToken, Match, TokenScanner
 from runner.text.tokenizer_files import TokenizerFiles
 
-MAX_VOCABULARY_FILE = 512 << 20
+MAX_VOCABULARY_FILE = 128 << 20
 _SAMPLED = 2048  # pieces that tell what kind a vocabulary is
 
 

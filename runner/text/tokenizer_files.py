@@ -21,6 +21,7 @@ from runner.text.template_files import read_templates
 _MAX_JSON = 64 << 20
 _MAX_ADDED = 100_000
 _MAX_CONTENT = 1024  # characters of one token
+_MAX_CHARACTERS = 1 << 20  # of all tokens; the libraries hold a hundred bytes for each
 _MAX_ID = 1 << 24
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
@@ -61,6 +62,9 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
         config, added = _legacy_files(directory, config)
     named = _named_tokens(config, path)
     added += _extra_tokens(config, named, added, path)
+    characters = sum(len(token.content) for token in added)
+    if characters > _MAX_CHARACTERS:
+        raise TokenizerError(f"{path}: added tokens of {characters} characters, more than the {_MAX_CHARACTERS} read")
     return TokenizerFiles(
         added=tuple(added),
         named=named,

@@ -333,6 +333,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         ({"chat_template": [{"name": "x"}]}, "chat_template"),
         ({"chat_template": "x" * 600_000}, "chat_template"),
         ({"extra_special_tokens": 7}, "extra_special_tokens"),
+        ({"extra_special_tokens": [f"{n}{'x' * 1000}" for n in range(1100)]}, "characters"),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,47 @@ def test_damaged_vocabularies_are_refused(tmp_path: Path, vocab: Any, merges: st
     (tmp_path / "merges.txt").write_text(merges)
     with pytest.raises(TokenizerError, match=r"vocab\.json|merges\.txt"):
         Tokenizer.from_directory(tmp_path)
+
+
+def runs(letters: bytes, longest: int) -> list[bytes]:
+    """Every byte, and every run of each of the letters: a token of n bytes splits into two tokens in n - 1 ways."""
+    return [bytes([value]) for value in range(256)] + [
+        bytes([letter]) * length for letter in letters for length in range(2, longest + 1)
+    ]
+
+
+def written(kind: str, ranks: list[bytes], directory: Path) -> Path:
+    """Write the ranks as a tekken.json or as tiktoken's lines."""
+    if kind == "tekken":
+        config = {"pattern": LLAMA3, "default_vocab_size": len(ranks) + 20, "default_num_special_tokens": 20}
+        vocab = [{"rank": i, "token_bytes": base64.b64encode(token).decode()} for i, token in enumerate(ranks)]
+        path = directory / "tekken.json"
+        path.write_text(json.dumps({"config": config, "vocab": vocab}))
+    else:
+        path = directory / "tokenizer.model"
+        path.write_bytes(b"".join(base64.b64encode(token) + f" {i}\n".encode() for i, token in enumerate(ranks)))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tekken", "tiktoken"])
+def test_memory_for_a_list_of_ranks_is_bounded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """523,776 merges of up to 1024 characters took a thousand times the memory of their file."""
+    ranks = runs(b"a", 1024)
+    monkeypatch.setattr(tokenizer_rebuilt, "RANK_PATTERNS", {len(ranks): LLAMA3})
+    path = written(kind, ranks, tmp_path)
+    tracemalloc.start()
+    with pytest.raises(TokenizerError, match="made of each other"):
+        Tokenizer.from_directory(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * path.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["tekken", "tiktoken"])
+def test_long_runs_of_a_real_vocabulary_are_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 3 and o200k have all runs of up to 128 spaces, and of some signs."""
+    ranks = runs(b" \n=-", 128)
+    monkeypatch.setattr(tokenizer_rebuilt, "RANK_PATTERNS", {len(ranks): LLAMA3})
+    written(kind, ranks, tmp_path)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert len(tokenizer.encode("=" * 128, add_special_tokens=False)) == 1
