@@ -37,6 +37,11 @@ class Gemma3Config(Gemma2Config):
         """Every `sliding_window_pattern`-th layer has full attention."""
         return self.sliding_window_pattern
 
+    @property
+    def context_length(self) -> int:
+        # Published files count the stretched length in `max_position_embeddings` already, whatever the type.
+        return self.max_position_embeddings
+
     def for_layer(self, index: int) -> Self:
         layer = super().for_layer(index)
         if self.cache_window(index) is not None:  # a windowed layer

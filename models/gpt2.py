@@ -48,6 +48,10 @@ class GPT2Config(UnrotatedConfig):
         super().__post_init__()
 
     @property
+    def position_table(self) -> int:
+        return self.max_position_embeddings
+
+    @property
     def attention_scale(self) -> float:
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / ((self.layer_index or 0) + 1) if self.scale_attn_by_inverse_layer_idx else scale

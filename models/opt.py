@@ -50,6 +50,10 @@ class OPTConfig(UnrotatedConfig):
         super().__post_init__()
 
     @property
+    def position_table(self) -> int:
+        return self.max_position_embeddings
+
+    @property
     def rows(self) -> int:
         """Rows of the position table."""
         return self.max_position_embeddings + FIRST

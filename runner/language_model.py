@@ -14,6 +14,7 @@ from runner.answer import Answer, Chunk, Generation, gather
 from runner.checkpoint.hub import resolve, resolve_adapter
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.config.base import Config
+from runner.config.rope import LONGEST
 from runner.engine.engine import Engine, assemble
 from runner.engine.generate import Cancelled
 from runner.engine.prompt_cache import PromptCache
@@ -42,7 +43,8 @@ class LanguageModel:
         sampling: the model's own sampling defaults (generation_config.json).
         ignored_defaults: defaults of generation_config.json that are not honoured, as `"name = value"`.
         eos_token_ids: ids of the tokens that end an answer.
-        guesses: sentences about what the files leave open; a part of `notes`.
+        context_length: how many tokens prompt and answer can have together.
+        notes: sentences about what was ignored, guessed or is doubtful; `load` gives each as a `RunnerWarning`, too.
     """
 
     path: Path
@@ -51,17 +53,13 @@ class LanguageModel:
     sampling: SamplingParams
     ignored_defaults: tuple[str, ...]
     eos_token_ids: frozenset[int]
-    guesses: tuple[str, ...] = ()
+    context_length: int
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> Config:
         """The model's configuration, from its `config.json`."""
         return self.engine.config
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences about what was ignored or guessed; `load` gives each as a `RunnerWarning`, too."""
-        return (*self.config.notes, *self.guesses)
 
     @property
     def model(self) -> Model:
@@ -72,11 +70,6 @@ class LanguageModel:
     def device(self) -> Device:
         """The device that the model computes on."""
         return self.engine.device
-
-    @property
-    def context_length(self) -> int:
-        """How many tokens prompt and answer can have together."""
-        return self.config.max_position_embeddings
 
     @property
     def nbytes(self) -> int:
@@ -245,6 +238,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     adapters: Given = (),
+    context_length: int | None = None,
     progress: bool = False,
 ) -> LanguageModel:
     """Load a model from a directory, a GGUF file or a hub id `org/name[@revision]`.
@@ -255,6 +249,7 @@ def load(
         revision: branch, tag or commit of a hub id.
         adapters: adapters in PEFT's format or mlx-lm's, by directory or hub id: a list of "PATH" or "PATH=WEIGHT", or
             a mapping from paths to weights. Their updates add up; the base model's weights stay as they are.
+        context_length: how many tokens prompt and answer can have together; None: as many as the model was made for.
         progress: show progress bars on stderr for a download, and for reading that takes over a second.
 
     Raises:
@@ -263,6 +258,8 @@ def load(
     Warns:
         RunnerWarning: for each of `LanguageModel.notes`.
     """
+    if context_length is not None and (type(context_length) is not int or not 1 <= context_length <= LONGEST):
+        raise UsageError(f"context_length must be an integer from 1 to {LONGEST}, or None, not {context_length!r}")
     files = open_files(resolve(str(model), revision=revision, progress=progress))
     # On the owner's thread as well: what reading a vocabulary has used and freed, reading the weights can use again.
     tokenizer = OWNER.run(files.tokenizer)
@@ -282,10 +279,28 @@ def load(
 
         engine = OWNER.run(job, mx.default_device())
     params, ignored = SamplingParams.from_generation_config(files.generation_config)
-    lm = LanguageModel(files.path, engine, tokenizer, params, ignored, end_tokens(files, tokenizer), files.notes)
-    for note in lm.notes:
+    context, doubts = chosen_context(engine.config, context_length)
+    notes = (*engine.config.notes, *files.notes, *doubts)
+    for note in notes:
         warnings.warn(note, RunnerWarning, stacklevel=2)
-    return lm
+    ends = end_tokens(files, tokenizer)
+    return LanguageModel(files.path, engine, tokenizer, params, ignored, ends, context, notes)
+
+
+def chosen_context(config: Config, wanted: int | None) -> tuple[int, list[str]]:
+    """The context length in tokens to use where the caller wants `wanted` (None: the model's own), and notes on it.
+
+    Raises:
+        UsageError: the model has a table of positions, and it is shorter.
+    """
+    own, table = config.context_length, config.position_table
+    if wanted is None:
+        return own, []
+    if table is not None and wanted > table:
+        raise UsageError(f"context_length is {wanted}, but this model has learned {table} positions and no more")
+    if wanted <= own:
+        return wanted, []
+    return wanted, [f"a context of {wanted} tokens is beyond the {own} that the model was made for: answers may suffer"]
 
 
 def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> frozenset[int]:

@@ -172,7 +172,7 @@ def compare(
 
 def _cut(engine: Engine, ids: Sequence[int], bos: int | None, chunk: int, chunks: int | None) -> list[list[int]]:
     """Cut `ids` into at most `chunks` chunks of `chunk` tokens, the first of each replaced by BOS (if not None)."""
-    context = engine.config.max_position_embeddings
+    context = engine.config.context_length
     if not 4 <= chunk <= context:
         raise UsageError(
             f"a chunk must have at least 4 tokens and at most {context} (the model's context), not {chunk}"

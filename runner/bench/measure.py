@@ -102,7 +102,7 @@ def run(subject: Subject, wanted: Sequence[Case], *, repetitions: int = 5, seed:
     if repetitions < 1:
         raise UsageError(f"-r must be at least 1, not {repetitions}")
     # All cases are checked before the first one is measured, which may take minutes.
-    limit = subject.engine.config.max_position_embeddings
+    limit = subject.engine.config.context_length
     for case in wanted:
         if case.depth + case.tokens > limit:
             raise UsageError(

@@ -50,7 +50,7 @@ def chat(
     conversation = Conversation()
     if system is not None:
         conversation.system = terminal.checked_utf8(system, "--system")
-    lm = engine.open_model(model, dtype, adapter)
+    lm = engine.open_model(model, dtype, adapter, length.context)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
     Chat(lm, conversation, keywords, verbose, thinking).run()

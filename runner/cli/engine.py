@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from runner.language_model import LanguageModel
 
 
-def open_model(model: str, dtype: str | None, adapters: Sequence[str] | None = None) -> LanguageModel:
+def open_model(
+    model: str, dtype: str | None, adapters: Sequence[str] | None = None, context: int | None = None
+) -> LanguageModel:
     """Load `model` as `runner.load` does, with a progress bar if stderr is a terminal.
 
     Raises:
@@ -31,7 +33,9 @@ def open_model(model: str, dtype: str | None, adapters: Sequence[str] | None = N
     # The same sentences as warnings would come with this file's name and line.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RunnerWarning)
-        lm = runner.load(model, dtype=dtype, adapters=adapters or (), progress=sys.stderr.isatty())
+        lm = runner.load(
+            model, dtype=dtype, adapters=adapters or (), context_length=context, progress=sys.stderr.isatty()
+        )
     for note in lm.notes:
         _note_once(note)
     if lm.device.notice is not None:

@@ -70,7 +70,7 @@ def generate(
         raise UsageError("--logprobs is printed in the JSON output only: add --json")
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
-    lm = engine.open_model(model, dtype, adapter)
+    lm = engine.open_model(model, dtype, adapter, length.context)
     if thinking is not None and not lm.tokenizer.has_chat_template:
         raise UsageError("--thinking needs a chat template, and this model has none: leave it out")
     status = terminal.Status()

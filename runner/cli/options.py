@@ -97,6 +97,16 @@ class LengthOptions:
             rich_help_panel=LENGTH,
         ),
     ] = None
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Hold N tokens, prompt and answer together; default: the model's own.",
+            show_default=False,
+            rich_help_panel=LENGTH,
+        ),
+    ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(

@@ -173,6 +173,16 @@ class Config:
         return self.quantization.layers.get(name, self.quantization.default)
 
     @property
+    def context_length(self) -> int:
+        """How many tokens prompt and answer can have together in the model as its authors made it."""
+        return self.max_position_embeddings
+
+    @property
+    def position_table(self) -> int | None:
+        """Number of positions with a learned embedding, which no setting can exceed; None: no such table."""
+        return None
+
+    @property
     def rope_border(self) -> int | None:
         """The longest sequence whose keys have the first of two sets of RoPE frequencies (LongRoPE); None: one set."""
         return None

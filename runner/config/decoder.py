@@ -11,7 +11,7 @@ from runner.config.activations import ACTIVATIONS, check_activation
 from runner.config.base import Config, fixed
 from runner.config.layer_types import SLIDING
 from runner.config.memory import Memory, Rows
-from runner.config.rope import RopeScaling, depends_on_length
+from runner.config.rope import RopeScaling, depends_on_length, stretched_length
 from runner.errors import ConfigError
 
 
@@ -47,6 +47,13 @@ class DecoderConfig(Config):
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
         check_activation(self.hidden_act, self.ACTS, self.key_of("hidden_act"))
+
+    @property
+    def context_length(self) -> int:
+        scaling = self.rope_scaling
+        if scaling is None:
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, stretched_length(scaling, self.max_position_embeddings))
 
     @property
     def rotary_dim(self) -> int:

@@ -34,6 +34,8 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
     ),
     "longrope": ("factor", "attention_factor", "original_max_position_embeddings"),
 }
+LONGEST = 1 << 24
+"""The longest context in tokens that any file is believed to mean."""
 _ALIASES = {"su": "longrope"}
 
 
@@ -160,6 +162,18 @@ def attention_factor(scaling: RopeScaling, *, max_position_embeddings: int) -> f
         factor = scaling.factor or max_position_embeddings / original
         return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
     return 1.0
+
+
+def stretched_length(scaling: RopeScaling, max_position_embeddings: int) -> int:
+    """Context length in tokens that `scaling` makes of the original one.
+
+    The types linear, dynamic and yarn stretch the original length by `factor`, and files differ in whether they count
+    that in `max_position_embeddings`. Files with llama3 and longrope always do: for them the result is that number.
+    """
+    if scaling.kind not in ("linear", "dynamic", "yarn"):
+        return max_position_embeddings
+    original = scaling.original_max_position_embeddings or max_position_embeddings
+    return int(min(original * (scaling.factor or 1.0), LONGEST))
 
 
 def depends_on_length(scaling: RopeScaling) -> bool:

@@ -233,3 +233,10 @@ def test_an_ignored_key_is_one_note_on_stderr(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, answer("abc", "--raw")) and done.stderr.count(note) == 1
     shown = run("inspect", str(model))
     assert shown.returncode == 0 and shown.stderr == note
+
+
+def test_the_context_option_is_obeyed_and_its_excess_noted() -> None:
+    done = run("generate", MODEL, "abc", "--raw", "--context", "2", *GREEDY)
+    assert done.returncode == 2 and "the context window holds 2" in done.stderr
+    done = run("generate", MODEL, "abc", "--raw", "--context", "100000", *GREEDY)
+    assert done.returncode == 0 and "beyond the" in done.stderr
