@@ -120,7 +120,7 @@ class Run:
             yield token
 
     def _sampler(self, ids: Sequence[int]) -> Sampler:
-        return Sampler(self._request.params, self.engine.config.vocab_size, ids, argmax=self.engine.device.ops.argmax)
+        return Sampler(self._request.params, self.engine.config.vocab_size, ids, self.engine.device.ops)
 
     def _job(self, work: Callable[[], T]) -> T:
         """Do `work` on the owner's thread with this answer's adapters; if it fails, the caches are emptied."""

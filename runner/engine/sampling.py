@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
+import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from runner import resources
 from runner.errors import NumericsError, UsageError
+from runner.ops.table import PORTABLE, Ops
 
 _LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0),
@@ -184,31 +185,19 @@ class Sampled(NamedTuple):
         return Token(token, logprob, list(zip(ids, values, strict=True)))
 
 
-def argmax(logits: mx.array) -> mx.array:
-    """The most likely token; of equally likely ones, the lowest id."""
-    return mx.argmax(logits, axis=-1)
-
-
 class Sampler:
-    """Picks one token per call from a row of logits; keeps the seen tokens and the random key on the device."""
+    """Picks one token per call from a row of logits; keeps the counts of the seen tokens on the device."""
 
-    def __init__(
-        self,
-        params: SamplingParams,
-        vocab_size: int,
-        prompt_ids: Sequence[int],
-        *,
-        argmax: Callable[[mx.array], mx.array] = argmax,
-    ) -> None:
+    def __init__(self, params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int], ops: Ops = PORTABLE) -> None:
         """Prepare to sample after `prompt_ids`; a `logit_bias` id outside the vocabulary raises `UsageError`."""
         for token in params.logit_bias:
             if not 0 <= token < vocab_size:
                 raise UsageError(f"logit_bias: token {token} is not in the vocabulary (0 to {vocab_size - 1})")
         self._params = params
-        self._argmax = argmax
-        # A key of its own: answers with a seed do not depend on what else draws random numbers.
-        seed = int.from_bytes(os.urandom(7), "little") if params.seed is None else params.seed
-        self._key = mx.random.key(seed)
+        self._ops = ops
+        # A generator of its own: answers with a seed do not depend on what else draws random numbers. One number a
+        # token, drawn here, costs a device nothing; None takes the seed from the system.
+        self._random = random.Random(params.seed)
         self._bias = _bias(params.logit_bias, vocab_size)
         self._penalised = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
@@ -231,19 +220,17 @@ class Sampler:
         logits = raw if self._bias is None else raw + self._bias
         if self._penalised:
             logits = self._penalise(logits)
-        peak = mx.max(logits)
-        # Relative to the greatest, so that no temperature makes a logit overflow to plus infinity.
-        token = self._argmax(logits) if greedy else self._draw((logits - peak) / params.temperature)
+        if greedy:
+            token, peak = self._ops.greatest(logits)
+        else:
+            filters: dict[str, Any] = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
+            token, peak = self._ops.draw(logits, self._random.random(), temperature=params.temperature, **filters)
         if self._penalised:
             self._remember(token)
         # Log-probabilities are the model's own: of the raw logits, not of those that were biased and filtered.
         if params.logprobs is None:
             return Sampled(token, peak)
-        logprobs = raw - mx.logsumexp(raw)
-        if params.logprobs == 0:
-            return Sampled(token, peak, logprobs[token])
-        ids = mx.argsort(-logprobs)[: params.logprobs]
-        return Sampled(token, peak, logprobs[token], ids, logprobs[ids])
+        return Sampled(token, peak, *self._ops.log_probabilities(raw, token, params.logprobs))
 
     def _remember(self, token: mx.array) -> None:
         """Count `token` as seen, and forget the oldest token where the penalty window is full."""
@@ -260,31 +247,6 @@ class Sampler:
             repeated = mx.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
             logits = mx.where(seen, repeated, logits)
         return logits - seen * params.presence_penalty - self._counts * params.frequency_penalty
-
-    def _draw(self, logits: mx.array) -> mx.array:
-        """Draw a token from logits `[V]` after top-k, top-p and min-p."""
-        params = self._params
-        self._key, key = mx.random.split(self._key)
-        ids: mx.array | None = None  # token ids of the logits that are left; None: the indices are the ids
-        size = logits.shape[0]
-        # Top-k first: what follows sorts k numbers instead of the whole vocabulary.
-        if 0 < params.top_k < size:
-            ids = mx.argpartition(-logits, params.top_k - 1)[: params.top_k]
-            logits = logits[ids]
-        if params.top_p < 1:
-            order = mx.argsort(-logits)
-            logits = logits[order]
-            ids = order if ids is None else ids[order]
-            probabilities = mx.softmax(logits, precise=True)
-            # A token stays while those before it have not reached top_p: the first always stays.
-            before = mx.cumsum(probabilities) - probabilities
-            keep = (before < params.top_p) | (mx.arange(logits.shape[0]) == 0)
-            logits = mx.where(keep, logits, -math.inf)
-        # p >= min_p * max(p), in logits: no softmax is needed.
-        if params.min_p > 0:
-            logits = mx.where(logits >= mx.max(logits) + math.log(params.min_p), logits, -math.inf)
-        picked = mx.random.categorical(logits, key=key)
-        return picked if ids is None else ids[picked]
 
 
 def _bias(biases: Mapping[int, float], vocab_size: int) -> mx.array | None:

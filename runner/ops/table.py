@@ -15,6 +15,7 @@ import mlx.core as mx
 from runner.cache.storage import PLAIN, Storage
 from runner.config.activations import ACTIVATIONS as NAMES
 from runner.errors import UsageError
+from runner.ops import picking
 from runner.ops.quantized import QuantizedWeight
 
 
@@ -192,6 +193,9 @@ class Ops:
     glu: Callable[[mx.array, str], mx.array] = _glu
     activate: Callable[[mx.array, str], mx.array] = _activate
     argmax: Callable[[mx.array], mx.array] = _argmax
+    greatest: Callable[[mx.array], tuple[mx.array, mx.array]] = picking.greatest
+    draw: Callable[..., tuple[mx.array, mx.array]] = picking.draw
+    log_probabilities: Callable[[mx.array, mx.array, int], list[mx.array]] = picking.log_probabilities
     schedule: Callable[..., None] = mx.async_eval
     recorder: Recorder | None = None
     gather_linear: Callable[..., mx.array] = _gather_linear

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from runner.engine.sampling import Sampler, SamplingParams
 from runner.errors import UsageError
+from runner.ops import cpu as kernels
 
 V = 12
 
@@ -115,3 +117,37 @@ def test_generation_defaults() -> None:
     assert (params.temperature, params.top_p, ignored) == (0.6, 0.9, ())
     params, ignored = SamplingParams.from_generation_config({"temperature": 0.6, "no_repeat_ngram_size": 3})
     assert params.temperature == 0 and ignored == ("no_repeat_ngram_size = 3",)
+
+
+@pytest.mark.parametrize("size", [40, 5000])
+def test_of_equal_tokens_top_k_keeps_the_lowest_ids(size: int) -> None:
+    logits = mx.zeros((size,))
+    params = SamplingParams(top_k=3)
+    assert {int(Sampler(params.replace(seed=i), size, [])(logits).token) for i in range(60)} == {0, 1, 2}
+
+
+@pytest.mark.skipif(kernels.unavailable() is not None, reason="the CPU kernels are not built")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9},
+        {"top_k": 50, "top_p": 0.9},
+        {"min_p": 0.1},
+        {"temperature": 0, "logprobs": 5},
+        {"logprobs": 0, "frequency_penalty": 0.1},
+    ],
+)
+def test_kernels_sort_no_vocabulary(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorting took as long as a small model's whole step."""
+    from runner.ops.cpu.ops import KERNELS
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("sorted")
+
+    logits = mx.array(np.random.default_rng(0).normal(size=3000).astype(np.float32))
+    plain = Sampler(SamplingParams(seed=3).replace(**options), 3000, [])(logits).read()
+    for name in ("sort", "argsort", "partition", "argpartition", "topk"):
+        monkeypatch.setattr(mx, name, refused)
+    fast = Sampler(SamplingParams(seed=3).replace(**options), 3000, [], KERNELS)(logits).read()
+    assert fast.id == plain.id and (fast.logprob is None) == (plain.logprob is None)
+    assert [i for i, _ in fast.top_logprobs or []] == [i for i, _ in plain.top_logprobs or []]

@@ -27,11 +27,14 @@ __all__ = [
     "append",
     "argmax",
     "attention",
+    "draw",
     "embed",
     "glu",
+    "greatest",
     "isa",
     "layer_norm",
     "linear",
+    "log_probabilities",
     "num_threads",
     "quantized_embed",
     "quantized_linear",
@@ -226,6 +229,23 @@ def activate(x: mx.array, activation: Activation) -> mx.array:
 def argmax(x: mx.array) -> mx.array:
     """Index (uint32) of the largest value along the last dimension, the lowest index on a tie. NaN never wins."""
     return _C.argmax(x)
+
+
+def greatest(x: mx.array) -> tuple[mx.array, mx.array]:
+    """`argmax(x)`, and the maximum in float32: NaN where the row holds NaN."""
+    return _C.greatest(x)
+
+
+def draw(
+    logits: mx.array, chance: float, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> tuple[mx.array, mx.array]:
+    """Draw a token from logits float32 [V] after filters, without sorting them: `runner.ops.picking.draw`."""
+    return _C.draw(logits, chance, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def log_probabilities(logits: mx.array, token: mx.array, top: int) -> list[mx.array]:
+    """Log-probabilities of a token and the `top` likeliest, without sorting: `runner.ops.picking.log_probabilities`."""
+    return _C.log_probabilities(logits, token, top)
 
 
 def schedule(*arrays: mx.array) -> None:

@@ -69,9 +69,10 @@ std::vector<float> everything() {
   kernels().glu(glu);
   all.insert(all.end(), out.begin(), out.begin() + 30000);
   uint32_t best;
-  ArgmaxArgs arg{wide.data(), &best, DType::f32, 1, 60000};
+  float peak;
+  ArgmaxArgs arg{wide.data(), &best, &peak, DType::f32, 1, 60000};
   kernels().argmax(arg);
-  all.push_back(static_cast<float>(best));
+  all.insert(all.end(), {static_cast<float>(best), peak});
   return all;
 }
 

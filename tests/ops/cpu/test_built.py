@@ -70,6 +70,14 @@ WRONG: dict[str, Any] = {
     "offsets": lambda: kernels.rope(mx.zeros((2, 1, 1, 8)), mx.array([1, 2, 3]), dims=8, base=1e4),
     "odd glu": lambda: kernels.glu(mx.zeros((2, 5))),
     "empty argmax": lambda: kernels.argmax(mx.zeros((2, 0))),
+    "empty greatest": lambda: kernels.greatest(mx.zeros((2, 0))),
+    "draw from rows": lambda: kernels.draw(mx.zeros((2, 3)), 0.5, temperature=1.0),
+    "draw from halves": lambda: kernels.draw(mx.zeros((3,), mx.float16), 0.5, temperature=1.0),
+    "draw beyond all": lambda: kernels.draw(mx.zeros((3,)), 1.0, temperature=1.0),
+    "draw at no temperature": lambda: kernels.draw(mx.zeros((3,)), 0.5, temperature=0.0),
+    "draw from none": lambda: kernels.draw(mx.zeros((3,)), 0.5, temperature=1.0, top_k=-1),
+    "two tokens": lambda: kernels.log_probabilities(mx.zeros((3,)), mx.array([1, 2], mx.uint32), 2),
+    "a signed token": lambda: kernels.log_probabilities(mx.zeros((3,)), mx.array(1), 2),
 }
 
 

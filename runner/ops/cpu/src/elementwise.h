@@ -201,42 +201,61 @@ inline void simple(const SimpleArgs& a) {
   });
 }
 
-// Greatest value of a span and its first index; NaN never wins.
+// NaN where v is NaN, plus infinity where it is that, else 0: what makes a row of logits unusable.
+RUNNER_INLINE VF unusable(VF v) { return select_lt(v, set1(__builtin_inff()), zero(), v); }
+
+struct Greatest {
+  float value;  // NaN never wins
+  float odd;    // 0, or NaN or infinity where there is any
+  int64_t at;   // the first index
+};
+
 template <class T>
-RUNNER_INLINE void argmax_span(const typename T::S* x, int64_t n, float* most, int64_t* at) {
-  VF m = set1(kMinusInf);
+RUNNER_INLINE Greatest greatest_of_span(const typename T::S* x, int64_t n) {
+  VF m = set1(kMinusInf), odd = zero();
   int64_t i = 0;
-  for (; i + W <= n; i += W) m = vmax(T::load_v(x + i), m);
-  float best = hmax(m);
-  for (; i < n; ++i) best = T::to(x[i]) > best ? T::to(x[i]) : best;
-  *most = best;
-  *at = 0;
+  for (; i + W <= n; i += W) {
+    VF v = T::load_v(x + i);
+    m = vmax(v, m);
+    odd = odd + unusable(v);
+  }
+  Greatest best{hmax(m), hsum(odd), 0};
+  for (; i < n; ++i) {
+    float v = T::to(x[i]);
+    best.value = v > best.value ? v : best.value;
+    best.odd += v < __builtin_inff() ? 0.0f : v;
+  }
   for (int64_t j = 0; j < n; ++j) {
-    if (T::to(x[j]) == best) {
-      *at = j;
-      return;
+    if (T::to(x[j]) == best.value) {
+      best.at = j;
+      break;
     }
   }
+  return best;
 }
 
 inline void argmax(const ArgmaxArgs& a) {
   constexpr int64_t kSpan = 8192;
   int64_t spans = (a.dim + kSpan - 1) / kSpan;
-  float* most = (float*)scratch(Slot::packed, a.rows * spans * 16);
-  int64_t* at = (int64_t*)(most + (a.rows * spans + 1) / 2 * 2);
+  auto* found = (Greatest*)scratch(Slot::packed, a.rows * spans * sizeof(Greatest));
   over_rows(a.rows * spans, kSpan, [&](int64_t first, int64_t last) {
     with_type(a.xt, [&](auto t) {
       using T = decltype(t);
       for (int64_t i = first; i < last; ++i) {
         int64_t from = i % spans * kSpan, n = a.dim - from < kSpan ? a.dim - from : kSpan;
-        argmax_span<T>((const typename T::S*)a.x + i / spans * a.dim + from, n, most + i, at + i);
-        at[i] += from;
+        found[i] = greatest_of_span<T>((const typename T::S*)a.x + i / spans * a.dim + from, n);
+        found[i].at += from;
       }
     });
   });
   for (int64_t r = 0; r < a.rows; ++r) {
-    int64_t best = r * spans;
-    for (int64_t i = best + 1; i < (r + 1) * spans; ++i) best = most[i] > most[best] ? i : best;
-    a.out[r] = (uint32_t)at[best];
+    const Greatest *span = found + r * spans, *best = span;
+    float odd = 0.0f;
+    for (int64_t i = 0; i < spans; ++i) {
+      best = span[i].value > best->value ? span + i : best;
+      odd += span[i].odd;
+    }
+    a.out[r] = (uint32_t)best->at;
+    if (a.peak) a.peak[r] = best->value + odd;
   }
 }

@@ -22,6 +22,7 @@ struct Int {
 #include "attention.h"
 #include "attention_panels.h"
 #include "elementwise.h"
+#include "picking.h"
 #include "cache_rows.h"
 
 inline void linear(const LinearArgs& a) {
@@ -37,7 +38,8 @@ inline void linear(const LinearArgs& a) {
   linear_float(a);
 }
 
-const Kernels kTable = {RUNNER_ISA_NAME, linear, embed, norm, rope, attention, append, glu, argmax, simple};
+const Kernels kTable = {RUNNER_ISA_NAME, linear, embed, norm, rope, attention, append,
+                         glu, argmax, simple, peak, weigh, keep, weights_from, between};
 
 }  // namespace RUNNER_NS
 }  // namespace runner

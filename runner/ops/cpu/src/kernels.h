@@ -117,9 +117,16 @@ struct SimpleArgs {
 struct ArgmaxArgs {
   const void* x;
   uint32_t* out;
+  float* peak;  // null, or [rows]: the greatest, but NaN where the row holds NaN
   DType xt;
   int64_t rows, dim;
 };
+
+// What picking.h makes of a row of n logits: the greatest of each group of so many, and the sums of so many weights.
+constexpr int64_t kLogitsPerPeak = 16, kWeightsPerSum = 64;
+constexpr int kBounds = 8;
+inline int64_t peak_groups(int64_t n) { return n / kLogitsPerPeak + 16 * kLogitsPerPeak; }  // at most
+inline int64_t weight_sums(int64_t n) { return (n + kWeightsPerSum - 1) / kWeightsPerSum; }
 
 struct Kernels {
   const char* name;
@@ -132,6 +139,16 @@ struct Kernels {
   void (*glu)(const GluArgs&);
   void (*argmax)(const ArgmaxArgs&);
   void (*simple)(const SimpleArgs&);
+  // The greatest of x[0, n); NaN where x holds NaN. The greatest of each of *groups disjoint parts goes to `most`.
+  float (*peak)(const float* x, int64_t n, float* most, int64_t* groups);
+  // weights[i] = exp(y), y = (x[i] - peak) / temperature, or 0 where y < floor. Returns their sum; sums[j]: of piece j.
+  double (*weigh)(const float* x, int64_t n, float peak, float temperature, float floor, float* weights, float* sums);
+  // Leaves the weights where x[i] > bound, or x[i] == bound and i < split, and makes the others 0; sums as above.
+  void (*keep)(const float* x, int64_t n, float bound, int64_t split, float* weights, float* sums);
+  // sums[b]: the weights where x[i] >= bounds[b], for kBounds of them
+  void (*weights_from)(const float* x, const float* weights, int64_t n, const float* bounds, double* sums);
+  // Writes all i with low <= x[i] < high, ascending, to `ids`, which has room for n; returns how many.
+  int64_t (*between)(const float* x, int64_t n, float low, float high, uint32_t* ids);
 };
 
 const Kernels* scalar_kernels();

@@ -217,6 +217,7 @@ class Glu : public CpuPrimitive {
   bool gated_;
 };
 
+// outputs: the indices, (the maxima)
 class Argmax : public CpuPrimitive {
  public:
   using CpuPrimitive::CpuPrimitive;
@@ -229,6 +230,7 @@ class Argmax : public CpuPrimitive {
     a.rows = static_cast<int64_t>(outputs[0].size());
     a.x = d.contiguous(inputs[0]);
     a.out = d.allocate(outputs[0]).data<uint32_t>();
+    a.peak = outputs.size() > 1 ? d.allocate(outputs[1]).data<float>() : nullptr;
     if (a.rows) d.run([a] { kernels().argmax(a); });
   }
 };
@@ -427,11 +429,25 @@ mx::array activate_op(const mx::array& x, const std::string& activation) {
   return mx::array(x.shape(), x.dtype(), std::move(primitive), {x});
 }
 
+namespace {
+
+mx::Shape shape_of_rows(const char* op, const mx::array& x) {
+  need_float(op, "x", x);
+  if (x.ndim() < 1 || x.shape(-1) == 0) refuse(op, ": x has shape ", x.shape(), "; expected a last dimension of >= 1");
+  return mx::Shape(x.shape().begin(), x.shape().end() - 1);
+}
+
+}  // namespace
+
 mx::array argmax_op(const mx::array& x) {
-  need_float("argmax", "x", x);
-  if (x.ndim() < 1 || x.shape(-1) == 0) refuse("argmax: x has shape ", x.shape(), "; expected a last dimension of >= 1");
-  mx::Shape shape(x.shape().begin(), x.shape().end() - 1);
-  return mx::array(shape, mx::uint32, std::make_shared<Argmax>(cpu_stream()), {x});
+  return mx::array(shape_of_rows("argmax", x), mx::uint32, std::make_shared<Argmax>(cpu_stream()), {x});
+}
+
+std::pair<mx::array, mx::array> greatest_op(const mx::array& x) {
+  mx::Shape shape = shape_of_rows("greatest", x);
+  auto primitive = std::make_shared<Argmax>(cpu_stream());
+  auto out = mx::array::make_arrays({shape, shape}, {mx::uint32, mx::float32}, primitive, {x});
+  return {out[0], out[1]};
 }
 
 }  // namespace runner

@@ -36,6 +36,10 @@ std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array
 mx::array glu_op(const mx::array& gate_up, const std::string& activation);
 mx::array activate_op(const mx::array& x, const std::string& activation);
 mx::array argmax_op(const mx::array& x);
+std::pair<mx::array, mx::array> greatest_op(const mx::array& x);
+std::pair<mx::array, mx::array> draw_op(const mx::array& logits, double chance, double temperature, int top_k,
+                                        double top_p, double min_p);
+std::vector<mx::array> log_probabilities_op(const mx::array& logits, const mx::array& token, int top);
 
 // mx::async_eval, cheaper; see schedule.cpp.
 void schedule(const std::vector<mx::array>& outputs);

@@ -45,6 +45,10 @@ RUNNER_INLINE VF pow2(VF n) { return _mm512_scalef_ps(set1(1.0f), n); }
 RUNNER_INLINE VF select_lt(VF a, VF b, VF x, VF y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
+// One bit for each lane with low <= v < high.
+RUNNER_INLINE uint32_t lanes_between(VF v, VF low, VF high) {
+  return (uint32_t)(_mm512_cmp_ps_mask(v, low, _CMP_GE_OQ) & _mm512_cmp_ps_mask(v, high, _CMP_LT_OQ));
+}
 
 #elif RUNNER_ISA == 2
 
@@ -99,6 +103,10 @@ RUNNER_INLINE VF pow2(VF n) {  // -127 < n < 128
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 RUNNER_INLINE VF select_lt(VF a, VF b, VF x, VF y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+RUNNER_INLINE uint32_t lanes_between(VF v, VF low, VF high) {
+  __m256 inside = _mm256_and_ps(_mm256_cmp_ps(v, low, _CMP_GE_OQ), _mm256_cmp_ps(v, high, _CMP_LT_OQ));
+  return (uint32_t)_mm256_movemask_ps(inside);
+}
 
 #else  // portable: GCC/Clang vectors of four, which SSE2 and NEON have
 
@@ -138,6 +146,10 @@ RUNNER_INLINE VF vround(VF v) {  // |v| < 2^22
 }
 RUNNER_INLINE VF pow2(VF n) { return (VF)((__builtin_convertvector(n, VI) + 127) << 23); }
 RUNNER_INLINE VF select_lt(VF a, VF b, VF x, VF y) { return a < b ? x : y; }
+RUNNER_INLINE uint32_t lanes_between(VF v, VF low, VF high) {
+  VI inside = (v >= low) & (v < high);
+  return (uint32_t)((inside[0] & 1) | (inside[1] & 2) | (inside[2] & 4) | (inside[3] & 8));
+}
 
 #endif
 
