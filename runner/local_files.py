@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections import Counter
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -87,7 +88,11 @@ def checked_path(directory: Path, path: Path) -> Path:
 def _reason(error: Exception, path: Path) -> str:
     """Why `path` could not be resolved, in words."""
     if isinstance(error, FileNotFoundError):
-        return "a link to a file that does not exist" if path.is_symlink() else "no such file"
+        if not path.is_symlink():
+            return "no such file"
+        target = os.readlink(path)
+        annexed = "annex/objects/" in target
+        return f"a link to a file that does not exist{': run `git annex get` there' if annexed else ''}"
     return (error.strerror or str(error)) if isinstance(error, OSError) else "a loop of links"
 
 
@@ -106,7 +111,41 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(data) > max_bytes:
         raise CheckpointError(f"{path}: larger than {max_bytes} bytes, the most this file may have")
+    refuse_placeholder(path, data)
     return data
+
+
+MAX_PLACEHOLDER = 1024
+"""Bytes that a file in place of another has at most; Git LFS reads no longer ones."""
+
+_LINK = re.compile(rb"(?:\.{1,2}[/\\])+[^\0\n]+\n?|[^\0\n]*[/\\]blobs[/\\][0-9a-f]{40,64}\s*")
+_ANNEX = re.compile(rb"[^\0\n]*[/\\]annex[/\\]objects[/\\][^\0]+")
+
+
+def refuse_placeholder(path: Path, data: bytes) -> None:
+    """Refuse a small file that only says where the contents of `path` are: a copy that was never completed.
+
+    Args:
+        data: the whole file, or more than its first `MAX_PLACEHOLDER` bytes.
+
+    Raises:
+        CheckpointError: naming what the file is, and how to get the contents.
+    """
+    if len(data) > MAX_PLACEHOLDER:
+        return
+    if data.startswith(b"version ") and b"git-lfs" in data[:100]:
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` there")
+    if data.startswith(b"# xet version"):
+        raise CheckpointError(f"{path}: a Xet pointer, not the file itself: fetch it with `hf download` or git-xet")
+    if _ANNEX.fullmatch(data):
+        raise CheckpointError(f"{path}: a git-annex pointer, not the file itself: run `git annex get` there")
+    if _LINK.fullmatch(data):
+        target = quoted(data.decode("utf-8", "replace").strip())
+        raise CheckpointError(
+            f"{path}: holds {target} as text: a symbolic link that was copied or checked out as a file. Copy the model "
+            "with links followed (cp -L, rsync -L), or let git make them (git config core.symlinks true, then "
+            "git checkout -- .), or fetch it again"
+        )
 
 
 def read_json(path: Path, max_bytes: int = 16 << 20) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import CheckpointError
-from runner.local_files import is_plain_name, parse_json, quoted, read_json
+from runner.local_files import MAX_PLACEHOLDER, is_plain_name, parse_json, quoted, read_json, refuse_placeholder
 
 BITS = {
     **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
@@ -88,12 +88,13 @@ def read_header(path: Path) -> ShardHeader:
     try:
         with path.open("rb") as file:
             stamp = Stamp.of(os.fstat(file.fileno()))
-            start = file.read(8)
-            if start == b"version ":  # the first word of every Git LFS pointer
-                raise CheckpointError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` there")
+            start = file.read(MAX_PLACEHOLDER + 1)
+            refuse_placeholder(path, start)
+            _refuse_foreign(path, start)
             if len(start) < 8:
                 raise CheckpointError(f"{path}: {len(start)} bytes long, too short for a safetensors file")
-            length = int(struct.unpack("<Q", start)[0])
+            file.seek(8)
+            length = int(struct.unpack("<Q", start[:8])[0])
             # Bound the length before reading: a file of a few bytes may claim exabytes.
             if length > min(stamp.size - 8, MAX_HEADER):
                 raise CheckpointError(
@@ -133,14 +134,44 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+FORMATS = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes it: pickle weights under another name, which can run code "
+     "when read: get the model's safetensors version"),
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a pickle under another name, which can run code when read: "
+     "get the model's safetensors version"),
+    (b"GGUF", "a GGUF file under another name: let its name end in .gguf, and name that file to load it"),
+    (b"\x89HDF", "an HDF5 file under another name: get the model's safetensors version"),
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"<", "a web page, not weights: fetch the file itself (on the hub, the address has /resolve/, not /blob/)"),
+)  # fmt: skip
+"""First bytes of other files that are found under a safetensors name, and what to do about them."""
+
+
+def _refuse_foreign(path: Path, start: bytes) -> None:
+    """Refuse a file whose first bytes are those of another format, or text; `start` is its beginning."""
+    if start[8:9] == b"{" and not any(start[4:8]):  # a header and its length, whose upper half is zero
+        return
+    for magic, what in FORMATS:
+        if start.lstrip().lower().startswith(magic) if magic == b"<" else start.startswith(magic):
+            raise CheckpointError(f"{path}: {what}")
+    text = start.decode("utf-8", "ignore").strip()
+    if len(text) > 2 and text.replace("\n", " ").replace("\t", " ").replace("\r", " ").isprintable():
+        raise CheckpointError(f"{path}: holds text, {quoted(text, 80)}, not weights; fetch it again")
+
+
 def _judge(path: Path) -> None:
     """Let the `safetensors` library check the file first, and refuse what it refuses."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="np") as file:
             file.keys()
-    except (SafetensorError, ValueError) as error:
+    except OSError:
+        raise
+    except BaseException as error:
+        # A panic of the library (it is written in Rust) is no `Exception`; Ctrl-C and the like pass.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"{path}: not a valid safetensors file: {str(error)[:300]}") from error
 
 

@@ -15,7 +15,7 @@ from runner.checkpoint.writer import new_directory
 from runner.convert.plan import Conversion, Job, plan_conversion
 from runner.convert.quantize import Quantizer, dequantize, quantize
 from runner.families import find
-from runner.weights.loading import Progress
+from runner.weights.loading import Progress, reading
 from runner.weights.tags import Source
 from runner.weights.transforms import Transform
 from runner.weights.tree import leaves
@@ -83,8 +83,9 @@ def pieces(work: Conversion, source: Source, progress: Progress | None = None) -
 
 def _run(job: Job, work: Conversion, source: Source, transforms: Mapping[str, Transform]) -> Iterator[Piece]:
     """Yield what one job writes, made from as many rows at a time as `PIECE_BYTES` has room for."""
-    stored = {field: source.read(leaf.name) for field, (leaf, _) in job.arrays.items()}
-    mx.eval(*stored.values())
+    with reading(job.arrays["weight"][0].name):
+        stored = {field: source.read(leaf.name) for field, (leaf, _) in job.arrays.items()}
+        mx.eval(*stored.values())
     # Reading applies the source's transform and writing undoes the one that the written tensor will be read with.
     leaf, order = job.arrays["weight"]
     new_order = transforms[job.outputs["weight"].target.names[0]]

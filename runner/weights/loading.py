@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from runner.errors import CheckpointError
+from runner.local_files import quoted
 from runner.weights.plan import ArrayPlan, ModulePlan, Value
 from runner.weights.tags import Source
 from runner.weights.transforms import IDENTITY
@@ -16,6 +19,24 @@ from runner.weights.tree import Join, Leaf, Tree, leaf_shapes, leaves
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes of all tensors, as stored."""
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Give an error of MLX's file reader a name: it comes when an array is evaluated, long after the header's check.
+
+    Raises:
+        CheckpointError: the file of tensor `name` could not be read to the end.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("[read]"):
+            raise
+        raise CheckpointError(
+            f"tensor {quoted(name)}: its file could not be read to the end ({error}); it was cut short after it was "
+            "opened, or its disk fails"
+        ) from error
 
 
 def build(plan: ModulePlan, source: Source, *, dtype: mx.Dtype | None = None, progress: Progress | None = None) -> Any:
@@ -90,6 +111,11 @@ class _Builder:
 
     def array(self, plan: ArrayPlan) -> mx.array:
         """The value of an array field; equal to its twin, it is the twin itself, so that both share memory."""
+        with reading(next(leaves(plan.tree)).name):
+            return self.twinned(plan)
+
+    def twinned(self, plan: ArrayPlan) -> mx.array:
+        """The array of `plan`, or its twin if they are equal."""
         result = self.tree(plan, plan.tree)
         # A tied checkpoint that stores the head as well: share if they agree, else the head's own tensor counts.
         if plan.same_as is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from runner.errors import WeightsError
 from runner.local_files import quoted
+from runner.weights.loading import reading
 from runner.weights.tags import Header, Source
 
 FLOATS = ("F16", "BF16", "F32")
@@ -25,8 +26,11 @@ class Tensors:
         return self.source.headers
 
     def read(self, name: str) -> mx.array:
-        """Read the tensor `name`."""
-        return self.source.read(name)
+        """Read the tensor `name`, now: what is read when a checkpoint is opened is small."""
+        with reading(name):
+            array = self.source.read(name)
+            mx.eval(array)
+        return array
 
     def layers(self, suffix: str) -> Iterator[str]:
         """Yield the names of the layers that have a tensor with this suffix."""
