@@ -58,6 +58,12 @@ class Matching:
         self.by_short = {short(name): site for name, site in sites.items()}
         self.base_short = {short(name): name for name in base.headers}
         self.found = Matched()
+        self.seen: set[str] = set()
+        """Tensors of the base, stacks and modules with token rows for which the adapter has something, right or wrong.
+
+        What is wrong is reported once, where it is found, and not again as missing."""
+        self.pairs: dict[str, dict[str, str]] = {}
+        """Factors of experts that fit no stack which they may be for."""
         try:
             self.match()
         except ConfigError as error:  # patterns that take too long are noticed when they are matched
@@ -69,12 +75,10 @@ class Matching:
         found: dict[str, dict[str, str]] = {}
         self.left: list[str] = []
         # PEFT wraps the model and its layers: names start with `base_model.model.` and may contain `.base_layer.`.
-        for full, header in self.adapter.source.headers.items():
+        for full in self.adapter.source.headers:
             name = full.removeprefix("base_model.model.")
             factor = _FACTOR.fullmatch(name)
-            if header.dtype not in FLOATS:
-                self.problems.dtype(full, header.dtype, FLOATS)
-            elif factor is not None:
+            if factor is not None:
                 kind = "m" if factor["magnitude"] else factor["linear"] or f"e{factor['embedding']}"
                 tensors = found.setdefault(factor["module"], {})
                 if kind in tensors:
@@ -86,7 +90,12 @@ class Matching:
                 self.whole(name.replace(".base_layer.", ".").replace(".modules_to_save.", "."), full)
         for module, tensors in found.items():
             self.module(module, tensors)
+        for module, tensors in self.pairs.items():
+            self.misfit(module, tensors)
         self.expect(found)
+        for full, header in self.adapter.source.headers.items():
+            if header.dtype not in FLOATS and full not in self.left:
+                self.problems.dtype(full, header.dtype, FLOATS)
         if self.problems.count:
             title = f"{self.adapter.source.directory}: the adapter does not fit the model"
             raise WeightsError(self.problems.message(self.left, title))
@@ -158,29 +167,55 @@ class Matching:
                 self.problems.other("ensure_weight_tying is not supported for LoRA of embeddings that the head shares")
 
     def stack(self, module: str, tensors: dict[str, str]) -> bool:
-        """Keep factors of all experts of a field; returns False where they fit no field.
+        """Keep factors of all experts of a field; returns False where the config has no field for them.
 
         Where two parameters of a module have factors, PEFT adds `base_layer` to the names of one pair: the shapes tell
         which parameter each pair belongs to.
         """
-        if tensors.keys() != {"A", "B"} or self.config.use_dora:
+        open_stacks = self.open_stacks(module)
+        if not open_stacks or not tensors.keys() <= {"A", "B"} or self.config.use_dora:
             return False
-        # PEFT names the module that holds the parameter, not the parameter.
+        for stack, shapes in open_stacks:
+            if {part: self.adapter.source.headers[full].shape for part, full in tensors.items()} == shapes:
+                source, scale = self.adapter.source, self.config.scale(_names(stack))
+                self.found.stacked[stack.name] = StackFactors(
+                    self.adapter.name, source, scale, tensors["A"], tensors["B"], stack.shape[0]
+                )
+                self.seen.add(stack.name)
+                return True
+        self.pairs[module] = tensors
+        return True
+
+    def open_stacks(self, module: str) -> list[tuple[Stack, dict[str, tuple[int, ...]]]]:
+        """The stacks of a module that the config targets and that have no factors yet, with the shapes of those."""
         above = short(module.replace(".base_layer", ""))
-        a, b = (self.adapter.source.headers[tensors[part]].shape for part in "AB")
+        result: list[tuple[Stack, dict[str, tuple[int, ...]]]] = []
         for stack in self.stacks.values():
-            experts, out, width = stack.shape
-            names = [stack.name, f"{PREFIXES[0]}{short(stack.name)}"]
+            names = _names(stack)
             if short(stack.name).rpartition(".")[0] != above or not self.config.targets_parameter(names):
                 continue
-            # A shape that fits two parameters goes to the first that has no factors yet.
-            columns = experts * self.config.rank(names)
-            if (a, b) == ((columns, width), (out, columns)) and stack.name not in self.found.stacked:
-                source, scale = self.adapter.source, self.config.scale(names)
-                factors = StackFactors(self.adapter.name, source, scale, tensors["A"], tensors["B"], experts)
-                self.found.stacked[stack.name] = factors
-                return True
-        return False
+            if stack.name not in self.seen:
+                experts, out, width = stack.shape
+                columns = experts * self.config.rank(names)
+                result.append((stack, {"A": (columns, width), "B": (out, columns)}))
+        return result
+
+    def misfit(self, module: str, tensors: dict[str, str]) -> None:
+        """Report what is wrong with factors of experts, for the stack left to them that they fit best."""
+        shapes = {part: self.adapter.source.headers[full].shape for part, full in tensors.items()}
+        stacks = self.open_stacks(module)
+        if not stacks:
+            for full in tensors.values():
+                self.unused(full)
+            return
+        fitting = [sum(shapes.get(part) == shape for part, shape in wanted.items()) for _, wanted in stacks]
+        stack, expected = stacks[fitting.index(max(fitting))]
+        self.seen.add(stack.name)
+        for part, shape in expected.items():
+            if part not in tensors:
+                self.problems.missing(f"base_model.model.{module}.{_SUFFIX[part]}", shape)
+            elif shapes[part] != shape:
+                self.problems.shape(tensors[part], shapes[part], shape)
 
     def expect(self, found: Mapping[str, object]) -> None:
         """Report what the config promises and the adapter lacks.
@@ -200,7 +235,7 @@ class Matching:
                 self.problems.missing(f"base_model.model.{site.name}.{_SUFFIX[kind]}", shape)
         for stack in self.stacks.values():
             experts, out, width = stack.shape
-            if stack.name not in self.found.stacked and self.config.targets_parameter([stack.name]):
+            if stack.name not in self.seen and self.config.targets_parameter([stack.name]):
                 rank = self.config.rank([stack.name])
                 what = f"A [{experts * rank}, {width}] and B [{out}, {experts * rank}]"
                 self.problems.other(f"target_parameters names {stack.name}, but the adapter has no {what} for it")
@@ -209,13 +244,18 @@ class Matching:
             module = name.removesuffix(".bias")
             site = self.site(module)
             own = self.config.bias == "all" or (self.config.bias == "lora_only" and site and site.name in there)
-            if own and name.endswith(".bias") and name not in self.found.changes and not HARMLESS.search(name):
+            if own and name.endswith(".bias") and name not in self.seen and not HARMLESS.search(name):
                 self.problems.missing(f"base_model.model.{name}", header.shape)
         # Modules trained as a whole.
-        saved = [short(name) for name in self.found.changes]
+        saved = [short(name) for name in self.seen]
         for module in self.config.modules_to_save:
             if not any(re.search(rf"(^|[._]){re.escape(module)}\.", name) for name in saved):
                 self.problems.other(f"modules_to_save names {module!r}, but the adapter has none of its tensors")
+        for key, indices in self.config.trainable_token_indices.items():
+            table = key or next((name for name, site in self.sites.items() if site.group == TABLE), TABLE)
+            if f"{key}{_TOKENS}" not in self.seen:
+                what = f"rows for {len(indices)} tokens" if len(indices) > 1 else "a row for one token"
+                self.problems.other(f"trainable_token_indices promises {what} of {table}, but the adapter has none")
 
     def whole(self, name: str, full: str) -> None:
         """Match a tensor that replaces one of the base."""
@@ -235,6 +275,7 @@ class Matching:
         if own is None or shape is None or not (saved or table or (last == "bias" and self.config.bias != "none")):
             self.unused(full)
             return
+        self.seen.add(own)
         if header.shape != shape:
             self.problems.shape(full, header.shape, shape)
             return
@@ -254,6 +295,7 @@ class Matching:
         if site is None or not indices.get(key) or site.name not in self.whole_tables():
             self.unused(full)
             return
+        self.seen.add(f"{key}{_TOKENS}")
         if site.name == self.head and self.ties:
             self.problems.other(f"{full}: the head shares the embeddings, so rows for the head alone are not supported")
             return
@@ -280,3 +322,8 @@ _SUFFIX = {
     "eB": "lora_embedding_B",
     "m": "lora_magnitude_vector",
 }
+
+
+def _names(stack: Stack) -> list[str]:
+    """The names by which a config may refer to the parameter of a stack."""
+    return [stack.name, f"{PREFIXES[0]}{short(stack.name)}"]

@@ -190,6 +190,9 @@ def stored_quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], c
     """
     # Without scales, or in another form than MLX's, the layer is taken for plain; the planner then judges its dtype.
     packed, scales = headers.get(f"{leaf.name}.weight"), headers.get(f"{leaf.name}.scales")
+    declared = config.quantization_of(leaf.name)
+    if declared is not None and _lacks_a_part(leaf.name, Quantization(*declared), headers):
+        return Quantization(*declared)
     if packed is None or scales is None or packed.dtype != "U32" or not packed.shape or not scales.shape:
         return None
     # A row of `width` numbers takes width * bits / 32 words and width / group_size scales; both must come out even.
@@ -207,11 +210,23 @@ def stored_quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], c
             f"none of MLX's quantizations of a matrix with {width} inputs"
         )
     form = Quantization(bits, group_size, mode)
-    declared = config.quantization_of(leaf.name)
     if declared is not None and declared != (bits, group_size, mode):
         found = (bits, group_size, mode)
         raise WeightsError(f"{leaf.name}: config.json says {declared} (bits, group size, mode), its shapes say {found}")
     return form
+
+
+def _lacks_a_part(name: str, form: Quantization, headers: Mapping[str, Header]) -> bool:
+    """Whether the layer `name` is stored in MLX's form `form`, but for one part that is missing or is no integer.
+
+    Taken for plain, such a layer would have its other parts reported as not of this model, and not what it lacks.
+    """
+    weight, scales = headers.get(f"{name}.weight"), headers.get(f"{name}.scales")
+    if weight is None or scales is None:
+        return scales is not None or (weight is not None and weight.dtype == "U32")
+    if weight.dtype != "U32":
+        return weight.dtype not in FLOAT
+    return form.mode == "affine" and f"{name}.biases" not in headers
 
 
 _BITS = (2, 3, 4, 5, 6, 8)

@@ -297,8 +297,9 @@ class _Planner:
         twin = self.found(twins, place) if allowed else None
         if first is None and twin is not None:
             return twin, None
-        # Where nothing is found, the first spelling is the one reported missing.
-        return first or expand(place.tree, own.split("|")[0], place.config), twin
+        # Where nothing is found, the first spelling is the one reported missing: of a tied head, the table's.
+        wanted = twins if allowed and tag.otherwise is not None else own
+        return first or expand(place.tree, wanted.split("|")[0], place.config), twin
 
     def found(self, names: str, place: Place) -> Tree | None:
         """The first of the alternatives `names` that the checkpoint has, or None."""

@@ -57,9 +57,13 @@ class Problems:
         self._note("", message, "")
 
     def _note(self, kind: str, name: str, text: str) -> None:
-        self.count += 1
         shown = _shown(name) if kind else name[: 10 * MAX_NAME]
-        key = (kind, _pattern(shown) if kind else shown, text)
+        pattern = _pattern(shown) if kind else shown
+        key = (kind, pattern, text)
+        # A tensor that two fields share (a tied head and the embeddings) has a problem once.
+        if key in self._groups and pattern == self._groups[key].name:
+            return
+        self.count += 1
         if key not in self._groups:
             if len(self._groups) == MAX_LINES:
                 self._left_out += 1
