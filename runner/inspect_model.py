@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.checkpoint.hub import resolve
 from runner.checkpoint.model_files import open_files
-from runner.engine.sampling import SamplingParams
+from runner.engine.defaults import GenerationDefaults
 from runner.families import find
 from runner.language_model import end_tokens
 from runner.weights.plan import ArrayPlan, count_parameters, plan
@@ -68,7 +68,7 @@ def inspect(model: str | Path) -> ModelReport:
     config = config_class.from_dict(files.config)
     layout = plan(model_class, config, headers)
     tokenizer = files.tokenizer()
-    params, ignored_defaults = SamplingParams.from_generation_config(files.generation_config)
+    defaults = GenerationDefaults.read(files.generation_config)
     arrays = list(layout.arrays())
     # A set: a tensor that two fields share (tied embeddings) counts once.
     used = {leaf.name for array in arrays for leaf in leaves(array.tree)}
@@ -85,7 +85,7 @@ def inspect(model: str | Path) -> ModelReport:
             "eos_token_ids": sorted(tokenizer.eos_token_ids),
             "chat_templates": list(tokenizer.chat_templates),
         },
-        sampling={**params.to_dict(), "ignored": list(ignored_defaults)},
+        sampling=_generation(defaults),
         eos_token_ids=tuple(sorted(end_tokens(files, tokenizer))),
         entries=[_entry(array, files.source) for array in arrays],
         ignored=tuple(sorted(set(headers) - used)),
@@ -94,6 +94,16 @@ def inspect(model: str | Path) -> ModelReport:
         bits_per_weight=8 * nbytes / max(parameters, 1),
         notes=(*config.notes, *files.notes),
     )
+
+
+def _generation(defaults: GenerationDefaults) -> dict[str, Any]:
+    """The generation defaults for display; limits and stop texts only where the file sets them."""
+    ends = {"stop": list(defaults.stop), "max_new_tokens": defaults.max_new_tokens, "max_length": defaults.max_length}
+    return {
+        **defaults.sampling.to_dict(),
+        **{name: value for name, value in ends.items() if value},
+        "ignored": list(defaults.ignored),
+    }
 
 
 def _entry(array: ArrayPlan, source: Source) -> Entry:

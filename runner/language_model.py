@@ -15,6 +15,7 @@ from runner.checkpoint.hub import resolve, resolve_adapter
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.config.base import Config
 from runner.config.rope import LONGEST
+from runner.engine.defaults import GenerationDefaults
 from runner.engine.engine import Engine, assemble
 from runner.engine.generate import Cancelled
 from runner.engine.prompt_cache import PromptCache
@@ -40,8 +41,7 @@ class LanguageModel:
 
     Attributes:
         path: the directory or GGUF file the model was read from.
-        sampling: the model's own sampling defaults (generation_config.json).
-        ignored_defaults: defaults of generation_config.json that are not honoured, as `"name = value"`.
+        defaults: the model's own settings for generation (generation_config.json).
         eos_token_ids: ids of the tokens that end an answer.
         context_length: how many tokens prompt and answer can have together.
         notes: sentences about what was ignored, guessed or is doubtful; `load` gives each as a `RunnerWarning`, too.
@@ -50,8 +50,7 @@ class LanguageModel:
     path: Path
     engine: Engine
     tokenizer: Tokenizer
-    sampling: SamplingParams
-    ignored_defaults: tuple[str, ...]
+    defaults: GenerationDefaults
     eos_token_ids: frozenset[int]
     context_length: int
     notes: tuple[str, ...] = ()
@@ -60,6 +59,16 @@ class LanguageModel:
     def config(self) -> Config:
         """The model's configuration, from its `config.json`."""
         return self.engine.config
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The model's own sampling defaults."""
+        return self.defaults.sampling
+
+    @property
+    def ignored_defaults(self) -> tuple[str, ...]:
+        """Defaults of generation_config.json that are not honoured, as `"name = value"`."""
+        return self.defaults.ignored
 
     @property
     def model(self) -> Model:
@@ -115,7 +124,7 @@ class LanguageModel:
         prompt: str | Sequence[int],
         *,
         max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | None = None,
         prompt_cache: PromptCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -125,9 +134,9 @@ class LanguageModel:
 
         Args:
             prompt: text (special tokens spelled out in it are read as plain text), or token ids.
-            max_tokens: the most tokens to generate; None: as many as the context has left.
-            stop: a text, or several, before which the answer ends; None: no text ends it. Special tokens count as
-                their text, so `"</s>"` and `"\\n</s>"` are found; so is a text within the reasoning.
+            max_tokens: the most tokens to generate; None: as the model says, else as many as the context has left.
+            stop: a text, or several, before which the answer ends; None: the model's own, `()`: none. Special
+                tokens count as their text, so `"</s>"` and `"\\n</s>"` are found; so is a text within the reasoning.
             prompt_cache: the KV caches of earlier turns (made by `prompt_cache()`); None: nothing is kept.
             on_prefill: called after each chunk of the prompt with the tokens done and the tokens in all.
             cancelled: asked before each chunk of the prompt and after each token; true ends the answer.
@@ -145,7 +154,7 @@ class LanguageModel:
         prompt: Sequence[int],
         separator: Separator,
         max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | None = None,
         prompt_cache: PromptCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -154,12 +163,14 @@ class LanguageModel:
         """Check the arguments of `stream` and begin the answer, whose text goes through `separator`."""
         ids = self.engine.checked(prompt)
         params = self.sampling.replace(**sampling)
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        stops = [stop] if isinstance(stop, str) else list(self.defaults.stop if stop is None else stop)
         room = self.context_length - len(ids)
         if room < 1:
             raise ContextLengthError(len(ids), self.context_length)
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise UsageError(f"max_tokens must be an integer of at least 1, or None, not {max_tokens!r}")
+        if max_tokens is None:
+            max_tokens = self.defaults.budget(len(ids))
         budget = room if max_tokens is None else min(max_tokens, room)
         # Arguments are checked above, in this plain method: a generator would raise only when its first token is read.
         kept = PromptCache(self.engine, keeps=False) if prompt_cache is None else prompt_cache
@@ -278,13 +289,13 @@ def load(
             return assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=update)
 
         engine = OWNER.run(job, mx.default_device())
-    params, ignored = SamplingParams.from_generation_config(files.generation_config)
+    defaults = GenerationDefaults.read(files.generation_config)
     context, doubts = chosen_context(engine.config, context_length)
     notes = (*engine.config.notes, *files.notes, *doubts)
     for note in notes:
         warnings.warn(note, RunnerWarning, stacklevel=2)
     ends = end_tokens(files, tokenizer)
-    return LanguageModel(files.path, engine, tokenizer, params, ignored, ends, context, notes)
+    return LanguageModel(files.path, engine, tokenizer, defaults, ends, context, notes)
 
 
 def chosen_context(config: Config, wanted: int | None) -> tuple[int, list[str]]:

@@ -173,8 +173,8 @@ class Chat:
         if stopped:
             terminal.note("(stopped)")
         elif last is not None and last.finish_reason == "length":
-            full = self.keywords["max_tokens"] is None
-            terminal.note("(the context window is full: /reset starts again)" if full else "(--max-tokens reached)")
+            note = engine.length_note(self.lm, last, self.keywords["max_tokens"])
+            terminal.note(f"({note}: /reset starts again)" if note.endswith("full") else f"({note})")
         if self.verbose and last is not None:
             engine.print_timings(last.timings)
         if self.reader.interactive:

@@ -12,7 +12,7 @@ from runner.cli import terminal
 from runner.errors import RunnerWarning
 
 if TYPE_CHECKING:
-    from runner.answer import Timings
+    from runner.answer import Chunk, Timings
     from runner.language_model import LanguageModel
 
 
@@ -41,6 +41,18 @@ def open_model(
     if lm.device.notice is not None:
         _note_once(f"{lm.device.notice} ('runner doctor' says more)")
     return lm
+
+
+def length_note(lm: LanguageModel, last: Chunk, max_tokens: int | None) -> str:
+    """What ended an answer whose `finish_reason` is "length": the option, the model's own limit, or the context."""
+    if max_tokens is not None:
+        return "--max-tokens reached"
+    timings, own = last.timings, lm.defaults
+    used = 0 if timings is None else timings.cached_tokens + timings.prompt_tokens + timings.generation_tokens
+    if used < lm.context_length and (own.max_new_tokens or own.max_length):
+        name = "max_length" if own.max_new_tokens is None else "max_new_tokens"
+        return f"{name} of the model's generation_config.json reached: --max-tokens overrides it"
+    return f"the context window of {lm.context_length} tokens is full"
 
 
 @functools.cache

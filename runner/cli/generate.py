@@ -90,7 +90,7 @@ def generate(
     if shown.unanswered:
         terminal.note("(only reasoning and no answer: --thinking show prints it, a larger --max-tokens leaves it room)")
     if last is not None and last.finish_reason == "length" and length.max_tokens is None:
-        terminal.note(f"(the context window of {lm.context_length} tokens is full)")
+        terminal.note(f"({engine.length_note(lm, last, length.max_tokens)})")
     if verbose and last is not None:
         engine.print_timings(last.timings)
 

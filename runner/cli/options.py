@@ -118,7 +118,7 @@ class LengthOptions:
 
     def keywords(self) -> dict[str, Any]:
         """Make the keyword arguments for `LanguageModel.stream`."""
-        return {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ())}
+        return {"max_tokens": self.max_tokens, "stop": tuple(self.stop) if self.stop else None}
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:

@@ -48,9 +48,23 @@ _OTHER_DEFAULTS: dict[str, tuple[object, ...]] = {
     "guidance_scale": (None, 1.0, 1),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
+    "max_time": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "encoder_repetition_penalty": (None, 1.0, 1),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "watermarking_config": (None,),
+    "top_h": (None,),
 }
 """Keys of generation_config.json that no field of `SamplingParams` honours, with the values that have no effect."""
 
+
+TOP_K = 50
+"""transformers' `top_k` where a generation_config.json samples and does not set it."""
+
+LARGEST = float(2**128 - 2**104)
+"""The largest float32."""
 
 SMALLEST = 2.0**-126
 """The smallest normal float32. A temperature below it cannot be divided by on every device, and counts as 0."""
@@ -101,28 +115,27 @@ class SamplingParams:
                 raise UsageError(f"{name} must be {word} from {low} to {high}, not {value!r}")
         if not isinstance(self.penalize_prompt, bool):
             raise UsageError(f"penalize_prompt must be true or false, not {self.penalize_prompt!r}")
-        if not isinstance(self.logit_bias, Mapping):
-            raise UsageError(f"logit_bias maps token ids to finite numbers, as in {{5: -2.0}}; got {self.logit_bias!r}")
-        for token, bias in self.logit_bias.items():
-            numbers = isinstance(bias, int | float) and math.isfinite(bias)
-            if isinstance(token, bool) or not isinstance(token, int) or not numbers:
-                raise UsageError(f"logit_bias maps token ids to finite numbers; got {token!r}: {bias!r}")
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))  # the class is frozen
 
     @classmethod
     def from_generation_config(cls, raw: Mapping[str, Any]) -> tuple[SamplingParams, tuple[str, ...]]:
         """Read a model's defaults; returns them and, for display, those that are ignored here (`"name = value"`).
 
-        As in transformers, a model without `do_sample` is decoded greedily.
+        As in transformers, a model without `do_sample` is decoded greedily, and one with it from the 50 most likely
+        tokens if it does not say from how many.
 
         Raises:
             UsageError: a value is out of range.
         """
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         values = {name: raw[name] for name in names if raw.get(name) is not None}
-        if not raw.get("do_sample"):
-            values["temperature"] = 0.0
+        if not isinstance(raw.get("do_sample"), bool | None):
+            raise UsageError(f"do_sample must be true or false, not {raw['do_sample']!r}")
+        if raw.get("do_sample"):
+            values.setdefault("top_k", TOP_K)
+        params = cls(**values)  # a temperature is checked also where it is not used
         ignored = [f"{n} = {raw[n]!r}" for n, neutral in _OTHER_DEFAULTS.items() if n in raw and raw[n] not in neutral]
-        return cls(**values), tuple(ignored)
+        return (params if raw.get("do_sample") else params.replace(temperature=0.0)), tuple(ignored)
 
     @classmethod
     def preset(cls, name: str) -> SamplingParams:
@@ -247,6 +260,23 @@ class Sampler:
             repeated = mx.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
             logits = mx.where(seen, repeated, logits)
         return logits - seen * params.presence_penalty - self._counts * params.frequency_penalty
+
+
+def _checked_bias(biases: object) -> dict[int, float]:
+    """`biases` by token id; JSON has ids as texts, so those are read, too. Raises `UsageError`."""
+    if not isinstance(biases, Mapping):
+        raise UsageError(f"logit_bias maps token ids to numbers, as in {{5: -2.0}}; got {biases!r}")
+    result: dict[int, float] = {}
+    for name, bias in biases.items():
+        token = int(name) if isinstance(name, str) and name.isascii() and name.isdigit() and len(name) < 10 else name
+        # Compared before anything is converted: `float` raises for an integer of hundreds of digits, and NaN is not <=.
+        numbers = isinstance(bias, int | float) and not isinstance(bias, bool) and abs(bias) <= LARGEST
+        if isinstance(token, bool) or not isinstance(token, int) or not numbers:
+            raise UsageError(f"logit_bias maps token ids to numbers in float32's range; got {name!r}: {bias!r}")
+        if token in result:
+            raise UsageError(f"logit_bias has token {token} twice")
+        result[token] = float(bias)
+    return result
 
 
 def _bias(biases: Mapping[int, float], vocab_size: int) -> mx.array | None:

@@ -114,7 +114,9 @@ def test_values_out_of_range_are_named(name: str, value: float) -> None:
 
 def test_generation_defaults() -> None:
     params, ignored = SamplingParams.from_generation_config({"temperature": 0.6, "top_p": 0.9, "do_sample": True})
-    assert (params.temperature, params.top_p, ignored) == (0.6, 0.9, ())
+    assert (params.temperature, params.top_p, params.top_k, ignored) == (0.6, 0.9, 50, ())  # transformers' own top_k
+    for top_k in (0, 20):
+        assert SamplingParams.from_generation_config({"do_sample": True, "top_k": top_k})[0].top_k == top_k
     params, ignored = SamplingParams.from_generation_config({"temperature": 0.6, "no_repeat_ngram_size": 3})
     assert params.temperature == 0 and ignored == ("no_repeat_ngram_size = 3",)
 
@@ -151,3 +153,19 @@ def test_kernels_sort_no_vocabulary(options: dict[str, Any], monkeypatch: pytest
     fast = Sampler(SamplingParams(seed=3).replace(**options), 3000, [], KERNELS)(logits).read()
     assert fast.id == plain.id and (fast.logprob is None) == (plain.logprob is None)
     assert [i for i, _ in fast.top_logprobs or []] == [i for i, _ in plain.top_logprobs or []]
+
+
+def test_a_bias_is_in_the_range_of_float32() -> None:
+    for value in (1e300, -3.5e38, math.inf, math.nan, 10**400, True, "1", None):
+        with pytest.raises(UsageError, match=r"logit_bias .* got 3: "):
+            SamplingParams(logit_bias={3: value})
+    assert SamplingParams(logit_bias={3: -3.4028234e38}).logit_bias == {3: -3.4028234e38}
+
+
+def test_bias_ids_may_be_texts_as_in_json() -> None:
+    assert SamplingParams(logit_bias={"5": 2, 7: -1.0}).logit_bias == {5: 2.0, 7: -1.0}  # type: ignore[dict-item]
+    for name in ("x", "-1", "1.0", "", "٥", "9" * 12, None, 1.0):
+        with pytest.raises(UsageError, match="logit_bias maps token ids"):
+            SamplingParams(logit_bias={name: 1.0})  # type: ignore[dict-item]
+    with pytest.raises(UsageError, match="token 5 twice"):
+        SamplingParams(logit_bias={"5": 2.0, 5: 1.0})  # type: ignore[dict-item]
