@@ -88,7 +88,7 @@ def inspect(model: str | Path) -> ModelReport:
         sampling=_generation(defaults),
         eos_token_ids=tuple(sorted(end_tokens(files, tokenizer))),
         entries=[_entry(array, files.source) for array in arrays],
-        ignored=tuple(sorted(set(headers) - used)),
+        ignored=tuple(sorted({*(set(headers) - used), *files.unread})),
         parameters=parameters,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / max(parameters, 1),

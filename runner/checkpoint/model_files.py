@@ -10,6 +10,7 @@ from typing import Any
 
 from runner.checkpoint.directory import Checkpoint
 from runner.checkpoint.side_files import side_files
+from runner.families import FAMILIES
 from runner.text.tokenizer import Tokenizer
 from runner.weights.tags import Source
 
@@ -26,6 +27,7 @@ class ModelFiles:
         tokenizer: reads the tokenizer; a function, since a model can compute without one.
         side_files: reads the files besides config and weights, by name, for writing a copy of the model.
         notes: sentences for the user about what had to be guessed.
+        unread: names of tensors of a multimodal model's other parts.
     """
 
     path: Path
@@ -35,6 +37,7 @@ class ModelFiles:
     tokenizer: Callable[[], Tokenizer]
     side_files: Callable[[], dict[str, bytes | str]]
     notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def open_files(path: Path) -> ModelFiles:
@@ -55,12 +58,18 @@ def open_files(path: Path) -> ModelFiles:
     found = Checkpoint.open(path)
     config: Mapping[str, Any] = found.config
     source: Source = found
+    unread: tuple[str, ...] = ()
+    if config.get("model_type") not in FAMILIES:
+        from runner.checkpoint.wrapped import is_wrapper, unwrap
+
+        if is_wrapper(config):
+            config, source, unread = unwrap(config, source)
     named = any(config.get(name) for name in ("quantization_config", "compression_config"))
     # Float8 weights need their scales even if config.json does not speak of them (modelopt has a file of its own).
     if named or any(info.dtype.startswith("F8_") for info in found.headers.values()):
         from runner.checkpoint.quantized import as_mlx
 
-        config, source = as_mlx(found.config, found)
+        config, source = as_mlx(config, source)
     return ModelFiles(
         path,
         config,
@@ -68,4 +77,5 @@ def open_files(path: Path) -> ModelFiles:
         source,
         lambda: Tokenizer.from_directory(path),
         lambda: side_files(path),
+        unread=unread,
     )
