@@ -81,9 +81,13 @@ class ClampedGLU(GLU):
     swiglu_limit: float = setting()
 
     def __call__(self, gate_up: mx.array) -> mx.array:
-        gate, up = mx.split(gate_up, 2, axis=-1)
-        gate, up = mx.minimum(gate, self.swiglu_limit), mx.clip(up, -self.swiglu_limit, self.swiglu_limit)
-        return gate * mx.sigmoid(self.swiglu_alpha * gate) * (up + 1)
+        return self.ops.fused(clamped_gate, *mx.split(gate_up, 2, axis=-1), self.swiglu_alpha, self.swiglu_limit)
+
+
+def clamped_gate(gate: mx.array, up: mx.array, alpha: float, limit: float) -> mx.array:
+    """The element by element part of `ClampedGLU`."""
+    gate, up = mx.minimum(gate, limit), mx.clip(up, -limit, limit)
+    return gate * mx.sigmoid(alpha * gate) * (up + 1)
 
 
 @dataclass

@@ -53,14 +53,16 @@ class Attention:
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         q, k, v = self.heads(self.qkv_proj(x), batch)
-        return self.o_proj(merge_heads(self.attend(q, cache.append(k, v), batch.mask)))
+        return self.o_proj(merge_heads(self.attend(q, cache.append(k, v), batch)))
 
     def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
         """Split `qkv` `[B, L, (H + 2 KV) D]` into q `[B, H, L, D]`, k and v `[B, KV, L, D]`; rotate q and k."""
         heads = split_heads(qkv, self.head_dim)  # [B, H + KV + KV, L, D]
         rotated, v = mx.split(heads, [self.num_attention_heads + self.num_key_value_heads], axis=1)
         # Queries and keys lie side by side, so that one call rotates both.
-        q, k = mx.split(self.rope(rotated, batch.offset, batch.length), [self.num_attention_heads], axis=1)
+        q, k = mx.split(
+            self.rope(rotated, batch.offset, batch.length, once=batch.once), [self.num_attention_heads], axis=1
+        )
         return q, k, v
 
 
@@ -77,8 +79,8 @@ class NormedAttention(Attention):
             return super().heads(qkv, batch)
         ends = [self.num_attention_heads, self.num_attention_heads + self.num_key_value_heads]
         q, k, v = mx.split(split_heads(qkv, self.head_dim), ends, axis=1)
-        q = self.rope(self.q_norm(q, self.norm_eps), batch.offset, batch.length)
-        return q, self.rope(self.k_norm(k, self.norm_eps), batch.offset, batch.length), v
+        q = self.rope(self.q_norm(q, self.norm_eps), batch.offset, batch.length, once=batch.once)
+        return q, self.rope(self.k_norm(k, self.norm_eps), batch.offset, batch.length, once=batch.once), v
 
 
 @dataclass

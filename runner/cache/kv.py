@@ -34,6 +34,12 @@ class History(NamedTuple):
         """Values `[B, KV, S, Dv]` as numbers."""
         return self.storage.read(self.stored_values[..., : self.length, :])
 
+    def latest(self, count: int) -> History:
+        """The newest `count` rows of these, or all where there are fewer."""
+        first = max(0, self.length - count)
+        keys, values = (buffer[..., first : self.length, :] for buffer in (self.stored_keys, self.stored_values))
+        return History(keys, values, self.length - first, self.window, self.storage)
+
 
 class KVCache:
     """A cache that keeps every token. Buffers grow in steps and are written in place, so nothing else may hold them."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from runner.cache.kv import History
-from runner.nn.fast import Mask, provided_ops, scaled_dot_product_attention
-from runner.ops.table import Ops, window_mask
+from runner.nn.batch import Batch
+from runner.nn.fast import NO_MASK, Mask, provided_ops, scaled_dot_product_attention, soft_capped
+from runner.ops.table import PORTABLE, Ops, window_mask
 from runner.weights.tags import setting, tensor
 
 
@@ -45,21 +48,28 @@ class Attend:
     softcap: float | None = setting("attn_logit_softcapping", default=None)
     ops: Ops = provided_ops()
 
-    def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
+    def __call__(self, query: mx.array, history: History, batch: Batch) -> mx.array:
         """`query` `[B, H, L, D]` -> `[B, H, L, Dv]`; see `scaled_dot_product_attention`."""
-        if self.softcap is not None:
-            return capped_attention(query, history, mask, scale=self.scale, softcap=self.softcap)
-        return self.uncapped(query, history, mask, None)
+        if self.softcap is None:
+            return self.uncapped(query, history, batch, None)
+        mask = batch.mask
+        if mask is None and query.shape[2] > 1:
+            mask = shared_mask(window_mask, query, history, batch)
+        return capped_attention(query, history, mask, scale=self.scale, softcap=self.softcap, ops=self.ops)
 
-    def uncapped(self, query: mx.array, history: History, mask: Mask, sinks: mx.array | None) -> mx.array:
+    def uncapped(self, query: mx.array, history: History, batch: Batch, sinks: mx.array | None) -> mx.array:
         """Attention without soft-capping, by the device's op, over what `history` has stored."""
+        mask, window, make = batch.mask, history.window, self.ops.window_mask
+        # One query needs no mask: it sees the last keys. Several need one that layers of the same window can share.
+        if make is not None and mask is None and window is not None and query.shape[2] > 1 and window < history.length:
+            mask, window = shared_mask(make, query, history, batch), None
         return scaled_dot_product_attention(
             query,
             history.stored_keys,
             history.stored_values,
             mask,
             scale=self.scale,
-            window=history.window,
+            window=window,
             length=history.length,
             sinks=sinks,
             ops=self.ops,
@@ -72,30 +82,51 @@ class SinkAttend(Attend):
 
     sinks: mx.array = tensor("sinks", "num_attention_heads")
 
-    def __call__(self, query: mx.array, history: History, mask: Mask = None) -> mx.array:
-        return self.uncapped(query, history, mask, self.sinks.astype(query.dtype))
+    def __call__(self, query: mx.array, history: History, batch: Batch) -> mx.array:
+        return self.uncapped(query, history, batch, self.sinks.astype(query.dtype))
 
 
-def capped_attention(query: mx.array, history: History, mask: Mask = None, *, scale: float, softcap: float) -> mx.array:
+def shared_mask(make: Callable[[int, int, int], mx.array], query: mx.array, history: History, batch: Batch) -> mx.array:
+    """The causal mask of `history`'s window, made by `make` once for all layers of the pass that it fits."""
+    sizes = (query.shape[2], history.length, history.window or history.length)
+    return batch.once((make, sizes), functools.partial(make, *sizes))
+
+
+def capped_attention(
+    query: mx.array,
+    history: History,
+    mask: Mask = None,
+    *,
+    scale: float,
+    softcap: float,
+    ops: Ops = PORTABLE,
+) -> mx.array:
     """Attention whose scores pass `softcap * tanh(score / softcap)` (Gemma 2, arXiv:2408.00118) before the mask.
 
     `query` `[B, H, L, D]` -> `[B, H, L, Dv]`; masks as in `scaled_dot_product_attention`. No fused op soft-caps, so the
     scores are computed in full, `[B, H, L, S]`.
     """
+    if mask is None:
+        # Causal, within the cache's window if it has one: a single query sees all of that.
+        queries, window = query.shape[2], history.window or history.length
+        history = history.latest(window) if queries == 1 else history
+        mask = NO_MASK if queries == 1 else window_mask(queries, history.length, window)
     keys, values = history.keys, history.values
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, *query.shape[2:])  # [B, KV, H / KV, L, D]
     # Scaled and capped in float32, whatever the dtype of the model.
-    scores = (grouped @ keys[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * scale
-    scores = mx.tanh(scores / softcap) * softcap
-    # Without a mask attention is causal, within the cache's window if it has one.
-    if mask is None:
-        mask = window_mask(query.shape[2], history.length, history.window or history.length)
+    scores = grouped @ keys[:, :, None].swapaxes(-1, -2)
+    scores = ops.fused(capped_scores, scores, scale, softcap)
     # A boolean mask hides, any other is added; NO_MASK leaves the scores as they are.
     if isinstance(mask, mx.array):
         whole = mx.broadcast_to(mask, (*query.shape[:3], history.length)).reshape(scores.shape)
         scores = mx.where(whole, scores, -mx.inf) if whole.dtype == mx.bool_ else scores + whole
     probabilities = mx.softmax(scores, axis=-1).astype(values.dtype)
     return (probabilities @ values[:, :, None]).reshape(*query.shape[:3], -1)
+
+
+def capped_scores(products: mx.array, scale: float, cap: float) -> mx.array:
+    """Soft-capped scores in float32, from the products of queries and keys."""
+    return soft_capped(products.astype(mx.float32) * scale, cap)
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:

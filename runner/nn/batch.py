@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import mlx.core as mx
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,3 +24,14 @@ class Batch:
     offset: int | mx.array = 0
     length: int | None = None
     mask: mx.array | None = None
+    _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made for the first layer that asks for `name` and shared by the later ones of this pass.
+
+        `name` must hold all that the result depends on besides the batch itself.
+        """
+        if name not in self._shared:
+            self._shared[name] = make()
+        found: T = self._shared[name]
+        return found

@@ -12,9 +12,10 @@ from runner.cache.caches import Caches
 from runner.cache.kv import KVCache
 from runner.config.base import Config
 from runner.nn.batch import Batch
-from runner.nn.fast import LayerNorm, RMSNorm
+from runner.nn.fast import LayerNorm, RMSNorm, provided_ops, soft_capped
 from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
 from runner.nn.mlp import FeedForward
+from runner.ops.table import Ops
 from runner.weights.tags import Choice, Chooses, Header, setting, weight
 from runner.weights.tree import Size, Tree
 
@@ -145,6 +146,7 @@ class BaseDecoder:
     lm_head: Linear = weight("lm_head||model.embed_tokens", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
     norm_eps: float = setting()
     final_logit_softcapping: float | None = setting(default=None)
+    ops: Ops = provided_ops()
 
     def __call__(self, batch: Batch, caches: Caches) -> mx.array:
         """Hidden states `[B, L, hidden_size]` of `batch`; its keys and values are appended to `caches`."""
@@ -163,7 +165,7 @@ class BaseDecoder:
     def logits(self, hidden: mx.array) -> mx.array:
         """`[..., hidden_size] -> [..., vocab_size]`, soft-capped to +-`final_logit_softcapping` if that is set."""
         logits, cap = self.lm_head(hidden), self.final_logit_softcapping
-        return logits if cap is None else mx.tanh(logits / cap) * cap
+        return logits if cap is None else self.ops.fused(soft_capped, logits, cap)
 
 
 @dataclass

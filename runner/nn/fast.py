@@ -6,9 +6,10 @@ Each layer computes with the device's table (`runner.ops.table.Ops`), which the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -23,6 +24,7 @@ NO_MASK: Literal["none"] = "none"
 """The mask that hides nothing: every query sees every key."""
 
 Mask = mx.array | Literal["none"] | None
+T = TypeVar("T")
 
 
 def scaled_dot_product_attention(
@@ -166,6 +168,22 @@ def _check_width(name: str, x: mx.array, weight: mx.array) -> None:
         )
 
 
+class Once(Protocol):
+    """Makes something, or finds what it made of the same name."""
+
+    def __call__(self, name: Hashable, make: Callable[[], T], /) -> T: ...
+
+
+def each_time(name: Hashable, make: Callable[[], T], /) -> T:
+    """The `Once` of a layer that is called alone: makes everything anew."""
+    return make()
+
+
+def soft_capped(x: mx.array, cap: float) -> mx.array:
+    """`x` squeezed into -cap to cap; small values stay what they are."""
+    return mx.tanh(x / cap) * cap
+
+
 def last_offset(offset: int | mx.array) -> int:
     """The largest offset of a batch's rows; waits for the device if `offset` is an array."""
     value = mx.max(offset).item() if isinstance(offset, mx.array) else offset
@@ -201,6 +219,11 @@ class RoPE:
             self.factor = frequencies.attention_factor(self.scaling, max_position_embeddings=limit)
             self.freqs = self._freqs(0)
 
+    @property
+    def _settings(self) -> tuple[object, ...]:
+        """All that frequencies depend on, besides the length."""
+        return (self.scaling, self.dims, self.base, self.max_position_embeddings)
+
     def _freqs(self, length: int) -> mx.array:
         scaling = self.scaling or RopeScaling()
         inverse = frequencies.inverse_frequencies(
@@ -208,12 +231,15 @@ class RoPE:
         )
         return mx.array([1.0 / f for f in inverse], dtype=mx.float32)  # mx.fast.rope divides by them
 
-    def __call__(self, x: mx.array, offset: int | mx.array, length: int | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, offset: int | mx.array, length: int | None = None, *, once: Once = each_time
+    ) -> mx.array:
         """Rotate `x` `[B, H, L, D]`; its first token has position `offset` (a number, or `[B]` with one for each row).
 
         Args:
             length: tokens of the whole sequence, which `dynamic` and `longrope` frequencies depend on; the default is
                 the last position of `x` plus one. A prompt that is fed in chunks passes its full length.
+            once: makes frequencies for a length once for all layers of a pass: `Batch.once`.
 
         Raises:
             UsageError: `x` is not of rank 4, its heads are smaller than `dims`, or `offset` has another shape.
@@ -230,7 +256,8 @@ class RoPE:
             if length is None:
                 length = last_offset(offset) + x.shape[2]
             original = self.scaling.original_max_position_embeddings or self.max_position_embeddings
-            freqs = self._freqs(length) if length > original else freqs
+            if length > original:
+                freqs = once(("freqs", self._settings, length), functools.partial(self._freqs, length))
         if self.factor != 1.0:
             x = self._scaled(x)
         base = self.base if freqs is None else None  # mx.fast.rope takes one of the two

@@ -192,10 +192,10 @@ class LatentAttention:
         q, rotary = mx.split(
             split_heads(self.queries(x), self.qk_nope_head_dim + self.qk_rope_head_dim), [self.qk_nope_head_dim], -1
         )
-        rotary = self.rope(rotary, batch.offset, batch.length)
+        rotary = self.rope(rotary, batch.offset, batch.length, once=batch.once)
         # One latent and one rotated key per token; the cache stores them as its keys and values.
         latent, key = mx.split(self.kv_a_proj(x)[:, None], [self.kv_lora_rank], axis=-1)  # [B, 1, L, ...]
-        key = self.rope(key, batch.offset, batch.length)
+        key = self.rope(key, batch.offset, batch.length, once=batch.once)
         stored = cache.append(self.kv_a_layernorm(latent, NORM_EPS), key)
         form = self.absorbed if self.absorbs(x.shape[1], stored.length) else self.expanded
         return self.o_proj(merge_heads(form(q, rotary, stored, batch)))
@@ -215,7 +215,7 @@ class LatentAttention:
         # All heads share the rotated key, which the cache stores as its values.
         shared = mx.broadcast_to(stored.values, (*k.shape[:3], stored.values.shape[-1]))
         history = History(mx.concatenate([k, shared], axis=-1), v, stored.length)
-        return self.attend(mx.concatenate([q, rotary], axis=-1), history, batch.mask)
+        return self.attend(mx.concatenate([q, rotary], axis=-1), history, batch)
 
     def absorbed(self, q: mx.array, rotary: mx.array, stored: History, batch: Batch) -> mx.array:
         """Absorbed form of `expanded`: a token's row in the cache serves as key and value of all heads."""
@@ -223,7 +223,7 @@ class LatentAttention:
         # Keys are whole rows [latent, rotated key], values only their latents.
         rows = mx.concatenate([stored.keys, stored.values], axis=-1)
         history = History(rows, rows[..., : self.kv_lora_rank], stored.length)
-        gathered = self.attend(mx.concatenate([q @ to_keys, rotary], axis=-1), history, batch.mask)
+        gathered = self.attend(mx.concatenate([q @ to_keys, rotary], axis=-1), history, batch)
         return gathered @ to_values.swapaxes(-1, -2)
 
     def matrices(self) -> tuple[mx.array, mx.array]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import Config
+from runner.nn.fast import provided_ops
+from runner.ops.table import Ops
 from runner.weights.tags import Choice, Chooses, Header, weight
 from runner.weights.tree import Size, Tree, leaves
 
@@ -36,12 +38,18 @@ class PlainXIELU(XIELU):
     alpha_n: mx.array = weight("alpha_n", 1)
     beta: mx.array = weight("beta")
     eps: mx.array = weight("eps")
+    ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array) -> mx.array:
-        # logaddexp(a, 0) is softplus(a); `eps`, just below 0, keeps e^x from overflowing where `where` discards it.
-        p, n = mx.logaddexp(self.alpha_p, 0.0), self.beta + mx.logaddexp(self.alpha_n, 0.0)
-        below = (mx.expm1(mx.minimum(x, self.eps)) - x) * n
-        return (mx.where(x > 0, p * x * x, below) + self.beta * x).astype(x.dtype)
+        return self.ops.fused(xielu, x, self.alpha_p, self.alpha_n, self.beta, self.eps)
+
+
+def xielu(x: mx.array, alpha_p: mx.array, alpha_n: mx.array, beta: mx.array, eps: mx.array) -> mx.array:
+    """The formula of `XIELU`, in the dtype of x."""
+    # logaddexp(a, 0) is softplus(a); `eps`, just below 0, keeps e^x from overflowing where `where` discards it.
+    p, n = mx.logaddexp(alpha_p, 0.0), beta + mx.logaddexp(alpha_n, 0.0)
+    below = (mx.expm1(mx.minimum(x, eps)) - x) * n
+    return (mx.where(x > 0, p * x * x, below) + beta * x).astype(x.dtype)
 
 
 @dataclass

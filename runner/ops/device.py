@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from runner.cache.storage import PLAIN, Storage
 from runner.ops import per_expert as per_expert
+from runner.ops.fusion import fusing
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops
 
@@ -41,7 +42,7 @@ class Device:
 def current() -> Device:
     """The `Device` for MLX's default device."""
     if mx.default_device() != mx.Device(mx.cpu):
-        return Device("MLX's CUDA kernels", CUDA) if mx.cuda.is_available() else Device("MLX's GPU kernels", PORTABLE)
+        return Device("MLX's CUDA kernels", CUDA) if mx.cuda.is_available() else Device("MLX's GPU kernels", METAL)
     from runner.ops import cpu as kernels
 
     why = kernels.unavailable()
@@ -98,4 +99,6 @@ CPU_WITHOUT_KERNELS = dataclasses.replace(
     gather_quantized_linear=per_expert.gather_quantized_linear(_unpacked_linear),
 )
 
-CUDA = dataclasses.replace(PORTABLE, name="mlx, cuda", quantized_linear=_cuda_quantized_linear)
+METAL = dataclasses.replace(fusing(PORTABLE), name="mlx, metal")
+
+CUDA = dataclasses.replace(fusing(PORTABLE), name="mlx, cuda", quantized_linear=_cuda_quantized_linear)

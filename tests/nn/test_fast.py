@@ -12,6 +12,7 @@ from places import TESTS
 
 from runner.config.rope import RopeScaling
 from runner.errors import ConfigError, UsageError
+from runner.nn.batch import Batch
 from runner.nn.fast import NO_MASK, LayerNorm, RMSNorm, RoPE, scaled_dot_product_attention
 from runner.ops.device import CUDA, current, wrong_on_cuda
 from runner.ops.quantized import QuantizedWeight
@@ -145,6 +146,26 @@ def test_rope_equals_the_reference(entry: dict[str, Any], ops: Ops) -> None:
             # An angle in float32 is off by its last bits: frequency and product round, at 60,000 rad by 1e-2.
             tolerance = 1e-5 + position * 2e-7
             assert mx.allclose(found[0, 0, 0], mx.array(cos + sin), atol=tolerance, rtol=0), (position, case["seq_len"])
+
+
+def test_frequencies_for_a_length_are_made_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    plain = RoPE._freqs
+    monkeypatch.setattr(RoPE, "_freqs", lambda self, length: made.append(length) or plain(self, length))
+    scaling = RopeScaling(kind="dynamic", factor=2.0)
+    layers = [RoPE(dims=8, scaling=scaling, max_position_embeddings=16) for _ in range(3)]
+    other = RoPE(dims=8, base=500.0, scaling=scaling, max_position_embeddings=16)
+    x = rand(1, 2, 4, 8)
+    alone, otherwise = layers[0](x, 30), other(x, 30)
+    made.clear()
+    batch = Batch(mx.zeros((1, 4), dtype=mx.int32), 30)
+    for layer in layers:
+        assert mx.array_equal(layer(x, 30, once=batch.once), alone)
+    # A layer with another base must not get them, nor may the next pass, which is longer.
+    assert mx.array_equal(other(x, 30, once=batch.once), otherwise) and not mx.array_equal(otherwise, alone)
+    assert made == [34, 34]
+    later = Batch(mx.zeros((1, 4), dtype=mx.int32), 34)
+    assert not mx.array_equal(layers[0](x, 30, 38, once=later.once), alone)
 
 
 def test_a_rope_type_without_code_is_refused() -> None:

@@ -86,6 +86,7 @@ KERNELS = Ops(
     attention=_C.attention,
     glu=_glu,
     activate=_activate,
+    window_mask=None,  # the kernel skips the keys before a window
     argmax=_C.argmax,
     greatest=_C.greatest,
     draw=_C.draw,

@@ -1,0 +1,47 @@
+"""Fuses functions that work element by element into one kernel each, for devices where every kernel has to be launched.
+
+A function of five operations is five kernels on a GPU, each of which reads its input from memory and writes its result
+there. `mx.compile` makes one of them. On a CPU it calls a C++ compiler while the model answers: not used there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from runner.config.activations import ACTIVATIONS as NAMES
+from runner.ops.table import ACTIVATIONS, GATES, Ops
+
+
+class Fusion:
+    """Calls functions in their compiled form, which it makes at a function's first call and keeps.
+
+    A form serves arrays of any size, and is made again for other dtypes or numbers of dimensions.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[Callable[..., mx.array], Callable[..., mx.array]] = {}
+
+    def __call__(self, function: Callable[..., mx.array], *arguments: Any) -> mx.array:
+        """`function(*arguments)`; arguments are arrays, or numbers that become part of the kernel."""
+        compiled = self._compiled.get(function)
+        if compiled is None:
+            compiled = self._compiled[function] = mx.compile(function, shapeless=True)
+        return compiled(*arguments)
+
+    def glu(self, gate_up: mx.array, activation: str) -> mx.array:
+        """`Ops.glu`: one kernel that reads both halves of `gate_up` where they lie."""
+        return self(GATES[NAMES[activation]], *mx.split(gate_up, 2, axis=-1))
+
+    def activate(self, x: mx.array, activation: str) -> mx.array:
+        """`Ops.activate` as one kernel."""
+        return self(ACTIVATIONS[NAMES[activation]], x)
+
+
+def fusing(ops: Ops) -> Ops:
+    """The table `ops` with activations, and what layers pass to `Ops.fused`, in one kernel each."""
+    fusion = Fusion()
+    return dataclasses.replace(ops, fused=fusion, glu=fusion.glu, activate=fusion.activate)
