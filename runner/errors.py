@@ -37,13 +37,17 @@ class TemplateError(RunnerError, ValueError):
 
 
 class ContextLengthError(UsageError):
-    """A prompt does not fit the context window; the attributes have both lengths in tokens."""
+    """A prompt does not fit the context window; the attributes have both lengths in tokens.
 
-    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+    A prompt that is too long by its bytes alone is not split into tokens: then the length is the least it can have.
+    """
+
+    def __init__(self, prompt_tokens: int, context_length: int, *, at_least: bool = False) -> None:
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
+        least = "at least " if at_least else ""
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens, but the context window holds {context_length} "
+            f"the prompt has {least}{prompt_tokens} tokens, but the context window holds {context_length} "
             "(prompt and at least one new token must fit): shorten the prompt"
         )
 

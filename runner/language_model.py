@@ -146,8 +146,18 @@ class LanguageModel:
             ContextLengthError: the prompt leaves no room for an answer.
             UsageError: an argument is out of range.
         """
+        if isinstance(prompt, str):
+            self._check_bytes(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return self._start(ids, PlainText(), max_tokens, stop, prompt_cache, on_prefill, cancelled, **sampling)
+
+    def _check_bytes(self, text: str) -> None:
+        """Refuse a text that is too long by its bytes alone, since splitting megabytes into tokens takes seconds."""
+        if len(text) < 4 * self.context_length:  # short enough to be split
+            return
+        least = self.tokenizer.least_tokens(text)
+        if least >= self.context_length:
+            raise ContextLengthError(least, self.context_length, at_least=True)
 
     def _start(
         self,
@@ -233,8 +243,9 @@ class LanguageModel:
         """
         variables = self.tokenizer.template_kwargs(template_kwargs)
         ids = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, tools=tools, template=template, **variables
-        )
+            messages, add_generation_prompt=True, tokenize=True, tools=tools, template=template,
+            on_rendered=self._check_bytes, **variables,
+        )  # fmt: skip
         separator = self.tokenizer.separator(ids, messages, tools=tools, template=template, **variables)
         return self._start(ids, separator, **options)
 

@@ -11,7 +11,7 @@ from places import TESTS
 from scripted import scripted
 
 import runner
-from runner.errors import TemplateError, UsageError
+from runner.errors import ContextLengthError, TemplateError, UsageError
 from runner.language_model import LanguageModel
 
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
@@ -150,3 +150,26 @@ def test_a_chat_without_a_template_says_so(tmp_path: Path) -> None:
     base = runner.load(tmp_path / "base")
     with pytest.raises(TemplateError, match="the model has no chat template"):
         base.chat([ABC])
+
+
+def test_megabytes_are_refused_before_they_are_split(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 MB were split into tokens for seconds, only to be refused; the bytes alone say that they cannot fit."""
+    text = "word " * 1_000_000
+
+    def split(*args: Any, **options: Any) -> list[int]:
+        raise AssertionError("the text was split into tokens")
+
+    with monkeypatch.context() as patch:
+        for name in ("encode", "encode_rendered", "encode_matches"):
+            patch.setattr(lm.tokenizer._backend, name, split)
+        for call in (
+            lambda: lm.stream(text),
+            lambda: lm.chat_stream([{"role": "user", "content": text}], template="{{ messages[0].content }}"),
+            lambda: lm.chat([{"role": "user", "content": text}], template="{{ messages[0].content }}<|im_end|>"),
+        ):
+            with pytest.raises(ContextLengthError, match="at least") as refusal:
+                call()
+            assert refusal.value.prompt_tokens >= refusal.value.context_length == lm.context_length
+    # A little too long is known only once it is split.
+    with pytest.raises(ContextLengthError, match=r"has \d+ tokens"):
+        lm.stream("." * (lm.context_length + 8))

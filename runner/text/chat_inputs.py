@@ -16,6 +16,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 100
 _RESERVED = frozenset([
     "messages", "tools", "template", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
+    "on_rendered",
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
     "range", "dict", "namespace", "cycler", "joiner", "raise_exception", "strftime_now",
     "self", "loop", "caller", "varargs", "kwargs",

@@ -106,6 +106,9 @@ class SentencePieceBackend:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return join_stream(self, ids, skip_special_tokens)
 
+    def least_tokens(self, text: str) -> int:
+        return 0  # the library's own normalisation may drop characters, and it is fast
+
     def token(self, token_id: int) -> str | None:
         if token_id in self._names:
             return self._names[token_id]

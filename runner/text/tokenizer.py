@@ -110,6 +110,10 @@ class Tokenizer:
         """
         return self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens, parse_special=parse_special)
 
+    def least_tokens(self, text: str) -> int:
+        """Return a number of tokens that `text` has at least, from its bytes alone; 0 if nothing is known."""
+        return self._backend.least_tokens(_unicode(text))
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`. Ids outside the vocabulary add no text; bytes that are not UTF-8 become U+FFFD.
 
@@ -132,6 +136,7 @@ class Tokenizer:
         tokenize: Literal[True] = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
         template: str | None = ...,
+        on_rendered: Callable[[str], None] | None = ...,
         **kwargs: Any,
     ) -> list[int]: ...
     @overload
@@ -143,6 +148,7 @@ class Tokenizer:
         tokenize: Literal[False],
         tools: Sequence[Mapping[str, Any]] | None = ...,
         template: str | None = ...,
+        on_rendered: Callable[[str], None] | None = ...,
         **kwargs: Any,
     ) -> str: ...
 
@@ -154,6 +160,7 @@ class Tokenizer:
         tokenize: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
+        on_rendered: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> list[int] | str:
         """Render a chat and return its ids, or its text, equal to that of transformers, if `tokenize` is False.
@@ -169,6 +176,7 @@ class Tokenizer:
             tokenize: return ids rather than text.
             tools: JSON schemas of the functions that the model may call.
             template: the name of one of `chat_templates`, or Jinja source; None: the model's own choice.
+            on_rendered: called with the text before it is encoded; what it raises ends the call.
             kwargs: `continue_final_message` (a bool, or a key of the last message), and variables for the template.
 
         Raises:
@@ -180,6 +188,8 @@ class Tokenizer:
         # Before special tokens are looked for: arguments of a tool call may spell them with JSON escapes.
         inputs = self._templates.fit(source, given)
         text = self._templates.render(source, inputs)
+        if on_rendered is not None:
+            on_rendered(text)
         if not tokenize:
             return text
         # The usual case: no string of the caller's spells a special token, so every one in the text is the template's.

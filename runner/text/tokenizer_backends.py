@@ -7,6 +7,7 @@ import secrets
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -18,6 +19,7 @@ from runner.local_files import read_file
 from runner.text.decoder_plan import MARK, plan_stream
 from runner.text.detokenizer import Detokenizer, TokenStream
 from runner.text.special_tokens import AddedToken, Match, TokenScanner
+from runner.text.token_bounds import TokenBound
 from runner.text.tokenizer_files import TokenizerFiles
 
 MAX_VOCABULARY_FILE = 128 << 20
@@ -47,6 +49,7 @@ class Backend(Protocol):
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def token(self, token_id: int) -> str | None: ...
     def token_id(self, token: str) -> int | None: ...
+    def least_tokens(self, text: str) -> int: ...
 
 
 class JsonBackend:
@@ -173,6 +176,15 @@ class JsonBackend:
             parts += [piece[start:end] for start, end in pairwise(edges)]
             tokens += [*[None] * (len(edges) - 2), token]
         return parts, tokens[:-1]
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        # Made for the first long text only, since it reads the whole vocabulary.
+        added = self._library.get_added_tokens_decoder()
+        return TokenBound(self._library, [_flags(added[index]) for index in added if index != self._anchor_id])
+
+    def least_tokens(self, text: str) -> int:
+        return self._bound.least_tokens(text)
 
     def _plan(self) -> Callable[[], TokenStream]:
         """Choose the stream by the file's decoder and by a sample of the vocabulary's pieces."""
