@@ -2,10 +2,13 @@
 
 The sandbox keeps a template away from Python's internals. It does not keep it from `range` inside `range`, from
 `'a' * 10**9` or from doubling a string in a loop, so every operation that takes time or makes a value is bounded
-(`runner.text.template_limits` has the limits):
+(`runner.text.template_limits` has the limits, `runner.text.template_measures` what each operation costs):
 
 - each loop pass, macro call, call, filter, test and operator is a *step*; steps and wall time are limited;
-- text is measured before it is made (`*`, `%`, `join`, `replace`, ...), and its sum over a rendering is limited;
+- text and lists are measured before they are made (`+`, `*`, `%`, `join`, `replace`, ...), and their sum over a
+  rendering is limited;
+- no operation takes much longer than its values are long: those that do (`sum` of lists, `strip` of many characters)
+  are replaced or refused, and a generator becomes a list before anything sorts, searches or hashes its items;
 - a container is walked, with a limit, before anything prints or compares it: `[x, x]` nested forty times is small in
   memory and endless in print.
 
@@ -15,9 +18,8 @@ The module imports jinja2 and is itself imported at the first rendering only.
 from __future__ import annotations
 
 import functools
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -27,42 +29,38 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace, pass_context
+from jinja2.utils import pass_context
 from jinja2.visitor import NodeTransformer
 
 from runner.errors import TemplateError
-from runner.text.template_limits import Budget, check_filter, check_format, check_operator, check_text_call
+from runner.text.template_functions import (
+    DictMaker,
+    Refusal,
+    bounded_sum,
+    namespace,
+    raise_exception,
+    short_format,
+    tojson,
+)
+from runner.text.template_limits import MAX_TOKENS, NESTING, Budget
+from runner.text.template_measures import check_filter, check_format, check_operator, check_text_call
 
 _REMOVED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-_REMOVED_METHODS = ("encode", "translate", "maketrans", "to_bytes", "from_bytes")
+_REMOVED_METHODS = (
+    "encode", "translate", "maketrans", "to_bytes", "from_bytes", "striptags", "escape", "unescape",
+)  # fmt: skip
 # Arguments of these are not walked, so that `messages | length` in a loop does not go through all messages each time:
 # they do not look into the items of a container, or `check_filter` measures what they get (`join`, `list`, `sum`).
 _SHALLOW_FILTERS = frozenset([
     "length", "count", "first", "last", "list", "map", "select", "selectattr", "reject", "rejectattr", "default", "d",
-    "items", "batch", "slice", "reverse", "random", "attr", "sum", "join",
+    "items", "batch", "slice", "reverse", "attr", "sum", "join",
 ])  # fmt: skip
 _SHALLOW_TESTS = frozenset([
     "defined", "undefined", "none", "string", "mapping", "sequence", "iterable", "number", "boolean", "true", "false",
     "callable", "sameas", "filter", "test",
 ])  # fmt: skip
-
-
-class Refusal(jinja2.TemplateError):
-    """Raised in a template by `raise_exception`, for example for an unexpected order of roles."""
-
-
-class BoundedNamespace(Namespace):
-    """Jinja's `namespace`, which refuses names that start with `_` and whose `repr` does not print its contents."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        return "<Namespace>"
 
 
 class _Generation(Extension):
@@ -150,22 +148,29 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             for name, call in self.filters.items()
             if name not in _REMOVED_FILTERS
         }
-        self.filters["tojson"] = self._bounded("tojson", _tojson, shallow=False)
+        self.filters["sum"] = self._bounded("sum", bounded_sum, shallow=True)
+        self.filters["tojson"] = self._bounded("tojson", tojson, shallow=False)
         self.tests = {
             name: self._bounded("", call, shallow=name in _SHALLOW_TESTS) for name, call in self.tests.items()
         }
         del self.globals["lipsum"]
-        self.globals["dict"] = _Dict()
-        self.globals["namespace"] = _namespace
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda format: now.strftime(_short(format))
+        self.globals["dict"] = DictMaker()
+        self.globals["namespace"] = namespace
+        self.globals["raise_exception"] = raise_exception
+        self.globals["strftime_now"] = lambda format: now.strftime(short_format(format))
 
     # Hooks that the compiled template calls (see `_Meter`).
     def tick(self) -> None:
         pass  # `call` has counted the step
 
     def walked(self, value: Any) -> Any:
-        return self.budget.walk(value)
+        return self.budget.walk(self._held(value))
+
+    def _held(self, value: Any) -> Any:
+        """Return the value; a generator, whose items no walk would see, as a list."""
+        if isinstance(value, Iterator) and not isinstance(value, LoopContext):
+            return self.budget.listed(value)
+        return value
 
     def charged(self, value: Any) -> Any:
         return self.budget.charge(value)
@@ -179,7 +184,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         total = 0
         for value in values:
             texts.append(str(self.budget.walk(value)))
-            total += len(texts[-1])
+            total += len(texts[-1]) + 1  # an empty text takes room in the list too
             self.budget.check(total)
         return texts
 
@@ -193,23 +198,42 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.budget.step()
+        # The body of a macro is metered itself, and `walked` walks its argument.
+        if isinstance(obj, Macro) or obj == self.walked:
+            return super().call(context, obj, *args, **kwargs)
         # A method of a text or number: refused, or measured before it runs.
-        if isinstance(obj, (BuiltinMethodType, MethodType)) and isinstance(obj.__self__, (str, bytes, int, float)):
+        owner = obj.__self__ if isinstance(obj, (BuiltinMethodType, MethodType)) else None
+        if isinstance(owner, (str, bytes, int, float)) or (isinstance(owner, type) and issubclass(owner, str)):
             if obj.__name__ in _REMOVED_METHODS:
                 raise TemplateError(f"the chat template calls .{obj.__name__}(), which templates may not")
-            args = check_text_call(self.budget, obj.__name__, obj.__self__, args, kwargs)
-        # `walked` walks its argument itself; all other functions may go through what they are given.
-        if obj != self.walked:
-            for value in (*args, *kwargs.values()):
-                self.budget.walk(value)
+            args = check_text_call(self.budget, obj.__name__, owner, args, kwargs)
+        # A list's `count` and `index` compare all items.
+        elif isinstance(owner, (list, tuple)):
+            self.budget.walk(owner)
+        # Any function may go through what it is given; a number may be the step of a range.
+        args = tuple(self._argument(value) for value in args)
+        kwargs = {name: self._argument(value) for name, value in kwargs.items()}
         return self.budget.charge(super().call(context, obj, *args, **kwargs))
+
+    def _argument(self, value: Any) -> Any:
+        """Return an argument of a function, walked and measured."""
+        if isinstance(value, int):
+            self.budget.check_bits(value.bit_length())
+        return self.budget.walk(self._held(value))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.budget.step()
+        # `-` makes a set of a dict's view and hashes its items.
+        if operator == "-":
+            for value in (left, right):
+                self.budget.walk(value)
         check_operator(self.budget, operator, left, right)
-        return self.budget.charge(super().call_binop(context, operator, left, right))
+        made = super().call_binop(context, operator, left, right)
+        # Texts and lists are charged already, except what `%` makes.
+        return made if operator in "+*" and isinstance(made, (str, *NESTING)) else self.budget.charge(made)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
+        self.budget.check_time()  # a path such as `a.a.a` in `map(attribute=...)` may have any number of parts
         return super().getitem(obj, self.budget.walk(argument))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -239,11 +263,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(call)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.budget.step()
+            first, given = args[:passed], args[passed:]
             if not shallow:
-                for value in (*args[passed:], *kwargs.values()):
-                    self.budget.walk(value)
-            rest = check_filter(self.budget, name, args[passed:], kwargs)
-            return self.budget.charge(call(*args[:passed], *rest, **kwargs))
+                given = tuple(self.walked(value) for value in given)
+                kwargs = {key: self.walked(value) for key, value in kwargs.items()}
+            given = check_filter(self.budget, name, given, kwargs)
+            return self.budget.charge(call(*first, *given, **kwargs))
 
         return bounded
 
@@ -256,6 +281,12 @@ def compile_template(source: str) -> CodeType:
     """
     environment = BoundedEnvironment(Budget(len(source)), datetime.now())
     try:
+        # Compiling takes longer the more tokens there are, and tokens alone are read in no time.
+        count = sum(kind != "whitespace" for _, kind, _ in environment.lex(source))
+        if count > MAX_TOKENS:
+            raise TemplateError(
+                f"the chat template has {count} tokens, more than the {MAX_TOKENS} of any chat template"
+            )
         code: CodeType = environment.compile(source, name="chat template", filename="<chat template>")
     except TemplateError:
         raise
@@ -302,47 +333,3 @@ def _finalize(context: Context, value: Any) -> Any:
     environment = context.environment
     assert isinstance(environment, BoundedEnvironment)
     return environment.budget.walk(value)
-
-
-class _Dict:
-    """The global `dict` of templates: makes dicts and has none of the other attributes of the type `dict`."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
-        return dict.fromkeys(keys, value)
-
-
-def _namespace(*args: Any, **kwargs: Any) -> BoundedNamespace:
-    """The global `namespace` of templates; sets each item by itself, so that its name is checked."""
-    made = BoundedNamespace()
-    for name, value in dict(*args, **kwargs).items():
-        made[name] = value
-    return made
-
-
-def _raise_exception(message: Any) -> None:
-    raise Refusal(str(message)[:4000])
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """The filter `tojson` as transformers defines it: JSON without HTML escapes.
-
-    Private-use characters are not escaped even with `ensure_ascii`: they may be the markers around users' text
-    (`runner.text.special_tokens`).
-    """
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    if not ensure_ascii:
-        return text
-    # Undo the escapes of surrogate pairs that spell the private use areas A and B (U+F0000 on).
-    return re.sub(r"\\udb[89a-f][0-9a-f]\\ud[c-f][0-9a-f]{2}", lambda found: str(json.loads(f'"{found[0]}"')), text)
-
-
-def _short(format: Any) -> str:
-    """Return `format` if `strftime` can only make a short text of it."""
-    if not isinstance(format, str) or len(format) > 200 or re.search(r"%[-_0^#]*\d{3}", format):
-        raise TemplateError(f"strftime_now({format!r:.40}) is refused: expected a short format without wide fields")
-    return format

@@ -8,7 +8,8 @@ import pytest
 
 from runner.errors import TemplateError, UsageError
 from runner.text.chat_inputs import chat_inputs, checked_variables, size_of
-from runner.text.template_sandbox import BoundedEnvironment, Budget
+from runner.text.template_limits import Budget
+from runner.text.template_sandbox import BoundedEnvironment
 
 USER = {"role": "user", "content": "hi"}
 
