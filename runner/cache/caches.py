@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from runner.cache.kv import History, KVCache, RotatingKVCache
+from runner.cache.kv import History, JoinedKVCache, KVCache, RotatingKVCache
 from runner.cache.mark import Mark
 from runner.cache.recurrent import StateCache
 from runner.cache.storage import PLAIN, Storage
@@ -175,4 +175,6 @@ class Caches(Sequence[Cache]):
 def _cache(memory: Rows | State, storage: Storage) -> Cache:
     if isinstance(memory, State):
         return StateCache(memory)
-    return KVCache(storage) if memory.window is None else RotatingKVCache(memory.window, storage)
+    if memory.window is not None:
+        return RotatingKVCache(memory.window, storage)
+    return JoinedKVCache(storage) if memory.joined and storage.joins else KVCache(storage)

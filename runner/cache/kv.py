@@ -16,29 +16,42 @@ STEP = 256
 
 
 class History(NamedTuple):
-    """What attention sees: the first `length` rows of the buffers, the newest last, and the window to apply to them."""
+    """What attention sees: the first `length` rows of the buffers, the newest last, and the window to apply to them.
+
+    With `split`, a row of `stored_keys` is a key of so many numbers and then a value; `stored_values` has no columns.
+    """
 
     stored_keys: mx.array
     stored_values: mx.array
     length: int
     window: int | None = None
     storage: Storage = PLAIN
+    split: int | None = None
 
     @property
     def keys(self) -> mx.array:
         """Keys `[B, KV, S, D]` as numbers."""
-        return self.storage.read(self.stored_keys[..., : self.length, :])
+        return self.storage.read(self.stored_keys[..., : self.length, : self.split])
 
     @property
     def values(self) -> mx.array:
         """Values `[B, KV, S, Dv]` as numbers."""
+        if self.split is not None:
+            return self.storage.read(self.stored_keys[..., : self.length, self.split :])
         return self.storage.read(self.stored_values[..., : self.length, :])
+
+    @property
+    def rows(self) -> mx.array:
+        """Keys and values side by side, `[B, KV, S, D + Dv]`: without a copy where they are stored so."""
+        if self.split is not None:
+            return self.storage.read(self.stored_keys[..., : self.length, :])
+        return mx.concatenate([self.keys, self.values], axis=-1)
 
     def latest(self, count: int) -> History:
         """The newest `count` rows of these, or all where there are fewer."""
         first = max(0, self.length - count)
         keys, values = (buffer[..., first : self.length, :] for buffer in (self.stored_keys, self.stored_values))
-        return History(keys, values, self.length - first, self.window, self.storage)
+        return self._replace(stored_keys=keys, stored_values=values, length=self.length - first)
 
 
 class KVCache:
@@ -171,6 +184,18 @@ class KVCache:
         if old is not None and kept:
             buffer[..., :kept, :] = old[..., stored - kept : stored, :]
         return buffer
+
+
+class JoinedKVCache(KVCache):
+    """A cache whose tokens' keys and values lie side by side in one buffer, for attention that reads both as one row.
+
+    The buffer of values has no columns.
+    """
+
+    def append(self, keys: mx.array, values: mx.array) -> History:
+        rows = mx.concatenate([keys, values], axis=-1)
+        self._history = super().append(rows, rows[..., :0])._replace(split=keys.shape[-1])
+        return self._history
 
 
 class RotatingKVCache(KVCache):

@@ -20,11 +20,14 @@ class Storage:
         write: `write(keys, values, k, v, at)` returns both buffers with `k` and `v` `[B, KV, L, D]` in the rows from
             `at` on; the old buffers must not be used again, as the new ones may share their memory.
         read: `read(buffer)` returns the rows as numbers.
+        joins: whether a token's key and value may share a row: not where each row has a scale, which the larger of
+            the two would set for both.
     """
 
     empty: Callable[[mx.array, int], mx.array]
     write: Callable[[mx.array, mx.array, mx.array, mx.array, int], tuple[mx.array, mx.array]]
     read: Callable[[mx.array], mx.array]
+    joins: bool = False
 
 
 def _empty(rows: mx.array, capacity: int) -> mx.array:
@@ -51,5 +54,5 @@ def row_width(buffer: mx.array) -> int:
     return buffer.shape[3] - (SCALE_COLUMNS if buffer.dtype == mx.int16 else 0)
 
 
-PLAIN = Storage(_empty, _write, unpacked)
+PLAIN = Storage(_empty, _write, unpacked, joins=True)
 """Storage of rows in the dtype they come in."""

@@ -18,12 +18,14 @@ class Rows:
         key_size: numbers in a head's key.
         value_size: numbers in a head's value.
         window: how many tokens attention looks back, the newest included; None: to the first token.
+        joined: whether attention reads a token's key and value as one row, so that they should lie side by side.
     """
 
     heads: int
     key_size: int
     value_size: int
     window: int | None = None
+    joined: bool = False
 
     def numbers(self, tokens: int) -> int:
         """How many numbers are kept for a sequence of `tokens`."""

@@ -48,7 +48,7 @@ class LatentConfig(DecoderConfig):
         object.__setattr__(self, "qk_head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim)
 
     def memory(self, index: int) -> tuple[Memory, ...]:
-        return (Rows(1, self.kv_lora_rank, self.qk_rope_head_dim),)
+        return (Rows(1, self.kv_lora_rank, self.qk_rope_head_dim, joined=True),)
 
     @property
     def rotary_dim(self) -> int:
@@ -221,7 +221,7 @@ class LatentAttention:
         """Absorbed form of `expanded`: a token's row in the cache serves as key and value of all heads."""
         to_keys, to_values = self.matrices() if self.kept is None else self.kept
         # Keys are whole rows [latent, rotated key], values only their latents.
-        rows = mx.concatenate([stored.keys, stored.values], axis=-1)
+        rows = stored.rows
         history = History(rows, rows[..., : self.kv_lora_rank], stored.length)
         gathered = self.attend(mx.concatenate([q @ to_keys, rotary], axis=-1), history, batch)
         return gathered @ to_values.swapaxes(-1, -2)

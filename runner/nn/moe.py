@@ -106,6 +106,7 @@ class MoE:
     gate_up_proj: ExpertLinear
     down_proj: ExpertLinear
     correction: mx.array | None = field(default=None, kw_only=True)
+    ops: Ops = provided_ops()
     num_experts_per_tok: int = setting()
     norm_topk_prob: bool = setting()
     scoring_func: str = setting(default="softmax")
@@ -124,15 +125,18 @@ class MoE:
         experts = top_k(ranks, self.num_experts_per_tok)
         routing_weights = mx.take_along_axis(scores, experts, axis=-1)
         if self.norm_topk_prob:
-            routing_weights = routing_weights / (mx.sum(routing_weights, axis=-1, keepdims=True) + 1e-20)
-        return experts, routing_weights * self.routed_scaling_factor
+            total = mx.sum(routing_weights, axis=-1, keepdims=True)
+            return experts, self.ops.fused(normalized, routing_weights, total, self.routed_scaling_factor)
+        if self.routed_scaling_factor != 1.0:
+            routing_weights = routing_weights * self.routed_scaling_factor
+        return experts, routing_weights
 
     def __call__(self, x: mx.array) -> mx.array:
         """Weighted sum of the chosen experts' outputs, `[B, L, hidden_size]` to the same shape."""
         experts, routing_weights = self.route(x)
         # With few rows each one gathers its experts' matrices; with many, sorting them reads each matrix once.
         outputs = self.sorted(x, experts) if experts.size >= SORTED_FROM else self.feed(x[:, :, None, None], experts)
-        return mx.sum(outputs[..., 0, :] * routing_weights[..., None].astype(outputs.dtype), axis=2)
+        return mx.sum(self.ops.fused(weighed, outputs[..., 0, :], routing_weights[..., None]), axis=2)
 
     def feed(self, rows: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
         """Outputs `[..., 1, hidden_size]` of `experts` `[...]` for `rows` `[..., 1, hidden_size]`."""
@@ -163,6 +167,16 @@ class SwitchMoE(MoE):
     )
 
 
+def normalized(routing_weights: mx.array, total: mx.array, factor: float) -> mx.array:
+    """Routing weights that add up to `factor`, from some that add up to `total`."""
+    return routing_weights / (total + 1e-20) * factor
+
+
+def weighed(outputs: mx.array, routing_weights: mx.array) -> mx.array:
+    """Outputs times their routing weights, in the dtype of the outputs."""
+    return outputs * routing_weights.astype(outputs.dtype)
+
+
 def top_k(scores: mx.array, count: int) -> mx.array:
     """Indices `[..., count]` of the largest scores `[..., E]`, in any order."""
     first = scores.shape[-1] - count
@@ -178,6 +192,5 @@ def in_top_groups(scores: mx.array, groups: int, kept: int, members: int) -> mx.
         return scores
     grouped = scores.reshape(*scores.shape[:-1], groups, -1)
     ranks = mx.sum(mx.topk(grouped, members, axis=-1), axis=-1)
-    # A group is kept if any of the chosen indices is its number.
-    chosen = mx.any(top_k(ranks, kept)[..., None] == mx.arange(groups), axis=-2)
-    return mx.where(chosen[..., None], grouped, -mx.inf).reshape(scores.shape)
+    lowest = mx.argpartition(ranks, kth=groups - kept, axis=-1)[..., : groups - kept, None]
+    return mx.put_along_axis(grouped, lowest, mx.array(-mx.inf, grouped.dtype), axis=-2).reshape(scores.shape)

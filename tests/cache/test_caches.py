@@ -23,6 +23,7 @@ KINDS: dict[str, list[tuple[Memory, ...]]] = {
     "rows": [(Rows(2, 4, 4),), (Rows(2, 4, 4),)],
     "window": [(Rows(2, 4, 4, window=WINDOW),), (Rows(2, 4, 4),)],
     "latent": [(Rows(1, 8, 2),)],
+    "joined": [(Rows(1, 8, 2, joined=True),), (Rows(2, 4, 4, window=WINDOW),)],
     "shared": [(Rows(2, 4, 4),), (Rows(2, 4, 4, window=WINDOW),), (Shared(1),), (Shared(0),)],
     "state": [(State({"sum": (3,), "last": (2, 3)}, {"sum": "float32"}),)],
     "hybrid": [(State({"sum": (3,), "last": (2, 3)}, {"sum": "float32"}),), (), (Rows(2, 4, 4),)],

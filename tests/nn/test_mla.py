@@ -7,14 +7,17 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from operations import forget, operations
 
 from runner.adapters.layers import AdaptedLinear, Delta
-from runner.cache.kv import History, KVCache
+from runner.cache.caches import Caches
+from runner.cache.kv import History, JoinedKVCache, KVCache
+from runner.cache.storage import PLAIN, Storage
 from runner.nn.attention import Attend
 from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm, RoPE
 from runner.nn.linear import Linear, PlainLinear, QuantizedLinear
-from runner.nn.mla import JoinedKeysAndValues, LatentAttention, PlainQueries, SplitKeysAndValues
+from runner.nn.mla import JoinedKeysAndValues, LatentAttention, LatentConfig, PlainQueries, SplitKeysAndValues
 from runner.nn.moe import ExpertLinear, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, current
 from runner.ops.table import PORTABLE, Ops
@@ -110,6 +113,59 @@ def test_decoding_after_a_prompt_is_one_pass(ops: Ops, monkeypatch: pytest.Monke
     parts += [layer(x[:, i : i + 1], Batch(ids[:, i : i + 1], i), cache) for i in range(20, 30)]
     assert mx.allclose(mx.concatenate(parts, axis=1), whole, atol=1e-5)
     assert used == ["expanded"] * 2 + ["absorbed"] * 10
+
+
+@by_table
+def test_latents_and_keys_in_one_buffer_are_those_in_two(ops: Ops) -> None:
+    """A prompt, a short continuation and single tokens, across a reallocation of the buffer."""
+    layer = attention(ops)
+    x = rand(2, 300, HIDDEN, seed=12)
+    ids = mx.zeros((2, 300), dtype=mx.int32)
+    one, two = JoinedKVCache(), KVCache()
+    for start, end in [(0, 20), (20, 22), *((i, i + 1) for i in range(22, 28)), (28, 299), (299, 300)]:
+        batch = Batch(ids[:, start:end], start)
+        joined, apart = (layer(x[:, start:end], batch, cache) for cache in (one, two))
+        assert mx.allclose(joined, apart, atol=1e-6)
+    assert one.nbytes == two.nbytes and len(one.arrays) == len(two.arrays)
+
+
+def test_a_token_copies_no_history() -> None:
+    """The rows that a token attends to are a view of the buffer; the only row written is its own."""
+    layer = attention(PORTABLE)
+    x = rand(1, 41, HIDDEN, seed=12)
+    cache = Caches.of([config().memory(0)]).layers[0]
+    assert isinstance(cache, JoinedKVCache)
+    layer(x[:, :40], Batch(mx.zeros((1, 40), dtype=mx.int32)), cache)
+    forget([cache])
+    mx.eval(x)
+    graph = operations(layer(x[:, 40:], Batch(mx.zeros((1, 1), dtype=mx.int32), 40), cache))
+    plain = operations(layer(x[:, 40:], Batch(mx.zeros((1, 1), dtype=mx.int32), 40), filled(KVCache())))
+    assert graph["SliceUpdate"] == 1 and plain["SliceUpdate"] == 2
+    # Joined on the way: the query with its rotated part, and the new row (RoPE, on a CPU, joins some more).
+    assert graph["Concatenate"] == plain["Concatenate"]
+
+
+def filled(cache: KVCache) -> KVCache:
+    cache.append(rand(1, 1, 40, RANK, seed=1), rand(1, 1, 40, ROTATED, seed=2))
+    forget([cache])
+    return cache
+
+
+def config() -> LatentConfig:
+    sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "kv_lora_rank": RANK, "qk_rope_head_dim": ROTATED}
+    rest = {"model_type": "t", "num_hidden_layers": 1, "vocab_size": 8, "intermediate_size": 8}
+    return LatentConfig.from_dict({**sizes, **rest})
+
+
+@pytest.mark.parametrize("storage", [PLAIN, current().storage, current().ops.storage], ids=["plain", "device", "exact"])
+def test_rows_with_a_scale_are_not_joined(storage: Storage) -> None:
+    """One scale for a latent and a rotated key would be the larger one's, and coarse for the other."""
+    (cache,) = Caches.of([config().memory(0)], storage)
+    assert PLAIN.joins and type(cache) is (JoinedKVCache if storage.joins else KVCache)
+    latent, key = rand(1, 1, 5, RANK, seed=1), 1000 * rand(1, 1, 5, ROTATED, seed=2)
+    history = cache.append(latent, key)
+    assert mx.allclose(history.keys, latent, atol=1e-4) and mx.allclose(history.values, key, rtol=1e-3, atol=1e-1)
+    assert mx.allclose(history.rows, mx.concatenate([history.keys, history.values], axis=-1))
 
 
 def test_the_form_with_fewer_products_is_taken() -> None:

@@ -14,8 +14,8 @@ from runner.cache.kv import History
 from runner.nn.attention import capped_attention
 from runner.nn.linear import PlainLinear
 from runner.nn.mlp import GLU
-from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts
-from runner.ops.device import CPU_WITHOUT_KERNELS, current
+from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts, in_top_groups
+from runner.ops.device import CPU_WITHOUT_KERNELS, METAL, current
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops
 
@@ -91,6 +91,34 @@ def test_sorting_by_expert_changes_nothing(ops: Ops, packed: bool, batch: int, l
     plain, sorted_indices = layer.feed(x[:, :, None, None], chosen), layer.sorted(x, chosen)
     assert plain.shape == sorted_indices.shape == (batch, length, 3, 1, 64)
     assert mx.allclose(plain, sorted_indices, atol=5e-3 if packed else 1e-5)
+
+
+@pytest.mark.parametrize(("groups", "kept", "members"), [(4, 2, 1), (4, 1, 2), (3, 2, 2), (4, 4, 1)])
+def test_only_experts_of_the_best_groups_are_left(groups: int, kept: int, members: int) -> None:
+    scores = rand(2, 3, 12, seed=1)
+    found = np.array(in_top_groups(scores, groups, kept, members))
+    size = (-1, groups, 12 // groups)
+    for row, left in zip(np.array(scores).reshape(size), found.reshape(size), strict=True):
+        ranks = [sum(sorted(group)[-members:]) for group in row]
+        best = sorted(range(groups), key=lambda index: ranks[index])[-kept:]
+        for index in range(groups):
+            assert np.array_equal(left[index], row[index] if index in best else np.full_like(row[index], -np.inf))
+
+
+@pytest.mark.parametrize("ops", [PORTABLE, METAL], ids=lambda ops: ops.name)
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_routing_weights(ops: Ops, factor: float, normalizes: bool) -> None:
+    matrix, stacked = PlainLinear(rand(6, 4, seed=0)), PlainExperts(rand(6, 4, 4, seed=0))
+    layer = MoE(
+        GLU(activation="silu", ops=ops), matrix, stacked, stacked, num_experts_per_tok=2, norm_topk_prob=normalizes,
+        routed_scaling_factor=factor, ops=ops,
+    )  # fmt: skip
+    x = rand(2, 3, 4, seed=1)
+    experts, found = layer.route(x)
+    scores = mx.take_along_axis(mx.softmax(x @ matrix.weight.T, axis=-1), experts, axis=-1)
+    wanted = scores / mx.sum(scores, axis=-1, keepdims=True) if normalizes else scores
+    assert mx.allclose(found, wanted * factor, rtol=1e-5)
 
 
 def test_many_rows_are_sorted_and_few_are_not() -> None:
