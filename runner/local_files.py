@@ -106,7 +106,8 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
             raise CheckpointError(f"{path}: not a regular file")
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)  # one more than allowed, to tell a file that is too large
+            # No more than there is, since Python sets that much memory aside; one more than allowed tells an excess.
+            data = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(data) > max_bytes:

@@ -48,7 +48,7 @@ DECODERS = {
     "strip letters": decoders.Sequence([*LLAMA, decoders.Strip("a", 2, 0)]),
     "fuse": decoders.Fuse(),
     "byte level, fuse": decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()]),
-    "bpe": decoders.BPEDecoder(suffix="▁"),
+    "bpe": decoders.BPEDecoder(suffix="the"),
     "ctc": decoders.CTC(pad_token="▁", word_delimiter_token="s", cleanup=False),
     "replaced by expression": decoders.Replace(tokenizers.Regex("▁+"), "_"),
     "byte fallback, then word piece": decoders.Sequence([decoders.ByteFallback(), decoders.WordPiece()]),
