@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.config.activations import ACTIVATIONS as NAMES
-from runner.ops.table import ACTIVATIONS, GATES, Ops
+from runner.ops.table import ACTIVATIONS, GATES, Ops, unpacked_rows
 
 
 class Fusion:
@@ -42,6 +42,9 @@ class Fusion:
 
 
 def fusing(ops: Ops) -> Ops:
-    """The table `ops` with activations, and what layers pass to `Ops.fused`, in one kernel each."""
+    """The table `ops` for a GPU: activations, and what layers pass to `Ops.fused`, in one kernel each; rows of packed
+    tables without the padding that MLX's CPU needs."""
     fusion = Fusion()
-    return dataclasses.replace(ops, fused=fusion, glu=fusion.glu, activate=fusion.activate)
+    return dataclasses.replace(
+        ops, fused=fusion, glu=fusion.glu, activate=fusion.activate, quantized_embed=unpacked_rows
+    )

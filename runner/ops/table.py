@@ -63,7 +63,12 @@ def _embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype | None) -> mx.array:
 def _quantized_embed(ids: mx.array, table: QuantizedWeight, dtype: mx.Dtype | None) -> mx.array:
     if table.mode == "nvfp4" and ids.size % 4:  # MLX's CPU decodes these scales four at a time and refuses a remainder
         padded = mx.concatenate([ids.flatten(), mx.zeros(-ids.size % 4, ids.dtype)])
-        return _quantized_embed(padded, table, dtype)[: ids.size].reshape(*ids.shape, -1)
+        return unpacked_rows(padded, table, dtype)[: ids.size].reshape(*ids.shape, -1)
+    return unpacked_rows(ids, table, dtype)
+
+
+def unpacked_rows(ids: mx.array, table: QuantizedWeight, dtype: mx.Dtype | None) -> mx.array:
+    """The rows `ids` of a packed table as numbers: `Ops.quantized_embed` of devices that take any number of rows."""
     found = table.rows(ids)
     # Affine rows are computed in the dtype of their scales: convert these, so that rows are rounded once.
     if dtype is not None and found.biases is not None:
@@ -107,6 +112,11 @@ def _attention(
             mask = window_mask(query.shape[2], keys, window)
     if first > 0 or keys < key.shape[2]:
         key, value = key[:, :, first:keys], value[:, :, first:keys]
+    if query.shape[2] == key.shape[1] == 1 and key.shape[3] > value.shape[3] and mask is None and sinks is None:
+        # MLX has no kernel for keys wider than values (latents), and would read them again for each head. As rows of
+        # one query each, which see the same keys, all heads take part in one product.
+        rows = query.swapaxes(1, 2)
+        return mx.fast.scaled_dot_product_attention(rows, key, value, scale=scale).swapaxes(1, 2)
     return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask, sinks=sinks)
 
 

@@ -59,6 +59,24 @@ def test_a_window_is_a_mask_of_all_keys(
         assert mx.allclose(direct(scale=0.25, window=window, length=keys, ops=ops), found, atol=1e-6)
 
 
+@by_table
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_heads_that_share_wide_keys(ops: Ops, queries: int, masked: bool, sinks: bool) -> None:
+    """All heads attend to the same rows, whose first columns are the values: latent attention."""
+    q, rows = rand(2, 6, queries, 24, seed=1), rand(2, 1, 20, 24, seed=2)
+    mask = window_mask(queries, 17, 17) & (mx.arange(17) > 2) if masked else None
+    extra = rand(6, seed=3) if sinks else None
+    found = scaled_dot_product_attention(q, rows, rows[..., :16], mask, scale=0.25, length=17, sinks=extra, ops=ops)
+    scores = q @ rows[:, :, :17].swapaxes(2, 3) * 0.25
+    scores = mx.where(window_mask(queries, 17, 17) if mask is None else mask, scores, -mx.inf)
+    if extra is not None:
+        scores = mx.concatenate([scores, mx.broadcast_to(extra[:, None, None], (*scores.shape[:3], 1))], axis=-1)
+    wanted = mx.softmax(scores, axis=-1)[..., :17] @ rows[:, :, :17, :16]
+    assert found.shape == wanted.shape and mx.allclose(found, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_a_single_query_makes_no_mask(softcap: float | None) -> None:
     q, history = inputs(1, 20, 4)

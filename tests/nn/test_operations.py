@@ -25,9 +25,10 @@ MOST = {
     "olmo3-base": 16,
     "apertus-base": 16,
     "granite-base": 15,
-    "gpt_oss-base": 34,
+    "gpt_oss-base": 31,
     "mixtral-window": 25,
     "qwen3_moe-base": 28,
+    "qwen2_moe-base": 28,
     "deepseek_v2-lite-yarn": 36,
     "deepseek_v3-base": 46,
 }
