@@ -64,7 +64,9 @@ def open_files(path: Path) -> ModelFiles:
 
         if is_wrapper(config):
             config, source, unread = unwrap(config, source)
-    named = any(config.get(name) for name in ("quantization_config", "compression_config"))
+    # mlx-lm writes its own block twice, and what that says needs no translation.
+    blocks = [config.get(name) for name in ("quantization_config", "compression_config")]
+    named = any(block and block != config.get("quantization") for block in blocks)
     # Float8 weights need their scales even if config.json does not speak of them (modelopt has a file of its own).
     if named or any(info.dtype.startswith("F8_") for info in found.headers.values()):
         from runner.checkpoint.quantized import as_mlx

@@ -101,7 +101,6 @@ def read_header(path: Path) -> ShardHeader:
                     f"{path}: claims a header of {length} bytes, but the whole file has {stamp.size} "
                     f"(and a header at most {MAX_HEADER}); an incomplete download, or not safetensors"
                 )
-            _judge(path)
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -159,8 +158,15 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
         raise CheckpointError(f"{path}: holds text, {quoted(text, 80)}, not weights; fetch it again")
 
 
-def _judge(path: Path) -> None:
-    """Let the `safetensors` library check the file first, and refuse what it refuses."""
+def judge(path: Path) -> None:
+    """Let the `safetensors` library check a file, as is done with every file that is written here.
+
+    The checks of `read_header` are no laxer (tests hold that), but for NumPy, which the library loads to look at a
+    header, there is no time whenever a model is opened.
+
+    Raises:
+        CheckpointError: naming the file and what the library says of it.
+    """
     from safetensors import safe_open
 
     try:

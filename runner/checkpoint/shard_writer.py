@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from runner.checkpoint.safetensors_header import read_header
+from runner.checkpoint.safetensors_header import judge, read_header
 from runner.errors import CheckpointError, UsageError
 from runner.local_files import quoted
 
@@ -96,7 +96,9 @@ def write_shards(
                 f"tensor {quoted(name)} was not written whole: {count} of {tensors[name].nbytes} bytes"
             )
     for file in shards:
-        read_header(directory / file)  # what was written must pass the checks that it will be read with
+        # What was written must pass the checks that it will be read with, and those that others read it with.
+        read_header(directory / file)
+        judge(directory / file)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(item.nbytes for item in tensors.values())},

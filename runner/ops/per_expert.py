@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable
 
 import mlx.core as mx
-import numpy as np
 
 from runner.ops.quantized import QuantizedWeight
 
@@ -26,6 +25,8 @@ def by_expert(
         `[..., 1, out]`.
     """
     # Bring the rows of each expert together, multiply each run of them, and restore the order.
+    import numpy as np  # imported late: a tenth of a short answer's time, and most models have no experts
+
     rows = mx.broadcast_to(x, (*experts.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])
     chosen = np.array(experts).flatten()
     if not sorted_indices:

@@ -18,6 +18,7 @@ from places import TESTS
 import runner
 from runner.checkpoint.directory import Checkpoint
 from runner.checkpoint.model_files import open_files
+from runner.checkpoint.safetensors_header import judge
 from runner.convert.convert import convert
 from runner.errors import CheckpointError, RunnerError
 
@@ -106,8 +107,9 @@ def test_a_panic_of_the_library_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         raise PanicException("range end index 9 out of range")
 
     monkeypatch.setattr(safetensors, "safe_open", panics)
-    message = refusal(model_dir(tmp_path, {"model.safetensors": tensor_file(["a"])}))
-    assert "model.safetensors: not a valid safetensors file: range end index" in message
+    path = model_dir(tmp_path, {"model.safetensors": tensor_file(["a"])}) / "model.safetensors"
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a valid safetensors file: range end index"):
+        judge(path)
 
 
 @pytest.mark.parametrize("job", ["load", "convert"])
