@@ -63,4 +63,4 @@ class DeepseekV3Config(DeepseekConfig):
 class MoE(deepseek_v2.MoE):
     """V2's experts with `e_score_correction_bias`, which affects the choice of experts, not their routing weights."""
 
-    correction: mx.array = weight("gate.e_score_correction_bias", "num_experts")
+    correction: mx.array = weight("gate.e_score_correction_bias", "num_experts", exact=True)

@@ -95,7 +95,7 @@ class MoE(moe.MoE):
     """Experts with biases; the published `gate_up_proj` alternates rows of gate and up, mlx-lm stores the two apart."""
 
     glu: ClampedGLU
-    router: Linear = weight("router", "num_local_experts", HIDDEN, bias=True)
+    router: Linear = weight("router", "num_local_experts", HIDDEN, bias=True, exact=True)
     gate_up_proj: TurnedExperts = weight(
         "experts.gate_up_proj[num_local_experts]|experts.{gate,up}_proj[num_local_experts]",
         (INTERMEDIATE, INTERMEDIATE),

@@ -26,7 +26,7 @@ class GraniteMoeConfig(LocalExpertsConfig, GraniteConfig):
 class MoE(moe.MoE):
     """Experts stored stacked; `input_linear` holds each expert's gate rows, then its up rows (mlx-lm: two tensors)."""
 
-    router: Linear = weight("router.layer", "num_local_experts", HIDDEN)
+    router: Linear = weight("router.layer", "num_local_experts", HIDDEN, exact=True)
     gate_up_proj: ExpertLinear = weight(
         "input_linear[num_local_experts]|switch_mlp.{gate,up}_proj[num_local_experts]",
         (INTERMEDIATE, INTERMEDIATE),

@@ -33,7 +33,7 @@ class MixtralConfig(LocalExpertsConfig, MistralConfig):
 class MoE(moe.MoE):
     """Experts stored as w1 (gate), w3 (up) and w2 (down), or stacked under Llama's names by mlx-lm."""
 
-    router: Linear = weight("gate", "num_local_experts", HIDDEN)
+    router: Linear = weight("gate", "num_local_experts", HIDDEN, exact=True)
     gate_up_proj: ExpertLinear = weight(
         "experts.{num_local_experts}.{w1,w3}|switch_mlp.{gate,up}_proj[num_local_experts]",
         (INTERMEDIATE, INTERMEDIATE),

@@ -33,11 +33,17 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's code is: its module (below `runner.models`, or a dotted path), config class and model class."""
+    """Where a family's code is: its module (below `runner.models`, or a dotted path), config class and model class.
+
+    Attributes:
+        float16: whether its activations are known to stay below float16's largest number, 65504. Where they are not,
+            they are computed in bfloat16 by default even if config.json says float16.
+    """
 
     module: str
     config: str
     model: str
+    float16: bool = False
 
     def load(self) -> tuple[type[Config], type]:
         """Import the module and return the config class and the model class."""
@@ -46,8 +52,10 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("llama", "LlamaConfig", "Llama"),
-    "mistral": Family("llama", "MistralConfig", "Llama"),
+    # float16: published in it, or run in it for years; the massive activations measured in such models are in the
+    # thousands (arXiv:2402.17762).
+    "llama": Family("llama", "LlamaConfig", "Llama", float16=True),
+    "mistral": Family("llama", "MistralConfig", "Llama", float16=True),
     "qwen2": Family("qwen2", "Qwen2Config", "Qwen2"),
     "qwen3": Family("qwen3", "Qwen3Config", "Qwen3"),
     "granite": Family("granite", "GraniteConfig", "Granite"),
@@ -66,11 +74,11 @@ FAMILIES: Mapping[str, Family] = {
     "cohere": Family("cohere", "CohereConfig", "Cohere"),
     "cohere2": Family("cohere2", "Cohere2Config", "Cohere"),
     "phi": Family("phi", "PhiConfig", "Phi"),
-    "gpt_neox": Family("gpt_neox", "GPTNeoXConfig", "GPTNeoX"),
-    "gpt2": Family("gpt2", "GPT2Config", "GPT2"),
+    "gpt_neox": Family("gpt_neox", "GPTNeoXConfig", "GPTNeoX", float16=True),
+    "gpt2": Family("gpt2", "GPT2Config", "GPT2", float16=True),
     "bloom": Family("bloom", "BloomConfig", "Bloom"),
     "falcon": Family("falcon", "FalconConfig", "Falcon"),
-    "opt": Family("opt", "OPTConfig", "OPT"),
+    "opt": Family("opt", "OPTConfig", "OPT", float16=True),
     "apertus": Family("apertus", "ApertusConfig", "Apertus"),
     "deepseek_v2": Family("deepseek_v2", "DeepseekV2Config", "DeepseekV2"),
     "deepseek_v3": Family("deepseek_v3", "DeepseekV3Config", "DeepseekV2"),
@@ -80,7 +88,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3_text": Family("gemma3_text", "Gemma3Config", "Gemma3"),
     "exaone4": Family("exaone4", "Exaone4Config", "Exaone4"),
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunyuanConfig", "Hunyuan"),
-    "mixtral": Family("mixtral", "MixtralConfig", "Mixtral"),
+    "mixtral": Family("mixtral", "MixtralConfig", "Mixtral", float16=True),
     "qwen2_moe": Family("qwen2_moe", "Qwen2MoeConfig", "Qwen2Moe"),
     "qwen3_moe": Family("qwen3_moe", "Qwen3MoeConfig", "Qwen3Moe"),
     "granitemoe": Family("granitemoe", "GraniteMoeConfig", "GraniteMoe"),
@@ -90,7 +98,12 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def find(raw: Mapping[str, Any]) -> tuple[type[Config], type]:
-    """The config and model classes for the contents of a `config.json`.
+    """The config and model classes for the contents of a `config.json`; errors as of `family_of`."""
+    return family_of(raw).load()
+
+
+def family_of(raw: Mapping[str, Any]) -> Family:
+    """The family of the model with this `config.json`, of this package or another.
 
     Raises:
         ConfigError: `model_type` is missing or belongs to no family; the message lists the supported ones.
@@ -100,12 +113,12 @@ def find(raw: Mapping[str, Any]) -> tuple[type[Config], type]:
         raise ConfigError(f"config.json: model_type must be a string, not {model_type!r}")
     # Families of this package come first: an entry point cannot replace one.
     if model_type in FAMILIES:
-        return FAMILIES[model_type].load()
+        return FAMILIES[model_type]
     outside = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     if model_type in outside:
         family = outside[model_type].load()
         if not isinstance(family, Family):
             raise ConfigError(f"entry point {ENTRY_POINTS}:{model_type} is not a runner.families.Family")
-        return family.load()
+        return family
     known = ", ".join(sorted({*FAMILIES, *outside}))
     raise ConfigError(f"config.json: model_type {model_type!r} is not supported; supported are: {known}")

@@ -101,8 +101,8 @@ class Applying:
         # Reading may permute the field's rows: those of B, and DoRA's magnitudes, must follow.
         order = row_order(array.transform, out)
         # Each matrix's A goes below the last one's, and its B into columns of its own.
-        downs = [self.cast(factors.down()) for _, factors in parts]
-        ups = [self.cast(factors.up()) for _, factors in parts]
+        downs = [self.cast(factors.down(), array.exact) for _, factors in parts]
+        ups = [self.cast(factors.up(), array.exact) for _, factors in parts]
         scale = _scales([factors.scale for _, factors in parts], [down.shape[0] for down in downs])
         whole = len(matrix) == 1 and matrix[0].stop - matrix[0].start == matrix[0].total
         down = downs[0] if len(downs) == 1 else mx.concatenate(downs)
@@ -164,9 +164,9 @@ class Applying:
         mx.eval(down, up)
         return Delta(factors.adapter, down, up, factors.scale)
 
-    def cast(self, array: mx.array) -> mx.array:
-        """Convert to the dtype the model runs in, if one was asked for."""
-        return array if self.dtype is None else array.astype(self.dtype)
+    def cast(self, array: mx.array, exact: bool = False) -> mx.array:
+        """Convert to the dtype that the layer's own numbers are brought to, if they are: see `loading.build`."""
+        return array if self.dtype is None else array.astype(mx.float32 if exact else self.dtype)
 
 
 def _scales(scales: Sequence[float], ranks: Sequence[int]) -> mx.array | float:

@@ -201,18 +201,14 @@ def describe(name: str, engine: Engine) -> Subject:
         for path, array in loading.arrays(engine.model)
         if array.ndim > 1 and array.dtype != mx.uint32 and not path.endswith((".scales", ".biases"))
     )
-    # Activations take the device's dtype or else that of the norms, which are never quantized.
     words = [word for word, _ in stored.most_common()]
-    dtype = engine.device.activations or next(
-        (a.dtype for path, a in loading.arrays(engine.model) if path.endswith("norm.weight")), mx.float32
-    )
     return Subject(
         name=name,
         engine=engine,
         size=engine.nbytes,
         parameters=count_parameters(engine.layout),
         quantization=" + ".join(words),
-        dtype=str(dtype).removeprefix("mlx.core."),
+        dtype=str(engine.dtype).removeprefix("mlx.core."),
     )
 
 

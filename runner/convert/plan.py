@@ -18,7 +18,7 @@ from runner.checkpoint.shard_writer import WIDTHS, Planned, bytes_of
 from runner.config.rope_keys import normalise
 from runner.convert.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
 from runner.convert.quantize import Quantizer
-from runner.engine.engine import DTYPES
+from runner.engine.dtypes import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
 from runner.families import find
 from runner.nn.linear import Embedding, Linear, Quantization

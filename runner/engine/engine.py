@@ -14,6 +14,7 @@ from runner.cache.caches import Caches
 from runner.cache.storage import Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
+from runner.engine.dtypes import choose
 from runner.engine.generate import new_caches
 from runner.errors import UsageError
 from runner.families import Model, find
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
 
 @dataclass(frozen=True)
 class Engine:
@@ -39,6 +38,7 @@ class Engine:
 
     Attributes:
         layout: which stored tensor each field of `model` came from; `loading.tensors` needs it to write the model back.
+        dtype: dtype of the activations.
         storage: how the KV caches keep their rows: exactly where a dtype was asked for, else in the device's own form.
         adapters: the adapters that were loaded with the model; None without any.
     """
@@ -47,6 +47,7 @@ class Engine:
     model: Model
     layout: ModulePlan
     device: Device
+    dtype: mx.Dtype
     storage: Storage
     adapters: Adapters | None = None
 
@@ -116,8 +117,6 @@ def assemble(
 
     `runner.load` describes `dtype`, `adapters` and the errors.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     config_class, model_class = find(raw)
     adapted: Adapters | None = None
     if adapters:
@@ -128,16 +127,18 @@ def assemble(
         raw, source = adapted.base.raw, adapted.base.source
     config = config_class.from_dict(raw)
     device = current()
+    dtypes = choose(dtype, device, raw, source.headers)
     # What the plan fills in for fields that no tensor stores: the device's ops and the dtype of activations.
-    provided = {"ops": device.ops, "activations": DTYPES[dtype] if dtype else device.activations}
+    provided = {"ops": device.ops, "activations": dtypes.activations}
     layout = plan(model_class, config, source.headers, provided)
     if adapted is not None:
-        layout = adapted.applied(layout, device.ops, DTYPES[dtype] if dtype else None)
-    model = loading.build(layout, source, dtype=DTYPES[dtype] if dtype else None, progress=progress)
+        layout = adapted.applied(layout, device.ops, dtypes.weights)
+    model = loading.build(layout, source, dtype=dtypes.weights, progress=progress)
     # Nothing lazy is shared: what modules computed for themselves (RoPE's frequencies, MLA's matrices) is computed now.
     mx.eval([array for _, array in loading.arrays(model)])
     # Only where no dtype was asked for may the device round the rows of its caches.
-    return Engine(config, model, layout, device, device.storage if dtype is None else device.ops.storage, adapted)
+    storage = device.storage if dtype is None else device.ops.storage
+    return Engine(config, model, layout, device, dtypes.activations, storage, adapted)
 
 
 def open_engine(path: Path, *, dtype: str | None = None, adapters: Sequence[AdapterFiles] = ()) -> Engine:

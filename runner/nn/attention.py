@@ -113,9 +113,10 @@ def capped_attention(
         mask = NO_MASK if queries == 1 else window_mask(queries, history.length, window)
     keys, values = history.keys, history.values
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, *query.shape[2:])  # [B, KV, H / KV, L, D]
-    # Scaled and capped in float32, whatever the dtype of the model.
-    scores = grouped @ keys[:, :, None].swapaxes(-1, -2)
-    scores = ops.fused(capped_scores, scores, scale, softcap)
+    # Scaled before the product where that has 16 bits, which large scores would leave; capped in float32 always.
+    small = query.dtype != mx.float32
+    products = (grouped * scale if small else grouped) @ keys[:, :, None].swapaxes(-1, -2)
+    scores = ops.fused(capped_scores, products, 1.0 if small else scale, softcap)
     # A boolean mask hides, any other is added; NO_MASK leaves the scores as they are.
     if isinstance(mask, mx.array):
         whole = mx.broadcast_to(mask, (*query.shape[:3], history.length)).reshape(scores.shape)

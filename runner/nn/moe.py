@@ -97,6 +97,7 @@ def _biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:
 class MoE:
     """Router and experts; subclasses name the tensors, their configs say how experts are chosen and weighted.
 
+    Routers are tagged `exact`: they are multiplied in float32, and a matrix of 16 bits would be cast for each token.
     `scoring_func` is softmax or sigmoid; `correction` affects which experts are chosen, but not their routing weights
     (DeepSeek V3).
     """
@@ -158,7 +159,7 @@ class MoE:
 class SwitchMoE(MoE):
     """Experts of width `moe_intermediate_size` under the names most families use, or stacked by mlx-lm."""
 
-    router: Linear = tensor("gate", "num_experts", "hidden_size")
+    router: Linear = tensor("gate", "num_experts", "hidden_size", exact=True)
     gate_up_proj: ExpertLinear = tensor(
         "experts.{num_experts}.{gate,up}_proj|switch_mlp.{gate,up}_proj[num_experts]", (EXPERT, EXPERT), "hidden_size"
     )

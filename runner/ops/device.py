@@ -19,7 +19,8 @@ class Device:
     """A table of operations, with the settings that suit it.
 
     Attributes:
-        activations: dtype of activations; None: the dtype of the checkpoint's weights.
+        activations: dtype of activations, for kernels that multiply weights of any dtype with it; None: weights and
+            activations have one dtype, which suits the model (`runner.engine.dtypes`).
         storage: how caches keep float32 rows, unless float32 was asked for.
         threads: threads of our kernels; None where MLX decides.
         notice: why the device is slower than this machine can be; None if it is not.

@@ -46,7 +46,7 @@ def build(plan: ModulePlan, source: Source, *, dtype: mx.Dtype | None = None, pr
     little else is there. A transform may need a copy of its field.
 
     Args:
-        dtype: floating-point tensors are cast to this; None keeps what is stored.
+        dtype: floating-point tensors are cast to this (`exact` ones to float32); None keeps what is stored.
         progress: called after each field is read.
     """
     return _Builder(plan, source, dtype, progress).module(plan)
@@ -77,7 +77,7 @@ class _Builder:
         # How many fields read each tree, twins included: an array that another field needs as well is kept.
         self.uses = Counter(array.tree for array in plan.arrays())
         self.uses.update(array.same_as for array in plan.arrays() if array.same_as is not None)
-        self.shared: dict[tuple[Tree, str], mx.array] = {}
+        self.shared: dict[tuple[Tree, str, bool], mx.array] = {}
         # Progress counts stored bytes, a shared tree once.
         self.total = sum(self.nbytes(tree) for tree in self.uses)
         self.done = 0
@@ -127,12 +127,12 @@ class _Builder:
     def tree(self, plan: ArrayPlan, tree: Tree) -> mx.array:
         """The tensors of `tree` as one evaluated array, with the transform and dtype of `plan`."""
         # Fields with the same tensors and the same transform share one array.
-        key = (tree, plan.transform.name)
+        key = (tree, plan.transform.name, plan.exact)
         if key in self.shared:
             return self.shared[key]
         # Without a transform, each part is cast as it is read. A transform computes, so it gets the stored dtype.
-        dtype = self.dtype if plan.transform is IDENTITY else None
-        array = _cast(plan.transform.apply(self.assemble(tree, dtype)), self.dtype)
+        wanted = mx.float32 if plan.exact and self.dtype is not None else self.dtype
+        array = _cast(plan.transform.apply(self.assemble(tree, wanted if plan.transform is IDENTITY else None)), wanted)
         mx.eval(array)
         # MLX keeps freed buffers (of joined parts, of arrays before a cast) for reuse: give back what adds up.
         if mx.get_cache_memory() > self.total // 20:

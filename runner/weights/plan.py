@@ -43,7 +43,8 @@ class ArrayPlan:
     """The plan of one array field: which tensors it is read from, and how they become its value.
 
     `same_as` is another tree whose array is shared if it is equal (a tied head and the embeddings). `stored` is the
-    dtype of the first tensor, in safetensors' spelling; None without a checkpoint.
+    dtype of the first tensor, in safetensors' spelling; None without a checkpoint. `exact` arrays are never brought to
+    less than float32.
     """
 
     path: str
@@ -53,6 +54,7 @@ class ArrayPlan:
     dtypes: frozenset[str]
     same_as: Tree | None = None
     stored: str | None = None
+    exact: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -255,7 +257,8 @@ class _Planner:
             return self.array(tag, found)
         if typing.get_origin(hint) in (list, Sequence):
             return self.modules(tag, typing.get_args(hint)[0], found)
-        scope = {"bias": place.flag(tag.bias), "transform": tag.transform, "same_as": twin}
+        exact = tag.exact or place.scope.get("exact", False)
+        scope = {"bias": place.flag(tag.bias), "transform": tag.transform, "same_as": twin, "exact": exact}
         return self.module(hint, dataclasses.replace(found, scope=scope))
 
     def setting(self, name: str, item: dataclasses.Field[Any], place: Place) -> Value | None:
@@ -346,7 +349,8 @@ class _Planner:
         same_as = None if twin is None else expand(twin, tag.name, place.config)
         header = self.headers.get(next(leaves(place.tree)).name)
         stored = None if header is None else header.dtype
-        result = ArrayPlan(place.path, place.tree, place.sizes, transform, tag.dtypes, same_as, stored)
+        exact = tag.exact or place.scope.get("exact", False)
+        result = ArrayPlan(place.path, place.tree, place.sizes, transform, tag.dtypes, same_as, stored, exact)
         self.check(result, place.tree)
         if result.same_as is not None:
             self.check(result, result.same_as)

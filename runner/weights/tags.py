@@ -76,6 +76,7 @@ class Tag:
     part: tuple[int, tuple[Dim, ...]] | None
     dtypes: frozenset[str]
     length: str | None
+    exact: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def weight(
     part: tuple[int, tuple[Dim, ...]] | None = None,
     dtypes: frozenset[str] = FLOAT,
     length: str | None = None,
+    exact: bool = False,
 ) -> Any:
     """A field filled from a checkpoint: an `mx.array`, a dataclass of such fields, or a list of dataclasses.
 
@@ -116,9 +118,11 @@ def weight(
         part: `(index, sizes)`: this field holds piece `index` of one stored tensor, whose rows are split into `sizes`.
         dtypes: accepted dtypes, in safetensors' spelling.
         length: for a list, the config name of its length.
+        exact: where numbers are brought to another dtype as they are read, this field's (a module's: all below it) are
+            brought to float32. For what 16 bits round too coarsely: a router's scores, a state's decay.
     """
     # A field that may be None needs a default, so that a dataclass built by hand can leave it out.
-    tag = Tag(name, shape, optional, when, bias, otherwise, transform, part, dtypes, length)
+    tag = Tag(name, shape, optional, when, bias, otherwise, transform, part, dtypes, length, exact)
     return field(default=None, metadata={TAG: tag}) if optional or when is not True else field(metadata={TAG: tag})
 
 
