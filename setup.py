@@ -1,4 +1,4 @@
-"""Builds the optional CPU kernels; everything else about the package is in pyproject.toml.
+"""Builds the optional CPU kernels, names the platform of a wheel; everything else is in pyproject.toml.
 
 Objects lie in build/kernels and are compiled in parallel, each one once: beside an object stands what it was made from,
 and only what differs from that is compiled again, whoever asks (pip in an environment of its own, `scripts/setup_venv`,
@@ -13,13 +13,16 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 STRICT = os.environ.get("RUNNER_STRICT_BUILD") == "1"
@@ -70,6 +73,24 @@ class Build(build_ext):
                 Path(target).with_suffix(".made").write_text(note)
         print(f"kernels: {len(todo)} of {len(objects)} files compiled")
         return list(objects)
+
+
+class Wheel(bdist_wheel):
+    """Names the platform that a wheel was made on, with the kernels or without them.
+
+    Named `any`, one without them would be taken on Linux too, in place of one with them or of a build from source.
+    """
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, place = super().get_tag()
+        return python, abi, platform_tag() if place == "any" else place
+
+
+def platform_tag() -> str:
+    """This machine's, as wheels spell it; on a Mac that of MLX's own wheels, whatever Python was built for."""
+    if sys.platform == "darwin":
+        return "macosx_14_0_arm64"
+    return re.sub(r"[-.]", "_", sysconfig.get_platform())
 
 
 def current(target: Path, wanted: str) -> bool:
@@ -142,4 +163,4 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

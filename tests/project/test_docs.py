@@ -70,7 +70,11 @@ def test_shell_commands_are_those_that_ci_runs() -> None:
     for name in ("test", "demo"):
         assert f'"$scripts/{name}"' in ci and (ROOT / "scripts" / name).stat().st_mode & 0o100
     setup = (ROOT / "scripts" / "setup_venv").read_text()
-    assert '-e "$root${wanted:+[$wanted]}"' in setup and "backend=cpu" in setup
+    # What pip is given: this directory, with the extras that were there and those that are missing of the wanted ones.
+    (installs,) = [line.strip() for line in setup.splitlines() if line.strip().startswith("pip -e")]
+    assert installs == 'pip -e "$root${has:+[$has]}"' and "else backend=cpu; fi" in setup
+    assert 'wanted="$(echo "$backend,${1:-}"' in setup and "for extra in ${wanted//,/ }; do" in setup
+    assert 'has="$(echo "$has,$missing"' in setup.split(installs)[0]
 
 
 def test_links_lead_somewhere() -> None:

@@ -14,7 +14,7 @@ from runner import installation
 
 DIRECTORY = {"url": ROOT.as_uri(), "dir_info": {}}
 GIT = {"url": "https://example.org/r.git", "vcs_info": {"vcs": "git", "commit_id": "1" * 40}}
-WHEEL = {"url": "file:///tmp/mlx_runner-0.1.0-py3-none-any.whl", "archive_info": {}}
+WHEEL = {"url": "file:///tmp/mlx_runner-0.1.0-py3-none-linux_x86_64.whl", "archive_info": {}}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -95,6 +96,28 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(wheel: tuple[Path, str]
     (top_level,) = (name for name in found if name.endswith("/top_level.txt"))
     with zipfile.ZipFile(wheel[0]) as archive:
         assert archive.read(top_level).split() == [b"runner"]
+
+
+ON_A_MAC = """
+import sys, sysconfig, urllib.request
+from setuptools import build_meta
+sysconfig.get_config_vars()  # Python finds them by the real platform
+sys.platform = "darwin"
+sysconfig.get_platform = lambda: "macosx-10.13-universal2"
+print(build_meta.build_wheel("out"))
+"""
+
+
+def test_a_wheel_without_kernels_is_for_the_platform_it_was_made_on(wheel: tuple[Path, str], tmp_path: Path) -> None:
+    """Not for `any`: pip on Linux would take it, and with it a machine that has a compiler lost its kernels."""
+    here = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel[0].name == f"mlx_runner-0.1.0-py3-none-{here}.whl"
+    said = command("-c", ON_A_MAC, cwd=copy_tree(tmp_path / "tree", kernels=True))
+    made = said.splitlines()[-1]
+    assert made == "mlx_runner-0.1.0-py3-none-macosx_14_0_arm64.whl"
+    place = tmp_path / "tree" / "out" / made
+    with pytest.raises(AssertionError, match="not a supported wheel on this platform"):
+        command("-m", "pip", "install", "--no-deps", "--no-index", "--target", "site", str(place), cwd=tmp_path)
 
 
 def test_the_build_has_nothing_to_warn_of(wheel: tuple[Path, str]) -> None:

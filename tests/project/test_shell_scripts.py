@@ -1,0 +1,168 @@
+"""Shell scripts: words that macOS's bash 3.2 and BSD tools lack, and what they say on machines unlike this one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+LINUX_ONLY = {"sanitize"}
+SCRIPTS = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "scripts").glob("*"))
+    if path.is_file() and re.match(rb"#!.*\b(ba)?sh\n", path.read_bytes()[:64])
+}
+NEWER_THAN_BASH_3 = {
+    r"\b(mapfile|readarray|coproc|wait -n)\b": "bash 4's builtins",
+    r"\b(declare|local|typeset) -[aAinrx]*[An]\b": "maps and references",
+    r"\$\{\w+(,,?|\^\^?|@)": "changes of case",
+    r"\|&|&>>|\$\{\w+: -": "redirections and offsets from the end",
+    r"\$\([^)]*<<|<\([^)]*<<|\$\([^)]*<\(": "documents and processes in substitutions, which bash 3.2 misreads",
+}
+GNU_ALONE = {
+    r"(^|[;&|(]|\b\w+=\S+) *(timeout|nproc|tac|shuf|numfmt|realpath|sha256sum|md5sum)\b": "programs",
+    r"\b(readlink -f|sed -[Ei]*i|sed -r|grep -[a-z]*P|stat -c|date -d|sort -V|xargs -r|head -c -|du -b)": "flags",
+    r"\bmktemp( -d)?( *$|\))": "a template that BSD's mktemp needs",
+}
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_scripts_use_what_a_mac_has(name: str) -> None:
+    text = re.sub(r"^ *#.*|\s# .*", "", SCRIPTS[name], flags=re.MULTILINE)
+    if name in LINUX_ONLY:
+        assert '[ "$(uname -s)" = Linux ] ||' in text.split("\n\n")[0]
+        return
+    for pattern, what in (NEWER_THAN_BASH_3 | GNU_ALONE).items():
+        found = re.search(pattern, text, re.MULTILINE)
+        assert found is None, f"{name}: {found[0]!r} ({what})"
+
+
+def test_the_patterns_find_what_they_name() -> None:
+    """What the scripts had, and its like."""
+    had = [
+        "mapfile -t needs",
+        'x="$(A=3 timeout 300 x)"',
+        "readlink -f x",
+        'a="${b,,}"',
+        "declare -A map",
+        'x="$(cat <(ls))"',
+    ]
+    for line in had:
+        assert any(re.search(pattern, line) for pattern in NEWER_THAN_BASH_3 | GNU_ALONE), line
+    assert "setup_venv" in SCRIPTS and "fetch_demo" in SCRIPTS
+
+
+def stub(place: Path, name: str, body: str) -> None:
+    place.mkdir(exist_ok=True)
+    (place / name).write_text(f"#!/bin/sh\n{body}\n")
+    (place / name).chmod(0o755)
+
+
+def on_a_mac(
+    tmp_path: Path, *, chip: str = "1", macos: str = "14.5", **pythons: str
+) -> subprocess.CompletedProcess[str]:
+    """setup_venv on a machine that calls itself a Mac; `pythons`: the machine each names, "" if it is too old."""
+    tools = tmp_path / "tools"
+    stub(tools, "uname", "echo Darwin")
+    stub(tools, "sysctl", f"echo {chip}")
+    stub(tools, "sw_vers", f"echo {macos}")
+    for name, machine in pythons.items():
+        # Asked for its version: by its exit code; for its machine: by its word; for modules: that it has none.
+        body = (
+            f'case "$2" in *version_info*) exit {0 if machine else 1} ;; *machine*) echo {machine} ;; *) exit 1 ;; esac'
+        )
+        stub(tools, name.replace("_", "."), body)
+    for name in ("dirname", "cat", "grep", "sed", "cksum", "bash", "env"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    environment = {"PATH": str(tools), "RUNNER_VENV": str(tmp_path / "venv")}
+    command = [str(ROOT / "scripts" / "setup_venv")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert not (tmp_path / "venv").exists()
+    return done
+
+
+def test_setup_notices_a_python_under_rosetta(tmp_path: Path) -> None:
+    done = on_a_mac(tmp_path, python3_12="x86_64", python3="")
+    assert done.returncode == 1
+    assert f"{tmp_path}/tools/python3.12 is built for Intel and runs under Rosetta" in done.stderr
+    assert "arm64 Python 3.11 to 3.13: brew install python@3.13, or uv python install 3.13" in done.stderr
+
+
+def test_setup_passes_over_a_python_under_rosetta(tmp_path: Path) -> None:
+    """An arm64 one further down the list is taken: the stub has no venv module, which is what fails next."""
+    done = on_a_mac(tmp_path, python3_13="x86_64", python3_11="arm64")
+    assert done.returncode == 1 and "cannot make virtual environments" in done.stderr and "Rosetta" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ({"chip": "0", "python3": "x86_64"}, "Macs with Apple silicon only"),
+        ({"macos": "13.6.1", "python3": "arm64"}, "macOS 14 or later, this is macOS 13.6.1"),
+        ({"python3": ""}, "Python 3.11, 3.12 or 3.13 is needed: brew install python@3.13"),
+    ],
+)
+def test_setup_says_what_a_mac_lacks(tmp_path: Path, machine: dict[str, str], said: str) -> None:
+    done = on_a_mac(tmp_path, **machine)
+    assert done.returncode == 1 and said in done.stderr
+
+
+def test_the_demo_says_why_it_does_not_come_from_the_hub(tmp_path: Path) -> None:
+    """Not always the network: what `pull` said last stands there, on a machine without `timeout` too."""
+    tools, cache = tmp_path / "tools", tmp_path / "cache"
+    for name in ("dirname", "mkdir", "mktemp", "tail", "rm", "mv", "bash", "env"):
+        tools.mkdir(exist_ok=True)
+        (tools / name).symlink_to(shutil.which(name) or name)
+    body = f"""case "$*" in
+    *"runner pull"*) [ "$1" = -m ] || exec {sys.executable} "$@"; echo "error: no space left on device" >&2; exit 1 ;;
+    *"runner convert"*) mkdir -p "$5"; : >"$5/config.json" ;;
+    *"-m zipfile"*) mkdir -p "$4" ;;
+esac"""
+    stub(tmp_path / "venv", "unused", "")
+    stub(tmp_path / "venv" / "bin", "python", body)
+    environment = {"PATH": str(tools), "RUNNER_VENV": str(tmp_path / "venv"), "RUNNER_CACHE": str(cache)}
+    command = [str(ROOT / "scripts" / "fetch_demo")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert "not from the hub: error: no space left on device" in done.stderr
+    assert "can't be reached" not in done.stderr
+
+
+def test_linux_only_scripts_say_so(tmp_path: Path) -> None:
+    stub(tmp_path / "tools", "uname", "echo Darwin")
+    environment = {**os.environ, "PATH": f"{tmp_path / 'tools'}:{os.environ['PATH']}"}
+    for name in LINUX_ONLY:
+        command = [str(ROOT / "scripts" / name)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+        assert done.returncode == 1 and "on Linux only" in done.stderr
+
+
+def test_setup_adds_the_requirements_of_an_extra_alone(tmp_path: Path) -> None:
+    """To an environment that has the rest: each requirement is one word for pip, spaces and brackets as they are."""
+    place = tmp_path / "venv"
+    (place / "bin").mkdir(parents=True)
+    stub(place / "bin", "runner", "")
+    stub(place / "bin", "python", f'[ "$2" = pip ] || exec {sys.executable} "$@"; printf "%s\\n" "$@" >>"$0.said"')
+    environment = {**os.environ, "RUNNER_VENV": str(place), "RUNNER_STRICT_BUILD": "0"}
+    packages = [(ROOT / "pyproject.toml").read_bytes()]
+    packages += [line for line in (ROOT / "requirements.lock").open("rb") if not line.lstrip(b" ").startswith(b"#")]
+    kernels = [path.read_bytes() for path in (ROOT / "setup.py", *sorted((ROOT / "runner/ops/cpu/src").iterdir()))]
+    sums = [
+        subprocess.run(["cksum"], input=b"".join(parts), capture_output=True, check=True).stdout.decode().strip()
+        for parts in (packages, kernels)
+    ]
+    (place / "runner.stamp").write_text("\n".join([*sums, "0", "cpu,cuda13,dev"]) + "\n")
+    done = subprocess.run(
+        [str(ROOT / "scripts" / "setup_venv"), "dev,plot"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0 and done.stderr == "setup_venv: adding [plot]\n"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    said = (place / "bin" / "python.said").read_text().splitlines()
+    assert said[-len(extras["plot"]) - 1 :] == [str(ROOT / "requirements.lock"), *extras["plot"]]
+    assert (place / "runner.stamp").read_text().splitlines()[-1] == "cpu,cuda13,dev,plot"
