@@ -77,35 +77,39 @@ def _places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def of_json(text: bytes, draw: random.Random) -> bytes:
     """Replace, remove, move, rename or multiply a few values anywhere."""
     value = json.loads(text)
-    for _ in range(draw.choice([1, 1, 2, 4])):
-        places = _places(value)
-        if not places:
-            break
-        *path, last = draw.choice(places)
-        holder = value
-        for step in path:
-            holder = holder[step]
-        kind = draw.randrange(7)
-        if kind <= 2:
-            holder[last] = copy.deepcopy(draw.choice(NASTY))
-        elif kind == 3:
-            del holder[last]
-        elif kind == 4 and isinstance(holder, dict):
-            holder[draw.choice(["", "x", str(last) + "x", str(last).upper(), "a" * 3000])] = holder.pop(last)
-        elif kind == 5:
-            other: Any = value
-            for step in draw.choice(places):
-                other = other[step] if isinstance(other, dict | list) and _has(other, step) else other
-            holder[last] = copy.deepcopy(other)
-        else:
-            nested: Any = holder[last]
-            for _ in range(draw.choice([3, 60, 70, 2000])):
-                nested = [nested] if draw.random() < 0.5 else {"a": nested}
-            holder[last] = nested
     try:
+        for _ in range(draw.choice([1, 1, 2, 4])):
+            _damage(value, draw)
         return json.dumps(value).encode()
-    except (RecursionError, ValueError):
+    except (RecursionError, ValueError):  # what was nested was nested again
         return b"[" * 100_000
+
+
+def _damage(value: Any, draw: random.Random) -> None:
+    places = _places(value)
+    if not places:
+        return
+    *path, last = draw.choice(places)
+    holder = value
+    for step in path:
+        holder = holder[step]
+    kind = draw.randrange(7)
+    if kind <= 2:
+        holder[last] = copy.deepcopy(draw.choice(NASTY))
+    elif kind == 3:
+        del holder[last]
+    elif kind == 4 and isinstance(holder, dict):
+        holder[draw.choice(["", "x", str(last) + "x", str(last).upper(), "a" * 3000])] = holder.pop(last)
+    elif kind == 5:
+        other: Any = value
+        for step in draw.choice(places):
+            other = other[step] if isinstance(other, dict | list) and _has(other, step) else other
+        holder[last] = copy.deepcopy(other)
+    else:
+        nested: Any = holder[last]
+        for _ in range(draw.choice([3, 60, 70, 2000])):
+            nested = [nested] if draw.random() < 0.5 else {"a": nested}
+        holder[last] = nested
 
 
 def _has(value: Any, step: Any) -> bool:
