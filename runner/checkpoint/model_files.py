@@ -59,7 +59,7 @@ def open_files(path: Path) -> ModelFiles:
     config: Mapping[str, Any] = found.config
     source: Source = found
     unread: tuple[str, ...] = ()
-    if config.get("model_type") not in FAMILIES:
+    if str(config.get("model_type")) not in FAMILIES:
         from runner.checkpoint.wrapped import is_wrapper, unwrap
 
         if is_wrapper(config):

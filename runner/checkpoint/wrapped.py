@@ -111,7 +111,8 @@ _FLAT = re.compile(
 
 def is_wrapper(config: Mapping[str, Any]) -> bool:
     """Whether this is the `config.json` of a multimodal model whose text part is known."""
-    return config.get("model_type") in WRAPPERS or config.get("model_type") in TEXT_MODELS
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and (model_type in WRAPPERS or model_type in TEXT_MODELS)
 
 
 def unwrap(config: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], Source, tuple[str, ...]]:

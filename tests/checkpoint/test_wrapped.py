@@ -162,6 +162,11 @@ def test_odd_text_configs_are_refused_by_name(bad: object, tmp_path: Path) -> No
             open_files(path)
 
 
+@pytest.mark.parametrize("model_type", [["gemma3"], {}, 3, None])
+def test_a_model_type_that_is_no_text_is_no_wrappers(model_type: object) -> None:
+    assert not is_wrapper({"model_type": model_type, "text_config": {}})
+
+
 def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
     path = wrapped("gemma3", FAMILY / "gemma3_text-base", HUB, tmp_path / "model")
     tensors = dict(mx.load(str(path / "model.safetensors")))
