@@ -112,8 +112,9 @@ class AdaptedLinear(Linear):
             if not weight:
                 continue
             # Scaled between the two products, where there are R values and not `out`.
+            # Scales that differ are float32, which must not spread to the second product: it would cast its matrix.
             lows = self.ops.linear(x, delta.down, None) * (delta.scale * weight)
-            more = self.ops.linear(lows, delta.up, None)
+            more = self.ops.linear(lows.astype(x.dtype), delta.up, None)
             # A gain scales base and update together: an adapter with one is alone on its rows.
             if delta.adapter in self.gains:
                 gain, shift = self.gains[delta.adapter]

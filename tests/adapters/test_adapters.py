@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import TESTS
+from plain_path import decode_step
 from sources import Arrays
 
 import runner
@@ -211,6 +212,14 @@ def test_on_every_table_of_ops(name: str, table: str, monkeypatch: pytest.Monkey
     engine = open_engine(base(case), dtype="float32", adapters=adapters(case))
     assert engine.device.ops is TABLES[table]
     check_logits(case, engine)
+
+
+@by_case
+def test_no_token_casts_a_matrix(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 neither a factor nor the base's matrix is brought to another dtype, routers' factors included."""
+    monkeypatch.setattr("runner.engine.engine.current", lambda: Device("mlx", PORTABLE))
+    engine = open_engine(base(case), dtype="bfloat16", adapters=adapters(case))
+    assert [step for step in decode_step(engine, monkeypatch) if step.casts_a_matrix] == []
 
 
 @pytest.mark.parametrize("kind", [gguf_writer.Type.F32, gguf_writer.Type.Q8_0], ids=lambda kind: kind.name)

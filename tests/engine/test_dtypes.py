@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_writer
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -193,6 +194,17 @@ def test_every_packing_in_either_dtype(packing: str, tmp_path: Path) -> None:
     assert mx.array_equal(PACKINGS[packing](tmp_path, None).logits(PROMPT), narrow.logits(PROMPT))
     assert typical(narrow.logits(PROMPT), wide.logits(PROMPT)) < 0.1
     assert typical(loud(narrow).logits(PROMPT), loud(wide).logits(PROMPT)) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_gemma_in_a_gguf_file(kind: str, tmp_path: Path) -> None:
+    """Float16 in the file, and activations beyond its range: as Gemma 3's are, whose answer was NaN."""
+    path = TESTS / "fixtures" / "families" / "gemma3_text-base"
+    raw, weights = json.loads((path / "config.json").read_text()), gguf_writer.weights_of(path)
+    file = gguf_writer.write_model(tmp_path / "m.gguf", raw, weights, lambda name: gguf_writer.Type[kind])
+    found = loud(open_engine(file))
+    assert found.dtype == mx.bfloat16
+    assert typical(found.logits(PROMPT), loud(open_engine(file, dtype="float32")).logits(PROMPT)) < 0.05
 
 
 def test_capped_scores_stay_in_range() -> None:
