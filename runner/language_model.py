@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -301,6 +302,13 @@ def load(
             return assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=update)
 
         engine = OWNER.run(job, mx.default_device())
+    if engine.adapters is not None:
+        from runner.adapters import with_added_tokens
+
+        # The base's tokenizer is at hand; the one beside an adapter takes its place if it has added tokens.
+        base = tokenizer
+        read = dataclasses.replace(files, tokenizer=lambda: base)
+        tokenizer = with_added_tokens(read, engine.adapters, progress=progress).tokenizer()
     defaults = GenerationDefaults.read(files.generation_config)
     context, doubts = chosen_context(engine.config, context_length)
     notes = (*engine.config.notes, *files.notes, *doubts)

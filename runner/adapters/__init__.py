@@ -6,3 +6,4 @@ from runner.adapters.files import Given as Given
 from runner.adapters.files import open_adapters as open_adapters
 from runner.adapters.model import Adapters as Adapters
 from runner.adapters.model import fit as fit
+from runner.adapters.tokens import with_added_tokens as with_added_tokens

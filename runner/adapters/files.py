@@ -30,15 +30,17 @@ class AdapterFiles:
     Attributes:
         name: the name by which its weight is set.
         weight: the factor on what the adapter adds; 0 turns it off.
+        spec: the path or hub id by which it was given; "" where it was opened by its directory.
     """
 
     name: str
     weight: float
     config: AdapterConfig | MlxConfig
     source: Checkpoint
+    spec: str = ""
 
     @classmethod
-    def open(cls, path: Path, name: str, weight: float = 1.0) -> AdapterFiles:
+    def open(cls, path: Path, name: str, weight: float = 1.0, spec: str = "") -> AdapterFiles:
         """Read and check `adapter_config.json` and the header of the tensors' file, which has PEFT's or mlx-lm's name.
 
         Raises:
@@ -59,7 +61,7 @@ class AdapterFiles:
         weights = MLX_WEIGHTS if mlx else WEIGHTS
         if not os.path.lexists(path / weights):
             raise CheckpointError(f"{path}: {_no_weights(path, weights)}")
-        return cls(name, weight, config, Checkpoint.open_file(path, weights, CONFIG))
+        return cls(name, weight, config, Checkpoint.open_file(path, weights, CONFIG), spec)
 
 
 def _no_weights(path: Path, weights: str) -> str:
@@ -96,7 +98,7 @@ def open_adapters(given: Given, resolve: Callable[[str], Path]) -> list[AdapterF
             weights[spec] = weight
     names = [_last_part(spec) for spec in weights]
     return [
-        AdapterFiles.open(resolve(spec), name if names.count(name) == 1 else spec, weight)
+        AdapterFiles.open(resolve(spec), name if names.count(name) == 1 else spec, weight, spec)
         for (spec, weight), name in zip(weights.items(), names, strict=True)
     ]
 

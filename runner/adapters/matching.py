@@ -9,6 +9,7 @@ from runner.adapters.config import AdapterConfig
 from runner.adapters.files import CONFIG, AdapterFiles
 from runner.adapters.parts import Factors, Matched, SavedRows, StackFactors
 from runner.adapters.sites import FLOATS, HEAD, PREFIXES, TABLE, Site, Stack, short
+from runner.adapters.target import base_name, copies
 from runner.checkpoint.overlay import Change, Info
 from runner.errors import ConfigError, WeightsError
 from runner.nn.linear import Embedding, Linear
@@ -75,7 +76,10 @@ class Matching:
         found: dict[str, dict[str, str]] = {}
         self.left: list[str] = []
         # PEFT wraps the model and its layers: names start with `base_model.model.` and may contain `.base_layer.`.
+        again = copies(self.adapter.source.headers)
         for full in self.adapter.source.headers:
+            if full in again:
+                continue
             name = full.removeprefix("base_model.model.")
             factor = _FACTOR.fullmatch(name)
             if factor is not None:
@@ -87,7 +91,7 @@ class Matching:
             elif name.endswith(_TOKENS):
                 self.tokens(name.removesuffix(_TOKENS), full)
             else:
-                self.whole(name.replace(".base_layer.", ".").replace(".modules_to_save.", "."), full)
+                self.whole(base_name(full), full)
         for module, tensors in found.items():
             self.module(module, tensors)
         for module, tensors in self.pairs.items():
@@ -279,6 +283,10 @@ class Matching:
         if header.shape != shape:
             self.problems.shape(full, header.shape, shape)
             return
+        # Of a tied model whose vocabulary was resized, PEFT saves the one table under both names.
+        twin = self.tied if site is not None and site.name == self.head else None
+        if twin is not None and not saved and not self.config.saves(twin) and self.has(f"{short(twin)}.weight"):
+            return
         # A whole head, or embeddings trained as a module without ensure_weight_tying, end the sharing.
         if self.tied is not None and site is not None and site.name in (self.head, self.tied):
             self.found.untied |= site.name == self.head or (saved and not self.config.ensure_weight_tying)
@@ -287,16 +295,25 @@ class Matching:
         source = self.adapter.source
         self.found.changes[own] = Change(Info(header.dtype, shape), lambda: source.read(full))
 
+    def has(self, name: str) -> bool:
+        """Whether the adapter has a tensor for the base's `name` (without the prefixes in which files differ)."""
+        return any(short(base_name(full)) == name for full in self.adapter.source.headers)
+
     def tokens(self, module: str, full: str) -> None:
         """Match rows that replace single rows of a table; a head that shares the table shares them."""
         indices = self.config.trainable_token_indices
         site = self.site(module)
         key = next((key for key in indices if module == key or module.endswith(f".{key}")), "")
+        # Of a tied model whose vocabulary was resized, PEFT saves the rows under both names.
+        table = next((name for name, item in self.sites.items() if item.group == TABLE), "")
+        head = site is not None and site.name == self.head
+        if self.ties and head and self.has(f"{short(table)}{_TOKENS}"):
+            return
         if site is None or not indices.get(key) or site.name not in self.whole_tables():
             self.unused(full)
             return
         self.seen.add(f"{key}{_TOKENS}")
-        if site.name == self.head and self.ties:
+        if head and self.ties:
             self.problems.other(f"{full}: the head shares the embeddings, so rows for the head alone are not supported")
             return
         # One row for each token, each token once.

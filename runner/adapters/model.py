@@ -18,13 +18,13 @@ from runner.adapters.matching import Matching
 from runner.adapters.merging import merged
 from runner.adapters.mlx_config import MlxConfig
 from runner.adapters.mlx_matching import MlxMatching
-from runner.adapters.parts import Parts
-from runner.adapters.sites import HEAD, find_sites, find_stacks, head_name
+from runner.adapters.parts import Matched, Parts
+from runner.adapters.target import Target
 from runner.checkpoint.overlay import Change
 from runner.config.base import Config
 from runner.errors import UsageError
 from runner.ops.table import Ops
-from runner.weights.plan import ModulePlan, plan
+from runner.weights.plan import ModulePlan
 from runner.weights.tags import Source
 
 
@@ -38,6 +38,7 @@ class Adapters:
         weights: each adapter's weight by name, as the next answer will use it; `set_weights` changes it.
         used: the same as the layers read it, at every call; `use` changes it.
         fixed: names of adapters that bring whole tensors: their weights cannot change after loading.
+        vocabulary: the adapters that change embeddings or head: a tokenizer beside them may have tokens of theirs.
     """
 
     base: Base
@@ -45,6 +46,7 @@ class Adapters:
     weights: dict[str, float]
     used: dict[str, float]
     fixed: frozenset[str]
+    vocabulary: tuple[AdapterFiles, ...]
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Change the weights of the named adapters.
@@ -111,47 +113,57 @@ def fit(
             problems of one adapter.
         UsageError: an adapter has a weight that is not allowed for it, or two adapters bring the same tensor.
     """
-    config_class, model_class = classes
-    config = config_class.from_dict(raw)
-    layout = plan(model_class, config, base.headers)
-    head = head_name(model_class)
-    sites, stacks = find_sites(layout, head), find_stacks(layout)
-    # A head stored under another module's name shares that module's table.
-    tied = next((site.leaf for site in sites.values() if site.group == HEAD and site.leaf != site.name), None)
+    target = Target.of(raw, classes, base)
+    # One vocabulary for all that are on; an adapter that is off is matched against its own, and left out.
+    for adapter in adapters:
+        if adapter.weight and (resized := target.of_length(adapter)) is not target:
+            target = resized
+            break
     parts = Parts()
     changes: dict[str, Change] = {}
     owner: dict[str, str] = {}
     untied = False
     fixed = set()
+    vocabulary = []
     for adapter in adapters:
-        if isinstance(adapter.config, MlxConfig):
-            matching = MlxMatching(adapter, adapter.config, base, sites, stacks, head, tied).found
-        else:
-            ties = config.tie_word_embeddings
-            matching = Matching(adapter, adapter.config, base, sites, stacks, tied, ties).found
-        for name, item in matching.factors.items():
-            parts.factors.setdefault(name, []).append(item)
-        for name, experts in matching.stacked.items():
-            parts.stacked.setdefault(name, []).append(experts)
-        for name, saved in matching.rows.items():
-            parts.rows.setdefault(name, []).append(saved)
-        if not matching.changes:
+        own = target if adapter.weight else target.of_length(adapter)
+        found = matched(adapter, own)
+        if found.changes:
+            # Whole tensors replace the base's, so a fraction of them means nothing, and two cannot share a place.
+            fixed.add(adapter.name)
+            if adapter.weight not in (0, 1):
+                first = next(iter(found.changes))
+                raise UsageError(f"adapter {adapter.name} replaces {first} as a whole: its weight can only be 0 or 1")
+        if own is not target:
             continue
-        # Whole tensors replace the base's, so a fraction of them means nothing, and two cannot share a place.
-        fixed.add(adapter.name)
-        if adapter.weight not in (0, 1):
-            first = next(iter(matching.changes))
-            raise UsageError(f"adapter {adapter.name} replaces {first} as a whole: its weight can only be 0 or 1")
+        for name, item in found.factors.items():
+            parts.factors.setdefault(name, []).append(item)
+        for name, experts in found.stacked.items():
+            parts.stacked.setdefault(name, []).append(experts)
+        for name, saved in found.rows.items():
+            parts.rows.setdefault(name, []).append(saved)
         if not adapter.weight:
             continue
-        untied |= matching.untied
-        for name, change in matching.changes.items():
+        touched = {name.removesuffix(".weight") for name in found.changes} | found.factors.keys() | found.rows.keys()
+        if touched & target.tables.keys():
+            vocabulary.append(adapter)
+        untied |= found.untied
+        for name, change in found.changes.items():
             if name in changes:
                 raise UsageError(f"adapters {owner[name]} and {adapter.name} both replace {name}: use one at a time")
             changes[name], owner[name] = change, adapter.name
     # Weights are checked together: what is not allowed depends on which adapters share a matrix.
     weights = {adapter.name: adapter.weight for adapter in adapters}
-    model = Base(raw, base, sites, stacks, head, tied).changed(changes, untied)
-    result = Adapters(model, parts, weights, dict(weights), frozenset(fixed))
+    model = Base(target.raw, target.source, target.sites, target.stacks, target.head, target.tied)
+    model = model.changed(changes, untied)
+    result = Adapters(model, parts, weights, dict(weights), frozenset(fixed), tuple(vocabulary))
     result.check(weights)
     return result
+
+
+def matched(adapter: AdapterFiles, target: Target) -> Matched:
+    """What `adapter` brings for `target`, whichever format it is in; raises `WeightsError` where it does not fit."""
+    source, sites, stacks, tied = target.source, target.sites, target.stacks, target.tied
+    if isinstance(adapter.config, MlxConfig):
+        return MlxMatching(adapter, adapter.config, source, sites, stacks, target.head, tied).found
+    return Matching(adapter, adapter.config, source, sites, stacks, tied, target.ties).found

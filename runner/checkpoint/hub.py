@@ -82,12 +82,13 @@ def resolve(model: str, *, revision: str | None = None, progress: bool = True) -
     return _fetch(repo, revision, progress)
 
 
-def resolve_adapter(adapter: str, *, progress: bool = True) -> Path:
+def resolve_adapter(adapter: str, *, progress: bool = True, tokenizer: bool = False) -> Path:
     """Find an adapter (PEFT's or mlx-lm's) on this machine, or fetch it from the hub, and return its directory.
 
     Args:
         adapter: an existing directory, or a hub id `org/name[@revision]`.
         progress: show a progress bar on stderr while downloading.
+        tokenizer: fetch the tokenizer too, if the repository has one: of an adapter with added tokens.
 
     Raises:
         HubError: for the same reasons as in `resolve`.
@@ -101,9 +102,10 @@ def resolve_adapter(adapter: str, *, progress: bool = True) -> Path:
         cached is not None
         and (cached / ADAPTER_CONFIG).is_file()
         and any((cached / name).is_file() for name in ADAPTER_WEIGHTS)
+        and (not tokenizer or any((cached / name).is_file() for name in TOKENIZER_FILES))
     ):
         return cached
-    return _fetch_adapter(repo, revision, progress)
+    return _fetch_adapter(repo, revision, progress, tokenizer)
 
 
 def pull(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
@@ -251,8 +253,8 @@ def _fetch(repo: str, revision: str, progress: bool) -> Path:
     return snapshot
 
 
-def _fetch_adapter(repo: str, revision: str, progress: bool) -> Path:
-    """Download an adapter's two files into the cache and return the snapshot."""
+def _fetch_adapter(repo: str, revision: str, progress: bool, tokenizer: bool) -> Path:
+    """Download an adapter's two files into the cache, with those of its tokenizer if asked; returns the snapshot."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     if constants.HF_HUB_OFFLINE:
@@ -270,7 +272,8 @@ def _fetch_adapter(repo: str, revision: str, progress: bool) -> Path:
             lacking = ADAPTER_WEIGHTS[0] if ADAPTER_CONFIG in files else ADAPTER_CONFIG
             pickle = ", only adapter_model.bin, a pickle" if "adapter_model.bin" in files else ""
             raise HubError(f"{repo} has no {lacking}{pickle}: not an adapter in PEFT's or mlx-lm's safetensors format")
-        snapshot = _download(repo, info.sha, [ADAPTER_CONFIG, *weights])
+        others = [name for name in files if tokenizer and _is_small(name) and name != ADAPTER_CONFIG]
+        snapshot = _download(repo, info.sha, [ADAPTER_CONFIG, *others, *weights])
         if revision != info.sha:
             hf_hub_download(repo, ADAPTER_CONFIG, revision=revision)  # cached already: only records the ref's commit
     return snapshot

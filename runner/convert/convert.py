@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from runner.adapters import AdapterFiles, fit
+from runner.adapters import AdapterFiles, fit, with_added_tokens
 from runner.checkpoint.model_files import ModelFiles
 from runner.checkpoint.shard_writer import Piece, write_shards
 from runner.checkpoint.writer import new_directory
@@ -35,8 +35,9 @@ def merged(files: ModelFiles, adapters: Sequence[AdapterFiles]) -> ModelFiles:
     """
     if not adapters:
         return files
-    base = fit(files.config, find(files.config), files.source, adapters).merged()
-    return dataclasses.replace(files, config=base.raw, source=base.source)
+    fitted = fit(files.config, find(files.config), files.source, adapters)
+    base = fitted.merged()
+    return dataclasses.replace(with_added_tokens(files, fitted), config=base.raw, source=base.source)
 
 
 def convert(

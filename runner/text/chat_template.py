@@ -25,6 +25,15 @@ class ChatTemplates:
         self._shapes: dict[str, TemplateShapes] = {}
 
     @property
+    def sources(self) -> Mapping[str, str]:
+        """The Jinja source of each template, by name."""
+        return self._templates
+
+    def replaced(self, templates: Mapping[str, str]) -> ChatTemplates:
+        """Other templates with the same variables."""
+        return ChatTemplates(templates, self._variables)
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._templates)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,22 @@ class Tokenizer:
             f"{directory} has no tokenizer, one of {wanted} (it holds: {listed or 'nothing'}): "
             "copy one of them from the model's repository"
         )
+
+    @classmethod
+    def is_in(cls, path: Path) -> bool:
+        """Whether the directory `path` has the files of a tokenizer."""
+        return any(all(find_file(path, name) is not None for name in names) for names in SOURCES)
+
+    def with_templates(self, sources: Mapping[str, str]) -> Tokenizer:
+        """The same tokenizer with chat templates from elsewhere, by name; they read this one's special tokens."""
+        result = copy.copy(self)
+        result._templates = self._templates.replaced(sources)
+        return result
+
+    @property
+    def template_sources(self) -> Mapping[str, str]:
+        """The Jinja source of each chat template, by name."""
+        return self._templates.sources
 
     @property
     def kind(self) -> str:

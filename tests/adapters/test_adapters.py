@@ -612,6 +612,23 @@ def test_directories_that_are_no_adapters(tmp_path: Path) -> None:
         AdapterFiles.open(path, "a")
 
 
+@pytest.mark.parametrize("case", [QV, QV.with_name("mlxlm-qv")], ids=lambda case: case.name)
+def test_links_may_lead_within_an_adapter_but_not_out(tmp_path: Path, case: Path) -> None:
+    path = tmp_path / "adapter"
+    shutil.copytree(case / "adapter", path)
+    for file in sorted(path.iterdir()):
+        moved = file.rename(path / f"moved-{file.name}")
+        file.symlink_to(moved.name)
+        AdapterFiles.open(path, "a")
+        outside = moved.rename(tmp_path / file.name)
+        file.unlink()
+        file.symlink_to(outside)
+        with pytest.raises(CheckpointError, match=rf"{file.name}: links to .*, outside the model's directory"):
+            AdapterFiles.open(path, "a")
+        file.unlink()
+        outside.rename(file)
+
+
 def test_no_tensor_is_read_before_all_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     item = AdapterFiles.open(damaged(tmp_path, r=8), "a")
 

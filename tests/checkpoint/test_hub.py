@@ -507,6 +507,14 @@ def test_an_adapter_is_two_files(fake: FakeHub, tmp_path: Path) -> None:
     assert local == path
 
 
+def test_an_adapters_tokenizer_is_fetched_when_asked_for(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/grown", ADAPTER | UNWANTED | {"tokenizer.json": b"{}", "added_tokens.json": b"{}"})
+    wanted: list[Call] = [("resolve_adapter", ["org/grown"], {"tokenizer": flag}) for flag in (False, True, True)]
+    found, _ = call(tmp_path, fake.endpoint, *wanted)
+    assert found[0] == found[1] == found[2]
+    assert {*ADAPTER, "tokenizer.json", "added_tokens.json"} <= names(found[0]) and "model.bin" not in names(found[0])
+
+
 def test_an_adapter_of_mlx_lm_is_two_files_too(fake: FakeHub, tmp_path: Path) -> None:
     files = {"adapter_config.json": b"{ }", "adapters.safetensors": b"a" * 100}
     checkpoint = {"0000100_adapters.safetensors": b"an earlier state"}
