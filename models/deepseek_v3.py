@@ -5,6 +5,7 @@ Source: arXiv:2412.19437, and `transformers.models.deepseek_v3`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -55,8 +56,9 @@ class DeepseekV3Config(DeepseekConfig):
         return MoE
 
     def ignores(self, name: str) -> bool:
-        further = range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
-        return name.startswith(tuple(f"model.layers.{index}." for index in further))
+        found = re.match(r"model\.layers\.(\d{1,9})\.", name)
+        # Compared as numbers: a file can claim any number of further layers.
+        return found is not None and 0 <= int(found[1]) - self.num_hidden_layers < self.num_nextn_predict_layers
 
 
 @dataclass

@@ -12,7 +12,6 @@ from typing import ClassVar
 from runner.config import layer_types
 from runner.config.base import key
 from runner.config.decoder import WindowedConfig
-from runner.errors import ConfigError
 from runner.models import gemma, llama
 from runner.models.gemma import GemmaConfig
 from runner.nn import blocks
@@ -32,11 +31,6 @@ class Gemma2Config(GemmaConfig, WindowedConfig):
     sliding_window: int = key(also="sliding_window_size", default=4096)  # published files have both names
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.query_pre_attn_scalar <= 0:
-            raise ConfigError(f"config.json: query_pre_attn_scalar must be positive, not {self.query_pre_attn_scalar}")
 
     @property
     def activation(self) -> str:

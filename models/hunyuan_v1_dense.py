@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import mlx.core as mx
 
 from runner.config.base import key
+from runner.config.ranges import check_range
 from runner.errors import ConfigError
 from runner.models import llama
 from runner.models.llama import LlamaConfig
@@ -43,12 +44,18 @@ class HunyuanConfig(LlamaConfig):
         alpha = stretched.get("alpha") if isinstance(stretched, dict) else None
         if not isinstance(stretched, dict) or alpha is None:
             return super().from_dict(raw)  # no alpha: RoPE scaling as in any Llama
-        if not isinstance(alpha, int | float) or not 0 < alpha <= 1e9 or stretched.get("factor", 1.0) != 1.0:
+        if (
+            isinstance(alpha, bool)
+            or not isinstance(alpha, int | float)
+            or not 0 < alpha <= 1e9
+            or stretched.get("factor", 1.0) != 1.0
+        ):
             raise ConfigError(f"config.json: {place} {stretched!r} needs a positive alpha and a factor of 1")
         kept = {"rope_theta": stretched["rope_theta"], "rope_type": "default"} if "rope_theta" in stretched else None
         config = super().from_dict({**raw, place: kept})
         exponent = config.head_dim / max(config.head_dim - 2, 1)
         object.__setattr__(config, "rope_theta", config.rope_theta * alpha**exponent)  # NTK-aware scaling
+        check_range("rope_theta", config.rope_theta, f"rope_theta, multiplied for alpha {alpha!r},")
         return config
 
 

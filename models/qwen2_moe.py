@@ -25,7 +25,7 @@ from runner.weights.tags import weight
 class Qwen2MoeConfig(Qwen2Config):
     """`config.json` of a Qwen2-MoE; the `router_*` keys matter in training only."""
 
-    sliding_window: int | None = key(default=4096, minimum=0)
+    sliding_window: int | None = key(default=4096, minimum=0)  # 0 in published files where no layer has a window
     qkv_bias: bool = True
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()

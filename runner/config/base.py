@@ -26,6 +26,7 @@ from runner.config import rope_keys
 from runner.config.layer_types import FULL, SLIDING
 from runner.config.memory import Memory
 from runner.config.problems import short
+from runner.config.ranges import check_range
 from runner.config.rope import RopeScaling
 from runner.config.unknown_keys import judge
 from runner.errors import ConfigError
@@ -97,15 +98,14 @@ class Quantized:
 
 def _form(raw: Mapping[str, Any]) -> tuple[int, int, str]:
     bits, group_size, mode = raw.get("bits"), raw.get("group_size"), raw.get("mode", "affine")
-    if (
-        mode not in ("affine", "mxfp4", "mxfp8", "nvfp4")
-        or not isinstance(bits, int)
-        or not isinstance(group_size, int)
-    ):
+    bits_fit = isinstance(bits, int) and not isinstance(bits, bool) and 1 <= bits <= 64
+    group_fits = isinstance(group_size, int) and not isinstance(group_size, bool) and 1 <= group_size <= MAX_DIMENSION
+    if mode not in ("affine", "mxfp4", "mxfp8", "nvfp4") or not bits_fit or not group_fits:
         raise ConfigError(
-            f"quantization needs integers bits and group_size and a mode of MLX (affine, mxfp4, mxfp8, nvfp4), "
-            f"not {short(dict(raw))}"
+            f"quantization needs positive integers bits and group_size and a mode of MLX (affine, mxfp4, mxfp8, "
+            f"nvfp4), not {short(dict(raw))}"
         )
+    assert isinstance(bits, int) and isinstance(group_size, int)
     return bits, group_size, mode
 
 
@@ -138,6 +138,7 @@ class Config:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_minimum(item, getattr(self, item.name))
+            check_range(item.name, getattr(self, item.name), next(_names(item)))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -265,9 +266,10 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
         # by the value before it calls the inherited one.
         try:
             arguments[item.name] = _convert(values[name], hints[item.name], name)
+            check_range(item.name, arguments[item.name], name)
             _check_minimum(item, arguments[item.name])
         except ConfigError as error:
-            problems.append(str(error))
+            problems.append(str(error).removeprefix("config.json: "))
 
     # Keys that no field reads: those with one published value, then those that nobody knows.
     for name, only in cls.ONLY.items():
@@ -339,7 +341,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(_convert(item, typing.get_args(hint)[0], f"{name}[{i}]") for i, item in enumerate(value))
-    elif hint is int and not isinstance(value, bool) and isinstance(value, int | float) and value == _floor(value):
+    elif hint is int and _whole(value):
         if abs(value) > MAX_DIMENSION:
             raise ConfigError(f"key {name!r} = {short(value)} is larger than any model has ({MAX_DIMENSION})")
         return int(value)
@@ -354,6 +356,6 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     raise ConfigError(f"key {name!r} must be {expected}, not {short(value)}")
 
 
-def _floor(value: float) -> float:
-    """`math.floor`, with NaN, which equals nothing, for the values that have no floor."""
-    return math.floor(value) if math.isfinite(value) else math.nan
+def _whole(value: object) -> bool:
+    """Whether a JSON number is an integer, as `3.0` is."""
+    return type(value) is int or (isinstance(value, float) and value.is_integer())

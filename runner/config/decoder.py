@@ -46,6 +46,11 @@ class DecoderConfig(Config):
                 f"config.json: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        if self.rotary_dim % 2:
+            raise ConfigError(
+                f"config.json: {self.key_of('head_dim')} = {self.head_dim} lets RoPE turn {self.rotary_dim} numbers of "
+                "a head in pairs: their count must be even"
+            )
         check_activation(self.hidden_act, self.ACTS, self.key_of("hidden_act"))
 
     @property
@@ -98,7 +103,14 @@ class WindowedConfig(DecoderConfig):
 
     def cache_window(self, index: int) -> int | None:
         kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, self.usual_layer_types)
-        return self.sliding_window if kinds[index] == SLIDING else None
+        if kinds[index] != SLIDING:
+            return None
+        if not self.sliding_window:  # null, or 0 where a family allows it: not to be taken for no window at all
+            raise ConfigError(
+                f"config.json: layer {index} is of type {SLIDING}, but sliding_window is {self.sliding_window!r}: "
+                "it must be at least 1"
+            )
+        return self.sliding_window
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,13 @@ class RopeScaling:
         unknown = [name for name in values if name not in allowed]
         if missing or (unknown and kind != "default"):
             raise ConfigError(f"rope type {kind!r}: missing {missing}, not understood {unknown}")
-        return cls(kind=kind, **{name: _number(name, values[name]) for name in values if name in allowed})
+        result = cls(kind=kind, **{name: _number(name, values[name]) for name in values if name in allowed})
+        if kind == "llama3" and not (result.low_freq_factor or 0) < (result.high_freq_factor or 0):
+            raise ConfigError(
+                f"rope_scaling: low_freq_factor = {result.low_freq_factor} must be below "
+                f"high_freq_factor = {result.high_freq_factor}"
+            )
+        return result
 
 
 def kind_of(raw: Mapping[str, Any]) -> str | None:
@@ -110,7 +116,12 @@ def _number(name: str, value: Any) -> Any:
     if name in ("short_factor", "long_factor") and isinstance(value, list) and 0 < len(value) <= 4096:
         return tuple(_number(f"{name} item", item) for item in value)
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e12:
-        return int(value) if name == "original_max_position_embeddings" else float(value)
+        if name != "original_max_position_embeddings":
+            return float(value)
+        # LongRoPE divides by its logarithm, so that a length of 1 is none.
+        if value > 1 and value == int(value):
+            return int(value)
+        raise ConfigError(f"rope_scaling: {name} = {value!r} is not an integer of at least 2")
     raise ConfigError(f"rope_scaling: {name} = {value!r} is not a positive number")
 
 
@@ -129,6 +140,8 @@ def inverse_frequencies(
     original = scaling.original_max_position_embeddings or max_position_embeddings
     # `dynamic` changes the base that all frequencies come from; the other types change the frequencies themselves.
     if scaling.kind == "dynamic":
+        if dims <= 2:
+            raise ConfigError(f"rope type 'dynamic' needs heads in which more than 2 numbers rotate, not {dims}")
         base = _dynamic_base(base, dims, scaling.factor or 1.0, original, length)
     plain = [base ** (-2 * i / dims) for i in range(dims // 2)]
     if scaling.kind == "linear":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.cache.kv import History
+from runner.errors import UsageError
 from runner.nn.batch import Batch
 from runner.nn.fast import NO_MASK, Mask, provided_ops, scaled_dot_product_attention, soft_capped
 from runner.ops.table import PORTABLE, Ops, window_mask
@@ -104,8 +105,16 @@ def capped_attention(
     """Attention whose scores pass `softcap * tanh(score / softcap)` (Gemma 2, arXiv:2408.00118) before the mask.
 
     `query` `[B, H, L, D]` -> `[B, H, L, Dv]`; masks as in `scaled_dot_product_attention`. No fused op soft-caps, so the
-    scores are computed in full, `[B, H, L, S]`.
+    scores are computed in full, `[B, H, L, S]`. An array takes the place of the cache's window: whoever makes it has
+    applied the window.
+
+    Raises:
+        UsageError: the mask is none that attention knows, or it is NO_MASK and the cache has a window.
     """
+    if not (mask is None or isinstance(mask, mx.array) or mask == NO_MASK):
+        raise UsageError(f"attention: mask must be an array, NO_MASK or None (causal), not {mask!r}")
+    if mask is not None and not isinstance(mask, mx.array) and history.window is not None:
+        raise UsageError("attention: NO_MASK and a window exclude each other")
     if mask is None:
         # Causal, within the cache's window if it has one: a single query sees all of that.
         queries, window = query.shape[2], history.window or history.length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.cache.kv import History
+from runner.errors import UsageError
 from runner.nn.attention import capped_attention
+from runner.nn.fast import NO_MASK
 from runner.nn.linear import PlainLinear
 from runner.nn.mlp import GLU
 from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts, in_top_groups
@@ -139,6 +142,17 @@ def test_many_rows_are_sorted_and_few_are_not() -> None:
         x = rand(1, length, 4, seed=length)
         assert mx.allclose(layer(x), 2 * x)
     assert seen == [False, False, True]
+
+
+@pytest.mark.parametrize("mask", [NO_MASK, "causal"])
+def test_capped_attention_drops_no_window(mask: Any) -> None:
+    """NO_MASK was taken with a window that was then not applied; a word that is no mask hid nothing."""
+    q, k, v = rand(1, 4, 4, 8, seed=1), rand(1, 2, 11, 8, seed=2), rand(1, 2, 11, 8, seed=3)
+    with pytest.raises(UsageError, match=r"^attention.* (window|mask)"):
+        capped_attention(q, History(k, v, 11, 3), mask, scale=1.0, softcap=2.0)
+    whole = capped_attention(q, History(k, v, 11), NO_MASK, scale=1.0, softcap=2.0)
+    every = mx.ones((4, 11), dtype=mx.bool_)
+    assert mx.allclose(whole, capped_attention(q, History(k, v, 11), every, scale=1.0, softcap=2.0), atol=1e-6)
 
 
 @pytest.mark.parametrize(
