@@ -46,7 +46,8 @@ def one_kernel_each() -> Iterator[None]:
     """Let `mx.fast`'s norms, RoPE and attention be one operation each, as on a GPU; a CPU has them as many small ones.
 
     The stand-ins have the shape, the dtype and the inputs of the real ones, but their numbers mean nothing: graphs made
-    here are for counting only. Attention stays what it is where Metal has no kernel: keys wider than values.
+    here are for counting only. Attention stays what it is where Metal has no kernel: for keys wider than values or than
+    256.
     """
     real = {name: getattr(mx.fast, name) for name in ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")}
 
@@ -58,7 +59,7 @@ def one_kernel_each() -> Iterator[None]:
         return _one(x, offset, freqs)
 
     def attention(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
-        if q.shape[-1] != v.shape[-1]:
+        if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256:
             result: mx.array = real["scaled_dot_product_attention"](q, k, v, **options)
             return result
         return _one(q, k, v, options.get("mask"), options.get("sinks"))

@@ -16,6 +16,7 @@ from runner.engine import engine
 from runner.nn.batch import Batch
 from runner.ops.device import Device
 from runner.ops.table import Ops
+from runner.weights.tags import Source
 
 PROMPT = 40
 """Tokens in the cache before the step: more than the windows of the fixtures hold."""
@@ -26,8 +27,13 @@ def decode_step(
 ) -> Counter[str]:
     """How often a decode step of a model with the config `raw` has each operation; nothing is computed."""
     form = None if quantize is None else QUANTIZATIONS[quantize]
+    return step_of(raw, random_weights(raw, form=form, dtype=dtype), ops)
+
+
+def step_of(raw: Mapping[str, Any], source: Source, ops: Ops) -> Counter[str]:
+    """How often a decode step of the model that `raw` and `source` make up has each operation."""
     with mock.patch.object(engine, "current", lambda: Device(ops.name, ops)):
-        model = engine.assemble(raw, random_weights(raw, form=form, dtype=dtype))
+        model = engine.assemble(raw, source)
     caches = model.new_caches()
     model.model(Batch(mx.array([[1] * PROMPT], dtype=mx.int32)), caches)
     forget(caches)
