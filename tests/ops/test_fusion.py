@@ -18,6 +18,7 @@ from runner.nn.attention import capped_scores
 from runner.nn.fast import soft_capped
 from runner.nn.xielu import xielu
 from runner.ops.device import CPU_WITHOUT_KERNELS, CUDA, METAL, Device
+from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import ACTIVATIONS, PORTABLE
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for a CPU with g++")
@@ -105,3 +106,16 @@ def test_families_on_the_table_of_macs(name: str, monkeypatch: pytest.MonkeyPatc
     wanted: dict[str, Any] = mx.load(str(path / "expected.safetensors"))
     for prompt, ids in expected(path)["prompts"].items():
         assert error(model.logits(ids), wanted[f"logits.{prompt}"]) < tolerance(path)
+
+
+@pytest.mark.parametrize("ids", [1, 3, 4])
+def test_only_a_cpu_pads_the_rows_of_packed_tables(ids: int) -> None:
+    """MLX's CPU unpacks nvfp4 rows four at a time; a GPU takes any number as they are."""
+    weight, scales = mx.quantize(rand(8, 32), group_size=16, bits=4, mode="nvfp4")
+    table = QuantizedWeight(weight, scales, None, 16, 4, "nvfp4")
+    chosen = mx.arange(ids)
+    mx.eval(chosen, *table[:2])
+    padded = PORTABLE.quantized_embed(chosen, table, mx.float32)
+    whole = METAL.quantized_embed(chosen, table, mx.float32)
+    assert operations(padded)["Concatenate"] - operations(whole)["Concatenate"] == (ids % 4 != 0)
+    assert mx.array_equal(padded, table.dequantize()[chosen].astype(mx.float32))
