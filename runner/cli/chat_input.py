@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import select
 import sys
+import time
 from collections.abc import Sequence
 
 from runner.cli.terminal import colours, controls
@@ -11,6 +13,8 @@ from runner.errors import UsageError
 QUOTES = '"""'
 PROMPT = "> "
 CONTINUED = "… "
+PAUSE = 0.1
+"""Seconds without input after which a paste has ended."""
 
 
 class LineReader:
@@ -18,8 +22,7 @@ class LineReader:
 
     def __init__(self, completions: Sequence[str]) -> None:
         self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-        if self.interactive:
-            set_up_editing(completions)
+        self._whole_pastes = not self.interactive or set_up_editing(completions)
 
     def read(self) -> tuple[str, bool] | None:
         """Read the next message, and whether it may be a command (a single line); None at the end of input."""
@@ -28,6 +31,8 @@ class LineReader:
             return None
         if line.lstrip().startswith(QUOTES):
             return self.block(line.lstrip().removeprefix(QUOTES)), False
+        if pasted := self.pasted():
+            return "\n".join([line, *pasted]), False
         lines = [line]
         while lines[-1].endswith("\\"):
             following = self.line(CONTINUED)
@@ -49,13 +54,29 @@ class LineReader:
             line = self.line(CONTINUED)
         return "\n".join(lines).strip("\n")
 
+    def pasted(self) -> list[str]:
+        """The lines of a paste after its first, up to the Enter that sends them; none where the editor keeps all."""
+        lines: list[str] = []
+        if self._whole_pastes or not select.select([sys.stdin], [], [], PAUSE)[0]:
+            return lines
+        # What the paste has brought is there at once; the line that takes longer is the one that the user ends.
+        waited = False
+        while not waited:
+            start = time.monotonic()
+            line = self.line(CONTINUED)
+            waited = line is None or time.monotonic() - start > PAUSE
+            if line or not waited:
+                lines.append(line or "")
+        return lines
+
     def line(self, prompt: str) -> str | None:
         """Read one line, without its line break; None at the end of input. Raises UsageError for undecodable bytes."""
         try:
             if self.interactive:
-                # readline counts columns, and colour codes take none: they must stand between \x01 and \x02.
-                shown = f"\x01\x1b[1;36m\x02{prompt}\x01\x1b[0m\x02" if colours(sys.stdout) else prompt
-                return input(shown)
+                # readline counts columns, and colour codes take none: they must stand between \x01 and \x02. The last
+                # ones stand before the space, as libedit drops those at the end.
+                mark = f"\x01\x1b[1;36m\x02{prompt.rstrip()}\x01\x1b[0m\x02 "
+                return input(mark if colours(sys.stdout) else prompt)
             text = sys.stdin.readline() if sys.stdin is not None else ""
             return text.removesuffix("\n").removesuffix("\r") if text else None
         except EOFError:
@@ -67,19 +88,22 @@ class LineReader:
             ) from None
 
 
-def set_up_editing(completions: Sequence[str]) -> None:
-    """Set up line editing, if Python has readline: pasted lines stay one message, Tab completes commands.
+def set_up_editing(completions: Sequence[str]) -> bool:
+    """Set up line editing, if Python has readline; returns whether it keeps pasted lines together.
 
-    The history is that of this session: no file is written.
+    Tab completes commands. The history is that of this session: no file is written.
     """
     try:
         import readline
     except ImportError:
-        return
-    if controls(sys.stdout):
+        return False
+    # macOS's Pythons and uv's have libedit under this name: other words bind keys, and pastes are not bracketed.
+    libedit = "libedit" in (readline.__doc__ or "")
+    if not libedit and controls(sys.stdout):
         readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_completer_delims("")
-    readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
     readline.set_completer(
         lambda text, n: dict(enumerate(c for c in completions if text and c.startswith(text))).get(n)
     )
+    return not libedit and controls(sys.stdout)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import TESTS
+from places import ROOT, TESTS
 from pseudo_terminal import Terminal
 
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
@@ -136,3 +137,62 @@ def test_colour_only_where_it_is_wanted(variable: str, value: str, coloured: boo
         assert terminal.close() == 1
     finally:
         os.close(terminal.master)
+
+
+LIBEDIT = '''"""Importing this module enables command line editing using libedit readline."""
+import os
+import time
+
+
+def parse_and_bind(line: str) -> None:
+    with open(os.environ["BINDINGS"], "a") as file:
+        file.write(line + "\\n")
+
+
+def set_completer(function): ...
+def set_completer_delims(text): ...
+'''
+
+
+@pytest.fixture
+def libedit(tmp_path: Path) -> Iterator[Terminal]:
+    """A chat on a Python whose line editor is libedit, as macOS's and uv's are; a stub that says so edits nothing."""
+    (tmp_path / "readline.py").write_text(LIBEDIT)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    options = ("--temperature", "0", "--max-tokens", "6")
+    terminal = Terminal("chat", MODEL, *options, PYTHONPATH=path, BINDINGS=str(tmp_path / "bindings"), NO_COLOR="1")
+    try:
+        terminal.expect("> ")
+        yield terminal
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)
+
+
+def test_libedit_is_told_in_its_own_words(libedit: Terminal, tmp_path: Path) -> None:
+    assert (tmp_path / "bindings").read_text() == "bind ^I rl_complete\n"
+
+
+@pytest.mark.parametrize(
+    ("paste", "message"),
+    [
+        ("one\rtwo\r\r  three", "one\ntwo\n\n  three"),  # its last line waits in the terminal
+        ("one\rtwo\r", "one\ntwo"),
+        ("/one two\rthree\\\r", "/one two\nthree\\"),  # no command, and the backslash is the text's own
+    ],
+)
+def test_pasted_lines_are_one_message_without_bracketed_paste(
+    libedit: Terminal, tmp_path: Path, paste: str, message: str
+) -> None:
+    libedit.send(paste)
+    time.sleep(0.5)
+    libedit.send("\r")
+    libedit.expect("--max-tokens reached")
+    libedit.expect("> ")
+    libedit.send("typed\r")  # a line of its own is a message as before
+    libedit.expect("--max-tokens reached")
+    saved = tmp_path / "talk.json"
+    libedit.send(f"/save {saved}\r")
+    libedit.expect(r"\(4 messages in")
+    assert [each["content"] for each in json.loads(saved.read_text())[::2]] == [message, "typed"]
