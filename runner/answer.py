@@ -6,9 +6,8 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from runner.engine.sampling import Token
+from runner.ops.memory import Memory
 from runner.text.answer_text import AnswerText
 from runner.text.separator import Split
 
@@ -19,7 +18,7 @@ class Timings:
 
     Attributes:
         prompt_tokens: tokens of the prompt that were prefilled for this answer.
-        peak_memory: bytes, as MLX counts them.
+        peak_memory: bytes that MLX held at most, the buffers that it freed and keeps for later included.
         cached_tokens: tokens at the start of the prompt that the KV caches already held.
     """
 
@@ -91,8 +90,10 @@ class Answer:
         end_tokens: Collection[int],
         text: AnswerText,
         prompt_tokens: int,
+        memory: Memory,
     ) -> None:
         """Begin an answer now; `prompt_tokens` is the length of its prompt, those that a cache holds included."""
+        self.memory = memory
         self.end_tokens = end_tokens
         self.text = text
         self.prompt_tokens = prompt_tokens
@@ -140,7 +141,7 @@ class Answer:
             self.first - self.started,
             self.count,
             now - self.first,
-            mx.get_peak_memory(),
+            self.memory.look(),
             self.cached_tokens,
         )
 

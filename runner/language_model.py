@@ -23,7 +23,7 @@ from runner.engine.prompt_cache import PromptCache
 from runner.engine.request import Request, Run
 from runner.engine.sampling import SamplingParams
 from runner.errors import ConfigError, ContextLengthError, RunnerWarning, UsageError
-from runner.families import Model
+from runner.families import Model, family_of
 from runner.ops.device import Device
 from runner.ops.owner import OWNER
 from runner.progress import ProgressBar
@@ -189,21 +189,15 @@ class LanguageModel:
         special = self.tokenizer.special_tokens
         ends = self.eos_token_ids | {special[token] for token in separator.ends if token in special}
         text = AnswerText(self.tokenizer.detokenizer(), StopMatcher(stops), separator)
-        return self._run(request, Answer(ends, text, len(ids)), kept, cancelled)
-
-    def _run(
-        self,
-        request: Request,
-        answer: Answer,
-        kept: PromptCache,
-        cancelled: Callable[[], bool] | None,
-    ) -> Iterator[Chunk]:
         run = Run(self.engine, kept, request)
+        return self._run(run, Answer(ends, text, len(ids), run.memory), cancelled)
+
+    def _run(self, run: Run, answer: Answer, cancelled: Callable[[], bool] | None) -> Iterator[Chunk]:
         try:
             for index, token in enumerate(run):
                 answer.cached_tokens = run.reused
                 stopped = cancelled is not None and cancelled()
-                chunk = answer.add(token, last=index + 1 == request.budget, cancelled=stopped)
+                chunk = answer.add(token, last=index + 1 == run.budget, cancelled=stopped)
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
@@ -311,11 +305,19 @@ def load(
         tokenizer = with_added_tokens(read, engine.adapters, progress=progress).tokenizer()
     defaults = GenerationDefaults.read(files.generation_config)
     context, doubts = chosen_context(engine.config, context_length)
-    notes = (*engine.config.notes, *files.notes, *doubts)
+    notes = (*engine.config.notes, *files.notes, *doubts, *device_notes(engine, files.config, dtype))
     for note in notes:
         warnings.warn(note, RunnerWarning, stacklevel=2)
     ends = end_tokens(files, tokenizer)
     return LanguageModel(files.path, engine, tokenizer, defaults, ends, context, notes)
+
+
+def device_notes(engine: Engine, raw: Mapping[str, Any], asked: str | None) -> list[str]:
+    """Notes on how the model of the config `raw` goes with a Mac's GPU, where the dtype `asked` was asked for."""
+    metal = engine.device.metal
+    if metal is None:
+        return []
+    return metal.notes(engine.nbytes, engine.dtype, float16=asked is None and family_of(raw).float16)
 
 
 def chosen_context(config: Config, wanted: int | None) -> tuple[int, list[str]]:

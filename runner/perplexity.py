@@ -18,7 +18,6 @@ import mlx.core as mx
 import numpy as np
 
 from runner.engine.engine import Engine
-from runner.engine.generate import PREFILL_CHUNK
 from runner.errors import UsageError
 from runner.nn.batch import Batch
 from runner.text.tokenizer import Tokenizer
@@ -194,8 +193,8 @@ def _judged(engine: Engine, ids: list[int]) -> Iterator[tuple[mx.array, mx.array
     first, last = len(ids) // 2, len(ids) - 1
     engine.use_adapters(engine.adapter_weights)
     caches = engine.new_caches()
-    for start in range(0, last, PREFILL_CHUNK):
-        piece = ids[start : min(start + PREFILL_CHUNK, last)]
+    for start in range(0, last, engine.device.chunk):
+        piece = ids[start : min(start + engine.device.chunk, last)]
         hidden = engine.model(Batch(mx.array([piece], dtype=mx.int32), start, last), caches)
         mx.eval(hidden)  # here, once for all the slices below
         # The head is applied to the scored positions only, a few at a time.

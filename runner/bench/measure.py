@@ -22,11 +22,11 @@ import numpy as np
 from runner.bench.models import Subject
 from runner.cache.caches import Caches
 from runner.engine.engine import Engine
-from runner.engine.generate import PREFILL_CHUNK
 from runner.engine.replay import Steps
 from runner.errors import UsageError
 from runner.nn.batch import Batch
 from runner.nn.linear import Embedding
+from runner.ops.memory import Memory
 from runner.weights import loading
 
 EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
@@ -57,7 +57,7 @@ class Result:
         seconds: of each repetition.
         tps: tokens per second of all sequences together, the mean over the repetitions.
         tps_sd: sample standard deviation of the tokens per second; 0 for a single repetition.
-        peak_memory: bytes, as MLX counts them.
+        peak_memory: bytes that MLX held at most, the buffers that it freed and keeps for later included.
         peak_rss: bytes of the whole process, since its start.
         bandwidth: bytes per second that decoding reads (weights and KV cache, once per step); None for a prompt, and
             for a model with experts, where a token does not use all weights.
@@ -109,7 +109,17 @@ def run(subject: Subject, wanted: Sequence[Case], *, repetitions: int = 5, seed:
                 f"{case.name} needs {case.depth + case.tokens} positions, but {subject.name} has a context of {limit}"
             )
     for case in wanted:
-        yield measure(subject.engine, case, repetitions, seed)
+        yield wired(subject.engine, case, repetitions, seed)
+
+
+def wired(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
+    """`measure`, with the memory wired that answers have wired."""
+    holder = object()
+    engine.run(lambda: engine.wire(holder, case.batch * (case.depth + case.tokens)))
+    try:
+        return measure(engine, case, repetitions, seed)
+    finally:
+        engine.unwire(holder)
 
 
 def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
@@ -117,16 +127,18 @@ def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
     numbers = np.random.default_rng(seed)
     ids = numbers.integers(0, engine.config.vocab_size, (case.batch, case.depth + case.tokens), dtype=np.int32)
     before, after = ids[:, : case.depth], ids[:, case.depth :]
+    mx.clear_cache()
     mx.reset_peak_memory()
-    caches = filled(engine, before)
+    memory = Memory(engine.device.clears)
+    caches = filled(engine, before, memory)
     seconds = []
     for index in range(repetitions + 1):
         # Filling the caches to the depth can take longer than the test itself, so they are cut back where possible.
         if index > 0 and not rewind(caches, case.depth):
-            caches = filled(engine, before)
+            caches = filled(engine, before, memory)
         start = time.perf_counter()
         if case.kind == "pp":
-            mx.eval(read(engine, after, caches))
+            mx.eval(read(engine, after, caches, memory))
         else:
             generate(engine, after[:, :1], caches, case.tokens)
         seconds.append(time.perf_counter() - start)
@@ -141,17 +153,17 @@ def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
         seconds=seconds[1:],
         tps=statistics.mean(rates),
         tps_sd=statistics.stdev(rates) if repetitions > 1 else 0.0,
-        peak_memory=mx.get_peak_memory(),
+        peak_memory=memory.look(),
         peak_rss=peak_rss(),
         bandwidth=bandwidth,
     )
 
 
-def filled(engine: Engine, ids: np.ndarray) -> Caches:
+def filled(engine: Engine, ids: np.ndarray, memory: Memory | None = None) -> Caches:
     """Make caches that hold `ids` `[B, depth]`."""
     caches = engine.new_caches()
     if ids.shape[1]:
-        mx.eval(read(engine, ids, caches))
+        mx.eval(read(engine, ids, caches, memory))
     return caches
 
 
@@ -163,15 +175,16 @@ def rewind(caches: Caches, depth: int) -> bool:
     return True
 
 
-def read(engine: Engine, ids: np.ndarray, caches: Caches) -> mx.array:
-    """Prefill `ids` `[B, T]` in chunks, as `generate.prefill` does; returns the most likely next tokens `[B]`."""
-    offset, count = caches.offset, ids.shape[1]
+def read(engine: Engine, ids: np.ndarray, caches: Caches, memory: Memory | None = None) -> mx.array:
+    """Prefill `ids` `[B, T]` in chunks, as an answer's prompt is; returns the most likely next tokens `[B]`."""
+    offset, count, chunk = caches.offset, ids.shape[1], engine.device.chunk
     tokens = mx.array(ids)
-    for start in range(0, count, PREFILL_CHUNK):
-        piece = tokens[:, start : start + PREFILL_CHUNK]
+    for start in range(0, count, chunk):
+        piece = tokens[:, start : start + chunk]
         hidden = engine.model(Batch(piece, offset + start, offset + count), caches)
-        if start + PREFILL_CHUNK < count:
+        if start + chunk < count:
             mx.eval(caches.arrays)
+            (memory or Memory(engine.device.clears)).settle()
     return engine.device.ops.argmax(engine.model.logits(hidden[:, -1:])[:, 0])
 
 

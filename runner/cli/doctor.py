@@ -76,11 +76,13 @@ def check_mlx(report: BackendReport) -> list[Check]:
         return [Check("mlx", "missing", report.problem, report.fix)]
     from runner.cli.tables import size
 
+    gpu = "" if report.working_set is None else f", of which macOS gives the GPU {size(report.working_set)}"
     return [
         Check("mlx", "ok", report.mlx_version or "version unknown"),
         Check("device", "ok", report.device),
-        Check("memory", "ok", size(report.memory_bytes)),
+        Check("memory", "ok", size(report.memory_bytes) + gpu),
         check_kernels(report),
+        *(Check(remark.name, "note", remark.text, remark.fix) for remark in report.remarks),
     ]
 
 

@@ -14,12 +14,14 @@ from runner.cache.caches import Caches
 from runner.cache.storage import Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
+from runner.config.memory import needed
 from runner.engine.dtypes import choose
 from runner.engine.generate import new_caches
 from runner.errors import UsageError
 from runner.families import Model, find
 from runner.nn.batch import Batch
 from runner.ops.device import Device, current
+from runner.ops.metal import LARGE, MARGIN
 from runner.ops.owner import OWNER
 from runner.weights import loading
 from runner.weights.loading import Progress
@@ -59,6 +61,24 @@ class Engine:
     def nbytes(self) -> int:
         """Bytes of the weights in memory."""
         return loading.nbytes(self.model)
+
+    def wire(self, holder: object, tokens: int) -> None:
+        """Let macOS leave weights and a cache of `tokens` where they are, until `unwire`; a job of the owner's thread.
+
+        Nothing is done elsewhere, and nothing for a small model.
+        """
+        metal = self.device.metal
+        if metal is None or (weights := self.nbytes) < LARGE:
+            return
+        memories = (memory for index in range(self.config.num_hidden_layers) for memory in self.config.memory(index))
+        cache = needed(memories, tokens, self.dtype.size)
+        # What else is held, by another model or conversation, could be wired in their place: there is room for all.
+        OWNER.wired.hold(holder, metal, max(weights, mx.get_active_memory()) + cache + MARGIN)
+
+    def unwire(self, holder: object) -> None:
+        """The end of what `wire` began, soon and without waiting for it: callable from anywhere, at any time."""
+        if (metal := self.device.metal) is not None:
+            OWNER.post(lambda: OWNER.wired.release(holder, metal))
 
     @property
     def adapter_weights(self) -> dict[str, float]:

@@ -14,10 +14,8 @@ from runner.engine.replay import Steps
 from runner.errors import UsageError
 from runner.families import Model
 from runner.nn.batch import Batch
+from runner.ops.device import PREFILL_CHUNK
 from runner.ops.table import PORTABLE, Ops
-
-PREFILL_CHUNK = 512
-"""Prompt tokens per forward pass: enough to fill the machine, few enough to cancel soon and keep activations small."""
 
 Step = TypeVar("Step", bound=tuple[mx.array | None, ...])
 """What sampling makes of a row of logits: lazy arrays, the first of which is the token."""

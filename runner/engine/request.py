@@ -14,8 +14,12 @@ from runner.engine.generate import Cancelled, decode, prefill_passes
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.sampling import Sampler, SamplingParams, Token
 from runner.errors import NumericsError
+from runner.ops.memory import Memory
 
 T = TypeVar("T")
+
+SETTLED_EVERY = 256
+"""Tokens of an answer after which freed buffers are given back, on devices where they pile up."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Run:
         self.engine = engine
         self.active = False  # whether it uses the prompt cache
         self.reused = 0
+        self.memory = Memory(engine.device.clears)
+        self.budget = request.budget
         self._kept = kept
         self._request = request
         # Adapters as they are weighted now, whatever `set_adapters` does while the answer is under way.
@@ -62,7 +68,7 @@ class Run:
         """
         self.active = True
         try:
-            self.engine.run(lambda: self._kept.lend(self))
+            self.engine.run(self._begin)
             ids, made = self._request.ids, 0
             sampler = self._job(lambda: self._sampler(ids))
             while made < self._request.budget:
@@ -81,17 +87,25 @@ class Run:
                     self._kept.add(token.id)
                     yield token
         finally:
+            self.engine.unwire(self)
             self.active = False
+
+    def _begin(self) -> None:
+        self._kept.lend(self)
+        self.engine.wire(self, len(self._request.ids) + self._request.budget)
 
     def _prefill(self, ids: Sequence[int], held: int, on_progress: Callable[[int, int], None] | None) -> mx.array:
         """Read the ids behind the first `held`, chunk by chunk, and return the logits that follow."""
         cuts = self._kept.cuts()
-        passes = prefill_passes(self.engine.model, ids[held:], self._kept.caches, cuts=cuts)
+        chunk = self.engine.device.chunk
+        passes = prefill_passes(self.engine.model, ids[held:], self._kept.caches, chunk=chunk, cuts=cuts)
 
         def step() -> tuple[int, mx.array | None]:
             done, logits = next(passes)
             if held + done in cuts:
                 self._kept.mark()
+            if logits is None:
+                self.memory.settle()
             return done, logits
 
         while True:
@@ -107,9 +121,15 @@ class Run:
         """Yield up to `count` tokens, the first of them at `position` of the sequence."""
         engine = self.engine
         steps = decode(engine.model, logits, self._kept.caches, sampler, count, engine.device.ops)
+
+        def step(index: int) -> Token:
+            if index % SETTLED_EVERY == SETTLED_EVERY - 1:
+                self.memory.settle()
+            return next(steps).read()
+
         for index in range(count):
             try:
-                token = self._job(lambda: next(steps).read())
+                token = self._job(functools.partial(step, index))
             except NumericsError as error:
                 kind = str(logits.dtype).removeprefix("mlx.core.")
                 raise NumericsError(

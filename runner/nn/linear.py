@@ -204,6 +204,12 @@ def stored_quantization(leaf: Leaf, width: int, headers: Mapping[str, Header], c
     fits = mode is not None and not bits_rest and not group_rest
     if affine:
         fits = fits and bits in _BITS and group_size in _GROUPS and scales.dtype in FLOAT
+    if affine and not fits and not bits_rest and not group_rest:
+        known = f"{', '.join(map(str, _BITS))} bits in groups of {', '.join(map(str, _GROUPS))}"
+        raise WeightsError(
+            f"{leaf.name}: {bits} bits in groups of {group_size} with {scales.dtype} scales: MLX has kernels for "
+            f"{known} with float scales; quantize the model again"
+        )
     if mode is None or not fits:
         raise WeightsError(
             f"{leaf.name}: weight {list(packed.shape)} and scales {list(scales.shape)} {scales.dtype} fit "
@@ -230,5 +236,5 @@ def _lacks_a_part(name: str, form: Quantization, headers: Mapping[str, Header]) 
 
 
 _BITS = (2, 3, 4, 5, 6, 8)
-_GROUPS = (16, 32, 64, 128)
+_GROUPS = (32, 64, 128)
 _MODES = {(4, 32, "U8"): "mxfp4", (4, 16, "U8"): "nvfp4", (8, 32, "U8"): "mxfp8"}

@@ -117,7 +117,11 @@ class MoE:
     routed_scaling_factor: float = setting(default=1.0)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Experts `[B, L, K]` of each token and routing weights, in float32: close scores must keep their order."""
+        """Experts `[B, L, K]` of each token and routing weights, in float32: close scores must keep their order.
+
+        Where MLX multiplies in TF32 (NVIDIA, M5), numbers of 16 bits are multiplied exactly all the same: they have no
+        more bits of mantissa than TF32's 10. Only a router that is stored in float32 is rounded there, for prompts.
+        """
         logits = self.router(x.astype(mx.float32)).astype(mx.float32)
         scores = mx.sigmoid(logits) if self.scoring_func == "sigmoid" else mx.softmax(logits, axis=-1)
         # Ranks choose the experts; the scores without correction weigh them.

@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from runner.cache.storage import PLAIN, Storage
+from runner.ops import metal as apple
 from runner.ops import per_expert as per_expert
 from runner.ops.fusion import fusing
+from runner.ops.metal import Metal
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward pass on a CPU: enough to fill it, few enough to cancel soon and keep activations small."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,11 @@ class Device:
             activations have one dtype, which suits the model (`runner.engine.dtypes`).
         storage: how caches keep float32 rows, unless float32 was asked for.
         threads: threads of our kernels; None where MLX decides.
+        chunk: prompt tokens per forward pass.
+        clears: whether MLX's freed buffers are given back after each chunk and now and then between tokens: on a GPU
+            they pile up, as each length has sizes of its own.
+        tf32: whether MLX multiplies float32 matrices in TF32 there, 10 bits of mantissa, unless MLX_ENABLE_TF32=0.
+        metal: the Apple GPU that it computes on; None: it is none.
         notice: why the device is slower than this machine can be; None if it is not.
         fix: the command that removes the notice.
         needs: what must be installed before that command.
@@ -34,6 +44,10 @@ class Device:
     activations: mx.Dtype | None = None
     storage: Storage = PLAIN
     threads: int | None = None
+    chunk: int = PREFILL_CHUNK
+    clears: bool = False
+    tf32: bool = False
+    metal: Metal | None = None
     notice: str | None = None
     fix: str | None = None
     needs: str | None = None
@@ -41,9 +55,18 @@ class Device:
 
 
 def current() -> Device:
-    """The `Device` for MLX's default device."""
+    """The `Device` for MLX's default device.
+
+    Raises:
+        BackendError: MLX is built for Macs and finds no Metal device.
+    """
+    metal = apple.find()
     if mx.default_device() != mx.Device(mx.cpu):
-        return Device("MLX's CUDA kernels", CUDA) if mx.cuda.is_available() else Device("MLX's GPU kernels", METAL)
+        if mx.cuda.is_available():
+            return Device("MLX's CUDA kernels", CUDA, chunk=2048, clears=True, tf32=True)
+        # Half of a CUDA device's: an M1 reads some hundred tokens a second, and a prompt is cancelled between chunks.
+        tf32 = metal is not None and metal.tf32
+        return Device("MLX's GPU kernels", METAL, chunk=1024, clears=True, tf32=tf32, metal=metal)
     from runner.ops import cpu as kernels
 
     why = kernels.unavailable()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from runner.errors import BackendError
+from runner.ops.metal import Wired
 
 T = TypeVar("T")
 
@@ -55,6 +56,8 @@ class _Job:
 class Owner:
     """One worker thread, started by its first job and stopped with the interpreter, whatever it is doing then.
 
+    `wired` is the process's wired limit, on Macs.
+
     Queue and locks are those that are written in C: an exception that a signal raises in a waiting thread can come
     between any two lines of Python, and would leave a `Condition` (and thus a `Future`) of the library broken.
     """
@@ -66,6 +69,7 @@ class Owner:
         self._thread: threading.Thread | None = None
         self._current: _Job | None = None
         self._ended = False
+        self.wired = Wired()
 
     def run(self, work: Callable[[], T], device: mx.Device | None = None) -> T:
         """Run `work` on the owning thread and return its result, or raise its exception.
@@ -98,6 +102,14 @@ class Owner:
                 del job  # its traceback would keep this frame, which keeps it
         result: T = job.result
         return result
+
+    def post(self, work: Callable[[], object]) -> None:
+        """Have `work` done after the jobs that are waiting, without waiting for it; what it raises is lost.
+
+        Nothing is done where nothing runs any more: in a forked child, or while the interpreter ends.
+        """
+        if os.getpid() == self._pid and not self._ended:
+            self._queue.put(_Job(work, None))
 
     def _start(self) -> None:
         with self._starting:

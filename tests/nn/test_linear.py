@@ -15,6 +15,7 @@ import runner
 from runner.checkpoint.directory import Checkpoint, write_checkpoint
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
+from runner.engine.engine import open_engine
 from runner.errors import WeightsError
 from runner.nn.moe import QuantizedExperts
 
@@ -81,3 +82,20 @@ def test_stacked_experts_take_biases_of_another_dtype() -> None:
     found = experts(mx.ones((1, 1, 1, 1, 64)), ids).flatten()
     wanted = mx.dequantize(words, scales.astype(mx.float32), biases, **form).sum(axis=-1)[mx.array([0, 2])].flatten()
     assert mx.allclose(found, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize(("group_size", "scales"), [(16, mx.float16), (8, mx.float16), (32, mx.uint8)])
+def test_packed_matrices_that_no_kernel_multiplies_are_refused_by_name(
+    group_size: int, scales: mx.Dtype, tmp_path: Path
+) -> None:
+    """Groups of 16 were read, and failed in MLX when the first token was computed."""
+    source = Checkpoint.open(LLAMA / "llama-mlx-4bit")
+    tensors = {name: source.read(name) for name in source.headers}
+    name = "model.layers.0.mlp.down_proj"
+    rows, groups = tensors[f"{name}.scales"].shape
+    width = groups * source.config["quantization"]["group_size"]
+    for part in ("scales", "biases"):
+        tensors[f"{name}.{part}"] = mx.ones((rows, width // group_size), dtype=scales)
+    write_checkpoint(tmp_path / "model", tensors.items(), source.config)
+    with pytest.raises(WeightsError, match=rf"{name}: 4 bits in groups of {group_size} .* groups of 32, 64, 128"):
+        open_engine(tmp_path / "model")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import platform
 import shutil
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,13 +18,18 @@ from runner import installation
 
 @dataclass(frozen=True)
 class Unavailable:
-    """Why the kernels cannot be used, and the command that fixes it; `needs` is what must be installed before."""
+    """Why the kernels cannot be used, and the command that fixes it, None where there is none.
+
+    `needs` is what must be installed before that command.
+    """
 
     reason: str
-    fix: str
+    fix: str | None
     needs: str | None = None
 
     def __str__(self) -> str:
+        if self.fix is None:
+            return self.reason
         return f"{self.reason}; {'' if self.needs is None else f'install {self.needs}, then '}run: {self.fix}"
 
 
@@ -33,6 +40,9 @@ def load_extension(name: str = f"{__package__}._C") -> ModuleType | Unavailable:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError:
+        if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):  # as in setup.py
+            others = "; MLX's default device, the GPU, is the fast one here" if sys.platform == "darwin" else ""
+            return Unavailable(f"there are CPU kernels for Linux on x86-64 and ARM alone{others}", None)
         found = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
         needs = None if found else "a C++20 compiler (g++ or clang++)"
         return Unavailable("the CPU kernels are not built", installation.rebuild(dependencies=False), needs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shlex
 import subprocess
 import sys
@@ -35,14 +36,29 @@ def test_a_missing_extension_has_a_reason_and_a_fix(monkeypatch: pytest.MonkeyPa
     why = _load.load_extension("runner.ops.cpu._no_such_module")
     assert isinstance(why, _load.Unavailable)
     assert "not built" in why.reason and why.needs is not None and "g++" in why.needs
-    assert why.fix.startswith(shlex.quote(sys.executable)) and "--no-deps" in why.fix
+    assert why.fix is not None and why.fix.startswith(shlex.quote(sys.executable)) and "--no-deps" in why.fix
+
+
+@pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "riscv64")])
+def test_where_there_are_no_kernels_nobody_is_told_to_build_them(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str
+) -> None:
+    monkeypatch.delenv("RUNNER_KERNELS_ISA", raising=False)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    why = _load.load_extension("runner.ops.cpu._no_such_module")
+    assert isinstance(why, _load.Unavailable) and why.fix is None and why.needs is None
+    assert "Linux on x86-64 and ARM alone" in str(why) and "run:" not in str(why)
+    assert ("the GPU, is the fast one" in str(why)) is (system == "darwin")
 
 
 def test_a_build_for_another_mlx_is_refused() -> None:
     why = _load.check(Fake("0.1.2"), "0.32.4")
     assert isinstance(why, _load.Unavailable)
     assert "0.1.2" in why.reason and "0.32.4" in why.reason
-    assert "pip install" in why.fix and "--no-deps" not in why.fix  # the MLX that it is built for comes along
+    assert (
+        why.fix is not None and "pip install" in why.fix and "--no-deps" not in why.fix
+    )  # the MLX that it is built for comes along
 
 
 def test_another_nanobind_abi_is_refused() -> None:
