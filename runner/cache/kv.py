@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from runner.cache.mark import Mark
-from runner.cache.storage import PLAIN, Storage
+from runner.cache.storage import PLAIN, Storage, capacity, cut, fill
 from runner.errors import UsageError
 
 STEP = 256
@@ -31,26 +31,26 @@ class History(NamedTuple):
     @property
     def keys(self) -> mx.array:
         """Keys `[B, KV, S, D]` as numbers."""
-        return self.storage.read(self.stored_keys[..., : self.length, : self.split])
+        return self.storage.read(self.stored_keys, self.length)[..., : self.split]
 
     @property
     def values(self) -> mx.array:
         """Values `[B, KV, S, Dv]` as numbers."""
         if self.split is not None:
-            return self.storage.read(self.stored_keys[..., : self.length, self.split :])
-        return self.storage.read(self.stored_values[..., : self.length, :])
+            return self.storage.read(self.stored_keys, self.length)[..., self.split :]
+        return self.storage.read(self.stored_values, self.length)
 
     @property
     def rows(self) -> mx.array:
         """Keys and values side by side, `[B, KV, S, D + Dv]`: without a copy where they are stored so."""
         if self.split is not None:
-            return self.storage.read(self.stored_keys[..., : self.length, :])
+            return self.storage.read(self.stored_keys, self.length)
         return mx.concatenate([self.keys, self.values], axis=-1)
 
     def latest(self, count: int) -> History:
         """The newest `count` rows of these, or all where there are fewer."""
         first = max(0, self.length - count)
-        keys, values = (buffer[..., first : self.length, :] for buffer in (self.stored_keys, self.stored_values))
+        keys, values = (cut(buffer, first, self.length) for buffer in (self.stored_keys, self.stored_values))
         return self._replace(stored_keys=keys, stored_values=values, length=self.length - first)
 
 
@@ -101,7 +101,7 @@ class KVCache:
         count = keys.shape[2]
         # Rows in the buffer, whose first need not be position 0 under a sliding window.
         stored = self.offset - self._start
-        if self._keys is None or self._values is None or stored + count > self._keys.shape[2]:
+        if self._keys is None or self._values is None or stored + count > capacity(self._keys):
             stored = self._make_room(keys, values, stored)
         assert self._keys is not None and self._values is not None
         end = stored + count
@@ -113,7 +113,7 @@ class KVCache:
     @property
     def room(self) -> int:
         """How many more tokens fit before the buffers are reallocated."""
-        return 0 if self._keys is None else self._keys.shape[2] - (self.offset - self._start)
+        return 0 if self._keys is None else capacity(self._keys) - (self.offset - self._start)
 
     def ahead(self, count: int) -> KVCache:
         """A copy with `count` more tokens (at most `room`) over the same buffers, to build later steps' graphs with."""
@@ -172,17 +172,17 @@ class KVCache:
         kept = self._kept(stored)
         need = kept + keys.shape[2]
         # Room for a quarter more, in whole steps.
-        capacity = -(-(need + max(STEP // 2, need // 4)) // STEP) * STEP
-        self._keys = self._moved(self._keys, keys, stored, kept, capacity)
-        self._values = self._moved(self._values, values, stored, kept, capacity)
+        room = -(-(need + max(STEP // 2, need // 4)) // STEP) * STEP
+        self._keys = self._moved(self._keys, keys, stored, kept, room)
+        self._values = self._moved(self._values, values, stored, kept, room)
         self._start = self.offset - kept
         return kept
 
-    def _moved(self, old: mx.array | None, like: mx.array, stored: int, kept: int, capacity: int) -> mx.array:
+    def _moved(self, old: mx.array | None, like: mx.array, stored: int, kept: int, room: int) -> mx.array:
         """A new buffer for rows like `like`, with the last `kept` of the rows stored in `old` at its front."""
-        buffer = self.storage.empty(like, capacity)
+        buffer = self.storage.empty(like, room)
         if old is not None and kept:
-            buffer[..., :kept, :] = old[..., stored - kept : stored, :]
+            fill(buffer, old, stored - kept, stored)
         return buffer
 
 
@@ -226,11 +226,13 @@ class RotatingKVCache(KVCache):
             return Mark(self.offset, {})
         end = self.offset - self._start
         kept = self._kept(end)
-        rows = {"keys": self._keys[..., end - kept : end, :], "values": self._values[..., end - kept : end, :]}
-        return Mark(self.offset, {name: mx.contiguous(array) for name, array in rows.items()})
+        buffers = {"keys": self._keys, "values": self._values}
+        return Mark(
+            self.offset, {name: mx.contiguous(cut(buffer, end - kept, end)) for name, buffer in buffers.items()}
+        )
 
     def restore(self, mark: Mark) -> None:
         """Come back to where `mark` was made, with buffers of the marked rows; they grow at the next `append`."""
         self._keys, self._values, self._history = mark.arrays.get("keys"), mark.arrays.get("values"), None
         self.offset = mark.offset
-        self._start = mark.offset - (0 if self._keys is None else self._keys.shape[2])
+        self._start = mark.offset - (0 if self._keys is None else capacity(self._keys))

@@ -8,25 +8,28 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 SCALE_COLUMNS = 2
-"""Columns of the scale in an int16 row: a float32 in the place of two codes, after D codes; value = code * scale."""
+"""Columns of the scale in an int16 row: a float32 in the place of two codes, after D codes."""
+
+HEADER_ROWS = 1
+"""Rows at the end of an int16 buffer that hold no token but the D channels' powers: value = code * scale * 2^power."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Makes, fills and reads a cache's buffers `[B, KV, capacity, width]`.
+    """Makes, fills and reads a cache's buffers `[B, KV, capacity, width]` (one more row where they are int16).
 
     Attributes:
         empty: `empty(rows, capacity)` makes a buffer for rows like `rows` `[B, KV, L, D]`.
         write: `write(keys, values, k, v, at)` returns both buffers with `k` and `v` `[B, KV, L, D]` in the rows from
             `at` on; the old buffers must not be used again, as the new ones may share their memory.
-        read: `read(buffer)` returns the rows as numbers.
+        read: `read(buffer, length)` returns the first `length` rows as numbers `[B, KV, length, D]`.
         joins: whether a token's key and value may share a row: not where each row has a scale, which the larger of
             the two would set for both.
     """
 
     empty: Callable[[mx.array, int], mx.array]
     write: Callable[[mx.array, mx.array, mx.array, mx.array, int], tuple[mx.array, mx.array]]
-    read: Callable[[mx.array], mx.array]
+    read: Callable[[mx.array, int], mx.array]
     joins: bool = False
 
 
@@ -41,17 +44,41 @@ def _write(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) 
     return keys, values
 
 
-def unpacked(buffer: mx.array) -> mx.array:
-    """The rows as numbers: the codes of int16 rows times the scale at their end, other rows unchanged."""
+def unpacked(buffer: mx.array, length: int) -> mx.array:
+    """The first rows as numbers: int16 codes times their row's scale and their channel's power, others unchanged."""
+    rows = buffer[..., :length, :]
     if buffer.dtype != mx.int16:
-        return buffer
-    codes, scale = mx.split(buffer, [buffer.shape[3] - SCALE_COLUMNS], axis=3)
-    return codes.astype(mx.float32) * mx.view(mx.contiguous(scale), mx.float32)
+        return rows
+    codes, scale = mx.split(rows, [row_width(buffer)], axis=3)
+    powers = buffer[..., -HEADER_ROWS:, : row_width(buffer)].astype(mx.float32)
+    return codes.astype(mx.float32) * mx.view(mx.contiguous(scale), mx.float32) * mx.power(2.0, powers)
 
 
 def row_width(buffer: mx.array) -> int:
     """The head size D of a buffer's rows, without the columns of a scale."""
     return buffer.shape[3] - (SCALE_COLUMNS if buffer.dtype == mx.int16 else 0)
+
+
+def capacity(buffer: mx.array) -> int:
+    """How many tokens' rows a buffer has."""
+    return buffer.shape[2] - _header(buffer)
+
+
+def cut(buffer: mx.array, first: int, last: int) -> mx.array:
+    """A buffer of the rows from `first` up to `last`: a view, but where it needs a header."""
+    rows = buffer[..., first:last, :]
+    return mx.concatenate([rows, buffer[..., capacity(buffer) :, :]], axis=2) if _header(buffer) else rows
+
+
+def fill(buffer: mx.array, old: mx.array, first: int, last: int) -> None:
+    """Put the rows of `old` from `first` up to `last` at the front of a new `buffer`, and the powers at its end."""
+    buffer[..., : last - first, :] = old[..., first:last, :]
+    if _header(buffer):
+        buffer[..., capacity(buffer) :, :] = old[..., capacity(old) :, :]
+
+
+def _header(buffer: mx.array) -> int:
+    return HEADER_ROWS if buffer.dtype == mx.int16 else 0
 
 
 PLAIN = Storage(_empty, _write, unpacked, joins=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import mlx.core as mx
 
-from runner.cache.storage import row_width
+from runner.cache.storage import capacity, row_width
 from runner.config import rope as frequencies
 from runner.config.rope import RopeScaling
 from runner.errors import UsageError
@@ -61,7 +61,7 @@ def scaled_dot_product_attention(
     q, k, v = query.shape, key.shape, value.shape
     if not len(q) == len(k) == len(v) == 4:
         raise UsageError(f"attention needs query [B, H, L, D], key and value [B, KV, S, D]; got {_shapes(q, k, v)}")
-    keys = k[2] if length is None else length
+    keys = capacity(key) if length is None else length
     # Rows of a quantized cache end with a scale; `row_width` is the head size without it.
     if k[:3] != v[:3] or q[0] != k[0] or q[3] != row_width(key):
         raise UsageError(f"attention: batch, key-value heads, lengths or head sizes differ: {_shapes(q, k, v)}")

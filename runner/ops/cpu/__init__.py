@@ -194,8 +194,8 @@ def attention(
     """Softmax attention with grouped heads; builds no L x S matrix and reads k and v where they lie.
 
     q float [B, H, L, D]; k [B, KV, S, D] and v [B, KV, S, DV] of one float type, H a multiple of KV; any strides, and
-    no copy is made if the last dimension is contiguous. Both may be int16 [.., D + 2] as `append` writes it; `length`
-    is S where their third dimension is larger. Query l has the position of key S - L + l: "causal" hides the keys after
+    no copy is made if the last dimension is contiguous. Both may be int16 [.., S + 1, D + 2] as `append` writes it;
+    `length` is S where there are more rows. Query l has the position of key S - L + l: "causal" hides the keys after
     it, `window` also those before the last `window` keys up to it. An array mask broadcasts to [B, H, L, S]: bool
     (True = visible) or float (added to the scores). sinks float [H]: one more score per head, which takes its share of
     the softmax and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, DV] of q's type.
@@ -206,9 +206,12 @@ def attention(
 def append(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) -> tuple[mx.array, mx.array]:
     """Write k and v float [B, KV, L, D] into the rows from `at` on of keys and values [B, KV, C, ..], in place.
 
-    A buffer is float [.., D], or int16 [.., D + 2]: codes and, in the bytes of the last two, a float32 scale, the
-    row's largest magnitude / 32767 (NaN where the row holds NaN or infinity). The results share the buffers' memory,
-    even where others still hold the buffers: rows before `at` stay as they are.
+    A buffer is float [.., C, D], or int16 [.., C + 1, D + 2]: codes and, in the bytes of the last two, a float32 scale
+    for the row's largest magnitude (NaN where the row holds NaN or infinity); value = code * scale * 2^power.
+    The powers of the D channels lie in the last row. They are chosen when `at` is 0, by the rows written then: a
+    channel of more than twice the median channel's magnitude is divided down to that, and keys' channel i + D / 2, into
+    which RoPE may turn it, by half that power at least. The results share the buffers' memory, even where others still
+    hold the buffers: rows before `at` stay as they are.
     """
     return _C.append(keys, values, k, v, at)
 

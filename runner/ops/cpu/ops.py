@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from runner.cache.storage import PLAIN, SCALE_COLUMNS, Storage, unpacked
+from runner.cache.storage import HEADER_ROWS, PLAIN, SCALE_COLUMNS, Storage, unpacked
 from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
 from runner.ops import per_expert as per_expert
@@ -42,12 +42,13 @@ def _quantized_embed(ids: mx.array, table: QuantizedWeight, dtype: mx.Dtype | No
 def _dense(rows: mx.array, capacity: int) -> mx.array:
     """Make a buffer that keeps float32 rows as int16 with a scale each: half the bytes that every later token reads.
 
-    The error is at most 2^-16 of a row's largest magnitude; float16 would be off by up to 2^-11 of each value, which on
-    SmolLM2-135M moves logits by 2e-3 of their standard deviation, four times as much as this.
+    The error is at most 2^-16 of a row's largest magnitude, after channels that stand out are divided down to the
+    others (see `kernels.append`). float16 would be off by up to 2^-11 of each value, which on SmolLM2-135M moves logits
+    by 2e-3 of their standard deviation.
     """
     if rows.dtype != mx.float32:
         return PLAIN.empty(rows, capacity)
-    return mx.zeros((*rows.shape[:2], capacity, rows.shape[3] + SCALE_COLUMNS), dtype=mx.int16)
+    return mx.zeros((*rows.shape[:2], capacity + HEADER_ROWS, rows.shape[3] + SCALE_COLUMNS), dtype=mx.int16)
 
 
 _ACTIVATIONS: dict[str, kernels.Activation] = {
@@ -100,4 +101,10 @@ KERNELS = Ops(
 """The operations over `runner.ops.cpu`; those without a kernel are plain MLX."""
 
 DENSE = Storage(_dense, _C.append, unpacked)
-"""Storage that halves float32 caches; logits move by less than 1e-3 of their standard deviation."""
+"""Storage that halves float32 caches; logits move by less than 1e-3 of their standard deviation.
+
+Measured on SmolLM2-135M, over all logits of 300 tokens: 1.0e-4 in the root mean square, 7.6e-4 at worst, and the same
+with one or three channels of keys and values made 100 or 1,000 times as large, as models have them (with one scale for
+all channels, these took it to 3.7e-2 and 0.3). A channel that stands out must do so among the tokens that are fed
+first: one that grows later takes codes from the others.
+"""

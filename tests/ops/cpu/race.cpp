@@ -52,10 +52,10 @@ std::vector<float> everything() {
     kernels().attention(a);
     all.insert(all.end(), out.begin(), out.end());
   }
-  std::vector<int16_t> rows(kKv * kKeys * (kDim + 2));
+  std::vector<int16_t> rows(kKv * (kKeys + 1) * (kDim + 2));
   AppendArgs append{};
   append.x = k.data(), append.to = rows.data(), append.type = DType::i16;
-  append.b = 1, append.h = kKv, append.l = append.capacity = kKeys, append.d = kDim;
+  append.b = 1, append.h = kKv, append.l = kKeys, append.capacity = kKeys + 1, append.d = kDim;
   append.sh = kKeys * kDim, append.sl = kDim;
   kernels().append(append);
   all.insert(all.end(), rows.begin(), rows.end());

@@ -65,15 +65,23 @@ RUNNER_INLINE const typename T::S* value_row(const AttentionArgs& a, int64_t b, 
   return (const typename T::S*)a.v + b * a.vb + h * a.vh + s * a.vs;
 }
 
+// x[i] *= 2^powers[i]
+RUNNER_INLINE void times_powers(const int16_t* powers, int64_t n, float* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= bits_to_float((uint32_t)(127 + powers[i]) << 23);
+}
+
 inline void load_query(const AttentionArgs& a, int64_t b, int64_t h, int64_t l, float* dst) {
   with_type(a.qt, [&](auto t) {
     using T = decltype(t);
     to_float<T>((const typename T::S*)a.q + b * a.qb + h * a.qh + l * a.ql, dst, a.d);
   });
   for (int64_t i = 0; i < a.d; ++i) dst[i] *= a.scale;
+  // A channel's power belongs to all its codes, so that it can be applied to what they are multiplied with.
+  if (a.kt == DType::i16) times_powers(key_row<I16>(a, b, h / (a.h / a.kv), a.header), a.d, dst);
 }
 
-inline void store_result(const AttentionArgs& a, int64_t b, int64_t h, int64_t l, const float* src) {
+inline void store_result(const AttentionArgs& a, int64_t b, int64_t h, int64_t l, float* src) {
+  if (a.kt == DType::i16) times_powers(value_row<I16>(a, b, h / (a.h / a.kv), a.header), a.dv, src);
   with_type(a.qt, [&](auto t) {
     using T = decltype(t);
     from_float<T>(src, (typename T::S*)a.out + ((b * a.h + h) * a.l + l) * a.dv, a.dv);

@@ -47,6 +47,7 @@ class Attention : public CpuPrimitive {
     a.qb = sq[0], a.qh = sq[1], a.ql = sq[2];
     a.kb = sk[0], a.kh = sk[1], a.ks = sk[2];
     a.vb = sv[0], a.vh = sv[1], a.vs = sv[2];
+    a.header = inputs[1].shape(2) - 1;
     a.scale = scale_;
     a.causal = causal_;
     a.window = window_;
@@ -112,6 +113,7 @@ class Append : public CpuPrimitive {
       a.b = x.shape(0), a.h = x.shape(1), a.l = x.shape(2), a.d = x.shape(3);
       a.sb = strides[0], a.sh = strides[1], a.sl = strides[2];
       a.at = at_, a.capacity = buffer.shape(2);
+      a.paired = i == 0;
       if (x.size() == 0) continue;
       d.run([a](int64_t ahead) {
         AppendArgs here = a;
@@ -136,9 +138,12 @@ mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& 
   need_dims(op, "k", k, 4);
   if (k.dtype() != mx::int16) need_float(op, "k", k);
   need_dims(op, "v", v, 4);
-  int heads = q.shape(1), kv = k.shape(1), keys = length.value_or(k.shape(2));
-  int scale_columns = k.dtype() == mx::int16 ? 2 : 0;
-  if (keys < 0 || keys > k.shape(2)) refuse(op, ": length is ", keys, "; expected at most the keys of k ", k.shape());
+  // Rows of codes end with a scale, and the last of them is a header.
+  int scale_columns = k.dtype() == mx::int16 ? 2 : 0, rows = k.shape(2) - (k.dtype() == mx::int16 ? 1 : 0);
+  int heads = q.shape(1), kv = k.shape(1), keys = length.value_or(rows);
+  if (keys < 0 || keys > rows) {
+    refuse(op, ": length is ", keys, "; expected at most the keys of k ", k.dtype(), k.shape(), ", ", rows);
+  }
   bool same = k.dtype() == v.dtype() && k.shape(0) == v.shape(0) && kv == v.shape(1) && k.shape(2) == v.shape(2);
   if (!same) {
     refuse(op, ": k is ", k.dtype(), k.shape(), ", v ", v.dtype(), v.shape(),
@@ -177,13 +182,13 @@ std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array
     need_dims(op, "a buffer", buffer, 4);
     need_dims(op, "k or v", x, 4);
     need_float(op, "k or v", x);
-    int columns = buffer.dtype() == mx::int16 ? 2 : 0;
+    int columns = buffer.dtype() == mx::int16 ? 2 : 0, rows = buffer.shape(2) - (buffer.dtype() == mx::int16 ? 1 : 0);
     if (columns == 0) need_float(op, "a buffer", buffer);
     bool fits = buffer.shape(0) == x.shape(0) && buffer.shape(1) == x.shape(1) && at >= 0 &&
-                x.shape(2) <= buffer.shape(2) - at && buffer.shape(3) == x.shape(3) + columns;
+                x.shape(2) <= rows - at && buffer.shape(3) == x.shape(3) + columns;
     if (!fits) {
       refuse(op, ": rows of shape ", x.shape(), " at ", at, " do not fit ", buffer.dtype(), buffer.shape(),
-             "; expected equal batch, heads and width (two more columns of int16), and room");
+             "; expected equal batch, heads and width (int16: two more columns and one more row), and room");
     }
   }
   auto primitive = std::make_shared<Append>(cpu_stream(), at);

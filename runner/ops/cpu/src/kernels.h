@@ -61,7 +61,7 @@ struct RopeArgs {
 };
 
 // q[B, H, L, D], k[B, KV, S, D], v[B, KV, S, DV], last dimension contiguous, other strides free; out [B, H, L, DV]
-// contiguous.
+// contiguous. Type i16: row `header` of k and v holds the powers of their channels, see AppendArgs.
 struct AttentionArgs {
   const void *q, *k, *v;
   void* out;
@@ -70,6 +70,7 @@ struct AttentionArgs {
   int64_t qb, qh, ql;
   int64_t kb, kh, ks;
   int64_t vb, vh, vs;
+  int64_t header;
   float scale;
   bool causal;
   int64_t window;          // 0: none; else the last `window` keys up to the query's own position
@@ -82,7 +83,9 @@ struct AttentionArgs {
 };
 
 // Rows of k or v [B, KV, L, D], any strides but the last, into a cache's buffer [B, KV, capacity, width] from row `at`.
-// Type i16: width D + 2, D codes and then a float32 scale in the bytes of the last two; value = code * scale.
+// Type i16: width D + 2, D codes and then a float32 scale in the bytes of the last two. The last row of the capacity is
+// no token's: its first D numbers are the powers of the channels; value = code * scale * 2^power. They are chosen when
+// row 0 is written, by all the rows written with it.
 struct AppendArgs {
   const void* x;
   void* to;
@@ -90,6 +93,7 @@ struct AppendArgs {
   int64_t b, h, l, d;
   int64_t sb, sh, sl;
   int64_t at, capacity;
+  bool paired;  // the halves of a row may turn into each other: keys under RoPE
 };
 
 enum class Activation : uint8_t { silu, gelu, gelu_approx, relu };
