@@ -272,7 +272,8 @@ def test_channels_keep_their_powers_where_rows_move(window: int | None) -> None:
             want = numpy(rows[:, :, end - seen.length : end])
             for found, times in ((seen.keys, 1), (seen.values, -2)):
                 off = np.abs(numpy(found) - times * want) / np.abs(want).mean((0, 1, 2))
-                assert found.shape == want.shape and off.max() < 1e-3
+                # The other half of the outlier's pair has the coarsest codes; lost powers are off by 1 and more.
+                assert found.shape == want.shape and off.max() < 5e-3
 
     for start in range(0, 700, 20):
         if start == 400:
