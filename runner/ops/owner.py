@@ -138,6 +138,9 @@ class Owner:
             if job.wanted:
                 job.perform()
             self._current = job = None  # nothing of the last job is kept until the next one comes
+        # MLX's threads belong to this thread's streams; on a GPU the process aborts if they are left to its end.
+        mx.synchronize()
+        mx.clear_streams()
 
     def _end(self) -> None:
         """Let the job that is under way end, before the interpreter takes down what it stands on."""

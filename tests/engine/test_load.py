@@ -118,7 +118,7 @@ def load(total: int, tmp_path: Path) -> None:
             shutil.copy(LLAMA / "llama-gqa" / "tokenizer.json", copy)
         paths.append(str(copy))
     command = [sys.executable, "-c", LOAD, str(total), *paths]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment, check=False)
     # An exception that hits a thread outside its request is printed by Python; nothing else may be.
     assert done.returncode == 0, done.stderr[-4000:]
