@@ -33,7 +33,7 @@ class ChatInputs:
 
     Every message has a `role` and a `content`, which is text or a list of parts `{"type": "text", "text": ...}`.
     `continue_final_message` is the key of the last message that the model is to go on writing; None: a new message.
-    `deadline` is the time of `time.monotonic` at which everything that is rendered of these inputs must be done.
+    `deadline` is the time of `time.thread_time` at which everything that is rendered of these inputs must be done.
     """
 
     messages: list[dict[str, Any]]
@@ -42,7 +42,7 @@ class ChatInputs:
     add_generation_prompt: bool = False
     continue_final_message: str | None = None
     now: datetime = field(default_factory=datetime.now)
-    deadline: float = field(default_factory=lambda: time.monotonic() + seconds_for(0))
+    deadline: float = field(default_factory=lambda: time.thread_time() + seconds_for(0))
 
 
 def chat_inputs(
@@ -78,7 +78,7 @@ def chat_inputs(
     copied = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     plain_tools, plain_extra = _plain(tools, "tools"), _plain(extra, "template arguments")
     key = "content" if continue_final_message is True else continue_final_message or None
-    deadline = time.monotonic() + seconds_for(size_of([copied, plain_tools, plain_extra]))
+    deadline = time.thread_time() + seconds_for(size_of([copied, plain_tools, plain_extra]))
     return ChatInputs(copied, plain_tools, plain_extra, add_generation_prompt, key, deadline=deadline)
 
 

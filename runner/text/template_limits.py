@@ -37,14 +37,14 @@ class Budget:
     """What one rendering may still spend.
 
     `size` is the number of characters and items in the template and its inputs; limits on text and steps grow with it.
-    `deadline` is a time of `time.monotonic`; None: as late as the size allows.
+    `deadline` is a time of `time.thread_time`; None: as late as the size allows.
     """
 
     def __init__(self, size: int, deadline: float | None = None) -> None:
         self.text_limit = _TEXT + 4 * size
         self._work = _WORK * (_TEXT + 2 * size)
         self._steps = _STEPS + 4 * size
-        self._deadline = time.monotonic() + seconds_for(size) if deadline is None else deadline
+        self._deadline = time.thread_time() + seconds_for(size) if deadline is None else deadline
 
     def step(self) -> None:
         """Count one step; raises `OverBudgetError` when steps or time run out."""
@@ -55,7 +55,7 @@ class Budget:
 
     def check_time(self) -> None:
         """Raise `OverBudgetError` if the time is up."""
-        if time.monotonic() > self._deadline:
+        if time.thread_time() > self._deadline:
             raise OverBudgetError("the chat template takes too many steps for its time; use another template")
 
     def check(self, length: int) -> None:

@@ -307,7 +307,7 @@ def render_template(
         variables: plain JSON-like data that the template can read.
         size: characters and items in the template and `variables`; the limits grow with it.
         now: the time that `strftime_now` formats.
-        deadline: time of `time.monotonic` at which it must be done; None: as late as the size allows.
+        deadline: time of `time.thread_time` at which it must be done; None: as late as the size allows.
 
     Raises:
         TemplateError: the template refuses its input, fails, or exceeds a limit.
