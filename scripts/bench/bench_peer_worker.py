@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 
 SEED = 20261124
-THREADS = int(os.environ.get("RUNNER_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
+THREADS = int(os.environ.get("RUNNER_NUM_THREADS", "0")) or (
+    len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+)
 
 
 def random_ids(count: int, vocab: int) -> list[int]:
@@ -41,7 +43,7 @@ class Engine:
     position = 0
 
     def rewind(self, depth: int) -> None:
-        """Forget what came after `depth`."""
+        """Forget what came after `depth`; all of it, where that cannot be told apart."""
         raise NotImplementedError
 
     def read(self, ids: list[int]) -> int:
@@ -55,10 +57,11 @@ class Engine:
 
     def at(self, depth: int) -> None:
         """Have exactly `depth` random tokens in the cache."""
-        if self.position < depth:
+        if self.position > depth:
+            self.rewind(depth)
+        if self.position != depth:  # too few, or none: a window that has moved on cannot be cut back
             self.rewind(0)
             self.read(random_ids(depth, self.vocab))
-        self.rewind(depth)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Float32 logits `[T, V]`."""
@@ -70,12 +73,11 @@ class Runner(Engine):
 
     def __init__(self, model: str) -> None:
         from runner.bench import open_subject
-        from runner.text.tokenizer import Tokenizer
 
         name, _, form = model.partition(":")
         self.subject = open_subject(name, quantize=form or None)
         self.engine = self.subject.engine
-        self.tokenizer = None if form else Tokenizer.from_directory(Path(name))
+        self.directory = Path(name)
         self.version = importlib.metadata.version("mlx") + ", " + self.engine.device.name
         self.vocab = self.engine.config.vocab_size
         self.caches = self.engine.new_caches()
@@ -105,9 +107,10 @@ class Runner(Engine):
 
     def greedy(self, text: str, tokens: int) -> dict[str, list[int]]:
         """The answer to a chat message, or to plain text where there is no template."""
-        assert self.tokenizer is not None
+        from runner.text.tokenizer import Tokenizer
+
         self.rewind(0)
-        ids = self.tokenizer.encode(text)
+        ids = Tokenizer.from_directory(self.directory).encode(text)
         answer = [self.read(ids)]
         while len(answer) < tokens:
             answer.append(self.read([answer[-1]]))
@@ -138,8 +141,11 @@ class MlxLm(Engine):
         self.prompt_cache = cache.make_prompt_cache(self.model)
 
     def rewind(self, depth: int) -> None:
-        self.cache.trim_prompt_cache(self.prompt_cache, self.position - depth)
-        self.position = depth
+        if self.cache.can_trim_prompt_cache(self.prompt_cache):
+            self.cache.trim_prompt_cache(self.prompt_cache, self.position - depth)
+            self.position = depth
+        else:
+            self.prompt_cache, self.position = self.cache.make_prompt_cache(self.model), 0
 
     def step(self, token: Any) -> Any:
         self.position += token.shape[1]
