@@ -79,7 +79,7 @@ class Tokenizer:
         return any(all(find_file(path, name) is not None for name in names) for names in SOURCES)
 
     def with_templates(self, sources: Mapping[str, str]) -> Tokenizer:
-        """The same tokenizer with chat templates from elsewhere, by name; they read this one's special tokens."""
+        """Copy the tokenizer, with other chat templates (source by name), which read its special tokens."""
         result = copy.copy(self)
         result._templates = self._templates.replaced(sources)
         return result

@@ -31,7 +31,7 @@ THREADS = int(os.environ.get("RUNNER_NUM_THREADS", "0")) or (
 
 
 def random_ids(count: int, vocab: int) -> list[int]:
-    """The same ids for every engine."""
+    """Draw token ids from a fixed seed, so that every engine gets the same prompt."""
     return np.random.default_rng(SEED).integers(0, vocab, count).tolist()
 
 

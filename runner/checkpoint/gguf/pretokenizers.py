@@ -66,7 +66,7 @@ DEFAULT = PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0
 
 
 def _named(names: str, entry: PreTokenizer) -> dict[str, PreTokenizer]:
-    """The same entry under each of the names, which are separated by spaces."""
+    """List a pre-tokenizer under each of its names, which are separated by spaces."""
     return dict.fromkeys(names.split(), entry)
 
 

@@ -50,7 +50,7 @@ def signs(headers: Mapping[str, Header]) -> bool:
 
 
 def unexplained(names: list[str], headers: Mapping[str, Header]) -> list[str]:
-    """Those of the packed tensors that are neither float8 weights with scales, nor such scales."""
+    """Find the packed tensors that are neither float8 weights with scales nor the scales of such weights."""
     layers = float8_layers(headers)
     known = {f"{layer}.weight" for layer in layers} | {scale_of(layer, headers) for layer in layers}
     return [name for name in names if name not in known]
