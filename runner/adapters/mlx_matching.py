@@ -155,7 +155,7 @@ class MlxMatching:
         for part, needed in expected.items():
             if part not in tensors:
                 self.problems.missing(f"{module}.{part}", needed)
-        if tensors.keys() < expected.keys():
+        if not tensors.keys() >= expected.keys():
             return
         if stack is not None:
             self.pairs.setdefault(stack.name, []).append((tensors["lora_a"], tensors["lora_b"], start))

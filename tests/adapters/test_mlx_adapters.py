@@ -213,6 +213,8 @@ PARAMETERS = {"rank": 4, "scale": 5.0, "dropout": 0.0}
     ("case", "tensors", "config", "message"),
     [
         (QV, drop(f"{Q0}.lora_b"), {}, rf"\(1 problem.*missing: {Q0}.lora_b: expected \[4, 32\]"),
+        # A tensor too many does not make up for the one that is missing.
+        (QV, lambda arrays: arrays.update({f"{Q0}.m": arrays.pop(f"{Q0}.lora_b")}), {}, rf"missing: {Q0}.lora_b"),
         (QV, drop(f"{Q0}.lora_a", f"{Q0}.lora_b"), {}, rf"\(1 problem.*missing: {Q0}.lora_a: expected \[32, 4\]"),
         (QV, put(f"{Q0}.lora_a", mx.zeros((4, 32))), {}, r"\(1 problem.*wrong shape: .*expected \[32, 4\], found \[4"),
         (QV, put(f"{Q0}.lora_a", mx.zeros((32, 4), mx.int32)), {}, r"\(1 problem.*wrong dtype: .*lora_a: expected"),
