@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.config.activations import ACTIVATIONS as NAMES
-from runner.ops.table import ACTIVATIONS, GATES, Ops, unpacked_rows
+from runner.ops.table import ACTIVATIONS, GATES, Ops, convolved, unpacked_rows
 
 
 class Fusion:
@@ -40,11 +40,20 @@ class Fusion:
         """`Ops.activate` as one kernel."""
         return self(ACTIVATIONS[NAMES[activation]], x)
 
+    def short_conv(self, *arguments: Any) -> mx.array:
+        """`Ops.short_conv`: one kernel for the sum over the taps, and one for the activation."""
+        return convolved(self, *arguments)
+
 
 def fusing(ops: Ops) -> Ops:
     """The table `ops` for a GPU: activations, and what layers pass to `Ops.fused`, in one kernel each; rows of packed
     tables without the padding that MLX's CPU needs."""
     fusion = Fusion()
     return dataclasses.replace(
-        ops, fused=fusion, glu=fusion.glu, activate=fusion.activate, quantized_embed=unpacked_rows
+        ops,
+        fused=fusion,
+        glu=fusion.glu,
+        activate=fusion.activate,
+        short_conv=fusion.short_conv,
+        quantized_embed=unpacked_rows,
     )

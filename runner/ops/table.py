@@ -155,6 +155,45 @@ def _activate(x: mx.array, activation: str) -> mx.array:
     return ACTIVATIONS[NAMES[activation]](x)
 
 
+def _short_conv(
+    x: mx.array, rows: mx.array, weight: mx.array, bias: mx.array | None, activation: str | None
+) -> mx.array:
+    return convolved(_fused, x, rows, weight, bias, activation)
+
+
+def convolved(
+    fused: Callable[..., mx.array],
+    x: mx.array,
+    rows: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    activation: str | None,
+) -> mx.array:
+    """`Ops.short_conv` for a device that computes functions element by element with `fused`."""
+    taps, length = weight.shape[0], x.shape[1]
+    both = mx.concatenate([rows, x], axis=1)
+    inputs = [both[:, tap : tap + length] for tap in range(taps)]
+    weights = [weight[tap] for tap in range(taps)]
+    total = fused(tapped, *inputs, *weights) if bias is None else fused(tapped_from, bias, *inputs, *weights)
+    if activation is not None:
+        total = fused(ACTIVATIONS[NAMES[activation]], total)
+    return total.astype(x.dtype)
+
+
+def tapped(*inputs_and_weights: mx.array) -> mx.array:
+    """The sum of products of the inputs and as many weights behind them, in float32 and in their order."""
+    taps = len(inputs_and_weights) // 2
+    total = inputs_and_weights[0].astype(mx.float32) * inputs_and_weights[taps]
+    for tap in range(1, taps):
+        total = total + inputs_and_weights[tap].astype(mx.float32) * inputs_and_weights[taps + tap]
+    return total
+
+
+def tapped_from(bias: mx.array, *inputs_and_weights: mx.array) -> mx.array:
+    """`tapped`, plus a bias."""
+    return tapped(*inputs_and_weights) + bias
+
+
 def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
     matrices = weight.swapaxes(-1, -2).astype(x.dtype)
     return mx.gather_mm(x, matrices, rhs_indices=experts, sorted_indices=sorted_indices)
@@ -212,6 +251,8 @@ class Ops:
     the arrays, as `mx.async_eval` does. `fused(function, *arguments)` is `function(*arguments)`, where the device can
     in one kernel: the function stands at the top of a module and works element by element. `window_mask` makes the
     array that `attention` gets as the mask of several queries under a window; None: it gets the window and no array.
+    `short_conv(x, rows, weight, bias, activation)` convolves each channel of `x` `[B, L, C]`, behind `rows`
+    `[B, taps - 1, C]`, with its `weight` `[taps, C]`, in float32.
     """
 
     name: str
@@ -227,6 +268,7 @@ class Ops:
     glu: Callable[[mx.array, str], mx.array] = _glu
     activate: Callable[[mx.array, str], mx.array] = _activate
     fused: Callable[..., mx.array] = _fused
+    short_conv: Callable[..., mx.array] = _short_conv
     window_mask: Callable[[int, int, int], mx.array] | None = window_mask
     argmax: Callable[[mx.array], mx.array] = _argmax
     greatest: Callable[[mx.array], tuple[mx.array, mx.array]] = picking.greatest
