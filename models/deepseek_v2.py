@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import key
+from runner.config.decoder import DecoderConfig
 from runner.config.moe import check_routing
 from runner.errors import ConfigError
 from runner.models import llama
@@ -22,8 +23,11 @@ from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekConfig(LatentConfig):
-    """The part of `config.json` that V2 and V3 share; `ep_size` and the `aux` keys matter in training only."""
+class RoutedConfig(DecoderConfig):
+    """The keys of `config.json` about experts as DeepSeek has them: small, in groups, beside shared ones.
+
+    `ep_size`, the `aux` keys and `output_router_logits` matter in training only.
+    """
 
     first_k_dense_replace: int = key(default=0, minimum=0)
     moe_layer_freq: int = 1
@@ -56,10 +60,14 @@ class DeepseekConfig(LatentConfig):
         return 1
 
     @property
-    def mlp_class(self) -> type:
+    def sparse(self) -> bool:
+        """Whether this layer has experts instead of a plain MLP."""
         index = self.layer_index or 0
-        sparse = index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
-        return self.experts_class if sparse else llama.MLP
+        return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
+
+    @property
+    def mlp_class(self) -> type:
+        return self.experts_class if self.sparse else llama.MLP
 
     @property
     def experts_class(self) -> type:
@@ -68,7 +76,7 @@ class DeepseekConfig(LatentConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekV2Config(DeepseekConfig):
+class DeepseekV2Config(RoutedConfig, LatentConfig):
     """`config.json` of a DeepSeek V2: softmax scores, experts chosen from all or within the best groups."""
 
     def __post_init__(self) -> None:

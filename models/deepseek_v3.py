@@ -11,41 +11,33 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import key
+from runner.config.problems import short
 from runner.errors import ConfigError
 from runner.models import deepseek_v2
-from runner.models.deepseek_v2 import DeepseekConfig
 from runner.models.deepseek_v2 import DeepseekV2 as DeepseekV2
+from runner.models.deepseek_v2 import RoutedConfig
+from runner.nn.mla import LatentConfig
 from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekV3Config(DeepseekConfig):
-    """`config.json` of a DeepSeek V3; the layers for multi-token prediction are left unread."""
+class BalancedConfig(RoutedConfig):
+    """The keys about experts of a DeepSeek V3; the layers for multi-token prediction are left unread."""
 
-    max_position_embeddings: int = 4096
-    first_k_dense_replace: int = key(default=3, minimum=0)
     moe_intermediate_size: int = 2048
     num_experts: int = key("n_routed_experts", also="num_local_experts", default=256)
     n_shared_experts: int = 1
     num_experts_per_tok: int = 8
-    n_group: int | None = 8
-    topk_group: int | None = 4
-    routed_scaling_factor: float = 2.5
     norm_topk_prob: bool = True
     topk_method: str = "noaux_tc"
     scoring_func: str = "sigmoid"
     num_nextn_predict_layers: int = key(also="num_mtp_layers", default=0, minimum=0)
-    rope_interleave: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.topk_method != "noaux_tc" or self.scoring_func != "sigmoid":
             found = f"topk_method {self.topk_method!r}, scoring_func {self.scoring_func!r}"
-            raise ConfigError(f"config.json: {found} are not supported for a DeepSeek V3")
-
-    @property
-    def traditional(self) -> bool:
-        return self.rope_interleave
+            raise ConfigError(f"config.json: {found} are not supported for {type(self).__name__}")
 
     @property
     def group_members(self) -> int:
@@ -59,6 +51,44 @@ class DeepseekV3Config(DeepseekConfig):
         found = re.match(r"model\.layers\.(\d{1,9})\.", name)
         # Compared as numbers: a file can claim any number of further layers.
         return found is not None and 0 <= int(found[1]) - self.num_hidden_layers < self.num_nextn_predict_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepseekV3Config(BalancedConfig, LatentConfig):
+    """`config.json` of a DeepSeek V3."""
+
+    max_position_embeddings: int = 4096
+    first_k_dense_replace: int = key(default=3, minimum=0)
+    n_group: int | None = 8
+    topk_group: int | None = 4
+    routed_scaling_factor: float = 2.5
+    rope_interleave: bool = True
+
+    @property
+    def traditional(self) -> bool:
+        return self.rope_interleave
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedExpertsConfig(BalancedConfig):
+    """V3's keys, and `mlp_layer_types`, which transformers 5 writes for `first_k_dense_replace`."""
+
+    mlp_layer_types: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = self.mlp_layer_types
+        if kinds is not None and (len(kinds) != self.num_hidden_layers or set(kinds) - {"dense", "sparse"}):
+            raise ConfigError(
+                f"config.json: mlp_layer_types must have dense or sparse for each of {self.num_hidden_layers} layers, "
+                f"not {short(list(kinds))}"
+            )
+
+    @property
+    def sparse(self) -> bool:
+        return (
+            super().sparse if self.mlp_layer_types is None else self.mlp_layer_types[self.layer_index or 0] == "sparse"
+        )
 
 
 @dataclass

@@ -53,6 +53,8 @@ class ExpertLinear(Chooses):
         form = forms.pop()
         width = shape[-1]
         assert isinstance(width, int)
+        if form is None and all(leaf.name in headers for leaf in leaves(tree)):
+            return Choice(BareExperts, {})
         return Choice(PlainExperts, {}) if form is None else Choice(QuantizedExperts, form.scope(width))
 
 
@@ -71,6 +73,13 @@ class PlainExperts(ExpertLinear):
 
     def matrices(self) -> mx.array:
         return self.weight
+
+
+@dataclass
+class BareExperts(PlainExperts):
+    """Experts stored as one parameter, without `.weight` behind its name: as transformers 5 holds them in memory."""
+
+    weight: mx.array = tensor("", "$0", "$1")
 
 
 @dataclass
@@ -161,14 +170,21 @@ class MoE:
 
 @dataclass
 class SwitchMoE(MoE):
-    """Experts of width `moe_intermediate_size` under the names most families use, or stacked by mlx-lm."""
+    """Experts of width `moe_intermediate_size` under the names most families use.
+
+    Or stacked, by mlx-lm or by transformers 5 (which puts gate and up side by side).
+    """
 
     router: Linear = tensor("gate", "num_experts", "hidden_size", exact=True)
     gate_up_proj: ExpertLinear = tensor(
-        "experts.{num_experts}.{gate,up}_proj|switch_mlp.{gate,up}_proj[num_experts]", (EXPERT, EXPERT), "hidden_size"
+        "experts.{num_experts}.{gate,up}_proj|switch_mlp.{gate,up}_proj[num_experts]|experts.gate_up_proj[num_experts]",
+        (EXPERT, EXPERT),
+        "hidden_size",
     )
     down_proj: ExpertLinear = tensor(
-        "experts.{num_experts}.down_proj|switch_mlp.down_proj[num_experts]", "hidden_size", EXPERT
+        "experts.{num_experts}.down_proj|switch_mlp.down_proj[num_experts]|experts.down_proj[num_experts]",
+        "hidden_size",
+        EXPERT,
     )
 
 
