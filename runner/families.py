@@ -82,6 +82,8 @@ FAMILIES: Mapping[str, Family] = {
     "apertus": Family("apertus", "ApertusConfig", "Apertus"),
     "deepseek_v2": Family("deepseek_v2", "DeepseekV2Config", "DeepseekV2"),
     "deepseek_v3": Family("deepseek_v3", "DeepseekV3Config", "DeepseekV2"),
+    "glm4_moe": Family("glm4_moe", "Glm4MoeConfig", "Glm4Moe"),
+    "glm4_moe_lite": Family("glm4_moe_lite", "Glm4MoeLiteConfig", "DeepseekV2"),
     "gpt_oss": Family("gpt_oss", "GptOssConfig", "GptOss"),
     "gemma": Family("gemma", "GemmaConfig", "Gemma"),
     "gemma2": Family("gemma2", "Gemma2Config", "Gemma2"),

@@ -62,6 +62,8 @@ def test_several_problems_come_at_once_and_misspelt_keys_are_told() -> None:
         ("deepseek_v3-base", {"n_group": 8}, "2 of 8 experts in 8 groups, of which 1 are kept"),
         ("deepseek_v3-base", {"topk_group": 3}, "of which 3 are kept"),
         ("deepseek_v2-grouped", {"n_group": 3}, "8 experts in 3 groups"),
+        ("glm4_moe-base", {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
+        ("glm4_moe_lite-base", {"mlp_layer_types": ["dense"]}, "mlp_layer_types must have dense or sparse"),
         ("qwen3_moe-base", {"num_experts_per_tok": 5}, "5 of 4 experts"),
         ("mixtral-base", {"num_experts_per_tok": 5}, "5 of 4 experts"),
         ("granitemoe-base", {"num_experts_per_tok": 5}, "5 of 4 experts"),

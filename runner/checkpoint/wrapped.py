@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.checkpoint.overlay import Change, Info
+from runner.config.rope_keys import BESIDE
 from runner.errors import CheckpointError, ConfigError
 from runner.local_files import quoted
 from runner.weights.tags import Header, Source
@@ -46,6 +47,21 @@ _QWEN2_VL = TextModel(
     },
 )  # fmt: skip
 TEXT_MODELS: Mapping[str, TextModel] = {
+    "glm4v_text": TextModel(
+        "glm4",
+        {
+            "head_dim": None, "hidden_size": 4096, "intermediate_size": 13696, "max_position_embeddings": 32768,
+            "num_attention_heads": 32, "num_hidden_layers": 40, "partial_rotary_factor": 1.0, "rms_norm_eps": 1e-5,
+            "vocab_size": 151552,
+        },
+    ),
+    "glm4v_moe_text": TextModel(
+        "glm4_moe",
+        {
+            "attention_bias": True, "hidden_size": 4096, "intermediate_size": 10944, "max_position_embeddings": 65536,
+            "num_attention_heads": 96, "num_hidden_layers": 46, "vocab_size": 151424,
+        },
+    ),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
     "qwen3_vl_text": TextModel("qwen3", {"max_position_embeddings": 128000, "rope_theta": 500000.0}),
@@ -70,6 +86,9 @@ WRAPPERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "cohere2_vision": ("cohere2", {}),
     "exaone4_5": ("exaone4", {}),
     "gemma3": ("gemma3_text", {"vocab_size": 262208}),
+    "glm46v": ("glm4v_text", {}),
+    "glm4v": ("glm4v_text", {}),
+    "glm4v_moe": ("glm4v_moe_text", {}),
     "idefics3": ("llama", {"rms_norm_eps": 1e-5}),
     "internvl": ("qwen2", {}),
     "kimi_k25": ("deepseek_v3", {}),
@@ -156,8 +175,8 @@ def _text_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], TextModel]:
         raise ConfigError(f"config.json: text_config.model_type must be a string, not {named!r}")
     known = TEXT_MODELS.get(named, TextModel(named))
     for name, value in {**known.defaults, **(defaults if named == default else {})}.items():
-        # A base of RoPE stands inside `rope_parameters` in files of transformers 5.
-        if name != "rope_theta" or "rope_parameters" not in text:
+        # What describes RoPE stands inside `rope_parameters` in files of transformers 5.
+        if name not in BESIDE or "rope_parameters" not in text:
             text.setdefault(name, value)
     text["model_type"] = known.family
     for name in ("rope_scaling", "rope_parameters"):

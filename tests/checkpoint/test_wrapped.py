@@ -39,6 +39,8 @@ CASES = [
     ("gemma3", FAMILY / "gemma3_text-base", V5),
     ("mistral3", LLAMA / "mistral-no-window", HUB),
     ("mistral3", LLAMA / "mistral-no-window", V5),
+    ("glm4v", FAMILY / "glm4-base", V5),
+    ("glm4v_moe", FAMILY / "glm4_moe-base", V5),
     ("llava", LLAMA / "llama-gqa", HUB),
     ("smolvlm", LLAMA / "llama-gqa", "model.text_model."),
     ("idefics3", LLAMA / "llama-tied", "model.text_model."),
@@ -114,7 +116,13 @@ def test_a_wrapper_is_its_text_model(kind: str, fixture: Path, prefix: str, tmp_
 
 def test_every_wrapper_is_tried_and_its_text_model_has_a_family() -> None:
     tried = {kind for kind, _, _ in CASES}
-    assert tried >= set(WRAPPERS) - {"llava_next", "llava_onevision", "cohere2_vision", "voxtral"}  # as their siblings
+    assert tried >= set(WRAPPERS) - {
+        "llava_next",
+        "llava_onevision",
+        "cohere2_vision",
+        "voxtral",
+        "glm46v",
+    }  # as their siblings
     assert not set(WRAPPERS) & set(FAMILIES)
     assert {prefix for _, _, prefix in CASES} - {FLAT} == {p for p in PREFIXES if "lm_head" not in p}
 
