@@ -18,7 +18,7 @@ from runner.cli.chat import chat
 from runner.cli.convert import convert
 from runner.cli.doctor import doctor
 from runner.cli.generate import generate
-from runner.cli.helptext import Command, Group
+from runner.cli.helptext import ALIASES, Command, Group
 from runner.cli.hub import list_models, pull
 from runner.cli.inspect import inspect
 from runner.cli.options import spread
@@ -75,7 +75,7 @@ def build() -> typer.Typer:
 
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and exit.")] = False,
 ) -> None:
     """Run transformer language models on this machine, with Apple MLX.
 
@@ -116,6 +116,10 @@ def run(argv: Sequence[str] | None) -> int:
 def invoke(arguments: list[str]) -> None:
     """Run the command without typer's own error handling, which prints several lines and picks its own exit codes."""
     command = get_command(build())
+    if arguments[:1] == ["help"]:  # `help X` is `X --help`; a word that is no command is refused by name
+        if len(arguments) > 2:
+            raise UsageError(f"help takes the name of one command, not also {arguments[2]!r}")
+        arguments = [*arguments[1:], "--help"]
     with command.make_context("runner", arguments) as context:
         command.invoke(context)
 
@@ -123,7 +127,7 @@ def invoke(arguments: list[str]) -> None:
 def report(error: Exception, arguments: Sequence[str]) -> int:
     """Print `error` as one `error:` line (a list of problems keeps its lines) and return the exit code for it."""
     if isinstance(error, typer.TyperException):  # the arguments are wrong: name the command whose help to read
-        name = next((a for a in arguments if any(a == entry.name for entry in COMMANDS)), "")
+        name = next((a for a in arguments if a in ALIASES or any(a == entry.name for entry in COMMANDS)), "")
         message = " ".join(error.format_message().split()).rstrip(".")
         message = message[:1].lower() + message[1:]
         terminal.error(f"{message} (see '{' '.join(f'runner {name} --help'.split())}')")

@@ -8,14 +8,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from runner.cli.options import DType
+from runner.cli.options import DType, NamedModel, named_model
 from runner.errors import UsageError
 
 Model = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="MODEL",
         help="A directory, a hub id, or the name of a published shape (Llama-3.2-1B), run with random weights.",
+        show_default=False,
     ),
 ]
 TESTS = "Tests (several values as in 0,1024,4096)"
@@ -45,8 +46,9 @@ Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot t/s agains
 
 
 def bench(
-    model: Model,
+    model: Model = None,
     *,
+    named: NamedModel = None,
     prompts: Prompts = "512",
     generated: Generated = "128",
     depths: Depths = "0",
@@ -62,6 +64,7 @@ def bench(
     """Measure tokens per second. Tests are named as in llama-bench: pp512 prefills, tg128 generates."""
     from runner.ops import backend
 
+    model = named_model(model, named)
     backend.require()
     from runner.bench import cases, open_subject, report, run
     from runner.bench.bandwidth import read_bandwidth

@@ -14,7 +14,18 @@ import typer
 from runner.cli import engine, terminal
 from runner.cli.chat_input import LineReader
 from runner.cli.conversation import Conversation
-from runner.cli.options import Adapter, DType, LengthOptions, Model, SamplingOptions, System, Thinking, Verbose
+from runner.cli.options import (
+    Adapter,
+    DType,
+    LengthOptions,
+    Model,
+    NamedModel,
+    SamplingOptions,
+    System,
+    Thinking,
+    Verbose,
+    named_model,
+)
 from runner.cli.thinking import AnswerOutput
 from runner.errors import ContextLengthError, RunnerError, UsageError
 
@@ -35,8 +46,9 @@ HELP = {
 
 
 def chat(
-    model: Model,
+    model: Model = None,
     *,
+    named: NamedModel = None,
     system: System = None,
     dtype: DType = None,
     adapter: Adapter = None,
@@ -46,6 +58,7 @@ def chat(
     verbose: Verbose = False,
 ) -> None:
     """Chat with a model. /help lists the chat's commands, Ctrl-C stops an answer, Ctrl-D leaves."""
+    model = named_model(model, named)
     keywords = {**sampling.keywords(), **length.keywords()}
     conversation = Conversation()
     if system is not None:

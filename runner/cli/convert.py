@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from runner.cli import engine, terminal
-from runner.cli.options import Adapter
+from runner.cli.options import Adapter, dtype_name
 from runner.cli.perplexity import judge, read_text, with_error
 
 Source = Annotated[
@@ -33,8 +33,12 @@ RecipeName = Annotated[
     ),
 ]
 DType = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(metavar="NAME", help="Store numbers as float32, float16 or bfloat16; dequantizes quantized matrices."),
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        parser=dtype_name,
+        help="Store numbers as float32, float16 or bfloat16 (fp32, fp16, bf16); dequantizes quantized matrices.",
+    ),
 ]
 Eval = Annotated[
     Path | None,

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runner.cli import engine, terminal
-from runner.cli.options import OUTPUT, Adapter, DType, LengthOptions, Model, SamplingOptions, System, Thinking, Verbose
+from runner.cli.options import (
+    OUTPUT,
+    Adapter,
+    DType,
+    LengthOptions,
+    Model,
+    NamedModel,
+    SamplingOptions,
+    System,
+    Thinking,
+    Verbose,
+    model_and_text,
+)
 from runner.cli.thinking import AnswerOutput
 from runner.errors import UsageError
 
@@ -23,6 +35,9 @@ Prompt = Annotated[
     typer.Argument(
         metavar="PROMPT", help="The text; without it, or with -, stdin is read. Piped text is appended to it."
     ),
+]
+GivenPrompt = Annotated[
+    str | None, typer.Option("--prompt", "-p", metavar="PROMPT", help="The same as PROMPT, by option.")
 ]
 Chat = Annotated[
     bool | None,
@@ -47,9 +62,11 @@ JsonLines = Annotated[
 
 
 def generate(
-    model: Model,
+    model: Model = None,
     prompt: Prompt = None,
     *,
+    named: NamedModel = None,
+    given: GivenPrompt = None,
     chat: Chat = None,
     system: System = None,
     dtype: DType = None,
@@ -68,6 +85,7 @@ def generate(
         raise UsageError("--thinking needs the chat template, as raw text has no reasoning apart: leave out --raw")
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs is printed in the JSON output only: add --json")
+    model, prompt = model_and_text((model, prompt), named, given, option="-p")
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
     lm = engine.open_model(model, dtype, adapter, length.context)

@@ -1,19 +1,43 @@
-"""Help pages in plain columns: usage, description, arguments, options grouped by their panel, an example."""
+"""Commands as typer runs them: help pages in plain columns, other names, and variables named where they are wrong."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from runner.cli.terminal import paint
+from runner.cli.variables import blamed
+from runner.errors import UsageError
 
 OPTIONS = "Options"
+ALIASES = {"run": "chat"}
+"""Commands by the names that they have in other programs."""
 
 
 class Command(TyperCommand):
-    """A command whose help groups options by `rich_help_panel` and prints the epilog unwrapped."""
+    """A command whose help groups options by `rich_help_panel` and prints the epilog unwrapped.
+
+    An error about an option that an environment variable has set names the variable.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = blamed(ctx, error.message, error.param)
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            error.args = (blamed(ctx, str(error)),)
+            raise
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         """Write one line, `Usage: runner generate [OPTIONS] MODEL [PROMPT]`."""
@@ -45,13 +69,21 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """The program itself, whose help lists commands before options."""
 
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Find a command by its name or by another of `ALIASES`."""
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         """Write one line, `Usage: runner COMMAND [OPTIONS] ...`."""
         formatter.write_usage(ctx.command_path, "COMMAND [OPTIONS] ...", prefix=heading("Usage") + " ")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the table of commands, then the program's own options."""
-        commands = [(name, self.commands[name].get_short_help_str(90)) for name in self.list_commands(ctx)]
+        others = {name: f"{name}, {other}" for other, name in ALIASES.items()}
+        commands = [
+            (others.get(name, name), self.commands[name].get_short_help_str(90)) for name in self.list_commands(ctx)
+        ]
+        commands.append(("help", "Show this, or the help of the command that follows."))
         options = [record for p in self.get_params(ctx) if (record := p.get_help_record(ctx)) is not None]
         write_section(formatter, "Commands", commands)
         write_section(formatter, OPTIONS, options)

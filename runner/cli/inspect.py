@@ -12,7 +12,7 @@ import typer
 
 from runner.cli import terminal
 from runner.cli.folding import Row, fold
-from runner.cli.options import AsJson, Model
+from runner.cli.options import AsJson, Model, NamedModel, named_model
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,11 +24,11 @@ LONGEST_VALUE = 100  # characters of a config value before it is cut (never in -
 MOST_UNUSED = 20  # names of unused tensors before the rest is counted (never in --json)
 
 
-def inspect(model: Model, *, unfold: All = False, as_json: AsJson = False) -> None:
+def inspect(model: Model = None, *, named: NamedModel = None, unfold: All = False, as_json: AsJson = False) -> None:
     """Show a model's config, tokenizer, sampling defaults and tensors, without reading the tensors' data."""
     from runner.inspect_model import inspect as inspect_model
 
-    report = inspect_model(model)
+    report = inspect_model(named_model(model, named))
     if as_json:
         terminal.Output().line(json.dumps(as_dict(report), indent=2, default=str))
         return

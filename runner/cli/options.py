@@ -5,23 +5,57 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from runner.cli.variables import variable
+from runner.errors import UsageError
+
 SAMPLING = "Sampling (default: the model's generation_config.json)"
 LENGTH = "Length"
 OUTPUT = "Output"
 
+DTYPES = {
+    **{name: "float32" for name in ("float32", "fp32", "f32")},
+    **{name: "float16" for name in ("float16", "fp16", "f16")},
+    **{name: "bfloat16" for name in ("bfloat16", "bf16")},
+}
+"""Canonical name of a dtype, by each spelling that hands remember from other programs."""
+
+
+def dtype_name(text: str) -> str:
+    """Return the canonical name of the dtype `text`; raises typer's BadParameter."""
+    if text.lower() not in DTYPES:
+        raise typer.BadParameter(f"{text!r} is none of float32 (fp32), float16 (fp16) and bfloat16 (bf16)")
+    return DTYPES[text.lower()]
+
+
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A directory, a .gguf file, or a hub id: org/name or org/name@revision.")
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A directory, a .gguf file, or a hub id: org/name or org/name@revision.",
+        show_default=False,
+    ),
 ]
-System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message for the chat template.")]
+NamedModel = Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="The same as MODEL, by option.")]
+System = Annotated[
+    str | None,
+    typer.Option(
+        "--system", "-s", metavar="TEXT", help="System message for the chat template.", **variable("--system")
+    ),
+]
 DType = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(metavar="NAME", help="Compute in float32, float16 or bfloat16, whatever the checkpoint stores."),
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        parser=dtype_name,
+        help="Compute in float32, float16 or bfloat16 (fp32, fp16, bf16), whatever the checkpoint stores.",
+        **variable("--dtype"),
+    ),
 ]
 Adapter = Annotated[
     list[str] | None,
@@ -37,35 +71,53 @@ Thinking = Annotated[
         metavar="show|hide",
         help="Show the model's reasoning, dimmed, before its answer, or hide it. Default: show on a terminal.",
         rich_help_panel=OUTPUT,
+        **variable("--thinking"),
     ),
 ]
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", "-v", help="Print speed and peak memory on stderr at the end.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Print speed and peak memory on stderr at the end.",
+        rich_help_panel=OUTPUT,
+        **variable("--verbose"),
+    ),
 ]
 
 
-def _sampling(metavar: str, text: str) -> Any:
-    return typer.Option(metavar=metavar, help=text, rich_help_panel=SAMPLING)
+def _sampling(name: str, metavar: str, text: str, *shorter: str) -> Any:
+    return typer.Option(
+        f"--{name}", *shorter, metavar=metavar, help=text, rich_help_panel=SAMPLING, **variable(f"--{name}")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """Options for picking the next token. None: the model's default, or the preset's value if a preset is named."""
 
-    preset: Annotated[str | None, _sampling("NAME", "Start from a preset of these options.")] = None
+    preset: Annotated[str | None, _sampling("preset", "NAME", "Start from a preset of these options.")] = None
     temperature: Annotated[
-        float | None, _sampling("T", "Divide the logits by T; 0 always picks the most likely token.")
+        float | None,
+        _sampling("temperature", "T", "Divide the logits by T; 0 always picks the most likely token.", "--temp"),
     ] = None
-    top_k: Annotated[int | None, _sampling("K", "Keep the K most likely tokens; 0 keeps all.")] = None
-    top_p: Annotated[float | None, _sampling("P", "Keep the most likely tokens that add up to probability P.")] = None
-    min_p: Annotated[float | None, _sampling("P", "Keep tokens at least P times as likely as the likeliest.")] = None
-    repetition_penalty: Annotated[float | None, _sampling("X", "Above 1: make tokens seen before less likely.")] = None
-    presence_penalty: Annotated[float | None, _sampling("X", "Subtract X from the logits of tokens seen before.")] = (
-        None
-    )
-    frequency_penalty: Annotated[float | None, _sampling("X", "Subtract X for each time a token was seen.")] = None
-    seed: Annotated[int | None, _sampling("N", "Same seed, same tokens; default: random.")] = None
+    top_k: Annotated[int | None, _sampling("top-k", "K", "Keep the K most likely tokens; 0 keeps all.")] = None
+    top_p: Annotated[
+        float | None, _sampling("top-p", "P", "Keep the most likely tokens that add up to probability P.")
+    ] = None
+    min_p: Annotated[
+        float | None, _sampling("min-p", "P", "Keep tokens at least P times as likely as the likeliest.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, _sampling("repetition-penalty", "X", "Above 1: make tokens seen before less likely.")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, _sampling("presence-penalty", "X", "Subtract X from the logits of tokens seen before.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, _sampling("frequency-penalty", "X", "Subtract X for each time a token was seen.")
+    ] = None
+    seed: Annotated[int | None, _sampling("seed", "N", "Same seed, same tokens; default: random.")] = None
 
     def keywords(self, logprobs: int | None = None) -> dict[str, Any]:
         """Make the keyword arguments for `LanguageModel.stream`; raises UsageError before a model is loaded in vain."""
@@ -90,11 +142,14 @@ class LengthOptions:
     max_tokens: Annotated[
         int | None,
         typer.Option(
+            "--max-tokens",
+            "-n",
             metavar="N",
             min=1,
             help="Stop after N tokens; default: what is left of the context.",
             show_default=False,
             rich_help_panel=LENGTH,
+            **variable("--max-tokens"),
         ),
     ] = None
     context: Annotated[
@@ -105,6 +160,7 @@ class LengthOptions:
             help="Hold N tokens, prompt and answer together; default: the model's own.",
             show_default=False,
             rich_help_panel=LENGTH,
+            **variable("--context"),
         ),
     ] = None
     stop: Annotated[
@@ -119,6 +175,42 @@ class LengthOptions:
     def keywords(self) -> dict[str, Any]:
         """Make the keyword arguments for `LanguageModel.stream`."""
         return {"max_tokens": self.max_tokens, "stop": tuple(self.stop) if self.stop else None}
+
+
+def named_model(argument: str | None, option: str | None) -> str:
+    """Return the model that a command was given, as an argument or with -m; raises UsageError for none and for two."""
+    if argument is not None and option is not None:
+        raise UsageError(f"two models are named, {argument!r} and -m {option!r}: leave one out")
+    model = option if argument is None else argument
+    if model is None:
+        raise UsageError("no model is named: put MODEL first, or use -m MODEL ('runner list' shows what is here)")
+    return model
+
+
+def model_and_text(
+    words: Sequence[str | None], model: str | None, text: str | None, *, option: str
+) -> tuple[str, str | None]:
+    """Return the model and the text that a command with the arguments [MODEL] [TEXT] was given.
+
+    Args:
+        words: the arguments in order; after `-m MODEL` the first is the text.
+        model: the value of -m, or None.
+        text: the value of the option that gives the text, or None.
+        option: the short name of that option.
+
+    Raises:
+        UsageError: no model is named, or an argument and an option say the same thing.
+    """
+    given = [word for word in words if word is not None]
+    if model is None:
+        model = named_model(given.pop(0) if given else None, None)
+    if text is not None and given:
+        raise UsageError(f"{given[0]!r} and {option} {text!r} were given: leave one out")
+    if len(given) > 1:
+        raise UsageError(
+            f"unexpected argument {given[1]!r}: -m has named the model, and a text of several words needs quotes"
+        )
+    return model, given[0] if given else text
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runner.cli import engine, terminal
-from runner.cli.options import Adapter, AsJson, DType, Model
+from runner.cli.options import Adapter, AsJson, DType, Model, NamedModel, model_and_text
 from runner.errors import UsageError
 
 if TYPE_CHECKING:
     from runner.language_model import LanguageModel
     from runner.perplexity import Comparison, Estimate, Perplexity
 
-Text = Annotated[
-    Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True, help="A text file in UTF-8.")
-]
+Text = Annotated[str | None, typer.Argument(metavar="FILE", help="A text file in UTF-8.")]
+GivenText = Annotated[str | None, typer.Option("--file", "-f", metavar="FILE", help="The same as FILE, by option.")]
 Against = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Compare with the predictions of this model, such as the unquantized original."),
@@ -29,9 +28,11 @@ Chunks = Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after
 
 
 def perplexity(
-    model: Model,
-    text: Text,
+    model: Model = None,
+    text: Text = None,
     *,
+    named: NamedModel = None,
+    file: GivenText = None,
     against: Against = None,
     chunk: Chunk = 512,
     chunks: Chunks = None,
@@ -40,7 +41,10 @@ def perplexity(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on a text, as llama-perplexity does: mean over chunks ± standard error."""
-    words = read_text(text)
+    model, name = model_and_text((model, text), named, file, option="-f")
+    if name is None:
+        raise UsageError("no text is named: put FILE after the model, or use -f FILE")
+    words = read_text(Path(name))
     lm = engine.open_model(model, dtype, adapter)
     base = None if against is None else engine.open_model(against, dtype)
     found, comparison = judge(lm, words, base=base, chunk=chunk, chunks=chunks)
@@ -63,9 +67,11 @@ def perplexity(
 
 
 def read_text(path: Path) -> str:
-    """Read a file's text; raises UsageError if it is not UTF-8."""
+    """Read a file's text; raises UsageError if it cannot be read or is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
+    except OSError as problem:
+        raise UsageError(f"{path}: cannot be read: {problem.strerror}") from problem
     except UnicodeDecodeError as problem:
         raise UsageError(f"{path} is not UTF-8 text: see the byte at offset {problem.start}") from problem
 
