@@ -60,5 +60,9 @@ class HubError(RunnerError, OSError):
     """A model could not be found or fetched from the hub."""
 
 
+class UserFileError(RunnerError, ValueError):
+    """A file of the user's own, such as the table of names, is damaged or cannot be written."""
+
+
 class BackendError(RunnerError, RuntimeError):
     """MLX has no usable backend on this machine, or it failed."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint.hub import resolve
 from runner.checkpoint.model_files import open_files
+from runner.checkpoint.names import resolve
 from runner.engine.defaults import GenerationDefaults
 from runner.families import find
 from runner.language_model import end_tokens

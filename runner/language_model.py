@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from runner.answer import Answer, Chunk, Generation, gather
-from runner.checkpoint.hub import resolve, resolve_adapter
+from runner.checkpoint.hub import resolve_adapter
 from runner.checkpoint.model_files import ModelFiles, open_files
+from runner.checkpoint.names import resolve
 from runner.config.base import Config
 from runner.config.rope import LONGEST
 from runner.engine.defaults import GenerationDefaults

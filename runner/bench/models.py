@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from runner import resources
-from runner.checkpoint.hub import resolve
 from runner.checkpoint.model_files import open_files
+from runner.checkpoint.names import resolve
 from runner.convert.quantize import QUANTIZATIONS
 from runner.engine.engine import Engine, assemble
 from runner.errors import UsageError

@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.checkpoint.kept import try_to_keep
 from runner.checkpoint.safetensors_header import INDEX, SINGLE, read_index
 from runner.checkpoint.weight_files import choose
 from runner.errors import CheckpointError, HubError, UsageError
@@ -42,12 +43,14 @@ class CachedModel:
         revision: commit, 40 hexadecimal digits.
         nbytes: size of the snapshot's files on disk, in bytes.
         path: directory of the snapshot.
+        current: whether the branch `main` was at this commit when it was last asked for.
     """
 
     id: str
     revision: str
     nbytes: int
     path: Path
+    current: bool = False
 
 
 def resolve(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
@@ -119,6 +122,15 @@ def pull(model: str, *, revision: str | None = None, progress: bool = True) -> P
     return _fetch(repo, revision, progress)
 
 
+def check_id(model: str) -> None:
+    """Refuse what is not written as a hub id; nothing is asked of the hub.
+
+    Raises:
+        HubError: it is not `org/name[@revision]`.
+    """
+    _parse(model, None)
+
+
 def list_cached() -> list[CachedModel]:
     """List the models in the cache whose weights are complete, sorted by id and revision."""
     found = []
@@ -127,7 +139,7 @@ def list_cached() -> list[CachedModel]:
         for path in sorted(folder.glob("snapshots/*")):
             if path.is_dir() and _has_weights(path):
                 repo = folder.name.removeprefix("models--").replace("--", "/")
-                found.append(CachedModel(repo, path.name, _size(path), path))
+                found.append(CachedModel(repo, path.name, _size(path), path, _snapshot(repo, "main") == path))
     return found
 
 
@@ -240,14 +252,18 @@ def _fetch(repo: str, revision: str, progress: bool) -> Path:
         _require_safetensors(repo, files)
         # All files by commit, not by branch, so that they belong together even if the branch moves meanwhile.
         # The weights come last: a snapshot that has them is complete.
-        snapshot = _download(repo, commit, [name for name in files if _is_small(name)])
+        small = [name for name in files if _is_small(name)]
+        snapshot = _download(repo, commit, small)
         shards = _shards(snapshot, files)
         lacking = [name for name in shards if name not in files]
         if lacking:
             raise HubError(
                 f"{repo}@{revision}: its index names {quoted(lacking[0])}, which the repository does not have"
             )
+        was_there = _has_weights(snapshot)
         _download(repo, commit, shards)
+        if not was_there:
+            try_to_keep(snapshot, "hub", [*small, *shards])
         if revision != commit:
             hf_hub_download(repo, "config.json", revision=revision)  # cached already: only records the ref's commit
     return snapshot

@@ -19,7 +19,7 @@ from runner.cli.convert import convert
 from runner.cli.doctor import doctor
 from runner.cli.generate import generate
 from runner.cli.helptext import ALIASES, Command, Group
-from runner.cli.hub import list_models, pull
+from runner.cli.hub import alias, list_models, pull, rm
 from runner.cli.inspect import inspect
 from runner.cli.options import spread
 from runner.cli.perplexity import perplexity
@@ -44,6 +44,8 @@ COMMANDS: tuple[Entry, ...] = (
     Entry("inspect", inspect, "runner inspect HuggingFaceTB/SmolLM2-135M-Instruct --all"),
     Entry("pull", pull, "runner pull HuggingFaceTB/SmolLM2-135M-Instruct"),
     Entry("list", list_models, "runner list --json"),
+    Entry("alias", alias, "runner alias small HuggingFaceTB/SmolLM2-135M-Instruct"),
+    Entry("rm", rm, "runner rm smollm2"),
     Entry("bench", bench, "runner bench Llama-3.2-1B --quantize 4 -p 512 -n 128"),
     Entry("doctor", doctor, "runner doctor"),
     Entry("convert", convert, "runner convert HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-4bit --quantize 4"),

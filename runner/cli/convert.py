@@ -65,12 +65,14 @@ def convert(
 
     backend.require()
     from runner.adapters import open_adapters
-    from runner.checkpoint.hub import resolve, resolve_adapter
+    from runner.checkpoint.hub import resolve_adapter
+    from runner.checkpoint.kept import keep
     from runner.checkpoint.model_files import open_files
+    from runner.checkpoint.names import resolve
     from runner.convert.convert import convert as write
     from runner.convert.convert import merged
     from runner.convert.quantize import quantizer
-    from runner.errors import UsageError
+    from runner.errors import UsageError, UserFileError
     from runner.progress import ProgressBar
 
     if quantize is None and (group_size is not None or recipe is not None):
@@ -86,6 +88,10 @@ def convert(
     before = None if text is None else perplexity_of(str(files.path), text, "before")
     with ProgressBar(f"converting {files.path.name}", enabled=visible) as bar:
         report = write(merged(files, adapters), target, quantizer=wanted, dtype=dtype, progress=bar.update)
+    try:
+        keep(target, "convert", [str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()])
+    except UserFileError as problem:  # the model is whole, only not found by its name
+        terminal.note(str(problem), "yellow")
     forms = ", ".join(f"{count} {form}" for form, count in report.forms.items())
     terminal.note(f"{report.bits_after:.2f} bits per weight, {report.bits_before:.2f} before ({forms})")
     # Matrices that stay plain are no error, but the size is not what was asked for: name one.

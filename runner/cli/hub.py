@@ -1,42 +1,138 @@
-"""`runner pull` and `runner list`: fetch models from the Hugging Face hub, and list those in its cache here."""
+"""`runner pull`, `list`, `alias` and `rm`: models are fetched, shown, named and deleted."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from runner.cli import terminal
 from runner.cli.options import AsJson
+from runner.errors import UsageError
 
-HubId = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id: org/name or org/name@revision.")]
+if TYPE_CHECKING:
+    from runner.checkpoint.names import StoredModel
+
+HubId = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, org/name or org/name@revision, or a name for one.")
+]
+Alias = Annotated[str | None, typer.Argument(metavar="NAME", help="The name to give; without it, all are listed.")]
+Named = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="What it stands for: a path, a hub id or a name; without: show it."),
+]
+Removed = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Aliases, or names, ids or paths of models.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def pull(model: HubId) -> None:
     """Download a model from the hub into the cache. Prints its directory."""
-    from runner.checkpoint import hub
+    from runner.checkpoint import names
 
-    terminal.Output().line(str(hub.pull(model, progress=sys.stderr.isatty())))
+    terminal.Output().line(str(names.pull(model, progress=sys.stderr.isatty())))
 
 
 def list_models(*, as_json: AsJson = False) -> None:
-    """List the models in the cache."""
-    from runner.checkpoint import hub
+    """List the models on this machine and the names they go by."""
+    from runner.checkpoint import kept, names
 
-    models = hub.list_cached()
+    models = names.stored_models()
+    short = names.shortest(models)
+    aliases = kept.read_names().aliases
+    rows = [(m, [short[m.path], *(name for name, target in aliases.items() if stands_for(target, m))]) for m in models]
+    others = {name: target for name, target in aliases.items() if not any(stands_for(target, m) for m in models)}
     output = terminal.Output()
     if as_json:
-        rows = [{"id": m.id, "revision": m.revision, "bytes": m.nbytes, "path": str(m.path)} for m in models]
-        output.line(json.dumps(rows, indent=2))
+        found = [
+            {
+                "name": called[0],
+                "aliases": called[1:],
+                "id": m.id,
+                "revision": m.revision,
+                "bytes": m.nbytes,
+                "path": str(m.path),
+                "stored_by_runner": m.kept is not None,
+            }
+            for m, called in rows
+        ]
+        output.line(json.dumps(found, indent=2))
         return
-    if not models:
-        terminal.note("no models in the cache: fetch one with 'runner pull org/name'")
+    if not rows and not others:
+        terminal.note("no models here: fetch one with 'runner pull org/name'")
         return
     from runner.cli import tables
 
-    table = tables.columns("model", "revision", ">size")
-    for m in models:
-        table.add_row(tables.cell(m.id), tables.cell(m.revision[:12], "dim"), tables.cell(tables.size(m.nbytes)))
+    table = tables.columns("name", "model", "revision", ">size")
+    for m, called in rows:
+        revision = tables.cell((m.revision or "")[:12], "dim")
+        table.add_row(tables.cell(", ".join(called)), tables.cell(m.id), revision, tables.cell(tables.size(m.nbytes)))
+    for name, target in others.items():
+        table.add_row(tables.cell(name), tables.cell(target), tables.cell(""), tables.cell(""))
     tables.show(table)
+
+
+def stands_for(target: str, model: StoredModel) -> bool:
+    """Whether an alias for `target` means `model`."""
+    return target in (model.reference, str(model.path), f"{model.id}@{model.revision}")
+
+
+def alias(name: Alias = None, model: Named = None) -> None:
+    """Give a model a name of your own."""
+    from runner.checkpoint import kept, names
+
+    known = kept.read_names().aliases
+    output = terminal.Output()
+    if name is None or model is None:
+        if name is not None and name not in known:
+            raise UsageError(f"{name!r} is no alias: 'runner alias {name} MODEL' makes it one")
+        for each in known if name is None else [name]:
+            output.line(f"{each} = {known[each]}")
+        if not known:
+            terminal.note("no aliases: 'runner alias NAME MODEL' gives a model a name")
+        return
+    kept.check_alias(name)
+    target = names.checked_target(model)
+    kept.set_alias(name, target)
+    if known.get(name, target) != target:
+        terminal.note(f"({name} was {known[name]} until now)")
+    output.line(f"{name} = {target}")
+
+
+def rm(models: Removed, *, yes: Yes = False) -> None:
+    """Delete models that runner stored, or take back aliases."""
+    from runner.checkpoint import kept, names
+    from runner.checkpoint.removing import remove
+    from runner.cli import tables
+
+    known = kept.read_names().aliases
+    # All are looked up before any is touched.
+    chosen = {m: None if m in known and not os.path.exists(m) else names.removable(m) for m in dict.fromkeys(models)}
+    stored = {found.path: found for found in chosen.values() if found is not None}
+    for found in stored.values():
+        if not yes and not confirmed(f"delete {found.id} ({tables.size(found.nbytes)}, {found.path})?"):
+            raise typer.Exit(1)
+    for name, model in chosen.items():
+        if model is None:
+            kept.drop_alias(name)
+            terminal.note(f"{name} is no name for {known[name]} any more")
+    for found in stored.values():
+        assert found.kept is not None, "`removable` gives none that others stored"
+        rest = remove(found.path, found.kept)
+        terminal.note(f"deleted {found.id}, {tables.size(found.nbytes)}")
+        if rest:
+            terminal.note(f"{found.path} stays: {rest[0]} in it is not runner's", "yellow")
+
+
+def confirmed(question: str) -> bool:
+    """Ask on the terminal; anything but y or yes is no.
+
+    Raises:
+        UsageError: stdin or stderr is no terminal.
+    """
+    if sys.stdin is None or not sys.stdin.isatty() or not sys.stderr.isatty():
+        raise UsageError(f"{question} Nobody can answer, as this is no terminal: --yes does it without asking")
+    print(f"{terminal.visible(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().casefold() in ("y", "yes")

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from hub_cache import cached
 from places import ROOT
 
 from runner.checkpoint import hub
@@ -179,7 +180,8 @@ def call(tmp_path: Path, endpoint: str, *calls: Call, **environment: str) -> tup
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     kept = {key: value for key, value in kept.items() if not key.lower().endswith("_proxy")}
     kept |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "NO_PROXY": "*", "HF_HUB_ETAG_TIMEOUT": "3"}
-    kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)} | environment
+    kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+    kept |= {"XDG_DATA_HOME": str(tmp_path / "data")} | environment
     command = [sys.executable, "-c", CALL, json.dumps(calls)]
     done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -358,25 +360,13 @@ def test_a_full_disk(fake: FakeHub, tmp_path: Path) -> None:
 # --- the cache, without a hub -----------------------------------------------------------------------------------------
 
 
-def cached(tmp_path: Path, repo: str, files: dict[str, bytes], commit: str = COMMIT) -> Path:
-    """A snapshot as `huggingface_hub` lays it out: links into `blobs`, a ref that names the commit."""
-    folder = tmp_path / "hf/hub" / f"models--{repo.replace('/', '--')}"
-    for name, data in files.items():
-        blob, link = folder / "blobs" / hashlib.sha1(data).hexdigest(), folder / "snapshots" / commit / name
-        for path in (blob, link):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        blob.write_bytes(data)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-    (folder / "refs").mkdir(exist_ok=True)
-    (folder / "refs/main").write_text(commit)
-    return folder / "snapshots" / commit
-
-
 def test_an_offline_cache(tmp_path: Path) -> None:
-    whole = cached(tmp_path, "org/whole", SMALL | SHARDED)
-    cached(tmp_path, "org/partial", SMALL | {k: v for k, v in SHARDED.items() if "00002-of" not in k})
-    cached(tmp_path, "org/broken", SMALL | {"model.safetensors.index.json": b'{"weight_map": {"a": "../x"}}'})
-    bare = cached(tmp_path, "org/bare", {"config.json": b"{}"} | SINGLE)
+    whole = cached(tmp_path / "hf/hub", "org/whole", SMALL | SHARDED)
+    cached(tmp_path / "hf/hub", "org/partial", SMALL | {k: v for k, v in SHARDED.items() if "00002-of" not in k})
+    cached(
+        tmp_path / "hf/hub", "org/broken", SMALL | {"model.safetensors.index.json": b'{"weight_map": {"a": "../x"}}'}
+    )
+    bare = cached(tmp_path / "hf/hub", "org/bare", {"config.json": b"{}"} | SINGLE)
     (tmp_path / "hf/hub/models--org--whole/refs/odd").write_text("../../../etc")
     (tmp_path / "hf/hub/datasets--org--d/snapshots/x").mkdir(parents=True)
     requests = ["org/whole", "org/whole@odd", "org/partial", "org/broken", "org/bare"]
@@ -393,7 +383,7 @@ def test_an_offline_cache(tmp_path: Path) -> None:
 def test_a_snapshot_without_tokenizer_is_completed(fake: FakeHub, tmp_path: Path) -> None:
     """Other programs fetch file by file; what they left out is fetched, what is there is not fetched again."""
     fake.add("org/name", SMALL | SINGLE)
-    snapshot = cached(tmp_path, "org/name", {"config.json": SMALL["config.json"]} | SINGLE)
+    snapshot = cached(tmp_path / "hf/hub", "org/name", {"config.json": SMALL["config.json"]} | SINGLE)
     (path,), _ = call(tmp_path, fake.endpoint, resolve("org/name"))
     assert path == str(snapshot) and names(path) == {*SMALL, *SINGLE}
     assert f"GET /org/name/resolve/{COMMIT}/model.safetensors" not in fake.requests

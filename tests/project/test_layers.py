@@ -13,6 +13,7 @@ RUNNER = ROOT / "runner"
 RANKS = (
     ("errors",),
     ("progress", "installation", "resources", "local_files"),
+    ("user_files",),
     ("text", "config"),
     ("cache",),
     ("weights", "ops"),

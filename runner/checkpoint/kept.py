@@ -1,0 +1,164 @@
+"""The table of names: what aliases stand for, and which models this program stored itself.
+
+It is `names.json` in the user's data directory:
+
+    {"version": 1,
+     "aliases": {"mine": "org/name@main", "small": "/home/me/models/small"},
+     "stored": {"/home/me/converted": {"by": "convert", "files": ["config.json", "model.safetensors"]}}}
+
+`stored` is what `runner rm` may delete: the files of each model that `convert` wrote or that were fetched from the hub.
+A model's path is its directory or, of a GGUF file, the file (the first where there are several).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import UsageError, UserFileError
+from runner.local_files import quoted
+from runner.user_files import change_table, data_directory, read_table
+
+VERSION = 1
+MODELS = ("convert", "hub")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RESERVED = ("shape", "hf.co", "huggingface.co")
+EXAMPLES = "letters, digits, '.', '_' and '-', at most 64"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the table says of a model that this program stored.
+
+    Attributes:
+        by: "convert" or "hub": what stored it.
+        files: its files, relative to its directory (for a GGUF file, the directory that the file is in).
+    """
+
+    by: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Names:
+    """The table as it was read.
+
+    Attributes:
+        aliases: hub ids and absolute paths, by the name that stands for them.
+        stored: models by absolute path; those that are gone are left out.
+    """
+
+    aliases: dict[str, str]
+    stored: dict[Path, Kept]
+
+
+def table_path() -> Path:
+    """Where the table lies."""
+    return data_directory() / "names.json"
+
+
+def read_names() -> Names:
+    """Read the table; an absent one is empty.
+
+    Raises:
+        UserFileError: it is damaged, or a newer version wrote it.
+    """
+    table = _checked(read_table(table_path()))
+    stored = {Path(path): Kept(kept["by"], tuple(kept["files"])) for path, kept in table["stored"].items()}
+    return Names(table["aliases"], {path: kept for path, kept in stored.items() if path.exists()})
+
+
+def check_alias(name: str) -> str:
+    """Return `name` if it may be an alias.
+
+    Without a slash, an alias cannot hide a hub id, nor a path that is written as one.
+
+    Raises:
+        UsageError: it may not.
+    """
+    if not _NAME.fullmatch(name) or name in _RESERVED or name.endswith(".gguf"):
+        raise UsageError(f"{quoted(name)} cannot be an alias: it takes {EXAMPLES}, and does not end in .gguf")
+    return name
+
+
+def set_alias(name: str, target: str) -> None:
+    """Let `name` stand for `target`, a hub id or an absolute path, from now on.
+
+    Raises:
+        UsageError: `name` may not be an alias.
+        UserFileError: the table is damaged or cannot be written.
+    """
+    check_alias(name)
+    _change(lambda table: table["aliases"].update({name: target}))
+
+
+def drop_alias(name: str) -> None:
+    """Let `name` stand for nothing."""
+    _change(lambda table: table["aliases"].pop(name, None))
+
+
+def keep(path: Path, by: str, files: Sequence[str]) -> None:
+    """Note that this program stored a model: `path` and `files` as in `Kept`.
+
+    Raises:
+        UserFileError: the table is damaged or cannot be written.
+    """
+    entry = {"by": by, "files": sorted(files)}
+    _change(lambda table: table["stored"].update({os.path.abspath(path): entry}))
+
+
+def try_to_keep(path: Path, by: str, files: Sequence[str]) -> None:
+    """As `keep`, where a model must not fail for the table's sake: what cannot be noted `runner rm` will not delete."""
+    with contextlib.suppress(UserFileError, UsageError):
+        keep(path, by, files)
+
+
+def forget(path: Path) -> None:
+    """Remove what the table says of a model that is deleted."""
+    _change(lambda table: table["stored"].pop(str(path), None))
+
+
+def _change(change: Any) -> None:
+    """Change the checked table, and drop what it says of models that are gone."""
+
+    def edit(table: dict[str, Any]) -> None:
+        _checked(table)
+        change(table)
+        for path in [path for path in table["stored"] if not os.path.lexists(path)]:
+            del table["stored"][path]
+
+    change_table(table_path(), edit)
+
+
+def _checked(table: dict[str, Any]) -> dict[str, Any]:
+    """The table with all its parts, after a check of each."""
+
+    def damaged(what: str) -> UserFileError:
+        return UserFileError(f"{table_path()}: {what}: repair it, or remove it and lose the names in it")
+
+    version = table.setdefault("version", VERSION)
+    if version != VERSION or isinstance(version, bool):
+        raise UserFileError(
+            f"{table_path()}: its version is {version!r}, and this runner reads {VERSION}: update runner"
+        )
+    aliases, stored = table.setdefault("aliases", {}), table.setdefault("stored", {})
+    if not isinstance(aliases, dict) or not isinstance(stored, dict):
+        raise damaged("'aliases' and 'stored' must be objects")
+    for name, target in aliases.items():
+        if not _NAME.fullmatch(name) or not isinstance(target, str) or not target:
+            raise damaged(f"the alias {quoted(name)} is not a name for a text")
+    for path, kept in stored.items():
+        right = isinstance(kept, dict) and kept.get("by") in MODELS and isinstance(kept.get("files"), list)
+        if not right or not os.path.isabs(path) or not all(_is_inside(file) for file in kept["files"]):
+            raise damaged(f"what it says of {quoted(path)} is not understood")
+    return table
+
+
+def _is_inside(file: Any) -> bool:
+    """Whether `file` is a relative path that cannot lead out of a directory."""
+    return isinstance(file, str) and bool(file) and not os.path.isabs(file) and ".." not in file.split("/")

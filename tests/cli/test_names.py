@@ -1,0 +1,101 @@
+"""`runner list`, `alias`, `rm` and `pull` from outside, and the names that other commands take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from command_line import own, run
+from hub_cache import COMMIT, cached
+from places import TESTS
+
+MODEL = TESTS / "fixtures" / "llama" / "llama-gqa"
+GREEDY = ["--temperature", "0", "--max-tokens", "4"]
+
+
+class Account:
+    """A user with a data directory and a hub cache of their own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def run(self, *arguments: str, **environment: str) -> CompletedProcess[str]:
+        own_places = {"XDG_DATA_HOME": str(self.home / "data"), "XDG_CONFIG_HOME": str(self.home / "config")}
+        cache = {"HF_HUB_CACHE": str(self.home / "hub"), "HF_HUB_OFFLINE": "1"}
+        return run(*arguments, **{**own_places, **cache, **environment})
+
+    def done(self, *arguments: str, **environment: str) -> str:
+        done = self.run(*arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def account(tmp_path: Path) -> Account:
+    return Account(tmp_path)
+
+
+def test_a_converted_model_is_listed_used_and_deleted_by_its_name(account: Account) -> None:
+    path = account.home / "Tiny-Llama"
+    account.done("convert", str(MODEL), str(path))
+    (row,) = json.loads(account.done("list", "--json"))
+    assert (row["name"], row["id"], row["path"]) == ("tiny", str(path), str(path)) and row["stored_by_runner"]
+    assert row["bytes"] == sum(file.stat().st_size for file in path.iterdir())
+    assert account.done("generate", "tiny", "abc", *GREEDY) == account.done("generate", str(MODEL), "abc", *GREEDY)
+    refused = account.run("rm", "tiny")
+    assert refused.returncode == 2 and "--yes" in refused.stderr and path.exists()
+    assert f"deleted {path}" in account.run("rm", "tiny", "--yes").stderr
+    assert not path.exists() and json.loads(account.done("list", "--json")) == []
+
+
+def test_a_model_of_another_program_is_listed_and_not_deleted(account: Account) -> None:
+    files = {file.name: file.read_bytes() for file in MODEL.iterdir()}
+    path = cached(account.home / "hub", "org/Tiny-1B", files)
+    shown = account.done("list").splitlines()
+    assert shown[0].split() == ["name", "model", "revision", "size"]
+    assert shown[1].split()[:3] == ["tiny", "org/Tiny-1B", COMMIT[:12]]
+    done = account.run("rm", "tiny", "--yes")
+    assert done.returncode == 2 and "another program" in done.stderr and path.exists()
+
+
+def test_aliases_are_made_shown_changed_and_dropped(account: Account) -> None:
+    shutil.copytree(MODEL, account.home / "m")
+    assert account.done("alias", "mine", str(account.home / "m")) == f"mine = {account.home}/m\n"
+    assert account.done("generate", "mine", "abc", *GREEDY) != ""
+    done = account.run("alias", "mine", "org/name")
+    assert done.stdout == "mine = org/name\n" and f"was {account.home}/m until now" in done.stderr
+    assert account.done("alias") == account.done("alias", "mine") == "mine = org/name\n"
+    assert account.done("list").splitlines()[1].split() == ["mine", "org/name"]
+    account.done("rm", "mine", "--yes")
+    assert account.done("alias") == "" and (account.home / "m").exists()
+    assert account.run("alias", "mine").returncode == 2
+
+
+def test_nothing_is_deleted_where_one_of_several_may_not_be(account: Account) -> None:
+    path = account.home / "Tiny"
+    account.done("convert", str(MODEL), str(path))
+    done = account.run("rm", "tiny", "nonesuch", "--yes")
+    assert done.returncode == 1 and "nonesuch" in done.stderr and path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["generate", "tinny", "x"], 1, "no model is called 'tinny': did you mean tiny?"),
+        (["pull", "./"], 2, "'./' is a path, and it is on this machine already"),
+        (["pull", "tiny"], 2, "a path"),
+        (["alias", "a/b", "tiny"], 2, "'a/b' cannot be an alias"),
+        (["alias", "x", "none"], 1, "no model is called 'none'"),
+        (["rm", "."], 2, "was not stored by runner"),
+    ],
+)
+def test_a_wrong_name_is_one_line_with_the_right_one(
+    account: Account, arguments: list[str], code: int, words: str
+) -> None:
+    account.done("alias", "tiny", str(MODEL))
+    done = account.run(*arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert words in own(done.stderr) and own(done.stderr).count("\n") == 1
