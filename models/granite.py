@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from runner.cache.kv import KVCache
 from runner.models import llama
 from runner.models.llama import LlamaConfig
 from runner.nn import blocks
@@ -38,7 +38,7 @@ class ScaledPreNorm(blocks.PreNorm):
 
     residual_multiplier: float = setting()
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x, self.rms_norm_eps), batch, cache)
         x, normed = self.post_attention_layernorm.add(x, attended * self.residual_multiplier, self.rms_norm_eps)
         return x + self.mlp(normed) * self.residual_multiplier

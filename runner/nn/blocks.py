@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
 from runner.cache.caches import Caches
-from runner.cache.kv import KVCache
 from runner.config.base import Config
 from runner.nn.batch import Batch
 from runner.nn.fast import LayerNorm, RMSNorm, provided_ops, soft_capped
@@ -21,9 +20,9 @@ from runner.weights.tree import Size, Tree
 
 
 class Layer(Protocol):
-    """One layer of a decoder: `[B, L, hidden_size]` to the same shape, with its own KV cache."""
+    """One layer of a decoder: `[B, L, hidden_size]` to the same shape, with what it remembers (`Caches.layers`)."""
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array: ...
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array: ...
 
 
 class Norm(Protocol):
@@ -42,7 +41,7 @@ class PreNorm(Layer):
     mlp: FeedForward = weight("mlp")
     rms_norm_eps: float = setting()
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x, self.rms_norm_eps), batch, cache)
         # The add and the next norm in one call, which devices may fuse.
         x, normed = self.post_attention_layernorm.add(x, attended, self.rms_norm_eps)
@@ -59,7 +58,7 @@ class PostNorm(Layer):
     post_feedforward_layernorm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN)
     rms_norm_eps: float = setting()
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         x = x + self.post_attention_layernorm(self.self_attn(x, batch, cache), self.rms_norm_eps)
         return x + self.post_feedforward_layernorm(self.mlp(x), self.rms_norm_eps)
 
@@ -71,7 +70,7 @@ class BothNorms(PreNorm):
     attention_norm: RMSNorm = weight("post_self_attn_layernorm", HIDDEN)
     mlp_norm: RMSNorm = weight("post_mlp_layernorm", HIDDEN)
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         eps = self.rms_norm_eps
         attended = self.attention_norm(self.self_attn(self.input_layernorm(x, eps), batch, cache), eps)
         x, normed = self.post_attention_layernorm.add(x, attended, eps)
@@ -88,7 +87,7 @@ class Sequential(Layer):
     mlp: FeedForward = weight("mlp")
     norm_eps: float = setting()
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x, self.norm_eps), batch, cache)
         return x + self.mlp(self.post_attention_layernorm(x, self.norm_eps))
 
@@ -97,7 +96,7 @@ class Sequential(Layer):
 class ParallelNorms(Sequential):
     """Attention and MLP in parallel: both read the block's input, each through its own norm; one sum."""
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x, self.norm_eps), batch, cache)
         return x + attended + self.mlp(self.post_attention_layernorm(x, self.norm_eps))
 
@@ -111,7 +110,7 @@ class Parallel(Layer):
     mlp: FeedForward = weight("mlp")
     norm_eps: float = setting()
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         normed = self.input_layernorm(x, self.norm_eps)
         return x + self.self_attn(normed, batch, cache) + self.mlp(normed)
 
@@ -127,7 +126,7 @@ class HasBlockClass(Protocol):
 class ConfiguredBlock(Chooses):
     """A block of the class that the config's `block_class` names."""
 
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         raise NotImplementedError
 
     @classmethod

@@ -123,6 +123,7 @@ class MoE:
     n_group: int = setting(default=1)
     topk_group: int = setting(default=1)
     group_members: int = setting(default=1)
+    norm_topk_eps: float = setting(default=1e-20)
     routed_scaling_factor: float = setting(default=1.0)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -140,7 +141,9 @@ class MoE:
         routing_weights = mx.take_along_axis(scores, experts, axis=-1)
         if self.norm_topk_prob:
             total = mx.sum(routing_weights, axis=-1, keepdims=True)
-            return experts, self.ops.fused(normalized, routing_weights, total, self.routed_scaling_factor)
+            return experts, self.ops.fused(
+                normalized, routing_weights, total, self.norm_topk_eps, self.routed_scaling_factor
+            )
         if self.routed_scaling_factor != 1.0:
             routing_weights = routing_weights * self.routed_scaling_factor
         return experts, routing_weights
@@ -188,9 +191,9 @@ class SwitchMoE(MoE):
     )
 
 
-def normalized(routing_weights: mx.array, total: mx.array, factor: float) -> mx.array:
-    """Routing weights that add up to `factor`, from some that add up to `total`."""
-    return routing_weights / (total + 1e-20) * factor
+def normalized(routing_weights: mx.array, total: mx.array, eps: float, factor: float) -> mx.array:
+    """Routing weights that add up to `factor`, but for `eps`, from some that add up to `total`."""
+    return routing_weights / (total + eps) * factor
 
 
 def weighed(outputs: mx.array, routing_weights: mx.array) -> mx.array:

@@ -69,6 +69,9 @@ def test_four_positions_speak_for_all(path: str) -> None:
     caches = engine.new_caches()
     mx.eval(prefill(engine.model, PROMPT, caches))
     recorder, room = engine.device.ops.recorder, min(cache.room for cache in caches)
+    if room == 0:  # a state makes arrays of its own at each step: never recorded
+        assert not replayed(engine)
+        return
     assert recorder is not None and room >= LEAST
     slot = recorder.slot([1, 1])
 
