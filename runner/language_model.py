@@ -142,7 +142,8 @@ class LanguageModel:
             prompt_cache: the KV caches of earlier turns (made by `prompt_cache()`); None: nothing is kept.
             on_prefill: called after each chunk of the prompt with the tokens done and the tokens in all.
             cancelled: asked before each chunk of the prompt and after each token; true ends the answer.
-            sampling: fields of `SamplingParams`; None or absent: the model's own default.
+            sampling: fields of `SamplingParams`; None or absent: the model's own default, and where its files say
+                nothing of sampling, the most likely token each time.
 
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.

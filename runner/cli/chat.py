@@ -66,6 +66,9 @@ def chat(
     lm = engine.open_model(model, dtype, adapter, length.context)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
+    keywords, untold = engine.sampling_of(lm, keywords)
+    if untold is not None:
+        terminal.note(untold)
     Chat(lm, conversation, keywords, verbose, thinking).run()
 
 

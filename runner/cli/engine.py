@@ -5,15 +5,20 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from runner import resources
 from runner.cli import terminal
 from runner.errors import RunnerWarning
 
 if TYPE_CHECKING:
     from runner.answer import Chunk, Timings
     from runner.language_model import LanguageModel
+
+
+UNTOLD = "balanced"
+"""The preset for a model whose files say nothing of sampling."""
 
 
 def open_model(
@@ -41,6 +46,18 @@ def open_model(
     if lm.device.notice is not None:
         _note_once(f"{lm.device.notice} ('runner doctor' says more)")
     return lm
+
+
+def sampling_of(lm: LanguageModel, given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Return the keywords `given` for an answer, with the preset `UNTOLD` where nothing says how, and a note on it.
+
+    A model whose files say nothing would be decoded greedily, and small ones then repeat themselves for ever. A
+    temperature that was asked for, or a preset, which has one, decides instead.
+    """
+    if lm.defaults.says_sampling or "temperature" in given:
+        return dict(given), None
+    note = f"(the model's files say nothing of sampling: --preset {UNTOLD}; --temp 0 takes the likeliest tokens)"
+    return {**resources.read("sampling", UNTOLD), **given}, note
 
 
 def length_note(lm: LanguageModel, last: Chunk, max_tokens: int | None) -> str:

@@ -95,8 +95,12 @@ def generate(
     output = terminal.Output()
     shown = AnswerOutput(output, status, thinking)
     last: Chunk | None = None
+    keywords, untold = engine.sampling_of(lm, keywords)
     try:
-        for last in answer(lm, text, chat, system, on_prefill=status.prefill, **keywords):
+        chunks = answer(lm, text, chat, system, on_prefill=status.prefill, **keywords)
+        if untold is not None:
+            terminal.note(untold)
+        for last in chunks:
             if as_json:
                 status.clear()
                 output.line(json.dumps(chunk_json(last, reasoning=thinking != "hide"), allow_nan=False))

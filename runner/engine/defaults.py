@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runner.engine.sampling import SamplingParams
+from runner.engine.sampling import SAMPLING_KEYS, SamplingParams
 from runner.errors import ConfigError, UsageError
 
 FILE = "generation_config.json"
@@ -21,6 +21,7 @@ class GenerationDefaults:
         stop: texts before which an answer ends (`stop_strings`).
         max_new_tokens: the most tokens of an answer; None: no limit but the context.
         max_length: the most tokens of prompt and answer together; not read where `max_new_tokens` is set.
+        says_sampling: whether the file says anything of sampling; where it does not, `sampling` is greedy.
     """
 
     sampling: SamplingParams
@@ -28,6 +29,7 @@ class GenerationDefaults:
     stop: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     max_length: int | None = None
+    says_sampling: bool = False
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> GenerationDefaults:
@@ -42,7 +44,9 @@ class GenerationDefaults:
             raise ConfigError(f"{FILE}: {error}") from error
         tokens = _count(raw, "max_new_tokens")
         # As in transformers: where both are set, the length of the answer wins.
-        return cls(sampling, ignored, _stops(raw), tokens, None if tokens is not None else _count(raw, "max_length"))
+        length = None if tokens is not None else _count(raw, "max_length")
+        says = any(raw.get(name) is not None for name in ("do_sample", *SAMPLING_KEYS))
+        return cls(sampling, ignored, _stops(raw), tokens, length, says)
 
     def budget(self, prompt_tokens: int) -> int | None:
         """The most tokens that an answer may have after a prompt of `prompt_tokens`; None: as many as there is room.

@@ -60,6 +60,9 @@ _OTHER_DEFAULTS: dict[str, tuple[object, ...]] = {
 """Keys of generation_config.json that no field of `SamplingParams` honours, with the values that have no effect."""
 
 
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Keys of generation_config.json that are fields of `SamplingParams`."""
+
 TOP_K = 50
 """transformers' `top_k` where a generation_config.json samples and does not set it."""
 
@@ -127,8 +130,7 @@ class SamplingParams:
         Raises:
             UsageError: a value is out of range.
         """
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        values = {name: raw[name] for name in names if raw.get(name) is not None}
+        values = {name: raw[name] for name in SAMPLING_KEYS if raw.get(name) is not None}
         if not isinstance(raw.get("do_sample"), bool | None):
             raise UsageError(f"do_sample must be true or false, not {raw['do_sample']!r}")
         if raw.get("do_sample"):

@@ -13,6 +13,7 @@ import pytest
 from command_line import own, run
 from places import TESTS
 
+import runner
 from runner.cli.app import COMMANDS
 
 FIXTURES = TESTS / "fixtures" / "llama"
@@ -241,3 +242,29 @@ def test_the_context_option_is_obeyed_and_its_excess_noted() -> None:
     assert done.returncode == 2 and "the context window holds 2" in done.stderr
     done = run("generate", MODEL, "abc", "--raw", "--context", "100000", *GREEDY)
     assert done.returncode == 0 and "beyond the" in done.stderr
+
+
+def test_a_model_that_says_nothing_of_sampling_gets_the_balanced_preset(tmp_path: Path) -> None:
+    """Said once on stderr; a temperature decides instead, and so do the model's own files."""
+    note = "nothing of sampling: --preset balanced; --temp 0"
+
+    def asked(*arguments: str, model: str = MODEL, command: str = "generate") -> tuple[str, str]:
+        words = ["abc", "--raw"] if command == "generate" else []
+        done = run(command, model, *words, "-n", "16", *arguments, stdin="abc\ndef\n" if command == "chat" else None)
+        assert done.returncode == 0
+        return done.stdout, done.stderr
+
+    told, said = asked("--seed", "3")
+    named, silent = asked("--seed", "3", "--preset", "balanced")
+    assert told == named and said.count(note) == 1 and note not in silent
+    assert asked("--seed", "3", "--top-k", "1")[0] == asked("--temp", "0")[0] != told
+    assert note in asked("--seed", "3", "--min-p", "0")[1]
+    assert asked(command="chat", model=MODEL)[1].count(note) == 1
+    for given in (["--temp", "0"], ["--temp", "0.7", "--seed", "3"], ["--preset", "greedy"]):
+        assert note not in asked(*given)[1] and note not in asked(*given, command="chat")[1]
+    model = tmp_path / "greedy"
+    shutil.copytree(MODEL, model)
+    (model / "generation_config.json").write_text('{"do_sample": false}')
+    assert asked(model=str(model)) == (asked("--temp", "0")[0], "")
+    # The library's default stays what the files say, and greedy where they say nothing.
+    assert runner.load(MODEL).sampling.temperature == 0

@@ -85,3 +85,10 @@ def test_nothing_set_and_null_is_no_limit() -> None:
 def test_what_is_not_honoured_is_said() -> None:
     raw = {"max_time": 3.0, "num_beams": 4, "forced_eos_token_id": 2, "min_length": 0}
     assert set(GenerationDefaults.read(raw).ignored) == {"max_time = 3.0", "num_beams = 4", "forced_eos_token_id = 2"}
+
+
+@pytest.mark.parametrize("raw", [{"do_sample": False}, {"temperature": 0.6}, {"top_k": 1}, {"do_sample": True}])
+def test_whether_the_file_says_anything_of_sampling(raw: dict[str, Any]) -> None:
+    assert GenerationDefaults.read({**raw, "max_new_tokens": 5}).says_sampling
+    silent = {**dict.fromkeys(raw), "max_new_tokens": 5, "eos_token_id": 2}
+    assert not GenerationDefaults.read(silent).says_sampling

@@ -50,7 +50,7 @@ def config_of(container: Container) -> dict[str, Any]:
 
 
 def generation_config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Make `generation_config.json` from the sampling defaults `general.sampling.*`; greedy where the file has none."""
+    """Make `generation_config.json` from the sampling defaults `general.sampling.*`; `{}` where the file has none."""
     names = {
         "temp": "temperature",
         "top_k": "top_k",
@@ -63,7 +63,7 @@ def generation_config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for name, key in names.items()
         if isinstance(metadata.get(f"general.sampling.{name}"), int | float)
     }
-    return {**found, "do_sample": bool(found)}
+    return {**found, "do_sample": True} if found else {}
 
 
 class _Metadata:
