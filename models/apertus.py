@@ -18,6 +18,7 @@ from runner.nn import blocks
 from runner.nn.fast import RMSNorm
 from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
 from runner.nn.xielu import XIELU
+from runner.weights.module import Module
 from runner.weights.tags import weight
 
 STRETCHED = RopeScaling(
@@ -39,7 +40,7 @@ class ApertusConfig(LlamaConfig):
 
 
 @dataclass
-class MLP:
+class MLP(Module):
     """An MLP without a gate, whose xIELU activation has tensors of its own."""
 
     act_fn: XIELU = weight("act_fn")

@@ -19,6 +19,7 @@ from runner.nn.blocks import Decoder, Norm, PreNorm
 from runner.nn.fast import RoPE
 from runner.nn.linear import HIDDEN, INTERMEDIATE, KV, Linear, Q
 from runner.nn.mlp import GLU
+from runner.weights.module import Module
 from runner.weights.tags import setting, weight
 
 
@@ -40,7 +41,7 @@ class MistralConfig(LlamaConfig):
 
 
 @dataclass
-class Attention:
+class Attention(Module):
     """Grouped-query attention with rotary positions; q, k and v come from one matrix product."""
 
     rope: RoPE
@@ -84,7 +85,7 @@ class NormedAttention(Attention):
 
 
 @dataclass
-class MLP:
+class MLP(Module):
     """The gated MLP (SwiGLU with `silu`); gate and up come from one matrix product."""
 
     glu: GLU

@@ -22,6 +22,7 @@ from runner.nn.linear import HIDDEN, INTERMEDIATE, VOCAB, Embedding, Linear, Q
 from runner.nn.mlp import PlainMLP
 from runner.nn.positions import positions
 from runner.ops.table import Ops
+from runner.weights.module import Module
 from runner.weights.tags import setting, tensor, weight
 
 FIRST = 2  # the table's row for position 0; the rows before it are unused
@@ -74,7 +75,7 @@ class OPTConfig(UnrotatedConfig):
 
 
 @dataclass
-class Norm:
+class Norm(Module):
     """A LayerNorm whose weight and bias exist only with `layer_norm_elementwise_affine`."""
 
     weight: mx.array | None = tensor("weight", HIDDEN, when="layer_norm_elementwise_affine")

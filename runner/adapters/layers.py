@@ -14,10 +14,11 @@ import mlx.core as mx
 from runner.nn.linear import Embedding, Linear
 from runner.nn.moe import ExpertLinear
 from runner.ops.table import PORTABLE, Ops
+from runner.weights.module import Module
 
 
 @dataclass
-class Delta:
+class Delta(Module):
     """The low-rank update that one adapter adds to one field of a model.
 
     Where a field joins several stored matrices, `down` stacks the A of each, and `up` is zero where a row of the field
@@ -37,7 +38,7 @@ class Delta:
 
 
 @dataclass
-class TokenRows:
+class TokenRows(Module):
     """Rows `[n, width]` that replace the base table's rows for the ids `tokens` (`[n]` integers)."""
 
     adapter: str
@@ -61,7 +62,7 @@ class TokenRows:
 
 
 @dataclass
-class Magnitude:
+class Magnitude(Module):
     """DoRA's magnitudes for a delta: `lengths` has m `[out]` of the field's rows, valid where `rows` (bool `[out]`)."""
 
     delta: Delta

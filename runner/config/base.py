@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
+from runner import reprs
 from runner.config import rope_keys
 from runner.config.layer_types import FULL, SLIDING
 from runner.config.memory import Memory
@@ -134,6 +135,11 @@ class Config:
     """Keys that have the given value in every published file of this family; any other value is refused."""
     NULL: ClassVar[Mapping[str, object]] = {}
     """Keys for which null means the given value instead of the field's default."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # `dataclass` writes a repr with all fields into each class that has none of its own.
+        cls.__repr__ = reprs.changed  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

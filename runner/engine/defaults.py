@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runner import reprs
 from runner.engine.sampling import SAMPLING_KEYS, SamplingParams
 from runner.errors import ConfigError, UsageError
 
@@ -30,6 +31,8 @@ class GenerationDefaults:
     max_new_tokens: int | None = None
     max_length: int | None = None
     says_sampling: bool = False
+
+    __repr__ = reprs.changed
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> GenerationDefaults:

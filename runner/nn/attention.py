@@ -13,11 +13,12 @@ from runner.errors import UsageError
 from runner.nn.batch import Batch
 from runner.nn.fast import NO_MASK, Mask, provided_ops, scaled_dot_product_attention, soft_capped
 from runner.ops.table import PORTABLE, Ops, window_mask
+from runner.weights.module import Module
 from runner.weights.tags import setting, tensor
 
 
 @dataclass
-class HeadNorms:
+class HeadNorms(Module):
     """A LayerNorm without bias for each head, weights `[heads, head_dim]`, for x `[B, heads, L, head_dim]`."""
 
     weight: mx.array
@@ -42,7 +43,7 @@ class StoredHeadNorms(HeadNorms):
 
 
 @dataclass
-class Attend:
+class Attend(Module):
     """Scaled dot product attention over the keys and values in a cache, soft-capped if the config says so."""
 
     scale: float = setting("attention_scale")

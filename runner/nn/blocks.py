@@ -15,6 +15,7 @@ from runner.nn.fast import LayerNorm, RMSNorm, provided_ops, soft_capped
 from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
 from runner.nn.mlp import FeedForward
 from runner.ops.table import Ops
+from runner.weights.module import Module
 from runner.weights.tags import Choice, Chooses, Header, setting, weight
 from runner.weights.tree import Size, Tree
 
@@ -32,7 +33,7 @@ class Norm(Protocol):
 
 
 @dataclass
-class PreNorm(Layer):
+class PreNorm(Module, Layer):
     """Llama's order: RMSNorm, attention, add; RMSNorm, MLP, add. The residual stream itself is never normalized."""
 
     input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN)
@@ -49,7 +50,7 @@ class PreNorm(Layer):
 
 
 @dataclass
-class PostNorm(Layer):
+class PostNorm(Module, Layer):
     """OLMo 2's order: attention, RMSNorm, add; MLP, RMSNorm, add."""
 
     self_attn: Layer = weight("self_attn")
@@ -78,7 +79,7 @@ class BothNorms(PreNorm):
 
 
 @dataclass
-class Sequential(Layer):
+class Sequential(Module, Layer):
     """`PreNorm` with any kind of norm (mostly LayerNorm) and `norm_eps`: norm, attention, add; norm, MLP, add."""
 
     input_layernorm: Norm = weight("input_layernorm", HIDDEN)
@@ -102,7 +103,7 @@ class ParallelNorms(Sequential):
 
 
 @dataclass
-class Parallel(Layer):
+class Parallel(Module, Layer):
     """Attention and MLP in parallel: both read the block's input through one norm; one sum."""
 
     input_layernorm: Norm = weight("input_layernorm", HIDDEN)
@@ -136,7 +137,7 @@ class ConfiguredBlock(Chooses):
 
 
 @dataclass
-class BaseDecoder:
+class BaseDecoder(Module):
     """The frame of every decoder: ids to hidden states, hidden states to logits. Subclasses declare the layers."""
 
     embed_tokens: Embedding = weight("model.embed_tokens", VOCAB, HIDDEN)

@@ -18,6 +18,7 @@ from runner.config import rope as frequencies
 from runner.config.rope import RopeScaling
 from runner.errors import UsageError
 from runner.ops.table import PORTABLE, Ops
+from runner.weights.module import Module
 from runner.weights.tags import setting, tensor
 
 NO_MASK: Literal["none"] = "none"
@@ -103,7 +104,7 @@ def provided_ops() -> Any:
 
 
 @dataclass
-class LayerNorm:
+class LayerNorm(Module):
     """Layer normalization over the last axis (arXiv:1607.06450)."""
 
     weight: mx.array = tensor("weight", "$0")
@@ -121,7 +122,7 @@ class LayerNorm:
 
 
 @dataclass
-class ScaledLayerNorm:
+class ScaledLayerNorm(Module):
     """Layer normalization with a weight and without a bias."""
 
     weight: mx.array = tensor("weight", "$0")
@@ -134,7 +135,7 @@ class ScaledLayerNorm:
 
 
 @dataclass
-class PlainLayerNorm:
+class PlainLayerNorm(Module):
     """Layer normalization with neither weight nor bias; reads no tensor."""
 
     ops: Ops = provided_ops()
@@ -145,7 +146,7 @@ class PlainLayerNorm:
 
 
 @dataclass
-class RMSNorm:
+class RMSNorm(Module):
     """Root mean square normalization over the last axis (arXiv:1910.07467)."""
 
     weight: mx.array = tensor("weight", "$0")
@@ -192,7 +193,7 @@ def last_offset(offset: int | mx.array) -> int:
 
 
 @dataclass
-class RoPE:
+class RoPE(Module):
     """Rotary position embedding (arXiv:2104.09864), with the published scalings of its frequencies.
 
     The first `dims` elements of each head are rotated, the rest stay. `traditional` rotates pairs (2i, 2i+1), the

@@ -8,11 +8,12 @@ import mlx.core as mx
 
 from runner.nn.fast import provided_ops
 from runner.ops.table import Ops
+from runner.weights.module import Module
 from runner.weights.tags import setting, tensor
 
 
 @dataclass
-class GatedRMSNorm:
+class GatedRMSNorm(Module):
     """RMS norm of a recurrence's output, and its gate: `x` and `gate` `[..., C]` to the same shape.
 
     The last axis is normalized in `groups` equal parts, each by itself. Everything is computed in float32 and rounded

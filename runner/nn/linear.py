@@ -13,6 +13,7 @@ from runner.errors import WeightsError
 from runner.nn.fast import provided_ops
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import Ops
+from runner.weights.module import Module
 from runner.weights.tags import FLOAT, PACKED, SCALES, Choice, Chooses, Header, setting, tensor
 from runner.weights.tree import Join, Leaf, Size, Tree, leaf_shapes, leaves
 
@@ -71,7 +72,7 @@ class Linear(Chooses):
 
 
 @dataclass
-class QuantizedFields:
+class QuantizedFields(Module):
     """The tensors of a quantized matrix, or of a stack of them, and its quantization as the shapes imply it."""
 
     weight: mx.array = tensor("weight", "$0", "packed", dtypes=PACKED)
@@ -86,6 +87,12 @@ class QuantizedFields:
         if self.biases is not None and self.biases.dtype != self.scales.dtype:
             self.scales, self.biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
             mx.eval(self.scales, self.biases)
+
+    def tensors_repr(self) -> str:
+        shape = [*self.weight.shape[:-1], self.weight.shape[-1] * 32 // self.bits]
+        form = f"{self.bits} bits" if self.mode == "affine" else self.mode
+        bias = vars(self).get("bias")
+        return f"{shape} in {form}, groups of {self.group_size}" + ("" if bias is None else ", with a bias")
 
     @property
     def quantized(self) -> QuantizedWeight:

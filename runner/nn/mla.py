@@ -21,6 +21,7 @@ from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm, RoPE
 from runner.nn.linear import Linear
 from runner.nn.moe import ExpertLinear
+from runner.weights.module import Module
 from runner.weights.tags import Choice, Chooses, Header, setting, weight
 from runner.weights.tree import Size, Tree, leaves
 
@@ -158,7 +159,7 @@ class SplitKeysAndValues(KeysAndValues):
 
 
 @dataclass
-class LatentAttention:
+class LatentAttention(Module):
     """Attention that caches, per token for all heads, a latent (`kv_lora_rank`) and a rotated key (`qk_rope_head_dim`).
 
     The expanded form makes each head's keys and values from the latents with `kv_b_proj`, then attends as usual. With

@@ -12,12 +12,13 @@ from runner.config.base import Config
 from runner.nn.fast import provided_ops
 from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
 from runner.ops.table import Ops
+from runner.weights.module import Module
 from runner.weights.tags import Choice, Chooses, Header, setting, weight
 from runner.weights.tree import Size, Tree
 
 
 @dataclass
-class GLU:
+class GLU(Module):
     """The gated activation `act(gate) * up` (arXiv:2002.05202); input is gate and up, `[..., 2 I] -> [..., I]`."""
 
     activation: str = setting("hidden_act", default="silu")
@@ -28,7 +29,7 @@ class GLU:
 
 
 @dataclass
-class Activation:
+class Activation(Module):
     """The activation `hidden_act` of an MLP without a gate."""
 
     name: str = setting("hidden_act", default="gelu")
@@ -45,7 +46,7 @@ class FeedForward(Protocol):
 
 
 @dataclass
-class PlainMLP(FeedForward):
+class PlainMLP(Module, FeedForward):
     """The MLP without a gate: up, activation, down."""
 
     act: Activation
@@ -57,7 +58,7 @@ class PlainMLP(FeedForward):
 
 
 @dataclass
-class GatedMLP(FeedForward):
+class GatedMLP(Module, FeedForward):
     """A gated MLP of hidden width `$0`, which the parent's tag gives: gate and up as one product, GLU, down."""
 
     glu: GLU

@@ -17,6 +17,7 @@ from runner.nn.fast import provided_ops
 from runner.nn.linear import Linear, QuantizedFields, stored_quantization
 from runner.nn.mlp import GLU
 from runner.ops.table import Ops
+from runner.weights.module import Module
 from runner.weights.tags import Choice, Chooses, Header, setting, tensor
 from runner.weights.tree import Size, Tree, leaf_shapes, leaves
 
@@ -103,7 +104,7 @@ def _biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:
 
 
 @dataclass
-class MoE:
+class MoE(Module):
     """Router and experts; subclasses name the tensors, their configs say how experts are chosen and weighted.
 
     Routers are tagged `exact`: they are multiplied in float32, and a matrix of 16 bits would be cast for each token.

@@ -11,6 +11,7 @@ from runner.errors import UsageError
 from runner.nn.batch import Batch
 from runner.nn.fast import last_offset
 from runner.ops.table import window_mask
+from runner.weights.module import Module
 from runner.weights.tags import setting
 
 
@@ -32,7 +33,7 @@ def positions(batch: Batch, limit: int) -> mx.array:
 
 
 @dataclass
-class Alibi:
+class Alibi(Module):
     """ALiBi (arXiv:2108.12409): no positions, but biases that lower each head's scores in proportion to distance."""
 
     num_attention_heads: int = setting()

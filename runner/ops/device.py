@@ -53,6 +53,9 @@ class Device:
     needs: str | None = None
     mlx: mx.Device = field(default_factory=mx.default_device)
 
+    def __repr__(self) -> str:
+        return f"Device({self.name!r})"
+
 
 def current() -> Device:
     """The `Device` for MLX's default device.

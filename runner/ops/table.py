@@ -280,6 +280,9 @@ class Ops:
     gather_quantized_linear: Callable[..., mx.array] = _gather_quantized_linear
     storage: Storage = PLAIN
 
+    def __repr__(self) -> str:
+        return f"Ops({self.name!r})"
+
 
 PORTABLE = Ops(name="mlx")
 """Plain MLX for every operation."""

@@ -48,6 +48,9 @@ class Tokenizer:
         # An empty name ("bos_token": "") is still a variable that templates may print.
         self._templates = ChatTemplates(files.templates, {**files.named, **named})
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.kind}, {self.vocab_size} tokens)"
+
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
         """Load the tokenizer of the directory `path`: the first of `SOURCES` that is there, and the small files.

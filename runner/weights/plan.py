@@ -70,6 +70,9 @@ class ModulePlan:
     cls: type
     fields: Mapping[str, ArrayPlan | ModulePlan | list[ModulePlan] | Value]
 
+    def __repr__(self) -> str:
+        return f"ModulePlan({self.path!r}, {self.cls.__name__}, {sum(1 for _ in self.arrays())} arrays)"
+
     def arrays(self) -> Iterator[ArrayPlan]:
         """Every array field here and below, in the order of the fields."""
         for item in self.fields.values():

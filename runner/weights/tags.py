@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from runner.config.base import Config
+from runner.weights.module import Module
 from runner.weights.transforms import IDENTITY, Transform
 from runner.weights.tree import Dim, Size, Tree
 
@@ -146,7 +147,7 @@ class Choice:
     scope: Mapping[str, Any]
 
 
-class Chooses:
+class Chooses(Module):
     """Base of modules whose class depends on what is stored (a `Linear` finds out whether it is quantized)."""
 
     @classmethod
