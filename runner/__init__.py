@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runner.answer import Chunk as Chunk
     from runner.answer import Generation as Generation
+    from runner.answer import Timings as Timings
+    from runner.engine.prompt_cache import PromptCache as PromptCache
     from runner.engine.sampling import SamplingParams as SamplingParams
     from runner.errors import RunnerError as RunnerError
+    from runner.errors import RunnerWarning as RunnerWarning
+    from runner.errors import UsageError as UsageError
     from runner.language_model import LanguageModel as LanguageModel
     from runner.language_model import load as load
 
@@ -27,12 +31,32 @@ _LAZY = {
     "Chunk": "runner.answer",
     "Generation": "runner.answer",
     "LanguageModel": "runner.language_model",
+    "PromptCache": "runner.engine.prompt_cache",
     "RunnerError": "runner.errors",
+    "RunnerWarning": "runner.errors",
     "SamplingParams": "runner.engine.sampling",
+    "Timings": "runner.answer",
+    "UsageError": "runner.errors",
     "load": "runner.language_model",
 }
 
-__all__ = ["Chunk", "Generation", "LanguageModel", "RunnerError", "SamplingParams", "load"]
+__all__ = [
+    "Chunk",
+    "Generation",
+    "LanguageModel",
+    "PromptCache",
+    "RunnerError",
+    "RunnerWarning",
+    "SamplingParams",
+    "Timings",
+    "UsageError",
+    "load",
+]
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion and `help`."""
+    return [*__all__, "__doc__", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

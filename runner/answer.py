@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Iterable
+from dataclasses import dataclass, field
 
+from runner import reprs
 from runner.engine.sampling import Token
 from runner.ops.memory import Memory
 from runner.text.answer_text import AnswerText
@@ -28,6 +29,13 @@ class Timings:
     generation_seconds: float
     peak_memory: int
     cached_tokens: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Timings(prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.1f} per second; "
+            f"answer: {self.generation_tokens} tokens, {self.generation_tps:.1f} per second; "
+            f"peak memory {self.peak_memory / 1e6:.0f} MB)"
+        )
 
     @property
     def prompt_tps(self) -> float:
@@ -59,8 +67,10 @@ class Chunk:
     logprob: float | None = None
     top_logprobs: list[tuple[int, float]] | None = None
     finish_reason: str | None = None
-    timings: Timings | None = None
+    timings: Timings | None = field(default=None, repr=False)
     reasoning: str = ""
+
+    __repr__ = reprs.changed
 
 
 @dataclass(frozen=True)
@@ -77,9 +87,15 @@ class Generation:
     text: str
     tokens: list[int]
     finish_reason: str
-    timings: Timings
+    timings: Timings = field(repr=False)
     logprobs: list[float] | None = None
     reasoning: str = ""
+
+    __repr__ = reprs.changed
+
+
+Steps = Generator[Chunk | None, None, None]
+"""An answer step by step: a chunk for each token, None after each part of the prompt that more follows."""
 
 
 class Answer:
@@ -146,7 +162,7 @@ class Answer:
         )
 
 
-def gather(chunks: Iterator[Chunk]) -> Generation:
+def gather(chunks: Iterable[Chunk]) -> Generation:
     """Join the chunks of a whole answer."""
     pieces = list(chunks)
     last = pieces[-1]

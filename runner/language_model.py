@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import mlx.core as mx
 
-from runner.answer import Answer, Chunk, Generation, gather
+from runner.answer import Answer, Chunk, Generation, Steps, gather
 from runner.checkpoint.hub import resolve_adapter
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.checkpoint.names import resolve
@@ -22,9 +24,10 @@ from runner.engine.engine import Engine, assemble
 from runner.engine.generate import Cancelled
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.request import Request, Run
-from runner.engine.sampling import SamplingParams
+from runner.engine.sampling import SamplingOptions, SamplingParams
 from runner.errors import ConfigError, ContextLengthError, RunnerWarning, UsageError
 from runner.families import Model, family_of
+from runner.keywords import ChatOptions, StreamOptions, checked_keywords
 from runner.ops.device import Device
 from runner.ops.owner import OWNER
 from runner.progress import ProgressBar
@@ -37,9 +40,11 @@ if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Given
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A model, its tokenizer and its sampling defaults; made by `load`.
+
+    Use it in a `with` statement, or call `close`, to give its memory back before the program ends.
 
     Attributes:
         path: the directory or GGUF file the model was read from.
@@ -56,6 +61,24 @@ class LanguageModel:
     eos_token_ids: frozenset[int]
     context_length: int
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.engine.closed else f"{self.nbytes / 1e6:.1f} MB on {self.device.name}"
+        name, context = self.path.resolve().name, self.context_length
+        return f"LanguageModel({name!r}, {self.config.model_type}, {state}, context of {context} tokens)"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory of the weights back; an answer that is under way elsewhere ends with a UsageError.
+
+        What needs no weights can still be asked: config, defaults, tokenizer. Closing twice is fine.
+        """
+        self.engine.close()
 
     @property
     def config(self) -> Config:
@@ -74,7 +97,8 @@ class LanguageModel:
 
     @property
     def model(self) -> Model:
-        """The tree of dataclasses that holds the weights."""
+        """The tree of dataclasses that holds the weights; its repr shows it."""
+        self.engine.check_open()
         return self.engine.model
 
     @property
@@ -99,6 +123,7 @@ class LanguageModel:
             UsageError: no adapter has the name, or the adapter cannot have the weight (one with whole tensors keeps the
                 weight it was loaded with; DoRA and rows for single tokens take 0 or 1, and do not add up with others).
         """
+        self.engine.check_open()
         if self.engine.adapters is None:
             raise UsageError("this model was loaded without adapters: pass them to load(adapters=...)")
         self.engine.adapters.set_weights(weights)
@@ -119,8 +144,10 @@ class LanguageModel:
 
     def prompt_cache(self) -> PromptCache:
         """Make an empty prompt cache: `stream` and `chat_stream` calls that share it prefill only what is new."""
+        self.engine.check_open()
         return PromptCache(self.engine)
 
+    @checked_keywords(SamplingOptions)
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -130,7 +157,7 @@ class LanguageModel:
         prompt_cache: PromptCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]:
         """Generate an answer token by token.
 
@@ -147,12 +174,26 @@ class LanguageModel:
 
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
-            UsageError: an argument is out of range.
+            UsageError: an argument is out of range or has another name, or the model was closed.
         """
+        steps = self._text_steps(
+            prompt,
+            max_tokens=max_tokens,
+            stop=stop,
+            prompt_cache=prompt_cache,
+            on_prefill=on_prefill,
+            cancelled=cancelled,
+            **sampling,
+        )
+        return chunks_of(steps)
+
+    def _text_steps(self, prompt: str | Sequence[int], **options: Unpack[StreamOptions]) -> Steps:
+        """The answer of `stream`, step by step."""
+        self.engine.check_open()
         if isinstance(prompt, str):
             self._check_bytes(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._start(ids, PlainText(), max_tokens, stop, prompt_cache, on_prefill, cancelled, **sampling)
+        return self._start(ids, PlainText(), **options)
 
     def _check_bytes(self, text: str) -> None:
         """Refuse a text that is too long by its bytes alone, since splitting megabytes into tokens takes seconds."""
@@ -166,13 +207,14 @@ class LanguageModel:
         self,
         prompt: Sequence[int],
         separator: Separator,
+        *,
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         prompt_cache: PromptCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
-        **sampling: Any,
-    ) -> Iterator[Chunk]:
+        **sampling: Unpack[SamplingOptions],
+    ) -> Steps:
         """Check the arguments of `stream` and begin the answer, whose text goes through `separator`."""
         ids = self.engine.checked(prompt)
         params = self.sampling.replace(**sampling)
@@ -194,12 +236,17 @@ class LanguageModel:
         run = Run(self.engine, kept, request)
         return self._run(run, Answer(ends, text, len(ids), run.memory), cancelled)
 
-    def _run(self, run: Run, answer: Answer, cancelled: Callable[[], bool] | None) -> Iterator[Chunk]:
+    def _run(self, run: Run, answer: Answer, cancelled: Callable[[], bool] | None) -> Steps:
+        made = 0
         try:
-            for index, token in enumerate(run):
+            for token in run:
+                if token is None:
+                    yield None
+                    continue
+                made += 1
                 answer.cached_tokens = run.reused
                 stopped = cancelled is not None and cancelled()
-                chunk = answer.add(token, last=index + 1 == run.budget, cancelled=stopped)
+                chunk = answer.add(token, last=made == run.budget, cancelled=stopped)
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
@@ -207,10 +254,48 @@ class LanguageModel:
             answer.cached_tokens = run.reused
             yield answer.cancelled()
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+    @checked_keywords(StreamOptions)
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[StreamOptions]) -> Generation:
         """Generate a whole answer; takes the arguments of `stream`."""
         return gather(self.stream(prompt, **options))
 
+    @checked_keywords(StreamOptions)
+    def astream(self, prompt: str | Sequence[int], **options: Unpack[StreamOptions]) -> AsyncGenerator[Chunk, None]:
+        """`stream` for asyncio: `async for chunk in lm.astream("Once upon a time")`. The event loop never waits.
+
+        Answers of several tasks advance in turns, token by token. A cancelled task's answer ends after the token, or
+        the chunk of the prompt, that is under way, and gives its prompt cache back. `on_prefill` is called in the event
+        loop, `cancelled` on another thread. Errors come with the first chunk, but for unknown keywords.
+
+        Raises:
+            UsageError: as `stream`; also if another answer, which has not ended, is using the prompt cache.
+        """
+        return self._asynchronous(functools.partial(self._text_steps, prompt), options)
+
+    @checked_keywords(StreamOptions)
+    async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[StreamOptions]) -> Generation:
+        """`generate` for asyncio, as `astream` is `stream`."""
+        return gather([chunk async for chunk in self.astream(prompt, **options)])
+
+    @checked_keywords(ChatOptions)
+    def achat_stream(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]
+    ) -> AsyncGenerator[Chunk, None]:
+        """`chat_stream` for asyncio, as `astream` is `stream`."""
+        return self._asynchronous(functools.partial(self._chat_steps, messages), options)
+
+    @checked_keywords(ChatOptions)
+    async def achat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Generation:
+        """`chat` for asyncio, as `astream` is `stream`."""
+        return gather([chunk async for chunk in self.achat_stream(messages, **options)])
+
+    def _asynchronous(self, begin: Callable[..., Steps], options: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
+        from runner.asynchronous import chunks, in_loop  # asyncio is a tenth of the imports of a short answer
+
+        on_prefill = in_loop(options.get("on_prefill"))
+        return chunks(self.engine, lambda: begin(**{**options, "on_prefill": on_prefill}))
+
+    @checked_keywords(StreamOptions)
     def chat_stream(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -218,7 +303,7 @@ class LanguageModel:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[StreamOptions],
     ) -> Iterator[Chunk]:
         """Answer a conversation through the chat template, token by token.
 
@@ -238,6 +323,20 @@ class LanguageModel:
             TemplateError: the model has no chat template, a message has another shape, or the template refused it.
             UsageError: `template_kwargs` has a name that the template gets from elsewhere, such as `messages`.
         """
+        steps = self._chat_steps(messages, tools=tools, template=template, template_kwargs=template_kwargs, **options)
+        return chunks_of(steps)
+
+    def _chat_steps(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[StreamOptions],
+    ) -> Steps:
+        """The answer of `chat_stream`, step by step."""
+        self.engine.check_open()
         variables = self.tokenizer.template_kwargs(template_kwargs)
         ids = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, tools=tools, template=template,
@@ -246,11 +345,21 @@ class LanguageModel:
         separator = self.tokenizer.separator(ids, messages, tools=tools, template=template, **variables)
         return self._start(ids, separator, **options)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+    @checked_keywords(ChatOptions)
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Generation:
         """Generate the whole answer to a conversation; takes the arguments of `chat_stream`."""
         return gather(self.chat_stream(messages, **options))
 
 
+def chunks_of(steps: Steps) -> Iterator[Chunk]:
+    """The chunks of an answer, without its other steps."""
+    with contextlib.closing(steps):
+        for chunk in steps:
+            if chunk is not None:
+                yield chunk
+
+
+@checked_keywords()
 def load(
     model: str | Path,
     *,
@@ -309,7 +418,7 @@ def load(
     context, doubts = chosen_context(engine.config, context_length)
     notes = (*engine.config.notes, *files.notes, *doubts, *device_notes(engine, files.config, dtype))
     for note in notes:
-        warnings.warn(note, RunnerWarning, stacklevel=2)
+        warnings.warn(note, RunnerWarning, stacklevel=3)  # the caller of what `checked_keywords` made
     ends = end_tokens(files, tokenizer)
     return LanguageModel(files.path, engine, tokenizer, defaults, ends, context, notes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,6 +57,9 @@ class Caches(Sequence[Cache]):
         self.layers = layers
         self._caches = caches
 
+    def __repr__(self) -> str:
+        return f"Caches({len(self._caches)} caches, {self.offset} tokens, {self.nbytes / 1e6:.1f} MB)"
+
     @classmethod
     def of(cls, memories: Sequence[Sequence[Memory]], storage: Storage = PLAIN) -> Caches:
         """Empty caches for what each layer remembers, rows kept by `storage`."""
@@ -109,17 +112,7 @@ class Caches(Sequence[Cache]):
     def ahead(self, count: int) -> Caches:
         """A copy with `count` more tokens (at most `room`) over the same buffers, to build later steps' graphs with."""
         copies = {id(cache): cache.ahead(count) for cache in self._caches}
-
-        def copied(given: Any) -> Any:
-            if isinstance(given, tuple):
-                return tuple(copied(one) for one in given)
-            if isinstance(given, SharedCache):
-                owner = copies[id(given.owner)]
-                assert isinstance(owner, KVCache)
-                return SharedCache(owner)
-            return copies[id(given)]
-
-        return Caches([copied(given) for given in self.layers], [copies[id(cache)] for cache in self._caches])
+        return Caches([_copied(given, copies) for given in self.layers], [copies[id(cache)] for cache in self._caches])
 
     def advance(self) -> None:
         """Count one more token, which a recorded step has written into the buffers."""
@@ -170,6 +163,21 @@ class Caches(Sequence[Cache]):
         """Forget everything."""
         for cache in self._caches:
             cache.go_back(0)
+
+
+def _copied(given: Any, copies: Mapping[int, Cache]) -> Any:
+    """What a layer is given, of `copies` by the id of what they are copied from.
+
+    Not within `ahead`: a function that calls itself there is held by its own cell, and with it the weights of the
+    graphs that are built over the copies, until Python looks for cycles.
+    """
+    if isinstance(given, tuple):
+        return tuple(_copied(one, copies) for one in given)
+    if isinstance(given, SharedCache):
+        owner = copies[id(given.owner)]
+        assert isinstance(owner, KVCache)
+        return SharedCache(owner)
+    return copies[id(given)]
 
 
 def _cache(memory: Rows | State, storage: Storage) -> Cache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,8 +33,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CLOSED = "this model was closed: load it again"
 
-@dataclass(frozen=True)
+
+class ClosedModel:
+    """What an engine has in place of its model once it was closed."""
+
+    def __call__(self, batch: Batch, caches: Caches) -> mx.array:
+        raise UsageError(CLOSED)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        raise UsageError(CLOSED)
+
+
+@dataclass(eq=False)
 class Engine:
     """A loaded model, its config and the device it runs on.
 
@@ -43,6 +55,7 @@ class Engine:
         dtype: dtype of the activations.
         storage: how the KV caches keep their rows: exactly where a dtype was asked for, else in the device's own form.
         adapters: the adapters that were loaded with the model; None without any.
+        closed: whether `close` was called: nothing can be computed any more.
     """
 
     config: Config
@@ -52,10 +65,40 @@ class Engine:
     dtype: mx.Dtype
     storage: Storage
     adapters: Adapters | None = None
+    closed: bool = field(init=False, default=False)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.nbytes / 1e6:.1f} MB on {self.device.name}"
+        return f"Engine({self.config.model_type}, {state})"
 
     def run(self, job: Callable[[], T]) -> T:
-        """Run `job` on the thread that owns the device; see `runner.ops.owner`."""
+        """Run `job` on the thread that owns the device; see `runner.ops.owner`.
+
+        Raises:
+            UsageError: the engine was closed.
+        """
+        self.check_open()
         return OWNER.run(job, self.device.mlx)
+
+    async def wait(self, job: Callable[[], T]) -> T:
+        """`run` for coroutines, which does not hold up their event loop."""
+        self.check_open()
+        return await OWNER.wait(job, self.device.mlx)
+
+    def check_open(self) -> None:
+        """Raise UsageError where the engine was closed."""
+        if self.closed:
+            raise UsageError(CLOSED)
+
+    def close(self) -> None:
+        """Let go of the weights, once the job that is under way has ended, and give their memory back."""
+
+        def job() -> None:
+            self.closed = True
+            self.model, self.adapters = ClosedModel(), None
+            mx.clear_cache()
+
+        OWNER.finish(job)
 
     @property
     def nbytes(self) -> int:
@@ -110,6 +153,8 @@ class Engine:
         Raises:
             UsageError: `ids` is empty, or an id is not an integer, or is outside the vocabulary.
         """
+        if isinstance(ids, bytes | bytearray | memoryview):  # sequences of integers, which nobody means as token ids
+            raise UsageError("a prompt must be text or token ids, not bytes: decode them first, as in data.decode()")
         try:
             ids = [operator.index(token) for token in ids]
         except TypeError as error:

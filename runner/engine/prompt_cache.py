@@ -47,6 +47,9 @@ class PromptCache:
         self._weights: dict[str, float] = {}
         self.clear()
 
+    def __repr__(self) -> str:
+        return f"PromptCache({self.caches.offset} tokens, {self.caches.nbytes / 1e6:.1f} MB)"
+
     def clear(self) -> None:
         """Forget everything."""
         self.caches = self._engine.new_caches()

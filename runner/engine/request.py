@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,7 +41,9 @@ class Request:
 
 
 class Run:
-    """A request on an engine: iterate over its tokens. `reused` is known once the iteration has begun.
+    """A request on an engine: iterate over its tokens, with None after each part of the prompt that more follows.
+
+    `reused` is known once the iteration has begun.
 
     Whatever touches the device is a job of its owner's thread, and a job holds whole passes: an exception that
     interrupts the iterating thread finds every layer at the same offset. The callbacks are called on that thread.
@@ -58,8 +60,8 @@ class Run:
         # Adapters as they are weighted now, whatever `set_adapters` does while the answer is under way.
         self._weights = engine.adapter_weights
 
-    def __iter__(self) -> Iterator[Token]:
-        """Yield the tokens.
+    def __iter__(self) -> Iterator[Token | None]:
+        """Yield the tokens, and None wherever a job has ended and no token came of it.
 
         Raises:
             UsageError: the prompt cache is in use by another answer.
@@ -76,7 +78,7 @@ class Run:
                 # do not go together, so that all is read anew, as transformers does.
                 reused = self._job(functools.partial(self._kept.reuse, ids, self._weights))
                 self.reused = self.reused if made else reused
-                logits = self._prefill(ids, reused, self._request.on_prefill if not made else None)
+                logits = yield from self._prefill(ids, reused, self._request.on_prefill if not made else None)
                 border, count = self.engine.config.rope_border, self._request.budget - made
                 if border is not None and len(ids) <= border:
                     count = min(count, border - len(ids) + 1)
@@ -94,8 +96,10 @@ class Run:
         self._kept.lend(self)
         self.engine.wire(self, len(self._request.ids) + self._request.budget)
 
-    def _prefill(self, ids: Sequence[int], held: int, on_progress: Callable[[int, int], None] | None) -> mx.array:
-        """Read the ids behind the first `held`, chunk by chunk, and return the logits that follow."""
+    def _prefill(
+        self, ids: Sequence[int], held: int, on_progress: Callable[[int, int], None] | None
+    ) -> Generator[None, None, mx.array]:
+        """Read the ids behind the first `held`, yielding after each chunk, and return the logits that follow."""
         cuts = self._kept.cuts()
         chunk = self.engine.device.chunk
         passes = prefill_passes(self.engine.model, ids[held:], self._kept.caches, chunk=chunk, cuts=cuts)
@@ -116,6 +120,7 @@ class Run:
                 on_progress(done, len(ids) - held)
             if logits is not None:
                 return logits
+            yield
 
     def _decode(self, logits: mx.array, sampler: Sampler, count: int, position: int) -> Iterator[Token]:
         """Yield up to `count` tokens, the first of them at `position` of the sequence."""

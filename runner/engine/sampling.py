@@ -13,11 +13,11 @@ import random
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import mlx.core as mx
 
-from runner import resources
+from runner import reprs, resources
 from runner.errors import NumericsError, UsageError
 from runner.ops.table import PORTABLE, Ops
 
@@ -73,6 +73,23 @@ SMALLEST = 2.0**-126
 """The smallest normal float32. A temperature below it cannot be divided by on every device, and counts as 0."""
 
 
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingParams` as keywords; None: the model's own default."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    penalty_window: int | None
+    penalize_prompt: bool | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    logprobs: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Options for picking the next token.
@@ -106,6 +123,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     logprobs: int | None = None
+
+    __repr__ = reprs.changed
 
     def __post_init__(self) -> None:
         for name, (low, high) in _LIMITS.items():

@@ -9,6 +9,7 @@ the interrupted thread stops waiting, the job itself runs to its end. Python del
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -28,13 +29,16 @@ class Abandoned(Exception):
 
 
 class _Job:
-    """Work for the owner, and what became of it. `done` is locked until then."""
+    """Work for the owner, and what became of it. `done` is locked until then; `told` is called after that."""
 
-    __slots__ = ("device", "done", "error", "result", "wanted", "work")
+    __slots__ = ("device", "done", "error", "result", "told", "wanted", "work")
 
-    def __init__(self, work: Callable[[], Any], device: mx.Device | None) -> None:
+    def __init__(
+        self, work: Callable[[], Any], device: mx.Device | None, told: Callable[[], None] | None = None
+    ) -> None:
         self.work = work
         self.device = device
+        self.told = told
         self.result: Any = None
         self.error: BaseException | None = None
         self.wanted = True
@@ -51,6 +55,18 @@ class _Job:
             self.error = error
         finally:
             self.done.release()
+            if self.told is not None:
+                self.told()
+
+    def outcome(self) -> Any:
+        """The result of the work, or its exception raised; once it is done."""
+        error, self.error = self.error, None  # its traceback holds this frame, and thus the job
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+        return self.result
 
 
 class Owner:
@@ -95,12 +111,34 @@ class Owner:
         except BaseException:
             job.wanted = False
             raise
-        if job.error is not None:
-            try:
-                raise job.error
-            finally:
-                del job  # its traceback would keep this frame, which keeps it
-        result: T = job.result
+        result: T = job.outcome()
+        return result
+
+    async def wait(self, work: Callable[[], T], device: mx.Device | None = None) -> T:
+        """`run` for coroutines: the event loop goes on while the job waits and runs.
+
+        Where the waiting task is cancelled, a job that has not begun never runs, and one that has runs to its end.
+        """
+        import asyncio  # who waits has it loaded; a short answer should not
+
+        if self._thread is None:
+            self._start()
+        self._check_alive()
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+
+        def told() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(done.set)
+
+        job = _Job(work, device, told)
+        self._queue.put(job)
+        try:
+            await done.wait()
+        except BaseException:
+            job.wanted = False
+            raise
+        result: T = job.outcome()
         return result
 
     def post(self, work: Callable[[], object]) -> None:
@@ -110,6 +148,13 @@ class Owner:
         """
         if os.getpid() == self._pid and not self._ended:
             self._queue.put(_Job(work, None))
+
+    def finish(self, work: Callable[[], object]) -> None:
+        """Do `work` after the jobs that are waiting, and wait for it; at once where no job runs any more."""
+        if os.getpid() == self._pid and not self._ended:
+            self.run(work)
+        else:
+            work()
 
     def _start(self) -> None:
         with self._starting:

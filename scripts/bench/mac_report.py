@@ -373,7 +373,8 @@ def answer(engine: Any, prompt: int, tokens: int) -> Iterator[int]:
 
     ids = np.random.default_rng(SEED).integers(0, engine.config.vocab_size, prompt).tolist()
     request = Request(ids, SamplingParams(temperature=0.0), tokens)
-    return (token.id for token in Run(engine, PromptCache(engine, keeps=False), request))
+    run = Run(engine, PromptCache(engine, keeps=False), request)
+    return (token.id for token in run if token is not None)
 
 
 def threads(options: Options) -> Iterator[str]:

@@ -12,7 +12,7 @@ from places import ROOT
 RUNNER = ROOT / "runner"
 RANKS = (
     ("errors",),
-    ("progress", "installation", "resources", "local_files"),
+    ("progress", "installation", "resources", "local_files", "reprs"),
     ("user_files",),
     ("text", "config"),
     ("cache",),
@@ -23,7 +23,8 @@ RANKS = (
     ("checkpoint",),
     ("adapters",),
     ("engine",),
-    ("answer", "perplexity", "convert"),
+    ("answer", "keywords", "perplexity", "convert"),
+    ("asynchronous",),
     ("language_model", "bench"),
     ("inspect_model",),
     ("cli",),
