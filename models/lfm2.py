@@ -77,7 +77,9 @@ class Lfm2Config(ConvConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mlp_width < 1:
-            raise ConfigError(f"config.json: intermediate_size = {self.intermediate_size} is adjusted to no width at all")
+            raise ConfigError(
+                f"config.json: intermediate_size = {self.intermediate_size} is adjusted to no width at all"
+            )
 
     @property
     def usual_layer_types(self) -> Sequence[str]:

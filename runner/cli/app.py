@@ -98,6 +98,7 @@ def run(argv: Sequence[str] | None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that stdout cannot encode must not end the answer
     try:
+        terminal.open_closed_streams()
         invoke(arguments)
         sys.stdout.flush()
         return 0

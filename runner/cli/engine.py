@@ -90,7 +90,7 @@ def timing_lines(timings: Timings) -> tuple[str, str, str]:
 def print_timings(timings: Timings | None) -> None:
     """Print the lines of `timing_lines` on stderr; nothing for None."""
     if timings is not None:
-        print("\n".join(timing_lines(timings)), file=sys.stderr, flush=True)
+        terminal.say("\n".join(timing_lines(timings)))
 
 
 def timings_json(timings: Timings) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import select
 import stat
@@ -55,14 +57,41 @@ def paint(text: str, style: str, stream: TextIO) -> str:
     return f"\x1b[{CODES[style]}m{text}\x1b[0m" if colours(stream) else text
 
 
+def open_closed_streams() -> None:
+    """Put /dev/null where stdin, stdout or stderr were closed at the start, as by `<&-` or `2>&-` in a shell.
+
+    Else the next file that is opened takes the number: MLX takes 0 for a failure to open a checkpoint, and whatever
+    writes to 1 or 2 would write into a file of the user's. `sys.stdin` stays None; messages for stderr are lost.
+
+    Raises:
+        OSError: stdout was closed: no command can give its answer.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # takes the lowest free number
+            os.set_inheritable(number, True)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed")
+
+
 def note(text: str, style: str = "dim") -> None:
     """Print a line on stderr that is not an error."""
-    print(paint(visible(text), style, sys.stderr), file=sys.stderr, flush=True)
+    say(paint(visible(text), style, sys.stderr))
 
 
 def error(text: str) -> None:
     """Print `error: text` on stderr."""
-    print(f"{paint('error:', 'red', sys.stderr)} {visible(text)}", file=sys.stderr, flush=True)
+    say(f"{paint('error:', 'red', sys.stderr)} {visible(text)}")
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; where nobody can read it (its disk is full, its reader gone), work and exit code stay."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def version() -> str:
