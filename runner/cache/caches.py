@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from runner.cache.kv import History, JoinedKVCache, KVCache, RotatingKVCache
+from runner.cache.kv import ChunkedKVCache, History, JoinedKVCache, KVCache, RotatingKVCache
 from runner.cache.mark import Mark
 from runner.cache.recurrent import StateCache
 from runner.cache.storage import PLAIN, Storage
@@ -126,8 +126,8 @@ class Caches(Sequence[Cache]):
 
     @property
     def needs_marks(self) -> bool:
-        """Whether there are places behind that only a mark can bring back: states, windows."""
-        return any(not isinstance(cache, KVCache) or cache.window is not None for cache in self._caches)
+        """Whether there are places behind that only a mark can bring back: states, windows, chunks."""
+        return any(not isinstance(cache, KVCache) or cache.forgets for cache in self._caches)
 
     def mark(self) -> Marks:
         """Keep what is needed to come back to here later."""
@@ -185,4 +185,6 @@ def _cache(memory: Rows | State, storage: Storage) -> Cache:
         return StateCache(memory)
     if memory.window is not None:
         return RotatingKVCache(memory.window, storage)
+    if memory.chunk is not None:
+        return ChunkedKVCache(memory.chunk, storage)
     return JoinedKVCache(storage) if memory.joined and storage.joins else KVCache(storage)

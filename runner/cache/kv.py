@@ -18,6 +18,7 @@ STEP = 256
 class History(NamedTuple):
     """What attention sees: the first `length` rows of the buffers, the newest last, and the window to apply to them.
 
+    With `chunk`, row 0 is the first of a chunk of so many, and a query sees the rows of its own chunk only.
     With `split`, a row of `stored_keys` is a key of so many numbers and then a value; `stored_values` has no columns.
     """
 
@@ -27,6 +28,7 @@ class History(NamedTuple):
     window: int | None = None
     storage: Storage = PLAIN
     split: int | None = None
+    chunk: int | None = None
 
     @property
     def keys(self) -> mx.array:
@@ -82,6 +84,11 @@ class KVCache:
         return None
 
     @property
+    def forgets(self) -> bool:
+        """Whether there are tokens behind to which only a mark can go back."""
+        return self.window is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the buffers, including rows not used yet."""
         return sum(0 if buffer is None else buffer.nbytes for buffer in (self._keys, self._values))
@@ -101,7 +108,8 @@ class KVCache:
         count = keys.shape[2]
         # Rows in the buffer, whose first need not be position 0 under a sliding window.
         stored = self.offset - self._start
-        if self._keys is None or self._values is None or stored + count > capacity(self._keys):
+        full = self._keys is None or stored + count > capacity(self._keys)
+        if full or self._values is None or self._outlived():
             stored = self._make_room(keys, values, stored)
         assert self._keys is not None and self._values is not None
         end = stored + count
@@ -166,6 +174,10 @@ class KVCache:
     def _kept(self, stored: int) -> int:
         """How many of the `stored` tokens are still needed when the buffers are reallocated."""
         return stored
+
+    def _outlived(self) -> bool:
+        """Whether the buffers must be reallocated, although there is room: they begin with tokens not needed."""
+        return False
 
     def _make_room(self, keys: mx.array, values: mx.array, stored: int) -> int:
         """Reallocate the buffers for the tokens kept and the new ones; returns how many are kept."""
@@ -236,3 +248,77 @@ class RotatingKVCache(KVCache):
         self._keys, self._values, self._history = mark.arrays.get("keys"), mark.arrays.get("values"), None
         self.offset = mark.offset
         self._start = mark.offset - (0 if self._keys is None else capacity(self._keys))
+
+
+class ChunkedKVCache(KVCache):
+    """A cache for layers that look back to the start of their chunk: positions are divided into chunks of `chunk`.
+
+    Before an `append`, rows of earlier chunks are dropped, so that the first row is the first of a chunk, and a single
+    query sees all there is. A pass may run over the end of its chunk: the rows of both are kept until the next one.
+    """
+
+    def __init__(self, chunk: int, storage: Storage = PLAIN) -> None:
+        super().__init__(storage)
+        self._chunk = chunk
+
+    @property
+    def _first(self) -> int:
+        """The position at which the next token's chunk starts."""
+        return self.offset // self._chunk * self._chunk
+
+    @property
+    def forgets(self) -> bool:
+        return True
+
+    def bytes_read(self, length: float) -> float:
+        return super().bytes_read(length % self._chunk)
+
+    def append(self, keys: mx.array, values: mx.array) -> History:
+        self._history = super().append(keys, values)._replace(chunk=self._chunk)
+        return self._history
+
+    @property
+    def room(self) -> int:
+        """How many more tokens fit before the buffers are reallocated: never more than the chunk has left."""
+        return 0 if self._outlived() else min(super().room, self._first + self._chunk - self.offset)
+
+    def trimmable(self) -> int:
+        """How many of the newest tokens `trim` can forget: those whose rows are still there."""
+        return self.offset - self._start
+
+    def reach(self, offset: int) -> int:
+        # The first token of a chunk needs no rows.
+        return offset if offset >= self._start else offset // self._chunk * self._chunk
+
+    def go_back(self, offset: int) -> None:
+        if offset > self._start:
+            self.trim(self.offset - offset)
+        else:
+            self._keys = self._values = self._history = None
+            self.offset = self._start = offset
+
+    def mark(self) -> Mark:
+        """What `restore` needs to come back to here: a copy of the chunk's rows so far, none at its start."""
+        count = self.offset - self._first
+        if self._keys is None or self._values is None or not count:
+            return Mark(self.offset, {})
+        end = self.offset - self._start
+        buffers = {"keys": self._keys, "values": self._values}
+        return Mark(
+            self.offset, {name: mx.contiguous(cut(buffer, end - count, end)) for name, buffer in buffers.items()}
+        )
+
+    def restore(self, mark: Mark) -> None:
+        """Come back to where `mark` was made, with buffers of the marked rows; they grow at the next `append`."""
+        if not mark.arrays:
+            return self.go_back(mark.offset)
+        self._keys, self._values, self._history = mark.arrays["keys"], mark.arrays["values"], None
+        self.offset = mark.offset
+        self._start = self._first
+        return None
+
+    def _kept(self, stored: int) -> int:
+        return self.offset - self._first
+
+    def _outlived(self) -> bool:
+        return self._first > self._start

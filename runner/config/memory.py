@@ -18,6 +18,8 @@ class Rows:
         key_size: numbers in a head's key.
         value_size: numbers in a head's value.
         window: how many tokens attention looks back, the newest included; None: to the first token.
+        chunk: into how many tokens positions are divided, counted from the first: attention looks back to the start of
+            the query's own chunk (Llama 4); None: they are not divided. Excludes a window.
         joined: whether attention reads a token's key and value as one row, so that they should lie side by side.
     """
 
@@ -25,11 +27,12 @@ class Rows:
     key_size: int
     value_size: int
     window: int | None = None
+    chunk: int | None = None
     joined: bool = False
 
     def numbers(self, tokens: int) -> int:
         """How many numbers are kept for a sequence of `tokens`."""
-        kept = tokens if self.window is None else min(tokens, self.window)
+        kept = min([tokens, *(limit for limit in (self.window, self.chunk) if limit is not None)])
         return kept * self.heads * (self.key_size + self.value_size)
 
 

@@ -12,7 +12,7 @@ from runner.cache.kv import History
 from runner.errors import UsageError
 from runner.nn.batch import Batch
 from runner.nn.fast import NO_MASK, Mask, provided_ops, scaled_dot_product_attention, soft_capped
-from runner.ops.table import PORTABLE, Ops, window_mask
+from runner.ops.table import PORTABLE, Ops, chunk_mask, window_mask
 from runner.weights.module import Module
 from runner.weights.tags import setting, tensor
 
@@ -54,14 +54,14 @@ class Attend(Module):
         """`query` `[B, H, L, D]` -> `[B, H, L, Dv]`; see `scaled_dot_product_attention`."""
         if self.softcap is None:
             return self.uncapped(query, history, batch, None)
-        mask = batch.mask
+        mask = own_mask(query, history, batch)
         if mask is None and query.shape[2] > 1:
             mask = shared_mask(window_mask, query, history, batch)
         return capped_attention(query, history, mask, scale=self.scale, softcap=self.softcap, ops=self.ops)
 
     def uncapped(self, query: mx.array, history: History, batch: Batch, sinks: mx.array | None) -> mx.array:
         """Attention without soft-capping, by the device's op, over what `history` has stored."""
-        mask, window, make = batch.mask, history.window, self.ops.window_mask
+        mask, window, make = own_mask(query, history, batch), history.window, self.ops.window_mask
         # One query needs no mask: it sees the last keys. Several need one that layers of the same window can share.
         if make is not None and mask is None and window is not None and query.shape[2] > 1 and window < history.length:
             mask, window = shared_mask(make, query, history, batch), None
@@ -86,6 +86,15 @@ class SinkAttend(Attend):
 
     def __call__(self, query: mx.array, history: History, batch: Batch) -> mx.array:
         return self.uncapped(query, history, batch, self.sinks.astype(query.dtype))
+
+
+def own_mask(query: mx.array, history: History, batch: Batch) -> mx.array | None:
+    """The batch's mask, or that of several queries of which some see a chunk that has ended; None: causal."""
+    chunk = history.chunk
+    if batch.mask is not None or chunk is None or query.shape[2] == 1 or history.length <= chunk:
+        return batch.mask
+    sizes = (query.shape[2], history.length, chunk)
+    return batch.once((chunk_mask, sizes), functools.partial(chunk_mask, *sizes))
 
 
 def shared_mask(make: Callable[[int, int, int], mx.array], query: mx.array, history: History, batch: Batch) -> mx.array:

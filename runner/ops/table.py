@@ -127,6 +127,16 @@ def window_mask(queries: int, keys: int, window: int) -> mx.array:
     return (column <= row) & (column > row - window)
 
 
+def chunk_mask(queries: int, keys: int, chunk: int) -> mx.array:
+    """The causal mask `[queries, keys]` of chunks of `chunk` keys, the first key being the first of one.
+
+    The queries are at the last positions.
+    """
+    k = mx.arange(keys)
+    q = k[keys - queries :, None]
+    return (k <= q) & (k // chunk == q // chunk)
+
+
 def _rope(
     x: mx.array, offset: int | mx.array, *, dims: int, traditional: bool, base: float | None, scale: float, freqs: Any
 ) -> mx.array:

@@ -18,10 +18,11 @@ from runner.cache.recurrent import StateCache
 from runner.config.memory import Memory, Rows, Shared, State, needed
 from runner.errors import UsageError
 
-WINDOW = 5
+WINDOW, CHUNK = 5, 7
 KINDS: dict[str, list[tuple[Memory, ...]]] = {
     "rows": [(Rows(2, 4, 4),), (Rows(2, 4, 4),)],
     "window": [(Rows(2, 4, 4, window=WINDOW),), (Rows(2, 4, 4),)],
+    "chunk": [(Rows(2, 4, 4, chunk=CHUNK),), (Rows(2, 4, 4),)],
     "latent": [(Rows(1, 8, 2),)],
     "joined": [(Rows(1, 8, 2, joined=True),), (Rows(2, 4, 4, window=WINDOW),)],
     "shared": [(Rows(2, 4, 4),), (Rows(2, 4, 4, window=WINDOW),), (Shared(1),), (Shared(0),)],
@@ -73,6 +74,7 @@ def shown(caches: Caches, kinds: list[tuple[Memory, ...]]) -> list[Any]:
             else:
                 history = cache.history
                 seen = history.length if history.window is None else min(history.length, history.window)
+                seen = seen if history.chunk is None else (cache.offset - 1) % history.chunk + 1
                 ahead.append((history.keys[..., -seen:, :].tolist(), history.values[..., -seen:, :].tolist()))
     return ahead
 
@@ -170,6 +172,18 @@ def test_marks_bring_back_windows_and_states() -> None:
     assert marks[0].nbytes == 2 * (WINDOW - 1) * 2 * 4 * 4 + (3 + 6) * 4  # rows of full attention cost nothing
 
 
+def test_the_start_of_a_chunk_needs_no_mark() -> None:
+    kinds = KINDS["chunk"]
+    caches = Caches.of(kinds)
+    for token in range(40):
+        feed(caches, kinds, [token])
+    assert caches.reach(37) == 37 and caches.reach(34) == 28  # 35 is where the newest chunk starts
+    caches.rewind(28)
+    feed(caches, kinds, [50, 51])
+    assert shown(caches, kinds) == fresh(kinds, [*range(28), 50, 51])
+    assert caches[0].room == CHUNK - 2 and caches[0].bytes_read(30) == 2 * 2 * 2 * 4 * 4
+
+
 def test_a_sharer_sees_the_whole_pass_of_its_owner() -> None:
     caches = Caches.of(KINDS["shared"])
     feed(caches, KINDS["shared"], [1, 2, 3])
@@ -193,6 +207,7 @@ def test_bytes_are_counted_from_data_alone() -> None:
         State({"a": (2, 3), "b": (5,)}, {"a": "float32"})
     ]
     rows, window = 2 * (4 + 4), 2 * (4 + 4) * WINDOW
+    assert needed([Rows(2, 4, 4, chunk=CHUNK)], 100, 2) == rows * CHUNK * 2
     assert needed(memories, 100, 2) == (100 * rows + window) * 2 + 6 * 4 + 5 * 2
 
 
@@ -206,6 +221,7 @@ def test_states_keep_their_own_dtype() -> None:
 def test_only_rows_need_no_marks() -> None:
     assert not Caches.of(KINDS["rows"]).needs_marks and not Caches.of(KINDS["latent"]).needs_marks
     assert all(
-        Caches.of(KINDS[kind]).needs_marks for kind in ("window", "shared", "state", "hybrid", "both in a layer")
+        Caches.of(KINDS[kind]).needs_marks
+        for kind in ("window", "chunk", "shared", "state", "hybrid", "both in a layer")
     )
     assert isinstance(Caches.of(KINDS["rows"]).layers[0], KVCache)

@@ -43,6 +43,20 @@ def naive(q: mx.array, history: History, softcap: float | None) -> mx.array:
 
 @by_table
 @pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 3), (4, 4), (5, 9), (9, 9), (20, 20), (3, 7)])
+def test_a_query_sees_its_own_chunk_only(ops: Ops, softcap: float | None, queries: int, keys: int) -> None:
+    q, history = inputs(queries, keys, None)
+    batch = Batch(mx.zeros((2, queries), dtype=mx.int32), keys - queries)
+    found = Attend(scale=0.25, softcap=softcap, ops=ops)(q, history._replace(chunk=4), batch)
+    for query in range(queries):  # each alone, over the rows of its chunk
+        place = keys - queries + query
+        rows = slice(place // 4 * 4, place + 1)
+        own = History(history.keys[:, :, rows], history.values[:, :, rows], place % 4 + 1)
+        assert mx.allclose(found[:, :, query : query + 1], naive(q[:, :, query : query + 1], own, softcap), atol=1e-5)
+
+
+@by_table
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 30])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (1, 20), (2, 9), (9, 9), (5, 20)])
 def test_a_window_is_a_mask_of_all_keys(
