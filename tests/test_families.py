@@ -23,7 +23,7 @@ LLAMA = TESTS / "fixtures" / "llama" / "llama-gqa-hub"
 
 def config(family: str) -> dict[str, Any]:
     """`config.json` of a fixture."""
-    folder = "llama" if family.startswith(("llama", "mistral")) else "families"
+    folder = "llama" if family.startswith(("llama-", "mistral-")) else "families"
     result: dict[str, Any] = json.loads((TESTS / "fixtures" / folder / family / "config.json").read_text())
     return result
 
@@ -64,6 +64,10 @@ def test_several_problems_come_at_once_and_misspelt_keys_are_told() -> None:
         ("deepseek_v2-grouped", {"n_group": 3}, "8 experts in 3 groups"),
         ("glm4_moe-base", {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
         ("glm4_moe_lite-base", {"mlp_layer_types": ["dense"]}, "mlp_layer_types must have dense or sparse"),
+        ("mistral4-base", {"partial_rotary_factor": 0.25}, "factor 0.25 of 24 is not qk_rope_head_dim 8"),
+        ("llama4_text-base", {"attention_chunk_size": None}, "attention_chunk_size is null"),
+        ("llama4_text-base", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries"),
+        ("llama4_text-base", {"layer_types": ["sliding_attention"] * 3}, "'sliding_attention' is not known"),
         ("qwen3_moe-base", {"num_experts_per_tok": 5}, "5 of 4 experts"),
         ("mixtral-base", {"num_experts_per_tok": 5}, "5 of 4 experts"),
         ("granitemoe-base", {"num_experts_per_tok": 5}, "5 of 4 experts"),
@@ -96,7 +100,15 @@ def test_null_is_what_the_authors_code_makes_of_it() -> None:
     """A null flag is false there, whatever its default; null sizes are worked out."""
     assert read({**config("deepseek_v3-base"), "rope_interleave": None, "norm_topk_prob": None}).traditional is False
     assert read({**config("glm-base"), "partial_rotary_factor": None}).rotary_dim == 16
+    assert read({**config("glm4_moe-base"), "partial_rotary_factor": None}).rotary_dim == 16
     assert read({**config("llama-gqa-hub"), "head_dim": None}).head_dim == 8
+
+
+def test_a_switch_can_be_a_number() -> None:
+    """Scout's `attn_temperature_tuning` is 4, which transformers 5.23 refuses: any number but 0 means on."""
+    for value, scale in ((True, 0.4), (4, 0.4), (False, 0.0), (0, 0.0)):
+        tuned = read({**config("llama4_text-base"), "attn_temperature_tuning": value})
+        assert tuned.for_layer(2).temperature_scale == scale and tuned.for_layer(0).temperature_scale == 0
 
 
 # --- no code of a repository runs -------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ WRAPPERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "idefics3": ("llama", {"rms_norm_eps": 1e-5}),
     "internvl": ("qwen2", {}),
     "kimi_k25": ("deepseek_v3", {}),
+    "llama4": ("llama4_text", {}),
     "llava": ("llama", {}),
     "llava_next": ("llama", {}),
     "llava_onevision": ("qwen2", {}),

@@ -85,9 +85,9 @@ class RopeScaling:
         if missing or (unknown and kind != "default"):
             raise ConfigError(f"rope type {kind!r}: missing {missing}, not understood {unknown}")
         result = cls(kind=kind, **{name: _number(name, values[name]) for name in values if name in allowed})
-        if kind == "llama3" and not (result.low_freq_factor or 0) < (result.high_freq_factor or 0):
+        if kind == "llama3" and (result.low_freq_factor or 0) > (result.high_freq_factor or 0):
             raise ConfigError(
-                f"rope_scaling: low_freq_factor = {result.low_freq_factor} must be below "
+                f"rope_scaling: low_freq_factor = {result.low_freq_factor} must not be above "
                 f"high_freq_factor = {result.high_freq_factor}"
             )
         return result
@@ -208,13 +208,13 @@ def _llama3(frequency: float, scaling: RopeScaling, original: int) -> float:
     """Scale one frequency as Llama 3.1 does.
 
     Long wavelengths are stretched by `factor`, short ones are kept, and between the two limits the results are blended
-    linearly in original/wavelength.
+    linearly in original/wavelength. In Llama 4 the two limits are one, and nothing is blended.
     """
     low, high, factor = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 4.0, scaling.factor or 1.0
     wavelength = 2 * math.pi / frequency
     if wavelength > original / low:
         return frequency / factor
-    if wavelength < original / high:
+    if wavelength < original / high or low == high:
         return frequency
     smooth = (original / wavelength - low) / (high - low)
     return (1 - smooth) * frequency / factor + smooth * frequency

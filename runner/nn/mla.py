@@ -191,7 +191,9 @@ class LatentAttention(Module):
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         # Each query head has a part without position and a rotated part.
         q, rotary = mx.split(
-            split_heads(self.queries(x), self.qk_nope_head_dim + self.qk_rope_head_dim), [self.qk_nope_head_dim], -1
+            split_heads(self.project(x, batch), self.qk_nope_head_dim + self.qk_rope_head_dim),
+            [self.qk_nope_head_dim],
+            -1,
         )
         rotary = self.rope(rotary, batch.offset, batch.length, once=batch.once)
         # One latent and one rotated key per token; the cache stores them as its keys and values.
@@ -200,6 +202,10 @@ class LatentAttention(Module):
         stored = cache.append(self.kv_a_layernorm(latent, NORM_EPS), key)
         form = self.absorbed if self.absorbs(x.shape[1], stored.length) else self.expanded
         return self.o_proj(merge_heads(form(q, rotary, stored, batch)))
+
+    def project(self, x: mx.array, batch: Batch) -> mx.array:
+        """Queries of all heads before RoPE, `[B, L, heads * qk_head_dim]`."""
+        return self.queries(x)
 
     def absorbs(self, queries: int, keys: int) -> bool:
         """Whether the absorbed form needs fewer multiplications, per head, than the expanded one."""

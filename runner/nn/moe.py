@@ -152,9 +152,13 @@ class MoE(Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Weighted sum of the chosen experts' outputs, `[B, L, hidden_size]` to the same shape."""
         experts, routing_weights = self.route(x)
+        return mx.sum(self.ops.fused(weighed, self.outputs(x, experts), routing_weights[..., None]), axis=2)
+
+    def outputs(self, x: mx.array, experts: mx.array) -> mx.array:
+        """What each token's `experts` `[B, L, K]` make of it, `[B, L, K, hidden_size]`."""
         # With few rows each one gathers its experts' matrices; with many, sorting them reads each matrix once.
         outputs = self.sorted(x, experts) if experts.size >= SORTED_FROM else self.feed(x[:, :, None, None], experts)
-        return mx.sum(self.ops.fused(weighed, outputs[..., 0, :], routing_weights[..., None]), axis=2)
+        return outputs[..., 0, :]
 
     def feed(self, rows: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
         """Outputs `[..., 1, hidden_size]` of `experts` `[...]` for `rows` `[..., 1, hidden_size]`."""

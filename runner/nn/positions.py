@@ -1,8 +1,9 @@
-"""Positions other than RoPE: learned position tables, and ALiBi."""
+"""Positions other than RoPE: learned position tables, ALiBi, and a temperature that grows with the position."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -59,6 +60,37 @@ class Alibi(Module):
         # A boolean mask hides keys, any other mask is added.
         seen = mx.where(mask, distances, -mx.inf) if mask.dtype == mx.bool_ else distances + mask
         return dataclasses.replace(batch, mask=seen.astype(activations))
+
+
+@dataclass
+class Temperature(Module):
+    """A factor on queries that sharpens attention far into a sequence (Llama 4, Ministral 3).
+
+    It is `1 + scale * ln(1 + floor((position + shift) / period))`. A `scale` of 0 means no such factor.
+    """
+
+    scale: float = setting("temperature_scale", default=0.0)
+    period: int = setting("temperature_period", default=1)
+    shift: int = setting("temperature_shift", default=0)
+
+    def __call__(self, queries: mx.array, batch: Batch) -> mx.array:
+        """`queries` `[B, ..., L, N]` times the factors of their positions, in their dtype."""
+        length = batch.ids.shape[1]
+        if not self.scale or (isinstance(batch.offset, int) and batch.offset + length - 1 + self.shift < self.period):
+            return queries  # all factors are 1
+        factors = batch.once((Temperature, self.scale, self.period, self.shift), lambda: self.factors(batch, length))
+        if factors.ndim == 3:  # a column for each row of the batch
+            factors = factors.reshape(-1, *(1,) * (queries.ndim - 3), length, 1)
+        return (queries * factors).astype(queries.dtype)
+
+    def factors(self, batch: Batch, length: int) -> mx.array:
+        """The factors in float32: one for a single token, else `[L, 1]`, or `[B, L, 1]` with an offset for each row."""
+        if length == 1 and isinstance(batch.offset, int):  # a constant: steps that share it can be replayed
+            periods = (batch.offset + self.shift) // self.period
+            return mx.array(1 + self.scale * math.log1p(periods), dtype=mx.float32)
+        offset = batch.offset[:, None] if isinstance(batch.offset, mx.array) and batch.offset.ndim else batch.offset
+        steps = (mx.arange(length) + offset + self.shift) // self.period
+        return 1 + self.scale * mx.log1p(steps.astype(mx.float32))[..., None]
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -41,6 +41,7 @@ CASES = [
     ("mistral3", LLAMA / "mistral-no-window", V5),
     ("glm4v", FAMILY / "glm4-base", V5),
     ("glm4v_moe", FAMILY / "glm4_moe-base", V5),
+    ("llama4", FAMILY / "llama4_text-base", HUB),
     ("llava", LLAMA / "llama-gqa", HUB),
     ("smolvlm", LLAMA / "llama-gqa", "model.text_model."),
     ("idefics3", LLAMA / "llama-tied", "model.text_model."),

@@ -42,7 +42,7 @@ IDS = [1, 9, 4, 40, 7, 3, 22, 5, 5, 31]
 WIDE = {
     "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "ffn_dim": 64,
     "kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 16, "n_inner": 64,
-    "word_embed_proj_dim": 32,
+    "word_embed_proj_dim": 32, "intermediate_size_mlp": 64,
 }  # fmt: skip
 
 

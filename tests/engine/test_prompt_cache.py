@@ -85,7 +85,7 @@ def test_a_window_that_moved_on_starts_again() -> None:
         assert tokens(answer(lm, prompt, kept, 2)) == tokens(answer(lm, prompt, None, 2))
 
 
-@pytest.mark.parametrize("model", ["llama-gqa", "mistral-window"])
+@pytest.mark.parametrize("model", ["llama-gqa", "mistral-window", "../families/llama4_text-base"])
 def test_a_chat_of_many_turns_reads_only_what_is_new(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six turns, one of them an edit of an earlier one; windows move on at every turn, so that only marks lead back."""
     monkeypatch.setattr("runner.cache.kv.STEP", 4)

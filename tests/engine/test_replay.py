@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from places import TESTS
 
-from runner.cache.kv import KVCache
+from runner.cache.caches import Caches
+from runner.cache.kv import ChunkedKVCache, KVCache
 from runner.engine.engine import Engine, open_engine
 from runner.engine.generate import decode, prefill
 from runner.engine.replay import LEAST, PATIENCE, Steps
@@ -108,6 +109,26 @@ def test_longer_than_the_buffers(name: str) -> None:
     """Caches are laid out anew some four times, a window moves to the front of its buffer."""
     engine = open_engine(TESTS / "fixtures" / "llama" / name)
     assert same(answer(engine, engine.device.ops, 700), answer(engine, built(engine.device.ops), 700))
+
+
+@pytest.mark.parametrize("table", [current().ops, built(current().ops)], ids=["recorded", "built"])
+def test_a_recording_ends_with_its_chunk(table: Ops) -> None:
+    """A Llama whose layers attend within chunks of 60: as one that is fed each token's chunk from its start."""
+    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa", dtype="float32")
+
+    def caches() -> Caches:
+        rows = [dataclasses.replace(engine.config.memory(0)[0], chunk=60)]
+        return Caches.of([rows] * engine.config.num_hidden_layers, engine.storage)
+
+    kept = caches()
+    steps = decode(
+        engine.model, prefill(engine.model, PROMPT, kept), kept, lambda row: (mx.argmax(row), row), 200, table
+    )
+    found = [(int(token.item()), np.array(row)) for token, row in steps]
+    ids = [*PROMPT, *(token for token, _ in found)]
+    whole = engine.model.logits(engine.model(Batch(mx.array([ids[:-1]])), caches()))[0, len(PROMPT) - 1 :]
+    assert np.allclose([row for _, row in found], np.array(whole), atol=1e-4)
+    assert isinstance(kept[0], ChunkedKVCache) and kept[0].nbytes < 2 * 2 * 60 * 32 * 4 * 8
 
 
 @dataclasses.dataclass
