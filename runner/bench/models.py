@@ -15,17 +15,22 @@ import mlx.core as mx
 import numpy as np
 
 from runner import resources
+from runner.checkpoint import names
+from runner.checkpoint.kept import read_names
 from runner.checkpoint.model_files import open_files
-from runner.checkpoint.names import resolve
 from runner.convert.quantize import QUANTIZATIONS
 from runner.engine.engine import Engine, assemble
 from runner.errors import UsageError
 from runner.families import find
+from runner.local_files import quoted
 from runner.nn.linear import Embedding, Linear, Quantization
 from runner.weights import loading
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
 from runner.weights.tags import Chooses
 from runner.weights.tree import Leaf, leaf_shapes, leaves
+
+SHAPE = "shape:"
+"""What a published shape's name may begin with, to be told from a model's."""
 
 STD = 0.02
 """Standard deviation of random weights: most families initialise with it, so activations stay in an ordinary range."""
@@ -113,35 +118,69 @@ class Subject:
 def open_subject(
     model: str, *, quantize: str | None = None, group_size: int | None = None, dtype: str | None = None, seed: int = 0
 ) -> Subject:
-    """Open the checkpoint in the directory `model`, the published shape of that name, or the hub's checkpoint.
+    """Open the checkpoint that `runner.load` finds by the name `model`, or the published shape of that name.
 
     Args:
+        model: see `published`.
         quantize: how to quantize a shape's matrices: "2" to "8" bits (affine), "mxfp4", "mxfp8" or "nvfp4".
         group_size: weights per scale, for affine quantization.
         dtype: "float32", "float16" or "bfloat16", whatever the checkpoint or shape says.
         seed: seed of a shape's random weights.
 
     Raises:
-        UsageError: an option does not apply to this model, or has an unknown value.
+        UsageError: an option does not apply to this model or has an unknown value, or the model's name is ambiguous.
     """
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise UsageError(f"--quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r}")
     if group_size is not None and (quantize is None or QUANTIZATIONS[quantize].mode != "affine"):
         raise UsageError("--group-size needs --quantize with a number of bits")
-    if not os.path.exists(model) and model in resources.names("shapes"):
+    shape = published(model)
+    if shape is not None:
         form = None if quantize is None else QUANTIZATIONS[quantize]
         if form is not None and group_size is not None:
             form = dataclasses.replace(form, group_size=group_size)
-        raw = resources.read("shapes", model)
+        raw = resources.read("shapes", shape)
         engine = assemble(raw, random_weights(raw, form=form, dtype=dtype, seed=seed), dtype=dtype)
-        return describe(model, engine)
+        return describe(shape, engine)
     if quantize is not None:
         raise UsageError(
             f"--quantize applies to published shapes only ({', '.join(resources.names('shapes'))}); "
             "quantize a checkpoint with 'runner convert' first"
         )
-    files = open_files(resolve(model))
+    files = open_files(names.resolve(model))
     return describe(files.path.resolve().name, assemble(files.config, files.source, dtype=dtype))
+
+
+def published(model: str) -> str | None:
+    """The published shape that a name means, None where it means a checkpoint.
+
+    `shape:NAME` is a shape. A path, an alias and the whole name of a stored model come before a shape of the same name;
+    one that a stored model's name only begins with is ambiguous.
+
+    Raises:
+        UsageError: the name is ambiguous, or it is that of no shape and of no model.
+    """
+    shapes = resources.names("shapes")
+    if model.startswith(SHAPE):
+        resources.read("shapes", model.removeprefix(SHAPE))
+        return model.removeprefix(SHAPE)
+    if "/" in model or os.path.exists(model):
+        return None
+    stored = names.stored_models()
+    if model not in shapes:
+        near = names.nearest(model, shapes)
+        if near is not None and model not in read_names().aliases and not names.called(model, stored):
+            raise UsageError(f"no model and no published shape is called {quoted(model)}: did you mean {near}?")
+        return None
+    found = names.called(model, stored)
+    if model in read_names().aliases or any(one.name.casefold() == model.casefold() for one in found):
+        return None
+    if found:
+        raise UsageError(
+            f"{quoted(model)} could be {names.either([one.id for one in found])}, or the published shape: "
+            f"write {SHAPE}{model}, or the model's whole name"
+        )
+    return model
 
 
 def random_weights(

@@ -131,6 +131,15 @@ def check_id(model: str) -> None:
     _parse(model, None)
 
 
+def is_id(text: str) -> bool:
+    """Whether a text is written as a hub id."""
+    try:
+        check_id(text)
+    except HubError:
+        return False
+    return True
+
+
 def list_cached() -> list[CachedModel]:
     """List the models in the cache whose weights are complete, sorted by id and revision."""
     found = []

@@ -95,6 +95,18 @@ def refuse_missing(model: str) -> None:
     raise HubError(f"{model}: no such file or directory{hint}")
 
 
+def names_model(text: str) -> bool:
+    """Whether a text names a model, be it one that is missing or one of several: and so is no prompt."""
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        return os.path.isdir(path) or text.endswith(".gguf")
+    if not text or any(character.isspace() for character in text):
+        return False
+    if looks_like_path(text) or hub.is_id(text):
+        return True
+    return text in read_names().aliases or bool(called(text, stored_models()))
+
+
 def meaning(model: str) -> str:
     """The hub id or absolute path that a name stands for; a path, and what is written as a hub id, is itself.
 
@@ -123,9 +135,15 @@ def meaning(model: str) -> str:
             f"{quoted(model)} could be {either([one.id for one in found])}: "
             "write more of the name, or the whole of it, or name one with 'runner alias'"
         )
-    near = nearest(model, [*aliases, *shortest(stored).values(), *(one.name for one in stored)])
+    near = near_name(model)
     hint = f"did you mean {near}?" if near else "'runner list' shows what is here, 'runner pull org/name' fetches"
     raise HubError(f"no model is called {quoted(model)}: {hint}")
+
+
+def near_name(typed: str) -> str | None:
+    """The alias or stored model's name that comes nearest to what was typed, None where none comes near."""
+    stored = stored_models()
+    return nearest(typed, [*read_names().aliases, *shortest(stored).values(), *(one.name for one in stored)])
 
 
 def nearest(typed: str, names: Sequence[str]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from runner.cli.hub import alias, list_models, pull, rm
 from runner.cli.inspect import inspect
 from runner.cli.options import spread
 from runner.cli.perplexity import perplexity
+from runner.cli.settings import default_model
 from runner.errors import RunnerError, UsageError
 
 BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE (128 + 13)
@@ -133,6 +135,8 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
         name = next((a for a in arguments if a in ALIASES or any(a == entry.name for entry in COMMANDS)), "")
         message = " ".join(error.format_message().split()).rstrip(".")
         message = message[:1].lower() + message[1:]
+        if name == "generate":
+            message += quotes_hint(message, arguments)
         terminal.error(f"{message} (see '{' '.join(f'runner {name} --help'.split())}')")
         return error.exit_code
     if isinstance(error, RunnerError):
@@ -151,3 +155,23 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
     summary = " ".join(str(error).split())
     terminal.error(f"unexpected {type(error).__name__}: {summary} (this is a bug; RUNNER_TRACEBACK=1 shows where)")
     return 1
+
+
+def quotes_hint(message: str, arguments: Sequence[str]) -> str:
+    """What to add to typer's `message` about words too many for `generate`: the prompt in quotes; "" for another."""
+    found = re.fullmatch(r"got unexpected extra arguments?(?:\(s\))? \((.*)\)", message)
+    if found is None:
+        return ""
+    extra = found[1].split(" ")
+    start = next((n for n in range(2, len(arguments)) if list(arguments[n : n + len(extra)]) == extra), 0)
+    before = list(arguments[max(start - 2, 1) : start])
+    if len(before) < 2 or any(word.startswith("-") for word in before):
+        return ": a prompt of several words needs quotes"
+    from runner.checkpoint.names import names_model
+
+    try:
+        first = default_model() is not None and not names_model(before[0])
+    except RunnerError:
+        first = False
+    prompt = " ".join([*before[0 if first or "-m" in arguments else 1 :], *extra])
+    return f': a prompt of several words needs quotes, as in "{prompt}"'

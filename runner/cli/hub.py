@@ -11,7 +11,8 @@ import typer
 
 from runner.cli import terminal
 from runner.cli.options import AsJson
-from runner.errors import UsageError
+from runner.cli.settings import default_model
+from runner.errors import RunnerError, UsageError
 
 if TYPE_CHECKING:
     from runner.checkpoint.names import StoredModel
@@ -44,6 +45,7 @@ def list_models(*, as_json: AsJson = False) -> None:
     aliases = kept.read_names().aliases
     rows = [(m, [short[m.path], *(name for name, target in aliases.items() if stands_for(target, m))]) for m in models]
     others = {name: target for name, target in aliases.items() if not any(stands_for(target, m) for m in models)}
+    default = default_target()
     output = terminal.Output()
     if as_json:
         found = [
@@ -55,6 +57,7 @@ def list_models(*, as_json: AsJson = False) -> None:
                 "bytes": m.nbytes,
                 "path": str(m.path),
                 "stored_by_runner": m.kept is not None,
+                "default": default is not None and stands_for(default, m),
             }
             for m, called in rows
         ]
@@ -68,10 +71,25 @@ def list_models(*, as_json: AsJson = False) -> None:
     table = tables.columns("name", "model", "revision", ">size")
     for m, called in rows:
         revision = tables.cell((m.revision or "")[:12], "dim")
-        table.add_row(tables.cell(", ".join(called)), tables.cell(m.id), revision, tables.cell(tables.size(m.nbytes)))
+        mark = " (default)" if default is not None and stands_for(default, m) else ""
+        table.add_row(
+            tables.cell(", ".join(called) + mark), tables.cell(m.id), revision, tables.cell(tables.size(m.nbytes))
+        )
     for name, target in others.items():
         table.add_row(tables.cell(name), tables.cell(target), tables.cell(""), tables.cell(""))
     tables.show(table)
+
+
+def default_target() -> str | None:
+    """What the default model's name stands for; None where there is no default, or it is no model (said on stderr)."""
+    from runner.checkpoint import names
+
+    try:
+        default = default_model()
+        return None if default is None else names.checked_target(default.checked())
+    except RunnerError as error:
+        terminal.note(str(error), "yellow")
+        return None
 
 
 def stands_for(target: str, model: StoredModel) -> bool:

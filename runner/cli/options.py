@@ -11,8 +11,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from runner.cli import terminal
+from runner.cli.settings import VARIABLE, default_model, settings_path
 from runner.cli.variables import variable
 from runner.errors import UsageError
+from runner.local_files import quoted
 
 SAMPLING = "Sampling (default: the model's generation_config.json)"
 LENGTH = "Length"
@@ -37,7 +40,8 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A directory, a .gguf file, or a hub id: org/name or org/name@revision.",
+        help="A directory, a .gguf file, a name as 'runner list' shows it, or a hub id: org/name or "
+        "org/name@revision. Default: what RUNNER_MODEL or the config file says.",
         show_default=False,
     ),
 ]
@@ -178,13 +182,21 @@ class LengthOptions:
 
 
 def named_model(argument: str | None, option: str | None) -> str:
-    """Return the model that a command was given, as an argument or with -m; raises UsageError for none and for two."""
+    """Return the model that a command was given, as an argument or with -m, or the default.
+
+    Raises:
+        UsageError: two are named, or none and there is no default.
+        UserFileError: the default is no model, or the file that sets it is damaged.
+    """
     if argument is not None and option is not None:
         raise UsageError(f"two models are named, {argument!r} and -m {option!r}: leave one out")
     model = option if argument is None else argument
-    if model is None:
+    if model is not None:
+        return model
+    default = default_model()
+    if default is None:
         raise UsageError("no model is named: put MODEL first, or use -m MODEL ('runner list' shows what is here)")
-    return model
+    return default.checked()
 
 
 def model_and_text(
@@ -193,17 +205,21 @@ def model_and_text(
     """Return the model and the text that a command with the arguments [MODEL] [TEXT] was given.
 
     Args:
-        words: the arguments in order; after `-m MODEL` the first is the text.
+        words: the arguments in order; after `-m MODEL` the first is the text, and so is a single one that names no
+            model where there is a default.
         model: the value of -m, or None.
         text: the value of the option that gives the text, or None.
         option: the short name of that option.
 
     Raises:
         UsageError: no model is named, or an argument and an option say the same thing.
+        UserFileError: the default is no model, or the file that sets it is damaged.
     """
     given = [word for word in words if word is not None]
     if model is None:
-        model = named_model(given.pop(0) if given else None, None)
+        first = given[0] if given and _says_model(given, text) else None
+        model = named_model(first, None)
+        given = given[first is not None :]
     if text is not None and given:
         raise UsageError(f"{given[0]!r} and {option} {text!r} were given: leave one out")
     if len(given) > 1:
@@ -211,6 +227,34 @@ def model_and_text(
             f"unexpected argument {given[1]!r}: -m has named the model, and a text of several words needs quotes"
         )
     return model, given[0] if given else text
+
+
+def _says_model(words: Sequence[str], text: str | None) -> bool:
+    """Whether the first word is the model, and not the text for the default model.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    from runner.checkpoint.names import names_model, near_name
+
+    if text is not None or (len(words) == 1 and words[0] == "-"):
+        return words[0] != "-"
+    default = default_model()
+    if len(words) == 1 and default is None and " " in words[0] and not names_model(words[0]):
+        raise UsageError(
+            f"{quoted(words[0], 60)} is no model: name one before the text, or set a default "
+            f'({VARIABLE}, or model = "..." in {settings_path()})'
+        )
+    if default is None or names_model(words[0]):
+        return True
+    if len(words) > 1:
+        raise UsageError(
+            f'no model is called {quoted(words[0])}: a text of several words needs quotes, as in "{" ".join(words)}"'
+        )
+    near = near_name(words[0])
+    if near is not None:
+        terminal.note(f"(the prompt for {default.name} is {quoted(words[0])}: no model is called so; {near} is one)")
+    return False
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:

@@ -12,6 +12,8 @@ from command_line import own, run
 from hub_cache import COMMIT, cached
 from places import TESTS
 
+from runner.errors import UsageError
+
 MODEL = TESTS / "fixtures" / "llama" / "llama-gqa"
 GREEDY = ["--temperature", "0", "--max-tokens", "4"]
 
@@ -99,3 +101,89 @@ def test_a_wrong_name_is_one_line_with_the_right_one(
     done = account.run(*arguments)
     assert (done.returncode, done.stdout) == (code, "")
     assert words in own(done.stderr) and own(done.stderr).count("\n") == 1
+
+
+# --- the default model ------------------------------------------------------------------------------------------------
+
+
+def test_with_a_default_a_single_argument_is_the_prompt_unless_it_names_a_model(account: Account) -> None:
+    wanted = account.done("generate", str(MODEL), "abc", *GREEDY)
+    default = {"RUNNER_MODEL": str(MODEL)}
+    assert account.done("generate", "abc", *GREEDY, **default) == wanted
+    assert account.done("generate", "-p", "abc", *GREEDY, **default) == wanted
+    assert account.done("generate", str(MODEL), "abc", *GREEDY, RUNNER_MODEL="org/other") == wanted
+    account.done("alias", "tiny", str(MODEL))
+    for named in ("tiny", str(MODEL), "org/name", "./none", "x.gguf"):
+        done = account.run("generate", named, *GREEDY, **default)
+        assert done.returncode in (1, 2) and done.stdout == "", (
+            named
+        )  # a model without a prompt, or one that is missing
+    near = account.run("generate", "tinny", *GREEDY, **default)
+    assert near.returncode == 0 and "tiny is one" in near.stderr
+
+
+def test_the_default_comes_from_the_variable_or_the_file(account: Account) -> None:
+    wanted = account.done("inspect", str(MODEL), "--json")
+    settings = account.home / "config/runner/config.toml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(f'model = "{MODEL}"\n')
+    assert account.done("inspect", "--json") == wanted == account.done("inspect", "--json", RUNNER_MODEL="")
+    done = account.run("inspect", RUNNER_MODEL="nope")
+    assert done.returncode == 1 and "'nope'" in done.stderr and "set as the default in RUNNER_MODEL" in done.stderr
+    for text, words in [
+        ("model = ", "not valid TOML"),
+        ("model = 1", "must be a text"),
+        ('modell = "x"', "'modell' is not a setting: there is model"),
+        ('model = "./none"', f"./none: no such file or directory (set as the default in {settings})"),
+    ]:
+        settings.write_text(text)
+        done = account.run("generate", "abc")
+        assert done.returncode == 1 and words in done.stderr and str(settings) in done.stderr
+
+
+def test_list_marks_the_default(account: Account) -> None:
+    account.done("convert", str(MODEL), str(account.home / "Tiny-Llama"))
+    assert "tiny (default) " in account.done("list", RUNNER_MODEL="tiny")
+    done = account.run("list", RUNNER_MODEL="nope")
+    assert done.returncode == 0 and "'nope'" in done.stderr and "(default)" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "default", "words"),
+    [
+        (["generate", "What is it?"], "", "'What is it?' is no model: name one before the text, or set a default"),
+        (["generate", "tiny", "What", "is", "it"], "", 'needs quotes, as in "What is it"'),
+        (["generate", "What", "is", "it"], "tiny", 'needs quotes, as in "What is it"'),
+        (["generate", "tiny", "What", "is", "it"], "tiny", 'needs quotes, as in "What is it"'),
+        (["generate", "-m", "tiny", "What", "is", "it"], "", 'needs quotes, as in "What is it"'),
+        (["generate", "-m", "tiny", "What", "is"], "", "needs quotes"),
+        (["generate", "What", "is"], "tiny", 'needs quotes, as in "What is"'),
+        (["generate", "tiny", "x", "--preset", "blanced"], "", "'blanced': did you mean balanced?"),
+        (["bench", "Llama-3.2-1b"], "", "'Llama-3.2-1b': did you mean Llama-3.2-1B?"),
+        (["bench", "shape:Llama-3.2-1b"], "", "'Llama-3.2-1b': did you mean Llama-3.2-1B?"),
+    ],
+)
+def test_a_slip_of_the_hand_is_named_with_what_was_meant(
+    account: Account, arguments: list[str], default: str, words: str
+) -> None:
+    account.done("alias", "tiny", str(MODEL))
+    done = account.run(*arguments, RUNNER_MODEL=default)
+    assert (done.returncode, done.stdout) == (2, "") and words in own(done.stderr), done.stderr
+    assert own(done.stderr).count("\n") == 1
+
+
+def test_a_models_name_comes_before_a_published_shape(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner.bench.models import published
+
+    account.done("convert", str(MODEL), str(account.home / "SmolLM2-135M-mine"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(account.home / "data"))
+    assert published("SmolLM2-360M") == published("shape:SmolLM2-360M") == "SmolLM2-360M"
+    assert published("smollm2") is None and published("org/SmolLM2-360M") is None
+    with pytest.raises(UsageError, match=r"could be .*-mine, or the published shape: write shape:SmolLM2-135M"):
+        published("SmolLM2-135M")
+    assert published("shape:SmolLM2-135M") == "SmolLM2-135M"
+    account.done("alias", "SmolLM2-135M", str(MODEL))
+    assert published("SmolLM2-135M") is None
+    monkeypatch.chdir(account.home)
+    Path("SmolLM2-360M").mkdir()
+    assert published("SmolLM2-360M") is None
