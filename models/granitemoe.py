@@ -24,16 +24,22 @@ class GraniteMoeConfig(LocalExpertsConfig, GraniteConfig):
 
 @dataclass
 class MoE(moe.MoE):
-    """Experts stored stacked; `input_linear` holds each expert's gate rows, then its up rows (mlx-lm: two tensors)."""
+    """Experts stored stacked; `input_linear` holds each expert's gate rows, then its up rows (mlx-lm: two tensors).
 
-    router: Linear = weight("router.layer", "num_local_experts", HIDDEN, exact=True)
+    The last names are those that transformers 5 holds them by.
+    """
+
+    router: Linear = weight("router.layer|router", "num_local_experts", HIDDEN, exact=True)
     gate_up_proj: ExpertLinear = weight(
-        "input_linear[num_local_experts]|switch_mlp.{gate,up}_proj[num_local_experts]",
+        "input_linear[num_local_experts]|switch_mlp.{gate,up}_proj[num_local_experts]"
+        "|experts.gate_up_proj[num_local_experts]",
         (INTERMEDIATE, INTERMEDIATE),
         HIDDEN,
     )
     down_proj: ExpertLinear = weight(
-        "output_linear[num_local_experts]|switch_mlp.down_proj[num_local_experts]", HIDDEN, INTERMEDIATE
+        "output_linear[num_local_experts]|switch_mlp.down_proj[num_local_experts]|experts.down_proj[num_local_experts]",
+        HIDDEN,
+        INTERMEDIATE,
     )
 
 

@@ -5,8 +5,9 @@ Source: `transformers.models.lfm2`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from runner.config.base import key
 from runner.config.hybrid import HybridConfig
@@ -27,13 +28,15 @@ from runner.weights.tags import weight
 class ConvConfig(HybridConfig):
     """The keys of both LFM2 and its mixture of experts."""
 
-    OTHER = CONV
+    OTHER: ClassVar[str] = CONV
     # Keys of the authors' own code, which repeat others or say how training began; transformers reads none of them.
-    INERT = frozenset(
-        "block_dim block_mlp_init_scale block_norm_eps block_out_init_scale block_use_xavier_init conv_dim conv_dim_out"
-        " conv_use_xavier_init num_heads".split()
+    INERT: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("block_dim", "block_norm_eps", "conv_dim", "conv_dim_out", "num_heads"),
+            *("block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init", "conv_use_xavier_init"),
+        }
     )
-    ONLY = {"block_use_swiglu": True, "use_pos_enc": True}
+    ONLY: ClassVar[Mapping[str, object]] = {"block_use_swiglu": True, "use_pos_enc": True}
     num_key_value_heads: int = 8
     max_position_embeddings: int = 128000
     tie_word_embeddings: bool = key(also="tie_embedding", default=True)
@@ -66,7 +69,7 @@ class ConvConfig(HybridConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Lfm2Config(ConvConfig):
-    """`config.json` of an LFM2; `block_auto_adjust_ff_dim` says whether the MLP is narrower than `intermediate_size`."""
+    """`config.json` of an LFM2; by `block_auto_adjust_ff_dim`, the MLP is narrower than `intermediate_size`."""
 
     intermediate_size: int = key(also="block_ff_dim", default=12288)
     block_auto_adjust_ff_dim: bool = True

@@ -98,6 +98,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": Family("qwen3_moe", "Qwen3MoeConfig", "Qwen3Moe"),
     "granitemoe": Family("granitemoe", "GraniteMoeConfig", "GraniteMoe"),
     "olmoe": Family("olmoe", "OlmoeConfig", "Olmoe"),
+    "granitemoehybrid": Family("granitemoehybrid", "GraniteMoeHybridConfig", "GraniteMoeHybrid"),
     "lfm2": Family("lfm2", "Lfm2Config", "Lfm2"),
     "lfm2_moe": Family("lfm2_moe", "Lfm2MoeConfig", "Lfm2"),
     "olmo3": Family("olmo2", "Olmo3Config", "Olmo2"),

@@ -20,7 +20,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NewType, Self, TypeVar
 
 from runner import reprs
 from runner.config import rope_keys
@@ -36,6 +36,9 @@ _KEY = "runner.key"
 _ALSO = "runner.also"
 _MINIMUM = "runner.minimum"
 C = TypeVar("C", bound="Config")
+
+Limit = NewType("Limit", float)
+"""A number that may be infinite: `Infinity` in the file, or {"__float__": "Infinity"} as transformers 5 writes it."""
 
 MAX_DIMENSION = 1 << 24
 """Largest integer accepted in `config.json`. No published model comes near it; a larger one means a damaged or hostile
@@ -342,6 +345,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             except ConfigError:
                 continue
         return _convert(value, options[-1], name)
+    if hint is Limit:
+        endless = value == {"__float__": "Infinity"} or value == math.inf
+        return math.inf if endless else _convert(value, float, name)
     if hint in (RopeScaling, Quantized):
         return hint.from_dict(value)
     if typing.get_origin(hint) is tuple:

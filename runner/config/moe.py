@@ -22,7 +22,8 @@ class LocalExpertsConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_routing(self.num_local_experts, self.num_experts_per_tok)
+        if self.num_local_experts:  # 0, where a family allows it: no experts at all
+            check_routing(self.num_local_experts, self.num_experts_per_tok)
 
     @property
     def norm_topk_prob(self) -> bool:

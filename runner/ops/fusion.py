@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from runner.config.activations import ACTIVATIONS as NAMES
 from runner.ops.table import ACTIVATIONS, GATES, Ops, convolved, unpacked_rows
+
+if TYPE_CHECKING:
+    from runner.ops.state_space import Dynamics, Scanned
 
 
 class Fusion:
@@ -44,6 +47,12 @@ class Fusion:
         """`Ops.short_conv`: one kernel for the sum over the taps, and one for the activation."""
         return convolved(self, *arguments)
 
+    def state_space(self, mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.array) -> Scanned:
+        """`Ops.state_space` in chunks of tokens."""
+        from runner.ops import state_space  # for those who need it: most families don't
+
+        return state_space.in_chunks(self, mixed, dt, dynamics, state)
+
 
 def fusing(ops: Ops) -> Ops:
     """The table `ops` for a GPU: activations, and what layers pass to `Ops.fused`, in one kernel each; rows of packed
@@ -55,5 +64,6 @@ def fusing(ops: Ops) -> Ops:
         glu=fusion.glu,
         activate=fusion.activate,
         short_conv=fusion.short_conv,
+        state_space=fusion.state_space,
         quantized_embed=unpacked_rows,
     )

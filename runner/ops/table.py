@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import mlx.core as mx
 
@@ -18,6 +18,9 @@ from runner.config.activations import ACTIVATIONS as NAMES
 from runner.errors import UsageError
 from runner.ops import picking
 from runner.ops.quantized import QuantizedWeight
+
+if TYPE_CHECKING:
+    from runner.ops.state_space import Dynamics, Scanned
 
 
 def _silu(x: mx.array) -> mx.array:
@@ -171,6 +174,12 @@ def _short_conv(
     return convolved(_fused, x, rows, weight, bias, activation)
 
 
+def _state_space(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.array) -> Scanned:
+    from runner.ops import state_space  # for those who need it: most families don't
+
+    return state_space.token_by_token(_fused, mixed, dt, dynamics, state)
+
+
 def convolved(
     fused: Callable[..., mx.array],
     x: mx.array,
@@ -262,7 +271,9 @@ class Ops:
     in one kernel: the function stands at the top of a module and works element by element. `window_mask` makes the
     array that `attention` gets as the mask of several queries under a window; None: it gets the window and no array.
     `short_conv(x, rows, weight, bias, activation)` convolves each channel of `x` `[B, L, C]`, behind `rows`
-    `[B, taps - 1, C]`, with its `weight` `[taps, C]`, in float32.
+    `[B, taps - 1, C]`, with its `weight` `[taps, C]`, in float32. `state_space(mixed, dt, dynamics, state)` is the
+    recurrence of Mamba 2 over x, B and C side by side, `mixed` `[B, L, H * P + 2 * groups * N]`, and steps `dt`
+    `[B, L, H]`, from a state `[B, H, P, N]` in float32.
     """
 
     name: str
@@ -279,6 +290,7 @@ class Ops:
     activate: Callable[[mx.array, str], mx.array] = _activate
     fused: Callable[..., mx.array] = _fused
     short_conv: Callable[..., mx.array] = _short_conv
+    state_space: Callable[[mx.array, mx.array, Dynamics, mx.array], Scanned] = _state_space
     window_mask: Callable[[int, int, int], mx.array] | None = window_mask
     argmax: Callable[[mx.array], mx.array] = _argmax
     greatest: Callable[[mx.array], tuple[mx.array, mx.array]] = picking.greatest

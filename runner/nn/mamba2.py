@@ -1,0 +1,65 @@
+"""Mamba 2 layers: in place of attention, a state of fixed size for each head, which every token lets decay and adds to.
+
+Source: arXiv:2405.21060, and `BambaMixer` in transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.cache.recurrent import StateCache
+from runner.nn.batch import Batch
+from runner.nn.fast import provided_ops
+from runner.nn.gated_norm import GateThenNorm
+from runner.nn.linear import HIDDEN, Linear
+from runner.nn.short_conv import ShortConv
+from runner.ops.state_space import Dynamics, each_token
+from runner.ops.table import Ops
+from runner.weights.tags import setting, weight
+
+INNER, CHANNELS, HEADS = "mamba_inner", "mamba_channels", "mamba_n_heads"
+
+
+@dataclass
+class Mamba2:
+    """The layer: one projection, a short convolution over x, B and C, the recurrence, a gated norm, a projection.
+
+    Its cache holds the last inputs of the convolution, "conv", and the heads' states, "states".
+    """
+
+    in_proj: Linear = weight("in_proj", (INNER, CHANNELS, HEADS), HIDDEN, bias="mamba_proj_bias")
+    conv1d: ShortConv = weight("conv1d", CHANNELS, "mamba_d_conv", bias="mamba_conv_bias")
+    norm: GateThenNorm = weight("norm", INNER)
+    out_proj: Linear = weight("out_proj", HIDDEN, INNER, bias="mamba_proj_bias")
+    a_log: mx.array = weight("A_log", HEADS, exact=True)
+    d: mx.array = weight("D", HEADS, exact=True)
+    dt_bias: mx.array = weight("dt_bias", HEADS, exact=True)
+    mamba_inner: int = setting()
+    mamba_channels: int = setting()
+    mamba_n_groups: int = setting()
+    time_step_limit: tuple[float, float] = setting()
+    norm_eps: float = setting()
+    hidden_act: str = setting()
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
+        """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
+        gate, mixed, dt = self.project(x)
+        states = cache.read(x)
+        mixed, rows = self.conv1d(mixed, states["conv"], activation=self.hidden_act, each=cache.reserved)
+        dynamics = Dynamics(self.a_log, self.d, self.dt_bias, self.mamba_n_groups, self.time_step_limit)
+        scan = self.ops.state_space
+        outputs, after = (
+            each_token(scan, mixed, dt, dynamics, states["states"])
+            if cache.reserved
+            else scan(mixed, dt, dynamics, states["states"])
+        )
+        cache.write(x.shape[1], conv=rows, states=after)
+        return self.out_proj(self.norm(outputs, gate, self.norm_eps))
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """What `x` `[B, L, hidden_size]` says: the gate, what is convolved, and the steps, each `[B, L, ..]`."""
+        gate, mixed, dt = mx.split(self.in_proj(x), [self.mamba_inner, self.mamba_inner + self.mamba_channels], axis=-1)
+        return gate, mixed, dt

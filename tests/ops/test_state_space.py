@@ -1,0 +1,125 @@
+"""Mamba 2's recurrence against a naive loop, in every table of operations, and cut at any place."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from instruction_sets import available
+from twins import assert_close, numpy, rand
+
+from runner.ops import cpu as kernels
+from runner.ops.device import METAL
+from runner.ops.state_space import Dynamics, each_token
+from runner.ops.table import PORTABLE, Ops
+
+by_table = pytest.mark.parametrize("table", [*available(), "metal"])
+
+
+def table_of(name: str) -> Ops:
+    """`PORTABLE`, a GPU's chunks (of MLX ops, which a CPU computes as well), or the CPU's kernels at a level."""
+    if name in ("mlx", "metal"):
+        return {"mlx": PORTABLE, "metal": METAL}[name]
+    from runner.ops.cpu import _C
+    from runner.ops.cpu.ops import KERNELS
+
+    assert _C.set_isa(name)
+    return KERNELS
+
+
+@pytest.fixture(autouse=True)
+def best_level() -> Any:
+    yield
+    if kernels.unavailable() is None:
+        from runner.ops.cpu import _C
+
+        _C.set_isa(available()[-1])
+
+
+def looped(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.array) -> tuple[Any, Any]:
+    """One token and one head after the other, in float64."""
+    (batch, length, _), (_, heads, size, numbers) = mixed.shape, state.shape
+    inner, groups = heads * size, dynamics.groups
+    wide, after = numpy(mixed).astype(np.float64), numpy(state).astype(np.float64)
+    step = np.logaddexp(numpy(dt).astype(np.float64) + numpy(dynamics.dt_bias), 0).clip(*dynamics.limits)
+    a, d = -np.exp(numpy(dynamics.a_log).astype(np.float64)), numpy(dynamics.d)
+    out = np.zeros((batch, length, inner))
+    for row in range(batch):
+        for t in range(length):
+            x, b, c = np.split(wide[row, t], [inner, inner + groups * numbers])
+            for head in range(heads):
+                group = head // (heads // groups)
+                own = x[head * size : (head + 1) * size]
+                bg, cg = (part.reshape(groups, numbers)[group] for part in (b, c))
+                dh = step[row, t, head]
+                after[row, head] = after[row, head] * np.exp(a[head] * dh) + dh * np.outer(own, bg)
+                out[row, t, head * size : (head + 1) * size] = after[row, head] @ cg + d[head] * own
+    return out, after
+
+
+def case(
+    batch: int, length: int, groups: int, shared: int, size: int, numbers: int, seed: int, dtype: mx.Dtype = mx.float32
+) -> tuple[mx.array, mx.array, Dynamics, mx.array]:
+    heads = groups * shared
+    mixed = rand(batch, length, heads * size + 2 * groups * numbers, seed=seed, dtype=dtype)
+    dt = rand(batch, length, heads, seed=seed + 1, dtype=dtype)
+    a_log, d, dt_bias = (rand(heads, seed=seed + i) for i in (2, 3, 4))
+    limits = [(0.0, math.inf), (0.05, 0.4)][seed % 2]
+    state = rand(batch, heads, size, numbers, seed=seed + 5)
+    return mixed, dt, Dynamics(a_log, d, dt_bias - 2, groups, limits), state
+
+
+@by_table
+@given(
+    batch=st.integers(1, 2), length=st.sampled_from([1, 2, 5, 63, 64, 65, 130]), groups=st.integers(1, 2),
+    shared=st.integers(1, 3), size=st.sampled_from([1, 5, 8]), numbers=st.sampled_from([1, 7, 16, 24]),
+    dtype=st.sampled_from([mx.float32, mx.bfloat16]), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=15, deadline=None)
+def test_it_is_the_loop(
+    table: str, batch: int, length: int, groups: int, shared: int, size: int, numbers: int, dtype: mx.Dtype, seed: int
+) -> None:
+    given_case = case(batch, length, groups, shared, size, numbers, seed, dtype)
+    outputs, state = table_of(table).state_space(*given_case)
+    assert outputs.dtype == dtype and state.dtype == mx.float32
+    wanted, after = looped(*given_case)
+    assert_close(outputs, wanted, rounded_to=dtype, tolerance=1e-5)
+    assert_close(state, after, rounded_to=mx.float32, tolerance=1e-5)
+
+
+@by_table
+@given(cuts=st.lists(st.sampled_from([1, 3, 16, 40, 64]), min_size=2, max_size=5), seed=st.integers(0, 9))
+@settings(max_examples=15, deadline=None)
+def test_it_can_be_cut_anywhere(table: str, cuts: list[int], seed: int) -> None:
+    """Token by token to the last bit; in chunks, within the rounding of float32."""
+    scan = table_of(table).state_space
+    mixed, dt, dynamics, state = case(1, sum(cuts), 2, 2, 8, 16, seed)
+    whole, last = scan(mixed, dt, dynamics, state)
+    outputs, start = [], 0
+    for cut in cuts:
+        output, state = scan(mixed[:, start : start + cut], dt[:, start : start + cut], dynamics, state)
+        outputs.append(output)
+        start += cut
+    pieced = mx.concatenate(outputs, axis=1)
+    if table == "metal":
+        assert_close(pieced, numpy(whole), rounded_to=mx.float32, tolerance=1e-5)
+        assert_close(state, numpy(last), rounded_to=mx.float32, tolerance=1e-5)
+    else:
+        assert mx.array_equal(pieced, whole) and mx.array_equal(state, last)
+
+
+@by_table
+def test_the_states_behind_each_token(table: str) -> None:
+    scan = table_of(table).state_space
+    mixed, dt, dynamics, state = case(2, 5, 2, 2, 8, 16, 0)
+    outputs, states = each_token(scan, mixed, dt, dynamics, state)
+    assert states.shape == (5, *state.shape)
+    for end in range(1, 6):
+        found = scan(mixed[:, :end], dt[:, :end], dynamics, state)
+        assert_close(outputs[:, end - 1], numpy(found[0][:, -1]), rounded_to=mx.float32, tolerance=1e-5)
+        assert_close(states[end - 1], numpy(found[1]), rounded_to=mx.float32, tolerance=1e-5)
