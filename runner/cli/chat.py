@@ -26,6 +26,7 @@ from runner.cli.options import (
     Verbose,
     named_model,
 )
+from runner.cli.template_options import TemplateArg, parsed, template_kwargs
 from runner.cli.thinking import AnswerOutput
 from runner.errors import ContextLengthError, RunnerError, UsageError
 
@@ -52,6 +53,7 @@ def chat(
     system: System = None,
     dtype: DType = None,
     adapter: Adapter = None,
+    template_arg: TemplateArg = None,
     sampling: SamplingOptions,
     length: LengthOptions,
     thinking: Thinking = None,
@@ -60,12 +62,14 @@ def chat(
     """Chat with a model. /help lists the chat's commands, Ctrl-C stops an answer, Ctrl-D leaves."""
     model = named_model(model, named)
     keywords = {**sampling.keywords(), **length.keywords()}
+    variables = parsed(template_arg)
     conversation = Conversation()
     if system is not None:
         conversation.system = terminal.checked_utf8(system, "--system")
     lm = engine.open_model(model, dtype, adapter, length.context)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
+    keywords["template_kwargs"] = template_kwargs(lm.tokenizer, variables, thinking)
     keywords, untold = engine.sampling_of(lm, keywords)
     if untold is not None:
         terminal.note(untold)

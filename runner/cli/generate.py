@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from runner.cli import engine, terminal
+from runner.cli.asking import AskingOptions
 from runner.cli.options import (
     OUTPUT,
     Adapter,
@@ -18,7 +18,6 @@ from runner.cli.options import (
     Model,
     NamedModel,
     SamplingOptions,
-    System,
     Thinking,
     Verbose,
     model_and_text,
@@ -28,7 +27,6 @@ from runner.errors import UsageError
 
 if TYPE_CHECKING:
     from runner.answer import Chunk
-    from runner.language_model import LanguageModel
 
 Prompt = Annotated[
     str | None,
@@ -38,14 +36,6 @@ Prompt = Annotated[
 ]
 GivenPrompt = Annotated[
     str | None, typer.Option("--prompt", "-p", metavar="PROMPT", help="The same as PROMPT, by option.")
-]
-Chat = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--raw",
-        help="Ask through the model's chat template, or let the model continue the text as it is. "
-        "Default: --chat if the model has a template, else --raw with a note.",
-    ),
 ]
 Logprobs = Annotated[
     int | None,
@@ -67,8 +57,7 @@ def generate(
     *,
     named: NamedModel = None,
     given: GivenPrompt = None,
-    chat: Chat = None,
-    system: System = None,
+    asking: AskingOptions,
     dtype: DType = None,
     adapter: Adapter = None,
     sampling: SamplingOptions,
@@ -79,25 +68,20 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Generate text from a prompt and print it as it comes."""
-    if chat is False and system is not None:
-        raise UsageError("--system needs the chat template: leave out --raw")
-    if chat is False and thinking is not None:
-        raise UsageError("--thinking needs the chat template, as raw text has no reasoning apart: leave out --raw")
+    asking.check(thinking)
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs is printed in the JSON output only: add --json")
     model, prompt = model_and_text((model, prompt), named, given, option="-p")
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
     lm = engine.open_model(model, dtype, adapter, length.context)
-    if thinking is not None and not lm.tokenizer.has_chat_template:
-        raise UsageError("--thinking needs a chat template, and this model has none: leave it out")
     status = terminal.Status()
     output = terminal.Output()
     shown = AnswerOutput(output, status, thinking)
     last: Chunk | None = None
     keywords, untold = engine.sampling_of(lm, keywords)
     try:
-        chunks = answer(lm, text, chat, system, on_prefill=status.prefill, **keywords)
+        chunks = asking.stream(lm, text, thinking, on_prefill=status.prefill, **keywords)
         if untold is not None:
             terminal.note(untold)
         for last in chunks:
@@ -115,24 +99,6 @@ def generate(
         terminal.note(f"({engine.length_note(lm, last, length.max_tokens)})")
     if verbose and last is not None:
         engine.print_timings(last.timings)
-
-
-def answer(lm: LanguageModel, text: str, chat: bool | None, system: str | None, **keywords: Any) -> Iterator[Chunk]:
-    """Stream the answer, through the chat template or as a raw continuation; `chat` None: as the model allows.
-
-    Where the model has no template and neither way was asked for, a note on stderr says that the text is continued.
-    """
-    templated = lm.tokenizer.has_chat_template
-    if chat is None and system is not None and not templated:
-        raise UsageError("--system needs a chat template, and this model has none")
-    if chat or (chat is None and templated):
-        messages = [{"role": "user", "content": text}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": terminal.checked_utf8(system, "--system")})
-        return lm.chat_stream(messages, **keywords)
-    if chat is None:
-        terminal.note("(no chat template: the text is continued as it is; --raw asks for that)")
-    return lm.stream(text, **keywords)
 
 
 def chunk_json(chunk: Chunk, *, reasoning: bool = True) -> dict[str, Any]:

@@ -70,10 +70,11 @@ Adapter = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Thinking = Annotated[
-    Literal["show", "hide"] | None,
+    Literal["show", "hide", "off"] | None,
     typer.Option(
-        metavar="show|hide",
-        help="Show the model's reasoning, dimmed, before its answer, or hide it. Default: show on a terminal.",
+        metavar="show|hide|off",
+        help="Show the model's reasoning, dimmed, before its answer, or hide it, or have the model answer at once. "
+        "Default: show on a terminal.",
         rich_help_panel=OUTPUT,
         **variable("--thinking"),
     ),

@@ -73,7 +73,7 @@ def open_closed_streams() -> None:
             os.open(os.devnull, mode)  # takes the lowest free number
             os.set_inheritable(number, True)
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
     if sys.stdout is None:
         raise OSError(errno.EBADF, "standard output is closed")
 

@@ -14,13 +14,15 @@ from runner.text.template_limits import seconds_for
 Message = Mapping[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 100
-_RESERVED = frozenset([
+RESERVED = frozenset([
     "messages", "tools", "template", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
     "on_rendered",
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
     "range", "dict", "namespace", "cycler", "joiner", "raise_exception", "strftime_now",
     "self", "loop", "caller", "varargs", "kwargs",
 ])  # fmt: skip
+"""Names in a template that no variable of a caller's can have."""
+
 _KINDS: Mapping[type, str] = {
     str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", tuple: "a list",
     dict: "a mapping", type(None): "null",
@@ -99,7 +101,7 @@ def checked_variables(given: Mapping[str, Any] | None, taken: Collection[str] = 
     for name in given:
         if not isinstance(name, str) or not name.isidentifier():
             raise UsageError(f"template_kwargs: {name!r:.80} is not the name of a variable that a template could read")
-        if name in _RESERVED or name in taken:
+        if name in RESERVED or name in taken:
             raise UsageError(
                 f"template_kwargs cannot set {name!r:.80}: the template gets it from the chat, the tokenizer or Jinja. "
                 "Leave it out; messages, tools and template are arguments of their own"

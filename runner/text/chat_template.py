@@ -73,6 +73,13 @@ class ChatTemplates:
         """Variables that every template can read, by name."""
         return self._variables
 
+    def reads(self, source: str) -> frozenset[str]:
+        """Return the names of the variables that the template `source` reads, those that it always gets included."""
+        from runner.text.template_sandbox import variables_of
+
+        self._code(source)
+        return variables_of(source)
+
     def fit(self, source: str, inputs: ChatInputs) -> ChatInputs:
         """Return the inputs in the shapes that the template `source` understands (`TemplateShapes.fit`)."""
         if source not in self._shapes:

@@ -25,7 +25,7 @@ from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -295,6 +295,15 @@ def compile_template(source: str) -> CodeType:
     except (Exception, RecursionError, MemoryError) as error:
         raise TemplateError(f"the chat template cannot be compiled: {type(error).__name__}: {error!s:.200}") from error
     return code
+
+
+def variables_of(source: str) -> frozenset[str]:
+    """Return the names that the template `source` reads and does not set: a caller's variables, and Jinja's globals.
+
+    `source` has been compiled before by `compile_template`, whose limits hold.
+    """
+    environment = BoundedEnvironment(Budget(len(source)), datetime.now())
+    return frozenset(meta.find_undeclared_variables(environment.parse(source)))
 
 
 def render_template(

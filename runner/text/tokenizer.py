@@ -13,7 +13,7 @@ from runner.errors import TemplateError, TokenizerError
 from runner.local_files import find_file, path_in
 from runner.text import tokenizer_rebuilt
 from runner.text.blocks import BlockSeparator
-from runner.text.chat_inputs import ChatInputs, Message, chat_inputs, checked_variables
+from runner.text.chat_inputs import RESERVED, ChatInputs, Message, chat_inputs, checked_variables
 from runner.text.chat_template import ChatTemplates
 from runner.text.detokenizer import Detokenizer
 from runner.text.harmony import HarmonySeparator, speaks_harmony
@@ -21,6 +21,7 @@ from runner.text.reasoning import BlockFormat, Marks, block_format, reasoning_ke
 from runner.text.sentencepiece_backend import SentencePieceBackend
 from runner.text.separator import Separator
 from runner.text.special_tokens import choose_markers
+from runner.text.thinking_switch import thinking_off
 from runner.text.tokenizer_backends import Backend, JsonBackend, load_json
 from runner.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
@@ -271,6 +272,27 @@ class Tokenizer:
 
     def _has_token(self, text: str) -> bool:
         return self._backend.token_id(text) is not None
+
+    def template_variables(self) -> frozenset[str]:
+        """Names of the variables that the default template reads and a caller may set (`template_kwargs`).
+
+        Raises:
+            TemplateError: there is no default template, or it is not valid.
+        """
+        return self._templates.reads(self._templates.choose(None, None)) - RESERVED - set(self._templates.variables)
+
+    def thinking_off(self) -> dict[str, Any] | None:
+        """Return the variables that tell the default template that the model is to answer without reasoning.
+
+        None if it has no such switch; see `runner.text.thinking_switch`. Raises `TemplateError` as above.
+        """
+        source = self._templates.choose(None, None)
+        asked = [{"role": "user", "content": "Hello"}]
+        return thinking_off(
+            source,
+            self.template_variables(),
+            lambda given: self.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, **given),
+        )
 
     def reasoning_key(self) -> str | None:
         """Key under which the default template reads the reasoning of a message; None if it reads none."""

@@ -268,3 +268,26 @@ def test_a_model_that_says_nothing_of_sampling_gets_the_balanced_preset(tmp_path
     assert asked(model=str(model)) == (asked("--temp", "0")[0], "")
     # The library's default stays what the files say, and greedy where they say nothing.
     assert runner.load(MODEL).sampling.temperature == 0
+
+
+def test_switches_for_raw_text() -> None:
+    """The fixture's tokenizer puts <|begin_of_text|> first; spelled out, it is that token only if asked for."""
+
+    lm = runner.load(MODEL)
+    begin = lm.tokenizer.bos_token_id
+    plain = lm.tokenizer.encode("abc", add_special_tokens=False)
+    assert begin is not None and lm.tokenizer.encode("abc") == [begin, *plain]
+
+    def told(prompt: list[int]) -> str:
+        return lm.generate(prompt, temperature=0, max_tokens=8).text + "\n"
+
+    spelled = "<|begin_of_text|>abc"
+    assert answer("abc", "--raw") == answer("abc", "--raw", "--bos") == told([begin, *plain])
+    assert answer("abc", "--raw", "--no-bos") == told(plain) != told([begin, *plain])
+    assert answer(spelled, "--raw", "--no-bos", "--parse-special") == told([begin, *plain])
+    assert answer(spelled, "--raw", "--parse-special") == told([begin, begin, *plain])
+    assert answer(spelled, "--raw") == told(lm.tokenizer.encode(spelled)) != told([begin, begin, *plain])
+    for switch in ("--bos", "--no-bos", "--parse-special"):
+        for more, named in (([], "add --raw"), (["--chat"], "leave out --chat")):
+            done = run("generate", MODEL, "abc", switch, *more)
+            assert done.returncode == 2 and switch in done.stderr and named in done.stderr

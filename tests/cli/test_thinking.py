@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from command_line import own, run
 from pseudo_terminal import Terminal
-from scripted import scripted
+from scripted import scripted, weights
+
+from runner.cli.template_options import parsed
 
 QUESTION = "Capital?"
 ASK = [{"role": "user", "content": QUESTION}]
@@ -119,3 +122,76 @@ def test_a_turn_without_an_answer_is_not_kept(model: str, tmp_path: Path) -> Non
         program.expect("> ")
         program.send(f"/save {saved}\r")
         program.expect(r"\(0 messages in")
+
+
+SWITCHED = TEMPLATE.replace(
+    "[assistant]{% endif %}",
+    "[assistant]{% if enable_thinking is defined and not enable_thinking %}"
+    "(no reasoning, please, but the answer)<think></think>{% endif %}{% endif %}{{ note }}",
+)
+
+
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Thinks, unless its template is told not to: then its prompt is longer, and the answer stands further on."""
+    at_once = SWITCHED.replace("enable_thinking is defined and not enable_thinking", "true")
+    path = tmp_path_factory.mktemp("switched")
+    scripted(path, [(ASK, ANSWER)], template=SWITCHED)
+    told = scripted(tmp_path_factory.mktemp("told"), [(ASK, "At once.")], template=at_once)
+    both = {name: mx.load(str(model / "model.safetensors")) for name, model in (("thinks", path), ("told", told))}
+    positions = [model["wpe.weight"].argmax(axis=1).tolist() for model in both.values()]
+    end = positions[0][-1]
+    script = [second if second != end else first for first, second in zip(*positions, strict=True)]
+    mx.save_safetensors(str(path / "model.safetensors"), weights(script))
+    return str(path)
+
+
+def test_off_is_the_templates_own_switch(switched: str) -> None:
+    ask = ["generate", switched, QUESTION, "--temperature", "0", "--thinking"]
+    assert run(*ask, "show").stderr == "(thinking)\nEasy.\n"
+    for arguments in (["off"], ["show", "--template-arg", "enable_thinking=false"]):
+        done = run(*ask, *arguments)
+        assert (done.stdout, own(done.stderr)) == ("At once.\n", "")
+    with terminal("chat", switched, "--thinking", "off", NO_COLOR="1") as program:
+        program.expect("> ")
+        program.send(f"{QUESTION}\r")
+        assert "thinking" not in program.expect(r"At once\.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--template-arg", "enable_thinkin=1"], "enable_thinkin: the model's chat template has no such variable"),
+        (["--template-arg", "note"], "'note'"),
+        (["--template-arg", "note=1", "--template-arg", "note=2"], "'note' twice"),
+        (["--template-arg", "messages=[]"], "'messages'"),
+        (["--template-arg", "enable_thinking=true", "--thinking", "off"], "leave out --template-arg enable_thinking"),
+        (["--template-arg", "note=1", "--raw"], "--template-arg needs the chat template"),
+        (["--thinking", "off", "--raw"], "--thinking needs the chat template"),
+    ],
+)
+def test_what_a_template_cannot_obey_is_refused_by_name(switched: str, arguments: list[str], named: str) -> None:
+    done = run("generate", switched, QUESTION, *arguments)
+    assert (done.returncode, done.stdout) == (2, "") and named in done.stderr
+
+
+def test_a_template_without_a_switch_is_said_to_have_none(model: str) -> None:
+    for command in ("generate", "chat"):
+        done = run(command, model, *([QUESTION] if command == "generate" else []), "--thinking", "off")
+        assert done.returncode == 2 and "--thinking off" in done.stderr and "no switch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("false", False),
+        ("3", 3),
+        ('{"a": [1]}', {"a": [1]}),
+        ("1 May", "1 May"),
+        ("", ""),
+        ("NaN", "NaN"),
+        ("a=b", "a=b"),
+    ],
+)
+def test_a_template_argument_is_json_or_text(text: str, value: object) -> None:
+    assert parsed([f"key={text}"]) == {"key": value}
