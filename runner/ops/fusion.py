@@ -16,6 +16,7 @@ from runner.config.activations import ACTIVATIONS as NAMES
 from runner.ops.table import ACTIVATIONS, GATES, Ops, convolved, unpacked_rows
 
 if TYPE_CHECKING:
+    from runner.ops.delta_rule import Gates, Recurrence
     from runner.ops.state_space import Dynamics, Scanned
 
 
@@ -53,6 +54,12 @@ class Fusion:
 
         return state_space.in_chunks(self, mixed, dt, dynamics, state)
 
+    def gated_delta(self, q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.array) -> Recurrence:
+        """`Ops.gated_delta` by MLX's op."""
+        from runner.ops import delta_rule  # for those who need it: most families don't
+
+        return delta_rule.by_mlx(self, q, k, v, gates, state)
+
 
 def fusing(ops: Ops) -> Ops:
     """The table `ops` for a GPU: activations, and what layers pass to `Ops.fused`, in one kernel each; rows of packed
@@ -65,5 +72,6 @@ def fusing(ops: Ops) -> Ops:
         activate=fusion.activate,
         short_conv=fusion.short_conv,
         state_space=fusion.state_space,
+        gated_delta=fusion.gated_delta,
         quantized_embed=unpacked_rows,
     )

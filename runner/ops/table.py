@@ -20,6 +20,7 @@ from runner.ops import picking
 from runner.ops.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
+    from runner.ops.delta_rule import Gates, Recurrence
     from runner.ops.state_space import Dynamics, Scanned
 
 
@@ -180,6 +181,12 @@ def _state_space(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.ar
     return state_space.token_by_token(_fused, mixed, dt, dynamics, state)
 
 
+def _gated_delta(q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.array) -> Recurrence:
+    from runner.ops import delta_rule  # for those who need it: most families don't
+
+    return delta_rule.token_by_token(_fused, q, k, v, gates, state)
+
+
 def convolved(
     fused: Callable[..., mx.array],
     x: mx.array,
@@ -273,7 +280,9 @@ class Ops:
     `short_conv(x, rows, weight, bias, activation)` convolves each channel of `x` `[B, L, C]`, behind `rows`
     `[B, taps - 1, C]`, with its `weight` `[taps, C]`, in float32. `state_space(mixed, dt, dynamics, state)` is the
     recurrence of Mamba 2 over x, B and C side by side, `mixed` `[B, L, H * P + 2 * groups * N]`, and steps `dt`
-    `[B, L, H]`, from a state `[B, H, P, N]` in float32.
+    `[B, L, H]`, from a state `[B, H, P, N]` in float32. `gated_delta(q, k, v, gates, state)` applies the
+    gated delta rule to queries and keys `[B, L, key heads, dk]` of any length, values `[B, L, heads, dv]` and `gates`,
+    from a state `[B, heads, dv, dk]` in float32.
     """
 
     name: str
@@ -291,6 +300,7 @@ class Ops:
     fused: Callable[..., mx.array] = _fused
     short_conv: Callable[..., mx.array] = _short_conv
     state_space: Callable[[mx.array, mx.array, Dynamics, mx.array], Scanned] = _state_space
+    gated_delta: Callable[[mx.array, mx.array, mx.array, Gates, mx.array], Recurrence] = _gated_delta
     window_mask: Callable[[int, int, int], mx.array] | None = window_mask
     argmax: Callable[[mx.array], mx.array] = _argmax
     greatest: Callable[[mx.array], tuple[mx.array, mx.array]] = picking.greatest

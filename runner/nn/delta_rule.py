@@ -1,0 +1,141 @@
+"""Gated DeltaNet layers: in place of attention, a state of fixed size that the gated delta rule moves with each token.
+
+Source: arXiv:2412.06464, and `Qwen3NextGatedDeltaNet` in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from runner.cache.recurrent import StateCache
+from runner.config import layer_types
+from runner.config.hybrid import HybridConfig
+from runner.config.memory import State
+from runner.errors import ConfigError
+from runner.nn.batch import Batch
+from runner.nn.fast import provided_ops
+from runner.nn.gated_norm import NormThenGate
+from runner.nn.linear import HIDDEN, Linear
+from runner.nn.short_conv import ShortConv
+from runner.ops.delta_rule import Gates, Recurrence
+from runner.ops.table import Ops
+from runner.weights.module import Module
+from runner.weights.tags import setting, weight
+
+CHANNELS, HEADS = "linear_channels", "linear_num_value_heads"
+KEYS, VALUES = "linear_num_key_heads*linear_key_head_dim", f"{HEADS}*linear_value_head_dim"
+"""Dimensions as tags spell them: what is convolved, heads of the state, queries or keys, values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig(HybridConfig):
+    """Config of a hybrid whose layers without attention are Gated DeltaNets.
+
+    A key head serves as many value heads as there are for each; `full_attention_interval` stands for `layer_types`
+    where a file lacks these: every so many-th layer has attention.
+    """
+
+    linear_conv_kernel_dim: int = 4
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    full_attention_interval: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ConfigError(
+                f"config.json: linear_num_value_heads ({self.linear_num_value_heads}) must be a multiple of "
+                f"linear_num_key_heads ({self.linear_num_key_heads})"
+            )
+
+    @property
+    def usual_layer_types(self) -> Sequence[str]:
+        return layer_types.every(self.full_attention_interval, self.num_hidden_layers, self.OTHER)
+
+    @property
+    def state(self) -> State:
+        delta = (self.linear_num_value_heads, self.linear_value_head_dim, self.linear_key_head_dim)
+        rows = (self.linear_conv_kernel_dim - 1, self.linear_channels)
+        return State({"conv": rows, "delta": delta}, {"delta": "float32"})
+
+    @property
+    def linear_channels(self) -> int:
+        """Numbers of a token that are convolved: queries and keys, then values."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+
+class Projected(NamedTuple):
+    """What a layer makes of its input, each `[B, L, ..]`: queries, keys and values side by side, and three gates.
+
+    `z` `[.., values]` gates the output, `b` and `a` `[.., heads]` are those of `runner.ops.delta_rule.Gates`.
+    """
+
+    qkv: mx.array
+    z: mx.array
+    b: mx.array
+    a: mx.array
+
+
+@dataclass
+class GatedDeltaNet(Module):
+    """The layer: a short convolution over queries, keys and values, the gated delta rule, a gated norm.
+
+    Subclasses say how the projections are stored.
+    """
+
+    conv1d: ShortConv = weight("conv1d", CHANNELS, "linear_conv_kernel_dim")
+    norm: NormThenGate = weight("norm", "linear_value_head_dim")
+    out_proj: Linear = weight("out_proj", HIDDEN, VALUES)
+    a_log: mx.array = weight("A_log", HEADS, exact=True)
+    dt_bias: mx.array = weight("dt_bias", HEADS, exact=True)
+    linear_num_key_heads: int = setting()
+    linear_key_head_dim: int = setting()
+    linear_num_value_heads: int = setting()
+    linear_value_head_dim: int = setting()
+    linear_channels: int = setting()
+    rms_norm_eps: float = setting()
+    hidden_act: str = setting()
+    ops: Ops = provided_ops()
+
+    def project(self, x: mx.array) -> Projected:
+        """Queries, keys, values and gates of `x` `[B, L, hidden_size]`."""
+        raise NotImplementedError
+
+    def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
+        batches, length, _ = x.shape
+        projected = self.project(x)
+        states = cache.read(x)
+        mixed, rows = self.conv1d(projected.qkv, states["conv"], activation=self.hidden_act, each=cache.reserved)
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        # Widened once, while a token is still one row; all that follows is computed in float32.
+        q, k, v = mx.split(mixed.astype(mx.float32), [keys, 2 * keys], axis=-1)
+        q, k = (part.reshape(batches, length, self.linear_num_key_heads, -1) for part in (q, k))
+        v = v.reshape(batches, length, self.linear_num_value_heads, -1)
+        gates = Gates(projected.a, projected.b, self.a_log, self.dt_bias)
+        outputs, state = (
+            each_token(self.ops, q, k, v, gates, states["delta"])
+            if cache.reserved
+            else self.ops.gated_delta(q, k, v, gates, states["delta"])
+        )
+        cache.write(length, conv=rows, delta=state)
+        z = projected.z.astype(mx.float32).reshape(outputs.shape)
+        return self.out_proj(self.norm(outputs, z, self.rms_norm_eps).flatten(2).astype(x.dtype))
+
+
+def each_token(ops: Ops, q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.array) -> Recurrence:
+    """`Ops.gated_delta`, but with the states behind each of the tokens `[L, B, heads, dv, dk]`."""
+    outputs, states = [], []
+    for t in range(v.shape[1]):
+        now = slice(t, t + 1)
+        gate = gates._replace(a=gates.a[:, now], b=gates.b[:, now])
+        output, state = ops.gated_delta(q[:, now], k[:, now], v[:, now], gate, state)
+        outputs.append(output)
+        states.append(state)
+    return mx.concatenate(outputs, axis=1), mx.stack(states)
