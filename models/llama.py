@@ -80,6 +80,11 @@ class NormedAttention(Attention):
             return super().heads(qkv, batch)
         ends = [self.num_attention_heads, self.num_attention_heads + self.num_key_value_heads]
         q, k, v = mx.split(split_heads(qkv, self.head_dim), ends, axis=1)
+        return self.normed(q, k, v, batch)
+
+    def normed(self, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+        """Normalize and rotate q `[B, H, L, D]` and k `[B, KV, L, D]`; v stays."""
+        assert self.q_norm is not None and self.k_norm is not None
         q = self.rope(self.q_norm(q, self.norm_eps), batch.offset, batch.length, once=batch.once)
         return q, self.rope(self.k_norm(k, self.norm_eps), batch.offset, batch.length, once=batch.once), v
 

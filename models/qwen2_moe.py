@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import key
+from runner.config.decoder import DecoderConfig
 from runner.config.moe import check_routing
 from runner.models import llama, qwen2
 from runner.models.qwen2 import Qwen2Config
@@ -22,11 +23,9 @@ from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2MoeConfig(Qwen2Config):
-    """`config.json` of a Qwen2-MoE; the `router_*` keys matter in training only."""
+class SharedExpertConfig(DecoderConfig):
+    """The keys of `config.json` about experts of which one serves every token; `router_*` matter in training only."""
 
-    sliding_window: int | None = key(default=4096, minimum=0)  # 0 in published files where no layer has a window
-    qkv_bias: bool = True
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
     moe_intermediate_size: int = 1408
@@ -50,6 +49,14 @@ class Qwen2MoeConfig(Qwen2Config):
     @property
     def mlp_class(self) -> type:
         return MoE if self.sparse else llama.MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2MoeConfig(SharedExpertConfig, Qwen2Config):
+    """`config.json` of a Qwen2-MoE."""
+
+    sliding_window: int | None = key(default=4096, minimum=0)  # 0 in published files where no layer has a window
+    qkv_bias: bool = True
 
 
 @dataclass

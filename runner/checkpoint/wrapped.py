@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.checkpoint.overlay import Change, Info
-from runner.config.rope_keys import BESIDE
+from runner.config.rope_keys import BESIDE, plain_positions
 from runner.errors import CheckpointError, ConfigError
 from runner.local_files import quoted
 from runner.weights.tags import Header, Source
@@ -64,6 +64,8 @@ TEXT_MODELS: Mapping[str, TextModel] = {
     ),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen3_5_text": TextModel("qwen3_5_text"),
+    "qwen3_5_moe_text": TextModel("qwen3_5_moe_text"),
     "qwen3_vl_text": TextModel("qwen3", {"max_position_embeddings": 128000, "rope_theta": 500000.0}),
     "qwen3_vl_moe_text": TextModel(
         "qwen3_moe",
@@ -99,6 +101,8 @@ WRAPPERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "mistral3": ("mistral", _MISTRAL_SMALL),
     "qwen2_5_vl": ("qwen2_5_vl_text", {}),
     "qwen2_vl": ("qwen2_vl_text", {}),
+    "qwen3_5": ("qwen3_5_text", {}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {}),
     "qwen3_vl": ("qwen3_vl_text", {}),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", {}),
     "smolvlm": ("llama", {"rms_norm_eps": 1e-5}),
@@ -182,19 +186,8 @@ def _text_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], TextModel]:
     text["model_type"] = known.family
     for name in ("rope_scaling", "rope_parameters"):
         if name in text:
-            text[name] = _plain_positions(text[name])
+            text[name] = plain_positions(text[name])
     return text, known
-
-
-def _plain_positions(rope: Any) -> Any:
-    """Text alone has one position where images have three (M-RoPE): its sections are those of plain RoPE then."""
-    if not isinstance(rope, Mapping) or "mrope_section" not in rope:
-        return rope
-    kept = {name: value for name, value in rope.items() if name not in ("mrope_section", "mrope_interleaved")}
-    for name in ("type", "rope_type"):
-        if kept.get(name) == "mrope":
-            kept[name] = "default"
-    return kept if kept.get("type") or kept.get("rope_type") else {**kept, "rope_type": "default"}
 
 
 def _renamed(value: Any) -> Any:

@@ -129,6 +129,17 @@ def _objects(raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield where, found
 
 
+def plain_positions(rope: Any) -> Any:
+    """Text alone has one position where images have three (M-RoPE): its sections are those of plain RoPE then."""
+    if not isinstance(rope, Mapping) or "mrope_section" not in rope:
+        return rope
+    kept = {name: value for name, value in rope.items() if name not in ("mrope_section", "mrope_interleaved")}
+    for name in ("type", "rope_type"):
+        if kept.get(name) == "mrope":
+            kept[name] = "default"
+    return kept if kept.get("type") or kept.get("rope_type") else {**kept, "rope_type": "default"}
+
+
 def with_original_length(values: dict[str, Any]) -> dict[str, Any]:
     """Move a top-level `original_max_position_embeddings` into `rope_scaling`, where it takes effect.
 

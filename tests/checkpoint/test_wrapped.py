@@ -51,6 +51,8 @@ CASES = [
     ("kimi_k25", FAMILY / "deepseek_v3-base", HUB),
     ("qwen2_vl", FAMILY / "qwen2-base", V5),
     ("qwen2_5_vl", FAMILY / "qwen2-base", FLAT),
+    ("qwen3_5", FAMILY / "qwen3_5_text-base", V5),
+    ("qwen3_5_moe", FAMILY / "qwen3_5_moe_text-base", V5),
     ("qwen3_vl", FAMILY / "qwen3-base", V5),
     ("qwen3_vl_moe", FAMILY / "qwen3_moe-base", V5),
 ]
