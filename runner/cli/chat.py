@@ -24,6 +24,7 @@ from runner.cli.options import (
     System,
     Thinking,
     Verbose,
+    Wrap,
     named_model,
 )
 from runner.cli.template_options import TemplateArg, parsed, template_kwargs
@@ -57,6 +58,7 @@ def chat(
     sampling: SamplingOptions,
     length: LengthOptions,
     thinking: Thinking = None,
+    wrap: Wrap = True,
     verbose: Verbose = False,
 ) -> None:
     """Chat with a model. /help lists the chat's commands, Ctrl-C stops an answer, Ctrl-D leaves."""
@@ -73,7 +75,7 @@ def chat(
     keywords, untold = engine.sampling_of(lm, keywords)
     if untold is not None:
         terminal.note(untold)
-    Chat(lm, conversation, keywords, verbose, thinking).run()
+    Chat(lm, conversation, keywords, verbose, thinking, wrap=wrap).run()
 
 
 class Chat:
@@ -86,6 +88,8 @@ class Chat:
         keywords: dict[str, Any],
         verbose: bool,
         thinking: str | None = None,
+        *,
+        wrap: bool = True,
     ) -> None:
         self.lm = lm
         self.cache = lm.prompt_cache()
@@ -94,7 +98,7 @@ class Chat:
         self.verbose = verbose
         self.thinking = thinking
         self.reader = LineReader(tuple(name.split()[0] for name in HELP if name.startswith("/")))
-        self.output = terminal.Output()
+        self.output = terminal.Output(wrap=wrap)
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": self.help,
             "/reset": self.reset,

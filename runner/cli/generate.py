@@ -20,6 +20,7 @@ from runner.cli.options import (
     SamplingOptions,
     Thinking,
     Verbose,
+    Wrap,
     model_and_text,
 )
 from runner.cli.thinking import AnswerOutput
@@ -65,6 +66,7 @@ def generate(
     as_json: JsonLines = False,
     logprobs: Logprobs = None,
     thinking: Thinking = None,
+    wrap: Wrap = True,
     verbose: Verbose = False,
 ) -> None:
     """Generate text from a prompt and print it as it comes."""
@@ -76,7 +78,7 @@ def generate(
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
     lm = engine.open_model(model, dtype, adapter, length.context)
     status = terminal.Status()
-    output = terminal.Output()
+    output = terminal.Output(wrap=wrap and not as_json)
     shown = AnswerOutput(output, status, thinking)
     last: Chunk | None = None
     keywords, untold = engine.sampling_of(lm, keywords)
@@ -92,6 +94,7 @@ def generate(
                 shown.write(last)
     finally:
         status.clear()
+        output.flush()
     shown.end()
     if shown.unanswered:
         terminal.note("(only reasoning and no answer: --thinking show prints it, a larger --max-tokens leaves it room)")

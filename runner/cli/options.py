@@ -79,6 +79,16 @@ Thinking = Annotated[
         **variable("--thinking"),
     ),
 ]
+Wrap = Annotated[
+    bool,
+    typer.Option(
+        "--wrap/--no-wrap",
+        help="Break lines between words on a terminal; code between ``` lines stays as it is.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+        **variable("--wrap"),
+    ),
+]
 Verbose = Annotated[
     bool,
     typer.Option(

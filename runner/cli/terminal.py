@@ -10,6 +10,7 @@ import stat
 import sys
 from typing import TextIO
 
+from runner.cli.wrap import WordWrap
 from runner.errors import UsageError
 
 CODES = {"bold": "1", "dim": "2", "red": "1;31", "yellow": "33", "green": "32", "cyan": "1;36"}
@@ -108,18 +109,41 @@ def version() -> str:
 class Output:
     """Writes to a stream (stdout unless told) piece by piece, flushing each.
 
-    On a terminal, control characters are made visible.
+    On a terminal, control characters are made visible, and with `wrap` lines are broken between words.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, wrap: bool = False) -> None:
         self.stream = sys.stdout if stream is None else stream
         self.safe = self.stream.isatty()
+        self.wrap = WordWrap(self.columns) if wrap and self.safe else None
+        self.style: str | None = None
         self.at_line_start = True
 
+    def columns(self) -> int:
+        """Width of the terminal; 0 where it does not say."""
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns
+        except OSError:
+            return 0
+
     def write(self, text: str, style: str | None = None) -> None:
-        """Write a piece of text at once, in a style of `CODES` where the stream takes colours."""
+        """Write a piece of text, in a style of `CODES` where the stream takes colours; a word may wait for its end."""
         shown = visible(text) if self.safe else text
+        if style != self.style:
+            self.flush()
+            self.style = style
+        if self.wrap is not None:
+            shown = self.wrap.feed(shown)
+        self._put(shown)
+
+    def flush(self) -> None:
+        """Write the word that waits for its end, if there is one."""
+        if self.wrap is not None:
+            self._put(self.wrap.flush())
+
+    def _put(self, shown: str) -> None:
         if shown:
+            style = self.style
             self.stream.write(shown if style is None else paint(shown, style, self.stream))
             self.stream.flush()
             self.at_line_start = shown.endswith("\n")
@@ -130,6 +154,7 @@ class Output:
 
     def end_line(self) -> None:
         """End the line unless it has ended already; empty output stays empty."""
+        self.flush()
         if not self.at_line_start:
             self.write("\n")
 

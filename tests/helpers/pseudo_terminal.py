@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 PATIENCE = 60.0  # seconds; only reached when the test fails
@@ -18,8 +21,10 @@ PATIENCE = 60.0  # seconds; only reached when the test fails
 class Terminal:
     """A program with a terminal on stdin, stdout and stderr."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, columns: int = 0, **environment: str) -> None:
+        """Start `python -m runner` with the arguments; a terminal of 0 columns does not know its width."""
         master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50 if columns else 0, columns, 0, 0))
         self.master = master
         self.seen = ""
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
