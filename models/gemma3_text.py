@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import Any, ClassVar
 
 from runner.models import gemma2, qwen3
 from runner.models.gemma2 import Gemma2Config
@@ -42,12 +42,9 @@ class Gemma3Config(Gemma2Config):
         # Published files count the stretched length in `max_position_embeddings` already, whatever the type.
         return self.max_position_embeddings
 
-    def for_layer(self, index: int) -> Self:
-        layer = super().for_layer(index)
-        if self.cache_window(index) is not None:  # a windowed layer
-            object.__setattr__(layer, "rope_theta", self.rope_local_base_freq)
-            object.__setattr__(layer, "rope_scaling", None)
-        return layer
+    def layer_settings(self, index: int) -> Mapping[str, Any]:
+        windowed = self.cache_window(index) is not None
+        return {"rope_theta": self.rope_local_base_freq, "rope_scaling": None} if windowed else {}
 
 
 @dataclass

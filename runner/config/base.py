@@ -113,6 +113,15 @@ def _form(raw: Mapping[str, Any]) -> tuple[int, int, str]:
     return bits, group_size, mode
 
 
+class JsonObject:
+    """A value that a config reads from an object in `config.json`."""
+
+    @classmethod
+    def from_dict(cls, raw: object) -> Self:
+        """Read the object; raises `ConfigError` if it is none, or has a key or value that makes no sense."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Base class of all configs: the settings that every model family has.
@@ -159,11 +168,21 @@ class Config:
         return read(cls, raw)
 
     def for_layer(self, index: int) -> Self:
-        """Return a copy to build layer `index` from: its `layer_index` is set, so that properties can depend on it."""
+        """Return a copy to build layer `index` from: its `layer_index` is set, so that properties can depend on it.
+
+        Raises:
+            ConfigError: the layer's own settings do not fit together.
+        """
         layer = copy.copy(self)
         # The class is frozen; nobody else holds the copy yet.
         object.__setattr__(layer, "layer_index", index)
+        for name, value in self.layer_settings(index).items():
+            object.__setattr__(layer, name, value)
         return layer
+
+    def layer_settings(self, index: int) -> Mapping[str, Any]:
+        """The fields that have another value in layer `index` than in the model's config."""
+        return {}
 
     @classmethod
     def key_of(cls, field_name: str) -> str:
@@ -232,7 +251,8 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
     are collected, so that one message lists them all.
     """
     # From here on RoPE settings have one spelling; `raw` is needed only for what that spelling no longer shows.
-    values = rope_keys.normalise(raw)
+    by_type = rope_keys.OF_SLIDING in readable_keys(cls)
+    values = rope_keys.normalise(raw, by_type)
     if all(item.name != "original_max_position_embeddings" for item in dataclasses.fields(cls)):
         values = rope_keys.with_original_length(values)
 
@@ -247,7 +267,8 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
 
     # A family with two RoPE bases cannot tell from a single object which layers it is for.
     parameters = raw.get("rope_parameters")
-    if "rope_local_base_freq" in hints and isinstance(parameters, Mapping) and set(parameters) - {FULL, SLIDING}:
+    two = by_type or "rope_local_base_freq" in hints
+    if two and isinstance(parameters, Mapping) and set(parameters) - {FULL, SLIDING}:
         problems.append(f"rope_parameters needs an object for each type of layer, not {short(dict(parameters))}")
 
     arguments: dict[str, Any] = {}
@@ -348,7 +369,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if hint is Limit:
         endless = value == {"__float__": "Infinity"} or value == math.inf
         return math.inf if endless else _convert(value, float, name)
-    if hint in (RopeScaling, Quantized):
+    if hint in (RopeScaling, Quantized) or (isinstance(hint, type) and issubclass(hint, JsonObject)):
         return hint.from_dict(value)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, Sequence) and not isinstance(value, str):

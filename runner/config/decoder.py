@@ -41,6 +41,11 @@ class DecoderConfig(Config):
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
         super().__post_init__()
+        self.check_heads()
+        check_activation(self.hidden_act, self.ACTS, self.key_of("hidden_act"))
+
+    def check_heads(self) -> None:
+        """Check the sizes of heads, of the model or of one layer; raises `ConfigError` if they do not fit together."""
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config.json: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -51,7 +56,6 @@ class DecoderConfig(Config):
                 f"config.json: {self.key_of('head_dim')} = {self.head_dim} lets RoPE turn {self.rotary_dim} numbers of "
                 "a head in pairs: their count must be even"
             )
-        check_activation(self.hidden_act, self.ACTS, self.key_of("hidden_act"))
 
     @property
     def context_length(self) -> int:
@@ -66,7 +70,8 @@ class DecoderConfig(Config):
         return self.head_dim
 
     def memory(self, index: int) -> tuple[Memory, ...]:
-        return (Rows(self.num_key_value_heads, self.head_dim, self.head_dim, self.cache_window(index)),)
+        layer = self.for_layer(index)
+        return (Rows(layer.num_key_value_heads, layer.head_dim, layer.head_dim, self.cache_window(index)),)
 
     @property
     def rope_border(self) -> int | None:
@@ -101,9 +106,13 @@ class WindowedConfig(DecoderConfig):
         """The `layer_types` of a `config.json` that does not list them."""
         raise NotImplementedError
 
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The type of each layer; raises `ConfigError` if there are too few, or unknown ones."""
+        return layer_types.checked(self.layer_types, self.num_hidden_layers, self.usual_layer_types)
+
     def cache_window(self, index: int) -> int | None:
-        kinds = layer_types.checked(self.layer_types, self.num_hidden_layers, self.usual_layer_types)
-        if kinds[index] != SLIDING:
+        if self.kinds[index] != SLIDING:
             return None
         if not self.sliding_window:  # null, or 0 where a family allows it: not to be taken for no window at all
             raise ConfigError(

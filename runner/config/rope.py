@@ -20,6 +20,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "dynamic": ("original_max_position_embeddings",),
@@ -33,6 +34,7 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
         "truncate",
     ),
     "longrope": ("factor", "attention_factor", "original_max_position_embeddings"),
+    "proportional": ("factor", "partial_rotary_factor"),
 }
 LONGEST = 1 << 24
 """The longest context in tokens that any file is believed to mean."""
@@ -60,6 +62,7 @@ class RopeScaling:
     truncate: bool | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    partial_rotary_factor: float | None = None
 
     @classmethod
     def from_dict(cls, raw: object) -> RopeScaling:
@@ -116,6 +119,8 @@ def _number(name: str, value: Any) -> Any:
     if name in ("short_factor", "long_factor") and isinstance(value, list) and 0 < len(value) <= 4096:
         return tuple(_number(f"{name} item", item) for item in value)
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e12:
+        if name == "partial_rotary_factor" and value > 1:
+            raise ConfigError(f"rope_scaling: {name} = {value!r} is not at most 1")
         if name != "original_max_position_embeddings":
             return float(value)
         # LongRoPE divides by its logarithm, so that a length of 1 is none.
@@ -150,6 +155,10 @@ def inverse_frequencies(
         return [_llama3(f, scaling, original) for f in plain]
     if scaling.kind == "yarn":
         return _yarn(plain, scaling, dims, base, original)
+    if scaling.kind == "proportional":
+        # The exponents are those of the whole head; planes past the share that turns stand still.
+        turning = int((scaling.partial_rotary_factor or 1.0) * dims // 2)
+        return [f / (scaling.factor or 1.0) if i < turning else 0.0 for i, f in enumerate(plain)]
     if scaling.kind == "longrope":
         factors = (scaling.long_factor if length > original else scaling.short_factor) or ()
         if len(factors) != dims // 2:

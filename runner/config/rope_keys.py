@@ -13,14 +13,21 @@ from runner.errors import ConfigError
 BESIDE = ("rope_theta", "partial_rotary_factor")
 """Settings that v4 keeps beside `rope_scaling`, and v5 within `rope_parameters`."""
 
+OF_SLIDING = f"rope_parameters of {SLIDING}"
+"""The key that RoPE of the windowed layers has after `normalise`, in families where it can be of any type."""
 
-def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
+
+def normalise(raw: Mapping[str, Any], by_type: bool = False) -> dict[str, Any]:
     """Bring the RoPE settings of transformers v5 into the spelling of v4; other keys stay as they are.
 
     `rope_parameters` becomes `rope_theta`, `rope_scaling` and `partial_rotary_factor`. If it holds one object per layer
-    type, the base of the sliding-window layers becomes `rope_local_base_freq`. A null `rope_scaling` is removed, so
-    that the field's default applies; a `rope_scaling` of type "default" becomes None. Keys that the type of scaling
-    does not read are removed (`unread` lists them).
+    type, that of the sliding-window layers becomes `OF_SLIDING`, or without `by_type` its base becomes
+    `rope_local_base_freq`. A null `rope_scaling` is removed, so that the field's default applies; a `rope_scaling` of
+    type "default" becomes None. Keys that the type of scaling does not read are removed (`unread` lists them).
+
+    Args:
+        raw: the object in `config.json`.
+        by_type: whether the family's windowed layers can have RoPE of any type.
 
     Raises:
         ConfigError: `rope_parameters` is malformed, or both spellings are present and disagree.
@@ -35,7 +42,7 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
         result["rope_scaling"] = older
     parameters = result.pop("rope_parameters", None)
     if parameters is not None:
-        _take_rope_parameters(result, parameters)
+        _take_rope_parameters(result, parameters, by_type)
     # "default" and no type at all both mean unscaled RoPE; None is the one way to say that from here on.
     scaling = result.get("rope_scaling")
     if isinstance(scaling, Mapping) and all(scaling.get(name) in (None, "default") for name in ("rope_type", "type")):
@@ -43,13 +50,13 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _take_rope_parameters(result: dict[str, Any], parameters: object) -> None:
+def _take_rope_parameters(result: dict[str, Any], parameters: object, by_type: bool) -> None:
     """Move the settings in `rope_parameters` into the older keys of `result`, in place."""
     if not isinstance(parameters, Mapping):
         raise ConfigError(f"config.json: rope_parameters must be an object, not {short(parameters)}")
     scaling = dict(parameters)
-    # One object per type of layer (Gemma 3): the full-attention one takes the usual keys, and of the sliding-window one
-    # only the base has a key to go to, so anything else in it is refused.
+    # One object per type of layer (Gemma 3): the full-attention one takes the usual keys. The other has a place in some
+    # families; in most only its base has one, so anything else in it is refused.
     if set(scaling) & {FULL, SLIDING}:
         if set(scaling) - {FULL, SLIDING}:
             raise ConfigError(
@@ -61,10 +68,14 @@ def _take_rope_parameters(result: dict[str, Any], parameters: object) -> None:
                 f"config.json: rope_parameters needs an object for each type of layer, not {short(scaling)}"
             )
         local = _stripped(scaling.get(SLIDING, {}))
+        given = SLIDING in scaling
         scaling = dict(scaling.get(FULL, {}))
-        if set(local) - {"rope_theta", "rope_type", "type"} or kind_of(local) != "default":
+        if by_type:
+            if given:
+                result[OF_SLIDING] = local
+        elif set(local) - {"rope_theta", "rope_type", "type"} or kind_of(local) != "default":
             raise ConfigError(f"config.json: rope_parameters of {SLIDING} can only have a rope_theta, not {local!r}")
-        if "rope_theta" in local:
+        elif "rope_theta" in local:
             result.setdefault("rope_local_base_freq", local["rope_theta"])
     scaling = _stripped(scaling)
     _take_beside(result, scaling, "rope_parameters")
@@ -81,7 +92,8 @@ def _take_beside(result: dict[str, Any], scaling: dict[str, Any], where: str) ->
     A file written for both versions has them twice: they must agree, and a null in the older key yields.
     """
     for name in BESIDE:
-        if name in scaling:
+        # Proportional RoPE reads the share itself: all of the head counts as turned there.
+        if name in scaling and name not in keys_of(kind_of(scaling) or "default"):
             value = scaling.pop(name)
             if result.setdefault(name, value) not in (value, None):
                 raise ConfigError(f"config.json says {name} twice: {result[name]!r}, and {value!r} in {where}")

@@ -7,6 +7,7 @@ Each layer computes with the device's table (`runner.ops.table.Ops`), which the 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -162,6 +163,17 @@ class RMSNorm(Module):
         return self.ops.add_rms_norm(x, residual, self.weight, eps)
 
 
+@dataclass
+class PlainRMSNorm:
+    """Root mean square normalization without a weight; reads no tensor."""
+
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, eps: float) -> mx.array:
+        """`x / sqrt(mean(x^2) + eps)`; same shape and dtype as `x`."""
+        return self.ops.rms_norm(x, None, eps)
+
+
 def _check_width(name: str, x: mx.array, weight: mx.array) -> None:
     if x.ndim == 0 or x.shape[-1] != weight.shape[0]:
         raise UsageError(
@@ -230,7 +242,8 @@ class RoPE(Module):
         inverse = frequencies.inverse_frequencies(
             scaling, dims=self.dims, base=self.base, max_position_embeddings=self.max_position_embeddings, length=length
         )
-        return mx.array([1.0 / f for f in inverse], dtype=mx.float32)  # mx.fast.rope divides by them
+        # mx.fast.rope divides by them, so that an infinite one leaves its plane where it is.
+        return mx.array([1.0 / f if f else math.inf for f in inverse], dtype=mx.float32)
 
     def __call__(
         self, x: mx.array, offset: int | mx.array, length: int | None = None, *, once: Once = each_time
