@@ -91,6 +91,8 @@ FAMILIES: Mapping[str, Family] = {
     "gemma": Family("gemma", "GemmaConfig", "Gemma"),
     "gemma2": Family("gemma2", "Gemma2Config", "Gemma2"),
     "gemma3_text": Family("gemma3_text", "Gemma3Config", "Gemma3"),
+    "gemma3n_text": Family("gemma3n_text", "Gemma3nConfig", "Gemma3n"),
+    "gemma4_text": Family("gemma4_text", "Gemma4Config", "Gemma4"),
     "exaone4": Family("exaone4", "Exaone4Config", "Exaone4"),
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunyuanConfig", "Hunyuan"),
     "mixtral": Family("mixtral", "MixtralConfig", "Mixtral", float16=True),

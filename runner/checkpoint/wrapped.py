@@ -47,6 +47,10 @@ _QWEN2_VL = TextModel(
     },
 )  # fmt: skip
 TEXT_MODELS: Mapping[str, TextModel] = {
+    "gemma4_unified_text": TextModel(
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 0, "max_position_embeddings": 262144, "sliding_window": 1024},
+    ),
     "glm4v_text": TextModel(
         "glm4",
         {
@@ -88,6 +92,9 @@ WRAPPERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "cohere2_vision": ("cohere2", {}),
     "exaone4_5": ("exaone4", {}),
     "gemma3": ("gemma3_text", {"vocab_size": 262208}),
+    "gemma3n": ("gemma3n_text", {}),
+    "gemma4": ("gemma4_text", {}),
+    "gemma4_unified": ("gemma4_unified_text", {}),
     "glm46v": ("glm4v_text", {}),
     "glm4v": ("glm4v_text", {}),
     "glm4v_moe": ("glm4v_moe_text", {}),

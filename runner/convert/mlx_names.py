@@ -28,8 +28,12 @@ SPLIT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "output_linear": ("switch_mlp.down_proj",),
     },
     "gpt_oss": {"gate_up_proj": ("gate_proj", "up_proj")},
+    "gemma4_text": {
+        "experts.gate_up_proj": ("experts.switch_glu.gate_proj", "experts.switch_glu.up_proj"),
+        "experts.down_proj": ("experts.switch_glu.down_proj",),
+    },
 }
-"""By model type and last word of a layer's name: the layers that mlx-lm splits it into, each with as many rows."""
+"""By model type and last words of a layer's name: the layers that mlx-lm splits it into, each with as many rows."""
 
 AFFINE_ONLY: Mapping[str, tuple[str, ...]] = {"deepseek_v3": ("kv_b_proj",)}
 """By model type: last words of layers that mlx-lm dequantizes itself, in affine mode only; else they stay plain."""
@@ -53,10 +57,9 @@ def layer_target(model_type: str, name: str) -> Target:
     if expert is not None:
         stacked = f"{expert[1]}.switch_mlp.{_STACKED.get(expert[3], expert[3])}"
         return Target((stacked + suffix,), int(expert[2]))
-    before, _, last = stem.rpartition(".")
-    parts = SPLIT.get(model_type, {}).get(last)
-    if parts is not None:
-        return Target(tuple(f"{before}.{part}{suffix}" for part in parts))
+    for last, parts in SPLIT.get(model_type, {}).items():
+        if stem.endswith(f".{last}"):
+            return Target(tuple(f"{stem.removesuffix(last)}{part}{suffix}" for part in parts))
     return Target((renamed(model_type, stem + suffix),))
 
 

@@ -75,7 +75,11 @@ class BothNorms(PreNorm):
         eps = self.rms_norm_eps
         attended = self.attention_norm(self.self_attn(self.input_layernorm(x, eps), batch, cache), eps)
         x, normed = self.post_attention_layernorm.add(x, attended, eps)
-        return x + self.mlp_norm(self.mlp(normed), eps)
+        return x + self.mlp_norm(self.feed(x, normed), eps)
+
+    def feed(self, x: mx.array, normed: mx.array) -> mx.array:
+        """What the MLP adds to `x`, before its last norm; `normed` is `x` after the norm before the MLP."""
+        return self.mlp(normed)
 
 
 @dataclass
@@ -114,6 +118,26 @@ class Parallel(Module, Layer):
     def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         normed = self.input_layernorm(x, self.norm_eps)
         return x + self.self_attn(normed, batch, cache) + self.mlp(normed)
+
+
+@runtime_checkable
+class HasAttentionClass(Protocol):
+    """A config whose `attention_class` is the class of the attention in its layer `layer_index`."""
+
+    @property
+    def attention_class(self) -> type: ...
+
+
+class ConfiguredAttention(Chooses):
+    """Attention of the class that the config's `attention_class` names: layers of one model may have several."""
+
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        assert isinstance(config, HasAttentionClass)
+        return Choice(config.attention_class, {})
 
 
 @runtime_checkable

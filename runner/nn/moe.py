@@ -151,7 +151,10 @@ class MoE(Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Weighted sum of the chosen experts' outputs, `[B, L, hidden_size]` to the same shape."""
-        experts, routing_weights = self.route(x)
+        return self.mixed(x, *self.route(x))
+
+    def mixed(self, x: mx.array, experts: mx.array, routing_weights: mx.array) -> mx.array:
+        """The outputs of `experts` `[B, L, K]` for `x`, weighed and added."""
         return mx.sum(self.ops.fused(weighed, self.outputs(x, experts), routing_weights[..., None]), axis=2)
 
     def outputs(self, x: mx.array, experts: mx.array) -> mx.array:

@@ -258,10 +258,12 @@ class _Planner:
         # What the annotation makes of them.
         if hint is mx.array:
             return self.array(tag, found)
-        if typing.get_origin(hint) in (list, Sequence):
-            return self.modules(tag, typing.get_args(hint)[0], found)
         exact = tag.exact or place.scope.get("exact", False)
         scope = {"bias": place.flag(tag.bias), "transform": tag.transform, "same_as": twin, "exact": exact}
+        if typing.get_origin(hint) in (list, Sequence):
+            # The parts of a joined layer are read as the layer's own tag says, not as that of the list in it.
+            parts = dataclasses.replace(found, scope={**scope, **place.scope})
+            return self.modules(tag, typing.get_args(hint)[0], parts)
         return self.module(hint, dataclasses.replace(found, scope=scope))
 
     def setting(self, name: str, item: dataclasses.Field[Any], place: Place) -> Value | None:

@@ -37,6 +37,10 @@ HUB, V5, FLAT = "language_model.model.", "model.language_model.", "model."
 CASES = [
     ("gemma3", FAMILY / "gemma3_text-base", HUB),
     ("gemma3", FAMILY / "gemma3_text-base", V5),
+    ("gemma3n", FAMILY / "gemma3n_text-base", V5),
+    ("gemma4", FAMILY / "gemma4_text-moe", V5),
+    ("gemma4", FAMILY / "gemma4_text-base", HUB),
+    ("gemma4_unified", FAMILY / "gemma4_text-large", V5),
     ("mistral3", LLAMA / "mistral-no-window", HUB),
     ("mistral3", LLAMA / "mistral-no-window", V5),
     ("glm4v", FAMILY / "glm4-base", V5),

@@ -236,7 +236,7 @@ def unasked(steps: list[Step], *, asks: bool, hidden: int) -> list[Step]:
 def check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = decode_step(engine, monkeypatch)
     assert len(steps) > 20
-    # Routers, soft-capped scores and ALiBi's biases are computed in float32; the biases once for all layers.
+    # Routers (of streams, too), soft-capped scores and ALiBi's biases are computed in float32; the biases once for all.
     alibi = getattr(engine.model, "alibi", None) is not None
     assert [step for step in steps if step.casts_a_matrix and not (alibi and step.shape[-1] == KEYS)] == []
     # Nor are a recurrence and a short convolution held to 16 bits, and they are most of a layer that has them.
@@ -246,7 +246,8 @@ def check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         for memory in engine.config.memory(index)
     ):
         return
-    asks = alibi or any(getattr(engine.config, key, None) for key in ("num_experts_per_tok", "attn_logit_softcapping"))
+    keys = ("num_experts_per_tok", "attn_logit_softcapping", "altup_num_inputs")
+    asks = alibi or any(getattr(engine.config, key, None) for key in keys)
     model: Any = engine.model
     hidden = model.embed_tokens(mx.array(0)).size
     assert unasked(steps, asks=asks, hidden=hidden) == []
