@@ -37,6 +37,10 @@ class Gemma3nConfig(Gemma3Config, SharingConfig):
     """`config.json` of a Gemma 3n's text model; coefficients are clipped in training only."""
 
     INERT: ClassVar[frozenset[str]] = Gemma3Config.INERT | {"altup_coef_clip", "query_pre_attn_scalar"}
+    vocab_size: int = 262400
+    hidden_size: int = 2048
+    num_hidden_layers: int = 35
+    num_attention_heads: int = 8
     intermediate_size: tuple[int, ...] | int = 16384  # type: ignore[assignment]
     num_key_value_heads: int = 2
     max_position_embeddings: int = 32768
