@@ -27,6 +27,7 @@ from runner.nn.layer_inputs import LayerInput, LayerInputs
 from runner.nn.linear import HIDDEN, Linear
 from runner.nn.mlp import ConfiguredMLP
 from runner.nn.shared_keys import SharedAttention, SharingConfig
+from runner.weights.module import Module
 from runner.weights.tags import setting, weight
 
 STREAMS = "altup_num_inputs"
@@ -120,7 +121,7 @@ class SparseMLP(llama.MLP):
 
 
 @dataclass
-class Laurel:
+class Laurel(Module):
     """A residual of low rank beside attention: `x + norm(right(left(x)))` (arXiv:2411.07501)."""
 
     left: Linear = weight("linear_left", "laurel_rank", HIDDEN)
@@ -133,7 +134,7 @@ class Laurel:
 
 
 @dataclass
-class AltUp:
+class AltUp(Module):
     """Mixes the streams `[B, L, S, hidden_size]` by coefficients that one of them chooses."""
 
     router: Linear = weight("modality_router", STREAMS, HIDDEN)

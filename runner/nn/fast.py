@@ -164,7 +164,7 @@ class RMSNorm(Module):
 
 
 @dataclass
-class PlainRMSNorm:
+class PlainRMSNorm(Module):
     """Root mean square normalization without a weight; reads no tensor."""
 
     ops: Ops = provided_ops()

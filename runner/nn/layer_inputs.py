@@ -12,6 +12,7 @@ import mlx.core as mx
 from runner.nn.fast import RMSNorm
 from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
 from runner.nn.mlp import Activation
+from runner.weights.module import Module
 from runner.weights.tags import setting, weight
 
 WIDTH = "hidden_size_per_layer_input"
@@ -19,7 +20,7 @@ WIDTHS = f"num_hidden_layers*{WIDTH}"
 
 
 @dataclass
-class LayerInputs:
+class LayerInputs(Module):
     """The inputs of all layers: what a table has for each token, and a projection of the token's embedding."""
 
     table: Embedding = weight("embed_tokens_per_layer", "vocab_size_per_layer_input", WIDTHS)
@@ -45,7 +46,7 @@ class LayerInputs:
 
 
 @dataclass
-class LayerInput:
+class LayerInput(Module):
     """What a layer adds for its input: `norm(projection(act(gate(x)) * input))`."""
 
     act: Activation

@@ -17,6 +17,7 @@ from runner.nn.attention import Attend, merge_heads, split_heads
 from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm, RoPE
 from runner.nn.linear import HIDDEN, Linear, Q
+from runner.weights.module import Module
 from runner.weights.tags import setting, weight
 
 UNUSED = re.compile(r"model\.layers\.(\d{1,4})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
@@ -62,7 +63,7 @@ class SharingConfig(WindowedConfig):
 
 
 @dataclass
-class SharedAttention:
+class SharedAttention(Module):
     """Attention of normalized queries over the keys and values of an earlier layer, those of this pass included."""
 
     rope: RoPE
