@@ -103,6 +103,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5_moe_text": Family("qwen3_5_moe", "Qwen35MoeConfig", "Qwen35"),
     "granitemoe": Family("granitemoe", "GraniteMoeConfig", "GraniteMoe"),
     "olmoe": Family("olmoe", "OlmoeConfig", "Olmoe"),
+    "falcon_h1": Family("falcon_h1", "FalconH1Config", "FalconH1"),
     "granitemoehybrid": Family("granitemoehybrid", "GraniteMoeHybridConfig", "GraniteMoeHybrid"),
     "lfm2": Family("lfm2", "Lfm2Config", "Lfm2"),
     "lfm2_moe": Family("lfm2_moe", "Lfm2MoeConfig", "Lfm2"),

@@ -20,7 +20,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, ClassVar, NewType, Self, TypeVar
+from typing import Any, ClassVar, NewType, Protocol, Self, TypeVar
 
 from runner import reprs
 from runner.config import rope_keys
@@ -61,6 +61,13 @@ def key(name: str | None = None, *, also: str | None = None, default: Any = MISS
 def fixed(value: Any) -> Any:
     """Declare that a field of the parent class always has `value` in this class; no key of `config.json` is read."""
     return field(init=False, default=value)
+
+
+class Shaped(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,14 @@ class Config:
     def ignores(self, name: str) -> bool:
         """Whether the tensor `name` of a checkpoint may stay unread: it is of a part that decoding does not use."""
         return False
+
+    def stored_as(self, headers: Mapping[str, Shaped]) -> Self:
+        """The config to read tensors with these headers by: this one, unless they are of a form that changes it.
+
+        Raises:
+            ConfigError: they are of a form that can't be read with this config.
+        """
+        return self
 
     def memory(self, index: int) -> tuple[Memory, ...]:
         """What layer `index` remembers between tokens; () for a layer that remembers nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runner.config.base import Config, Limit
+from runner.config.base import Config, Limit, fixed
 from runner.config.memory import State
 from runner.errors import ConfigError
 
@@ -16,7 +16,8 @@ ENDLESS = (Limit(0.0), Limit(float("inf")))
 class Mamba2Config(Config):
     """Config of a model with Mamba 2 layers; where `mamba_d_head` is "auto" or left out, it is worked out.
 
-    `mamba_chunk_size` says how transformers cuts the recurrence; no result depends on it.
+    `mamba_chunk_size` says how transformers cuts the recurrence; no result depends on it. Where the keys about the norm
+    behind the recurrence are not in the file, its input is gated and then normalized.
     """
 
     mamba_n_heads: int = 128
@@ -28,6 +29,8 @@ class Mamba2Config(Config):
     mamba_chunk_size: int = 256
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
+    mamba_rms_norm: bool = fixed(True)
+    mamba_norm_before_gate: bool = fixed(False)
     time_step_limit: tuple[Limit, ...] = ENDLESS
 
     def __post_init__(self) -> None:

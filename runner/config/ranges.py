@@ -16,6 +16,7 @@ ABOVE: Mapping[str, tuple[float, float]] = {
     "final_logit_softcapping": POSITIVE,
     "query_pre_attn_scalar": POSITIVE,
     "logits_scaling": POSITIVE,
+    "lm_head_multiplier": POSITIVE,
     "clip_qkv": POSITIVE,
     "swiglu_limit": POSITIVE,
 }

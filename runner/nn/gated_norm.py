@@ -52,6 +52,16 @@ class GateThenNorm(GatedRMSNorm):
         return self.normed(self.ops.fused(gated, x, gate), eps).astype(x.dtype)
 
 
+@dataclass
+class Gate:
+    """`x * silu(gate)`, rounded once; nothing is normalized, and no tensor read."""
+
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, gate: mx.array, eps: float) -> mx.array:
+        return self.ops.fused(gated, x, gate).astype(x.dtype)
+
+
 def gated(x: mx.array, gate: mx.array) -> mx.array:
     """`x` times SiLU of `gate`, in float32."""
     wide = gate.astype(mx.float32)

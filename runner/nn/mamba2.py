@@ -5,21 +5,38 @@ Source: arXiv:2405.21060, and `BambaMixer` in transformers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from runner.cache.recurrent import StateCache
+from runner.config.base import Config
+from runner.config.mamba import Mamba2Config
 from runner.nn.batch import Batch
 from runner.nn.fast import provided_ops
-from runner.nn.gated_norm import GateThenNorm
+from runner.nn.gated_norm import Gate, GateThenNorm, NormThenGate
 from runner.nn.linear import HIDDEN, Linear
 from runner.nn.short_conv import ShortConv
 from runner.ops.state_space import Dynamics, each_token
 from runner.ops.table import Ops
-from runner.weights.tags import setting, weight
+from runner.weights.tags import Choice, Chooses, Header, setting, weight
+from runner.weights.tree import Size, Tree
 
 INNER, CHANNELS, HEADS = "mamba_inner", "mamba_channels", "mamba_n_heads"
+
+
+class OutputNorm(Chooses):
+    """The gated norm behind the recurrence, in the order that the config says, or its gate alone."""
+
+    def __call__(self, x: mx.array, gate: mx.array, eps: float) -> mx.array:
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        assert isinstance(config, Mamba2Config)
+        normalized = NormThenGate if config.mamba_norm_before_gate else GateThenNorm
+        return Choice(normalized if config.mamba_rms_norm else Gate, {})
 
 
 @dataclass
@@ -31,7 +48,7 @@ class Mamba2:
 
     in_proj: Linear = weight("in_proj", (INNER, CHANNELS, HEADS), HIDDEN, bias="mamba_proj_bias")
     conv1d: ShortConv = weight("conv1d", CHANNELS, "mamba_d_conv", bias="mamba_conv_bias")
-    norm: GateThenNorm = weight("norm", INNER)
+    norm: OutputNorm = weight("norm", INNER)
     out_proj: Linear = weight("out_proj", HIDDEN, INNER, bias="mamba_proj_bias")
     a_log: mx.array = weight("A_log", HEADS, exact=True)
     d: mx.array = weight("D", HEADS, exact=True)

@@ -125,6 +125,7 @@ def plan(
         WeightsError: lists every missing, unused, wrong-shaped and wrong-dtyped tensor at once.
     """
     planner = _Planner(headers, provided)
+    config = config if headers is None else config.stored_as(headers)
     result = planner.module(cls, Place("", Leaf(""), (), config, {}))
     planner.finish(config)
     return result
