@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from runner.cli import terminal
+from runner.cli.conversation import Conversation, Message
 from runner.cli.options import System
 from runner.cli.template_options import TemplateArg, parsed, template_kwargs
 from runner.errors import UsageError
@@ -52,41 +53,61 @@ class AskingOptions:
         ),
     ] = None
 
-    def check(self, thinking: str | None) -> None:
-        """Refuse options that exclude each other, before a model is loaded in vain; raises UsageError."""
-        for option in self._of_templates(thinking) if self.chat is False else ():
+    def check(self, **others: Any) -> None:
+        """Refuse options that exclude each other, before a model is loaded in vain; raises UsageError.
+
+        Args:
+            others: further options that need a template, by name; None where they were not given.
+        """
+        for option in self._of_templates(others) if self.chat is False else ():
             raise UsageError(f"{option} needs the chat template: leave out --raw")
         for option in self._of_raw_text() if self.chat else ():
             raise UsageError(f"{option} is for text that is continued as it is: leave out --chat")
         parsed(self.template_arg)
 
-    def stream(self, lm: LanguageModel, text: str, thinking: str | None, **keywords: Any) -> Iterator[Chunk]:
-        """Begin the answer to `text`; `keywords` are those of `LanguageModel.stream`.
+    def messages(self, lm: LanguageModel, text: str, earlier: Sequence[Message], **others: Any) -> list[Message] | None:
+        """Return the chat that `text` is asked in, after the `earlier` messages; None: the text is continued.
 
         Where the model has no template and neither way was asked for, a note on stderr says that the text is continued.
 
         Raises:
-            UsageError: an option needs a template, and the model has none; or does not go with the one it has.
+            UsageError: an option of one way was given, and the model's files decide for the other.
         """
         templated = lm.tokenizer.has_chat_template
-        for option in self._of_templates(thinking) if self.chat is None and not templated else ():
+        for option in self._of_templates(others) if self.chat is None and not templated else ():
             raise UsageError(f"{option} needs a chat template, and this model has none")
         for option in self._of_raw_text() if self.chat is None and templated else ():
             raise UsageError(f"{option} is for text that is continued as it is: add --raw")
-        if self.chat or (self.chat is None and templated):
-            messages = [{"role": "user", "content": text}]
-            if self.system is not None:
-                messages.insert(0, {"role": "system", "content": terminal.checked_utf8(self.system, "--system")})
-            variables = template_kwargs(lm.tokenizer, parsed(self.template_arg), thinking)
-            return lm.chat_stream(messages, template_kwargs=variables, **keywords)
-        if self.chat is None:
+        if self.chat is None and not templated:
             terminal.note("(no chat template: the text is continued as it is; --raw asks for that)")
-        return lm.stream(self._raw(lm.tokenizer, text), **keywords)
+        if not (self.chat or (self.chat is None and templated)):
+            return None
+        chat = Conversation()
+        chat.replace(list(earlier))
+        if self.system is not None:
+            chat.system = terminal.checked_utf8(self.system, "--system")
+        return [*chat.all(), {"role": "user", "content": text}]
 
-    def _of_templates(self, thinking: str | None) -> list[str]:
+    def stream(
+        self, lm: LanguageModel, text: str, messages: list[Message] | None, thinking: str | None, **keywords: Any
+    ) -> Iterator[Chunk]:
+        """Begin the answer to `messages`, or the continuation of `text` where they are None.
+
+        Args:
+            keywords: those of `LanguageModel.stream`.
+
+        Raises:
+            UsageError: an option does not go with the model's template or tokenizer.
+        """
+        if messages is None:
+            return lm.stream(self._raw(lm.tokenizer, text), **keywords)
+        variables = template_kwargs(lm.tokenizer, parsed(self.template_arg), thinking)
+        return lm.chat_stream(messages, template_kwargs=variables, **keywords)
+
+    def _of_templates(self, others: Mapping[str, Any]) -> list[str]:
         """The options that were given and mean nothing without a template."""
-        given = {"--system": self.system, "--thinking": thinking, "--template-arg": self.template_arg or None}
-        return [name for name, value in given.items() if value is not None]
+        given = {"system": self.system, "template_arg": self.template_arg or None, **others}
+        return [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
 
     def _of_raw_text(self) -> list[str]:
         """The options that were given and mean nothing with a template, which writes all special tokens itself."""

@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from runner.cli import engine, terminal
+from runner.cli.chat_commands import Commands
 from runner.cli.chat_input import LineReader
+from runner.cli.chat_settings import ChatSettings
 from runner.cli.conversation import Conversation
+from runner.cli.history import History, Resume, TypedLines, keep_last_chat, model_of_last, resumed
 from runner.cli.options import (
     Adapter,
     DType,
@@ -25,9 +28,9 @@ from runner.cli.options import (
     Thinking,
     Verbose,
     Wrap,
-    named_model,
+    model_and_text,
 )
-from runner.cli.template_options import TemplateArg, parsed, template_kwargs
+from runner.cli.template_options import TemplateArg, parsed
 from runner.cli.thinking import AnswerOutput
 from runner.errors import ContextLengthError, RunnerError, UsageError
 
@@ -35,23 +38,17 @@ if TYPE_CHECKING:
     from runner.answer import Chunk
     from runner.language_model import LanguageModel
 
-HELP = {
-    "/help": "this list",
-    "/reset": "forget the conversation, keep the system message",
-    "/system TEXT": "set the system message (no text: show it; 'clear': remove it)",
-    "/save FILE": "write the conversation as JSON",
-    "/load FILE": "go on with a saved conversation",
-    "/quit": "leave (also Ctrl-D, or Ctrl-C twice)",
-    '"""': "begin and end a message of several lines; or end a line with \\",
-    "Ctrl-C": "stop the answer",
-}
+PROMPT_HELP = "Answer this and leave; text from a pipe is appended to it."
 
 
 def chat(
     model: Model = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help=PROMPT_HELP, show_default=False)] = None,
     *,
     named: NamedModel = None,
     system: System = None,
+    resume: Resume = False,
+    history: History = True,
     dtype: DType = None,
     adapter: Adapter = None,
     template_arg: TemplateArg = None,
@@ -62,60 +59,68 @@ def chat(
     verbose: Verbose = False,
 ) -> None:
     """Chat with a model. /help lists the chat's commands, Ctrl-C stops an answer, Ctrl-D leaves."""
-    model = named_model(model, named)
+    last = resumed(resume, history)
+    named = model_of_last((model, prompt), named, last)
+    model, prompt = model_and_text((model, prompt), named, None, option="PROMPT")
+    text = None if prompt is None else terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(), **length.keywords()}
     variables = parsed(template_arg)
     conversation = Conversation()
+    if last is not None:
+        conversation.replace(last.messages)
     if system is not None:
         conversation.system = terminal.checked_utf8(system, "--system")
     lm = engine.open_model(model, dtype, adapter, length.context)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
-    keywords["template_kwargs"] = template_kwargs(lm.tokenizer, variables, thinking)
-    keywords, untold = engine.sampling_of(lm, keywords)
-    if untold is not None:
-        terminal.note(untold)
-    Chat(lm, conversation, keywords, verbose, thinking, wrap=wrap).run()
+    settings = ChatSettings(
+        lm, keywords, variables=variables, thinking=thinking, verbose=verbose, wrap=wrap, history=history
+    )
+    talk = Chat(lm, model, conversation, settings, keeps=resume)
+    if text is None:
+        talk.run()
+    else:
+        talk.ask(text)
 
 
 class Chat:
     """Runs one conversation: reads a message, streams the answer, remembers both."""
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        conversation: Conversation,
-        keywords: dict[str, Any],
-        verbose: bool,
-        thinking: str | None = None,
-        *,
-        wrap: bool = True,
+        self, lm: LanguageModel, model: str, conversation: Conversation, settings: ChatSettings, *, keeps: bool
     ) -> None:
+        """Begin.
+
+        Args:
+            model: the name that the model was given, for the next `-c`.
+            keeps: whether the conversation is kept for it even if nobody sits at a terminal.
+        """
         self.lm = lm
+        self.model = model
         self.cache = lm.prompt_cache()
         self.conversation = conversation
-        self.keywords = keywords
-        self.verbose = verbose
-        self.thinking = thinking
-        self.reader = LineReader(tuple(name.split()[0] for name in HELP if name.startswith("/")))
-        self.output = terminal.Output(wrap=wrap)
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/help": self.help,
-            "/reset": self.reset,
-            "/system": self.set_system,
-            "/save": self.save,
-            "/load": self.load,
-            "/quit": self.quit,
-        }
+        self.settings = settings
+        self.keeps = keeps
+        self.reader = LineReader(Commands.completions(), TypedLines(kept=settings.history))
+        self.commands = Commands(conversation, settings, self.answer, interactive=self.reader.interactive)
+
+    def ask(self, text: str) -> None:
+        """Answer one message and leave; Ctrl-C ends the program."""
+        self.reader.interactive = False
+        self.note_sampling()
+        self.answer(text)
 
     def run(self) -> None:
         """Take turns until /quit, Ctrl-D or a second Ctrl-C.
 
         An error ends the turn at a terminal, but the program where messages come from a pipe.
         """
+        self.note_sampling()
         if self.reader.interactive:
             name = terminal.paint(self.lm.path.name, "bold", sys.stderr)
             print(f"{name}  {terminal.paint('/help lists the commands', 'dim', sys.stderr)}\n", file=sys.stderr)
+            if self.conversation.messages:
+                terminal.note(f"(going on with {len(self.conversation.all())} messages: /show messages lists them)\n")
         while True:
             try:
                 entry = self.read()
@@ -130,9 +135,16 @@ class Chat:
                     terminal.note("/reset starts again; your message was not kept")
                 print(file=sys.stderr)
 
+    def note_sampling(self) -> None:
+        """Say once, where nothing says how to sample, what is done."""
+        note = self.settings.keywords()[1]
+        if note is not None:
+            terminal.note(note)
+
     def read(self) -> tuple[str, bool] | None:
         """Read a message, and whether it may be a command; None at the end. The second Ctrl-C in a row is raised."""
         interrupted = False
+        self.reader.typed.kept = self.settings.history
         while True:
             try:
                 return self.reader.read()
@@ -144,28 +156,22 @@ class Chat:
                 terminal.note("(to leave, press Ctrl-C again, press Ctrl-D, or type /quit)")
 
     def turn(self, text: str, may_be_command: bool) -> None:
-        """Run a command, or answer a message. A command is `/` and letters alone, so `/etc/hosts ...` is a message."""
-        word, _, rest = text.partition(" ")
-        if may_be_command and word[:1] == "/" and word[1:].isalpha():
-            if word not in self.commands:
-                raise UsageError(
-                    f"unknown command {word}: /help lists the commands (to send it as text, begin with a space)"
-                )
-            self.commands[word](rest.strip())
-        elif text.strip():
-            self.answer(terminal.checked_utf8(text, "the message"))
+        """Run a command, or answer a message."""
+        if not (may_be_command and self.commands.take(text)) and text.strip():
+            self.answer(self.commands.with_read(text))
 
-    def answer(self, text: str) -> None:
+    def answer(self, text: str) -> bool:
         """Stream the answer to `text` and remember both: after Ctrl-C what was shown, after an error nothing.
 
         Reasoning is no part of the answer: it goes back to the model only under the key that its template reads.
+        Returns whether there was an answer to remember.
         """
         said, thought = "", ""
         last: Chunk | None = None
         status = terminal.Status()
-        shown = AnswerOutput(self.output, status, self.thinking)
+        shown = AnswerOutput(self.settings.output, status, self.settings.thinking)
         interactive = self.reader.interactive
-        messages = [*self.conversation.all(), {"role": "user", "content": text}]
+        messages = [*self.conversation.all(), {"role": "user", "content": terminal.checked_utf8(text, "the message")}]
         # At a terminal, the first Ctrl-C stops only the answer; in a pipe, it ends the program as usual.
         with soft_interrupt() if interactive else nullcontext(lambda: False) as cancelled:
             try:
@@ -174,7 +180,7 @@ class Chat:
                     prompt_cache=self.cache,
                     on_prefill=status.prefill,
                     cancelled=cancelled,
-                    **self.keywords,
+                    **self.settings.keywords()[0],
                 )
                 for last in chunks:
                     shown.write(last)
@@ -188,62 +194,24 @@ class Chat:
         if said:
             key = self.lm.tokenizer.reasoning_key()
             self.conversation.add(text, said, {key: thought} if key is not None and thought else {})
+            if self.settings.history and (interactive or self.keeps or sys.stdout.isatty()):
+                keep_last_chat(self.model, self.conversation.all())
         if shown.unanswered:
             terminal.note("(only reasoning and no answer: your message was not kept)")
         self.after(last, stopped=cancelled())
+        return bool(said)
 
     def after(self, last: Chunk | None, *, stopped: bool) -> None:
         """Note why the answer was cut short, if it was; then print timings (--verbose) and a blank line."""
         if stopped:
             terminal.note("(stopped)")
         elif last is not None and last.finish_reason == "length":
-            note = engine.length_note(self.lm, last, self.keywords["max_tokens"])
+            note = engine.length_note(self.lm, last, self.settings.max_tokens)
             terminal.note(f"({note}: /reset starts again)" if note.endswith("full") else f"({note})")
-        if self.verbose and last is not None:
+        if self.settings.verbose and last is not None:
             engine.print_timings(last.timings)
         if self.reader.interactive:
             print(file=sys.stderr)
-
-    def help(self, rest: str) -> None:
-        """Run `/help`: list the commands."""
-        no_text("/help", rest)
-        for name, text in HELP.items():
-            print(f"  {name:<14}{terminal.paint(text, 'dim', sys.stderr)}", file=sys.stderr)
-        print(file=sys.stderr)
-
-    def reset(self, rest: str) -> None:
-        """Run `/reset`: forget all messages but the system message."""
-        no_text("/reset", rest)
-        self.conversation.messages.clear()
-        terminal.note("(forgotten)\n")
-
-    def set_system(self, rest: str) -> None:
-        """Run `/system [TEXT | clear]`: set, remove or show the system message."""
-        if rest:
-            self.conversation.system = None if rest == "clear" else terminal.checked_utf8(rest, "the system message")
-        shown = "none" if self.conversation.system is None else self.conversation.system
-        terminal.note(f"(system message: {shown})\n")
-
-    def save(self, rest: str) -> None:
-        """Run `/save FILE`: write the conversation."""
-        path = self.conversation.save(rest)
-        terminal.note(f"({len(self.conversation.all())} messages in {path})\n")
-
-    def load(self, rest: str) -> None:
-        """Run `/load FILE`: replace the conversation by a saved one."""
-        self.conversation.load(rest)
-        terminal.note(f"({len(self.conversation.all())} messages)\n")
-
-    def quit(self, rest: str) -> None:
-        """Run `/quit`: leave."""
-        no_text("/quit", rest)
-        raise typer.Exit(0)
-
-
-def no_text(command: str, rest: str) -> None:
-    """Refuse text after a command that takes none, rather than ignore it."""
-    if rest:
-        raise UsageError(f"{command} takes no text after it, got {rest!r}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from runner.cli.history import TypedLines
 from runner.cli.terminal import colours, controls
 from runner.errors import UsageError
 
@@ -20,9 +21,10 @@ PAUSE = 0.1
 class LineReader:
     """Reads messages from stdin; if stdin and stdout are terminals, with a prompt, line editing and a history."""
 
-    def __init__(self, completions: Sequence[str]) -> None:
+    def __init__(self, completions: Sequence[str], typed: TypedLines) -> None:
         self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-        self._whole_pastes = not self.interactive or set_up_editing(completions)
+        self.typed = typed
+        self._whole_pastes = not self.interactive or set_up_editing(completions, typed.read())
 
     def read(self) -> tuple[str, bool] | None:
         """Read the next message, and whether it may be a command (a single line); None at the end of input."""
@@ -76,7 +78,9 @@ class LineReader:
                 # readline counts columns, and colour codes take none: they must stand between \x01 and \x02. The last
                 # ones stand before the space, as libedit drops those at the end.
                 mark = f"\x01\x1b[1;36m\x02{prompt.rstrip()}\x01\x1b[0m\x02 "
-                return input(mark if colours(sys.stdout) else prompt)
+                line = input(mark if colours(sys.stdout) else prompt)
+                self.typed.add(line)
+                return line
             text = sys.stdin.readline() if sys.stdin is not None else ""
             return text.removesuffix("\n").removesuffix("\r") if text else None
         except EOFError:
@@ -88,10 +92,11 @@ class LineReader:
             ) from None
 
 
-def set_up_editing(completions: Sequence[str]) -> bool:
+def set_up_editing(completions: Sequence[str], history: Sequence[str]) -> bool:
     """Set up line editing, if Python has readline; returns whether it keeps pasted lines together.
 
-    Tab completes commands. The history is that of this session: no file is written.
+    Tab completes commands. The arrow keys go through the `history`; its file is not readline's, as libedit's kind is
+    another.
     """
     try:
         import readline
@@ -101,6 +106,8 @@ def set_up_editing(completions: Sequence[str]) -> bool:
     libedit = "libedit" in (readline.__doc__ or "")
     if not libedit and controls(sys.stdout):
         readline.parse_and_bind("set enable-bracketed-paste on")
+    for line in history:
+        readline.add_history(line)
     readline.set_completer_delims("")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
     readline.set_completer(

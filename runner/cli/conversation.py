@@ -34,6 +34,26 @@ class Conversation:
         answered = {**(more or {}), "role": "assistant", "content": answer}
         self.messages += [{"role": "user", "content": question}, answered]
 
+    def last_question(self) -> str | None:
+        """Text of the last turn's message; None before the first turn."""
+        asked = [message["content"] for message in self.messages if message["role"] == "user"]
+        return asked[-1] if asked else None
+
+    def take_turn(self) -> list[Message]:
+        """Remove the last message of the user's with what follows, and return them; UsageError before the first."""
+        places = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        if not places:
+            raise UsageError("there is no message yet")
+        taken = self.messages[places[-1] :]
+        del self.messages[places[-1] :]
+        return taken
+
+    def replace(self, messages: list[Message]) -> None:
+        """Take other messages, the first of which may be the system message."""
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        self.system = messages[0]["content"] if has_system else None
+        self.messages = messages[1:] if has_system else list(messages)
+
     def save(self, name: str) -> Path:
         """Write all messages to the file `name` and return its path; replaces nothing but a saved chat (UsageError)."""
         path = file_path("/save", name)
@@ -55,10 +75,7 @@ class Conversation:
 
     def load(self, name: str) -> None:
         """Replace all messages by those in the file `name`; after a UsageError nothing has changed."""
-        messages = read_messages(file_path("/load", name))
-        has_system = bool(messages) and messages[0]["role"] == "system"
-        self.system = messages[0]["content"] if has_system else None
-        self.messages = messages[1:] if has_system else messages
+        self.replace(read_messages(file_path("/load", name)))
 
 
 def file_path(command: str, name: str) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from runner.cli import engine, terminal
 from runner.cli.asking import AskingOptions
+from runner.cli.history import History, Resume, keep_last_chat, model_of_last, resumed
 from runner.cli.options import (
     OUTPUT,
     Adapter,
@@ -59,6 +61,8 @@ def generate(
     named: NamedModel = None,
     given: GivenPrompt = None,
     asking: AskingOptions,
+    resume: Resume = False,
+    history: History = True,
     dtype: DType = None,
     adapter: Adapter = None,
     sampling: SamplingOptions,
@@ -70,9 +74,12 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Generate text from a prompt and print it as it comes."""
-    asking.check(thinking)
+    needing = {"thinking": thinking, "continue": resume or None}
+    asking.check(**needing)
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs is printed in the JSON output only: add --json")
+    last_chat = resumed(resume, history)
+    named = model_of_last((model, prompt), named, last_chat)
     model, prompt = model_and_text((model, prompt), named, given, option="-p")
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
@@ -81,12 +88,15 @@ def generate(
     output = terminal.Output(wrap=wrap and not as_json)
     shown = AnswerOutput(output, status, thinking)
     last: Chunk | None = None
+    said = ""
     keywords, untold = engine.sampling_of(lm, keywords)
     try:
-        chunks = asking.stream(lm, text, thinking, on_prefill=status.prefill, **keywords)
+        messages = asking.messages(lm, text, last_chat.messages if last_chat is not None else [], **needing)
+        chunks = asking.stream(lm, text, messages, thinking, on_prefill=status.prefill, **keywords)
         if untold is not None:
             terminal.note(untold)
         for last in chunks:
+            said += last.text
             if as_json:
                 status.clear()
                 output.line(json.dumps(chunk_json(last, reasoning=thinking != "hide"), allow_nan=False))
@@ -96,6 +106,8 @@ def generate(
         status.clear()
         output.flush()
     shown.end()
+    if said and messages is not None and history and (resume or sys.stdout.isatty()):
+        keep_last_chat(model, [*messages, {"role": "assistant", "content": said}])
     if shown.unanswered:
         terminal.note("(only reasoning and no answer: --thinking show prints it, a larger --max-tokens leaves it room)")
     if last is not None and last.finish_reason == "length" and length.max_tokens is None:

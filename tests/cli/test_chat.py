@@ -149,6 +149,7 @@ def parse_and_bind(line: str) -> None:
         file.write(line + "\\n")
 
 
+def add_history(line): ...
 def set_completer(function): ...
 def set_completer_delims(text): ...
 '''
@@ -168,6 +169,19 @@ def libedit(tmp_path: Path) -> Iterator[Terminal]:
         terminal.process.kill()
         terminal.process.wait()
         os.close(terminal.master)
+
+
+def test_a_bracketed_paste_is_one_message(chat: Terminal, tmp_path: Path) -> None:
+    """As terminals send it where readline has asked for that: nothing is sent before Enter."""
+    chat.send("\x1b[200~one\r/two\r\x1b[201~")
+    time.sleep(0.3)
+    chat.send("three\r")
+    chat.expect("--max-tokens reached")
+    chat.expect("> ")
+    saved = tmp_path / "talk.json"
+    chat.send(f"/save {saved}\r")
+    chat.expect(r"\(2 messages in")
+    assert json.loads(saved.read_text())[0]["content"] == "one\n/two\nthree"
 
 
 def test_libedit_is_told_in_its_own_words(libedit: Terminal, tmp_path: Path) -> None:

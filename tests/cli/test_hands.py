@@ -12,6 +12,8 @@ from typer.core import TyperOption
 from typer.main import get_command
 
 from runner.cli.app import build
+from runner.cli.chat_commands import ALIASES, LEAVING
+from runner.cli.chat_settings import SPELLINGS, WORDS
 
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
 PAGE = (ROOT / "docs" / "usage" / "coming_from.md").read_text(encoding="utf-8")
@@ -74,6 +76,20 @@ def test_the_table_of_variables_has_all_and_only_those() -> None:
     }
     assert found == {(words(variable)[0], words(option)[0]) for variable, option in rows("Variables")}
     assert all(variable == f"RUNNER_{option[2:].upper().replace('-', '_')}" for variable, option in found)
+
+
+def test_the_table_of_a_chats_words_has_all_and_each_means_what_it_says() -> None:
+    named = {
+        typed: same
+        for cells in rows("In a chat")
+        for typed, same in zip(words(cells[0]), words(cells[1]), strict=False)
+    }
+    settings = {typed.split()[1]: same for typed, same in named.items() if typed.startswith("/set ")}
+    assert {name: same for name, same in named.items() if name in ALIASES} == ALIASES
+    assert all(named[word] == "/quit" for word in LEAVING)
+    assert {word: settings[word] for word in WORDS} == {word: f"/set {same}" for word, same in WORDS.items()}
+    spelled = {**settings, "num_predict": named["/set parameter num_predict 50"]}
+    assert all(spelled[name].split()[1] == same for name, same in SPELLINGS.items())
 
 
 def test_short_names_mean_what_the_long_ones_mean() -> None:
