@@ -21,6 +21,10 @@ Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes of all tensors, as stored."""
 
 
+SMALL = 4 << 20
+"""Bytes of parts that may be in memory beside their join: those of a small model, whose loading is mostly overhead."""
+
+
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
     """Give an error of MLX's file reader a name: it comes when an array is evaluated, long after the header's check.
@@ -56,7 +60,8 @@ class _Builder:
     """Reads every array of a plan, then constructs the dataclasses around them.
 
     The example of `plan._Planner` goes on: `qkv_proj.weight` is planned as a join of q [32, 32], k [16, 32] and v
-    [16, 32], say in bfloat16, and `build` was called with `dtype` None.
+    [16, 32], say in bfloat16, and `build` was called with `dtype` None. (So few bytes would be joined at once; the
+    steps are those of a join larger than `SMALL`.)
 
     1. `__init__` counts who uses which tensors. Nobody else uses these three, so nothing is kept for a second reader.
     2. `array` has no twin to compare with, and `tree` finds nothing shared: `assemble` is called with the join.
@@ -151,8 +156,9 @@ class _Builder:
             # Rows are copied out, or a view of them would keep the whole tensor in memory.
             rows = array if tree.rows is None else mx.contiguous(array[tree.rows[0] : tree.rows[1]])
             return _cast(rows, dtype)
-        # Parts of different dtypes: MLX finds the dtype that holds them all, from all parts at once.
-        if len({self.source.headers[leaf.name].dtype for leaf in leaves(tree)}) > 1:
+        # Parts of different dtypes: MLX finds the dtype that holds them all, from all parts at once. Few bytes: at once
+        # is faster.
+        if self.nbytes(tree) <= SMALL or len({self.source.headers[leaf.name].dtype for leaf in leaves(tree)}) > 1:
             parts = [self.assemble(part, dtype) for part in tree.parts]
             return mx.stack(parts) if tree.stacked else mx.concatenate(parts, axis=tree.axis)
         # Otherwise each part is written into its place, so that only one of them is in memory beside the whole.

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from runner.checkpoint.gguf.architectures import IGNORED, ROPE_TENSORS, TOP, Architecture
 from runner.checkpoint.gguf.container import Container, Entry, open_container
-from runner.checkpoint.gguf.formats import NUMPY, nbytes
+from runner.checkpoint.gguf.formats import nbytes
 from runner.checkpoint.gguf.settings import architecture_of, config_of, generation_config_of
 from runner.checkpoint.gguf.tokenizer import Vocabulary, tokenizer_files, tokenizer_of, vocabulary_of
 from runner.errors import CheckpointError
@@ -63,6 +63,7 @@ class GGUF:
         generation_config: what `generation_config.json` would hold.
         headers: every array by transformers' name; quantized tensors as `.weight`, `.scales` and `.biases`.
         vocabulary: checked tokenizer metadata.
+        beside: scales and biases that were read with their weight, and not asked for yet.
     """
 
     container: Container
@@ -71,6 +72,7 @@ class GGUF:
     generation_config: dict[str, Any]
     headers: Mapping[str, Part]
     vocabulary: Vocabulary
+    beside: dict[str, mx.array] = field(init=False, default_factory=dict)
 
     def __repr__(self) -> str:
         return f"GGUF({str(self.container.path)!r}, {len(self.container.tensors)} tensors)"
@@ -103,20 +105,34 @@ class GGUF:
         """
         if name not in self.headers:
             raise CheckpointError(f"{self.container.path}: no tensor {quoted(name)}")
-        part = self.headers[name]
-        entry, dtype = part.entry, NUMPY[part.dtype]
-        result = np.empty((entry.rows, part.nbytes // dtype.itemsize // entry.rows), dtype)
+        part, entry = self.headers[name], self.headers[name].entry
+        if name in self.beside:
+            return self.beside.pop(name)
+        # A weight's scales and biases are made of the same bytes: they are kept until they are asked for, soon.
+        stem = name.removesuffix(".weight")
+        names = [name] if part.suffix != ".weight" else [stem + each for each in entry.format.parts(entry.shape)]
+        wanted = {each: self.headers[each] for each in names}
+        filled: dict[str, Any] = {}
         done = 0
         # Whole heads at a time, since the rows of a head are reordered among themselves.
         for rows in self.container.rows(entry, part.head_rows or 1):
+            ordered = _in_order(rows, part.head_rows)
             try:
-                numbers = entry.format.part(part.suffix, _in_order(rows, part.head_rows))
+                for each, made in wanted.items():
+                    numbers = entry.format.part(made.suffix, ordered)
+                    numbers = numbers - 1 if made.plus_one else numbers
+                    if len(rows) == entry.rows:
+                        filled[each] = numbers
+                        continue
+                    whole = filled.setdefault(each, np.empty((entry.rows, numbers.shape[1]), numbers.dtype))
+                    whole[done : done + len(rows)] = numbers
             except CheckpointError as error:
                 raise CheckpointError(f"{entry.file}: tensor {quoted(entry.name)}: {error}") from error
-            result[done : done + len(rows)] = numbers - 1 if part.plus_one else numbers
             done += len(rows)
-        array = mx.array(result.reshape(part.shape))
-        return array.view(mx.bfloat16) if part.dtype == "BF16" else array
+        for each, made in wanted.items():
+            array = mx.array(filled.pop(each).reshape(made.shape))
+            self.beside[each] = array.view(mx.bfloat16) if made.dtype == "BF16" else array
+        return self.beside.pop(name)
 
     def tokenizer(self) -> Tokenizer:
         """Build the tokenizer; raises `TokenizerError` where the file's one is malformed or not supported."""

@@ -32,6 +32,8 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_HEADER = 1 << 28  # the largest real ones (vocabularies of 260,000 tokens) take 16 MB
 _MAX_ENTRIES = 100_000
 _MAX_SHARDS = 1000
+_BLOCK = 4 << 20  # bytes of a header that are read at once
+_LENGTH = struct.Struct("<Q").unpack_from
 _CHUNK = 4 << 20  # bytes of a tensor in memory at once, and numbers: in some formats a byte is four of them
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -159,7 +161,7 @@ def _open(path: Path) -> Container:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
             raise CheckpointError(f"{path}: not a regular file")
-        with path.open("rb", buffering=1 << 20) as file:
+        with path.open("rb") as file:
             stamp = Stamp.of(os.fstat(file.fileno()))
             return _Header(path, file, stamp).read()
     except OSError as error:
@@ -173,7 +175,14 @@ class _Header:
         self.path = path
         self.file = file
         self.stamp = stamp
-        self.position = 0
+        self.limit = min(stamp.size, _MAX_HEADER)
+        # A block of the file, where it starts, and how much of it has been taken.
+        self.block, self.start, self.taken = b"", 0, 0
+
+    @property
+    def position(self) -> int:
+        """The place in the file of what is taken next."""
+        return self.start + self.taken
 
     def error(self, what: str) -> CheckpointError:
         """An error that names the file and the problem, for the caller to raise."""
@@ -216,15 +225,20 @@ class _Header:
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes, refused before they are read where the file or the limit of a header ends first."""
-        if size > min(self.stamp.size, _MAX_HEADER) - self.position:
+        if size > self.limit - self.position:
             raise self.error(
                 f"its header needs {size} bytes at byte {self.position}, but the file has {self.stamp.size} bytes "
                 f"(and a header at most {_MAX_HEADER})"
             )
-        data = self.file.read(size)
-        if len(data) != size:
-            raise self.error(f"it ended at byte {self.position + len(data)} while it was being read")
-        self.position += size
+        if self.taken + size > len(self.block):
+            rest = self.block[self.taken :]
+            self.start, self.taken = self.position, 0
+            wanted = min(max(size, _BLOCK), self.limit - self.start) - len(rest)
+            self.block = rest + self.file.read(wanted)
+            if len(self.block) < size:
+                raise self.error(f"it ended at byte {self.start + len(self.block)} while it was being read")
+        end = self.taken + size
+        data, self.taken = self.block[self.taken : end], end
         return data
 
     def number(self, form: str) -> int:
@@ -240,6 +254,29 @@ class _Header:
         except UnicodeDecodeError as error:
             raise self.error(f"a string that is not UTF-8 at byte {self.position - len(data)}") from error
 
+    def strings(self, count: int) -> list[str]:
+        """The next `count` strings, as `string` reads them: vocabularies have a hundred thousand."""
+        found: list[str] = []
+        while len(found) < count:
+            # Those that lie in the block, whole and as UTF-8; what follows them `string` reads, or refuses.
+            block, at = self.block, self.taken
+            last = len(block) - 8
+            try:
+                for _ in range(count - len(found)):
+                    if at > last:
+                        break
+                    end = at + 8 + _LENGTH(block, at)[0]
+                    if end > len(block):
+                        break
+                    found.append(str(block[at + 8 : end], "utf-8"))
+                    at = end
+            except UnicodeDecodeError:
+                pass
+            self.taken = at
+            if len(found) < count:
+                found.append(self.string())
+        return found
+
     def value(self, kind: int) -> Any:
         """The next metadata value, of type `kind`: a Python scalar, a string, a list of strings, or a NumPy array."""
         if kind == _STRING:
@@ -252,7 +289,7 @@ class _Header:
                         f"an array of {count} strings at byte {self.position} does not fit into "
                         f"its {self.stamp.size} bytes"
                     )
-                return [self.string() for _ in range(count)]
+                return self.strings(count)
             return self.numbers(inner, count)
         return self.numbers(kind, 1)[0].item()
 

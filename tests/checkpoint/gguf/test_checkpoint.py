@@ -17,12 +17,14 @@ from places import TESTS
 from references import QUANTISED, TOLERANCE, error, expected
 
 from runner.checkpoint.directory import Checkpoint
-from runner.checkpoint.gguf import GGUF
+from runner.checkpoint.gguf import GGUF, container
 from runner.checkpoint.gguf.blocks import FORMATS
+from runner.checkpoint.gguf.container import open_container
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Quantized
 from runner.convert.convert import convert
 from runner.engine.engine import assemble, open_engine
+from runner.errors import CheckpointError
 from runner.families import FAMILIES
 from runner.weights.tags import Header
 
@@ -37,6 +39,35 @@ def test_plain_types_come_as_they_are(tmp_path: Path, kind: Type) -> None:
     array = found.read("model.embed_tokens.weight")
     assert array.dtype == {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[kind.name]
     assert np.array_equal(np.array(array.astype(mx.float32)), gguf.dequantize(raw, kind).reshape(3, -1))
+
+
+@pytest.mark.parametrize("block", [16, 40, 700])
+def test_headers_are_the_same_in_blocks_of_any_size(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strings that lie across the end of a block included; a bad one is named by its place."""
+    mixed_model(tmp_path / "m.gguf", next(iter(MIXES)))
+    wanted = open_container(tmp_path / "m.gguf")
+    monkeypatch.setattr(container, "_BLOCK", block)
+    found = open_container(tmp_path / "m.gguf")
+    assert str(found.metadata) == str(wanted.metadata) and found.tensors == wanted.tensors
+    data = (tmp_path / "m.gguf").read_bytes()
+    text = wanted.metadata["tokenizer.ggml.tokens"][5].encode()
+    place = data.index(len(text).to_bytes(8, "little") + text) + 8
+    (tmp_path / "bad.gguf").write_bytes(data[:place] + b"\xff" + data[place + 1 :])
+    with pytest.raises(CheckpointError, match=f"not UTF-8 at byte {place}"):
+        open_container(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_parts_are_the_same_in_any_order(name: str, tmp_path: Path) -> None:
+    """A weight's scales and biases are made with it, and kept until they are asked for: once."""
+    mixed_model(tmp_path / "m.gguf", name)
+    found, again = GGUF.open(tmp_path / "m.gguf"), GGUF.open(tmp_path / "m.gguf")
+    wanted = {each: np.array(again.read(each).view(mx.uint8)) for each in sorted(again.headers)}  # biases come first
+    for each in [*found.headers, *sorted(found.headers, reverse=True)]:
+        assert np.array_equal(np.array(found.read(each).view(mx.uint8)), wanted[each]), each
+    assert not found.beside
 
 
 # --- architectures ----------------------------------------------------------------------------------------------------
