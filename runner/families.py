@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -128,7 +127,9 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     # Families of this package come first: an entry point cannot replace one.
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    outside = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    from importlib.metadata import entry_points  # late, as in `runner.ops.backend`
+
+    outside = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if model_type in outside:
         family = outside[model_type].load()
         if not isinstance(family, Family):

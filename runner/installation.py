@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -64,6 +63,8 @@ def rebuild(*, dependencies: bool) -> str:
 
 def _origin() -> dict[str, Any]:
     """Contents of direct_url.json of the installed distribution; empty if there is no such file or no distribution."""
+    from importlib.metadata import PackageNotFoundError, distribution  # late, as in `runner.ops.backend`
+
     try:
         text = distribution(NAME).read_text("direct_url.json")
     except PackageNotFoundError:

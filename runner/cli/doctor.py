@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal
 
 import typer
@@ -95,6 +94,8 @@ def check_kernels(report: BackendReport) -> Check:
 
 def check_package(name: str) -> Check:
     """Check that a distribution is installed, by its metadata: nothing is imported."""
+    from importlib.metadata import PackageNotFoundError, version  # late, as in `runner.ops.backend`
+
     try:
         return Check(name, "ok", version(name))
     except PackageNotFoundError:

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
+from runner.cli.plain_values import without_pydantic
 from runner.cli.terminal import paint
 from runner.cli.variables import blamed
 from runner.errors import UsageError
@@ -25,6 +26,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line."""
+        without_pydantic(self.get_params(ctx))
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
@@ -68,6 +70,11 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """The program itself, whose help lists commands before options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line up to the command's name."""
+        without_pydantic(self.get_params(ctx))
+        return super().parse_args(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Find a command by its name or by another of `ALIASES`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -70,6 +69,8 @@ def require() -> None:
 
 def describe() -> BackendReport:
     """Describe MLX, its device and this package's CPU kernels; never raises."""
+    import importlib.metadata  # with what it imports it is a fiftieth of a short answer, which needs none of it
+
     try:
         version: str | None = importlib.metadata.version("mlx")
     except importlib.metadata.PackageNotFoundError:

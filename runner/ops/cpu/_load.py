@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -48,7 +47,7 @@ def load_extension(name: str = f"{__package__}._C") -> ModuleType | Unavailable:
         return Unavailable("the CPU kernels are not built", installation.rebuild(dependencies=False), needs)
     except ImportError as error:  # a symbol of another MLX version, or a missing library
         return Unavailable(f"the CPU kernels do not load ({error})", installation.rebuild(dependencies=True))
-    return check(module, importlib.metadata.version("mlx"))
+    return check(module, vars(mx)["__version__"])
 
 
 def check(module: ModuleType, installed: str) -> ModuleType | Unavailable:
