@@ -8,12 +8,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
-from runner.cli import terminal
+from runner.cli import completion, terminal
 from runner.cli.bench import bench
 from runner.cli.chat import chat
 from runner.cli.convert import convert
@@ -64,7 +64,6 @@ def build() -> typer.Typer:
     # rich's help triples the start-up time and draws boxes; helptext.py prints plain columns instead.
     application = typer.Typer(
         cls=Group,
-        add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -101,6 +100,8 @@ def run(argv: Sequence[str] | None) -> int:
             stream.reconfigure(errors="replace")  # a character that stdout cannot encode must not end the answer
     try:
         terminal.open_closed_streams()
+        if os.environ.get(completion.VARIABLE):
+            return complete()
         invoke(arguments)
         sys.stdout.flush()
         return 0
@@ -116,6 +117,16 @@ def run(argv: Sequence[str] | None) -> int:
         return BROKEN_PIPE
     except Exception as error:
         return report(error, arguments)
+
+
+def complete() -> int:
+    """Print what the Tab key completes, for the shell that says in the environment what has been typed."""
+    program: Any = get_command(build())
+    try:
+        program.main([], prog_name="runner")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def invoke(arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from runner.cli import terminal
+from runner.cli import completion, terminal
 from runner.cli.settings import VARIABLE, default_model, settings_path
 from runner.cli.variables import variable
 from runner.errors import UsageError
@@ -43,9 +43,19 @@ Model = Annotated[
         help="A directory, a .gguf file, a name as 'runner list' shows it, or a hub id: org/name or "
         "org/name@revision. Default: what RUNNER_MODEL or the config file says.",
         show_default=False,
+        autocompletion=completion.models,
     ),
 ]
-NamedModel = Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="The same as MODEL, by option.")]
+NamedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="The same as MODEL, by option.",
+        autocompletion=completion.models,
+    ),
+]
 System = Annotated[
     str | None,
     typer.Option(
@@ -57,6 +67,7 @@ DType = Annotated[
     typer.Option(
         metavar="NAME",
         parser=dtype_name,
+        autocompletion=lambda incomplete: [name for name in DTYPES if name.startswith(incomplete)],
         help="Compute in float32, float16 or bfloat16 (fp32, fp16, bf16), whatever the checkpoint stores.",
         **variable("--dtype"),
     ),
@@ -101,9 +112,9 @@ Verbose = Annotated[
 ]
 
 
-def _sampling(name: str, metavar: str, text: str, *shorter: str) -> Any:
+def _sampling(name: str, metavar: str, text: str, *shorter: str, **more: Any) -> Any:
     return typer.Option(
-        f"--{name}", *shorter, metavar=metavar, help=text, rich_help_panel=SAMPLING, **variable(f"--{name}")
+        f"--{name}", *shorter, metavar=metavar, help=text, rich_help_panel=SAMPLING, **variable(f"--{name}"), **more
     )
 
 
@@ -111,7 +122,10 @@ def _sampling(name: str, metavar: str, text: str, *shorter: str) -> Any:
 class SamplingOptions:
     """Options for picking the next token. None: the model's default, or the preset's value if a preset is named."""
 
-    preset: Annotated[str | None, _sampling("preset", "NAME", "Start from a preset of these options.")] = None
+    preset: Annotated[
+        str | None,
+        _sampling("preset", "NAME", "Start from a preset of these options.", autocompletion=completion.presets),
+    ] = None
     temperature: Annotated[
         float | None,
         _sampling("temperature", "T", "Divide the logits by T; 0 always picks the most likely token.", "--temp"),
