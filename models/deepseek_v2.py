@@ -33,7 +33,7 @@ class RoutedConfig(DecoderConfig):
     moe_layer_freq: int = 1
     moe_intermediate_size: int = 1407
     num_experts: int = key("n_routed_experts", also="num_experts", default=64)
-    n_shared_experts: int = 2
+    n_shared_experts: int = key(default=2, minimum=0)
     num_experts_per_tok: int
     n_group: int | None = 1
     topk_group: int | None = 1
@@ -95,10 +95,13 @@ class DeepseekV2Config(RoutedConfig, LatentConfig):
 class MoE(SwitchMoE):
     """Routed experts, plus the shared experts (stored as one gated MLP) that every token passes."""
 
-    shared: GatedMLP = weight("shared_experts", "n_shared_experts*moe_intermediate_size")
+    shared: GatedMLP | None = weight(
+        "shared_experts", "n_shared_experts*moe_intermediate_size", when="n_shared_experts"
+    )
 
     def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x) + self.shared(x)
+        routed = super().__call__(x)
+        return routed if self.shared is None else routed + self.shared(x)
 
 
 @dataclass

@@ -26,7 +26,7 @@ class BalancedConfig(RoutedConfig):
 
     moe_intermediate_size: int = 2048
     num_experts: int = key("n_routed_experts", also="num_local_experts", default=256)
-    n_shared_experts: int = 1
+    n_shared_experts: int = key(default=1, minimum=0)
     num_experts_per_tok: int = 8
     norm_topk_prob: bool = True
     topk_method: str = "noaux_tc"

@@ -62,6 +62,7 @@ class TemperedConfig(DecoderConfig):
 class Ministral3Config(TemperedConfig, MistralConfig):
     """`config.json` of a Ministral 3."""
 
+    num_key_value_heads: int = 8
     head_dim: int = 128
     max_position_embeddings: int = 262144
     rms_norm_eps: float = 1e-5

@@ -43,7 +43,7 @@ class Mistral4Config(TemperedConfig, RoutedConfig, LatentConfig):
     qk_nope_head_dim: int = 64
     moe_intermediate_size: int = 2048
     num_experts: int = key("n_routed_experts", also="num_local_experts", default=128)
-    n_shared_experts: int = 1
+    n_shared_experts: int = key(default=1, minimum=0)
     num_experts_per_tok: int = 4
     norm_topk_prob: bool = True
     topk_method: str = fixed("in groups")

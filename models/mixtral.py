@@ -22,6 +22,8 @@ from runner.weights.tags import weight
 class MixtralConfig(LocalExpertsConfig, MistralConfig):
     """`config.json` of a Mixtral; `router_jitter_noise` matters in training only."""
 
+    num_key_value_heads: int = 8
+    max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1000000.0
     sliding_window: int | None = None
@@ -31,16 +33,19 @@ class MixtralConfig(LocalExpertsConfig, MistralConfig):
 
 @dataclass
 class MoE(moe.MoE):
-    """Experts stored as w1 (gate), w3 (up) and w2 (down), or stacked under Llama's names by mlx-lm."""
+    """Experts stored as w1 (gate), w3 (up) and w2 (down), or stacked under Llama's names."""
 
     router: Linear = weight("gate", "num_local_experts", HIDDEN, exact=True)
     gate_up_proj: ExpertLinear = weight(
-        "experts.{num_local_experts}.{w1,w3}|switch_mlp.{gate,up}_proj[num_local_experts]",
+        "experts.{num_local_experts}.{w1,w3}|switch_mlp.{gate,up}_proj[num_local_experts]"
+        "|experts.gate_up_proj[num_local_experts]",
         (INTERMEDIATE, INTERMEDIATE),
         HIDDEN,
     )
     down_proj: ExpertLinear = weight(
-        "experts.{num_local_experts}.w2|switch_mlp.down_proj[num_local_experts]", HIDDEN, INTERMEDIATE
+        "experts.{num_local_experts}.w2|switch_mlp.down_proj[num_local_experts]|experts.down_proj[num_local_experts]",
+        HIDDEN,
+        INTERMEDIATE,
     )
 
 
@@ -49,7 +54,7 @@ class Block(blocks.PreNorm):
     """A Llama block with experts instead of the MLP."""
 
     self_attn: llama.Attention = weight("self_attn")
-    mlp: MoE = weight("block_sparse_moe")
+    mlp: MoE = weight("block_sparse_moe|mlp")
 
 
 @dataclass

@@ -45,7 +45,7 @@ def check_routing(experts: int, chosen: int, groups: int = 1, kept: int = 1, mem
         ConfigError: no such choice exists.
     """
     size = experts // groups
-    if experts % groups or size < members or not kept <= groups or chosen > kept * size:
+    if experts % groups or size < members or not kept <= groups or not 1 <= chosen <= kept * size:
         raise ConfigError(
             f"config.json: cannot choose {chosen} of {experts} experts in {groups} groups, of which {kept} are kept "
             f"and each is ranked by its {members} best"

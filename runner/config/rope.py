@@ -63,6 +63,9 @@ class RopeScaling:
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
     partial_rotary_factor: float | None = None
+    short_mscale: float | None = None
+    """Of a longrope with both scales (Phi 3.5 MoE): its attention factor up to the original context, and beyond."""
+    long_mscale: float | None = None
 
     @classmethod
     def from_dict(cls, raw: object) -> RopeScaling:
@@ -169,11 +172,16 @@ def inverse_frequencies(
     return plain
 
 
-def attention_factor(scaling: RopeScaling, *, max_position_embeddings: int) -> float:
-    """Factor that the rotated queries and keys are multiplied by: the temperature of YaRN and LongRoPE, otherwise 1."""
+def attention_factor(scaling: RopeScaling, *, max_position_embeddings: int, length: int = 0) -> float:
+    """Factor that the rotated queries and keys are multiplied by: the temperature of YaRN and LongRoPE, otherwise 1.
+
+    `length` is that of the whole sequence in tokens; only a `longrope` with two scales uses it.
+    """
+    original = scaling.original_max_position_embeddings or max_position_embeddings
+    if scaling.short_mscale is not None and scaling.long_mscale is not None:
+        return scaling.long_mscale if length > original else scaling.short_mscale
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    original = scaling.original_max_position_embeddings or max_position_embeddings
     if scaling.kind == "yarn":
         factor = scaling.factor or 1.0
         # DeepSeek's two settings divide; where they are equal they cancel out.

@@ -265,22 +265,25 @@ class RoPE(Module):
         if self.dims == 0:
             return x
         # Beyond the original context, length-dependent frequencies are computed for the length at hand.
-        freqs = self.freqs
+        freqs, factor = self.freqs, self.factor
         if self.scaling is not None and frequencies.depends_on_length(self.scaling):
             if length is None:
                 length = last_offset(offset) + x.shape[2]
             original = self.scaling.original_max_position_embeddings or self.max_position_embeddings
             if length > original:
                 freqs = once(("freqs", self._settings, length), functools.partial(self._freqs, length))
-        if self.factor != 1.0:
-            x = self._scaled(x)
+                factor = frequencies.attention_factor(
+                    self.scaling, max_position_embeddings=self.max_position_embeddings, length=length
+                )
+        if factor != 1.0:
+            x = self._scaled(x, factor)
         base = self.base if freqs is None else None  # mx.fast.rope takes one of the two
         return self.ops.rope(
             x, offset, dims=self.dims, traditional=self.traditional, base=base, scale=self.scale, freqs=freqs
         )
 
-    def _scaled(self, x: mx.array) -> mx.array:
+    def _scaled(self, x: mx.array, factor: float) -> mx.array:
         """Scale the part of `x` that is rotated by `factor`: YaRN and LongRoPE scale sine and cosine."""
         if self.dims == x.shape[-1]:
-            return x * self.factor
-        return mx.concatenate([x[..., : self.dims] * self.factor, x[..., self.dims :]], axis=-1)
+            return x * factor
+        return mx.concatenate([x[..., : self.dims] * factor, x[..., self.dims :]], axis=-1)

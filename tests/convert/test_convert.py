@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from places import ROOT, TESTS
-from references import FIXTURES, QUANTISED, error
+from references import FIXTURES, QUANTISED, error, routed
 from sources import Arrays
 
 import runner
@@ -99,9 +99,7 @@ def test_each_family_comes_back_in_its_own_order(path: Path, tmp_path: Path) -> 
     assert error(logits(packed), logits(plain)) < QUANTISED
     assert not report.unpackable and report.forms["4-bit mxfp4 g32"] > 5
     assert set(report.forms) <= {"4-bit mxfp4 g32", "plain"}
-    chosen = raw.get("num_experts_per_tok") or raw.get("top_k_experts")
-    routed = bool(chosen) and raw.get("num_local_experts") != 0
-    assert (report.forms.get("plain", 0) > 0) == routed  # routers stay as they are
+    assert (report.forms.get("plain", 0) > 0) == routed(raw)  # routers stay as they are
     unpacked = convert(open_files(tmp_path / "packed"), tmp_path / "plain", dtype="float32")
     assert unpacked.bits_after == 32 and set(unpacked.forms) == {"plain"}
     assert "quantization" not in open_files(tmp_path / "plain").config

@@ -35,3 +35,9 @@ def tolerance(path: Path) -> float:
 
 def error(found: mx.array, wanted: mx.array) -> float:
     return float(mx.max(mx.abs(found - wanted)) / mx.std(wanted))
+
+
+def routed(raw: dict[str, Any]) -> bool:
+    """Whether a model with this `config.json` has experts, by the keys that say how many a token passes."""
+    chosen = any(raw.get(key) for key in ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk"))
+    return chosen and raw.get("num_local_experts") != 0

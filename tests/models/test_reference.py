@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from references import FIXTURES, error, expected, tolerance
+from references import FIXTURES, error, expected, routed, tolerance
 
 from runner.checkpoint.directory import Checkpoint
 from runner.engine.engine import open_engine
@@ -75,7 +75,7 @@ def test_stored_dtype_runs_close_to_float32(path: Path) -> None:
     prompt = expected(path)["prompts"]["long"]
     stored, exact = open_engine(path).logits(prompt), open_engine(path, dtype="float32").logits(prompt)
     worst = mx.sort(mx.max(mx.abs(stored - exact), axis=-1) / mx.std(exact))  # of each position
-    routed = "num_experts_per_tok" in json.loads((path / "config.json").read_text())
+    experts = routed(json.loads((path / "config.json").read_text()))
     # Where two experts are as good as tied, rounding picks the other one: a few positions may differ by more.
-    assert float(worst[-1 - (len(prompt) // 8 if routed else 0)]) < (0.25 if routed else 0.5)
+    assert float(worst[-1 - (len(prompt) // 8 if experts else 0)]) < (0.25 if experts else 0.5)
     assert not bool(mx.any(mx.isnan(stored)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -199,3 +200,16 @@ def test_cuda_unpacks_where_its_product_is_wrong(
     assert found.dtype == dtype  # a CPU adds bfloat16 products in bfloat16: 10 % of their deviation
     assert mx.allclose(found.astype(mx.float32), wanted, atol=3.0 if dtype == mx.bfloat16 else 1e-3, rtol=0)
     assert wrong_on_cuda(x, outputs, group, "affine") is unpacks
+
+
+@pytest.mark.parametrize(("length", "factor"), [(12, 1.2), (40, 1.5)])
+def test_a_longrope_with_two_scales_takes_that_of_its_length(length: int, factor: float) -> None:
+    """Phi 3.5 MoE's, as its authors' code has it; transformers 5.23 keeps the short factors at any length."""
+    both = RopeScaling(
+        kind="longrope", short_factor=(1.0, 1.5), long_factor=(2.0, 8.0), original_max_position_embeddings=16,
+        short_mscale=1.2, long_mscale=1.5,
+    )  # fmt: skip
+    one = dataclasses.replace(both, short_mscale=None, long_mscale=None, attention_factor=factor)
+    x = mx.random.normal((1, 2, 5, 4))
+    found, wanted = (RoPE(dims=4, scaling=s, max_position_embeddings=64)(x, 3, length) for s in (both, one))
+    assert mx.allclose(found, wanted, atol=1e-6)
