@@ -64,11 +64,12 @@ def checked_path(directory: Path, path: Path) -> Path:
     Raises:
         CheckpointError: it is not.
     """
-    # A snapshot in the hub's cache consists of links into the blobs beside it.
+    # A snapshot in the hub's cache, or a folder of it, consists of links into the blobs beside it.
     home = directory.resolve()
     roots = [home]
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        roots.append(home.parent.parent / "blobs")
+    for folder in (home, *home.parents):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            roots.append(folder.parent.parent / "blobs")
     # Links are resolved before anything is compared, so that no chain of links and no `..` can lead out unseen.
     try:
         real = path.resolve(strict=True)
@@ -94,6 +95,17 @@ def _reason(error: Exception, path: Path) -> str:
         annexed = "annex/objects/" in target
         return f"a link to a file that does not exist{': run `git annex get` there' if annexed else ''}"
     return (error.strerror or str(error)) if isinstance(error, OSError) else "a loop of links"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file's first bytes say that it is GGUF, whatever its name; False for what cannot be read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
+            return False
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from runner.bench.measure import Case, Result, cases, run
-from runner.bench.models import Subject, open_subject
+from runner.bench.models import Subject, open_subject, published
 
-__all__ = ["Case", "Result", "Subject", "cases", "open_subject", "run"]
+__all__ = ["Case", "Result", "Subject", "cases", "open_subject", "published", "run"]

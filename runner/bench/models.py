@@ -158,19 +158,22 @@ def published(model: str) -> str | None:
     one that a stored model's name only begins with is ambiguous.
 
     Raises:
-        UsageError: the name is ambiguous, or it is that of no shape and of no model.
+        UsageError: the name is ambiguous, or near that of a shape and itself that of none and of no model.
+        HubError: it is that of no model and of no shape.
     """
     shapes = resources.names("shapes")
     if model.startswith(SHAPE):
         resources.read("shapes", model.removeprefix(SHAPE))
         return model.removeprefix(SHAPE)
     if "/" in model or os.path.exists(model):
+        names.refuse_missing(model)
         return None
     stored = names.stored_models()
     if model not in shapes:
         near = names.nearest(model, shapes)
         if near is not None and model not in read_names().aliases and not names.called(model, stored):
             raise UsageError(f"no model and no published shape is called {quoted(model)}: did you mean {near}?")
+        names.meaning(model)
         return None
     found = names.called(model, stored)
     if model in read_names().aliases or any(one.name.casefold() == model.casefold() for one in found):

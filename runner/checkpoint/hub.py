@@ -22,15 +22,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.checkpoint.gguf_choice import choose_gguf, gguf_models
+from runner.checkpoint.hub_ids import MAIN, HubId, parse
 from runner.checkpoint.kept import try_to_keep
 from runner.checkpoint.safetensors_header import INDEX, SINGLE, read_index
 from runner.checkpoint.weight_files import choose
 from runner.errors import CheckpointError, HubError, UsageError
-from runner.local_files import path_in, quoted
+from runner.local_files import is_gguf, path_in, quoted
 
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
-_ID = re.compile(rf"{_PART}/{_PART}")
-_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,254}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -39,15 +38,13 @@ class CachedModel:
     """A model in the cache that can be loaded without a request to the hub.
 
     Attributes:
-        id: hub id, `org/name`.
-        revision: commit, 40 hexadecimal digits.
-        nbytes: size of the snapshot's files on disk, in bytes.
-        path: directory of the snapshot.
+        hub_id: its hub id; the revision is the commit, 40 hexadecimal digits.
+        nbytes: size of its files on disk, in bytes.
+        path: directory of the snapshot, or the GGUF file.
         current: whether the branch `main` was at this commit when it was last asked for.
     """
 
-    id: str
-    revision: str
+    hub_id: HubId
     nbytes: int
     path: Path
     current: bool = False
@@ -56,8 +53,8 @@ class CachedModel:
 def resolve(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
     """Find a model on this machine, or fetch it from the hub, and return its path.
 
-    An existing directory or .gguf file is returned as it is. Anything else must be a hub id `org/name[@revision]`,
-    which is looked up in the cache and fetched where the cache does not have it.
+    An existing directory or GGUF file is returned as it is. Anything else must be written as `hub_ids.parse` reads it,
+    and is looked up in the cache and fetched where the cache does not have it.
 
     Args:
         revision: branch, tag or commit; means the same as `@revision` in `model`. Default: `main`.
@@ -65,11 +62,11 @@ def resolve(model: str, *, revision: str | None = None, progress: bool = True) -
 
     Raises:
         HubError: `model` is neither a path nor a hub id, or the hub lacks it, refuses access, or cannot be reached.
-        UsageError: `model` is a file but not .gguf, a path came with a revision, or two different revisions were given.
+        UsageError: `model` is a file but not GGUF, a path came with a revision, or two different revisions were given.
     """
     path = os.path.expanduser(model)
     is_directory = os.path.isdir(path)
-    if is_directory or (os.path.exists(path) and path.endswith(".gguf")):
+    if is_directory or (os.path.exists(path) and (path.endswith(".gguf") or is_gguf(Path(path)))):
         if revision is not None:
             raise UsageError(
                 f"revision {quoted(revision)} was given, but {path} is a {'directory' if is_directory else 'file'}; "
@@ -77,12 +74,16 @@ def resolve(model: str, *, revision: str | None = None, progress: bool = True) -
             )
         return Path(path)
     if os.path.exists(path):
-        raise UsageError(f"{path} is a file, neither a model's directory nor a .gguf file: name its directory")
-    repo, revision = _parse(model, revision)
-    cached = _snapshot(repo, revision)
-    if cached is not None and _is_complete(cached):
-        return cached
-    return _fetch(repo, revision, progress)
+        raise UsageError(f"{path} is a file, neither a model's directory nor a GGUF file: name its directory")
+    wanted = parse(model, revision)
+    found = find(wanted)
+    return _fetch(wanted, progress) if found is None else found
+
+
+def find(wanted: HubId) -> Path | None:
+    """Where in the cache a model is, None where it is not there whole; nothing is asked of the hub."""
+    cached = _snapshot(wanted.repo, wanted.revision)
+    return None if cached is None else _found(cached, wanted)
 
 
 def resolve_adapter(adapter: str, *, progress: bool = True, tokenizer: bool = False) -> Path:
@@ -99,7 +100,10 @@ def resolve_adapter(adapter: str, *, progress: bool = True, tokenizer: bool = Fa
     path = os.path.expanduser(adapter)
     if os.path.exists(path):
         return Path(path)
-    repo, revision = _parse(adapter, None)
+    wanted = parse(adapter)
+    repo, revision = wanted.repo, wanted.revision
+    if wanted.gguf is not None:
+        raise HubError(f"{quoted(adapter)}: adapters are read from safetensors, not from GGUF files")
     cached = _snapshot(repo, revision)
     if (
         cached is not None
@@ -118,58 +122,25 @@ def pull(model: str, *, revision: str | None = None, progress: bool = True) -> P
         HubError: for the same reasons as in `resolve`.
         UsageError: two different revisions were given.
     """
-    repo, revision = _parse(model, revision)
-    return _fetch(repo, revision, progress)
-
-
-def check_id(model: str) -> None:
-    """Refuse what is not written as a hub id; nothing is asked of the hub.
-
-    Raises:
-        HubError: it is not `org/name[@revision]`.
-    """
-    _parse(model, None)
-
-
-def is_id(text: str) -> bool:
-    """Whether a text is written as a hub id."""
-    try:
-        check_id(text)
-    except HubError:
-        return False
-    return True
+    return _fetch(parse(model, revision), progress)
 
 
 def list_cached() -> list[CachedModel]:
     """List the models in the cache whose weights are complete, sorted by id and revision."""
     found = []
-    cache = _cache()
-    for folder in sorted(cache.glob("models--*--*")):
-        for path in sorted(folder.glob("snapshots/*")):
-            if path.is_dir() and _has_weights(path):
-                repo = folder.name.removeprefix("models--").replace("--", "/")
-                found.append(CachedModel(repo, path.name, _size(path), path, _snapshot(repo, "main") == path))
+    for folder in sorted(_cache().glob("models--*--*")):
+        repo = folder.name.removeprefix("models--").replace("--", "/")
+        for snapshot in sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):
+            current = _snapshot(repo, MAIN) == snapshot
+            files = _files(snapshot)
+            models = [one for one in gguf_models(files) if one.whole]
+            if _has_weights(snapshot):
+                rest = files - {file for one in models for file in one.files}
+                found.append(CachedModel(HubId(repo, snapshot.name), _size(snapshot, rest), snapshot, current))
+            for one in models:
+                hub_id = HubId(repo, snapshot.name, one.label)
+                found.append(CachedModel(hub_id, _size(snapshot, one.files), snapshot / one.files[0], current))
     return found
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
-def _parse(model: str, revision: str | None) -> tuple[str, str]:
-    """Split `org/name[@revision]` into hub id and revision, both checked to be safe as parts of a path."""
-    repo, _, named = model.partition("@")
-    if not _ID.fullmatch(repo) or len(repo) > 96 or "--" in repo or ".." in repo or repo.endswith(".git"):
-        raise HubError(
-            f"{quoted(model)} is neither an existing directory nor a hub id such as org/name or org/name@main"
-        )
-    if "@" in model and revision is not None and named != revision:
-        raise UsageError(f"two revisions of {repo} were asked for: {quoted(named)} and {quoted(revision)}")
-    chosen = named if "@" in model else "main" if revision is None else revision
-    # Git's rules for ref names; without `..`, a name cannot lead out of the cache's `refs` folder.
-    bad = not _REVISION.fullmatch(chosen) or ".." in chosen or "//" in chosen or chosen.endswith(("/", ".", ".lock"))
-    if bad:
-        raise HubError(f"{quoted(chosen)} is not a revision: expected a branch, a tag or a commit")
-    return repo, chosen
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -227,29 +198,51 @@ def _is_complete(snapshot: Path) -> bool:
     return _has_weights(snapshot) and any((snapshot / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _size(snapshot: Path) -> int:
-    """Total bytes on disk of the blobs that a snapshot's files link to, each blob counted once."""
-    sizes = {}
-    for path in snapshot.rglob("*"):
-        if path.is_file():
-            sizes[path.resolve()] = path.stat().st_size
+def _found(snapshot: Path, wanted: HubId) -> Path | None:
+    """The model `wanted` in a snapshot of its revision, None where it is not there whole.
+
+    Where no quantization is named, a GGUF file that is there is what was fetched by that name.
+    """
+    if wanted.gguf is None and _is_complete(snapshot):
+        return snapshot
+    if wanted.gguf is None and (snapshot / "config.json").exists():  # safetensors, of which some are missing
+        return None
+    try:
+        return snapshot / choose_gguf(wanted.repo, _files(snapshot), wanted.gguf).files[0]
+    except HubError:
+        return None
+
+
+def _files(snapshot: Path) -> set[str]:
+    """Paths of a snapshot's files, relative to it; links that lead to no file are none."""
+    return {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+
+
+def _size(snapshot: Path, files: Collection[str]) -> int:
+    """Total bytes on disk of the blobs that files of a snapshot link to, each blob counted once."""
+    sizes = {(snapshot / file).resolve(): (snapshot / file).stat().st_size for file in files}
     return sum(sizes.values())
 
 
 # --- fetching ---------------------------------------------------------------------------------------------------------
 
 
-def _fetch(repo: str, revision: str, progress: bool) -> Path:
-    """Download a model into the cache and return the snapshot; when offline, accept a cached one without tokenizer."""
+def _fetch(wanted: HubId, progress: bool) -> Path:
+    """Download a model into the cache and return its path; when offline, accept a cached one without tokenizer."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
+    repo, revision = wanted.repo, wanted.revision
     if constants.HF_HUB_OFFLINE:
         cached = _snapshot(repo, revision)
-        if cached is not None and _has_weights(cached):
+        found = None if cached is None else _found(cached, wanted)
+        if found is not None:
+            return found
+        if cached is not None and wanted.gguf is None and _has_weights(cached):
             return cached
         state = "only in part" if cached is not None else "not"
+        named = f"{repo}@{revision}{'' if wanted.gguf is None else f':{wanted.gguf}'}"
         raise HubError(
-            f"{repo}@{revision} is {state} in the cache ({_cache()}), and HF_HUB_OFFLINE forbids fetching it; "
+            f"{named} is {state} in the cache ({_cache()}), and HF_HUB_OFFLINE forbids fetching it; "
             "unset it to download the model"
         )
     with _one_line(repo, revision), _progress_bars(progress):
@@ -258,24 +251,49 @@ def _fetch(repo: str, revision: str, progress: bool) -> Path:
         commit = info.sha
         if commit is None or not _COMMIT.fullmatch(commit):
             raise HubError(f"{repo}@{revision}: the hub's answer names no commit (40 hexadecimal digits)")
-        _require_safetensors(repo, files)
-        # All files by commit, not by branch, so that they belong together even if the branch moves meanwhile.
-        # The weights come last: a snapshot that has them is complete.
-        small = [name for name in files if _is_small(name)]
-        snapshot = _download(repo, commit, small)
-        shards = _shards(snapshot, files)
-        lacking = [name for name in shards if name not in files]
-        if lacking:
-            raise HubError(
-                f"{repo}@{revision}: its index names {quoted(lacking[0])}, which the repository does not have"
-            )
-        was_there = _has_weights(snapshot)
-        _download(repo, commit, shards)
-        if not was_there:
-            try_to_keep(snapshot, "hub", [*small, *shards])
+        if wanted.gguf is not None or _has_only_gguf(files):
+            path, marker = _fetch_gguf(wanted, commit, files)
+        else:
+            _require_safetensors(repo, files)
+            path, marker = _fetch_safetensors(wanted, commit, files), "config.json"
         if revision != commit:
-            hf_hub_download(repo, "config.json", revision=revision)  # cached already: only records the ref's commit
+            hf_hub_download(repo, marker, revision=revision)  # cached already: only records the ref's commit
+    return path
+
+
+def _fetch_safetensors(wanted: HubId, commit: str, files: list[str]) -> Path:
+    """Download what is read of a directory of safetensors; returns the snapshot."""
+    # All files by commit, not by branch, so that they belong together even if the branch moves meanwhile.
+    # The weights come last: a snapshot that has them is complete.
+    small = [name for name in files if _is_small(name)]
+    snapshot = _download(wanted.repo, commit, small)
+    shards = _shards(snapshot, files)
+    lacking = [name for name in shards if name not in files]
+    if lacking:
+        raise HubError(
+            f"{wanted.repo}@{wanted.revision}: its index names {quoted(lacking[0])}, which the repository does not have"
+        )
+    was_there = _has_weights(snapshot)
+    _download(wanted.repo, commit, shards)
+    if not was_there:
+        try_to_keep(snapshot, "hub", [*small, *shards])
     return snapshot
+
+
+def _fetch_gguf(wanted: HubId, commit: str, files: list[str]) -> tuple[Path, str]:
+    """Download the GGUF file that `wanted` means, or all its shards; returns the first's path, here and there."""
+    chosen = choose_gguf(wanted.repo, files, wanted.gguf)
+    known = _snapshot(wanted.repo, commit)
+    was_there = known is not None and all((known / file).is_file() for file in chosen.files)
+    path = _download(wanted.repo, commit, list(chosen.files)) / chosen.files[0]
+    if not was_there:
+        try_to_keep(path, "hub", [file.rpartition("/")[2] for file in chosen.files])
+    return path, chosen.files[0]
+
+
+def _has_only_gguf(files: Collection[str]) -> bool:
+    """Whether a repository's models are GGUF files."""
+    return SINGLE not in files and INDEX not in files and bool(gguf_models(files))
 
 
 def _fetch_adapter(repo: str, revision: str, progress: bool, tokenizer: bool) -> Path:
@@ -308,9 +326,7 @@ def _require_safetensors(repo: str, files: list[str]) -> None:
     """Refuse, before anything is fetched, a repository without a config and safetensors weights."""
     if "config.json" in files and (SINGLE in files or INDEX in files):
         return
-    if any(name.endswith(".gguf") for name in files):
-        reason = "only GGUF files: download one of them and name that file"
-    elif "config.json" not in files:
+    if "config.json" not in files:
         reason = "no config.json: not a transformers model"
     elif any(name.endswith((".bin", ".pt", ".pth")) for name in files):
         reason = "only pickle weights, which can run code when read: look for a safetensors version of it"

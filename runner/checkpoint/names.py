@@ -7,6 +7,7 @@ names, hub ids have one: what a name means changes with the models here, what a 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -14,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.checkpoint import hub
+from runner.checkpoint import hub, hub_ids
 from runner.checkpoint.kept import Kept, read_names
 from runner.errors import HubError, UsageError
-from runner.local_files import quoted
+from runner.local_files import is_gguf, quoted
 
 _WORD_END = re.compile(r"(?=[-_])")
 
@@ -81,7 +82,9 @@ def pull(model: str, *, progress: bool = True) -> Path:
 
 def looks_like_path(model: str) -> bool:
     """Whether a text can only be meant as a path, whatever exists."""
-    return model.startswith(("/", "./", "../", "~")) or model in (".", "..") or model.endswith(".gguf")
+    beginning = model.startswith(("/", "./", "../", "~")) or model in (".", "..")
+    of_a_repository = hub_ids.is_address(model) or ":" in model
+    return beginning or (model.endswith(".gguf") and not of_a_repository)
 
 
 def refuse_missing(model: str) -> None:
@@ -99,12 +102,21 @@ def names_model(text: str) -> bool:
     """Whether a text names a model, be it one that is missing or one of several: and so is no prompt."""
     path = os.path.expanduser(text)
     if os.path.exists(path):
-        return os.path.isdir(path) or text.endswith(".gguf")
+        return os.path.isdir(path) or text.endswith(".gguf") or is_gguf(Path(path))
     if not text or any(character.isspace() for character in text):
         return False
-    if looks_like_path(text) or hub.is_id(text):
-        return True
-    return text in read_names().aliases or bool(called(text, stored_models()))
+    if "/" in text:
+        return looks_like_path(text) or _is_id(text)
+    return looks_like_path(text) or text in read_names().aliases or bool(called(text, stored_models()))
+
+
+def _is_id(text: str) -> bool:
+    """Whether a text is written as a model of the hub."""
+    try:
+        hub_ids.parse(text)
+    except HubError:
+        return False
+    return True
 
 
 def meaning(model: str) -> str:
@@ -167,12 +179,12 @@ def stored_models() -> list[StoredModel]:
     kept = read_names().stored
     found = []
     cached = hub.list_cached()
-    for model in cached:
-        revisions = sum(other.id == model.id for other in cached)
-        name = model.id.rpartition("/")[2] if model.current or revisions == 1 else ""
-        exact = model.id if model.current else f"{model.id}@{model.revision}"
-        known = kept.get(model.path)
-        found.append(StoredModel(model.id, name, exact, model.path, model.revision, model.nbytes, known))
+    ids = [str(dataclasses.replace(model.hub_id, revision=hub_ids.MAIN)) for model in cached]
+    for model, id in zip(cached, ids, strict=True):
+        name = id.partition("/")[2] if model.current or ids.count(id) == 1 else ""
+        exact = id if model.current else str(model.hub_id)
+        commit, known = model.hub_id.revision, kept.get(model.path)
+        found.append(StoredModel(id, name, exact, model.path, commit, model.nbytes, known))
     for path, known in sorted(kept.items()):
         if known.by == "convert" and path.is_dir():
             found.append(StoredModel(str(path), path.name, str(path), path, None, _size(path, known), known))
@@ -229,9 +241,12 @@ def checked_target(model: str) -> str:
     if os.path.exists(path):
         return os.path.abspath(path)
     target = meaning(model)
-    if not os.path.isabs(target):
-        hub.check_id(target)
-    return target
+    return target if os.path.isabs(target) else str(hub_ids.parse(target))
+
+
+def path_of(target: str) -> Path | None:
+    """Where on this machine the model of a hub id or path is; None for a hub id whose model is not here whole."""
+    return Path(target) if os.path.isabs(target) else hub.find(hub_ids.parse(target))
 
 
 def removable(model: str) -> StoredModel:
@@ -241,11 +256,9 @@ def removable(model: str) -> StoredModel:
         HubError: nothing stored is meant.
         UsageError: another program stored it, or several stored models go by the name.
     """
-    refuse_missing(model)
-    path = os.path.expanduser(model)
-    target = os.path.abspath(path) if os.path.exists(path) else meaning(model)
-    stored = stored_models()
-    found = [one for one in stored if target in (one.reference, str(one.path), f"{one.id}@{one.revision}")]
+    target = checked_target(model)
+    path = path_of(target)
+    found = [one for one in stored_models() if one.path == path]
     if not found and os.path.isabs(target):
         raise UsageError(f"{target} was not stored by runner, which leaves it alone: delete it yourself")
     if not found:

@@ -27,17 +27,22 @@ def remove(path: Path, kept: Kept) -> list[str]:
         UserFileError: a file cannot be deleted, or a link stands in the place of the model's directory.
     """
     directory = path.parent if path.is_file() else path
+    files: Sequence[str] = kept.files
+    if kept.by == "hub":  # a GGUF file may be in a folder of the snapshot
+        folder = directory
+        directory = next(each for each in (directory, *directory.parents) if each.parent.name == "snapshots")
+        files = [(folder / file).relative_to(directory).as_posix() for file in files]
     if directory.is_symlink():
         raise UserFileError(
             f"{directory}: a link, and not the directory that was written: delete what it leads to yourself"
         )
     try:
         if kept.by == "hub":
-            _remove_links(directory, kept.files)
+            _remove_links(directory, files)
         else:
-            for file in kept.files:
+            for file in files:
                 (directory / file).unlink(missing_ok=True)
-        _prune(directory, kept.files)
+        _prune(directory, files)
         rest = sorted(os.listdir(directory)) if directory.exists() else []
         if kept.by == "hub" and not directory.exists():
             _forget_commit(directory)

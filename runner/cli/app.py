@@ -82,7 +82,8 @@ def root(
 ) -> None:
     """Run transformer language models on this machine, with Apple MLX.
 
-    MODEL is a directory, a .gguf file, or a Hugging Face id: org/name or org/name@revision.
+    MODEL is a directory, a GGUF file, a name that 'runner list' shows, or a Hugging Face id: org/name, with @revision
+    or :Q4_K_M after it where another branch or a GGUF file is meant.
     """
     if version:
         terminal.Output().line(f"runner {terminal.version()}")

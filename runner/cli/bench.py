@@ -15,7 +15,8 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A directory, a hub id, or the name of a published shape (Llama-3.2-1B), run with random weights.",
+        help="A directory, a GGUF file, a name, a hub id, or a published shape (shape:Llama-3.2-1B), run with "
+        "random weights.",
         show_default=False,
     ),
 ]
@@ -66,7 +67,7 @@ def bench(
 
     model = named_model(model, named)
     backend.require()
-    from runner.bench import cases, open_subject, report, run
+    from runner.bench import cases, open_subject, published, report, run
     from runner.bench.bandwidth import read_bandwidth
 
     # Everything that can be refused is checked before anything is loaded or measured.
@@ -76,6 +77,7 @@ def bench(
     axis = None if plot is None else report.check_plot(plot, wanted)
     if group_size is not None and group_size not in (32, 64, 128):
         raise UsageError(f"--group-size must be 32, 64 or 128, not {group_size}")
+    published(model)
     bandwidth = read_bandwidth()
     subject = open_subject(model, quantize=quantize, group_size=group_size, dtype=dtype, seed=seed)
     results = list(run(subject, wanted, repetitions=repetitions, seed=seed))

@@ -13,7 +13,8 @@ from runner.cli.options import Adapter, dtype_name
 from runner.cli.perplexity import judge, read_text, with_error
 
 Source = Annotated[
-    str, typer.Argument(metavar="SRC", help="A directory, a hub id (org/name, org/name@revision), or a .gguf file.")
+    str,
+    typer.Argument(metavar="SRC", help="A directory, a GGUF file, a name, or a hub id: org/name[@revision][:Q4_K_M]."),
 ]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
 Quantize = Annotated[

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -14,11 +15,9 @@ from runner.cli.options import AsJson
 from runner.cli.settings import default_model
 from runner.errors import RunnerError, UsageError
 
-if TYPE_CHECKING:
-    from runner.checkpoint.names import StoredModel
-
 HubId = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, org/name or org/name@revision, or a name for one.")
+    str,
+    typer.Argument(metavar="MODEL", help="A hub id, org/name[@revision][:Q4_K_M], an address of the hub, or a name."),
 ]
 Alias = Annotated[str | None, typer.Argument(metavar="NAME", help="The name to give; without it, all are listed.")]
 Named = Annotated[
@@ -43,9 +42,10 @@ def list_models(*, as_json: AsJson = False) -> None:
     models = names.stored_models()
     short = names.shortest(models)
     aliases = kept.read_names().aliases
-    rows = [(m, [short[m.path], *(name for name, target in aliases.items() if stands_for(target, m))]) for m in models]
-    others = {name: target for name, target in aliases.items() if not any(stands_for(target, m) for m in models)}
-    default = default_target()
+    places = {name: names.path_of(target) for name, target in aliases.items()}
+    rows = [(m, [short[m.path], *(name for name, path in places.items() if path == m.path)]) for m in models]
+    others = {name: target for name, target in aliases.items() if not any(places[name] == m.path for m in models)}
+    default = default_path()
     output = terminal.Output()
     if as_json:
         found = [
@@ -57,7 +57,7 @@ def list_models(*, as_json: AsJson = False) -> None:
                 "bytes": m.nbytes,
                 "path": str(m.path),
                 "stored_by_runner": m.kept is not None,
-                "default": default is not None and stands_for(default, m),
+                "default": m.path == default,
             }
             for m, called in rows
         ]
@@ -71,7 +71,7 @@ def list_models(*, as_json: AsJson = False) -> None:
     table = tables.columns("name", "model", "revision", ">size")
     for m, called in rows:
         revision = tables.cell((m.revision or "")[:12], "dim")
-        mark = " (default)" if default is not None and stands_for(default, m) else ""
+        mark = " (default)" if m.path == default else ""
         table.add_row(
             tables.cell(", ".join(called) + mark), tables.cell(m.id), revision, tables.cell(tables.size(m.nbytes))
         )
@@ -80,21 +80,16 @@ def list_models(*, as_json: AsJson = False) -> None:
     tables.show(table)
 
 
-def default_target() -> str | None:
-    """What the default model's name stands for; None where there is no default, or it is no model (said on stderr)."""
+def default_path() -> Path | None:
+    """Where the default model is; None where there is none, or it is not here, or is no model (said on stderr)."""
     from runner.checkpoint import names
 
     try:
         default = default_model()
-        return None if default is None else names.checked_target(default.checked())
+        return None if default is None else names.path_of(names.checked_target(default.checked()))
     except RunnerError as error:
         terminal.note(str(error), "yellow")
         return None
-
-
-def stands_for(target: str, model: StoredModel) -> bool:
-    """Whether an alias for `target` means `model`."""
-    return target in (model.reference, str(model.path), f"{model.id}@{model.revision}")
 
 
 def alias(name: Alias = None, model: Named = None) -> None:

@@ -40,8 +40,8 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A directory, a .gguf file, a name as 'runner list' shows it, or a hub id: org/name or "
-        "org/name@revision. Default: what RUNNER_MODEL or the config file says.",
+        help="A directory, a .gguf file, a name as 'runner list' shows it, or a hub id: "
+        "org/name[@revision][:Q4_K_M]. Default: what RUNNER_MODEL or the config file says.",
         show_default=False,
         autocompletion=completion.models,
     ),

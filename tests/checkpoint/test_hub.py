@@ -23,6 +23,7 @@ from hub_cache import cached
 from places import ROOT
 
 from runner.checkpoint import hub
+from runner.checkpoint.gguf_choice import gguf_models
 from runner.errors import HubError, UsageError
 
 COMMIT = "a" * 40
@@ -159,6 +160,7 @@ def fake() -> Iterator[FakeHub]:
 CALL = """
 import json, sys
 from runner.checkpoint import hub
+from runner.checkpoint.gguf_choice import gguf_models
 from runner.errors import RunnerError
 results = []
 for name, args, kwargs in json.loads(sys.argv[1]):
@@ -168,7 +170,7 @@ for name, args, kwargs in json.loads(sys.argv[1]):
         results.append([type(error).__name__, str(error)])
     else:
         listed = name == "list_cached"
-        results.append([[m.id, m.revision, m.nbytes, str(m.path)] for m in value] if listed else str(value))
+        results.append([[str(m.hub_id), m.nbytes, str(m.path)] for m in value] if listed else str(value))
 print(json.dumps(results))
 """
 
@@ -226,7 +228,7 @@ def test_only_what_is_needed_and_then_no_request(fake: FakeHub, tmp_path: Path, 
     again = [resolve("org/name"), resolve("org/name@main"), resolve(f"org/name@{COMMIT}"), ("list_cached", [], {})]
     (*paths, listed), errors = call(tmp_path, fake.endpoint, *again)
     size = sum(len(data) for data in (SMALL | weights).values())
-    assert paths == [path] * 3 and listed == [["org/name", COMMIT, size, path]]
+    assert paths == [path] * 3 and listed == [[f"org/name@{COMMIT}", size, path]]
     assert fake.requests == [] and errors == ""
     (offline,), _ = call(tmp_path, fake.endpoint, ("pull", ["org/name"], {}), HF_HUB_OFFLINE="1")
     assert offline == path and fake.requests == []
@@ -301,16 +303,14 @@ def test_refusals_of_the_hub(fake: FakeHub, tmp_path: Path) -> None:
 
 def test_repositories_without_safetensors_are_refused_before_a_download(fake: FakeHub, tmp_path: Path) -> None:
     fake.add("org/bin", SMALL | {"pytorch_model.bin": b"x"})
-    fake.add("org/gguf", {"m.gguf": b"x"})
     fake.add("org/data", {"train.csv": b"x"})
     fake.add("org/none", SMALL)
     fake.add("org/lies", SMALL | {k: v for k, v in SHARDED.items() if "00002-of" not in k})
     evil = {"weight_map": {"a": "../../../../x.safetensors"}}
     fake.add("org/evil", SMALL | {"model.safetensors.index.json": json.dumps(evil).encode()})
-    repos = ["org/bin", "org/gguf", "org/data", "org/none", "org/lies", "org/evil"]
-    (pickle, gguf, data, none, lies, bad), _ = call(tmp_path, fake.endpoint, *map(resolve, repos))
+    repos = ["org/bin", "org/data", "org/none", "org/lies", "org/evil"]
+    (pickle, data, none, lies, bad), _ = call(tmp_path, fake.endpoint, *map(resolve, repos))
     error_of(pickle, "org/bin", "pickle")
-    error_of(gguf, "org/gguf", "name that file")
     error_of(data, "org/data", "no config.json")
     error_of(none, "org/none", "neither model.safetensors nor")
     error_of(lies, "org/lies@main", "'model-00002-of-00002.safetensors'")
@@ -333,6 +333,7 @@ FULL = """
 import errno, shutil, sys
 import huggingface_hub
 from runner.checkpoint import hub
+from runner.checkpoint.gguf_choice import gguf_models
 
 def full(*args, **kwargs):
     try:
@@ -377,7 +378,8 @@ def test_an_offline_cache(tmp_path: Path) -> None:
     error_of(results[1], "org/whole@odd is not in the cache")
     error_of(results[2], "org/partial@main is only in part in the cache")
     error_of(results[3], "org/broken@main is only in part")
-    assert [(row[0], row[3]) for row in results[5]] == [("org/bare", str(bare)), ("org/whole", str(whole))]
+    places = [(f"org/bare@{COMMIT}", str(bare)), (f"org/whole@{COMMIT}", str(whole))]
+    assert [(row[0], row[2]) for row in results[5]] == places
 
 
 def test_a_snapshot_without_tokenizer_is_completed(fake: FakeHub, tmp_path: Path) -> None:
@@ -404,7 +406,9 @@ def test_a_directory_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert hub.resolve("m.gguf") == Path("m.gguf")
     with pytest.raises(UsageError, match=r"'main' was given, but m\.gguf is a file"):
         hub.resolve("m.gguf", revision="main")
-    (tmp_path / "m.bin").write_bytes(b"GGUF")
+    (tmp_path / "blob").write_bytes(b"GGUF and so on")  # ollama's files have no suffix
+    assert hub.resolve("blob") == Path("blob")
+    (tmp_path / "m.bin").write_bytes(b"GGU")
     with pytest.raises(UsageError, match=r"m\.bin is a file, neither"):
         hub.resolve("m.bin")
 
@@ -431,7 +435,6 @@ BAD_IDS += [
     "é/b",
     "a/b.git",
     "a/" + "b" * 96,
-    "https://huggingface.co/a/b",
     "a\0/b",
 ]
 BAD_REVISIONS = [
@@ -477,6 +480,112 @@ def test_importing_does_not_load_the_hub_library() -> None:
     heavy = {"huggingface_hub", "mlx.core", "safetensors", "numpy"}
     code = f"import sys, runner.checkpoint.hub; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# --- GGUF files -------------------------------------------------------------------------------------------------------
+
+
+GGUF = {f"m-{label}.gguf": f"GGUF {label}".encode() * 9 for label in ("Q4_K_M", "Q8_0", "UD-Q4_K_XL", "F16")}
+SPLIT = {f"BF16/m-BF16-0000{n}-of-00002.gguf": f"GGUF {n}".encode() * 9 for n in (1, 2)}
+BESIDE = {"mmproj-F16.gguf": b"GGUF", "imatrix.gguf": b"GGUF", "README.md": b"", "config.json": b"{}"}
+
+
+def test_a_gguf_file_is_fetched_by_its_quantization_and_nothing_else(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/m-GGUF", GGUF | SPLIT | BESIDE)
+    wanted = ["org/m-GGUF:q8_0", "hf.co/org/m-GGUF:Q4_K_XL", "org/m-GGUF:BF16", "org/m-GGUF"]
+    found, errors = call(tmp_path, fake.endpoint, *map(resolve, wanted), ("list_cached", [], {}))
+    snapshot = tmp_path / f"hf/hub/models--org--m-GGUF/snapshots/{COMMIT}"
+    files = ["m-Q8_0.gguf", "m-UD-Q4_K_XL.gguf", "BF16/m-BF16-00001-of-00002.gguf", "m-Q4_K_M.gguf"]
+    assert found[:4] == [str(snapshot / file) for file in files] and "Traceback" not in errors
+    assert names(str(snapshot)) == {*files, "BF16/m-BF16-00002-of-00002.gguf"}
+    assert {row[0].partition("@")[2] for row in found[4]} == {
+        f"{COMMIT}:{label}" for label in ("Q8_0", "UD-Q4_K_XL", "BF16", "Q4_K_M")
+    }
+    sizes = {row[0].rpartition(":")[2]: row[1] for row in found[4]}
+    assert sizes["BF16"] == sum(map(len, SPLIT.values())) and sizes["Q8_0"] == len(GGUF["m-Q8_0.gguf"])
+    fake.requests.clear()
+    again, errors = call(tmp_path, fake.endpoint, *map(resolve, wanted))
+    assert again == found[:4] and fake.requests == [] and errors == ""
+    stored = json.loads((tmp_path / "data/runner/names.json").read_text())["stored"]
+    assert {path: kept["files"] for path, kept in stored.items()} == {
+        str(snapshot / files[0]): [files[0]],
+        str(snapshot / files[1]): [files[1]],
+        str(snapshot / files[2]): [f"m-BF16-0000{n}-of-00002.gguf" for n in (1, 2)],
+        str(snapshot / files[3]): [files[3]],
+    }
+
+
+def test_an_address_from_a_browser_is_a_file_or_a_repository(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/m-GGUF", GGUF | SPLIT)
+    fake.add("org/name", SMALL | SINGLE)
+    fake.add("org/name", SMALL | SINGLE, NEWER, "v1")
+    page = f"{fake.endpoint}/org"
+    for address, end in [
+        (f"{page}/m-GGUF/blob/main/m-F16.gguf", f"{COMMIT}/m-F16.gguf"),
+        (f"{page}/m-GGUF/resolve/main/m-F16.gguf?download=true", f"{COMMIT}/m-F16.gguf"),
+        (f"{page}/m-GGUF?show_file_info=m-F16.gguf", f"{COMMIT}/m-F16.gguf"),
+        (f"{page}/m-GGUF/resolve/main/BF16/m-BF16-00002-of-00002.gguf", f"{COMMIT}/BF16/m-BF16-00001-of-00002.gguf"),
+        ("org/m-GGUF:m-F16.gguf", f"{COMMIT}/m-F16.gguf"),
+        (f"{page}/name/", COMMIT),
+        (f"{page}/name/tree/v1", NEWER),
+        (f"{page}/name/blob/v1/config.json", NEWER),
+        ("https://huggingface.co/org/name/blob/main/model.safetensors", COMMIT),
+        ("hf.co/org/name", COMMIT),
+    ]:
+        (found,), _ = call(tmp_path, fake.endpoint, resolve(address))
+        assert found.endswith(end), (address, found)
+
+
+def test_what_no_gguf_file_is_meant_by_is_answered_with_those_there_are(fake: FakeHub, tmp_path: Path) -> None:
+    fake.add("org/m-GGUF", {**GGUF, "o-Q8_0.gguf": b"GGUF"})
+    fake.add("org/few", {"m-Q5_0.gguf": b"GGUF", "m-Q6_K.gguf": b"GGUF"})
+    fake.add("org/torn", {"m-Q5_0-00002-of-00003.gguf": b"GGUF"})
+    fake.add("org/only", {"m.gguf": b"GGUF"})
+    fake.add("org/plain", SMALL | SINGLE)
+    asked = ["org/m-GGUF:Q8_0", "org/m-GGUF:Q2_K", "org/few", "org/torn:Q5_0", "org/plain:Q4_0", "org/only"]
+    (twice, none, several, torn, plain, only), _ = call(tmp_path, fake.endpoint, *map(resolve, asked))
+    error_of(twice, "org/m-GGUF has more than one 'Q8_0': there are m-Q8_0.gguf, o-Q8_0.gguf")
+    error_of(none, "org/m-GGUF has no 'Q2_K': there are F16, Q4_K_M, m-Q8_0.gguf, UD-Q4_K_XL, o-Q8_0.gguf")
+    error_of(several, "org/few has several GGUF files: name one, as in org/few:Q5_0 (there are Q5_0, Q6_K)")
+    error_of(torn, "org/torn has only 1 of the shards")
+    error_of(plain, "org/plain has no GGUF files, and so no 'Q4_0'")
+    assert only.endswith("/m.gguf")
+    (offline,), _ = call(tmp_path, fake.endpoint, resolve("org/only:Q4_0"), HF_HUB_OFFLINE="1")
+    error_of(offline, "org/only@main:Q4_0 is only in part in the cache")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://example.org/org/name",
+        "https://huggingface.co.example.org/org/name",
+        "ftp://huggingface.co/org/name",
+        "https://huggingface.co/org",
+        "https://huggingface.co/datasets/org/name",
+        "https://huggingface.co/org/name/discussions/1",
+        "https://huggingface.co/org/name/tree/main/folder",
+        "https://huggingface.co/org/name/blob/main/folder/model.safetensors",
+        "https://huggingface.co/org/name/resolve/main/../../x.gguf",
+        "https://huggingface.co/org/name/resolve/main/%2e%2e/x.gguf",
+        "https://huggingface.co/org/name/resolve/%2e%2e/x.gguf",
+        "https://huggingface.co/../name",
+        "https://[huggingface.co/org/name",
+        "https://",
+        "hf.co/org/name:../x.gguf",
+        "org/name:",
+        "org/name:a b",
+        "org/name:Q4/K",
+        "org/name:/x.gguf",
+    ],
+)
+def test_addresses_that_are_no_models(address: str) -> None:
+    with pytest.raises(HubError) as caught:
+        hub.resolve(address)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_files_that_lead_elsewhere_are_no_models() -> None:
+    assert gguf_models(["../x-Q4_0.gguf", "a/../../x.gguf", "/x.gguf", "a\\b.gguf", "x.gguf\n", ".."]) == []
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from places import ROOT
 
 from runner.checkpoint import kept, names
 from runner.checkpoint.removing import remove
-from runner.errors import HubError, UsageError, UserFileError
+from runner.errors import CheckpointError, HubError, UsageError, UserFileError
+from runner.local_files import path_in
 
 WEIGHTS = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"w" * 1000}
 COMMIT, NEWER = "a" * 40, "b" * 40
@@ -287,3 +288,35 @@ def test_what_another_program_stored_is_left(home: Path) -> None:
             names.removable(typed)
     with pytest.raises(HubError, match="'org/other' is not on this machine"):
         names.removable("org/other")
+
+
+# --- GGUF files of the hub --------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_goes_by_its_repository_and_its_quantization(home: Path) -> None:
+    files = {"Smol-1B-Q4_K_M.gguf": b"GGUF", "Smol-1B-Q8_0.gguf": b"GGUF 8", "BF16/x-BF16.gguf": b"GGUF 16"}
+    snapshot = cached(home / "hub", "org/Smol-1B-GGUF", files)
+    short = {path.name: name for path, name in names.shortest(names.stored_models()).items()}
+    assert short == {"Smol-1B-Q4_K_M.gguf": "smol:q4_k_m", "Smol-1B-Q8_0.gguf": "smol:q8_0", "x-BF16.gguf": "smol:bf16"}
+    assert names.resolve("smol:Q8_0") == names.resolve("Smol-1B:q8_0") == snapshot / "Smol-1B-Q8_0.gguf"
+    assert names.resolve("smol-1b-gguf:bf16") == snapshot / "BF16/x-BF16.gguf"
+    with pytest.raises(UsageError, match=r"'smol' could be org/Smol-1B-GGUF:BF16, .*:Q4_K_M or .*:Q8_0"):
+        names.resolve("smol")
+    with pytest.raises(HubError, match="no model is called"):
+        names.resolve("smol:Q5_0")
+    for file, one in (("BF16/x-BF16.gguf", "smol:bf16"), ("Smol-1B-Q8_0.gguf", "org/Smol-1B-GGUF:smol-1b-q8_0.gguf")):
+        kept.keep(snapshot / file, "hub", [file.rpartition("/")[2]])
+        found = names.removable(one)
+        assert found.path == snapshot / file and found.kept is not None
+        assert remove(found.path, found.kept) == ["Smol-1B-Q4_K_M.gguf"] + ["Smol-1B-Q8_0.gguf"] * ("bf" in one)
+    assert names.resolve("smol") == snapshot / "Smol-1B-Q4_K_M.gguf" and not (snapshot / "BF16").exists()
+
+
+def test_a_model_of_shards_in_a_snapshots_folder_may_link_to_its_blobs(home: Path) -> None:
+    files = {"Q8/x-00001-of-00002.gguf": b"GGUF 1", "Q8/x-00002-of-00002.gguf": b"GGUF 2"}
+    snapshot = cached(home / "hub", "org/Smol", files)
+    assert path_in(snapshot / "Q8", "x-00002-of-00002.gguf").read_bytes() == b"GGUF 2"
+    (snapshot / "Q8/evil.gguf").symlink_to(home / "elsewhere")
+    (home / "elsewhere").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="outside the model's directory"):
+        path_in(snapshot / "Q8", "evil.gguf")

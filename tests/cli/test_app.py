@@ -155,7 +155,7 @@ def test_stop_ends_before_the_text() -> None:
         (["generate", MODEL, "x " * 400, "--raw"], 2, "128"),
         (["generate", str(FIXTURES / "llama-bare"), "x"], 1, "llama-bare"),
         (["inspect", str(FIXTURES.parent)], 1, "is this a model's directory"),
-        (["convert", __file__, "/tmp/never"], 2, ".gguf"),
+        (["convert", __file__, "/tmp/never"], 2, "GGUF"),
         (["convert", "/nowhere.gguf", "/tmp/never"], 1, "/nowhere.gguf"),
         (["perplexity", MODEL, "/nowhere.txt"], 2, "/nowhere.txt"),
         (["convert", __file__], 2, "OUT"),
@@ -204,7 +204,7 @@ def test_inspect_reads_headers_alone(tmp_path: Path) -> None:
 
 
 def test_list_and_pull_without_a_hub(tmp_path: Path) -> None:
-    done = run("list", "--json", HF_HUB_CACHE=str(tmp_path))
+    done = run("list", "--json", HF_HUB_CACHE=str(tmp_path), XDG_DATA_HOME=str(tmp_path))
     assert (done.returncode, json.loads(done.stdout)) == (0, [])
     done = run("pull", "org/name", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
     assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr
