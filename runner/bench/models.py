@@ -24,9 +24,9 @@ from runner.errors import UsageError
 from runner.families import find
 from runner.local_files import quoted
 from runner.nn.linear import Embedding, Linear, Quantization
+from runner.nn.moe import ExpertLinear
 from runner.weights import loading
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
-from runner.weights.tags import Chooses
 from runner.weights.tree import Leaf, leaf_shapes, leaves
 
 SHAPE = "shape:"
@@ -44,6 +44,9 @@ SCALES: Mapping[str, int] = {"mxfp4": 120, "mxfp8": 120, "nvfp4": 8}
 
 CODES: Mapping[str, int] = {"mxfp8": 0xBFBFBFBF}
 """Mask for random packed words: without the highest exponent bit of each 8-bit float, none of them is NaN."""
+
+QUANTIZED = (Linear, Embedding, ExpertLinear)
+"""The layers with a weight that MLX quantizes."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +214,9 @@ def random_weights(
 
 
 def _matrices(module: ModulePlan) -> Iterator[Leaf]:
-    """Yield the weights of the layers that MLX quantizes: the layers that choose their class by what is stored."""
+    """Yield the weights of the layers that MLX quantizes: products and tables, not convolutions."""
     for name, item in module.fields.items():
-        if isinstance(item, ArrayPlan) and name == "weight" and issubclass(module.cls, Chooses):
+        if isinstance(item, ArrayPlan) and name == "weight" and issubclass(module.cls, QUANTIZED):
             yield from leaves(item.tree)
         elif isinstance(item, ModulePlan):
             yield from _matrices(item)
