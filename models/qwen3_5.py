@@ -91,13 +91,7 @@ class Attention(qwen3.Attention):
         )
         q, gate = mx.split(split_heads(gated, 2 * size), 2, axis=-1)
         q, k, v = self.normed(q, split_heads(k, size), split_heads(v, size), batch)
-        attended = self.ops.fused(opened, self.attend(q, cache.append(k, v), batch), gate)
-        return self.o_proj(merge_heads(attended))
-
-
-def opened(x: mx.array, gate: mx.array) -> mx.array:
-    """`x` times the sigmoid of its gate."""
-    return x * mx.sigmoid(gate)
+        return self.o_proj(merge_heads(self.ops.gate(self.attend(q, cache.append(k, v), batch), gate)))
 
 
 @dataclass

@@ -65,6 +65,11 @@ class DeltaNetConfig(HybridConfig):
         return State({"conv": rows, "delta": delta}, {"delta": "float32"})
 
     @property
+    def gated_norm_groups(self) -> int:
+        """Parts of a layer's output that are normalized by themselves: the heads."""
+        return self.linear_num_value_heads
+
+    @property
     def linear_channels(self) -> int:
         """Numbers of a token that are convolved: queries and keys, then values."""
         keys = self.linear_num_key_heads * self.linear_key_head_dim
@@ -125,8 +130,8 @@ class GatedDeltaNet(Module):
             else self.ops.gated_delta(q, k, v, gates, states["delta"])
         )
         cache.write(length, conv=rows, delta=state)
-        z = projected.z.astype(mx.float32).reshape(outputs.shape)
-        return self.out_proj(self.norm(outputs, z, self.rms_norm_eps).flatten(2).astype(x.dtype))
+        normed = self.norm(outputs.flatten(2), projected.z, self.rms_norm_eps)
+        return self.out_proj(normed.astype(x.dtype))
 
 
 def each_token(ops: Ops, q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.array) -> Recurrence:

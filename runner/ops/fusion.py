@@ -60,6 +60,18 @@ class Fusion:
 
         return delta_rule.by_mlx(self, q, k, v, gates, state)
 
+    def gated_norm(self, *arguments: Any) -> mx.array:
+        """`Ops.gated_norm`: one kernel for the norm, and one for the gate."""
+        from runner.ops import gates  # for those who need it: most families don't
+
+        return gates.gated_norm(self, *arguments)
+
+    def gate(self, x: mx.array, gate: mx.array) -> mx.array:
+        """`Ops.gate` as one kernel."""
+        from runner.ops import gates  # for those who need it: most families don't
+
+        return self(gates.opened, x, gate)
+
 
 def fusing(ops: Ops) -> Ops:
     """The table `ops` for a GPU: activations, and what layers pass to `Ops.fused`, in one kernel each; rows of packed
@@ -73,5 +85,7 @@ def fusing(ops: Ops) -> Ops:
         short_conv=fusion.short_conv,
         state_space=fusion.state_space,
         gated_delta=fusion.gated_delta,
+        gated_norm=fusion.gated_norm,
+        gate=fusion.gate,
         quantized_embed=unpacked_rows,
     )

@@ -151,12 +151,12 @@ def _fused(function: Callable[..., mx.array], *arguments: Any) -> mx.array:
     return function(*arguments)
 
 
-def _gate(act: Callable[[mx.array], mx.array], gate: mx.array, up: mx.array) -> mx.array:
+def _glu_of(act: Callable[[mx.array], mx.array], gate: mx.array, up: mx.array) -> mx.array:
     return act(gate) * up
 
 
 GATES: Mapping[str, Callable[[mx.array, mx.array], mx.array]] = {
-    name: functools.partial(_gate, act) for name, act in ACTIVATIONS.items()
+    name: functools.partial(_glu_of, act) for name, act in ACTIVATIONS.items()
 }
 """`act(gate) * up` for each activation function, as functions that stay the same: `Ops.fused` knows them again."""
 
@@ -185,6 +185,18 @@ def _gated_delta(q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.
     from runner.ops import delta_rule  # for those who need it: most families don't
 
     return delta_rule.token_by_token(_fused, q, k, v, gates, state)
+
+
+def _gated_norm(x: mx.array, gate: mx.array, weight: mx.array, eps: float, groups: int, gate_first: bool) -> mx.array:
+    from runner.ops import gates  # for those who need it: most families don't
+
+    return gates.gated_norm(_fused, x, gate, weight, eps, groups, gate_first)
+
+
+def _gate(x: mx.array, gate: mx.array) -> mx.array:
+    from runner.ops import gates  # for those who need it: most families don't
+
+    return gates.opened(x, gate)
 
 
 def convolved(
@@ -282,7 +294,9 @@ class Ops:
     recurrence of Mamba 2 over x, B and C side by side, `mixed` `[B, L, H * P + 2 * groups * N]`, and steps `dt`
     `[B, L, H]`, from a state `[B, H, P, N]` in float32. `gated_delta(q, k, v, gates, state)` applies the
     gated delta rule to queries and keys `[B, L, key heads, dk]` of any length, values `[B, L, heads, dv]` and `gates`,
-    from a state `[B, heads, dv, dk]` in float32.
+    from a state `[B, heads, dv, dk]` in float32. `gated_norm(x, gate, weight, eps, groups, gate_first)` normalizes
+    `groups` parts of `x` `[B, L, C]`, each by itself, and multiplies by SiLU of the gate before or after that.
+    `gate(x, gate)` is `x` times the sigmoid of its gate, both `[B, H, L, D]`.
     """
 
     name: str
@@ -301,6 +315,8 @@ class Ops:
     short_conv: Callable[..., mx.array] = _short_conv
     state_space: Callable[[mx.array, mx.array, Dynamics, mx.array], Scanned] = _state_space
     gated_delta: Callable[[mx.array, mx.array, mx.array, Gates, mx.array], Recurrence] = _gated_delta
+    gated_norm: Callable[[mx.array, mx.array, mx.array, float, int, bool], mx.array] = _gated_norm
+    gate: Callable[[mx.array, mx.array], mx.array] = _gate
     window_mask: Callable[[int, int, int], mx.array] | None = window_mask
     argmax: Callable[[mx.array], mx.array] = _argmax
     greatest: Callable[[mx.array], tuple[mx.array, mx.array]] = picking.greatest

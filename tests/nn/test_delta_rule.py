@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import TESTS
-from twins import assert_close, numpy, rand
+from recurrent_twins import Inputs, delta, delta_inputs
+from twins import assert_close, numpy
 
 from runner.cache.recurrent import StateCache
 from runner.engine.engine import Engine, open_engine
 from runner.engine.generate import new_caches
 from runner.nn.batch import Batch
 from runner.nn.delta_rule import each_token
-from runner.ops.delta_rule import Gates
 from runner.ops.device import METAL, current
 from runner.ops.table import PORTABLE, Ops
 
@@ -26,48 +26,6 @@ EXACT = list({ops.name: ops for ops in (PORTABLE, current().ops)}.values())
 """The tables of CPUs, where not one bit may depend on where a prompt is cut."""
 by_exact = pytest.mark.parametrize("ops", EXACT, ids=lambda ops: ops.name)
 by_table = pytest.mark.parametrize("ops", [*EXACT, METAL], ids=lambda ops: ops.name)
-
-Inputs = tuple[mx.array, mx.array, mx.array, Gates, mx.array]
-
-
-def inputs(
-    seed: int,
-    *,
-    batch: int = 1,
-    length: int = 5,
-    heads: tuple[int, int] = (2, 4),
-    sizes: tuple[int, int] = (16, 24),
-    dtype: mx.Dtype = mx.float32,
-    channels: bool = False,
-) -> Inputs:
-    """Queries, keys, values, gates and a state; `heads` are those of keys and values, `sizes` dk and dv."""
-    (few, many), (dk, dv) = heads, sizes
-    q, k = (rand(batch, length, few, dk, seed=seed + i, dtype=dtype) for i in (0, 1))
-    v = rand(batch, length, many, dv, seed=seed + 2, dtype=dtype)
-    wide = (dk,) if channels else ()
-    gates = Gates(
-        rand(batch, length, many, *wide, seed=seed + 3, dtype=dtype),
-        rand(batch, length, many, seed=seed + 4, dtype=dtype),
-        rand(many, seed=seed + 5) - 1,
-        rand(many, *wide, seed=seed + 6),
-    )
-    return q, k, v, gates, rand(batch, many, dv, dk, seed=seed + 7)
-
-
-def looped(q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.array) -> Any:
-    """One token after the other, in float64."""
-    q, k, v, a, b, a_log, bias, s = (numpy(x).astype(np.float64) for x in (q, k, v, *gates, state))
-    a_log = a_log if a.ndim == 3 else a_log[:, None]
-    decay = np.exp(-np.exp(a_log) * np.log1p(np.exp(a + bias)))
-    decay = decay[..., None, None] if a.ndim == 3 else decay[..., None, :]
-    q, k = (np.repeat(x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6), v.shape[2] // x.shape[2], 2) for x in (q, k))
-    out = np.zeros(v.shape)
-    for t in range(v.shape[1]):
-        s = s * decay[:, t]
-        said = np.einsum("bhvk,bhk->bhv", s, k[:, t])
-        s = s + ((v[:, t] - said) / (1 + np.exp(-b[:, t]))[..., None])[..., None] * k[:, t][:, :, None]
-        out[:, t] = np.einsum("bhvk,bhk->bhv", s, q[:, t]) / q.shape[-1] ** 0.5
-    return out, s
 
 
 def cut(given: Inputs, state: mx.array, first: int, last: int) -> Inputs:
@@ -78,7 +36,7 @@ def cut(given: Inputs, state: mx.array, first: int, last: int) -> Inputs:
 
 def check(ops: Ops, given_: Inputs) -> None:
     output, state = ops.gated_delta(*given_)
-    wanted, wanted_state = looped(*given_)
+    wanted, wanted_state = delta(*given_)
     dtype = given_[2].dtype
     assert output.dtype == dtype and state.dtype == mx.float32  # the state, whatever the activations are
     assert_close(output, wanted, rounded_to=dtype, tolerance=2e-5)
@@ -97,7 +55,7 @@ def test_the_delta_rule(
     seed: int,
 ) -> None:  # fmt: skip
     heads, sizes = (key_heads, share * key_heads), (dk, dv)
-    check(ops, inputs(seed, batch=batch, length=length, heads=heads, sizes=sizes, dtype=dtype, channels=channels))
+    check(ops, delta_inputs(seed, batch=batch, length=length, heads=heads, sizes=sizes, dtype=dtype, channels=channels))
 
 
 @pytest.mark.parametrize(
@@ -105,17 +63,17 @@ def test_the_delta_rule(
 )
 def test_the_delta_rule_on_a_mac(length: int, dtype: mx.Dtype, channels: bool) -> None:
     """Each form is compiled on its own: a few of them."""
-    check(METAL, inputs(7, batch=2, length=length, dtype=dtype, channels=channels))
+    check(METAL, delta_inputs(7, batch=2, length=length, dtype=dtype, channels=channels))
 
 
 @by_table
 def test_a_long_prompt_with_little_decay_and_equal_keys(ops: Ops) -> None:
     """What makes the sums of a chunked form large: every key the same, everything learned, nothing forgotten."""
-    q, k, v, gates, state = inputs(3, length=200, sizes=(32, 32))
+    q, k, v, gates, state = delta_inputs(3, length=200, sizes=(32, 32))
     k = mx.broadcast_to(k[:, :1], k.shape)
     gates = gates._replace(b=gates.b + 6, a=gates.a - 12)
     output, after = ops.gated_delta(q, k, v, gates, state)
-    wanted, wanted_state = looped(q, k, v, gates, state)
+    wanted, wanted_state = delta(q, k, v, gates, state)
     assert_close(output, wanted, rounded_to=mx.float32, tolerance=1e-4)
     assert_close(after, wanted_state, rounded_to=mx.float32, tolerance=1e-4)
 
@@ -124,7 +82,7 @@ def test_a_long_prompt_with_little_decay_and_equal_keys(ops: Ops) -> None:
 @given(cuts=st.lists(st.sampled_from([1, 2, 7, 15, 16, 40]), min_size=1, max_size=5), channels=st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_the_delta_rule_is_the_same_wherever_it_is_cut(ops: Ops, cuts: list[int], channels: bool) -> None:
-    given_ = inputs(1, batch=2, length=sum(cuts), channels=channels)
+    given_ = delta_inputs(1, batch=2, length=sum(cuts), channels=channels)
     whole, last = ops.gated_delta(*given_)
     state, parts = given_[-1], []
     for end, length in zip(np.cumsum(cuts), cuts, strict=True):
@@ -136,7 +94,7 @@ def test_the_delta_rule_is_the_same_wherever_it_is_cut(ops: Ops, cuts: list[int]
 
 @by_table
 def test_the_states_behind_each_token(ops: Ops) -> None:
-    given_ = inputs(2, batch=2, length=6)
+    given_ = delta_inputs(2, batch=2, length=6)
     output, states = each_token(ops, *given_)
     for end in range(1, 7):
         wanted, state = ops.gated_delta(*cut(given_, given_[-1], 0, end))

@@ -59,6 +59,54 @@ def attention(
 def append(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) -> tuple[mx.array, mx.array]: ...
 def glu(gate_up: mx.array, activation: str) -> mx.array: ...
 def activate(x: mx.array, activation: str) -> mx.array: ...
+def short_conv(
+    x: mx.array, rows: mx.array, weight: mx.array, bias: mx.array | None, activation: str | None
+) -> mx.array: ...
+def gated_delta(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+) -> tuple[mx.array, mx.array]: ...
+def state_space(
+    mixed: mx.array,
+    dt: mx.array,
+    a_log: mx.array,
+    d: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    groups: int,
+    least: float,
+    most: float,
+) -> tuple[mx.array, mx.array]: ...
+def conv_step(
+    rows: mx.array, at: int, x: mx.array, weight: mx.array, bias: mx.array | None, activation: str | None
+) -> list[mx.array]: ...
+def recurrent_step(
+    rows: mx.array,
+    states: mx.array,
+    at: int,
+    mixed: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    activation: str | None,
+    a: mx.array,
+    b: mx.array | None,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    d: mx.array | None,
+    groups: int,
+    least: float,
+    most: float,
+) -> list[mx.array]: ...
+def gated_norm(
+    x: mx.array, gate: mx.array, weight: mx.array, eps: float, groups: int, gate_first: bool
+) -> mx.array: ...
+def gate(x: mx.array, gate: mx.array) -> mx.array: ...
 def argmax(x: mx.array) -> mx.array: ...
 def greatest(x: mx.array) -> tuple[mx.array, mx.array]: ...
 def draw(

@@ -29,6 +29,9 @@ __all__ = [
     "attention",
     "draw",
     "embed",
+    "gate",
+    "gated_delta",
+    "gated_norm",
     "glu",
     "greatest",
     "isa",
@@ -42,7 +45,9 @@ __all__ = [
     "rms_norm",
     "rope",
     "schedule",
+    "short_conv",
     "small_float_linear",
+    "state_space",
     "unavailable",
 ]
 
@@ -214,6 +219,70 @@ def append(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) 
     hold the buffers: rows before `at` stay as they are.
     """
     return _C.append(keys, values, k, v, at)
+
+
+def short_conv(
+    x: mx.array, rows: mx.array, weight: mx.array, bias: mx.array | None, activation: Literal["silu"] | None
+) -> mx.array:
+    """Convolve each channel with its last inputs: x float32 [B, L, C] behind rows float32 [B, taps - 1, C].
+
+    weight float [taps, C], the tap of the oldest input first; bias float [C]. Returns float32 [B, L, C]. As in the two
+    recurrences below, no number depends on how many tokens come at once.
+    """
+    return _C.short_conv(x, rows, weight, bias, activation)
+
+
+def gated_delta(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """The gated delta rule (`runner.ops.delta_rule`), token by token.
+
+    q and k float32 [B, L, groups, dk] of any length; v float32 [B, L, H, dv], H a multiple of the groups; b float32
+    [B, L, H]; a the same or [B, L, H, dk]; a_log float [H]; dt_bias float [H] or [H, dk]; state float32 [B, H, dv, dk].
+    Returns float32 [B, L, H, dv] and the new state.
+    """
+    return _C.gated_delta(q, k, v, a, b, a_log, dt_bias, state)
+
+
+def state_space(
+    mixed: mx.array,
+    dt: mx.array,
+    a_log: mx.array,
+    d: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    *,
+    groups: int,
+    limits: tuple[float, float],
+) -> tuple[mx.array, mx.array]:
+    """Mamba 2's recurrence (`runner.ops.state_space`), token by token.
+
+    mixed float32 [B, L, H P + 2 groups N]; dt float32 [B, L, H]; a_log, d and dt_bias float [H]; state float32
+    [B, H, P, N]. Returns float32 [B, L, H, P] and the new state.
+    """
+    return _C.state_space(mixed, dt, a_log, d, dt_bias, state, groups, *limits)
+
+
+def gated_norm(
+    x: mx.array, gate: mx.array, weight: mx.array, eps: float, *, groups: int = 1, gate_first: bool = False
+) -> mx.array:
+    """RMS norm of each of `groups` parts of x float32 [B, L, C], times SiLU of gate [B, L, C] before or after it.
+
+    weight float [C], or [C / groups] for all parts. Returns float32 [B, L, C].
+    """
+    return _C.gated_norm(x, gate, weight, eps, groups, gate_first)
+
+
+def gate(x: mx.array, gate: mx.array) -> mx.array:
+    """x times the sigmoid of gate, both float32 [B, H, L, D]."""
+    return _C.gate(x, gate)
 
 
 def glu(gate_up: mx.array, activation: Activation = "silu") -> mx.array:

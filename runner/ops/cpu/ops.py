@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 
 from runner.cache.storage import HEADER_ROWS, PLAIN, SCALE_COLUMNS, Storage, unpacked
@@ -11,6 +13,10 @@ from runner.ops import per_expert as per_expert
 from runner.ops.cpu import _C
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops, Recorder
+
+if TYPE_CHECKING:
+    from runner.ops.delta_rule import Gates, Recurrence
+    from runner.ops.state_space import Dynamics, Scanned
 
 _PACKED = (2, 3, 4, 5, 6, 8)
 _GROUPS = (32, 64, 128)
@@ -74,6 +80,47 @@ def _activate(x: mx.array, activation: str) -> mx.array:
     return PORTABLE.activate(x, activation)
 
 
+def _short_conv(
+    x: mx.array, rows: mx.array, weight: mx.array, bias: mx.array | None, activation: str | None
+) -> mx.array:
+    if _wide(x, rows) and activation in _CONV:
+        return _C.short_conv(x, rows, weight, bias, activation)
+    return PORTABLE.short_conv(x, rows, weight, bias, activation)
+
+
+def _gated_delta(q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.array) -> Recurrence:
+    if _wide(q, k, v, gates.a, gates.b):
+        return _C.gated_delta(q, k, v, gates.a, gates.b, gates.a_log, gates.dt_bias, state)
+    return PORTABLE.gated_delta(q, k, v, gates, state)
+
+
+def _state_space(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.array) -> Scanned:
+    if not _wide(mixed, dt):
+        return PORTABLE.state_space(mixed, dt, dynamics, state)
+    out, after = _C.state_space(
+        mixed, dt, dynamics.a_log, dynamics.d, dynamics.dt_bias, state, dynamics.groups, *dynamics.limits
+    )
+    return out.flatten(2), after
+
+
+def _gated_norm(x: mx.array, gate: mx.array, weight: mx.array, eps: float, groups: int, gate_first: bool) -> mx.array:
+    kernel = _C.gated_norm if _wide(x, gate) and x.ndim == 3 else PORTABLE.gated_norm
+    return kernel(x, gate, weight, eps, groups, gate_first)
+
+
+def _gate(x: mx.array, gate: mx.array) -> mx.array:
+    return (_C.gate if _wide(x, gate) else PORTABLE.gate)(x, gate)
+
+
+_CONV = (None, "silu")
+"""Activations that the kernel for short convolutions has."""
+
+
+def _wide(*arrays: mx.array) -> bool:
+    """Whether all are float32, the only numbers that the kernels of recurrent layers take."""
+    return all(array.dtype == mx.float32 for array in arrays)
+
+
 KERNELS = Ops(
     name="cpu kernels",
     linear=_C.linear,
@@ -87,6 +134,11 @@ KERNELS = Ops(
     attention=_C.attention,
     glu=_glu,
     activate=_activate,
+    short_conv=_short_conv,
+    gated_delta=_gated_delta,
+    state_space=_state_space,
+    gated_norm=_gated_norm,
+    gate=_gate,
     window_mask=None,  # the kernel skips the keys before a window
     argmax=_C.argmax,
     greatest=_C.greatest,

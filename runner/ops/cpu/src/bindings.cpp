@@ -73,6 +73,16 @@ NB_MODULE(_C, m) {
   m.def("append", &runner::append_op, "keys"_a, "values"_a, "k"_a, "v"_a, "at"_a);
   m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
   m.def("activate", &runner::activate_op, "x"_a, "activation"_a);
+  m.def("short_conv", &runner::short_conv_op, "x"_a, "rows"_a, "weight"_a, "bias"_a.none(), "activation"_a.none());
+  m.def("gated_delta", &runner::gated_delta_op, "q"_a, "k"_a, "v"_a, "a"_a, "b"_a, "a_log"_a, "dt_bias"_a, "state"_a);
+  m.def("state_space", &runner::state_space_op, "mixed"_a, "dt"_a, "a_log"_a, "d"_a, "dt_bias"_a, "state"_a, "groups"_a,
+        "least"_a, "most"_a);
+  m.def("conv_step", &runner::conv_step_op, "rows"_a, "at"_a, "x"_a, "weight"_a, "bias"_a.none(), "activation"_a.none());
+  m.def("recurrent_step", &runner::recurrent_step_op, "rows"_a, "states"_a, "at"_a, "mixed"_a, "weight"_a,
+        "bias"_a.none(), "activation"_a.none(), "a"_a, "b"_a.none(), "a_log"_a, "dt_bias"_a, "d"_a.none(), "groups"_a,
+        "least"_a, "most"_a);
+  m.def("gated_norm", &runner::gated_norm_op, "x"_a, "gate"_a, "weight"_a, "eps"_a, "groups"_a, "gate_first"_a);
+  m.def("gate", &runner::gate_op, "x"_a, "gate"_a);
   m.def("argmax", &runner::argmax_op, "x"_a);
   m.def("greatest", &runner::greatest_op, "x"_a);
   m.def("draw", &runner::draw_op, "logits"_a, "chance"_a, nb::kw_only(), "temperature"_a, "top_k"_a = 0, "top_p"_a = 1.0,

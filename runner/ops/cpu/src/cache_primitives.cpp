@@ -86,7 +86,7 @@ class Append : public CpuPrimitive {
  public:
   Append(mx::Stream stream, int64_t at) : CpuPrimitive(stream), at_(at) {}
   const char* name() const override { return "runner::Append"; }
-  bool in_place() const override { return true; }
+  size_t written() const override { return 2; }
   int64_t position() const override { return at_; }
   bool same_but_position(const mx::Primitive&) const override { return true; }
   bool is_equivalent(const mx::Primitive& other) const override {

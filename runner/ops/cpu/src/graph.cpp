@@ -44,7 +44,7 @@ class Met {
 bool is_reshape(std::string_view name) { return name == "Reshape" || name == "Flatten" || name == "Unflatten"; }
 
 bool shares_memory(const mx::Primitive& primitive) {
-  if (auto* ours = dynamic_cast<const CpuPrimitive*>(&primitive)) return ours->in_place();
+  if (auto* ours = dynamic_cast<const CpuPrimitive*>(&primitive)) return ours->written() > 0;
   std::string_view is = primitive.name();
   return is_reshape(is) || is == "Transpose" || is == "Split" || is == "Slice" || is == "Squeeze" ||
          is == "ExpandDims" || is == "Broadcast";

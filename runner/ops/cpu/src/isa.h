@@ -24,6 +24,7 @@ struct Int {
 #include "elementwise.h"
 #include "picking.h"
 #include "cache_rows.h"
+#include "recurrence.h"
 
 inline void linear(const LinearArgs& a) {
   if (a.m == 0 || a.n == 0) return;
@@ -39,7 +40,7 @@ inline void linear(const LinearArgs& a) {
 }
 
 const Kernels kTable = {RUNNER_ISA_NAME, linear, embed, norm, rope, attention, append,
-                         glu, argmax, simple, peak, weigh, keep, weights_from, between};
+                         glu, argmax, simple, conv, recurrence, gated_norm, gate, peak, weigh, keep, weights_from, between};
 
 }  // namespace RUNNER_NS
 }  // namespace runner

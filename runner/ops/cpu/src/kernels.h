@@ -126,6 +126,59 @@ struct ArgmaxArgs {
   int64_t rows, dim;
 };
 
+// A convolution of each of C channels with its last `taps` inputs, the oldest first: x[B, L, C] follows the inputs
+// before[B, taps - 1, C]. All float32; x's last dimension contiguous, its other strides free, the rest contiguous.
+struct ConvArgs {
+  const float *x, *before;
+  float* out;          // [B, L, C]
+  float* after;        // null, or [B, taps - 1, C]: the last inputs; apart from `before`
+  const void* weight;  // [taps, C]
+  const void* bias;    // null, or [C]
+  DType wt, bt;
+  int64_t b, l, c, taps;
+  int64_t xb, xl;
+  bool activated;
+  Activation act;
+};
+
+// A state S[dv, dk] for each of H heads that each of L tokens lets decay and adds to, S = S decay + d k^T, and reads,
+// out = S q (+ skip v); `groups` of heads share their q and k. Two forms of d and of the decay:
+// delta rule: d = sigmoid(b) (v - S decay k), q and k of length 1, q by 1 / sqrt(dk) after it,
+//   decay = exp(-exp(a_log) softplus(a + bias)); with `channels` a decay for each of dk;
+// state space: d = dt v, decay = exp(-exp(a_log) dt), with dt = softplus(a + bias) held to [least, most].
+// All float32; last dimensions contiguous, other strides free; a_log, bias, skip, states and out contiguous.
+struct RecurrenceArgs {
+  const float *q, *k, *v, *a, *b;
+  int64_t qb, ql, qg, kb, kl, kg, vb, vl, vh, ab, al, ah, bb, bl;
+  const void *a_log, *bias, *skip;  // [H], [H] or [H, dk], null or [H]
+  DType lt, bt, st;
+  const float* from;  // [B, H, dv, dk]
+  float* to;          // the same shape; it may be `from`
+  float* out;         // [B, L, H, dv]
+  int64_t batch, l, heads, groups, dk, dv;
+  bool delta, channels;
+  float least, most;
+};
+
+// out[r, :] = normalise(x[r, :] (* silu(gate))) * weight (* silu(gate)), the gate before or after; float32. Row r has
+// the gate's row r % per of the line r / per, whose lines lie `line` apart, and the weight's row r % per if it has them.
+struct GatedNormArgs {
+  const float *x, *gate;
+  float* out;
+  const void* weight;
+  DType wt;
+  int64_t rows, dim, per, line;
+  float eps;
+  bool gate_first, weight_by_row;
+};
+
+// out = x * sigmoid(gate), float32 [B, H, L, D]: x and out contiguous, the gate with any strides but the last
+struct GateArgs {
+  const float *x, *gate;
+  float* out;
+  int64_t b, h, l, d, gb, gh, gl;
+};
+
 // What picking.h makes of a row of n logits: the greatest of each group of so many, and the sums of so many weights.
 constexpr int64_t kLogitsPerPeak = 16, kWeightsPerSum = 64;
 constexpr int kBounds = 8;
@@ -143,6 +196,10 @@ struct Kernels {
   void (*glu)(const GluArgs&);
   void (*argmax)(const ArgmaxArgs&);
   void (*simple)(const SimpleArgs&);
+  void (*conv)(const ConvArgs&);
+  void (*recurrence)(const RecurrenceArgs&);
+  void (*gated_norm)(const GatedNormArgs&);
+  void (*gate)(const GateArgs&);
   // The greatest of x[0, n); NaN where x holds NaN. The greatest of each of *groups disjoint parts goes to `most`.
   float (*peak)(const float* x, int64_t n, float* most, int64_t* groups);
   // weights[i] = exp(y), y = (x[i] - peak) / temperature, or 0 where y < floor. Returns their sum; sums[j]: of piece j.

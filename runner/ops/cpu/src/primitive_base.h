@@ -127,8 +127,8 @@ class Dispatcher {
 class CpuPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
-  // Whether the outputs are the first inputs' memory.
-  virtual bool in_place() const { return false; }
+  // How many of the outputs are the memory of as many inputs, the first of each.
+  virtual size_t written() const { return 0; }
   // Where in a sequence it works, for those that depend on it: the task takes how far ahead of that it is.
   virtual int64_t position() const { return 0; }
   virtual bool same_but_position(const mx::Primitive& other) const { return is_equivalent(other); }
@@ -148,9 +148,9 @@ inline int64_t position_of(const mx::array& a) {
   return ours ? ours->position() : 0;
 }
 
-inline bool writes_in_place(const mx::array& a) {
+inline size_t written_by(const mx::array& a) {
   auto* ours = dynamic_cast<const CpuPrimitive*>(&a.primitive());
-  return ours && ours->in_place();
+  return ours ? ours->written() : 0;
 }
 
 }  // namespace runner

@@ -35,6 +35,24 @@ std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array
                                           const mx::array& v, int at);
 mx::array glu_op(const mx::array& gate_up, const std::string& activation);
 mx::array activate_op(const mx::array& x, const std::string& activation);
+mx::array short_conv_op(const mx::array& x, const mx::array& rows, const mx::array& weight, const MaybeArray& bias,
+                        const std::optional<std::string>& activation);
+std::pair<mx::array, mx::array> gated_delta_op(const mx::array& q, const mx::array& k, const mx::array& v,
+                                               const mx::array& a, const mx::array& b, const mx::array& a_log,
+                                               const mx::array& dt_bias, const mx::array& state);
+std::pair<mx::array, mx::array> state_space_op(const mx::array& mixed, const mx::array& dt, const mx::array& a_log,
+                                               const mx::array& skip, const mx::array& dt_bias,
+                                               const mx::array& state, int groups, float least, float most);
+std::vector<mx::array> conv_step_op(const mx::array& rows, int at, const mx::array& x, const mx::array& weight,
+                                    const MaybeArray& bias, const std::optional<std::string>& activation);
+std::vector<mx::array> recurrent_step_op(const mx::array& rows, const mx::array& states, int at, const mx::array& mixed,
+                                         const mx::array& weight, const MaybeArray& bias,
+                                         const std::optional<std::string>& activation, const mx::array& a,
+                                         const MaybeArray& b, const mx::array& a_log, const mx::array& dt_bias,
+                                         const MaybeArray& skip, int groups, float least, float most);
+mx::array gated_norm_op(const mx::array& x, const mx::array& gate, const mx::array& weight, float eps, int groups,
+                        bool gate_first);
+mx::array gate_op(const mx::array& x, const mx::array& gate);
 mx::array argmax_op(const mx::array& x);
 std::pair<mx::array, mx::array> greatest_op(const mx::array& x);
 std::pair<mx::array, mx::array> draw_op(const mx::array& logits, double chance, double temperature, int top_k,

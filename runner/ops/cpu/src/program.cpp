@@ -122,7 +122,7 @@ std::optional<Program> Program::record(const mx::array& slot, const std::vector<
       return std::nullopt;
     }
     recorded->pace.resize(listing.tasks.size(), pace[k]);
-    if (writes_in_place(a)) program.written_.insert(program.written_.end(), {a.inputs()[0], a.inputs()[1]});
+    program.written_.insert(program.written_.end(), a.inputs().begin(), a.inputs().begin() + written_by(a));
   }
   if (!outputs[0].flags().row_contiguous) return std::nullopt;
   for (auto& a : *graph.operations) a.detach();

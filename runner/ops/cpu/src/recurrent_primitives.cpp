@@ -1,0 +1,455 @@
+// Short convolutions, recurrences and their gates; and a token's step of both, in the memory where the states lie.
+#include <limits>
+
+#include "checks.h"
+#include "kernels.h"
+#include "primitive_base.h"
+#include "primitives.h"
+#include "scratch.h"
+
+namespace runner {
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+const float* floats(const void* p) { return static_cast<const float*>(p); }
+
+// What a convolution is, besides its arrays: inputs x, rows, weight, (bias).
+struct ConvForm {
+  bool biased, activated;
+  Activation act;
+  bool operator==(const ConvForm& o) const {
+    return biased == o.biased && activated == o.activated && (!activated || act == o.act);
+  }
+
+  // `next` is the weight's place among the inputs, and comes back behind the bias.
+  ConvArgs args(const mx::array& x, const Arrays& inputs, size_t& next, Dispatcher& d) const {
+    ConvArgs a{};
+    mx::Strides strides;
+    a.x = floats(d.last_contiguous(x, strides));
+    a.xb = strides[0], a.xl = strides[1];
+    a.b = x.shape(0), a.l = x.shape(1), a.c = x.shape(2);
+    a.taps = inputs[next].shape(0);
+    a.wt = type_of(inputs[next]);
+    a.weight = d.contiguous(inputs[next++]);
+    if (biased) {
+      a.bt = type_of(inputs[next]);
+      a.bias = d.contiguous(inputs[next++]);
+    }
+    a.activated = activated, a.act = act;
+    return a;
+  }
+};
+
+// What a recurrence is, besides its arrays: inputs a, (b), a_log, dt_bias, (skip).
+struct RecurrenceForm {
+  bool delta;
+  int groups;
+  float least, most;
+  bool operator==(const RecurrenceForm& o) const {
+    return delta == o.delta && groups == o.groups && least == o.least && most == o.most;
+  }
+
+  RecurrenceArgs args(const mx::array& state, const Arrays& inputs, size_t& next, Dispatcher& d) const {
+    RecurrenceArgs r{};
+    const size_t first = state.ndim() - 4;  // of slots, behind their number
+    r.delta = delta, r.groups = groups, r.least = least, r.most = most;
+    r.batch = state.shape(first), r.heads = state.shape(first + 1);
+    r.dv = state.shape(first + 2), r.dk = state.shape(first + 3);
+    const mx::array& a = inputs[next++];
+    mx::Strides strides;
+    r.l = a.shape(1);
+    r.channels = a.ndim() == 4;
+    r.a = floats(d.last_contiguous(a, strides));
+    r.ab = strides[0], r.al = strides[1], r.ah = r.channels ? strides[2] : 1;
+    if (delta) {
+      r.b = floats(d.last_contiguous(inputs[next++], strides));
+      r.bb = strides[0], r.bl = strides[1];
+    }
+    r.lt = type_of(inputs[next]);
+    r.a_log = d.contiguous(inputs[next++]);
+    r.bt = type_of(inputs[next]);
+    r.bias = d.contiguous(inputs[next++]);
+    if (!delta) {
+      r.st = type_of(inputs[next]);
+      r.skip = d.contiguous(inputs[next++]);
+    }
+    return r;
+  }
+
+  // Queries, keys and values that lie side by side, [B, L, ..] with these strides: q, k, v, or for a state space v, k, q.
+  void from_mixed(RecurrenceArgs& r, const float* mixed, int64_t sb, int64_t sl) const {
+    const int64_t keys = r.groups * r.dk, values = r.heads * r.dv;
+    r.q = mixed + (delta ? 0 : values + keys);
+    r.k = mixed + (delta ? keys : values);
+    r.v = mixed + (delta ? 2 * keys : 0);
+    r.qb = r.kb = r.vb = sb;
+    r.ql = r.kl = r.vl = sl;
+    r.qg = r.kg = r.dk;
+    r.vh = r.dv;
+  }
+};
+
+class Conv : public CpuPrimitive {
+ public:
+  Conv(mx::Stream stream, ConvForm form) : CpuPrimitive(stream), form_(form) {}
+  const char* name() const override { return "runner::Conv"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return form_ == static_cast<const Conv&>(other).form_;
+  }
+  // inputs: x, rows, weight, (bias)
+  void plan(const Arrays& inputs, Arrays& outputs, Dispatcher& d) override {
+    size_t next = 2;
+    ConvArgs a = form_.args(inputs[0], inputs, next, d);
+    a.before = floats(d.contiguous(inputs[1]));
+    a.out = d.allocate(outputs[0]).data<float>();
+    if (outputs[0].size()) d.run([a] { kernels().conv(a); });
+  }
+
+ private:
+  ConvForm form_;
+};
+
+class Recurrence : public CpuPrimitive {
+ public:
+  Recurrence(mx::Stream stream, RecurrenceForm form) : CpuPrimitive(stream), form_(form) {}
+  const char* name() const override { return "runner::Recurrence"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return form_ == static_cast<const Recurrence&>(other).form_;
+  }
+  // inputs: state, a, .., then q, k, v, or what has all three side by side; outputs: out, the new state
+  void plan(const Arrays& inputs, Arrays& outputs, Dispatcher& d) override {
+    size_t next = 1;
+    RecurrenceArgs r = form_.args(inputs[0], inputs, next, d);
+    r.from = floats(d.contiguous(inputs[0]));
+    mx::Strides s;
+    if (form_.delta) {
+      r.q = floats(d.last_contiguous(inputs[next], s));
+      r.qb = s[0], r.ql = s[1], r.qg = s[2];
+      r.k = floats(d.last_contiguous(inputs[next + 1], s));
+      r.kb = s[0], r.kl = s[1], r.kg = s[2];
+      r.v = floats(d.last_contiguous(inputs[next + 2], s));
+      r.vb = s[0], r.vl = s[1], r.vh = s[2];
+    } else {
+      auto mixed = floats(d.last_contiguous(inputs[next], s));
+      form_.from_mixed(r, mixed, s[0], s[1]);
+    }
+    r.out = d.allocate(outputs[0]).data<float>();
+    r.to = d.allocate(outputs[1]).data<float>();
+    if (outputs[0].size()) d.run([r] { kernels().recurrence(r); });
+  }
+
+ private:
+  RecurrenceForm form_;
+};
+
+// One token. Buffers [2, B, ..] hold the state behind a token in the slot of its parity, so that the state before the
+// last token stays until the next one. inputs: the buffers of the convolution and (with a recurrence) of the states,
+// mixed, weight, (bias), (a, ..); outputs: the buffers, in place, and the result.
+class Step : public CpuPrimitive {
+ public:
+  Step(mx::Stream stream, ConvForm conv, std::optional<RecurrenceForm> form, int64_t at)
+      : CpuPrimitive(stream), conv_(conv), form_(form), at_(at) {}
+  const char* name() const override { return "runner::Step"; }
+  size_t written() const override { return form_ ? 2 : 1; }
+  int64_t position() const override { return at_; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return same_but_position(other) && at_ == static_cast<const Step&>(other).at_;
+  }
+  bool same_but_position(const mx::Primitive& other) const override {
+    auto& o = static_cast<const Step&>(other);
+    return conv_ == o.conv_ && form_ == o.form_;
+  }
+
+  void plan(const Arrays& inputs, Arrays& outputs, Dispatcher& d) override {
+    for (size_t i = 0; i < written(); ++i) {
+      // As in Append: whoever reads the slot that is not written now is queued before whoever writes it.
+      if (inputs[i].flags().row_contiguous) {
+        outputs[i].copy_shared_buffer(inputs[i]);
+      } else {
+        d.copy(inputs[i], outputs[i]);
+      }
+    }
+    size_t next = written() + 1;
+    ConvArgs a = conv_.args(inputs[written()], inputs, next, d);
+    float* rows = outputs[0].data<float>();
+    const int64_t row_size = static_cast<int64_t>(outputs[0].size()) / 2;
+    float* out = d.allocate(outputs[written()]).data<float>();
+    if (!form_) {
+      a.out = out;
+      d.run([a, rows, row_size, at = at_](int64_t ahead) mutable {
+        const int64_t slot = (at + ahead) & 1;
+        a.before = rows + slot * row_size, a.after = rows + (1 - slot) * row_size;
+        kernels().conv(a);
+      });
+      return;
+    }
+    RecurrenceArgs r = form_->args(inputs[1], inputs, next, d);
+    float* states = outputs[1].data<float>();
+    const int64_t size = static_cast<int64_t>(outputs[1].size()) / 2;
+    r.out = out;
+    d.run([a, r, rows, row_size, states, size, form = *form_, at = at_](int64_t ahead) mutable {
+      const int64_t slot = (at + ahead) & 1;
+      a.before = rows + slot * row_size, a.after = rows + (1 - slot) * row_size;
+      a.out = static_cast<float*>(scratch(Slot::partial, a.b * a.c * 4));
+      kernels().conv(a);
+      form.from_mixed(r, a.out, a.c, a.c);
+      r.from = states + slot * size, r.to = states + (1 - slot) * size;
+      kernels().recurrence(r);
+    });
+  }
+
+ private:
+  ConvForm conv_;
+  std::optional<RecurrenceForm> form_;
+  int64_t at_;
+};
+
+class GatedNorm : public CpuPrimitive {
+ public:
+  GatedNorm(mx::Stream stream, float eps, int groups, bool gate_first)
+      : CpuPrimitive(stream), eps_(eps), groups_(groups), gate_first_(gate_first) {}
+  const char* name() const override { return "runner::GatedNorm"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& o = static_cast<const GatedNorm&>(other);
+    return eps_ == o.eps_ && groups_ == o.groups_ && gate_first_ == o.gate_first_;
+  }
+  // inputs: x, gate [B, L, C], weight
+  void plan(const Arrays& inputs, Arrays& outputs, Dispatcher& d) override {
+    GatedNormArgs a{};
+    const mx::array &gate = inputs[1], &weight = inputs[2];
+    mx::Strides strides;
+    a.x = floats(d.contiguous(inputs[0]));
+    // Lines of the gate must lie equally far apart: those of several sequences, cut from wider lines, do as well.
+    const bool even = gate.shape(0) == 1 || gate.strides(0) == gate.shape(1) * gate.strides(1);
+    if (even) {
+      a.gate = floats(d.last_contiguous(gate, strides));
+      a.line = gate.shape(1) == 1 ? strides[0] : strides[1];
+    } else {
+      a.gate = floats(d.contiguous(gate));
+      a.line = gate.shape(2);
+    }
+    a.wt = type_of(weight);
+    a.weight = d.contiguous(weight);
+    a.out = d.allocate(outputs[0]).data<float>();
+    a.dim = gate.shape(2) / groups_;
+    a.per = groups_;
+    a.rows = a.dim ? static_cast<int64_t>(gate.size()) / a.dim : 0;
+    a.eps = eps_;
+    a.gate_first = gate_first_;
+    a.weight_by_row = weight.shape(0) != a.dim;
+    if (a.rows) d.run([a] { kernels().gated_norm(a); });
+  }
+
+ private:
+  float eps_;
+  int groups_;
+  bool gate_first_;
+};
+
+class Gate : public CpuPrimitive {
+ public:
+  using CpuPrimitive::CpuPrimitive;
+  const char* name() const override { return "runner::Gate"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  // inputs: x, gate [B, H, L, D]
+  void plan(const Arrays& inputs, Arrays& outputs, Dispatcher& d) override {
+    GateArgs a{};
+    mx::Strides strides;
+    a.x = floats(d.contiguous(inputs[0]));
+    a.gate = floats(d.last_contiguous(inputs[1], strides));
+    a.gb = strides[0], a.gh = strides[1], a.gl = strides[2];
+    auto& shape = inputs[1].shape();
+    a.b = shape[0], a.h = shape[1], a.l = shape[2], a.d = shape[3];
+    a.out = d.allocate(outputs[0]).data<float>();
+    if (outputs[0].size()) d.run([a] { kernels().gate(a); });
+  }
+};
+
+void need_float32(const char* op, const char* what, const mx::array& a) {
+  if (a.dtype() != mx::float32) refuse(op, ": ", what, " is ", a.dtype(), "; expected float32");
+}
+
+void need_shape(const char* op, const char* what, const mx::array& a, const mx::Shape& shape) {
+  if (a.shape() != shape) refuse(op, ": ", what, " has shape ", a.shape(), "; expected ", shape);
+}
+
+ConvForm conv_form(const char* op, const mx::array& x, const mx::array& weight, const MaybeArray& bias,
+                   const std::optional<std::string>& activation) {
+  need_float32(op, "x", x);
+  need_dims(op, "x", x, 3);
+  need_float(op, "weight", weight);
+  need_dims(op, "weight", weight, 2);
+  if (weight.shape(0) < 1 || weight.shape(1) != x.shape(2)) {
+    refuse(op, ": weight has shape ", weight.shape(), "; expected [taps, ", x.shape(2), "]");
+  }
+  if (bias) need_vector(op, "bias", *bias, x.shape(2));
+  if (activation && *activation != "silu") refuse(op, ": no activation '", *activation, "'; expected silu or none");
+  return {bias.has_value(), activation.has_value(), Activation::silu};
+}
+
+// Adds the weight, and the bias if there is one.
+void add_conv(Arrays& inputs, const mx::array& weight, const MaybeArray& bias) {
+  inputs.push_back(weight);
+  if (bias) inputs.push_back(*bias);
+}
+
+// Adds a, (b), a_log, dt_bias, (skip), checked for a state [B, H, dv, dk].
+void add_gates(const char* op, Arrays& inputs, const mx::Shape& state, const mx::array& a, const MaybeArray& b,
+               const mx::array& a_log, const mx::array& dt_bias, const MaybeArray& skip) {
+  const int heads = state[1], dk = state[3];
+  need_float32(op, "a", a);
+  const bool channels = a.ndim() == 4 && b;
+  if (!channels) need_dims(op, "a", a, 3);
+  const int length = a.shape(1);
+  need_shape(op, "a", a, channels ? mx::Shape{state[0], length, heads, dk} : mx::Shape{state[0], length, heads});
+  inputs.push_back(a);
+  if (b) {
+    need_float32(op, "b", *b);
+    need_shape(op, "b", *b, {state[0], length, heads});
+    inputs.push_back(*b);
+  }
+  need_vector(op, "a_log", a_log, heads);
+  need_float(op, "dt_bias", dt_bias);
+  need_shape(op, "dt_bias", dt_bias, channels ? mx::Shape{heads, dk} : mx::Shape{heads});
+  inputs.insert(inputs.end(), {a_log, dt_bias});
+  if (skip) {
+    need_vector(op, "d", *skip, heads);
+    inputs.push_back(*skip);
+  }
+}
+
+void need_state(const char* op, const mx::array& state, int groups) {
+  need_float32(op, "state", state);
+  need_dims(op, "state", state, 4);
+  if (groups < 1 || state.shape(1) % groups) {
+    refuse(op, ": state has ", state.shape(1), " heads; expected a multiple of ", groups);
+  }
+}
+
+std::pair<mx::array, mx::array> recurrence(const char* op, RecurrenceForm form, Arrays inputs, int length) {
+  const mx::Shape& state = inputs[0].shape();
+  if (length < 1) refuse(op, ": no tokens");
+  auto primitive = std::make_shared<Recurrence>(cpu_stream(), form);
+  auto out = mx::array::make_arrays({{state[0], length, state[1], state[2]}, state}, {mx::float32, mx::float32},
+                                    primitive, inputs);
+  return {out[0], out[1]};
+}
+
+}  // namespace
+
+mx::array short_conv_op(const mx::array& x, const mx::array& rows, const mx::array& weight, const MaybeArray& bias,
+                        const std::optional<std::string>& activation) {
+  const char* op = "short_conv";
+  auto form = conv_form(op, x, weight, bias, activation);
+  need_float32(op, "rows", rows);
+  need_shape(op, "rows", rows, {x.shape(0), weight.shape(0) - 1, x.shape(2)});
+  Arrays inputs{x, rows};
+  add_conv(inputs, weight, bias);
+  return mx::array(x.shape(), mx::float32, std::make_shared<Conv>(cpu_stream(), form), std::move(inputs));
+}
+
+std::pair<mx::array, mx::array> gated_delta_op(const mx::array& q, const mx::array& k, const mx::array& v,
+                                               const mx::array& a, const mx::array& b, const mx::array& a_log,
+                                               const mx::array& dt_bias, const mx::array& state) {
+  const char* op = "gated_delta";
+  need_dims(op, "q", q, 4);
+  const int groups = q.shape(2), length = q.shape(1);
+  need_state(op, state, groups);
+  const mx::Shape keys{state.shape(0), length, groups, state.shape(3)};
+  for (auto& [what, x] : {std::pair{"q", q}, std::pair{"k", k}}) {
+    need_float32(op, what, x);
+    need_shape(op, what, x, keys);
+  }
+  need_float32(op, "v", v);
+  need_shape(op, "v", v, {state.shape(0), length, state.shape(1), state.shape(2)});
+  Arrays inputs{state};
+  add_gates(op, inputs, state.shape(), a, b, a_log, dt_bias, std::nullopt);
+  if (a.shape(1) != length) refuse(op, ": a has ", a.shape(1), " tokens, q has ", length);
+  inputs.insert(inputs.end(), {q, k, v});
+  return recurrence(op, {true, groups, 0.0f, 0.0f}, std::move(inputs), length);
+}
+
+std::pair<mx::array, mx::array> state_space_op(const mx::array& mixed, const mx::array& dt, const mx::array& a_log,
+                                               const mx::array& skip, const mx::array& dt_bias,
+                                               const mx::array& state, int groups, float least, float most) {
+  const char* op = "state_space";
+  need_state(op, state, groups);
+  need_float32(op, "mixed", mixed);
+  need_dims(op, "mixed", mixed, 3);
+  const int length = mixed.shape(1), width = state.shape(1) * state.shape(2) + 2 * groups * state.shape(3);
+  need_shape(op, "mixed", mixed, {state.shape(0), length, width});
+  Arrays inputs{state};
+  add_gates(op, inputs, state.shape(), dt, std::nullopt, a_log, dt_bias, skip);
+  if (dt.shape(1) != length) refuse(op, ": dt has ", dt.shape(1), " tokens, mixed has ", length);
+  inputs.push_back(mixed);
+  return recurrence(op, {false, groups, least, most}, std::move(inputs), length);
+}
+
+std::vector<mx::array> conv_step_op(const mx::array& rows, int at, const mx::array& x, const mx::array& weight,
+                                    const MaybeArray& bias, const std::optional<std::string>& activation) {
+  const char* op = "conv_step";
+  auto form = conv_form(op, x, weight, bias, activation);
+  need_shape(op, "x", x, {x.shape(0), 1, x.shape(2)});
+  need_float32(op, "rows", rows);
+  need_shape(op, "rows", rows, {2, x.shape(0), weight.shape(0) - 1, x.shape(2)});
+  Arrays inputs{rows, x};
+  add_conv(inputs, weight, bias);
+  auto primitive = std::make_shared<Step>(cpu_stream(), form, std::nullopt, at);
+  return mx::array::make_arrays({rows.shape(), x.shape()}, {mx::float32, mx::float32}, primitive, inputs);
+}
+
+std::vector<mx::array> recurrent_step_op(const mx::array& rows, const mx::array& states, int at, const mx::array& mixed,
+                                         const mx::array& weight, const MaybeArray& bias,
+                                         const std::optional<std::string>& activation, const mx::array& a,
+                                         const MaybeArray& b, const mx::array& a_log, const mx::array& dt_bias,
+                                         const MaybeArray& skip, int groups, float least, float most) {
+  const char* op = "recurrent_step";
+  auto form = conv_form(op, mixed, weight, bias, activation);
+  const int batch = mixed.shape(0);
+  need_float32(op, "rows", rows);
+  need_shape(op, "rows", rows, {2, batch, weight.shape(0) - 1, mixed.shape(2)});
+  need_float32(op, "states", states);
+  need_dims(op, "states", states, 5);
+  if (b.has_value() == skip.has_value()) refuse(op, ": expected either b or d");
+  if (states.shape(0) != 2 || states.shape(1) != batch || groups < 1 || states.shape(2) % groups) {
+    refuse(op, ": states have shape ", states.shape(), "; expected [2, ", batch, ", a multiple of ", groups, ", ..]");
+  }
+  const mx::Shape state(states.shape().begin() + 1, states.shape().end());
+  need_shape(op, "mixed", mixed, {batch, 1, state[1] * state[2] + 2 * groups * state[3]});
+  Arrays inputs{rows, states, mixed};
+  add_conv(inputs, weight, bias);
+  add_gates(op, inputs, state, a, b, a_log, dt_bias, skip);
+  if (a.shape(1) != 1) refuse(op, ": a has ", a.shape(1), " tokens; expected one");
+  RecurrenceForm recurrence{b.has_value(), groups, least, most};
+  auto primitive = std::make_shared<Step>(cpu_stream(), form, recurrence, at);
+  return mx::array::make_arrays({rows.shape(), states.shape(), {batch, 1, state[1], state[2]}},
+                                {mx::float32, mx::float32, mx::float32}, primitive, inputs);
+}
+
+mx::array gated_norm_op(const mx::array& x, const mx::array& gate, const mx::array& weight, float eps, int groups,
+                        bool gate_first) {
+  const char* op = "gated_norm";
+  need_float32(op, "x", x);
+  need_float32(op, "gate", gate);
+  need_dims(op, "gate", gate, 3);
+  need_shape(op, "x", x, gate.shape());
+  if (groups < 1 || gate.shape(2) % groups) {
+    refuse(op, ": x has shape ", x.shape(), "; its last dimension is no multiple of ", groups);
+  }
+  const int dim = gate.shape(2) / groups;
+  need_vector(op, "weight", weight, weight.ndim() == 1 && weight.shape(0) == dim ? dim : gate.shape(2));
+  auto primitive = std::make_shared<GatedNorm>(cpu_stream(), eps, groups, gate_first);
+  return mx::array(x.shape(), mx::float32, std::move(primitive), {x, gate, weight});
+}
+
+mx::array gate_op(const mx::array& x, const mx::array& gate) {
+  const char* op = "gate";
+  need_float32(op, "x", x);
+  need_float32(op, "gate", gate);
+  need_dims(op, "gate", gate, 4);
+  need_shape(op, "x", x, gate.shape());
+  return mx::array(x.shape(), mx::float32, std::make_shared<Gate>(cpu_stream()), {x, gate});
+}
+
+}  // namespace runner
