@@ -14,7 +14,7 @@ from runner.cli.variables import blamed
 from runner.errors import UsageError
 
 OPTIONS = "Options"
-ALIASES = {"run": "chat"}
+ALIASES = {"run": "chat", "ls": "list", "show": "inspect"}
 """Commands by the names that they have in other programs."""
 
 

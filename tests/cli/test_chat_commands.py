@@ -14,9 +14,13 @@ from command_line import own, run
 from places import TESTS
 from pseudo_terminal import Terminal
 
+import runner
 from runner.cli import history
 from runner.cli.chat_commands import ALIASES, Commands
+from runner.cli.chat_settings import ChatSettings
+from runner.cli.conversation import Conversation
 from runner.cli.terminal import visible
+from runner.errors import UsageError
 
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
 GREEDY = ("--temp", "0", "-n", "6")
@@ -40,30 +44,41 @@ def terminal(*arguments: str, **environment: str) -> Iterator[Terminal]:
         os.close(program.master)
 
 
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [
-        ("/set temperature 0.7", "(temperature 0.7)"),
-        ("/set temp 0.7", "(temperature 0.7)"),
-        ("/set parameter num_predict 3", "(max_tokens 3)"),
-        ("/set repeat_penalty 1.1", "(repetition_penalty 1.1)"),
-        ("/set top-k 5", "(top_k 5)"),
-        ("/set max_tokens default", "(max_tokens what is left of the context)"),
-        ("/set temperature default", "(temperature 0.7)"),  # the preset for models that say nothing of sampling
-        ("/set preset creative", "(preset creative)"),
-        ("/set preset", "(preset greedy)"),
-        ("/set stop \\n", '(stop "\\\\n")'),
-        ('/set stop "\\n"', '(stop "\\n")'),
-        ("/set seed 7", "(seed 7)"),
-        ("/set verbose", "(verbose on)"),
-        ("/set nowordwrap", "(wrap off)"),
-        ("/set nohistory", "(history off)"),
-        ("/set thinking hide", "(thinking hide)"),
-        ("/set system be brief", "(system message: be brief)"),
-    ],
-)
-def test_set_says_what_now_holds(typed: str, said: str) -> None:
-    assert said in chat(typed)[1].splitlines()
+SAID = [
+    ("/set temperature 0.5", "(temperature 0.5)"),
+    ("/set temp 0.7", "(temperature 0.7)"),
+    ("/set parameter num_predict 3", "(max_tokens 3)"),
+    ("/set repeat_penalty 1.1", "(repetition_penalty 1.1)"),
+    ("/set top-k 5", "(top_k 5)"),
+    ("/set max_tokens default", "(max_tokens what is left of the context)"),
+    ("/set preset creative", "(preset creative)"),
+    ("/set preset", "(preset creative)"),
+    ("/set top_p 0.5", "(top_p 0.5)"),
+    ("/set preset", "(preset none)"),
+    ("/set preset default", "(preset balanced)"),  # for models that say nothing of sampling
+    ("/set stop \\n", '(stop "\\\\n")'),
+    ('/set stop "\\n"', '(stop "\\n")'),
+    ("/set seed 7", "(seed 7)"),
+    ("/set seed default", "(seed random)"),
+    ("/set verbose", "(verbose on)"),
+    ("/set verbose off", "(verbose off)"),
+    ("/set nowordwrap", "(wrap off)"),
+    ("/set nohistory", "(history off)"),
+    ("/set thinking hide", "(thinking hide)"),
+    ("/set system be brief", "(system message: be brief)"),
+]
+
+
+def test_set_says_what_now_holds() -> None:
+    said = chat(*(typed for typed, _ in SAID))[1].splitlines()
+    assert [line for line in said if line] == [line for _, line in SAID]
+
+
+@pytest.fixture(scope="module")
+def commands() -> Commands:
+    lm = runner.load(MODEL)
+    settings = ChatSettings(lm, {}, variables={}, thinking=None, verbose=False, wrap=True, history=False)
+    return Commands(Conversation(), settings, lambda text: True, interactive=False)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +104,16 @@ def test_set_says_what_now_holds(typed: str, said: str) -> None:
         ("/frob", "unknown command /frob"),
     ],
 )
-def test_what_a_command_cannot_do_is_refused(typed: str, named: str) -> None:
-    out, said = chat(typed, code=2)
-    assert out == "" and said.startswith("error: ") and named in said
+def test_what_a_command_cannot_do_is_refused_and_changes_nothing(commands: Commands, typed: str, named: str) -> None:
+    before = commands.settings.shown()
+    with pytest.raises(UsageError) as caught:
+        commands.take(typed)
+    assert named in str(caught.value)
+    assert commands.settings.shown() == before and not commands.read and not commands.conversation.all()
+
+
+def test_a_path_is_a_message_and_no_command(commands: Commands) -> None:
+    assert not commands.take("/etc/hosts has what?") and not commands.take(" /quit") and not commands.take("quit it")
 
 
 def test_settings_hold_for_the_next_answer() -> None:

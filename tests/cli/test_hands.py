@@ -11,6 +11,7 @@ from places import ROOT, TESTS
 from typer.core import TyperOption
 from typer.main import get_command
 
+from runner.cli import helptext
 from runner.cli.app import build
 from runner.cli.chat_commands import ALIASES, LEAVING
 from runner.cli.chat_settings import SPELLINGS, WORDS
@@ -126,6 +127,14 @@ def test_what_says_nothing_or_too_much_is_refused(arguments: list[str], named: s
     done = run(*arguments)
     said = own(done.stderr)
     assert (done.returncode, done.stdout) == (2, "") and said.startswith("error: ") and named in said, said
+
+
+def test_other_names_of_commands_are_on_the_page_and_mean_the_same() -> None:
+    for other, name in helptext.ALIASES.items():
+        assert f"`runner {other}` is `runner {name}`" in " ".join(PAGE.split())
+        assert f"{name}, {other}" in run("--help").stdout
+    assert run("show", MODEL).stdout == run("inspect", MODEL).stdout != ""
+    assert run("ls", "--json").stdout == run("list", "--json").stdout != ""
 
 
 def test_run_is_chat_and_help_is_help() -> None:
