@@ -94,7 +94,7 @@ def cases(
 
 
 def run(subject: Subject, wanted: Sequence[Case], *, repetitions: int = 5, seed: int = 0) -> Iterator[Result]:
-    """Measure each case `repetitions` times, after a warm-up that does not count.
+    """Measure each case `repetitions` times, after a warm-up that does not count; one case for each result asked for.
 
     Raises:
         UsageError: `repetitions` is below 1, or a case does not fit the model's context.
@@ -108,8 +108,7 @@ def run(subject: Subject, wanted: Sequence[Case], *, repetitions: int = 5, seed:
             raise UsageError(
                 f"{case.name} needs {case.depth + case.tokens} positions, but {subject.name} has a context of {limit}"
             )
-    for case in wanted:
-        yield wired(subject.engine, case, repetitions, seed)
+    return (wired(subject.engine, case, repetitions, seed) for case in wanted)
 
 
 def wired(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:

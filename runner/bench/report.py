@@ -1,4 +1,4 @@
-"""Output of benchmark results: a Markdown table, JSON, CSV, and a plot."""
+"""Output of benchmark results, row by row: aligned columns, Markdown, JSON or CSV; and a plot."""
 
 from __future__ import annotations
 
@@ -8,53 +8,107 @@ import importlib
 import importlib.util
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runner.bench.measure import Case, Result
 from runner.bench.models import Subject
 from runner.errors import UsageError
 
-COLUMNS = (
+MARKDOWN = (
     "model", "size", "params", "quantisation", "backend", "threads", "dtype", "test", "t/s", "peak memory", "GB/s",
     "of read bandwidth",
 )  # fmt: skip
+FIELDS = (
+    "model", "size", "parameters", "quantization", "backend", "threads", "dtype", "test", "kind", "tokens", "depth",
+    "batch", "seconds", "tps", "tps_sd", "peak_memory", "peak_rss", "bandwidth", "read_bandwidth",
+)  # fmt: skip
+"""Names of the values of a row, in order."""
 PLOTS = (".png", ".svg")
 
 
-def rows(subject: Subject, results: Sequence[Result], bandwidth: float) -> list[dict[str, Any]]:
-    """One flat dictionary per result; sizes in bytes, rates per second. `threads` is None where MLX decides."""
+def row_of(subject: Subject, result: Result, read_bandwidth: float) -> dict[str, Any]:
+    """A result as one flat dictionary of `FIELDS`; sizes in bytes, rates per second.
+
+    `threads` is None where MLX decides.
+    """
     device = subject.engine.device
-    return [
-        {
-            "model": subject.name,
-            "size": subject.size,
-            "parameters": subject.parameters,
-            "quantization": subject.quantization,
-            "backend": device.name,
-            "threads": device.threads,
-            "dtype": subject.dtype,
-            "test": result.case.name,
-            **dataclasses.asdict(result.case),
-            "seconds": result.seconds,
-            "tps": result.tps,
-            "tps_sd": result.tps_sd,
-            "peak_memory": result.peak_memory,
-            "peak_rss": result.peak_rss,
-            "bandwidth": result.bandwidth,
-            "read_bandwidth": bandwidth,
-        }
-        for result in results
-    ]
+    return {
+        "model": subject.name,
+        "size": subject.size,
+        "parameters": subject.parameters,
+        "quantization": subject.quantization,
+        "backend": device.name,
+        "threads": device.threads,
+        "dtype": subject.dtype,
+        "test": result.case.name,
+        **dataclasses.asdict(result.case),
+        "seconds": result.seconds,
+        "tps": result.tps,
+        "tps_sd": result.tps_sd,
+        "peak_memory": result.peak_memory,
+        "peak_rss": result.peak_rss,
+        "bandwidth": result.bandwidth,
+        "read_bandwidth": read_bandwidth,
+    }
 
 
-def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows as a Markdown table; sizes count in powers of ten."""
-    lines = [list(COLUMNS), ["---"] * 5 + ["---:"] + ["---"] * 2 + ["---:"] * 4]
-    for row in table:
-        share = None if row["bandwidth"] is None else row["bandwidth"] / row["read_bandwidth"]
-        lines.append(
+class Format(Protocol):
+    """A way to write results as they come: the start, each row, the end, which also comes where a run is cut short."""
+
+    def start(self) -> str: ...
+    def row(self, row: Mapping[str, Any]) -> str: ...
+    def end(self) -> str: ...
+
+
+class Columns:
+    """What does not change above, and aligned columns of what does."""
+
+    def __init__(self, subject: Subject, cases: Sequence[Case]) -> None:
+        self.subject = subject
+        self.width = max(len(case.name) for case in cases)
+        self.read_bandwidth: float | None = None
+
+    def start(self) -> str:
+        """Model and machine, and the header of the columns."""
+        subject = self.subject
+        size, parameters = f"{_short(subject.size)}B", _short(subject.parameters).replace("G", "B").rstrip()
+        return (
+            f"{subject.name}: {size}, {parameters} parameters, {subject.quantization}\n"
+            f"{subject.engine.device.name}, {subject.dtype}\n\n"
+            + self.line("test", "t/s", "peak memory", "GB/s", "of read bandwidth")
+        )
+
+    def line(self, test: str, *values: str) -> str:
+        """One line; numbers stand on the right of their columns."""
+        widths = (19, 11, 6, 17)
+        return "   ".join([f"{test:<{self.width}}", *map(str.rjust, values, widths)]).rstrip() + "\n"
+
+    def row(self, row: Mapping[str, Any]) -> str:
+        """The line of a result."""
+        self.read_bandwidth = row["read_bandwidth"]
+        return self.line(row["test"], *_figures(row))
+
+    def end(self) -> str:
+        """What the last column is a share of."""
+        return "" if self.read_bandwidth is None else _footer(self.read_bandwidth)
+
+
+class Markdown:
+    """A table in Markdown, as llama-bench writes it; each row has all there is to say."""
+
+    def __init__(self) -> None:
+        self.read_bandwidth: float | None = None
+
+    def start(self) -> str:
+        """The table's two first lines."""
+        return _pipes(list(MARKDOWN)) + _pipes(["---"] * 5 + ["---:"] + ["---"] * 2 + ["---:"] * 4)
+
+    def row(self, row: Mapping[str, Any]) -> str:
+        """The line of a result."""
+        self.read_bandwidth = row["read_bandwidth"]
+        return _pipes(
             [
                 row["model"],
                 f"{_short(row['size'])}B",
@@ -64,13 +118,84 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
                 "" if row["threads"] is None else str(row["threads"]),
                 row["dtype"],
                 row["test"],
-                f"{row['tps']:.2f} ± {row['tps_sd']:.2f}",
-                f"{_short(row['peak_memory'])}B",
-                "" if row["bandwidth"] is None else f"{row['bandwidth'] / 1e9:.1f}",
-                "" if share is None else f"{share:.0%}",
+                *_figures(row),
             ]
         )
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def end(self) -> str:
+        """What the last column is a share of."""
+        return "" if self.read_bandwidth is None else _footer(self.read_bandwidth)
+
+
+class Json:
+    """A list in JSON, an object a result."""
+
+    def __init__(self) -> None:
+        self.before = "["
+
+    def start(self) -> str:
+        """Nothing: an empty list is written as a whole."""
+        return ""
+
+    def row(self, row: Mapping[str, Any]) -> str:
+        """The object of a result, and what stands between it and the one before."""
+        text = json.dumps(row, indent=2).replace("\n", "\n  ")
+        before, self.before = self.before, ","
+        return f"{before}\n  {text}"
+
+    def end(self) -> str:
+        """The list's end."""
+        return "[]\n" if self.before == "[" else "\n]\n"
+
+
+class Csv:
+    """CSV with a header; the values of `seconds` are separated by spaces."""
+
+    def start(self) -> str:
+        """The names of the fields."""
+        return _csv(FIELDS)
+
+    def row(self, row: Mapping[str, Any]) -> str:
+        """The line of a result."""
+        seconds = " ".join(f"{each:.6f}" for each in row["seconds"])
+        return _csv([seconds if name == "seconds" else row[name] for name in FIELDS])
+
+    def end(self) -> str:
+        """Nothing."""
+        return ""
+
+
+def format_of(name: str, subject: Subject, cases: Sequence[Case]) -> Format:
+    """The format `name`: table, md, json or csv."""
+    formats: dict[str, Callable[[], Format]] = {
+        "table": lambda: Columns(subject, cases),
+        "md": Markdown,
+        "json": Json,
+        "csv": Csv,
+    }
+    return formats[name]()
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    """Speed, memory, and for generation the bandwidth and its share of what the memory can."""
+    figures = [f"{row['tps']:.2f} ± {row['tps_sd']:.2f}", f"{_short(row['peak_memory'])}B"]
+    if row["bandwidth"] is None:
+        return [*figures, "", ""]
+    return [*figures, f"{row['bandwidth'] / 1e9:.1f}", f"{row['bandwidth'] / row['read_bandwidth']:.0%}"]
+
+
+def _footer(read_bandwidth: float) -> str:
+    return f"\nThis machine reads {read_bandwidth / 1e9:.1f} GB/s; size and GB count in powers of ten.\n"
+
+
+def _pipes(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _csv(values: Sequence[Any]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerow(values)
+    return out.getvalue()
 
 
 def _short(number: float) -> str:
@@ -78,21 +203,6 @@ def _short(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.{2 if unit == 'G' else 1}f} {unit}"
     return f"{number:.0f} "
-
-
-def as_json(table: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows as a JSON list."""
-    return json.dumps(list(table), indent=2) + "\n"
-
-
-def as_csv(table: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows as CSV with a header; the values of `seconds` are separated by spaces."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in table:
-        writer.writerow({**row, "seconds": " ".join(f"{each:.6f}" for each in row["seconds"])})
-    return out.getvalue()
 
 
 def check_plot(path: Path, cases: Sequence[Case]) -> str:

@@ -41,7 +41,8 @@ GroupSize = Annotated[
     int | None, typer.Option(metavar="N", help="Weights per scale, for --quantize with bits: 32, 64 (default) or 128.")
 ]
 Output = Annotated[
-    Literal["md", "json", "csv"], typer.Option("-o", "--output", metavar="md|json|csv", help="Output format.")
+    Literal["table", "md", "json", "csv"],
+    typer.Option("-o", "--output", metavar="FORM", help="Output: table, md (Markdown), json or csv."),
 ]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot t/s against depth or batch, as .png or .svg.")]
 
@@ -59,7 +60,7 @@ def bench(
     quantize: Quantize = None,
     group_size: GroupSize = None,
     dtype: DType = None,
-    output: Output = "md",
+    output: Output = "table",
     plot: Plot = None,
 ) -> None:
     """Measure tokens per second. Tests are named as in llama-bench: pp512 prefills, tg128 generates."""
@@ -77,16 +78,26 @@ def bench(
     axis = None if plot is None else report.check_plot(plot, wanted)
     if group_size is not None and group_size not in (32, 64, 128):
         raise UsageError(f"--group-size must be 32, 64 or 128, not {group_size}")
-    published(model)
-    bandwidth = read_bandwidth()
     subject = open_subject(model, quantize=quantize, group_size=group_size, dtype=dtype, seed=seed)
-    results = list(run(subject, wanted, repetitions=repetitions, seed=seed))
-    write = {"md": report.markdown, "json": report.as_json, "csv": report.as_csv}[output]
-    sys.stdout.write(write(report.rows(subject, results, bandwidth)))
-    if output == "md":
-        sys.stdout.write(f"\nThis machine reads {bandwidth / 1e9:.1f} GB/s; size and GB count in powers of ten.\n")
+    measured = run(subject, wanted, repetitions=repetitions, seed=seed)
+    written = report.format_of(output, subject, wanted)
+    results = []
+    try:
+        say(written.start())
+        bandwidth = read_bandwidth()
+        for result in measured:
+            results.append(result)
+            say(written.row(report.row_of(subject, result, bandwidth)))
+    finally:
+        say(written.end())  # after Ctrl-C too: the rows that are there are whole
     if plot is not None and axis is not None:
         report.plot(plot, axis, subject, results)
+
+
+def say(text: str) -> None:
+    """Write to stdout now: a test can take minutes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def numbers(option: str, text: str) -> list[int]:

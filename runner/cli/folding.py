@@ -1,7 +1,7 @@
 """Folding of a long list of tensors: runs of equal layers become one layer, several names one name with braces.
 
-model.layers.0.mlp.up_proj.weight                          layers.0-29          30 alike
-model.layers.1.mlp.up_proj.weight      ->                    mlp.up_proj.weight
+model.layers.0.mlp.up_proj.weight                        layers.0-29            model.layers.0-29    30 alike
+model.layers.1.mlp.up_proj.weight      ->                  mlp.up_proj.weight   mlp.up_proj.weight
 ...
 ("w.q_proj.weight", "w.k_proj.weight", "w.v_proj.weight")  ->  w.{q,k,v}_proj.weight
 """
@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         depth: levels of indentation.
-        tensors: the folded names of the tensors that fill the field.
+        tensors: the folded names of the tensors that fill the field, below those of the heading.
         entry: the field; None on the heading of a run of layers.
         repeats: how many layers the line stands for.
     """
@@ -70,10 +70,16 @@ def fold(entries: Sequence[Entry], *, unfold: bool = False) -> Iterator[Row]:
                 yield Row(0, name, brace(entry.tensors), entry, 1)
             continue
         span = str(first.index) if first is last else f"{first.index}-{last.index}"
-        yield Row(0, f"{first.list_name}.{span}", "", None, len(layers))
-        for rest, entry in first.entries:
-            names = tuple(replace_index(name, first.index, span) for name in entry.tensors)
-            yield Row(1, rest, brace(names), entry, len(layers))
+        named = [
+            (rest, entry, [replace_index(name, first.index, span) for name in entry.tensors])
+            for rest, entry in first.entries
+        ]
+        # As fields are named below the layers, so are tensors, where all of them lie below one name.
+        above = shared_start([name for *_, names in named for name in names])
+        cut = above.find(f".{span}.") + len(f".{span}.") if f".{span}." in above else 0
+        yield Row(0, f"{first.list_name}.{span}", above[:cut].rstrip("."), None, len(layers))
+        for rest, entry, names in named:
+            yield Row(1, rest, brace([name[cut:] for name in names]), entry, len(layers))
 
 
 def runs(entries: Sequence[Entry]) -> Iterator[list[Layer]]:

@@ -88,7 +88,7 @@ def tree(report: ModelReport, unfold: bool) -> Table:
     """Table of fields with tensors, shape, dtype and size; a run of equal layers is one block under its range."""
     from runner.cli import tables
 
-    table = tables.columns("field", "tensor", "shape", "dtype", ">size")
+    table = tables.columns("field", "tensor", "shape", "dtype", ">size", gap=2)
     for row in fold(report.entries, unfold=unfold):
         add_row(table, row)
     return table
@@ -100,7 +100,8 @@ def add_row(table: Table, row: Row) -> None:
 
     field = "  " * row.depth + row.field
     if row.entry is None:
-        table.add_row(tables.cell(field, "bold"), "", tables.cell(f"{row.repeats} alike", "dim"), "", "")
+        alike = tables.cell(f"{row.repeats} alike", "dim")
+        table.add_row(tables.cell(field, "bold"), tables.cell(row.tensors, "dim"), alike, "", "")
         return
     shape = " × ".join(map(str, row.entry.shape)) or "scalar"
     table.add_row(

@@ -38,9 +38,9 @@ def cell(text: str, style: str = "") -> Text:
     return Text(one_line(text), style=style if colours(sys.stdout) else "")
 
 
-def columns(*names: str, indent: int = 0) -> Table:
+def columns(*names: str, indent: int = 0, gap: int = 3) -> Table:
     """A table without lines; a column whose name starts with ">" is right-aligned; without names, no header."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=any(names))
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), show_header=any(names))
     for name in names:
         align: Literal["left", "right"] = "right" if name.startswith(">") else "left"
         heading = cell((" " * indent if not table.columns else "") + name.lstrip(">"), "dim")

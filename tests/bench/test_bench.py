@@ -15,7 +15,7 @@ import pytest
 from places import TESTS
 
 from runner import resources
-from runner.bench import Case, cases, open_subject, report, run
+from runner.bench import Case, cases, measure, open_subject, report, run
 from runner.bench.bandwidth import _numpy_pass, read_bandwidth
 from runner.bench.measure import cache_bytes, filled, generate, read, rewind, weight_bytes
 from runner.bench.models import describe, random_weights
@@ -178,10 +178,53 @@ def test_the_command_prints_each_form(capsys: pytest.CaptureFixture[str]) -> Non
     assert command([*arguments, "-o", "csv"]) == 0
     table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["test"] for row in table] == [row["test"] for row in rows] and list(table[0]) == list(rows[0])
-    assert command(arguments) == 0
+    assert command([*arguments, "-o", "md"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and len({line.count("|") for line in lines[:6]}) == 1
     assert lines[4].split("|")[8].strip() == "tg4" and "%" in lines[4]
+    assert command(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("llama-gqa: ") and lines[2] == "" and lines[3].split()[:2] == ["test", "t/s"]
+    assert [line[:9].strip() for line in lines[4:8]] == ["pp8", "pp8 @ d16", "tg4", "tg4 @ d16"]
+    assert all(len(line) <= 100 for line in lines) and lines[6].endswith("%")
+    assert len(lines) == 10 and len({len(line) for line in [lines[3], *lines[6:8]]}) == 1
+
+
+@pytest.mark.parametrize("form", ["table", "md", "json", "csv"])
+def test_ctrl_c_keeps_the_rows_that_are_there(
+    form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are written as they come: the second test is interrupted, and the first one's row has been shown."""
+    whole = measure.wired
+    shown: list[str] = []
+
+    def interrupted(engine: Engine, case: Case, repetitions: int, seed: int) -> Any:
+        shown.append(capsys.readouterr().out)
+        if case.kind == "tg":
+            raise KeyboardInterrupt
+        return whole(engine, case, repetitions, seed)
+
+    monkeypatch.setattr(measure, "wired", interrupted)
+    assert command(["bench", str(MODEL), "-p", "8", "-n", "4", "-r", "1", "-o", form]) == 130
+    rest = capsys.readouterr().out
+    header, row = shown
+    assert ("test" in header) == (form != "json") and "pp8" not in header and "pp8" in row and "tg4" not in row + rest
+    if form == "json":
+        assert [each["test"] for each in json.loads(header + row + rest)] == ["pp8"]
+    if form in ("table", "md"):
+        assert "This machine reads" in rest
+
+
+def test_names_and_sizes_are_checked_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*arguments: Any) -> float:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("runner.bench.bandwidth.read_bandwidth", measured)
+    for arguments in (["Llama-3.2-1b"], ["./nowhere"], [str(MODEL), "-d", "100000"]):
+        assert command(["bench", *arguments]) in (1, 2)
+        assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,57 @@
-"""What `runner inspect` prints of tensors that nothing uses: one name for all layers, and not too many."""
+"""What `runner inspect` prints: names below their layers, in a width that terminals have; unused tensors in short."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT, TESTS
+
+from runner.cli.folding import fold
 from runner.cli.inspect import MOST_UNUSED, unused
+from runner.inspect_model import Entry
+
+sys.path.insert(0, str(ROOT / "scripts" / "docs"))
+from terminal_session import Session
+
+
+@pytest.mark.parametrize(("name", "lines"), [("gemma3_text-base", True), ("deepseek_v2-lite-yarn", False)])
+def test_a_terminal_of_100_columns_holds_a_tree(name: str, lines: bool, tmp_path: Path) -> None:
+    """A line for each row; experts' names may take a second one, in their own column."""
+    environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    model = shutil.copytree(TESTS / "fixtures" / "families" / name, tmp_path / "model")
+    shutil.copy(TESTS / "fixtures" / "llama" / "llama-gqa" / "tokenizer.json", model)
+    code, text = Session(f"{sys.executable} -m runner inspect {model}", tmp_path, environment).run([])
+    assert code == 0, text
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    tree = plain.split("\ntensors\n")[1].split("\ntotals\n")[0].strip("\n").splitlines()
+    assert max(map(len, tree)) <= 100
+    assert not lines or all(line.split()[-1] in ("B", "kB", "MB", "GB", "size", "alike") for line in tree)
+
+
+def test_tensors_are_named_below_their_layers() -> None:
+    def entry(index: int, name: str, *tensors: str) -> Entry:
+        return Entry(f"layers.{index}.{name}", tensors, (2, 2), "F32", 16)
+
+    entries = [
+        entry(i, "mlp", f"model.layers.{i}.mlp.gate.weight", f"model.layers.{i}.mlp.up.weight") for i in range(3)
+    ]
+    rows = list(fold(entries))
+    assert [(row.field, row.tensors) for row in rows] == [
+        ("layers.0-2", "model.layers.0-2"),
+        ("mlp", "mlp.{gate,up}.weight"),
+    ]
+    strange = [*entries, *(entry(i, "x", f"other.{i}.x") for i in range(3))]
+    rows = list(fold(sorted(strange, key=lambda each: each.field)))
+    assert [(row.field, row.tensors) for row in rows] == [
+        ("layers.0-2", ""),
+        ("mlp", "model.layers.0-2.mlp.{gate,up}.weight"),
+        ("x", "other.0-2.x"),
+    ]
 
 
 def test_unused_tensors_of_layers_are_one_name() -> None:
