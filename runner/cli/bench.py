@@ -68,7 +68,7 @@ def bench(
 
     model = named_model(model, named)
     backend.require()
-    from runner.bench import cases, open_subject, published, report, run
+    from runner.bench import cases, open_subject, report, run
     from runner.bench.bandwidth import read_bandwidth
 
     # Everything that can be refused is checked before anything is loaded or measured.
