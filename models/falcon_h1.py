@@ -25,6 +25,7 @@ from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm
 from runner.nn.linear import HIDDEN, Linear
 from runner.nn.mamba2 import INNER
+from runner.weights.module import Module
 from runner.weights.tags import setting, weight
 
 
@@ -122,7 +123,7 @@ class MLP(llama.MLP):
 
 
 @dataclass
-class Block:
+class Block(Module):
     """Attention and Mamba 2 on the same normalized input, summed; then the MLP."""
 
     input_layernorm: RMSNorm = weight("input_layernorm", HIDDEN)

@@ -22,6 +22,7 @@ from runner.nn.blocks import ConfiguredBlock
 from runner.nn.linear import HIDDEN, Linear
 from runner.nn.mamba2 import Mamba2
 from runner.nn.mlp import GLU, ConfiguredMLP, FeedForward
+from runner.weights.module import Module
 from runner.weights.tags import weight
 
 SHARED = "shared_intermediate_size"
@@ -60,7 +61,7 @@ class GraniteMoeHybridConfig(Mamba2Config, HybridConfig, GraniteMoeConfig):
 
 
 @dataclass
-class SharedMLP(FeedForward):
+class SharedMLP(Module, FeedForward):
     """The gated MLP with gate and up in one matrix (mlx-lm: two, where there are no experts)."""
 
     glu: GLU
@@ -72,7 +73,7 @@ class SharedMLP(FeedForward):
 
 
 @dataclass
-class MLP(FeedForward):
+class MLP(Module, FeedForward):
     """The shared MLP alone."""
 
     shared: SharedMLP = weight("shared_mlp|mlp")

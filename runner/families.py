@@ -115,6 +115,7 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": Family("olmoe", "OlmoeConfig", "Olmoe"),
     "falcon_h1": Family("falcon_h1", "FalconH1Config", "FalconH1"),
     "granitemoehybrid": Family("granitemoehybrid", "GraniteMoeHybridConfig", "GraniteMoeHybrid"),
+    "nemotron_h": Family("nemotron_h", "NemotronHConfig", "NemotronH"),
     "lfm2": Family("lfm2", "Lfm2Config", "Lfm2"),
     "lfm2_moe": Family("lfm2_moe", "Lfm2MoeConfig", "Lfm2"),
     "olmo3": Family("olmo2", "Olmo3Config", "Olmo2"),

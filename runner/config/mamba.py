@@ -20,6 +20,7 @@ class Mamba2Config(Config):
     behind the recurrence are not in the file, its input is gated and then normalized.
     """
 
+    hidden_act: str = "silu"
     mamba_n_heads: int = 128
     mamba_d_head: int | str | None = "auto"
     mamba_n_groups: int = 1
@@ -53,6 +54,11 @@ class Mamba2Config(Config):
     def mamba_inner(self) -> int:
         """Width of the layer inside: of all heads together."""
         return self.mamba_expand * self.hidden_size
+
+    @property
+    def mamba_activation(self) -> str:
+        """What the convolution's outputs pass, by `hidden_act`'s names."""
+        return self.hidden_act
 
     @property
     def mamba_channels(self) -> int:

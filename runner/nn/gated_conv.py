@@ -10,11 +10,12 @@ from runner.cache.recurrent import StateCache
 from runner.nn.batch import Batch
 from runner.nn.linear import HIDDEN, Linear
 from runner.nn.short_conv import ShortConv
+from runner.weights.module import Module
 from runner.weights.tags import weight
 
 
 @dataclass
-class GatedConv:
+class GatedConv(Module):
     """`out_proj(C * conv(B * x))`: B, C and x are parts of one projection, and the convolution has no activation.
 
     Source: `Lfm2ShortConv` in transformers. Its cache holds the last inputs of the convolution, "conv".

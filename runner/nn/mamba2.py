@@ -20,6 +20,7 @@ from runner.nn.linear import HIDDEN, Linear
 from runner.nn.short_conv import ShortConv
 from runner.ops.state_space import Dynamics, each_token
 from runner.ops.table import Ops
+from runner.weights.module import Module
 from runner.weights.tags import Choice, Chooses, Header, setting, weight
 from runner.weights.tree import Size, Tree
 
@@ -40,7 +41,7 @@ class OutputNorm(Chooses):
 
 
 @dataclass
-class Mamba2:
+class Mamba2(Module):
     """The layer: one projection, a short convolution over x, B and C, the recurrence, a gated norm, a projection.
 
     Its cache holds the last inputs of the convolution, "conv", and the heads' states, "states".
@@ -58,14 +59,14 @@ class Mamba2:
     mamba_n_groups: int = setting()
     time_step_limit: tuple[float, float] = setting()
     norm_eps: float = setting()
-    hidden_act: str = setting()
+    mamba_activation: str = setting()
     ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
         gate, mixed, dt = self.project(x)
         states = cache.read(x)
-        mixed, rows = self.conv1d(mixed, states["conv"], activation=self.hidden_act, each=cache.reserved)
+        mixed, rows = self.conv1d(mixed, states["conv"], activation=self.mamba_activation, each=cache.reserved)
         dynamics = Dynamics(self.a_log, self.d, self.dt_bias, self.mamba_n_groups, self.time_step_limit)
         scan = self.ops.state_space
         outputs, after = (

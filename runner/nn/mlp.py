@@ -29,6 +29,14 @@ class GLU(Module):
 
 
 @dataclass
+class Ungated(GLU):
+    """The activation alone, where other layers have a gate: `[..., I]` to the same shape."""
+
+    def __call__(self, up: mx.array) -> mx.array:
+        return self.ops.activate(up, self.activation)
+
+
+@dataclass
 class Activation(Module):
     """The activation `hidden_act` of an MLP without a gate."""
 
