@@ -16,9 +16,11 @@ PATIENCE = 1.0
 class ProgressBar:
     """Progress bar on stderr: `with ProgressBar("loading", enabled=True) as bar: work(bar.update)`."""
 
-    def __init__(self, title: str, *, enabled: bool) -> None:
+    def __init__(self, title: str, *, enabled: bool, rate: bool = False) -> None:
+        """Make a bar for bytes, on a terminal if `enabled`; `rate`: with bytes per second and the time left."""
         self._title = title
         self._enabled = enabled
+        self._rate = rate
         self._started = time.monotonic()
         self._bar: tuple[Progress, TaskID] | None = None
 
@@ -36,11 +38,13 @@ class ProgressBar:
         if not self._enabled or (self._bar is None and time.monotonic() - self._started < PATIENCE):
             return
         if self._bar is None:
+            from rich import progress as parts
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-            progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            columns = [parts.TextColumn("{task.description}"), parts.BarColumn(), parts.DownloadColumn()]
+            if self._rate:
+                columns += [parts.TransferSpeedColumn(), parts.TimeRemainingColumn(), parts.TextColumn("left")]
+            progress = parts.Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar = progress, progress.add_task(self._title, total=total)
             progress.start()
         self._bar[0].update(self._bar[1], completed=done, total=total)

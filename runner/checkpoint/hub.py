@@ -2,13 +2,12 @@
 
 `resolve` looks in the cache first and makes no request when the model is there; `pull` always asks the hub. Only what
 this package reads is fetched: JSON, the tokenizer, chat templates, and the safetensors files that the index names.
-Downloading, resuming, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are left to `huggingface_hub`, which is
-imported only when needed.
+Requests, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are left to `huggingface_hub`, which is imported
+only when needed.
 
 The weights are fetched after everything else and the revision's name is recorded last, so a snapshot that has its
-weights has all other files, and an interrupted download never hides an older, complete snapshot. A connection that
-drops during a download is resumed; between runs `huggingface_hub` keeps every finished file and starts unfinished ones
-again.
+weights has all other files, and an interrupted download never hides an older, complete snapshot. Downloads of weights
+go on where a connection was dropped or an earlier run ended (`downloading.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import errno
 import glob
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,23 +244,23 @@ def _fetch(wanted: HubId, progress: bool) -> Path:
             f"{named} is {state} in the cache ({_cache()}), and HF_HUB_OFFLINE forbids fetching it; "
             "unset it to download the model"
         )
-    with _one_line(repo, revision), _progress_bars(progress):
+    with _one_line(repo, revision), _progress_bars(False):
         info = HfApi().model_info(repo, revision=revision)
         files = [sibling.rfilename for sibling in info.siblings or ()]
         commit = info.sha
         if commit is None or not _COMMIT.fullmatch(commit):
             raise HubError(f"{repo}@{revision}: the hub's answer names no commit (40 hexadecimal digits)")
         if wanted.gguf is not None or _has_only_gguf(files):
-            path, marker = _fetch_gguf(wanted, commit, files)
+            path, marker = _fetch_gguf(wanted, commit, files, progress)
         else:
             _require_safetensors(repo, files)
-            path, marker = _fetch_safetensors(wanted, commit, files), "config.json"
+            path, marker = _fetch_safetensors(wanted, commit, files, progress), "config.json"
         if revision != commit:
             hf_hub_download(repo, marker, revision=revision)  # cached already: only records the ref's commit
     return path
 
 
-def _fetch_safetensors(wanted: HubId, commit: str, files: list[str]) -> Path:
+def _fetch_safetensors(wanted: HubId, commit: str, files: list[str], progress: bool) -> Path:
     """Download what is read of a directory of safetensors; returns the snapshot."""
     # All files by commit, not by branch, so that they belong together even if the branch moves meanwhile.
     # The weights come last: a snapshot that has them is complete.
@@ -274,18 +273,18 @@ def _fetch_safetensors(wanted: HubId, commit: str, files: list[str]) -> Path:
             f"{wanted.repo}@{wanted.revision}: its index names {quoted(lacking[0])}, which the repository does not have"
         )
     was_there = _has_weights(snapshot)
-    _download(wanted.repo, commit, shards)
+    _download_weights(wanted.repo, commit, shards, progress)
     if not was_there:
         try_to_keep(snapshot, "hub", [*small, *shards])
     return snapshot
 
 
-def _fetch_gguf(wanted: HubId, commit: str, files: list[str]) -> tuple[Path, str]:
+def _fetch_gguf(wanted: HubId, commit: str, files: list[str], progress: bool) -> tuple[Path, str]:
     """Download the GGUF file that `wanted` means, or all its shards; returns the first's path, here and there."""
     chosen = choose_gguf(wanted.repo, files, wanted.gguf)
     known = _snapshot(wanted.repo, commit)
     was_there = known is not None and all((known / file).is_file() for file in chosen.files)
-    path = _download(wanted.repo, commit, list(chosen.files)) / chosen.files[0]
+    path = _download_weights(wanted.repo, commit, chosen.files, progress) / chosen.files[0]
     if not was_there:
         try_to_keep(path, "hub", [file.rpartition("/")[2] for file in chosen.files])
     return path, chosen.files[0]
@@ -345,7 +344,18 @@ def _is_small(name: str) -> bool:
     return base.endswith((".json", ".jinja")) or base in ("tokenizer.model", "merges.txt")
 
 
-def _download(repo: str, commit: str, files: list[str]) -> Path:
+def _download_weights(repo: str, commit: str, files: Sequence[str], progress: bool) -> Path:
+    """Download files of weights, and return the snapshot directory."""
+    snapshot = _snapshot(repo, commit)
+    missing = [file for file in files if snapshot is None or not (snapshot / file).is_file()]
+    if missing:
+        from runner.checkpoint.downloading import fetch_weights
+
+        fetch_weights(repo, commit, missing, _cache(), progress=progress)
+    return _download(repo, commit, files)
+
+
+def _download(repo: str, commit: str, files: Sequence[str]) -> Path:
     """Download the named files of a commit into the cache, and return the snapshot directory."""
     from huggingface_hub import snapshot_download
 
@@ -353,9 +363,7 @@ def _download(repo: str, commit: str, files: list[str]) -> Path:
     snapshot = Path(snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in files]))
     missing = [name for name in files if not (snapshot / name).is_file()]
     if missing:  # the library returns what it has when the connection fails half-way
-        raise HubError(
-            f"{repo}: the download stopped before {quoted(missing[0])}; run it again (finished files are kept)"
-        )
+        raise HubError(f"{repo}: the download stopped before {quoted(missing[0])}; run it again: it goes on there")
     return snapshot
 
 
@@ -377,16 +385,17 @@ def _progress_bars(wanted: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _one_line(repo: str, revision: str) -> Iterator[None]:
     """Turn any error of the hub library into a `HubError` of one line that says what to do."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, get_token
 
     try:
         yield
     except (HubError, CheckpointError):
         raise
     except errors.GatedRepoError as error:
-        raise HubError(
-            f"{repo} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then set HF_TOKEN (or `hf auth login`)"
-        ) from error
+        terms = f"accept its terms at {constants.ENDPOINT}/{repo}"
+        what = f"{terms} with the account of your token, which" if get_token() else f"{terms}, then set HF_TOKEN"
+        end = " has no access yet" if get_token() else " (or `hf auth login`)"
+        raise HubError(f"{repo} is gated: {what}{end}") from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
             f"{repo} is not on {constants.ENDPOINT}, or private: check the spelling; for a private model set HF_TOKEN"
@@ -411,7 +420,7 @@ def _transport(repo: str, revision: str, error: Exception) -> str:
         chain = chain.__cause__ or chain.__context__
     return (
         f"{repo}@{revision} is not complete in the cache, and could not be fetched from {constants.ENDPOINT}: "
-        f"{_first_line(error)}; check the network and try again (finished files are kept)"
+        f"{_first_line(error)}; check the network and run it again: it goes on where it stopped"
     )
 
 
