@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from places import ROOT
@@ -132,6 +133,34 @@ esac"""
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert "not from the hub: error: no space left on device" in done.stderr
     assert "can't be reached" not in done.stderr
+
+
+def test_the_line_that_the_demo_ends_with_works(tmp_path: Path) -> None:
+    """In a clone whose environment and checkpoint are there: typed where the demo was, it is a chat with the model."""
+    clone, bin = tmp_path / "a clone", tmp_path / "a clone" / ".venv" / "bin"
+    (clone / "scripts").mkdir(parents=True)
+    for name in ("demo", "fetch_demo"):
+        shutil.copy(ROOT / "scripts" / name, clone / "scripts")
+    bin.mkdir(parents=True)
+    for path, line in [
+        (clone / "scripts" / "setup_venv", "exit 0"),
+        (bin / "python", f'exec "{sys.executable}" "$@"'),
+        (bin / "runner", f'exec "{sys.executable}" -m runner "$@"'),
+    ]:
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    model = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
+    shutil.copytree(model, clone / ".cache" / "SmolLM2-135M-Instruct")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(tmp_path / "data"), "RUNNER_VENV": ""}
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "RUNNER_CACHE": ""}
+    options: Any = {"env": environment, "capture_output": True, "text": True, "timeout": 120}
+    (tmp_path / "other").mkdir()
+    for place, runner in [(clone, ".venv/bin/runner"), (tmp_path / "other", str(bin / "runner").replace(" ", "\\ "))]:
+        done = subprocess.run([str(clone / "scripts" / "demo"), "abc"], cwd=place, check=True, **options)
+        found = re.fullmatch(rf"next: ({re.escape(runner)} chat smollm2)", done.stderr.splitlines()[-1])
+        assert found is not None and done.stdout != "", done.stderr
+        chat = subprocess.run(["bash", "-c", f"{found[1]} -n 4"], cwd=place, input="hello\n", check=True, **options)
+        assert chat.stdout != ""
 
 
 def test_linux_only_scripts_say_so(tmp_path: Path) -> None:
