@@ -144,7 +144,7 @@ class Chat:
     def read(self) -> tuple[str, bool] | None:
         """Read a message, and whether it may be a command; None at the end. The second Ctrl-C in a row is raised."""
         interrupted = False
-        self.reader.typed.kept = self.settings.history
+        self.reader.typed.kept = self.settings.history and self.reader.typed.path.is_absolute()
         while True:
             try:
                 return self.reader.read()

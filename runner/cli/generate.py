@@ -107,7 +107,7 @@ def generate(
         output.flush()
     shown.end()
     if said and messages is not None and history and (resume or sys.stdout.isatty()):
-        keep_last_chat(model, [*messages, {"role": "assistant", "content": said}])
+        keep_last_chat(model, [*messages, {"role": "assistant", "content": said}], noted=resume)
     if shown.unanswered:
         terminal.note("(only reasoning and no answer: --thinking show prints it, a larger --max-tokens leaves it room)")
     if last is not None and last.finish_reason == "length" and length.max_tokens is None:

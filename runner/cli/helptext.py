@@ -8,9 +8,10 @@ from typing import Any
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
+from runner.cli.chat_settings import SAMPLING
 from runner.cli.plain_values import without_pydantic
 from runner.cli.terminal import paint
-from runner.cli.variables import blamed
+from runner.cli.variables import blamed, let_preset_win
 from runner.errors import UsageError
 
 OPTIONS = "Options"
@@ -28,7 +29,9 @@ class Command(TyperCommand):
         """Parse the command line."""
         without_pydantic(self.get_params(ctx))
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
+            let_preset_win(ctx, [name for name in SAMPLING if name != "seed"])
+            return rest
         except typer.BadParameter as error:
             error.message = blamed(ctx, error.message, error.param)
             raise

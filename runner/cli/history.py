@@ -44,9 +44,9 @@ class TypedLines:
     """The lines that were typed into chats, oldest first: JSON strings, one a line, since pastes have line breaks."""
 
     def __init__(self, *, kept: bool = True) -> None:
-        """Begin; unless they are `kept`, nothing is read or written."""
-        self.kept = kept
+        """Begin; unless they are `kept`, and there is a home directory, nothing is read or written."""
         self.path = data_directory() / "chat_history"
+        self.kept = kept and self.path.is_absolute()
         self._last = ""
 
     def read(self) -> list[str]:
@@ -142,13 +142,13 @@ def model_of_last(words: Sequence[str | None], named: str | None, last: LastChat
     return last.model
 
 
-def keep_last_chat(model: str, messages: Sequence[Message]) -> None:
-    """Keep a conversation as the last one; where that cannot be, a note says so once."""
+def keep_last_chat(model: str, messages: Sequence[Message], *, noted: bool = True) -> None:
+    """Keep a conversation as the last one; where that cannot be, a note says so once if it is to be `noted`."""
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     path = os.path.expanduser(model)
     named = os.path.abspath(path) if os.path.exists(path) else model
     if len(json.dumps(plain).encode()) > MAX_TABLE // 2:
-        return _note_once("this chat is too long to be kept for -c")
+        return _note_once("this chat is too long to be kept for -c") if noted else None
 
     def change(table: dict[str, Any]) -> None:
         table.clear()
@@ -157,7 +157,8 @@ def keep_last_chat(model: str, messages: Sequence[Message]) -> None:
     try:
         change_table(last_chat_path(), change)
     except (UserFileError, UsageError) as problem:
-        _note_once(f"this chat is not kept for -c: {problem}")
+        if noted:
+            _note_once(f"this chat is not kept for -c: {problem}")
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 from typer.core import TyperOption
@@ -18,6 +19,24 @@ PREFIX = "RUNNER_"
 def variable(option: str) -> dict[str, Any]:
     """Keywords of `typer.Option` that let RUNNER_OPTION set `--option`; help pages, long as they are, leave it out."""
     return {"envvar": PREFIX + option.removeprefix("--").replace("-", "_").upper(), "show_envvar": False}
+
+
+def let_preset_win(context: Any, names: Collection[str]) -> None:
+    """Drop values of the options `names` that variables gave, where the command line names a preset, which has its own.
+
+    Else `--preset greedy` would not be greedy for someone whose profile sets RUNNER_TEMPERATURE.
+    """
+    if _source(context, "preset") != "COMMANDLINE":
+        return
+    for name in names:
+        if _source(context, name) == "ENVIRONMENT":
+            context.params[name] = None
+
+
+def _source(context: Any, name: str) -> str | None:
+    """Where the value of an option is from, in click's words; None if the command has no such option."""
+    source = context.get_parameter_source(name)
+    return None if source is None else str(source.name)
 
 
 def blamed(context: Any, message: str, parameter: Any = None) -> str:
@@ -31,11 +50,10 @@ def blamed(context: Any, message: str, parameter: Any = None) -> str:
     for option in context.command.params:
         if not isinstance(option, TyperOption) or option.envvar is None:
             continue
-        source = context.get_parameter_source(option.name)
-        if source is None or source.name != "ENVIRONMENT":
+        if _source(context, option.name) != "ENVIRONMENT":
             continue
         # By its name, the option's or the parameter's, or by its value in quotes.
-        names = "|".join(re.escape(name) for name in (option.name, *option.opts))
+        names = "|".join(re.escape(name) for name in (option.name, *option.opts, *option.secondary_opts))
         named = re.search(rf"(?<![\w-])({names})(?![\w-])", message) or repr(os.environ[str(option.envvar)]) in message
         if option is parameter or (parameter is None and named):
             found.append(str(option.envvar))

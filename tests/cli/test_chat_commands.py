@@ -231,6 +231,9 @@ def test_typed_lines_survive_damage_and_do_not_grow_for_ever(tmp_path: Path, mon
     lines.path.chmod(0o644)
     assert lines.read()[0] == str(2 * history.LINES) and len(lines.read()) == history.LINES
     assert stat.S_IMODE(lines.path.stat().st_mode) == 0o600
+    monkeypatch.setattr(history, "data_directory", lambda: Path("no/home"))
+    history.TypedLines().add("lost")
+    assert not Path("no").exists() and history.TypedLines().read() == []
     none = history.TypedLines(kept=False)
     none.add("secret")
     assert none.read() == [] and "secret" not in lines.path.read_text()
@@ -264,8 +267,13 @@ def test_the_last_chat_goes_on(tmp_path: Path) -> None:
     assert kept() == before
     assert run("generate", "-c", "-m", MODEL, "five", "-s", "be long", **home).returncode == 0
     assert kept()[0] == "be long" and kept()[-2] == "five"
-    for switch, named in (("--raw", "--continue needs"), ("--no-history", "--no-history")):
-        done = run("generate", "-c", "six", switch, **home)
+    forbidden = {**home, "RUNNER_HISTORY": "0"}
+    for switch, named, where in (
+        ("--raw", "--continue needs", home),
+        ("--no-history", "--no-history", home),
+        ("--verbose", "(set by RUNNER_HISTORY)", forbidden),
+    ):
+        done = run("generate", "-c", "six", switch, **where)
         assert done.returncode == 2 and named in done.stderr
     (tmp_path / "runner" / "last_chat.json").write_text('{"model": "m", "messages": [3]}')
     assert "remove the file" in run("chat", "-c", **home).stderr

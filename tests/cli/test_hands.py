@@ -153,6 +153,8 @@ def test_a_variable_is_an_option_that_the_command_line_overrides() -> None:
     wanted = answer("--temp", "0", "-n", "4")
     assert answer(RUNNER_TEMPERATURE="0", RUNNER_MAX_TOKENS="4") == wanted
     assert answer("-n", "4", RUNNER_TEMPERATURE="0", RUNNER_MAX_TOKENS="2", RUNNER_SEED="") == wanted
+    greedy = answer("--preset", "greedy", "-n", "4", RUNNER_TEMPERATURE="3", RUNNER_SEED="1")
+    assert greedy == wanted != answer("-n", "4", RUNNER_PRESET="greedy", RUNNER_TEMPERATURE="3", RUNNER_SEED="1")
     ci = {"RUNNER_OS": "Linux", "RUNNER_TEMP": "/tmp", "RUNNER_TOOL_CACHE": "/opt", "RUNNER_DEBUG": "1"}
     assert answer("--temp", "0", "-n", "4", **ci) == wanted
 

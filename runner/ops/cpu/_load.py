@@ -13,6 +13,7 @@ from types import ModuleType
 import mlx.core as mx
 
 from runner import installation
+from runner.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,15 @@ class Unavailable:
 
 
 def load_extension(name: str = f"{__package__}._C") -> ModuleType | Unavailable:
-    """Import the extension. RUNNER_KERNELS_ISA=none leaves it out, to compare with plain MLX."""
-    if os.environ.get("RUNNER_KERNELS_ISA") == "none":
+    """Import the extension. RUNNER_KERNELS_ISA=none leaves it out, to compare with plain MLX.
+
+    Raises:
+        UsageError: one of the two variables that the kernels read has a value that they cannot follow.
+    """
+    threads, wanted = os.environ.get("RUNNER_NUM_THREADS"), os.environ.get("RUNNER_KERNELS_ISA")
+    if threads and not (threads.isascii() and threads.isdigit() and 0 < int(threads) < 1 << 31):
+        raise UsageError(f"RUNNER_NUM_THREADS must be a whole number of at least 1, not {threads!r:.40}")
+    if wanted == "none":
         return Unavailable("RUNNER_KERNELS_ISA=none turns the CPU kernels off", "unset RUNNER_KERNELS_ISA")
     try:
         module = importlib.import_module(name)
@@ -47,7 +55,13 @@ def load_extension(name: str = f"{__package__}._C") -> ModuleType | Unavailable:
         return Unavailable("the CPU kernels are not built", installation.rebuild(dependencies=False), needs)
     except ImportError as error:  # a symbol of another MLX version, or a missing library
         return Unavailable(f"the CPU kernels do not load ({error})", installation.rebuild(dependencies=True))
-    return check(module, vars(mx)["__version__"])
+    checked = check(module, vars(mx)["__version__"])
+    if wanted and not isinstance(checked, Unavailable) and checked.isa() != wanted:
+        raise UsageError(
+            f"RUNNER_KERNELS_ISA={wanted:.40} names no instruction set that this CPU and these kernels have "
+            f"({checked.isa()} is in use without it; none: plain MLX)"
+        )
+    return checked
 
 
 def check(module: ModuleType, installed: str) -> ModuleType | Unavailable:

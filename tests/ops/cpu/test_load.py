@@ -11,7 +11,7 @@ import types
 import mlx.core as mx
 import pytest
 
-from runner.errors import BackendError
+from runner.errors import BackendError, UsageError
 from runner.ops import cpu as kernels
 from runner.ops.cpu import _load
 
@@ -75,6 +75,28 @@ def test_kernels_turned_off_name_the_variable(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RUNNER_KERNELS_ISA", "none")
     why = _load.load_extension()
     assert isinstance(why, _load.Unavailable) and why.fix == "unset RUNNER_KERNELS_ISA"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NUM_THREADS", "two"),
+        ("NUM_THREADS", "0"),
+        ("NUM_THREADS", "-1"),
+        ("NUM_THREADS", "9" * 20),
+        ("KERNELS_ISA", "x"),
+    ],
+)
+def test_a_variable_that_the_kernels_cannot_follow_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"RUNNER_{name}", value)
+    if name == "KERNELS_ISA" and kernels.unavailable() is not None:
+        pytest.skip("no kernels")
+    with pytest.raises(UsageError, match=f"RUNNER_{name}"):
+        _load.load_extension()
+    monkeypatch.setenv(f"RUNNER_{name}", "")  # as if it were not set
+    _load.load_extension()
 
 
 def test_require_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
