@@ -5,6 +5,7 @@ Source: arXiv:2412.06464, and `Qwen3NextGatedDeltaNet` in transformers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -114,24 +115,43 @@ class GatedDeltaNet(Module):
         raise NotImplementedError
 
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
-        batches, length, _ = x.shape
         projected = self.project(x)
+        gates = Gates(projected.a, projected.b, self.a_log, self.dt_bias)
+        outputs = self.step(x, projected.qkv, gates, cache)
+        if outputs is None:
+            outputs = self.scan(x, projected.qkv, gates, cache)
+        normed = self.norm(outputs.flatten(2), projected.z, self.rms_norm_eps)
+        return self.out_proj(normed.astype(x.dtype))
+
+    def step(self, x: mx.array, qkv: mx.array, gates: Gates, cache: StateCache) -> mx.array | None:
+        """Outputs `[B, 1, heads, dv]` of one token, whose states are moved in place; None where they cannot be."""
+        if x.shape[1] != 1 or cache.reserved:
+            return None
+        taps, slots = self.conv1d.taps(self.hidden_act), functools.partial(cache.slots, x)
+        found = self.ops.delta_step(slots, cache.offset, qkv, taps, gates, self.linear_num_key_heads)
+        if found is None:
+            return None
+        outputs, rows, states = found
+        cache.step(conv=rows, delta=states)
+        return outputs
+
+    def scan(self, x: mx.array, qkv: mx.array, gates: Gates, cache: StateCache) -> mx.array:
+        """Outputs `[B, L, heads, dv]` of any number of tokens, in float32."""
+        batches, length, _ = x.shape
         states = cache.read(x)
-        mixed, rows = self.conv1d(projected.qkv, states["conv"], activation=self.hidden_act, each=cache.reserved)
+        mixed, rows = self.conv1d(qkv, states["conv"], activation=self.hidden_act, each=cache.reserved)
         keys = self.linear_num_key_heads * self.linear_key_head_dim
         # Widened once, while a token is still one row; all that follows is computed in float32.
         q, k, v = mx.split(mixed.astype(mx.float32), [keys, 2 * keys], axis=-1)
         q, k = (part.reshape(batches, length, self.linear_num_key_heads, -1) for part in (q, k))
         v = v.reshape(batches, length, self.linear_num_value_heads, -1)
-        gates = Gates(projected.a, projected.b, self.a_log, self.dt_bias)
         outputs, state = (
             each_token(self.ops, q, k, v, gates, states["delta"])
             if cache.reserved
             else self.ops.gated_delta(q, k, v, gates, states["delta"])
         )
         cache.write(length, conv=rows, delta=state)
-        normed = self.norm(outputs.flatten(2), projected.z, self.rms_norm_eps)
-        return self.out_proj(normed.astype(x.dtype))
+        return outputs
 
 
 def each_token(ops: Ops, q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.array) -> Recurrence:

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from runner.config.base import Config
 from runner.nn.fast import provided_ops
-from runner.ops.table import Ops
+from runner.ops.table import Ops, Taps
 from runner.weights.tags import Choice, Chooses, Header, tensor
 from runner.weights.transforms import Transform
 from runner.weights.tree import Size, Tree, leaves
@@ -47,6 +47,10 @@ class ShortConv(Chooses):
         """
         raise NotImplementedError
 
+    def taps(self, activation: str | None) -> Taps:
+        """The convolution as `Ops.delta_step` and the like take it."""
+        raise NotImplementedError
+
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         header = headers.get(f"{next(leaves(tree)).name}.weight")
@@ -73,6 +77,9 @@ class StoredShortConv(ShortConv):
         # Of a long prompt the last inputs only: a view of all of them would keep them in memory.
         newest = mx.concatenate([rows, x[:, max(0, x.shape[1] - kept) :]], axis=1)
         return Convolved(output, newest[:, newest.shape[1] - kept :])
+
+    def taps(self, activation: str | None) -> Taps:
+        return Taps(self.weight, self.bias, activation)
 
 
 def _taps(array: mx.array, axis: int | None) -> mx.array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -279,6 +279,25 @@ class Recorder:
     record: Callable[[mx.array, list[mx.array], list[int]], Program | None]
 
 
+class Taps(NamedTuple):
+    """A short convolution: weight `[taps, C]`, bias `[C]`, and the activation of what comes out, each None for none."""
+
+    weight: mx.array
+    bias: mx.array | None
+    activation: str | None
+
+
+Slots = Callable[[], Mapping[str, mx.array]]
+"""Makes a recurrent layer's buffers `[2, B, ..]`, of which one token reads one slot and writes the other in place."""
+
+Stepped = tuple[mx.array, ...]
+"""What one token puts out, and the buffers in which the states behind it are."""
+
+
+def _no_step(*arguments: Any) -> Stepped | None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ops:
     """The operations for a device. Each entry has the signature of `PORTABLE`'s and, within rounding, the same result.
@@ -297,6 +316,10 @@ class Ops:
     from a state `[B, heads, dv, dk]` in float32. `gated_norm(x, gate, weight, eps, groups, gate_first)` normalizes
     `groups` parts of `x` `[B, L, C]`, each by itself, and multiplies by SiLU of the gate before or after that.
     `gate(x, gate)` is `x` times the sigmoid of its gate, both `[B, H, L, D]`.
+
+    A step moves one token's states in place: `delta_step(slots, at, mixed, taps, gates, key_heads)` convolves and then
+    applies the delta rule, with the states before token `at` in slot `at % 2` of the buffers "conv" and "delta" that
+    `slots()` makes. It returns what is put out, and both buffers; None where the device has no such step.
     """
 
     name: str
@@ -315,6 +338,7 @@ class Ops:
     short_conv: Callable[..., mx.array] = _short_conv
     state_space: Callable[[mx.array, mx.array, Dynamics, mx.array], Scanned] = _state_space
     gated_delta: Callable[[mx.array, mx.array, mx.array, Gates, mx.array], Recurrence] = _gated_delta
+    delta_step: Callable[[Slots, int, mx.array, Taps, Gates, int], Stepped | None] = _no_step
     gated_norm: Callable[[mx.array, mx.array, mx.array, float, int, bool], mx.array] = _gated_norm
     gate: Callable[[mx.array, mx.array], mx.array] = _gate
     window_mask: Callable[[int, int, int], mx.array] | None = window_mask

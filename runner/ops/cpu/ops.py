@@ -12,7 +12,7 @@ from runner.ops import cpu as kernels
 from runner.ops import per_expert as per_expert
 from runner.ops.cpu import _C
 from runner.ops.quantized import QuantizedWeight
-from runner.ops.table import PORTABLE, Ops, Recorder
+from runner.ops.table import PORTABLE, Ops, Recorder, Slots, Stepped, Taps
 
 if TYPE_CHECKING:
     from runner.ops.delta_rule import Gates, Recurrence
@@ -94,6 +94,17 @@ def _gated_delta(q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.
     return PORTABLE.gated_delta(q, k, v, gates, state)
 
 
+def _delta_step(slots: Slots, at: int, mixed: mx.array, taps: Taps, gates: Gates, key_heads: int) -> Stepped | None:
+    if not _wide(mixed, gates.a, gates.b) or taps.activation not in _CONV:
+        return None
+    buffers = slots()
+    rows, states, out = _C.recurrent_step(
+        buffers["conv"], buffers["delta"], at, mixed, *taps, gates.a, gates.b, gates.a_log, gates.dt_bias, None,
+        key_heads, 0.0, 0.0,
+    )  # fmt: skip
+    return out, rows, states
+
+
 def _state_space(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.array) -> Scanned:
     if not _wide(mixed, dt):
         return PORTABLE.state_space(mixed, dt, dynamics, state)
@@ -136,6 +147,7 @@ KERNELS = Ops(
     activate=_activate,
     short_conv=_short_conv,
     gated_delta=_gated_delta,
+    delta_step=_delta_step,
     state_space=_state_space,
     gated_norm=_gated_norm,
     gate=_gate,
