@@ -115,6 +115,63 @@ def test_setup_says_what_a_mac_lacks(tmp_path: Path, machine: dict[str, str], sa
     assert done.returncode == 1 and said in done.stderr
 
 
+def on_debian(tmp_path: Path, *, lacks: str = "") -> subprocess.CompletedProcess[str]:
+    """setup_venv on a Linux with a Python 3.11 and all that it needs but the things named in `lacks`."""
+    tools, include = tmp_path / "tools", tmp_path / "include"
+    shutil.rmtree(tools, ignore_errors=True)
+    stub(tools, "uname", "echo Linux")
+    if "compiler" not in lacks:
+        stub(tools, "g++", "")
+    include.mkdir(exist_ok=True)
+    (include / "Python.h").unlink(missing_ok=True)
+    if "headers" not in lacks:
+        (include / "Python.h").touch()
+    body = f"""case "$*" in
+    *version_info*) exit {int("python" in lacks)} ;;
+    *ensurepip*) exit {int("venv" in lacks)} ;;
+    *sysconfig*) echo "{include}" ;;
+    --version) echo Python 3.11.2 ;;
+    *-m\\ venv*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/runner" ;;
+    *-m\\ pip*) echo "pip $*" >>{tmp_path}/pips ;;
+esac"""
+    stub(tools, "python3", body)
+    for name in ("dirname", "cat", "grep", "sed", "cksum", "bash", "env", "rm", "mkdir", "cp"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    environment = {"PATH": str(tools), "RUNNER_VENV": str(tmp_path / "venv")}
+    command = [str(ROOT / "scripts" / "setup_venv")]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [
+        ("python", "Python 3.11, 3.12 or 3.13 is needed: apt install python3 python3-venv (Debian 12 or later)"),
+        ("venv", "Python 3.11.2 cannot make virtual environments (on Debian: apt install python3-venv)"),
+    ],
+)
+def test_setup_says_what_a_bare_debian_lacks(tmp_path: Path, lacks: str, said: str) -> None:
+    done = on_debian(tmp_path, lacks=lacks)
+    assert done.returncode == 1 and said in done.stderr and not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [
+        ("compiler", "no C++ compiler (on Debian: apt install g++ python3-dev): the CPU kernels are left out"),
+        ("headers", "Python's headers are missing (on Debian: apt install python3-dev): the CPU kernels are left out"),
+    ],
+)
+def test_kernels_that_a_machine_could_not_build_are_built_once_it_can(tmp_path: Path, lacks: str, said: str) -> None:
+    def pips() -> int:
+        return (tmp_path / "pips").read_text().count("pip -m pip install")
+
+    done = on_debian(tmp_path, lacks=lacks)
+    assert done.returncode == 0 and said in done.stderr and pips() == 1
+    assert on_debian(tmp_path, lacks=lacks).stderr == "" and pips() == 1
+    assert on_debian(tmp_path).stderr == "setup_venv: building the kernels anew\n" and pips() == 2
+    assert on_debian(tmp_path).stderr == "" and pips() == 2
+
+
 def test_the_demo_says_why_it_does_not_come_from_the_hub(tmp_path: Path) -> None:
     """Not always the network: what `pull` said last stands there, on a machine without `timeout` too."""
     tools, cache = tmp_path / "tools", tmp_path / "cache"
