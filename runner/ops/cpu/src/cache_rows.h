@@ -34,9 +34,16 @@ template <class T>
 void choose_powers(const AppendArgs& a, const typename T::S* x, float* most, int16_t* powers) {
   float* sorted = most + a.d;
   for (int64_t i = 0; i < a.d; ++i) most[i] = 0.0f;
-  for (int64_t l = 0; l < a.l; ++l) {
-    for (int64_t i = 0; i < a.d; ++i) {
-      float v = __builtin_fabsf(T::to(x[l * a.sl + i]));
+  const VF inf = set1(__builtin_inff());
+  for (int64_t l = 0; l < a.l; ++l) {  // every number of the prompt's keys and values: the loop that costs
+    const auto* row = x + l * a.sl;
+    int64_t i = 0;
+    for (; i + W <= a.d; i += W) {
+      VF v = vabs(T::load_v(row + i));
+      store(most + i, vmax(select_lt(v, inf, v, zero()), load(most + i)));
+    }
+    for (; i < a.d; ++i) {
+      float v = __builtin_fabsf(T::to(row[i]));
       most[i] = v > most[i] && v < __builtin_inff() ? v : most[i];
     }
   }
