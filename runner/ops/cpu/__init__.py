@@ -10,6 +10,7 @@ Shapes: B batch, H query heads, KV key/value heads, L new positions, S keys, D h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "draw",
     "embed",
+    "empty",
     "gate",
     "gated_delta",
     "gated_norm",
@@ -206,6 +208,15 @@ def attention(
     the softmax and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, DV] of q's type.
     """
     return _C.attention(q, k, v, mask, scale=scale, window=window, sinks=sinks, length=length)
+
+
+def empty(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    """Take memory for an array of `shape` whose numbers are whatever was there: for buffers that `append` fills.
+
+    Raises:
+        ValueError: a size is negative.
+    """
+    return _C.empty(shape, dtype)
 
 
 def append(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) -> tuple[mx.array, mx.array]:

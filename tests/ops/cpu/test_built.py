@@ -34,6 +34,7 @@ def test_a_query_that_sees_no_key() -> None:
 
 
 WRONG: dict[str, Any] = {
+    "a negative size": lambda: kernels.empty((1, -1), mx.float32),
     "append past the end": lambda: kernels.append(
         mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 4, 8)), mx.zeros((1, 1, 2, 8)), mx.zeros((1, 1, 2, 8)), 3
     ),

@@ -70,6 +70,7 @@ NB_MODULE(_C, m) {
         "freqs"_a.none());
   m.def("attention", &runner::attention_op, "query"_a, "key"_a, "value"_a, "mask"_a.none(), nb::kw_only(), "scale"_a,
         "window"_a.none(), "sinks"_a.none(), "length"_a.none() = nb::none());
+  m.def("empty", &runner::empty_op, "shape"_a, "dtype"_a);
   m.def("append", &runner::append_op, "keys"_a, "values"_a, "k"_a, "v"_a, "at"_a);
   m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
   m.def("activate", &runner::activate_op, "x"_a, "activation"_a);

@@ -82,6 +82,15 @@ class Attention : public CpuPrimitive {
 
 // ---- rows into a cache
 
+class Empty : public CpuPrimitive {
+ public:
+  using CpuPrimitive::CpuPrimitive;
+  const char* name() const override { return "runner::Empty"; }
+  void plan(const std::vector<mx::array>&, std::vector<mx::array>& outputs, Dispatcher& d) override {
+    d.allocate(outputs[0]);
+  }
+};
+
 class Append : public CpuPrimitive {
  public:
   Append(mx::Stream stream, int64_t at) : CpuPrimitive(stream), at_(at) {}
@@ -173,6 +182,13 @@ mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& 
   auto primitive =
       std::make_shared<Attention>(stream, scale, causal, window.value_or(0), kind, sinks.has_value(), keys);
   return mx::array(with_last(q, v.shape(3) - scale_columns), q.dtype(), std::move(primitive), std::move(inputs));
+}
+
+mx::array empty_op(const std::vector<int>& shape, mx::Dtype dtype) {
+  for (int size : shape) {
+    if (size < 0) refuse("empty", ": shape is ", mx::Shape(shape.begin(), shape.end()), "; expected no negative size");
+  }
+  return mx::array(mx::Shape(shape.begin(), shape.end()), dtype, std::make_shared<Empty>(cpu_stream()), {});
 }
 
 std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array& values, const mx::array& k,

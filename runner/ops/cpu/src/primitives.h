@@ -31,6 +31,7 @@ mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset
 mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v,
                        const std::variant<std::monostate, std::string, mx::array>& mask, float scale,
                        const std::optional<int>& window, const MaybeArray& sinks, const std::optional<int>& length);
+mx::array empty_op(const std::vector<int>& shape, mx::Dtype dtype);
 std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array& values, const mx::array& k,
                                           const mx::array& v, int at);
 mx::array glu_op(const mx::array& gate_up, const std::string& activation);
