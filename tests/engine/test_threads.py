@@ -212,9 +212,12 @@ def test_a_timeout_in_the_middle_leaves_a_cache_that_is_right(path: Path, alarm:
     kept = lm.prompt_cache()
     draw = random.Random(0)
     prompt = ids(lm, 1, 40)
-    started = time.perf_counter()
-    lm.generate(prompt, **options(lm, max_tokens=20))
-    whole = time.perf_counter() - started
+    times = []
+    for _ in range(2):  # the first answer may take seconds: GPUs compile kernels for it
+        started = time.perf_counter()
+        lm.generate(prompt, **options(lm, max_tokens=20))
+        times.append(time.perf_counter() - started)
+    whole = min(times)
     interrupted = 0
     for turn in range(25):
         signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0005, whole))
