@@ -20,6 +20,7 @@ from runner.cli.history import History, Resume, TypedLines, keep_last_chat, mode
 from runner.cli.options import (
     Adapter,
     DType,
+    GivenPrompt,
     LengthOptions,
     Model,
     NamedModel,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from runner.answer import Chunk
     from runner.language_model import LanguageModel
 
-PROMPT_HELP = "Answer this and leave; text from a pipe is appended to it."
+PROMPT_HELP = "Answer this and leave; piped text is appended to it. With -, that is all of it."
 
 
 def chat(
@@ -46,6 +47,7 @@ def chat(
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help=PROMPT_HELP, show_default=False)] = None,
     *,
     named: NamedModel = None,
+    given: GivenPrompt = None,
     system: System = None,
     resume: Resume = False,
     history: History = True,
@@ -61,7 +63,7 @@ def chat(
     """Chat with a model. /help lists the chat's commands, Ctrl-C stops an answer, Ctrl-D leaves."""
     last = resumed(resume, history)
     named = model_of_last((model, prompt), named, last)
-    model, prompt = model_and_text((model, prompt), named, None, option="PROMPT")
+    model, prompt = model_and_text((model, prompt), named, given, option="-p")
     text = None if prompt is None else terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(), **length.keywords()}
     variables = parsed(template_arg)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import select
 import sys
 import time
@@ -14,6 +16,8 @@ from runner.errors import UsageError
 QUOTES = '"""'
 PROMPT = "> "
 CONTINUED = "… "
+TAKING_FILES = ("/read", "/save", "/load")
+MOST_PATHS = 500
 PAUSE = 0.1
 """Seconds without input after which a paste has ended."""
 
@@ -42,7 +46,7 @@ class LineReader:
             if following is None:
                 break
             lines.append(following)
-        return "\n".join(lines), len(lines) == 1
+        return "\n".join(lines), len(lines) == 1 and "\n" not in lines[0]
 
     def block(self, first: str) -> str:
         """Read up to a line that ends in triple quotes or the end of input; drops line breaks at both ends."""
@@ -92,11 +96,24 @@ class LineReader:
             ) from None
 
 
+def completed(text: str, completions: Sequence[str]) -> list[str]:
+    """The lines that `text` may become: those of `completions`, and with paths behind a command that takes a file."""
+    if not text:
+        return []
+    command, space, path = text.partition(" ")
+    if not space or command not in TAKING_FILES:
+        return [line for line in completions if line.startswith(text)]
+    start = os.path.expanduser(path)
+    found = sorted(glob.glob(f"{glob.escape(start)}*"))[:MOST_PATHS]
+    ends = [each[len(start) :] + ("/" if os.path.isdir(each) else "") for each in found]
+    return [f"{text}{end}" for end in ends]
+
+
 def set_up_editing(completions: Sequence[str], history: Sequence[str]) -> bool:
     """Set up line editing, if Python has readline; returns whether it keeps pasted lines together.
 
-    Tab completes commands. The arrow keys go through the `history`; its file is not readline's, as libedit's kind is
-    another.
+    Tab completes commands and the names of their files. The arrow keys go through the `history`; its file is not
+    readline's, as libedit's kind is another.
     """
     try:
         import readline
@@ -107,10 +124,9 @@ def set_up_editing(completions: Sequence[str], history: Sequence[str]) -> bool:
     if not libedit and controls(sys.stdout):
         readline.parse_and_bind("set enable-bracketed-paste on")
     for line in history:
-        readline.add_history(line)
+        if not (libedit and "\n" in line):  # which it could not show
+            readline.add_history(line)
     readline.set_completer_delims("")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
-    readline.set_completer(
-        lambda text, n: dict(enumerate(c for c in completions if text and c.startswith(text))).get(n)
-    )
+    readline.set_completer(lambda text, n: dict(enumerate(completed(text, completions))).get(n))
     return not libedit and controls(sys.stdout)

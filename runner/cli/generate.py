@@ -16,6 +16,7 @@ from runner.cli.options import (
     OUTPUT,
     Adapter,
     DType,
+    GivenPrompt,
     LengthOptions,
     Model,
     NamedModel,
@@ -36,9 +37,6 @@ Prompt = Annotated[
     typer.Argument(
         metavar="PROMPT", help="The text; without it, or with -, stdin is read. Piped text is appended to it."
     ),
-]
-GivenPrompt = Annotated[
-    str | None, typer.Option("--prompt", "-p", metavar="PROMPT", help="The same as PROMPT, by option.")
 ]
 Logprobs = Annotated[
     int | None,

@@ -56,6 +56,9 @@ NamedModel = Annotated[
         autocompletion=completion.models,
     ),
 ]
+GivenPrompt = Annotated[
+    str | None, typer.Option("--prompt", "-p", metavar="PROMPT", help="The same as PROMPT, by option.")
+]
 System = Annotated[
     str | None,
     typer.Option(

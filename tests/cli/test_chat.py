@@ -173,7 +173,7 @@ def libedit(tmp_path: Path) -> Iterator[Terminal]:
 
 def test_a_bracketed_paste_is_one_message(chat: Terminal, tmp_path: Path) -> None:
     """As terminals send it where readline has asked for that: nothing is sent before Enter."""
-    chat.send("\x1b[200~one\r/two\r\x1b[201~")
+    chat.send("\x1b[200~/one word\rtwo\r\x1b[201~")
     time.sleep(0.3)
     chat.send("three\r")
     chat.expect("--max-tokens reached")
@@ -181,7 +181,7 @@ def test_a_bracketed_paste_is_one_message(chat: Terminal, tmp_path: Path) -> Non
     saved = tmp_path / "talk.json"
     chat.send(f"/save {saved}\r")
     chat.expect(r"\(2 messages in")
-    assert json.loads(saved.read_text())[0]["content"] == "one\n/two\nthree"
+    assert json.loads(saved.read_text())[0]["content"] == "/one word\ntwo\nthree"
 
 
 def test_libedit_is_told_in_its_own_words(libedit: Terminal, tmp_path: Path) -> None:

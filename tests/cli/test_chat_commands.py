@@ -17,6 +17,7 @@ from pseudo_terminal import Terminal
 import runner
 from runner.cli import history
 from runner.cli.chat_commands import ALIASES, Commands
+from runner.cli.chat_input import completed
 from runner.cli.chat_settings import ChatSettings
 from runner.cli.conversation import Conversation
 from runner.cli.terminal import visible
@@ -166,6 +167,22 @@ def test_other_names_mean_the_same() -> None:
     assert known >= set(ALIASES) and all(name in help_text for name in known)
 
 
+def test_tab_completes_commands_settings_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Commands.completions()
+    assert completed("/re", lines) == ["/regen", "/read", "/reset"] and completed("", lines) == []
+    assert completed("/set te", lines) == ["/set temperature "] and completed("/show s", lines) == [
+        "/show settings",
+        "/show system",
+    ]
+    for name in ("a note.txt", "a [b].txt", "other"):
+        (tmp_path / name).touch()
+    (tmp_path / "adir").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert completed("/read ~/a", lines) == ["/read ~/a [b].txt", "/read ~/a note.txt", "/read ~/adir/"]
+    assert completed(f"/load {tmp_path}/a [", lines) == [f"/load {tmp_path}/a [b].txt"]
+    assert completed("say /read", lines) == [] == completed("/read ~/none", lines)
+
+
 EDITOR = """#!/bin/sh
 sed -i 's/^hello$/bye/' "$1"
 printf 'second line\\n\\n' >> "$1"
@@ -285,5 +302,7 @@ def test_run_with_a_prompt_answers_it_and_leaves() -> None:
         done = run(command, MODEL, "abc", *GREEDY)
         assert (done.returncode, done.stdout) == (0, wanted)
     assert run("run", MODEL, "abc", *GREEDY, stdin="def").stdout == run("generate", MODEL, "abc\n\ndef", *GREEDY).stdout
+    whole = run("run", MODEL, "-", *GREEDY, stdin="abc\ndef\n").stdout
+    assert whole == run("run", "-m", MODEL, "-p", "abc\ndef", *GREEDY).stdout != chat("abc", "def")[0]
     with terminal("run", MODEL, "abc") as program:
         assert program.close() == 0 and visible(wanted.rstrip("\n")) in program.seen.replace("\r", "")
