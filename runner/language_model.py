@@ -369,7 +369,7 @@ def load(
     context_length: int | None = None,
     progress: bool = False,
 ) -> LanguageModel:
-    """Load a model from a directory, a GGUF file or a hub id `org/name[@revision]`.
+    """Load a model from a directory, a GGUF file, a hub id `org/name[@revision][:Q4_K_M]`, or by a stored one's name.
 
     Args:
         dtype: "float32", "float16" or "bfloat16" for weights and activations; None: what suits this machine and the

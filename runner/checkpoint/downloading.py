@@ -24,6 +24,9 @@ from runner.progress import ProgressBar
 AT_ONCE = 4
 """Files that are downloaded side by side."""
 
+PARTIAL = ".runner.incomplete"
+"""End of the names of files that are not whole yet."""
+
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHA256_DIGITS = 64
 
@@ -45,7 +48,7 @@ class _Blob:
     @property
     def partial(self) -> Path:
         """Where its bytes are until there are all of them."""
-        return self.path.with_name(f"{self.path.name}.runner.incomplete")
+        return self.path.with_name(f"{self.path.name}{PARTIAL}")
 
     @property
     def there(self) -> int:
@@ -86,6 +89,11 @@ def fetch_weights(repo: str, commit: str, files: Sequence[str], cache: Path, *, 
         for job in jobs:
             if not job.cancelled() and not isinstance(job.exception(), _Stopped):
                 job.result()
+
+
+def unfinished(repo: str, cache: Path) -> list[Path]:
+    """Files of a repository that a stopped download left, to be gone on with; sorted."""
+    return sorted((cache / f"models--{repo.replace('/', '--')}" / "blobs").glob(f"*{PARTIAL}"))
 
 
 def _describe(repo: str, commit: str, file: str, cache: Path) -> _Blob | None:

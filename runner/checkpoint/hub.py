@@ -127,7 +127,7 @@ def pull(model: str, *, revision: str | None = None, progress: bool = True) -> P
 def list_cached() -> list[CachedModel]:
     """List the models in the cache whose weights are complete, sorted by id and revision."""
     found = []
-    for folder in sorted(_cache().glob("models--*--*")):
+    for folder in sorted(cache_directory().glob("models--*--*")):
         repo = folder.name.removeprefix("models--").replace("--", "/")
         for snapshot in sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):
             current = _snapshot(repo, MAIN) == snapshot
@@ -145,7 +145,8 @@ def list_cached() -> list[CachedModel]:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def _cache() -> Path:
+def cache_directory() -> Path:
+    """The directory of the hub's cache; it need not exist."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser()
@@ -156,7 +157,7 @@ def _snapshot(repo: str, revision: str) -> Path | None:
 
     Cache layout: the file `models--org--name/refs/REVISION` holds a commit, `snapshots/COMMIT` holds its files.
     """
-    folder = _cache() / f"models--{repo.replace('/', '--')}"
+    folder = cache_directory() / f"models--{repo.replace('/', '--')}"
     commit = revision
     if not _COMMIT.fullmatch(revision):
         try:
@@ -241,7 +242,7 @@ def _fetch(wanted: HubId, progress: bool) -> Path:
         state = "only in part" if cached is not None else "not"
         named = f"{repo}@{revision}{'' if wanted.gguf is None else f':{wanted.gguf}'}"
         raise HubError(
-            f"{named} is {state} in the cache ({_cache()}), and HF_HUB_OFFLINE forbids fetching it; "
+            f"{named} is {state} in the cache ({cache_directory()}), and HF_HUB_OFFLINE forbids fetching it; "
             "unset it to download the model"
         )
     with _one_line(repo, revision), _progress_bars(False):
@@ -301,7 +302,7 @@ def _fetch_adapter(repo: str, revision: str, progress: bool, tokenizer: bool) ->
 
     if constants.HF_HUB_OFFLINE:
         raise HubError(
-            f"the adapter {repo}@{revision} is not in the cache ({_cache()}), and HF_HUB_OFFLINE is set; "
+            f"the adapter {repo}@{revision} is not in the cache ({cache_directory()}), and HF_HUB_OFFLINE is set; "
             "unset it to download the adapter"
         )
     with _one_line(repo, revision), _progress_bars(progress):
@@ -349,9 +350,9 @@ def _download_weights(repo: str, commit: str, files: Sequence[str], progress: bo
     snapshot = _snapshot(repo, commit)
     missing = [file for file in files if snapshot is None or not (snapshot / file).is_file()]
     if missing:
-        from runner.checkpoint.downloading import fetch_weights
+        from runner.checkpoint.downloading import fetch_weights  # imported late: with threads and hashes
 
-        fetch_weights(repo, commit, missing, _cache(), progress=progress)
+        fetch_weights(repo, commit, missing, cache_directory(), progress=progress)
     return _download(repo, commit, files)
 
 
@@ -416,7 +417,9 @@ def _transport(repo: str, revision: str, error: Exception) -> str:
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"the disk of the cache ({_cache()}) is full: free some space, or set HF_HOME to another disk"
+            return (
+                f"the disk of the cache ({cache_directory()}) is full: free some space, or set HF_HOME to another disk"
+            )
         chain = chain.__cause__ or chain.__context__
     return (
         f"{repo}@{revision} is not complete in the cache, and could not be fetched from {constants.ENDPOINT}: "

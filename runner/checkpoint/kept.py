@@ -26,6 +26,9 @@ from runner.user_files import change_table, data_directory, read_table
 
 VERSION = 1
 MODELS = ("convert", "hub")
+UNFINISHED = "unfinished"
+"""What stored the files of a download that was stopped; they are never in the table."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = ("shape", "hf.co", "huggingface.co")
 EXAMPLES = "letters, digits, '.', '_' and '-', at most 64"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoint import hub, hub_ids
-from runner.checkpoint.kept import Kept, read_names
+from runner.checkpoint.kept import UNFINISHED, Kept, read_names
 from runner.errors import HubError, UsageError
 from runner.local_files import is_gguf, quoted
 
@@ -250,7 +250,7 @@ def path_of(target: str) -> Path | None:
 
 
 def removable(model: str) -> StoredModel:
-    """The stored model that a name, id or path means, where it is this program's to delete.
+    """The stored model that a name, id or path means, or what a stopped download left of one, to be deleted.
 
     Raises:
         HubError: nothing stored is meant.
@@ -262,7 +262,14 @@ def removable(model: str) -> StoredModel:
     if not found and os.path.isabs(target):
         raise UsageError(f"{target} was not stored by runner, which leaves it alone: delete it yourself")
     if not found:
-        raise HubError(f"{quoted(target)} is not on this machine: 'runner list' shows what is")
+        from runner.checkpoint.downloading import unfinished
+
+        begun = unfinished(hub_ids.parse(target).repo, hub.cache_directory())
+        if not begun:
+            raise HubError(f"{quoted(target)} is not on this machine: 'runner list' shows what is")
+        size = sum(path.stat().st_size for path in begun)
+        kept = Kept(UNFINISHED, tuple(path.name for path in begun))
+        return StoredModel(f"what was begun of {target}", "", target, begun[0].parent, None, size, kept)
     if found[0].kept is None:
         raise UsageError(
             f"{found[0].id} was stored in {found[0].path} by another program, so runner leaves it alone: "

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.checkpoint.kept import Kept, forget
+from runner.checkpoint.kept import UNFINISHED, Kept, forget
 from runner.errors import UserFileError
 
 
@@ -18,7 +18,8 @@ def remove(path: Path, kept: Kept) -> list[str]:
     In the hub's cache the blobs that the files link to go too, unless another snapshot has them.
 
     Args:
-        path: the model's directory or GGUF file, as in the table of names.
+        path: the model's directory or GGUF file, as in the table of names; of a download that was stopped, the
+            directory of its files.
 
     Returns:
         Names of what else is in the directory, which stays; sorted.
@@ -26,6 +27,10 @@ def remove(path: Path, kept: Kept) -> list[str]:
     Raises:
         UserFileError: a file cannot be deleted, or a link stands in the place of the model's directory.
     """
+    if kept.by == UNFINISHED:
+        for file in kept.files:
+            (path / file).unlink(missing_ok=True)
+        return []
     directory = path.parent if path.is_file() else path
     files: Sequence[str] = kept.files
     if kept.by == "hub":  # a GGUF file may be in a folder of the snapshot

@@ -280,6 +280,18 @@ def test_a_fetched_model_goes_with_its_blobs_but_for_shared_ones(home: Path) -> 
     assert os.listdir(home / "hub") == []
 
 
+def test_what_a_stopped_download_left_can_be_deleted(home: Path) -> None:
+    blobs = home / "hub/models--org--Large/blobs"
+    blobs.mkdir(parents=True)
+    for name in ("aa.runner.incomplete", "bb.runner.incomplete", "cc.0123.incomplete", "dd"):
+        (blobs / name).write_bytes(b"x" * 10)
+    found = names.removable("org/Large")
+    assert (found.id, found.nbytes) == ("what was begun of org/Large", 20) and found.kept is not None
+    assert remove(found.path, found.kept) == [] and set(os.listdir(blobs)) == {"cc.0123.incomplete", "dd"}
+    with pytest.raises(HubError, match="'org/Large' is not on this machine"):
+        names.removable("org/Large")
+
+
 def test_what_another_program_stored_is_left(home: Path) -> None:
     cached(home / "hub", "org/Smol", WEIGHTS)
     Path("dir").mkdir()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -11,6 +14,7 @@ import pytest
 from command_line import own, run
 from hub_cache import COMMIT, cached
 from places import TESTS
+from pseudo_terminal import Terminal
 
 from runner.errors import UsageError
 
@@ -74,6 +78,28 @@ def test_aliases_are_made_shown_changed_and_dropped(account: Account) -> None:
     account.done("rm", "mine", "--yes")
     assert account.done("alias") == "" and (account.home / "m").exists()
     assert account.run("alias", "mine").returncode == 2
+
+
+def test_rm_asks_on_a_terminal(account: Account) -> None:
+    path = account.home / "Tiny"
+    account.done("convert", str(MODEL), str(path))
+    places = {"XDG_DATA_HOME": str(account.home / "data"), "HF_HUB_CACHE": str(account.home / "hub")}
+    for answer, there in (("\n", True), ("no\n", True), ("y\n", False)):
+        terminal = Terminal("rm", "tiny", columns=80, **places)
+        terminal.expect(r"delete [\s\S]*\[y/N\] ")
+        terminal.send(answer)
+        assert terminal.process.wait(timeout=60) == int(there) and path.exists() == there
+        os.close(terminal.master)
+
+
+def test_list_and_alias_load_nothing_heavy(account: Account) -> None:
+    heavy = ["mlx", "numpy", "huggingface_hub.hf_api", "httpx", "jinja2", "tokenizers", "safetensors"]
+    code = (
+        "import sys\nfrom runner.cli.app import run\nassert run(['list', '--json']) == run(['alias']) == 0\n"
+        f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "[]" in done.stderr.splitlines()
 
 
 def test_nothing_is_deleted_where_one_of_several_may_not_be(account: Account) -> None:
