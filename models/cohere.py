@@ -63,12 +63,18 @@ class Block(Parallel):
 
 
 @dataclass
-class Cohere(BaseDecoder):
-    """The model: a stack of parallel blocks, a final LayerNorm without bias, and logits times `logit_scale`."""
+class ScaledDecoder(BaseDecoder):
+    """A decoder whose logits are multiplied by `logit_scale`."""
 
-    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
-    norm: ScaledLayerNorm = weight("model.norm", HIDDEN)
     logit_scale: float = setting()
 
     def logits(self, hidden: mx.array) -> mx.array:
         return super().logits(hidden) * self.logit_scale
+
+
+@dataclass
+class Cohere(ScaledDecoder):
+    """The model: a stack of parallel blocks, a final LayerNorm without bias, and scaled logits."""
+
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
+    norm: ScaledLayerNorm = weight("model.norm", HIDDEN)

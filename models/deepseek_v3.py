@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import key
-from runner.config.problems import short
+from runner.config.moe import check_listed
 from runner.errors import ConfigError
 from runner.models import deepseek_v2
 from runner.models.deepseek_v2 import DeepseekV2 as DeepseekV2
@@ -77,12 +77,7 @@ class ListedExpertsConfig(BalancedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = self.mlp_layer_types
-        if kinds is not None and (len(kinds) != self.num_hidden_layers or set(kinds) - {"dense", "sparse"}):
-            raise ConfigError(
-                f"config.json: mlp_layer_types must have dense or sparse for each of {self.num_hidden_layers} layers, "
-                f"not {short(list(kinds))}"
-            )
+        check_listed(self.mlp_layer_types, self.num_hidden_layers)
 
     @property
     def sparse(self) -> bool:

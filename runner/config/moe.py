@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.config.decoder import DecoderConfig
+from runner.config.problems import short
 from runner.errors import ConfigError
 
 
@@ -29,6 +31,15 @@ class LocalExpertsConfig(DecoderConfig):
     def norm_topk_prob(self) -> bool:
         """Whether the routing weights of the chosen experts are scaled to sum to one: always, in these families."""
         return True
+
+
+def check_listed(kinds: Sequence[str] | None, layers: int) -> None:
+    """Check a `mlp_layer_types`; raises `ConfigError` unless it has dense or sparse for each of `layers` layers."""
+    if kinds is not None and (len(kinds) != layers or set(kinds) - {"dense", "sparse"}):
+        raise ConfigError(
+            f"config.json: mlp_layer_types must have dense or sparse for each of {layers} layers, "
+            f"not {short(list(kinds))}"
+        )
 
 
 def check_routing(experts: int, chosen: int, groups: int = 1, kept: int = 1, members: int = 1) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from runner.checkpoint.shard_writer import WIDTHS, Planned, bytes_of
-from runner.config.rope_keys import normalise
+from runner.config.base import readable_keys
+from runner.config.rope_keys import OF_SLIDING, normalise
 from runner.convert.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
 from runner.convert.quantize import Quantizer
 from runner.engine.dtypes import DTYPES
@@ -383,8 +384,10 @@ class _Planner:
             }
             config["quantization"] = {**dataclasses.asdict(common), **others}
             config["quantization_config"] = config["quantization"]  # the hub looks for this one
-            spelled_out = normalise(self.raw)
-            config |= {name: spelled_out[name] for name in ROPE if name in spelled_out and name not in config}
+            # Where each type of layer has a RoPE of any kind, mlx-lm reads `rope_parameters` as it is.
+            if OF_SLIDING not in readable_keys(self.config_class):
+                spelled_out = normalise(self.raw)
+                config |= {name: spelled_out[name] for name in ROPE if name in spelled_out and name not in config}
         return config
 
 

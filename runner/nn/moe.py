@@ -133,7 +133,7 @@ class MoE(Module):
         Where MLX multiplies in TF32 (NVIDIA, M5), numbers of 16 bits are multiplied exactly all the same: they have no
         more bits of mantissa than TF32's 10. Only a router that is stored in float32 is rounded there, for prompts.
         """
-        logits = self.router(x.astype(mx.float32)).astype(mx.float32)
+        logits = self.logits(x)
         scores = mx.sigmoid(logits) if self.scoring_func == "sigmoid" else mx.softmax(logits, axis=-1)
         # Ranks choose the experts; the scores without correction weigh them.
         ranks = scores if self.correction is None else scores + self.correction
@@ -148,6 +148,10 @@ class MoE(Module):
         if self.routed_scaling_factor != 1.0:
             routing_weights = routing_weights * self.routed_scaling_factor
         return experts, routing_weights
+
+    def logits(self, x: mx.array) -> mx.array:
+        """What the router makes of `x`, `[B, L, E]` in float32, before it is turned into scores."""
+        return self.router(x.astype(mx.float32)).astype(mx.float32)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Weighted sum of the chosen experts' outputs, `[B, L, hidden_size]` to the same shape."""

@@ -44,7 +44,7 @@ WIDE = {
     "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "ffn_dim": 64,
     "kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 16, "n_inner": 64,
     "word_embed_proj_dim": 32, "intermediate_size_mlp": 64, "hidden_size_per_layer_input": 32, "laurel_rank": 32,
-    "altup_num_inputs": 32,
+    "altup_num_inputs": 32, "prefix_dense_intermediate_size": 64,
 }  # fmt: skip
 
 
