@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from runner.config import layer_types
-from runner.config.base import key
+from runner.config.base import fixed, key
 from runner.config.decoder import WindowedConfig
 from runner.models import deepseek_v2, gemma, qwen3
 from runner.models.deepseek_v3 import BalancedConfig
@@ -33,7 +33,8 @@ class AfmoeConfig(BalancedConfig, WindowedConfig):
 
     INERT: ClassVar[frozenset[str]] = frozenset({"load_balance_coeff", "use_grouped_mm"})
     ONLY: ClassVar[Mapping[str, object]] = {
-        "num_expert_groups": 1, "num_limited_groups": 1, "route_norm": True, "score_func": "sigmoid",
+        "n_group": 1, "topk_group": 1, "num_expert_groups": 1, "num_limited_groups": 1, "route_norm": True,
+        "score_func": "sigmoid",
     }  # fmt: skip
     head_dim: int = 128
     max_position_embeddings: int = 16384
@@ -45,6 +46,8 @@ class AfmoeConfig(BalancedConfig, WindowedConfig):
     moe_intermediate_size: int = 1408
     num_experts: int = 64
     num_experts_per_tok: int = 6
+    n_group: int | None = fixed(1)
+    topk_group: int | None = fixed(1)
     n_shared_experts: int = key("num_shared_experts", default=2)
     routed_scaling_factor: float = key("route_scale", default=1.0)
 

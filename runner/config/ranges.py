@@ -12,6 +12,7 @@ POSITIVE = (0.0, 1e30)
 ABOVE: Mapping[str, tuple[float, float]] = {
     "rope_theta": BASE,
     "rope_local_base_freq": BASE,
+    "swa_rope_theta": BASE,
     "attn_logit_softcapping": POSITIVE,
     "final_logit_softcapping": POSITIVE,
     "query_pre_attn_scalar": POSITIVE,
