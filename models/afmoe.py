@@ -17,7 +17,7 @@ from runner.config.decoder import WindowedConfig
 from runner.models import deepseek_v2, gemma, qwen3
 from runner.models.deepseek_v3 import BalancedConfig
 from runner.nn import blocks
-from runner.nn.attention import merge_heads
+from runner.nn.attention import merge_heads, split_heads
 from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm, provided_ops
 from runner.nn.linear import HIDDEN, Linear, Q
@@ -73,11 +73,12 @@ class Attention(qwen3.Attention):
 
     def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         q, k, v = self.heads(self.qkv_proj(x), batch)
-        attended = merge_heads(self.attend(q, cache.append(k, v), batch))
-        return self.o_proj(self.opened(attended, self.gate_proj(x)))
+        gate = self.gate_proj(x)
+        gate = split_heads(gate, gate.shape[-1] // self.num_attention_heads)
+        return self.o_proj(merge_heads(self.opened(self.attend(q, cache.append(k, v), batch), gate)))
 
     def opened(self, attended: mx.array, gate: mx.array) -> mx.array:
-        """What the gate leaves of attention's output `[B, L, heads * head_dim]`."""
+        """What a gate for each number leaves of attention's output; both `[B, H, L, head_dim]`."""
         return self.ops.gate(attended, gate)
 
 

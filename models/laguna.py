@@ -82,8 +82,7 @@ class Attention(afmoe.Attention):
     gate_proj: Linear = weight("g_proj", "gates", HIDDEN)
 
     def opened(self, attended: mx.array, gate: mx.array) -> mx.array:
-        apart = attended.reshape(*gate.shape, -1)
-        return (apart * mx.logaddexp(gate, 0)[..., None]).reshape(attended.shape)
+        return attended * mx.logaddexp(gate, 0)  # of a head, or of each of its numbers
 
 
 @dataclass
