@@ -24,6 +24,7 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 STRICT = os.environ.get("RUNNER_STRICT_BUILD") == "1"
 SOURCES = Path("runner/ops/cpu/src")
@@ -111,7 +112,12 @@ def environment(compiler: Any, arguments: list[str], extra: list[str]) -> str:
 
     Not the paths of those: pip makes an environment of its own for each build.
     """
-    version = subprocess.run([*compiler.compiler_so_cxx[:1], "--version"], capture_output=True, text=True, check=False)
+    try:
+        version = subprocess.run(
+            [*compiler.compiler_so_cxx[:1], "--version"], capture_output=True, text=True, check=False
+        )
+    except OSError as error:  # setuptools leaves out what cannot be compiled, but ends at any other error
+        raise CompileError(f"{compiler.compiler_so_cxx[0]}: {error.strerror}") from error
     flags = [word for word in [*arguments, *extra] if not word.startswith(("-I", "-isystem")) and word != "-Werror"]
     headers = [digest(path) for path in sorted(SOURCES.glob("*.h"))]
     versions = [importlib.metadata.version(name) for name in ("mlx", "nanobind")]

@@ -125,6 +125,20 @@ def test_the_build_has_nothing_to_warn_of(wheel: tuple[Path, str]) -> None:
     assert "absent from" not in wheel[1] and "Deprecat" not in wheel[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are built on Linux")
+def test_a_machine_without_a_compiler_builds_without_kernels(tmp_path: Path) -> None:
+    """The compiler that Python was built with is not there at all, as on a bare Debian; strictly, that is an error."""
+    tree = copy_tree(tmp_path / "tree", kernels=True)
+    (tmp_path / "nanobind").mkdir()
+    (tmp_path / "nanobind" / "__init__.py").touch()  # looked for; its headers only once there is a compiler
+    build = 'import os, sys; sys.path.append(".."); sys.argv[1:] = ["build_ext"]; exec(open("setup.py").read())'
+    none = {"CC": "/none/cc", "CXX": "/none/c++", "RUNNER_STRICT_BUILD": "0"}
+    said = command("-c", build, cwd=tree, **none)
+    assert "/none/c++: No such file or directory" in said and not list(tree.glob("**/*.so"))
+    with pytest.raises(AssertionError, match="/none/c"):
+        command("-c", build, cwd=tree, **{**none, "RUNNER_STRICT_BUILD": "1"})
+
+
 def test_an_sdist_has_all_that_compiles_the_kernels(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path, kernels=True)
     command("-c", "from setuptools import build_meta; build_meta.build_sdist('out')", cwd=tree)
