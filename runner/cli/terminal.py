@@ -115,11 +115,11 @@ class Output:
     def __init__(self, stream: TextIO | None = None, *, wrap: bool = False) -> None:
         self.stream = sys.stdout if stream is None else stream
         self.safe = self.stream.isatty()
-        self.wrap = WordWrap(self.columns) if wrap and self.safe else None
+        self.wrap = WordWrap(self._columns) if wrap and self.safe else None
         self.style: str | None = None
         self.at_line_start = True
 
-    def columns(self) -> int:
+    def _columns(self) -> int:
         """Width of the terminal; 0 where it does not say."""
         try:
             return os.get_terminal_size(self.stream.fileno()).columns
@@ -153,8 +153,10 @@ class Output:
         self.write(text + "\n")
 
     def end_line(self) -> None:
-        """End the line unless it has ended already; empty output stays empty."""
+        """End the line unless it has ended already; empty output stays empty. What follows is a text of its own."""
         self.flush()
+        if self.wrap is not None:
+            self.wrap = WordWrap(self._columns)  # a block of code that was left open has ended, too
         if not self.at_line_start:
             self.write("\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import textwrap
@@ -11,6 +12,7 @@ import pytest
 from pseudo_terminal import Terminal
 from scripted import scripted
 
+from runner.cli.terminal import Output
 from runner.cli.wrap import WordWrap, width
 
 
@@ -97,6 +99,27 @@ def test_a_word_waits_until_it_has_ended() -> None:
 def test_a_tab_goes_to_the_next_multiple_of_8() -> None:
     assert wrapped("日本語\t" + "x" * 12, 20) == "日本語\t" + "x" * 12
     assert wrapped("日本語ab\t" + "x" * 12, 20) == "日本語ab\n" + "x" * 12
+
+
+class Screen(io.StringIO):
+    """A terminal of 30 columns without colours."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+
+def test_code_that_an_answer_leaves_open_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(os, "get_terminal_size", lambda number: os.terminal_size((30, 50)))
+    output = Output(Screen(), wrap=True)
+    output.write("```\n" + "x " * 20, "dim")
+    output.end_line()
+    output.write("y " * 20)
+    output.end_line()
+    assert output.stream.getvalue() == f"```\n{'x ' * 20}\n{('y ' * 15).rstrip()}\n{'y ' * 5}\n"
 
 
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}{# <think></think> #}"
