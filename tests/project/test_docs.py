@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,8 @@ import pytest
 from places import ROOT
 
 from runner.cli.app import COMMANDS
+from runner.keywords import ChatOptions
+from runner.language_model import LanguageModel
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ROOT / "docs" / "usage"
@@ -19,8 +24,11 @@ MODEL = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(language: str) -> list[str]:
-    return [text for name, text in FENCE.findall(README) if name == language]
+LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, page: str = README) -> list[str]:
+    return [text for name, text in FENCE.findall(page) if name == language]
 
 
 def test_every_command_has_a_page_with_its_help() -> None:
@@ -57,6 +65,29 @@ def test_the_library_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out) > 10
 
 
+def test_the_librarys_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Block after block, as one program; each shows something or defines what the next ones use."""
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 4096}))
+    names: dict[str, object] = {"__name__": "__main__"}
+    found = blocks("python", LIBRARY)
+    assert len(found) >= 8
+    for text in found:
+        exec(compile(text.replace('"MODEL"', repr(str(model))), "docs/library.md", "exec"), names)
+    shown = capsys.readouterr().out
+    for words in ("LanguageModel('model', llama", "Timings(prompt: ", "tokens were there", "did you mean 'temperature'"):
+        assert words in shown, words
+
+
+def test_the_librarys_page_has_every_option_and_method() -> None:
+    for name in ChatOptions.__annotations__:
+        assert re.search(rf"`{name}\b|\b{name}=", LIBRARY), name
+    for name, member in vars(LanguageModel).items():
+        if inspect.isfunction(member) and not name.startswith("_"):
+            assert re.search(rf"\b{name}\b", LIBRARY), name
+
+
 def test_the_other_python_examples_parse() -> None:
     for text in blocks("python"):
         ast.parse(text)
@@ -78,7 +109,7 @@ def test_shell_commands_are_those_that_ci_runs() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *PAGES.glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
