@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from runner.answer import Answer, Chunk, Generation, Steps, gather
 from runner.checkpoint.hub import resolve_adapter
-from runner.checkpoint.model_files import ModelFiles, open_files
+from runner.checkpoint.model_files import ModelFiles, name_of, open_files
 from runner.checkpoint.names import resolve
 from runner.config.base import Config
 from runner.config.rope import LONGEST
@@ -64,8 +64,8 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         state = "closed" if self.engine.closed else f"{self.nbytes / 1e6:.1f} MB on {self.device.name}"
-        name, context = self.path.resolve().name, self.context_length
-        return f"LanguageModel({name!r}, {self.config.model_type}, {state}, context of {context} tokens)"
+        context = self.context_length
+        return f"LanguageModel({self.name!r}, {self.config.model_type}, {state}, context of {context} tokens)"
 
     def __enter__(self) -> Self:
         return self
@@ -79,6 +79,11 @@ class LanguageModel:
         What needs no weights can still be asked: config, defaults, tokenizer. Closing twice is fine.
         """
         self.engine.close()
+
+    @property
+    def name(self) -> str:
+        """What to call it: the name of its directory or file, or of its repository on the hub."""
+        return name_of(self.path)
 
     @property
     def config(self) -> Config:
@@ -397,7 +402,7 @@ def load(
         from runner.adapters import open_adapters
 
         opened = open_adapters(adapters, lambda spec: resolve_adapter(spec, progress=progress))
-    with ProgressBar(f"loading {files.path.name}", enabled=progress) as bar:
+    with ProgressBar(f"loading {name_of(files.path)}", enabled=progress) as bar:
 
         def update(done: int, total: int) -> None:
             OWNER.check_wanted()  # Ctrl-C in the waiting thread ends the loading too

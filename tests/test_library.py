@@ -18,6 +18,7 @@ import pytest
 from places import ROOT, TESTS
 
 import runner
+from runner.checkpoint.model_files import name_of
 from runner.engine.engine import open_engine
 from runner.engine.sampling import SamplingOptions
 from runner.errors import UsageError
@@ -66,6 +67,14 @@ def test_every_public_object_has_a_short_repr(lm: LanguageModel) -> None:
     assert repr(lm.sampling) == "SamplingParams(temperature=0.0)"
     assert repr(chunk) == f"Chunk(text={chunk.text!r}, token={chunk.token})"
     assert repr(cache).startswith(f"PromptCache({cache.caches.offset} tokens, ")
+
+
+def test_a_model_has_the_name_that_people_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name_of(tmp_path / "models--org--It-1B" / "snapshots" / "0123abc") == "It-1B"
+    assert name_of(tmp_path / "models--org--It-1B" / "snapshots" / "0123abc" / "it-Q4_K_M.gguf") == "it-Q4_K_M.gguf"
+    assert name_of(tmp_path / "mine") == "mine"
+    monkeypatch.chdir(MODEL)
+    assert name_of(Path(".")) == "llama-gqa" and name_of(Path("..")) == "llama"
 
 
 def test_a_model_is_shown_as_its_tree(lm: LanguageModel) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from runner import resources
 from runner.checkpoint import names
 from runner.checkpoint.kept import read_names
-from runner.checkpoint.model_files import open_files
+from runner.checkpoint.model_files import name_of, open_files
 from runner.convert.quantize import QUANTIZATIONS
 from runner.engine.engine import Engine, assemble
 from runner.errors import UsageError
@@ -151,7 +151,7 @@ def open_subject(
             "quantize a checkpoint with 'runner convert' first"
         )
     files = open_files(names.resolve(model))
-    return describe(files.path.resolve().name, assemble(files.config, files.source, dtype=dtype))
+    return describe(name_of(files.path), assemble(files.config, files.source, dtype=dtype))
 
 
 def published(model: str) -> str | None:

@@ -40,6 +40,18 @@ class ModelFiles:
     unread: tuple[str, ...] = ()
 
 
+def name_of(path: Path) -> str:
+    """What to call the model at `path`: its directory or file, or its repository where that is a snapshot of the hub's.
+
+    In the hub's cache, that is `models--ORG--NAME/snapshots/COMMIT`, whose own name says nothing.
+    """
+    place = path.absolute() if path.name not in ("", "..") else path.resolve()
+    repository = place.parent.parent.name
+    if place.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return place.name
+
+
 def open_files(path: Path) -> ModelFiles:
     """Open a model directory or GGUF file; headers are checked, and no weight matrix is read.
 

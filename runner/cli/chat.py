@@ -119,7 +119,7 @@ class Chat:
         """
         self.note_sampling()
         if self.reader.interactive:
-            name = terminal.paint(self.lm.path.name, "bold", sys.stderr)
+            name = terminal.paint(self.lm.name, "bold", sys.stderr)
             print(f"{name}  {terminal.paint('/help lists the commands', 'dim', sys.stderr)}\n", file=sys.stderr)
             if self.conversation.messages:
                 terminal.note(f"(going on with {len(self.conversation.all())} messages: /show messages lists them)\n")

@@ -26,6 +26,7 @@ MOST_UNUSED = 20  # names of unused tensors before the rest is counted (never in
 
 def inspect(model: Model = None, *, named: NamedModel = None, unfold: All = False, as_json: AsJson = False) -> None:
     """Show a model's config, tokenizer, sampling defaults and tensors, without reading the tensors' data."""
+    from runner.checkpoint.model_files import name_of
     from runner.inspect_model import inspect as inspect_model
 
     report = inspect_model(named_model(model, named))
@@ -34,7 +35,7 @@ def inspect(model: Model = None, *, named: NamedModel = None, unfold: All = Fals
         return
     from runner.cli import tables
 
-    title = tables.cell(report.path.name or str(report.path), "cyan")
+    title = tables.cell(name_of(report.path) or str(report.path), "cyan")
     sampling = {**report.sampling, "eos_token_ids": sorted(report.eos_token_ids)}
     tables.show(
         title,
