@@ -41,6 +41,7 @@ class Session:
         self.command = command
         self.directory = directory
         self.environment = {"TERM": "dumb", "INPUTRC": "/dev/null", **environment}
+        self.events: list[tuple[float, str]] = []  # what was shown and when, in seconds since the start
 
     def run(self, typed: Sequence[str]) -> tuple[int, str]:
         """Types each line when the program asks for one. Exit code and all that the terminal showed."""
@@ -67,7 +68,8 @@ class Session:
 
     def _converse(self, master: int, waiting: list[str]) -> str:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        seen, answered, deadline = "", 0, time.monotonic() + PATIENCE
+        seen, answered, started = "", 0, time.monotonic()
+        deadline = started + PATIENCE
         while time.monotonic() < deadline:
             if select.select([master], [], [], 0.2)[0]:
                 try:
@@ -76,7 +78,9 @@ class Session:
                     data = b""
                 if not data:
                     return seen.replace("\r\n", "\n").replace("\r", "")
-                seen += decoder.decode(data)
+                text = decoder.decode(data)
+                self.events.append((time.monotonic() - started, text.replace("\r", "")))
+                seen += text
             elif waiting and len(seen) > answered and seen.rsplit("\n", 1)[-1] in PROMPTS:
                 os.write(master, waiting.pop(0).encode() + b"\r")
                 answered = len(seen)
