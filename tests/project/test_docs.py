@@ -76,7 +76,12 @@ def test_the_librarys_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for text in found:
         exec(compile(text.replace('"MODEL"', repr(str(model))), "docs/library.md", "exec"), names)
     shown = capsys.readouterr().out
-    for words in ("LanguageModel('model', llama", "Timings(prompt: ", "tokens were there", "did you mean 'temperature'"):
+    for words in (
+        "LanguageModel('model', llama",
+        "Timings(prompt: ",
+        "tokens were there",
+        "did you mean 'temperature'",
+    ):
         assert words in shown, words
 
 
@@ -93,13 +98,82 @@ def test_the_other_python_examples_parse() -> None:
         ast.parse(text)
 
 
-def test_shell_commands_are_those_that_ci_runs() -> None:
+RUN_BY = {
+    "scripts/demo": ".ci/run",
+    "scripts/test": ".ci/run",
+    'pip install ".[cpu]"': "scripts/setup_venv",
+    "scripts/setup_venv": "scripts/test",
+    "scripts/wheel": "tests/project/test_packaging.py",
+    "scripts/check_mac": "tests/project/test_check_mac.py",
+    "scripts/fixtures/make_fixtures": "scripts/fixtures/requirements-oracle.txt",
+    "scripts/fixtures/make_config_keys": "scripts/fixtures/requirements-oracle.txt",
+    "scripts/compare/compare_configs": "scripts/fixtures/requirements-oracle.txt",
+    "brew install python@3.13": "scripts/setup_venv",
+    "uv python install 3.13": "scripts/setup_venv",
+}
+"""What runs a command that is no `runner ...`: CI, a test, a script that one of them runs. The last five take a machine
+or an environment that no test has: transformers' (they are run by hand when a family is added), or a Mac."""
+COMMAND = re.compile(r"(runner [a-z]|scripts/(?!\S*\.py\b)|pip |brew |uv ).*")
+
+
+def commands(page: str) -> list[str]:
+    """Every command of a page: lines of console and shell blocks, and what stands between backticks in its text."""
+    found = [line[2:] for text in blocks("console", page) for line in text.splitlines() if line.startswith("$ ")]
+    found += [line.split("  #")[0].strip() for text in blocks("sh", page) for line in text.splitlines()]
+    prose = FENCE.sub("", page)
+    return found + [span for span in re.findall(r"`([^`\n]+)`", prose) if COMMAND.fullmatch(span)]
+
+
+def not_run(page: str, *, recorded: bool) -> list[str]:
+    """The commands of a page that nothing runs.
+
+    Args:
+        recorded: whether scripts/docs/make_docs --check runs the console blocks of the page (the test above).
+    """
+    console = {line[2:] for text in blocks("console", page) for line in text.splitlines() if line.startswith("$ ")}
+    left = []
+    for command in commands(page):
+        name, _, rest = command.removeprefix("runner ").partition(" ")
+        usage = PAGES / f"{name}.md"
+        if command.startswith("runner ") and not (recorded and command in console):
+            # Beside the text: the command's own page runs it, with these options among others.
+            ran = usage.exists() and [line for line in commands(usage.read_text()) if line.startswith(f"runner {name}")]
+            options = [word for word in rest.split() if word.startswith("-")]
+            if not ran or not all(any(option in line for line in ran) for option in options):
+                left.append(command)
+        elif not command.startswith("runner ") and not (recorded and command in console):
+            where = ROOT / RUN_BY.get(command, "nowhere")
+            if not where.exists() or (command in console):
+                left.append(command)
+    return left
+
+
+def test_every_command_of_the_readme_is_run_by_something() -> None:
+    assert len(commands(README)) >= 15
+    assert not_run(README, recorded=True) == []
+    for page in ("install.md", "limits.md"):
+        assert not_run((ROOT / "docs" / page).read_text(encoding="utf-8"), recorded=False) == []
+
+
+@pytest.mark.parametrize(
+    "command", ["runner chatt", "`runner bench x --nope`", "scripts/nothing", "```sh\nmake install\n```"]
+)
+def test_a_command_that_nothing_runs_is_found(command: str) -> None:
+    text = command if command.startswith("`") else f"`{command}`"
+    assert len(not_run(f"{README}\n{text}\n", recorded=True)) == 1
+
+
+def test_what_runs_them_names_them() -> None:
     """`scripts/test` and `scripts/demo` by .ci/run; pip's line by setup_venv, from the same directory and extras."""
-    commands = [line.split("  #")[0].strip() for text in blocks("sh") for line in text.splitlines()]
-    assert set(commands) == {"scripts/demo", "scripts/test", 'pip install ".[cpu]"'}
     ci = (ROOT / ".ci" / "run").read_text()
     for name in ("test", "demo"):
         assert f'"$scripts/{name}"' in ci and (ROOT / "scripts" / name).stat().st_mode & 0o100
+    for command, where in RUN_BY.items():
+        text = (ROOT / where).read_text(encoding="utf-8")
+        if command.startswith("scripts/") and where.startswith(("tests/", "scripts/test")):
+            assert command.rpartition("/")[2] in text, command
+        elif command.startswith(("brew", "uv")):
+            assert command in text, command
     setup = (ROOT / "scripts" / "setup_venv").read_text()
     # What pip is given: this directory, with the extras that were there and those that are missing of the wanted ones.
     (installs,) = [line.strip() for line in setup.splitlines() if line.strip().startswith("pip -e")]
