@@ -205,8 +205,18 @@ class JoinedKVCache(KVCache):
     """
 
     def append(self, keys: mx.array, values: mx.array) -> History:
-        rows = mx.concatenate([keys, values], axis=-1)
-        self._history = super().append(rows, rows[..., :0])._replace(split=keys.shape[-1])
+        count, split = keys.shape[2], keys.shape[3]
+        stored = self.offset - self._start
+        if self._keys is None or stored + count > capacity(self._keys):
+            rows = mx.concatenate([keys, values], axis=-1)
+            stored = self._make_room(rows, rows[..., :0], stored)
+        assert self._keys is not None and self._values is not None
+        # Each part into its columns: to join them first would write the row twice.
+        end = stored + count
+        self._keys[..., stored:end, :split] = keys
+        self._keys[..., stored:end, split:] = values
+        self.offset += count
+        self._history = History(self._keys, self._values, end, self.window, self.storage, split)
         return self._history
 
 

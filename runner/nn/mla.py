@@ -230,8 +230,8 @@ class LatentAttention(Module):
         # Keys are whole rows [latent, rotated key], values only their latents.
         rows = stored.rows
         history = History(rows, rows[..., : self.kv_lora_rank], stored.length)
-        gathered = self.attend(mx.concatenate([q @ to_keys, rotary], axis=-1), history, batch)
-        return gathered @ to_values.swapaxes(-1, -2)
+        gathered = self.attend(mx.concatenate([by_head(q, to_keys), rotary], axis=-1), history, batch)
+        return by_head(gathered, to_values.swapaxes(-1, -2))
 
     def matrices(self) -> tuple[mx.array, mx.array]:
         """The parts of `kv_b_proj` that make keys and values, `[H, qk_nope_head_dim, kv_lora_rank]` and
@@ -240,3 +240,11 @@ class LatentAttention(Module):
         matrix = self.kv_b_proj.matrix().reshape(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         matrix = matrix if self.activations is None else matrix.astype(self.activations)
         return matrix[:, : self.qk_nope_head_dim], matrix[:, self.qk_nope_head_dim :]
+
+
+def by_head(x: mx.array, matrices: mx.array) -> mx.array:
+    """Each head's `x` `[B, H, L, D]` times its matrix of `[H, D, E]`: `[B, H, L, E]`."""
+    if x.shape[0] > 1:
+        return x @ matrices
+    # With as many dimensions as the matrices have: MLX copies what it broadcasts, all heads' matrices for each token.
+    return mx.expand_dims(mx.squeeze(x, 0) @ matrices, 0)
