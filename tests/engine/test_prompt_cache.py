@@ -85,7 +85,9 @@ def test_a_window_that_moved_on_starts_again() -> None:
         assert tokens(answer(lm, prompt, kept, 2)) == tokens(answer(lm, prompt, None, 2))
 
 
-@pytest.mark.parametrize("model", ["llama-gqa", "mistral-window", "../families/llama4_text-base"])
+@pytest.mark.parametrize(
+    "model", ["llama-gqa", "mistral-window", "../families/llama4_text-base", "../families/qwen3_5_text-base"]
+)
 def test_a_chat_of_many_turns_reads_only_what_is_new(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six turns, one of them an edit of an earlier one; windows move on at every turn, so that only marks lead back."""
     monkeypatch.setattr("runner.cache.kv.STEP", 4)
@@ -94,14 +96,14 @@ def test_a_chat_of_many_turns_reads_only_what_is_new(model: str, monkeypatch: py
     prompt, prompts, again = list(FIRST), [], []
     for turn in range(6):
         if turn == 3:
-            prompt = [*prompts[1], 60, 61]  # the second answer is asked for anew
+            prompt = [*prompts[1], 37, 38]  # the second answer is asked for anew
         prompts.append(prompt)
         found = answer(lm, prompt, kept)
         assert tokens(found) == tokens(answer(lm, prompt, None)), turn
         again.append(len(prompt) - cached(found))
         # A template that drops what came last (its thinking) parts inside the answer.
         said = tokens(found)[:4] if turn % 2 else tokens(found)
-        prompt = [*prompt, *said, 50 + turn, 51, 52]
+        prompt = [*prompt, *said, 40 + turn, 46, 47]
     fresh = [len(prompt) for prompt in prompts]
     assert again[0] == fresh[0] and again[3] <= 3 + 1  # back to the mark at the end of the second prompt
     # At most the last answer and what is new, never the conversation.
