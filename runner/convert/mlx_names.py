@@ -22,11 +22,17 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 """By model type: patterns in a tensor's name, and their replacements."""
 
+_FUSED = {
+    "experts.gate_up_proj": ("switch_mlp.gate_proj", "switch_mlp.up_proj"),
+    "experts.down_proj": ("switch_mlp.down_proj",),
+}
 SPLIT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "granitemoe": {
         "input_linear": ("switch_mlp.gate_proj", "switch_mlp.up_proj"),
         "output_linear": ("switch_mlp.down_proj",),
     },
+    "qwen3_5_moe_text": _FUSED,
+    "qwen3_next": _FUSED,
     "gpt_oss": {"gate_up_proj": ("gate_proj", "up_proj")},
     "gemma4_text": {
         "experts.gate_up_proj": ("experts.switch_glu.gate_proj", "experts.switch_glu.up_proj"),
@@ -34,6 +40,9 @@ SPLIT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
 }
 """By model type and last words of a layer's name: the layers that mlx-lm splits it into, each with as many rows."""
+
+TYPES: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+"""Text models that mlx-lm knows by the name of their wrapper only, whose config it reads flat as well."""
 
 AFFINE_ONLY: Mapping[str, tuple[str, ...]] = {"deepseek_v3": ("kv_b_proj",)}
 """By model type: last words of layers that mlx-lm dequantizes itself, in affine mode only; else they stay plain."""

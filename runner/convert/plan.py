@@ -17,7 +17,7 @@ import mlx.core as mx
 from runner.checkpoint.shard_writer import WIDTHS, Planned, bytes_of
 from runner.config.base import readable_keys
 from runner.config.rope_keys import OF_SLIDING, normalise
-from runner.convert.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, Target, layer_target, renamed
+from runner.convert.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, TYPES, Target, layer_target, renamed
 from runner.convert.quantize import Quantizer
 from runner.engine.dtypes import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
@@ -349,9 +349,10 @@ class _Planner:
 
     def copied(self, item: _Plain, rename: bool) -> Job:
         """The job for a tensor that is copied, possibly to another dtype."""
-        # Under mlx-lm's names a tensor has the model's shape; otherwise it stays as the file has it.
+        # Under mlx-lm's names a layer's tensor has the model's shape; any other stays as the file has it.
         header = self.source.headers[item.leaf.name]
-        dtype, shape = (item.dtype, item.shape) if rename else (header.dtype, header.shape)  # else in the file's order
+        own = rename and item.layer
+        dtype, shape = (item.dtype, item.shape) if own else (header.dtype, header.shape)  # else in the file's order
         cast = self.dtype if dtype in FLOAT and not item.kept else None
         target = self.target(item.leaf.name, layer=item.layer, rename=rename)
         output = Output(target, dtype if cast is None else NAMES[cast], _share(shape, target, item.leaf))
@@ -384,6 +385,7 @@ class _Planner:
             }
             config["quantization"] = {**dataclasses.asdict(common), **others}
             config["quantization_config"] = config["quantization"]  # the hub looks for this one
+            config["model_type"] = TYPES.get(str(config["model_type"]), config["model_type"])
             # Where each type of layer has a RoPE of any kind, mlx-lm reads `rope_parameters` as it is.
             if OF_SLIDING not in readable_keys(self.config_class):
                 spelled_out = normalise(self.raw)
