@@ -63,9 +63,9 @@ def template_kwargs(tokenizer: Tokenizer, given: Mapping[str, Any], thinking: st
         return variables
     off = tokenizer.thinking_off()
     if off is None:
-        raise UsageError(
-            "--thinking off: the model's chat template has no switch for it (--thinking hide shows the answer alone)"
-        )
+        word = "/no_think" if "/no_think" in tokenizer.template_sources.get("default", "") else None
+        hint = "--thinking hide shows the answer alone" if word is None else f"it asks for {word} in the system message"
+        raise UsageError(f"--thinking off: the model's chat template has no switch for it ({hint})")
     for name in off:
         if name in variables:
             raise UsageError(f"--thinking off sets {name} of the template: leave out --template-arg {name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,10 @@ def thinking_off(
     for switch in SWITCHES:
         if switch.name not in reads:
             continue
-        # A template that prints any effort it gets would only tell the model a word that it was not trained on.
-        if isinstance(switch.off, str) and not any(f"{quote}{switch.off}{quote}" in source for quote in "'\""):
+        # A template that prints any effort it gets would only tell the model a word that it was not trained on: the
+        # value must stand beside the variable, in one tag.
+        known = rf"\b{switch.name}\b[^%{{}}]*['\"]{switch.off}['\"]"
+        if isinstance(switch.off, str) and re.search(known, source) is None:
             continue
         try:
             if render({switch.name: switch.off}) != render({switch.name: switch.on}):

@@ -181,6 +181,15 @@ def test_a_template_without_a_switch_is_said_to_have_none(model: str) -> None:
         assert done.returncode == 2 and "--thinking off" in done.stderr and "no switch" in done.stderr
 
 
+def test_a_template_with_a_word_for_it_is_quoted(tmp_path: Path) -> None:
+    """As Nemotron Nano's, which looks for the word in the messages."""
+    path = scripted(
+        tmp_path, [(ASK, "x")], template=TEMPLATE + "{% if '/no_think' in messages[0].content %}{% endif %}"
+    )
+    done = run("generate", str(path), QUESTION, "--thinking", "off")
+    assert done.returncode == 2 and "it asks for /no_think in the system message" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

@@ -27,6 +27,7 @@ CLOSED = "<think>\n\n</think>\n\n"
             "reasoning_effort",
         ),
         ("Reasoning: {{ reasoning_effort }}", None),  # gpt-oss knows low, medium and high
+        ("{% if tool_choice == 'none' %}no tools{% endif %}Reasoning: {{ reasoning_effort }}", None),
         ("{% if enable_thinking %}{% endif %}", None),  # read, but of no effect
         ("{# enable_thinking #}{{ messages[0].thinking }}", None),  # no variable
         ("{% if enable_thinking %}{{ raise_exception('no') }}{% endif %}", None),  # cannot be on, so not off either
