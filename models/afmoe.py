@@ -14,7 +14,7 @@ import mlx.core as mx
 from runner.config import layer_types
 from runner.config.base import fixed, key
 from runner.config.decoder import WindowedConfig
-from runner.models import deepseek_v2, gemma, qwen3
+from runner.models import deepseek_v2, gemma, llama
 from runner.models.deepseek_v3 import BalancedConfig
 from runner.nn import blocks
 from runner.nn.attention import merge_heads, split_heads
@@ -65,8 +65,8 @@ class AfmoeConfig(BalancedConfig, WindowedConfig):
 
 
 @dataclass
-class Attention(qwen3.Attention):
-    """Qwen 3's attention, whose output a gate scales by a sigmoid, number by number."""
+class GatedAttention(llama.NormedAttention):
+    """Attention with QK-norm, whose output a gate scales by a sigmoid, number by number."""
 
     gate_proj: Linear = weight("gate_proj", Q, HIDDEN)
     ops: Ops = provided_ops()
@@ -80,6 +80,14 @@ class Attention(qwen3.Attention):
     def opened(self, attended: mx.array, gate: mx.array) -> mx.array:
         """What a gate for each number leaves of attention's output; both `[B, H, L, head_dim]`."""
         return self.ops.gate(attended, gate)
+
+
+@dataclass
+class Attention(GatedAttention):
+    """Gated attention with Qwen 3's norms."""
+
+    q_norm: RMSNorm = weight("q_norm", "head_dim")
+    k_norm: RMSNorm = weight("k_norm", "head_dim")
 
 
 @dataclass

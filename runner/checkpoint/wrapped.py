@@ -106,6 +106,7 @@ WRAPPERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llava_next": ("llama", {}),
     "llava_onevision": ("qwen2", {}),
     "mistral3": ("mistral", _MISTRAL_SMALL),
+    "muse_glimmer": ("muse_glimmer_text", {}),
     "qwen2_5_vl": ("qwen2_5_vl_text", {}),
     "qwen2_vl": ("qwen2_vl_text", {}),
     "qwen3_5": ("qwen3_5_text", {}),
@@ -127,7 +128,7 @@ PREFIXES = {
 """Where wrappers keep their text model, as published and as transformers 4 and 5 write it, and the plain name."""
 
 ENCODERS = re.compile(
-    r"(model\.)?(visual|vision_tower|vision_model|vision_encoder|vision_embedder|multi_modal_projector|mm_projector"
+    r"(model\.)?(visual|vision_adapter|vision_projection|vision_tower|vision_model|vision_encoder|vision_embedder|multi_modal_projector|mm_projector"
     r"|multimodal_projector|embed_vision|embed_audio|audio_tower|audio_encoder|connector|image_newline|mtp"
     r"|patch_merger|vision_language_adapter|aligner)(\.|$)"
 )

@@ -70,12 +70,14 @@ class BothNorms(PreNorm):
 
     attention_norm: RMSNorm = weight("post_self_attn_layernorm", HIDDEN)
     mlp_norm: RMSNorm = weight("post_mlp_layernorm", HIDDEN)
+    post_norm_eps: float | None = setting(default=None)
 
     def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
         eps = self.rms_norm_eps
-        attended = self.attention_norm(self.self_attn(self.input_layernorm(x, eps), batch, cache), eps)
+        post_eps = eps if self.post_norm_eps is None else self.post_norm_eps
+        attended = self.attention_norm(self.self_attn(self.input_layernorm(x, eps), batch, cache), post_eps)
         x, normed = self.post_attention_layernorm.add(x, attended, eps)
-        return x + self.mlp_norm(self.feed(x, normed), eps)
+        return x + self.mlp_norm(self.feed(x, normed), post_eps)
 
     def feed(self, x: mx.array, normed: mx.array) -> mx.array:
         """What the MLP adds to `x`, before its last norm; `normed` is `x` after the norm before the MLP."""

@@ -41,6 +41,7 @@ CASES = [
     ("gemma4", FAMILY / "gemma4_text-moe", V5),
     ("gemma4", FAMILY / "gemma4_text-base", HUB),
     ("gemma4_unified", FAMILY / "gemma4_text-large", V5),
+    ("muse_glimmer", FAMILY / "muse_glimmer_text-base", V5),
     ("mistral3", LLAMA / "mistral-no-window", HUB),
     ("mistral3", LLAMA / "mistral-no-window", V5),
     ("glm4v", FAMILY / "glm4-base", V5),
