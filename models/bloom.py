@@ -17,7 +17,7 @@ from runner.config.base import fixed, key
 from runner.config.decoder import UnrotatedConfig
 from runner.models import gpt_neox
 from runner.nn.batch import Batch
-from runner.nn.blocks import ConfiguredBlock, LayerNormDecoder
+from runner.nn.blocks import BaseDecoder, ConfiguredBlock
 from runner.nn.fast import LayerNorm
 from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
 from runner.nn.positions import Alibi
@@ -73,7 +73,7 @@ class NormedResidualBlock(Block):
 
 
 @dataclass
-class AlibiDecoder(LayerNormDecoder):
+class AlibiDecoder(BaseDecoder):
     """A decoder that puts the ALiBi biases, if the model has them, into the mask that all layers share."""
 
     alibi: Alibi | None = weight("")

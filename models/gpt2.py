@@ -74,25 +74,37 @@ class MLP(PlainMLP):
 
 
 @dataclass
-class Block(Sequential):
-    """Pre-norm block with LayerNorms, stored as `ln_1`, `attn`, `ln_2` and `mlp`."""
+class NormedBlock(Sequential):
+    """Pre-norm block with LayerNorms, stored as `ln_1` and `ln_2`."""
 
     input_layernorm: LayerNorm = weight("ln_1", HIDDEN)
-    self_attn: Attention = weight("attn")
     post_attention_layernorm: LayerNorm = weight("ln_2", HIDDEN)
+
+
+@dataclass
+class Block(NormedBlock):
+    """The pre-norm block with GPT-2's attention and MLP, stored as `attn` and `mlp`."""
+
+    self_attn: Attention = weight("attn")
     mlp: MLP = weight("mlp")
 
 
 @dataclass
-class GPT2(LayerNormDecoder):
-    """The model: token plus position embeddings, blocks, norm, head."""
+class PositionedDecoder(LayerNormDecoder):
+    """A decoder with token plus position embeddings, blocks, norm and head, under GPT-2's names."""
 
     embed_tokens: Embedding = weight("transformer.wte|wte|model.wte", VOCAB, HIDDEN)
     embed_positions: Embedding = weight("transformer.wpe|wpe|model.wpe", "max_position_embeddings", HIDDEN)
-    layers: Sequence[Block] = weight("transformer.h|h|model.h", length="num_hidden_layers")
     norm: LayerNorm = weight("transformer.ln_f|ln_f|model.ln_f", HIDDEN)
     lm_head: Linear = weight("lm_head||transformer.wte|wte|model.wte", VOCAB, HIDDEN, otherwise="tie_word_embeddings")
     max_position_embeddings: int = setting()
 
     def embed(self, batch: Batch) -> mx.array:
         return super().embed(batch) + self.embed_positions(positions(batch, self.max_position_embeddings))
+
+
+@dataclass
+class GPT2(PositionedDecoder):
+    """The model: token plus position embeddings, GPT-2 blocks, norm, head."""
+
+    layers: Sequence[Block] = weight("transformer.h|h|model.h", length="num_hidden_layers")

@@ -53,6 +53,8 @@ def raw_config(path: Path) -> dict[str, Any]:
     raw |= {key: value for key, value in WIDE.items() if raw.get(key)}
     if raw["model_type"] == "bloom":
         raw |= {"hidden_size": 32, "n_head": 4}
+    if raw["model_type"] == "mpt":
+        raw |= {"d_model": 32, "n_heads": 4}
     return {key: value for key, value in raw.items() if key not in ("quantization", "quantization_config")}
 
 

@@ -90,8 +90,9 @@ def test_four_positions_speak_for_all(path: str) -> None:
 
 
 REPLAYED = """
-    cohere cohere2 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt_neox granite helium hunyuan_v1_dense
-    internlm3 llama mimo mistral olmo phi phi3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 stablelm starcoder2
+    codegen cohere cohere2 cwm ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt_neox gptj granite
+    helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder llama mimo mistral olmo phi phi3 qwen2 qwen3
+    qwen3_5_text seed_oss smollm3 stablelm starcoder2
 """
 
 
