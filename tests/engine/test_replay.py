@@ -72,10 +72,10 @@ def test_four_positions_speak_for_all(path: str) -> None:
     # States lie in buffers from the first token on that a step moves in place, where there is a kernel for it.
     mx.eval(engine.model(Batch(mx.array([[5]]), 12), caches))
     recorder, room = engine.device.ops.recorder, min(cache.room for cache in caches)
-    if room == 0:
+    if room < LEAST:  # a state without such a kernel, or a chunk that ends soon: see the test of longer ones
         assert not replayed(engine)
         return
-    assert recorder is not None and room >= LEAST
+    assert recorder is not None
     slot = recorder.slot([1, 1])
 
     def recorded(ahead: list[int]) -> bool:
