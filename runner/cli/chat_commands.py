@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -259,6 +257,9 @@ def edited(text: str) -> str:
     Raises:
         UsageError: the editor cannot be started, ends with another code than 0, or leaves no UTF-8 text.
     """
+    import shlex
+    import tempfile  # modules that no other part of a command needs
+
     named = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
         command: Sequence[str] = shlex.split(named)

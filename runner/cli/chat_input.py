@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import select
 import sys
@@ -103,6 +102,8 @@ def completed(text: str, completions: Sequence[str]) -> list[str]:
     command, space, path = text.partition(" ")
     if not space or command not in TAKING_FILES:
         return [line for line in completions if line.startswith(text)]
+    import glob
+
     start = os.path.expanduser(path)
     found = sorted(glob.glob(f"{glob.escape(start)}*"))[:MOST_PATHS]
     ends = [each[len(start) :] + ("/" if os.path.isdir(each) else "") for each in found]

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runner import resources
 from runner.cli import terminal
 from runner.errors import RunnerWarning
 
@@ -56,6 +55,8 @@ def sampling_of(lm: LanguageModel, given: Mapping[str, Any]) -> tuple[dict[str, 
     """
     if lm.defaults.says_sampling or "temperature" in given:
         return dict(given), None
+    from runner import resources
+
     note = f"(the model's files say nothing of sampling: --preset {UNTOLD}; --temp 0 takes the likeliest tokens)"
     return {**resources.read("sampling", UNTOLD), **given}, note
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
 
 NARROWEST = 20
@@ -25,6 +24,8 @@ def width(text: str) -> int:
 
 
 def _width(character: str) -> int:
+    import unicodedata  # a megabyte, which most answers do not need
+
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
