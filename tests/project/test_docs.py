@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from places import ROOT
@@ -43,6 +44,16 @@ def test_the_commands_of_readme_and_pages_run_and_copies_are_current() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "docs" / "make_docs"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_moving_picture_is_whole() -> None:
+    """Every command of the recording stands in it, its pieces in the order of their moments."""
+    root = ElementTree.parse(ROOT / "docs" / "demo.svg").getroot()
+    pieces = [each for each in root if each.tag.endswith("}text")]
+    moments = [float(each[0].attrib["keyTimes"].partition(";")[2]) for each in pieces]
+    assert moments == sorted(moments) and 0 < moments[0] and moments[-1] < 1
+    shown = "".join(each.text or "" for each in pieces).replace(" ", "")
+    assert "$runnergeneratesmollm2" in shown and "$runnerchatsmollm2" in shown and "/bye" in shown
 
 
 def test_the_check_finds_a_stale_page_and_a_failing_command(tmp_path: Path) -> None:
