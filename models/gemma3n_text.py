@@ -20,6 +20,7 @@ from runner.config.layered import of_layer
 from runner.errors import ConfigError
 from runner.models import gemma, llama, qwen3
 from runner.models.gemma3_text import Gemma3Config
+from runner.nn.altup import AltUp, sized
 from runner.nn.batch import Batch
 from runner.nn.blocks import BothNorms, ConfiguredAttention
 from runner.nn.fast import PlainRMSNorm, RMSNorm
@@ -29,8 +30,6 @@ from runner.nn.mlp import ConfiguredMLP
 from runner.nn.shared_keys import SharedAttention, SharingConfig
 from runner.weights.module import Module
 from runner.weights.tags import setting, weight
-
-STREAMS = "altup_num_inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,40 +133,6 @@ class Laurel(Module):
 
 
 @dataclass
-class AltUp(Module):
-    """Mixes the streams `[B, L, S, hidden_size]` by coefficients that one of them chooses."""
-
-    router: Linear = weight("modality_router", STREAMS, HIDDEN)
-    router_norm: RMSNorm = weight("router_norm", HIDDEN)
-    prediction: Linear = weight("prediction_coefs", f"{STREAMS}*{STREAMS}", STREAMS)
-    correction: Linear = weight("correction_coefs", STREAMS, STREAMS)
-    output_scale: mx.array = weight("correct_output_scale", HIDDEN)
-    active: int = setting("altup_active_idx")
-    scales: bool = setting("altup_correct_scale")
-    norm_eps: float = setting()
-
-    def modalities(self, x: mx.array) -> mx.array:
-        """`[B, L, hidden_size] -> [B, L, S]`, from -1 to 1."""
-        routed = self.router(self.router_norm(x, self.norm_eps) * (1 / x.shape[-1]))
-        return mx.tanh(routed.astype(mx.float32)).astype(x.dtype)
-
-    def predict(self, streams: mx.array) -> mx.array:
-        """The streams plus a mixture of them."""
-        mixture = self.prediction(self.modalities(streams[:, :, self.active]))
-        return streams + mixture.reshape(*streams.shape[:3], -1) @ streams
-
-    def correct(self, predicted: mx.array, x: mx.array) -> mx.array:
-        """The predicted streams, moved by what the layer made of the active one, `x`."""
-        shares = self.correction(self.modalities(x)) + 1
-        return predicted + shares[..., None] * (x - predicted[:, :, self.active])[:, :, None]
-
-    def output(self, streams: mx.array) -> mx.array:
-        """The active stream, scaled if the config says so: what the layer's input is gated by."""
-        x = streams[:, :, self.active]
-        return x * self.output_scale.astype(x.dtype) if self.scales else x
-
-
-@dataclass
 class Block(BothNorms):
     """Gemma 2's norms around a layer of one stream; norms are stored as they are."""
 
@@ -214,9 +179,3 @@ class Gemma3n(gemma.Decoder):
         first = streams[:, :, 0]
         others = [sized(project(streams[:, :, i + 1]), first) for i, project in enumerate(self.unembeddings)]
         return self.norm(mx.mean(mx.stack([first, *others]), axis=0), self.norm_eps)
-
-
-def sized(x: mx.array, like: mx.array) -> mx.array:
-    """`x` scaled to the root mean square of `like`, along the last axis; `x` so small as to be noise is not raised."""
-    own, wanted = (mx.mean(mx.square(array), axis=-1, keepdims=True) for array in (x, like))
-    return x * mx.sqrt(wanted / mx.maximum(own, 1e-5))
