@@ -125,6 +125,7 @@ FAMILIES: Mapping[str, Family] = {
     "mimo_v2_flash": Family("mimo_v2_flash", "MiMoConfig", "MiMo"),
     "cohere2_moe": Family("cohere2_moe", "Cohere2MoeConfig", "Cohere2Moe"),
     "muse_glimmer_text": Family("muse_glimmer_text", "MuseGlimmerConfig", "MuseGlimmer"),
+    "lfm3": Family("lfm3", "Lfm3Config", "Lfm3"),
     "mellum": Family("mellum", "MellumConfig", "Qwen3Moe"),
     "exaone4": Family("exaone4", "Exaone4Config", "Exaone4"),
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunyuanConfig", "Hunyuan"),
