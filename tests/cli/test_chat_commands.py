@@ -113,6 +113,10 @@ def test_what_a_command_cannot_do_is_refused_and_changes_nothing(commands: Comma
     assert commands.settings.shown() == before and not commands.read and not commands.conversation.all()
 
 
+def test_tab_knows_every_command(commands: Commands) -> None:
+    assert {line.split()[0] for line in Commands.completions()} == {*commands.table, *ALIASES}
+
+
 def test_a_path_is_a_message_and_no_command(commands: Commands) -> None:
     assert not commands.take("/etc/hosts has what?") and not commands.take(" /quit") and not commands.take("quit it")
 
