@@ -22,6 +22,7 @@ from runner.config.rope_keys import normalise
 ARCHITECTURES = {
     "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA", "gemma2": "GEMMA2",
     "gemma3_text": "GEMMA3", "phi3": "PHI3", "starcoder2": "STARCODER2",
+    "qwen3_5_text": "QWEN35",
 }  # fmt: skip
 
 
@@ -69,6 +70,16 @@ def metadata_of(config: Metadata) -> dict[str, Any]:
         keys["rope.scaling.yarn_beta_slow"] = scaling.get("beta_slow")
     if family in ("llama", "mistral"):
         keys["rope.dimension_count"] = head_dim
+    if family == "qwen3_5_text":
+        keys |= {
+            "ssm.conv_kernel": config["linear_conv_kernel_dim"], "ssm.state_size": config["linear_key_head_dim"],
+            "ssm.group_count": config["linear_num_key_heads"], "ssm.time_step_rank": config["linear_num_value_heads"],
+            "ssm.inner_size": config["linear_num_value_heads"] * config["linear_value_head_dim"],
+            "attention.recurrent_layers": [kind == "linear_attention" for kind in config["layer_types"]],
+            "full_attention_interval": config["full_attention_interval"],
+            "rope.dimension_count": int(head_dim * config["rope_parameters"]["partial_rotary_factor"]),
+            "rope.dimension_sections": [*config["rope_parameters"]["mrope_section"], 0],
+        }  # fmt: skip
     if family in ("mistral", "gemma2", "gemma3_text", "phi3", "starcoder2"):
         keys["attention.sliding_window"] = config.get("sliding_window") or 0
     if family == "gemma2":
@@ -102,6 +113,8 @@ def tensors_of(
     result = {}
     for name, stored in weights.items():
         array = stored.astype(np.float32)
+        if family == "qwen3_5_text":
+            name, array = _delta(name, array, config)
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             assert "inv_freq" in name, name
@@ -110,11 +123,37 @@ def tensors_of(
         if family in ("llama", "mistral") and part in heads:
             paired = array.reshape(heads[part], 2, array.shape[0] // heads[part] // 2, *array.shape[1:])
             array = np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(array.shape)
-        if family.startswith("gemma") and "norm" in name:
+        if family.startswith(("gemma", "qwen3_5")) and "norm" in name and "linear_attn" not in name:
             array = array + 1
         chosen = kind(found) if array.ndim > 1 else Type.F32
         result[found] = (gguf.quantize(array, chosen), chosen)
     return result | _rope_tables(config)
+
+
+def _delta(name: str, array: np.ndarray, config: Metadata) -> tuple[str, np.ndarray]:
+    """A tensor of Qwen 3.5 as `_LinearAttentionVReorderBase` and `Qwen3NextModel` make it, but for norms."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    before = 2 * keys * config["linear_key_head_dim"]
+
+    def sorted_heads(part: np.ndarray, size: int) -> np.ndarray:
+        """Value heads of one key head after the other -> the first of each key head, the second of each, ..."""
+        return part.reshape(keys, values // keys, size, *part.shape[1:]).swapaxes(0, 1).reshape(part.shape)
+
+    if "linear_attn" not in name:
+        return name, array
+    if name.endswith("conv1d.weight"):
+        array = array.squeeze(1)
+    if name.endswith(("conv1d.weight", "in_proj_qkv.weight")):
+        rows = sorted_heads(array[before:], config["linear_value_head_dim"])
+        array = np.concatenate([array[:before], rows])
+    elif name.endswith("in_proj_z.weight"):
+        array = sorted_heads(array, config["linear_value_head_dim"])
+    elif name.endswith("out_proj.weight"):
+        array = np.ascontiguousarray(sorted_heads(array.T, config["linear_value_head_dim"]).T)
+    elif name.endswith(("in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias")):
+        array = sorted_heads(array, 1)
+    array = -np.exp(array) if name.endswith("A_log") else array
+    return name.replace("dt_bias", "dt_proj.bias"), array
 
 
 def _rope_tables(config: Metadata) -> dict[str, tuple[np.ndarray, Type]]:

@@ -31,6 +31,11 @@ class Architecture:
         period_key: config key that holds another period; None where the family's config has no such key.
         query_scalar: not None where config.json has query_pre_attn_scalar, which the files leave out. Its value is the
             head size, but hidden_size / num_attention_heads in models with `query_scalar` layers (the 27B).
+        whole: a layer's tensors whose names have another end in transformers than in GGUF, by their whole names there.
+        plain_norms: norms to which nothing is added all the same.
+        negated_exp: tensors that are stored as minus their exponential.
+        value_heads: tensors whose value heads llama.cpp sorted -> how (`runner.checkpoint.gguf.value_heads`).
+        predicts: files may have layers for multi-token prediction behind the others, which are left unread.
         rstrip: where not None, control tokens take the white space after them, except these tokens (as in the family's
             tokenizer.json).
     """
@@ -48,6 +53,11 @@ class Architecture:
     window_period: int | None = None
     period_key: str | None = None
     query_scalar: int | None = None
+    whole: Mapping[str, str] = field(default_factory=dict)
+    plain_norms: frozenset[str] = frozenset()
+    negated_exp: frozenset[str] = frozenset()
+    value_heads: Mapping[str, str] = field(default_factory=dict)
+    predicts: bool = False
     rstrip: tuple[str, ...] | None = None
 
 
@@ -123,6 +133,46 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         keys=_RMS,
         fixed={"hidden_act": "silu"},
         flags={"attention_bias": "blk.0.attn_q.bias"},
+    ),
+    "qwen35": Architecture(
+        model_type="qwen3_5_text",
+        class_name="Qwen3_5ForCausalLM",
+        blocks={
+            **_ATTENTION,
+            **_GATED,
+            **_QK_NORMS,
+            "post_attention_norm": "post_attention_layernorm",
+            "attn_qkv": "linear_attn.in_proj_qkv",
+            "attn_gate": "linear_attn.in_proj_z",
+            "ssm_beta": "linear_attn.in_proj_b",
+            "ssm_alpha": "linear_attn.in_proj_a",
+            "ssm_conv1d": "linear_attn.conv1d",
+            "ssm_norm": "linear_attn.norm",
+            "ssm_out": "linear_attn.out_proj",
+        },
+        keys={
+            **_RMS,
+            "ssm.conv_kernel": "linear_conv_kernel_dim",
+            "ssm.state_size": "linear_key_head_dim",
+            "ssm.group_count": "linear_num_key_heads",
+            "ssm.time_step_rank": "linear_num_value_heads",
+        },
+        fixed={"hidden_act": "silu"},
+        norms_plus_one=True,
+        whole={"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
+        plain_norms=frozenset({"ssm_norm"}),
+        negated_exp=frozenset({"ssm_a"}),
+        value_heads={
+            "attn_qkv": "mixed",
+            "ssm_conv1d": "mixed",
+            "attn_gate": "values",
+            "ssm_beta": "heads",
+            "ssm_alpha": "heads",
+            "ssm_a": "heads",
+            "ssm_dt": "heads",
+            "ssm_out": "columns",
+        },
+        predicts=True,
     ),
     "gemma": Architecture(
         model_type="gemma",

@@ -19,11 +19,13 @@ from runner.checkpoint.gguf.container import Container, Entry, open_container
 from runner.checkpoint.gguf.formats import nbytes
 from runner.checkpoint.gguf.settings import architecture_of, config_of, generation_config_of
 from runner.checkpoint.gguf.tokenizer import Vocabulary, tokenizer_files, tokenizer_of, vocabulary_of
+from runner.checkpoint.gguf.value_heads import ValueHeads, value_heads
 from runner.errors import CheckpointError
 from runner.local_files import quoted
 from runner.text.tokenizer import Tokenizer
 
-_BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_]+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_][a-z_0-9]*)\.(weight|bias)")
+_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(.+)")
 _TOP = re.compile(rf"({'|'.join(TOP)})\.(weight|bias)")
 
 
@@ -38,6 +40,8 @@ class Part:
         shape: shape of the array in memory.
         head_rows: rows per attention head where llama.cpp reordered the rows of each head, which `GGUF.read` undoes.
         plus_one: llama.cpp added 1 to the stored numbers, which `GGUF.read` subtracts.
+        negated_exp: the stored numbers are minus the exponentials of those that `GGUF.read` returns.
+        heads: how llama.cpp sorted value heads, which `GGUF.read` undoes; None: it did not.
     """
 
     entry: Entry
@@ -46,6 +50,8 @@ class Part:
     shape: tuple[int, ...]
     head_rows: int | None = None
     plus_one: bool = False
+    negated_exp: bool = False
+    heads: ValueHeads | None = None
 
     @property
     def nbytes(self) -> int:
@@ -120,12 +126,16 @@ class GGUF:
             try:
                 for each, made in wanted.items():
                     numbers = entry.format.part(made.suffix, ordered)
-                    numbers = numbers - 1 if made.plus_one else numbers
-                    if len(rows) == entry.rows:
+                    numbers = _undone(numbers, made)
+                    by_row = made.heads is not None and made.heads.size is not None
+                    if len(rows) == entry.rows and not by_row:
                         filled[each] = numbers
                         continue
                     whole = filled.setdefault(each, np.empty((entry.rows, numbers.shape[1]), numbers.dtype))
-                    whole[done : done + len(rows)] = numbers
+                    if made.heads is not None and by_row:
+                        whole[made.heads.places(done, len(rows))] = numbers
+                    else:
+                        whole[done : done + len(rows)] = numbers
             except CheckpointError as error:
                 raise CheckpointError(f"{entry.file}: tensor {quoted(entry.name)}: {error}") from error
             done += len(rows)
@@ -151,6 +161,17 @@ class GGUF:
         }
 
 
+def _undone(numbers: Any, part: Part) -> Any:
+    """Numbers as transformers has them, in the columns that it has them in."""
+    if part.plus_one:
+        numbers = numbers - 1
+    if part.negated_exp:
+        if not (numbers < 0).all():
+            raise CheckpointError("holds a number that is not below 0, though it is minus an exponential")
+        numbers = np.log(-numbers)
+    return part.heads.columns(numbers) if part.heads is not None and part.heads.size is None else numbers
+
+
 def _in_order(rows: Any, head_rows: int | None) -> Any:
     """Undo llama.cpp's row order within each head, if it has one.
 
@@ -168,6 +189,9 @@ def _parts(container: Container, architecture: Architecture, config: Mapping[str
     for entry in container.tensors.values():
         if entry.name in ROPE_TENSORS or IGNORED.fullmatch(entry.name):
             continue
+        layer = _LAYER.fullmatch(entry.name)
+        if architecture.predicts and layer is not None and int(layer[1]) >= config["num_hidden_layers"]:
+            continue  # of multi-token prediction: the count of all layers was checked against what predicts
         name, block = _hub_name(container, architecture, entry.name)
         # Query and key rows of some architectures are reordered head by head, so they must divide into even heads.
         head_rows = None
@@ -175,22 +199,28 @@ def _parts(container: Container, architecture: Architecture, config: Mapping[str
             head_rows, rest = divmod(entry.shape[0], config[architecture.interleaved[block]])
             if rest or head_rows % 2:
                 raise CheckpointError(f"{container.path}: {entry.name}: {list(entry.shape)} do not divide into heads")
-        plus_one = architecture.norms_plus_one and "norm" in entry.name
+        plus_one = architecture.norms_plus_one and "norm" in entry.name and block not in architecture.plain_norms
+        negated_exp, heads = block in architecture.negated_exp, None
+        if block in architecture.value_heads:
+            heads = value_heads(architecture.value_heads[block], config)
         # Only `.weight` tensors may be quantized, and norms with 1 added must be float32, as the converters write them.
         if entry.format.count > 1 and not name.endswith(".weight"):
             raise CheckpointError(
                 f"{container.path}: {entry.name} has type {entry.format.name}, expected plain numbers"
             )
-        if plus_one and entry.format.dtype != "F32":
+        if (plus_one or negated_exp) and entry.format.dtype != "F32":
             raise CheckpointError(f"{container.path}: {entry.name} has type {entry.format.name}, expected F32")
         for suffix, (dtype, shape) in entry.format.parts(entry.shape).items():
             full = name.removesuffix(".weight") + suffix if suffix else name
-            parts[full] = Part(entry, suffix, dtype, shape, head_rows, plus_one)
+            parts[full] = Part(entry, suffix, dtype, shape, head_rows, plus_one, negated_exp, heads)
     return parts
 
 
 def _hub_name(container: Container, architecture: Architecture, name: str) -> tuple[str, str]:
     """Transformers' name of a tensor, and its GGUF name within a layer ("attn_q"; "" for a tensor outside layers)."""
+    layer = _LAYER.fullmatch(name)
+    if layer is not None and layer[2] in architecture.whole:
+        return f"model.layers.{layer[1]}.{architecture.whole[layer[2]]}", layer[2].partition(".")[0]
     found = _BLOCK.fullmatch(name)
     if found is not None and found[2] in architecture.blocks:
         return f"model.layers.{found[1]}.{architecture.blocks[found[2]]}.{found[3]}", found[2]

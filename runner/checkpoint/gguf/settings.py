@@ -125,6 +125,10 @@ class _Metadata:
             value = self.number(key)
             if value is not None:
                 config[name] = None if value == 0 and name in ZERO_MEANS_NONE else value
+        if table.predicts:
+            config["num_hidden_layers"] -= self.count("nextn_predict_layers", config["num_hidden_layers"] - 1)
+        if table.value_heads:
+            self.recurrence(config)
         config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
         # The rest is read off the tensors: optional biases, the vocabulary's size, and whether the head is tied.
         tensors = self.container.tensors
@@ -140,6 +144,30 @@ class _Metadata:
         self.rope(config)
         self.refuse_unknown()
         return config
+
+    def count(self, key: str, most: int) -> int:
+        """An integer from 0 to `most`, 0 where the key is missing."""
+        value = self.number(key) or 0
+        if not isinstance(value, int) or not 0 <= value <= most:
+            raise self.error(f"{self.prefix}{key} is {value}, expected an integer from 0 to {most}")
+        return value
+
+    def recurrence(self, config: dict[str, Any]) -> None:
+        """Set `layer_types` and `linear_value_head_dim`."""
+        layers, heads, size = config["num_hidden_layers"], self.size("ssm.time_step_rank"), self.size("ssm.inner_size")
+        needed = ("ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size")
+        missing = [key for key in needed if self.size(key) is None]
+        if missing or heads is None or size is None or size % heads:
+            raise self.error(f"{self.prefix}{missing[0]} is missing" if missing else f"{size} numbers in {heads} heads")
+        config["linear_value_head_dim"] = size // heads
+        self.read |= {"attention.recurrent_layers", "rope.dimension_sections"}  # the sections of images: text has one
+        flags, period = self.values.get("attention.recurrent_layers"), self.size("full_attention_interval") or 4
+        if flags is None:
+            flags = [(index + 1) % period != 0 for index in range(layers)]
+        elif not isinstance(flags, np.ndarray) or len(flags) < layers:
+            raise self.error(f"{self.prefix}attention.recurrent_layers is {brief(flags)}, expected {layers} flags")
+        kinds = ("full_attention", "linear_attention")
+        config["layer_types"] = [kinds[bool(flag)] for flag in flags[:layers]]
 
     def windows(self, config: dict[str, Any]) -> None:
         """Set `sliding_window`, and which layers use it."""

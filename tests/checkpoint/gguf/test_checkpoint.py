@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_writer as writer
@@ -80,13 +81,15 @@ def test_names_order_and_config_come_back(path: Path, tmp_path: Path) -> None:
     """transformers' checkpoint -> what llama.cpp's converter makes of it -> the same tensors and settings."""
     config, weights = config_of(path), writer.weights_of(path)
     found = GGUF.open(writer.write_model(tmp_path / "m.gguf", config, weights))
+    weights = {name: array.squeeze(1) if "conv1d" in name else array for name, array in weights.items()}
     left = {name for name in weights if "inv_freq" not in name}
     assert set(found.headers) == left
     for name in left:
         header = found.headers[name]
         assert (header.dtype, header.shape) == ("F32", weights[name].shape)
         # A norm's 1 + w in float32 rounds by half a unit of its last place, once here and once in the model.
-        rounding = 2e-7 if "norm" in name and config["model_type"].startswith("gemma") else 0
+        added = "norm" in name and config["model_type"].startswith(("gemma", "qwen3_5"))
+        rounding = 2e-7 if added else 4e-7 if name.endswith("A_log") else 0
         assert np.max(np.abs(np.array(found.read(name)) - weights[name])) <= rounding, name
     named = {key: config[key] for key in UNRENAMED if config.get(key)}
     if config.get("use_sliding_window") is False:
@@ -175,3 +178,72 @@ def test_the_query_scale_that_files_leave_out(arch: str, layers: int, scalar: in
     table = {"token_embd.weight": (np.zeros((300, config["hidden_size"]), np.float16), Type.F16)}
     found = GGUF.open(write(tmp_path / "m.gguf", table, **metadata, **vocabulary(300)))
     assert found.config["query_pre_attn_scalar"] == scalar
+
+
+# --- Qwen 3.5 ---------------------------------------------------------------------------------------------------------
+
+DELTA = TESTS / "fixtures" / "families" / "qwen3_5_text-base"
+
+
+def delta_tensors() -> tuple[dict[str, Any], dict[str, tuple[Any, Type]]]:
+    """Metadata and tensors of a Qwen 3.5 in which two key heads serve two value heads each."""
+    config = config_of(DELTA)
+    metadata = {**writer.metadata_of(config), **vocabulary(config["vocab_size"])}
+    return metadata, writer.tensors_of(config, writer.weights_of(DELTA))
+
+
+def test_layers_for_multi_token_prediction_stay_unread(tmp_path: Path) -> None:
+    metadata, tensors = delta_tensors()
+    metadata |= {"qwen35.block_count": 4, "qwen35.nextn_predict_layers": 1}
+    metadata["qwen35.attention.recurrent_layers"] = [*metadata["qwen35.attention.recurrent_layers"], False]
+    more = {name.replace("blk.2.", "blk.3."): entry for name, entry in tensors.items() if name.startswith("blk.2.")}
+    more["blk.3.nextn.eh_proj.weight"] = (np.zeros((32, 64), np.float32), Type.F32)
+    found = GGUF.open(write(tmp_path / "m.gguf", {**tensors, **more}, **metadata))
+    assert set(found.headers) == set(writer.weights_of(DELTA)) and found.config["num_hidden_layers"] == 3
+    with pytest.raises(CheckpointError, match="nextn_predict_layers is 4, expected an integer from 0 to 3"):
+        GGUF.open(write(tmp_path / "m.gguf", tensors, **{**metadata, "qwen35.nextn_predict_layers": 4}))
+    with pytest.raises(CheckpointError, match=r"'blk\.1\.nextn\.eh_proj\.weight' is not part of"):
+        wrong = {"blk.1.nextn.eh_proj.weight": more["blk.3.nextn.eh_proj.weight"]}
+        GGUF.open(write(tmp_path / "m.gguf", {**tensors, **wrong}, **metadata))
+
+
+def test_layers_by_their_interval_and_what_is_missing(tmp_path: Path) -> None:
+    metadata, tensors = delta_tensors()
+    flags = metadata.pop("qwen35.attention.recurrent_layers")
+    found = GGUF.open(write(tmp_path / "m.gguf", tensors, **metadata)).config["layer_types"]
+    assert [kind == "linear_attention" for kind in found] == flags == [True, True, False]
+    for key, value, words in (
+        ("ssm.inner_size", None, "ssm.inner_size is missing"),
+        ("ssm.inner_size", 63, "63 numbers in 4 heads"),
+        ("attention.recurrent_layers", [True], "expected 3 flags"),
+    ):
+        changed = {k: v for k, v in {**metadata, f"qwen35.{key}": value}.items() if v is not None}
+        with pytest.raises(CheckpointError, match=words):
+            GGUF.open(write(tmp_path / "m.gguf", tensors, **changed))
+
+
+def test_a_decay_that_grows_is_refused(tmp_path: Path) -> None:
+    metadata, tensors = delta_tensors()
+    tensors["blk.0.ssm_a"] = (np.float32([-1, -2, 0, -1]), Type.F32)
+    found = GGUF.open(write(tmp_path / "m.gguf", tensors, **metadata))
+    with pytest.raises(CheckpointError, match=r"ssm_a.*not below 0"):
+        found.read("model.layers.0.linear_attn.A_log")
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0], ids=lambda kind: kind.name)
+def test_sorted_heads_of_packed_matrices(kind: Type, tmp_path: Path) -> None:
+    """Rows and columns are put in order as codes and scales: the same numbers as those of transformers' order."""
+    config = {**config_of(DELTA), "hidden_size": 64, "linear_value_head_dim": 32}
+    names = ("in_proj_z", "in_proj_qkv", "out_proj")
+    shapes = {"in_proj_z": (128, 64), "in_proj_qkv": (160, 64), "out_proj": (64, 128)}
+    rng = np.random.default_rng(0)
+    weights = {f"model.layers.0.linear_attn.{n}.weight": rng.normal(size=shapes[n]).astype(np.float32) for n in names}
+    weights["model.embed_tokens.weight"] = rng.normal(size=(128, 64)).astype(np.float32)
+    found = GGUF.open(writer.write_model(tmp_path / "m.gguf", config, weights, lambda name: kind))
+    for name, wanted in weights.items():
+        stem = name.removesuffix(".weight")
+        parts = [found.read(f"{stem}.{part}") for part in ("weight", "scales", "biases")]
+        form = found.config["quantization"]
+        numbers = mx.dequantize(*parts, group_size=form["group_size"], bits=form["bits"])
+        same = gguf.dequantize(gguf.quantize(wanted, kind), kind)
+        assert np.max(np.abs(np.array(numbers.astype(mx.float32)) - same)) < 1e-2, name
