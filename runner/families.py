@@ -114,6 +114,8 @@ FAMILIES: Mapping[str, Family] = {
     "llama4_text": Family("llama4_text", "Llama4Config", "Llama4"),
     "ministral3": Family("ministral3", "Ministral3Config", "Ministral3"),
     "mistral4": Family("mistral4", "Mistral4Config", "Mistral4"),
+    "deepseek_v32": Family("deepseek_v32", "DeepseekV32Config", "DeepseekV32"),
+    "glm_moe_dsa": Family("glm_moe_dsa", "GlmMoeDsaConfig", "DeepseekV32"),
     "gpt_oss": Family("gpt_oss", "GptOssConfig", "GptOss"),
     "gemma": Family("gemma", "GemmaConfig", "Gemma"),
     "gemma2": Family("gemma2", "Gemma2Config", "Gemma2"),

@@ -5,7 +5,7 @@ Source: DeepSeek V2, arXiv:2405.04434 section 2.1; the absorbed form is in its a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -100,7 +100,11 @@ class LatentQueries(Queries):
     q_b_proj: Linear = weight("q_b_proj", QUERIES, QUERY_LATENT)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x), NORM_EPS))
+        return self.q_b_proj(self.latent(x))
+
+    def latent(self, x: mx.array) -> mx.array:
+        """The normalized query latent, `[B, L, q_lora_rank]`."""
+        return self.q_a_layernorm(self.q_a_proj(x), NORM_EPS)
 
 
 class KeysAndValues(Chooses):
@@ -158,6 +162,10 @@ class SplitKeysAndValues(KeysAndValues):
         return self.embed_q.changeable or self.unembed_out.changeable
 
 
+Narrow = Callable[[History, Batch], tuple[History, Batch]]
+"""Leaves rows out of what attention sees: either fewer rows, or a mask in the batch."""
+
+
 @dataclass
 class LatentAttention(Module):
     """Attention that caches, per token for all heads, a latent (`kv_lora_rank`) and a rotated key (`qk_rope_head_dim`).
@@ -189,17 +197,23 @@ class LatentAttention(Module):
             self.kept = self.matrices()
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
+        return self.attended(self.project(x, batch), x, batch, cache)
+
+    def attended(
+        self, queries: mx.array, x: mx.array, batch: Batch, cache: KVCache, narrow: Narrow | None = None
+    ) -> mx.array:
+        """Attention of `queries` `[B, L, heads * qk_head_dim]`; `narrow` may leave some of the cache's rows out."""
         # Each query head has a part without position and a rotated part.
         q, rotary = mx.split(
-            split_heads(self.project(x, batch), self.qk_nope_head_dim + self.qk_rope_head_dim),
-            [self.qk_nope_head_dim],
-            -1,
+            split_heads(queries, self.qk_nope_head_dim + self.qk_rope_head_dim), [self.qk_nope_head_dim], -1
         )
         rotary = self.rope(rotary, batch.offset, batch.length, once=batch.once)
         # One latent and one rotated key per token; the cache stores them as its keys and values.
         latent, key = mx.split(self.kv_a_proj(x)[:, None], [self.kv_lora_rank], axis=-1)  # [B, 1, L, ...]
         key = self.rope(key, batch.offset, batch.length, once=batch.once)
         stored = cache.append(self.kv_a_layernorm(latent, NORM_EPS), key)
+        if narrow is not None:
+            stored, batch = narrow(stored, batch)
         form = self.absorbed if self.absorbs(x.shape[1], stored.length) else self.expanded
         return self.o_proj(merge_heads(form(q, rotary, stored, batch)))
 

@@ -1,0 +1,99 @@
+"""The indexer of DeepSeek's sparse attention: cheap scores choose the tokens that attention looks at.
+
+Source: DeepSeek V3.2, arXiv:2512.02556 section 2.1. The authors' code also turns queries and keys by a Hadamard matrix,
+before it rounds them to 8 bits; it changes no product of theirs, and here nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.cache.kv import History, KVCache
+from runner.nn.attention import split_heads
+from runner.nn.batch import Batch
+from runner.nn.fast import LayerNorm, RoPE
+from runner.nn.linear import HIDDEN, Linear
+from runner.ops.table import window_mask
+from runner.weights.module import Module
+from runner.weights.tags import setting, weight
+
+KEY_EPS = 1e-6  # epsilon of the LayerNorm on keys, whatever the config says
+AT_ONCE = 8
+"""Heads whose scores are computed at a time: all 64 of them at once would take gigabytes for a long prompt."""
+
+
+@dataclass
+class IndexerRoPE(RoPE):
+    """RoPE on the first numbers of the indexer's heads; models differ in whether it turns neighbours or halves."""
+
+    traditional: bool = setting("indexer_rope_interleave", default=False)
+
+
+@dataclass
+class Indexer(Module):
+    """Chooses, for each query, the `index_topk` earlier tokens with the largest scores.
+
+    A score is the sum over heads of `relu(q k)` times a weight of the query's own. Each token has one key for all
+    heads; a cache of its own keeps it, the rotated part as key and the rest as value.
+    """
+
+    rope: IndexerRoPE
+    wq_b: Linear = weight("wq_b", "index_n_heads*index_head_dim", "q_lora_rank")
+    wk: Linear = weight("wk", "index_head_dim", HIDDEN)
+    k_norm: LayerNorm = weight("k_norm", "index_head_dim")
+    weights_proj: Linear = weight("weights_proj", "index_n_heads", HIDDEN)
+    index_head_dim: int = setting()
+    index_topk: int = setting()
+    qk_rope_head_dim: int = setting()
+
+    def __call__(self, x: mx.array, latent: mx.array, batch: Batch, cache: KVCache) -> mx.array | None:
+        """Indices `[B, L, index_topk]` of the chosen rows, those of later tokens among them where there are too few.
+
+        None: there are not more tokens than are chosen. `x` is `[B, L, hidden_size]`, `latent` `[B, L, q_lora_rank]`.
+        """
+        key = self.rope(self.k_norm(self.wk(x), KEY_EPS)[:, None], batch.offset, batch.length, once=batch.once)
+        stored = cache.append(*mx.split(key, [self.qk_rope_head_dim], axis=-1))
+        if stored.length <= self.index_topk:
+            return None
+        queries = split_heads(self.wq_b(latent), self.index_head_dim)  # [B, heads, L, index_head_dim]
+        queries = self.rope(queries, batch.offset, batch.length, once=batch.once).astype(mx.float32)
+        weights = self.weights_proj(x).astype(mx.float32).swapaxes(1, 2)[..., None]  # [B, heads, L, 1]
+        keys = stored.rows.astype(mx.float32).swapaxes(-1, -2)
+        scores = mx.zeros((x.shape[0], x.shape[1], stored.length))
+        for first in range(0, queries.shape[1], AT_ONCE):
+            heads = slice(first, first + AT_ONCE)
+            scores = scores + mx.sum(mx.maximum(queries[:, heads] @ keys, 0) * weights[:, heads], axis=1)
+        scores = mx.where(causal(batch, x.shape[1], stored.length), scores, -mx.inf)
+        return mx.argpartition(scores, kth=-self.index_topk, axis=-1)[..., -self.index_topk :]
+
+
+def causal(batch: Batch, queries: int, keys: int) -> mx.array:
+    """The boolean mask that `batch` has or implies, `[queries, keys]` or `[B, queries, keys]`."""
+    if batch.mask is None:
+        return window_mask(queries, keys, keys)
+    mask = batch.mask if batch.mask.dtype == mx.bool_ else batch.mask > -mx.inf
+    return mask[:, 0] if mask.ndim == 4 else mask
+
+
+def narrowing(chosen: mx.array | None) -> Callable[[History, Batch], tuple[History, Batch]] | None:
+    """What leaves the rows out that are not `chosen`, `[B, L, k]`: one query reads k rows, several have a mask."""
+    if chosen is None:
+        return None
+
+    def narrow(stored: History, batch: Batch) -> tuple[History, Batch]:
+        if chosen.shape[1] == 1 and batch.mask is None:
+            rows = chosen[:, :, :, None]
+            keys, values = (mx.take_along_axis(part, rows, axis=2) for part in (stored.keys, stored.values))
+            return History(keys, values, chosen.shape[2]), batch
+        seen = mx.zeros((*chosen.shape[:2], stored.length), dtype=mx.bool_)
+        seen = mx.put_along_axis(seen, chosen, mx.array(True), axis=-1)
+        mask = seen & causal(batch, chosen.shape[1], stored.length)
+        if batch.mask is not None and batch.mask.dtype != mx.bool_:
+            return stored, dataclasses.replace(batch, mask=mx.where(mask[:, None], batch.mask, -mx.inf))
+        return stored, dataclasses.replace(batch, mask=mask[:, None])
+
+    return narrow
