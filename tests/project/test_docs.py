@@ -51,7 +51,7 @@ def test_the_moving_picture_is_whole() -> None:
     root = ElementTree.parse(ROOT / "docs" / "demo.svg").getroot()
     pieces = [each for each in root if each.tag.endswith("}text")]
     moments = [float(each[0].attrib["keyTimes"].partition(";")[2]) for each in pieces]
-    assert moments == sorted(moments) and 0 < moments[0] and moments[-1] < 1
+    assert moments == sorted(moments) and moments[0] > 0 and moments[-1] < 1
     shown = "".join(each.text or "" for each in pieces).replace(" ", "")
     assert "$runnergeneratesmollm2" in shown and "$runnerchatsmollm2" in shown and "/bye" in shown
 
