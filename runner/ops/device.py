@@ -126,6 +126,8 @@ CPU_WITHOUT_KERNELS = dataclasses.replace(
     gather_quantized_linear=per_expert.gather_quantized_linear(_unpacked_linear),
 )
 
-METAL = dataclasses.replace(fusing(PORTABLE), name="mlx, metal")
+METAL = dataclasses.replace(fusing(PORTABLE, delta_kernel=True), name="mlx, metal")
 
-CUDA = dataclasses.replace(fusing(PORTABLE), name="mlx, cuda", quantized_linear=_cuda_quantized_linear)
+CUDA = dataclasses.replace(
+    fusing(PORTABLE, delta_kernel=False), name="mlx, cuda", quantized_linear=_cuda_quantized_linear
+)

@@ -26,7 +26,8 @@ class Fusion:
     A form serves arrays of any size, and is made again for other dtypes or numbers of dimensions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, delta_kernel: bool) -> None:
+        self._delta_kernel = delta_kernel
         self._compiled: dict[Callable[..., mx.array], Callable[..., mx.array]] = {}
 
     def __call__(self, function: Callable[..., mx.array], *arguments: Any) -> mx.array:
@@ -55,10 +56,10 @@ class Fusion:
         return state_space.in_chunks(self, mixed, dt, dynamics, state)
 
     def gated_delta(self, q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.array) -> Recurrence:
-        """`Ops.gated_delta` by MLX's op."""
+        """`Ops.gated_delta` by MLX's op where it has a kernel, else in chunks of tokens."""
         from runner.ops import delta_rule  # for those who need it: most families don't
 
-        return delta_rule.by_mlx(self, q, k, v, gates, state)
+        return (delta_rule.by_mlx if self._delta_kernel else delta_rule.in_chunks)(self, q, k, v, gates, state)
 
     def gated_norm(self, *arguments: Any) -> mx.array:
         """`Ops.gated_norm`: one kernel for the norm, and one for the gate."""
@@ -73,10 +74,14 @@ class Fusion:
         return self(gates.opened, x, gate)
 
 
-def fusing(ops: Ops) -> Ops:
+def fusing(ops: Ops, *, delta_kernel: bool) -> Ops:
     """The table `ops` for a GPU: activations, and what layers pass to `Ops.fused`, in one kernel each; rows of packed
-    tables without the padding that MLX's CPU needs."""
-    fusion = Fusion()
+    tables without the padding that MLX's CPU needs.
+
+    Args:
+        delta_kernel: whether MLX 0.32.4's gated delta rule has a kernel there, and is not a dozen operations a token.
+    """
+    fusion = Fusion(delta_kernel=delta_kernel)
     return dataclasses.replace(
         ops,
         fused=fusion,

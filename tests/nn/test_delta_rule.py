@@ -11,21 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import TESTS
 from recurrent_twins import Inputs, delta, delta_inputs
-from twins import assert_close, numpy
+from twins import assert_close, numpy, rand
 
 from runner.cache.recurrent import StateCache
 from runner.engine.engine import Engine, open_engine
 from runner.engine.generate import new_caches
 from runner.nn.batch import Batch
 from runner.nn.delta_rule import each_token
-from runner.ops.device import METAL, current
+from runner.ops.delta_rule import unit_lower_inverse
+from runner.ops.device import CUDA, METAL, current
 from runner.ops.table import PORTABLE, Ops
 
 FAMILIES = TESTS / "fixtures" / "families"
 EXACT = list({ops.name: ops for ops in (PORTABLE, current().ops)}.values())
 """The tables of CPUs, where not one bit may depend on where a prompt is cut."""
 by_exact = pytest.mark.parametrize("ops", EXACT, ids=lambda ops: ops.name)
-by_table = pytest.mark.parametrize("ops", [*EXACT, METAL], ids=lambda ops: ops.name)
+GPUS = [METAL, CUDA]
+by_table = pytest.mark.parametrize("ops", [*EXACT, *GPUS], ids=lambda ops: ops.name)
 
 
 def cut(given: Inputs, state: mx.array, first: int, last: int) -> Inputs:
@@ -58,12 +60,22 @@ def test_the_delta_rule(
     check(ops, delta_inputs(seed, batch=batch, length=length, heads=heads, sizes=sizes, dtype=dtype, channels=channels))
 
 
+@pytest.mark.parametrize("ops", GPUS, ids=lambda ops: ops.name)
 @pytest.mark.parametrize(
-    ("length", "dtype", "channels"), [(1, mx.bfloat16, False), (130, mx.float32, False), (9, mx.float32, True)]
+    ("length", "dtype", "channels"),
+    [(1, mx.bfloat16, False), (64, mx.float32, False), (130, mx.float32, False), (9, mx.float32, True)],
 )
-def test_the_delta_rule_on_a_mac(length: int, dtype: mx.Dtype, channels: bool) -> None:
+def test_the_delta_rule_of_gpus(ops: Ops, length: int, dtype: mx.Dtype, channels: bool) -> None:
     """Each form is compiled on its own: a few of them."""
-    check(METAL, delta_inputs(7, batch=2, length=length, dtype=dtype, channels=channels))
+    check(ops, delta_inputs(7, batch=2, length=length, dtype=dtype, channels=channels))
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64])
+def test_the_inverse_of_a_triangle(size: int) -> None:
+    lower = mx.tril(rand(2, 3, size, size, seed=size), -1)
+    found = unit_lower_inverse(lower)
+    wanted = np.linalg.inv(np.eye(size) + numpy(lower).astype(np.float64))
+    assert np.max(np.abs(numpy(found) - wanted)) <= 1e-4 * np.max(np.abs(wanted))
 
 
 @by_table
