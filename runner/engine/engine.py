@@ -14,7 +14,7 @@ from runner.cache.caches import Caches
 from runner.cache.storage import Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
-from runner.config.memory import needed
+from runner.config.memory import Shared, needed
 from runner.engine.dtypes import choose
 from runner.engine.generate import new_caches
 from runner.errors import UsageError
@@ -104,6 +104,12 @@ class Engine:
     def nbytes(self) -> int:
         """Bytes of the weights in memory."""
         return loading.nbytes(self.model)
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether some layers have no keys of their own, so that a token passes through them for its logits only."""
+        memories = (self.config.memory(index) for index in range(self.config.num_hidden_layers))
+        return any(isinstance(memory, Shared) for layer in memories for memory in layer)
 
     def wire(self, holder: object, tokens: int) -> None:
         """Let macOS leave weights and a cache of `tokens` where they are, until `unwire`; a job of the owner's thread.

@@ -18,6 +18,10 @@ from runner.ops.memory import Memory
 
 T = TypeVar("T")
 
+ALONE = 32
+"""Tokens of a prompt from which its last one is read by itself, where that saves layers for the others: reading it so
+costs a pass over all weights."""
+
 SETTLED_EVERY = 256
 """Tokens of an answer after which freed buffers are given back, on devices where they pile up."""
 
@@ -102,7 +106,9 @@ class Run:
         """Read the ids behind the first `held`, yielding after each chunk, and return the logits that follow."""
         cuts = self._kept.cuts()
         chunk = self.engine.device.chunk
-        passes = prefill_passes(self.engine.model, ids[held:], self._kept.caches, chunk=chunk, cuts=cuts)
+        # Layers without keys leave nothing for later tokens: only the last one, whose logits are wanted, passes them.
+        last = {len(ids) - 1} if len(ids) - held > ALONE and self.engine.shares_keys else set()
+        passes = prefill_passes(self.engine.model, ids[held:], self._kept.caches, chunk=chunk, cuts=cuts | last)
 
         def step() -> tuple[int, mx.array | None]:
             done, logits = next(passes)

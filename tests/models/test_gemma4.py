@@ -205,3 +205,16 @@ def test_a_chat_of_many_turns_is_a_fresh_start(name: str, tmp_path: Path, monkey
         said |= {chunk.token for chunk in found}
         prompt = [*prompt, *(chunk.token for chunk in found), 50 + turn, 51, 52]
     assert len(said) > 4 and max(map(len, prompts)) > 40
+
+
+@pytest.mark.parametrize(("name", "alone"), [("gemma4_text-base", True), ("gemma4_text-large", False)])
+def test_a_long_prompts_last_token_passes_sharing_layers_alone(name: str, alone: bool, tmp_path: Path) -> None:
+    """The others leave nothing there for later tokens: what a pass does not need is never computed."""
+    lm = runner.load(chatty(name, tmp_path / "model"), dtype="float32")
+    prompt, done = [1 + index % 90 for index in range(60)], []
+    chunks = list(lm.stream(prompt, max_tokens=3, temperature=0, on_prefill=lambda made, _: done.append(made)))
+    assert done == ([59, 60] if alone else [60])
+    assert chunks[0].token == int(mx.argmax(lm.logits(prompt)[-1]))
+    done.clear()
+    list(lm.stream(prompt[:20], max_tokens=2, temperature=0, on_prefill=lambda made, _: done.append(made)))
+    assert done == [20]
