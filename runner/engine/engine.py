@@ -21,6 +21,7 @@ from runner.errors import UsageError
 from runner.families import Model, find
 from runner.nn.batch import Batch
 from runner.ops.device import Device, current
+from runner.ops.memory import capacity
 from runner.ops.metal import LARGE, MARGIN
 from runner.ops.owner import OWNER
 from runner.weights import loading
@@ -204,12 +205,26 @@ def assemble(
     layout = plan(model_class, config, source.headers, provided)
     if adapted is not None:
         layout = adapted.applied(layout, device.ops, dtypes.weights)
+    check_memory(loading.planned_nbytes(layout, source.headers, dtypes.weights), capacity(device.mlx))
     model = loading.build(layout, source, dtype=dtypes.weights, progress=progress)
     # Nothing lazy is shared: what modules computed for themselves (RoPE's frequencies, MLA's matrices) is computed now.
     mx.eval([array for _, array in loading.arrays(model)])
     # Only where no dtype was asked for may the device round the rows of its caches.
     storage = device.storage if dtype is None else device.ops.storage
     return Engine(config, model, layout, device, dtypes.activations, storage, adapted)
+
+
+def check_memory(weights: int, available: int | None) -> None:
+    """Refuse weights that the machine can't hold, before any is read: the system would end the process in the middle.
+
+    Raises:
+        UsageError: there are more bytes of weights than of memory.
+    """
+    if available is not None and weights > available:
+        raise UsageError(
+            f"the weights take {weights / 1e9:.1f} GB, and there are {available / 1e9:.1f} GB of memory: "
+            "the model needs a larger machine, or fewer bits ('runner convert' packs a model)"
+        )
 
 
 def open_engine(path: Path, *, dtype: str | None = None, adapters: Sequence[AdapterFiles] = ()) -> Engine:

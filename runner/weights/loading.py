@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ import mlx.core as mx
 from runner.errors import CheckpointError
 from runner.local_files import quoted
 from runner.weights.plan import ArrayPlan, ModulePlan, Value
-from runner.weights.tags import Source
+from runner.weights.tags import Header, Source
 from runner.weights.transforms import IDENTITY
 from runner.weights.tree import Join, Leaf, Tree, leaf_shapes, leaves
 
@@ -206,6 +207,19 @@ def arrays(module: object, path: str = "") -> Iterator[tuple[str, mx.array]]:
     elif dataclasses.is_dataclass(module):
         for item in dataclasses.fields(module):
             yield from arrays(vars(module).get(item.name), f"{path}.{item.name}".lstrip("."))
+
+
+def planned_nbytes(plan: ModulePlan, headers: Mapping[str, Header], dtype: mx.Dtype | None) -> int:
+    """Bytes that a model's arrays will take once they are read and brought to `dtype` (None: as stored)."""
+    total = 0
+    trees = {array.tree: array for array in plan.arrays() if array.same_as is None}
+    for tree, array in trees.items():
+        kept = mx.float32 if array.exact and dtype is not None else dtype
+        for name in {leaf.name for leaf in leaves(tree)}:
+            header = headers[name]
+            floats = kept is not None and header.dtype in STORED
+            total += math.prod(header.shape) * kept.size if floats and kept is not None else header.nbytes
+    return total
 
 
 def nbytes(module: object) -> int:

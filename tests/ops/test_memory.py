@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 
-from runner.ops.memory import Memory
+from runner.ops.memory import Memory, capacity
 
 SIZE = 4 << 20  # MLX keeps no buffers of a CPU that are much larger
 
@@ -37,3 +39,24 @@ def test_nothing_is_given_back_on_a_cpu() -> None:
     memory.settle()
     assert mx.get_cache_memory() >= SIZE and memory.look() >= mx.get_active_memory() + SIZE
     mx.clear_cache()
+
+
+def group(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_what_a_machine_has_and_what_its_container_may_use(tmp_path: Path) -> None:
+    cpu = mx.Device(mx.cpu)
+    whole = capacity(cpu, tmp_path)
+    assert whole is not None and whole > 1 << 30
+    swap = group(tmp_path / "swap", {"proc/meminfo": "MemTotal: 5 kB\nSwapTotal:       2048 kB\n"})
+    assert capacity(cpu, swap) == whole + (2 << 20)
+    two = {"sys/fs/cgroup/memory.max": "1000000\n", "sys/fs/cgroup/memory.swap.max": "24\n"}
+    assert capacity(cpu, group(tmp_path / "two", two)) == 1000024
+    free = {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.swap.max": "max\n"}
+    assert capacity(cpu, group(tmp_path / "free", free)) == whole
+    one = {"sys/fs/cgroup/memory/memory.limit_in_bytes": "3000000\n"}
+    assert capacity(cpu, group(tmp_path / "one", one)) == 3000000
