@@ -95,8 +95,8 @@ def in_chunks(fused: Fused, q: mx.array, k: mx.array, v: mx.array, gates: Gates,
 def unit_lower_inverse(lower: mx.array) -> mx.array:
     """The inverse of I + `lower` `[.., n, n]`, which is zero on and above the diagonal; n is a power of two.
 
-    Blocks on the diagonal are inverted two by two into ones of twice the size, which is as exact as substitution: powers
-    of the matrix would be fewer steps, but grow large where keys repeat.
+    Blocks on the diagonal are inverted two by two into ones of twice the size, which is as exact as substitution.
+    Powers of the matrix would be fewer steps, but grow large where keys repeat.
     """
     count = lower.shape[-1]
     inverse = mx.ones((*lower.shape[:-1], 1, 1))  # [.., blocks, size, size]
