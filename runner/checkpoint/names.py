@@ -153,9 +153,12 @@ def meaning(model: str) -> str:
 
 
 def near_name(typed: str) -> str | None:
-    """The alias or stored model's name that comes nearest to what was typed, None where none comes near."""
+    """The alias, stored model's name or model of this directory that comes nearest to what was typed, or None."""
     stored = stored_models()
-    return nearest(typed, [*read_names().aliases, *shortest(stored).values(), *(one.name for one in stored)])
+    here = [
+        entry.name for entry in Path().iterdir() if entry.name.endswith(".gguf") or (entry / "config.json").exists()
+    ]
+    return nearest(typed, [*read_names().aliases, *shortest(stored).values(), *(one.name for one in stored), *here])
 
 
 def nearest(typed: str, names: Sequence[str]) -> str | None:

@@ -125,7 +125,8 @@ def rm(models: Removed, *, yes: Yes = False) -> None:
     chosen = {m: None if m in known and not os.path.exists(m) else names.removable(m) for m in dict.fromkeys(models)}
     stored = {found.path: found for found in chosen.values() if found is not None}
     for found in stored.values():
-        if not yes and not confirmed(f"delete {found.id} ({tables.size(found.nbytes)}, {found.path})?"):
+        place = "" if found.id == str(found.path) else f" in {found.path}"
+        if not yes and not confirmed(f"delete {found.id} ({tables.size(found.nbytes)}{place})?"):
             raise typer.Exit(1)
     for name, model in chosen.items():
         if model is None:

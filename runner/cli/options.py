@@ -223,7 +223,9 @@ def named_model(argument: str | None, option: str | None) -> str:
         return model
     default = default_model()
     if default is None:
-        raise UsageError("no model is named: put MODEL first, or use -m MODEL ('runner list' shows what is here)")
+        raise UsageError(
+            f"no model is named: put MODEL first, use -m MODEL, or set {VARIABLE} ('runner list' shows what is here)"
+        )
     return default.checked()
 
 

@@ -114,7 +114,10 @@ def test_a_snapshot_that_no_branch_names_goes_by_its_name(home: Path) -> None:
 def test_what_is_not_there_is_named_with_what_comes_near(home: Path) -> None:
     converted(home, "Llama-1B")
     Path("model.gguf").write_bytes(b"GGUF")
+    Path("MyModel").mkdir()
+    Path("MyModel/config.json").write_text("{}")
     for typed, words in [
+        ("mymodel2", "no model is called 'mymodel2': did you mean MyModel?"),
         ("lama", "no model is called 'lama': did you mean llama?"),
         ("zzz", "no model is called 'zzz': 'runner list' shows"),
         ("modell.gguf", "modell.gguf: no such file or directory: did you mean model.gguf?"),
