@@ -40,6 +40,8 @@ def choose(asked: str | None, device: Device, raw: Mapping[str, Any], headers: M
         return Dtypes(DTYPES[asked], DTYPES[asked])
     if device.activations is not None:
         return Dtypes(device.activations, None)
+    if device.dtype is not None:
+        return Dtypes(device.dtype, device.dtype)
     found = suitable(raw, headers)
     return Dtypes(found, found)
 

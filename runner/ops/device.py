@@ -33,6 +33,7 @@ class Device:
             they pile up, as each length has sizes of its own.
         tf32: whether MLX multiplies float32 matrices in TF32 there, 10 bits of mantissa, unless MLX_ENABLE_TF32=0.
         metal: the Apple GPU that it computes on; None: it is none.
+        dtype: of weights and activations alike, where none was asked for; None: what suits the model.
         notice: why the device is slower than this machine can be; None if it is not.
         fix: the command that removes the notice.
         needs: what must be installed before that command.
@@ -48,6 +49,7 @@ class Device:
     clears: bool = False
     tf32: bool = False
     metal: Metal | None = None
+    dtype: mx.Dtype | None = None
     notice: str | None = None
     fix: str | None = None
     needs: str | None = None
@@ -82,6 +84,7 @@ def current() -> Device:
     return Device(
         "plain MLX on the CPU",
         CPU_WITHOUT_KERNELS,
+        dtype=mx.float32,  # a CPU computes in it anyway: 16 bits are half as fast there, and as coarse as on a GPU
         notice=f"plain MLX, many times slower than this machine can: {why.reason}",
         fix=why.fix,
         needs=why.needs,

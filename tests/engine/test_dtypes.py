@@ -21,8 +21,11 @@ from sources import Arrays
 
 from runner.config.memory import State
 from runner.engine import engine as engines
+from runner.engine.dtypes import choose
 from runner.engine.engine import Engine, assemble, open_engine
 from runner.nn.batch import Batch
+from runner.ops import cpu
+from runner.ops.cpu._load import Unavailable
 from runner.ops.device import Device, current
 from runner.ops.table import PORTABLE
 from runner.weights import loading
@@ -162,6 +165,16 @@ def test_kernels_take_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
         assert found.dtype == mx.float32
         large = [array.dtype for path, array in loading.arrays(found.model) if array.ndim > 1]
         assert set(large) == {mx.bfloat16}
+
+
+def test_a_cpu_without_kernels_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits MLX takes longer there, and rounds as a GPU does; `dtype` asks for them all the same."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    monkeypatch.setattr(cpu, "unavailable", lambda: Unavailable("not built", None))
+    without = current()
+    assert without.notice is not None and without.activations is None
+    assert choose(None, without, {"model_type": "llama", "dtype": "bfloat16"}, {}) == (mx.float32, mx.float32)
+    assert choose("bfloat16", without, {"model_type": "llama"}, {}) == (mx.bfloat16, mx.bfloat16)
 
 
 # --- what is computed -------------------------------------------------------------------------------------------------
