@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from runner.cache.recurrent import StateCache
 from runner.nn.batch import Batch
+from runner.nn.fast import provided_ops
 from runner.nn.linear import HIDDEN, Linear
 from runner.nn.short_conv import ShortConv
+from runner.ops.table import Ops
 from runner.weights.module import Module
 from runner.weights.tags import weight
 
@@ -24,11 +27,25 @@ class GatedConv(Module):
     in_proj: Linear = weight("in_proj", (HIDDEN, HIDDEN, HIDDEN), HIDDEN, bias="conv_bias")
     conv: ShortConv = weight("conv", HIDDEN, "conv_L_cache", bias="conv_bias")
     out_proj: Linear = weight("out_proj", HIDDEN, HIDDEN, bias="conv_bias")
+    ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
         b, c, x = mx.split(self.in_proj(x), 3, axis=-1)
         gated = b * x
-        found = self.conv(gated, cache.read(gated)["conv"], activation=None, each=cache.reserved)
-        cache.write(x.shape[1], conv=found.rows)
-        return self.out_proj(c * found.output)
+        output = self.step(gated, cache)
+        if output is None:
+            output, rows = self.conv(gated, cache.read(gated)["conv"], activation=None, each=cache.reserved)
+            cache.write(x.shape[1], conv=rows)
+        return self.out_proj(c * output)
+
+    def step(self, gated: mx.array, cache: StateCache) -> mx.array | None:
+        """What the convolution makes of one token, whose rows are moved in place; None where they cannot be."""
+        if gated.shape[1] != 1 or cache.reserved:
+            return None
+        found = self.ops.conv_step(functools.partial(cache.slots, gated), cache.offset, gated, self.conv.taps(None))
+        if found is None:
+            return None
+        output, rows = found
+        cache.step(conv=rows)
+        return output

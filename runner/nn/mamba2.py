@@ -5,6 +5,7 @@ Source: arXiv:2405.21060, and `BambaMixer` in transformers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,9 +66,30 @@ class Mamba2(Module):
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
         gate, mixed, dt = self.project(x)
+        dynamics = Dynamics(self.a_log, self.d, self.dt_bias, self.mamba_n_groups, self.time_step_limit)
+        outputs = self.step(x, mixed, dt, dynamics, cache)
+        if outputs is None:
+            outputs = self.scan(x, mixed, dt, dynamics, cache)
+        return self.out_proj(self.norm(outputs, gate, self.norm_eps).astype(x.dtype))
+
+    def step(
+        self, x: mx.array, mixed: mx.array, dt: mx.array, dynamics: Dynamics, cache: StateCache
+    ) -> mx.array | None:
+        """Outputs `[B, 1, mamba_inner]` of one token, whose states are moved in place; None where they cannot be."""
+        if x.shape[1] != 1 or cache.reserved:
+            return None
+        taps, slots = self.conv1d.taps(self.mamba_activation), functools.partial(cache.slots, x)
+        found = self.ops.space_step(slots, cache.offset, mixed, dt, taps, dynamics)
+        if found is None:
+            return None
+        outputs, rows, states = found
+        cache.step(conv=rows, states=states)
+        return outputs
+
+    def scan(self, x: mx.array, mixed: mx.array, dt: mx.array, dynamics: Dynamics, cache: StateCache) -> mx.array:
+        """Outputs `[B, L, mamba_inner]` of any number of tokens."""
         states = cache.read(x)
         mixed, rows = self.conv1d(mixed, states["conv"], activation=self.mamba_activation, each=cache.reserved)
-        dynamics = Dynamics(self.a_log, self.d, self.dt_bias, self.mamba_n_groups, self.time_step_limit)
         scan = self.ops.state_space
         outputs, after = (
             each_token(scan, mixed, dt, dynamics, states["states"])
@@ -75,7 +97,7 @@ class Mamba2(Module):
             else scan(mixed, dt, dynamics, states["states"])
         )
         cache.write(x.shape[1], conv=rows, states=after)
-        return self.out_proj(self.norm(outputs, gate, self.norm_eps))
+        return outputs
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """What `x` `[B, L, hidden_size]` says: the gate, what is convolved, and the steps, each `[B, L, ..]`."""

@@ -319,7 +319,9 @@ class Ops:
 
     A step moves one token's states in place: `delta_step(slots, at, mixed, taps, gates, key_heads)` convolves and then
     applies the delta rule, with the states before token `at` in slot `at % 2` of the buffers "conv" and "delta" that
-    `slots()` makes. It returns what is put out, and both buffers; None where the device has no such step.
+    `slots()` makes. It returns what is put out, and both buffers; None where the device has no such step. In the same
+    way, `space_step(slots, at, mixed, dt, taps, dynamics)` applies Mamba 2's recurrence to the buffers "conv" and
+    "states", and `conv_step(slots, at, x, taps)` only convolves.
     """
 
     name: str
@@ -339,6 +341,8 @@ class Ops:
     state_space: Callable[[mx.array, mx.array, Dynamics, mx.array], Scanned] = _state_space
     gated_delta: Callable[[mx.array, mx.array, mx.array, Gates, mx.array], Recurrence] = _gated_delta
     delta_step: Callable[[Slots, int, mx.array, Taps, Gates, int], Stepped | None] = _no_step
+    space_step: Callable[[Slots, int, mx.array, mx.array, Taps, Dynamics], Stepped | None] = _no_step
+    conv_step: Callable[[Slots, int, mx.array, Taps], Stepped | None] = _no_step
     gated_norm: Callable[[mx.array, mx.array, mx.array, float, int, bool], mx.array] = _gated_norm
     gate: Callable[[mx.array, mx.array], mx.array] = _gate
     window_mask: Callable[[int, int, int], mx.array] | None = window_mask

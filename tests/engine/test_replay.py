@@ -90,9 +90,9 @@ def test_four_positions_speak_for_all(path: str) -> None:
 
 
 REPLAYED = """
-    codegen cohere cohere2 cwm ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt_neox gptj granite
-    helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder llama mimo mistral olmo phi phi3 qwen2 qwen3
-    qwen3_5_text seed_oss smollm3 stablelm starcoder2
+    arcee codegen cohere cohere2 cwm ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt_neox gptj granite
+    granitemoehybrid helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 lfm2 llama mimo mistral nanochat
+    nemotron olmo persimmon phi phi3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 stablelm starcoder2
 """
 
 

@@ -115,8 +115,8 @@ def activation(name: str, x: Any) -> Any:
     with np.errstate(all="ignore"):
         if name == "silu":
             return x / (1 + np.exp(-x))
-        if name == "relu":
-            return np.maximum(x, 0)
+        if name in ("relu", "relu2"):
+            return np.maximum(x, 0) ** (2 if name == "relu2" else 1)
         if name == "gelu":
             return 0.5 * x * np.vectorize(math.erfc, otypes=[np.float64])(-x / math.sqrt(2))
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

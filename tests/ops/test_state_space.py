@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +18,7 @@ from twins import assert_close, numpy, rand
 from runner.ops import cpu as kernels
 from runner.ops.device import METAL
 from runner.ops.state_space import Dynamics, each_token
-from runner.ops.table import PORTABLE, Ops
+from runner.ops.table import PORTABLE, Ops, Taps
 
 by_table = pytest.mark.parametrize("table", [*available(), "metal"])
 
@@ -123,3 +125,42 @@ def test_the_states_behind_each_token(table: str) -> None:
         found = scan(mixed[:, :end], dt[:, :end], dynamics, state)
         assert_close(outputs[:, end - 1], numpy(found[0][:, -1]), rounded_to=mx.float32, tolerance=1e-5)
         assert_close(states[end - 1], numpy(found[1]), rounded_to=mx.float32, tolerance=1e-5)
+
+
+@by_table
+def test_a_step_moves_states_in_place(table: str) -> None:
+    """A token at a time through two slots is what the convolution and the recurrence make of all at once."""
+    ops = table_of(table)
+    mixed, dt, dynamics, state = case(2, 5, 2, 2, 8, 16, 1)
+    taps = Taps(rand(4, mixed.shape[2], seed=8), rand(mixed.shape[2], seed=9), "silu")
+    rows = rand(2, 3, mixed.shape[2], seed=7)
+    convolved = ops.short_conv(mixed, rows, *taps)
+    wanted, after = ops.state_space(convolved, dt, dynamics, state)
+    slots: Mapping[str, mx.array] = {"conv": mx.stack([rows, rows]), "states": mx.stack([state, state])}
+    steps = [slice(t, t + 1) for t in range(5)]
+    for t, now in enumerate(steps):
+        found = ops.space_step(functools.partial(dict, slots), t, mixed[:, now], dt[:, now], taps, dynamics)
+        if found is None:  # no such step: nothing was touched
+            assert table in ("mlx", "metal")
+            return
+        output, *buffers = found
+        slots = dict(zip(("conv", "states"), buffers, strict=True))
+        assert_close(output, numpy(wanted[:, now]), rounded_to=mx.float32, tolerance=1e-6)
+    assert_close(slots["states"][5 % 2], numpy(after), rounded_to=mx.float32, tolerance=1e-6)
+    assert mx.array_equal(slots["conv"][5 % 2], mx.concatenate([rows, mixed], axis=1)[:, -3:])
+
+
+@by_table
+def test_a_convolution_alone_is_moved_in_place(table: str) -> None:
+    ops = table_of(table)
+    x, rows = rand(2, 5, 40, seed=1), rand(2, 2, 40, seed=2)
+    taps = Taps(rand(3, 40, seed=3), None, None)
+    wanted, slots = ops.short_conv(x, rows, *taps), {"conv": mx.stack([rows, rows])}
+    for t in range(5):
+        found = ops.conv_step(functools.partial(dict, slots), t, x[:, t : t + 1], taps)
+        if found is None:
+            assert table in ("mlx", "metal")
+            return
+        output, slots["conv"] = found
+        assert_close(output, numpy(wanted[:, t : t + 1]), rounded_to=mx.float32, tolerance=1e-6)
+    assert mx.array_equal(slots["conv"][5 % 2], x[:, -2:])

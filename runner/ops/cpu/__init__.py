@@ -53,7 +53,7 @@ __all__ = [
     "unavailable",
 ]
 
-Activation = Literal["silu", "gelu", "gelu_approx", "relu"]
+Activation = Literal["silu", "gelu", "gelu_approx", "relu", "relu2"]
 
 if not TYPE_CHECKING:
     _C = load_extension()

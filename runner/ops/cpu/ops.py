@@ -67,6 +67,7 @@ _ACTIVATIONS: dict[str, kernels.Activation] = {
     "gelu": "gelu",
     "gelu_tanh": "gelu_approx",
     "relu": "relu",
+    "relu2": "relu2",
 }
 """The kernels' names for activations that `runner.config.activations` lists; others have no kernel."""
 
@@ -119,6 +120,24 @@ def _state_space(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.ar
     return out.flatten(2), after
 
 
+def _space_step(slots: Slots, at: int, mixed: mx.array, dt: mx.array, taps: Taps, dynamics: Dynamics) -> Stepped | None:
+    if not _wide(mixed, dt) or taps.activation not in _CONV:
+        return None
+    buffers = slots()
+    rows, states, out = _C.recurrent_step(
+        buffers["conv"], buffers["states"], at, mixed, *taps, dt, None, dynamics.a_log, dynamics.dt_bias, dynamics.d,
+        dynamics.groups, *dynamics.limits,
+    )  # fmt: skip
+    return out.flatten(2), rows, states
+
+
+def _conv_step(slots: Slots, at: int, x: mx.array, taps: Taps) -> Stepped | None:
+    if not _wide(x) or taps.activation not in _CONV:
+        return None
+    rows, out = _C.conv_step(slots()["conv"], at, x, *taps)
+    return out, rows
+
+
 def _gated_norm(x: mx.array, gate: mx.array, weight: mx.array, eps: float, groups: int, gate_first: bool) -> mx.array:
     kernel = _C.gated_norm if _wide(x, gate) and x.ndim == 3 else PORTABLE.gated_norm
     return kernel(x, gate, weight, eps, groups, gate_first)
@@ -153,6 +172,8 @@ KERNELS = Ops(
     short_conv=_short_conv,
     gated_delta=_gated_delta,
     delta_step=_delta_step,
+    space_step=_space_step,
+    conv_step=_conv_step,
     state_space=_state_space,
     gated_norm=_gated_norm,
     gate=_gate,

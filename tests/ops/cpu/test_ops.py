@@ -350,7 +350,7 @@ def test_attention(ops: Ops, case: dict[str, Any]) -> None:
 @given(
     st.integers(1, 20),
     st.integers(1, 5000),
-    st.sampled_from(["silu", "gelu", "gelu_pytorch_tanh", "relu"]),
+    st.sampled_from(["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"]),
     FLOATS,
     Layout,
     SEEDS,

@@ -142,6 +142,7 @@ RUNNER_INLINE VF activate(Activation act, VF x) {
   if (act == Activation::silu) return sigmoid_times(x, x);
   if (act == Activation::gelu) return gelu(x);
   if (act == Activation::relu) return select_lt(x, zero(), zero(), x);
+  if (act == Activation::relu2) return select_lt(x, zero(), zero(), x * x);
   VF inner = x * fma(x * x, set1(0.044715f), set1(1.0f)) * set1(0.79788456080286536f);
   return sigmoid_times(x, inner + inner);
 }
@@ -184,7 +185,7 @@ inline void simple(const SimpleArgs& a) {
       int64_t i = first * kSerialSize, end = last * kSerialSize < a.size ? last * kSerialSize : a.size;
       const S *x = (const S*)a.x, *y = (const S*)a.y;
       S* out = (S*)a.out;
-      const float number = a.op == Simple::plus ? 0.0f : T::to(*y);
+      const float number = a.op == Simple::plus || a.op == Simple::product ? 0.0f : T::to(*y);
       auto each = [&](auto&& f, auto&& g) {
         for (; i + W <= end; i += W) T::store_v(out + i, f(T::load_v(x + i), i));
         for (; i < end; ++i) out[i] = T::from(g(T::to(x[i]), i));
@@ -192,6 +193,9 @@ inline void simple(const SimpleArgs& a) {
       if (a.op == Simple::plus) {
         each([&](VF v, int64_t at) { return v + T::load_v(y + at); },
              [&](float v, int64_t at) { return v + T::to(y[at]); });
+      } else if (a.op == Simple::product) {
+        each([&](VF v, int64_t at) { return v * T::load_v(y + at); },
+             [&](float v, int64_t at) { return v * T::to(y[at]); });
       } else if (a.op == Simple::times) {
         each([&](VF v, int64_t) { return v * set1(number); }, [&](float v, int64_t) { return v * number; });
       } else {

@@ -64,16 +64,21 @@ bool one_value(const mx::array& a) {
   return true;
 }
 
-// MLX's own operators in most layers: x + y of equal shapes, x times or divided by a number. False for any other.
+// MLX's own operators in most layers: x + y and x * y of equal shapes, x times or divided by a number. False for others.
 bool plan_simple(const mx::Primitive& primitive, const std::vector<mx::array>& inputs, mx::array& out, Dispatcher& d) {
   std::string_view is = primitive.name();
   if (is != "Add" && is != "Multiply" && is != "Divide") return false;
-  const Simple op = is == "Add" ? Simple::plus : is == "Multiply" ? Simple::times : Simple::over;
+  const bool numbers = is == "Multiply" && (one_value(inputs[0]) || one_value(inputs[1]));
+  const Simple op = is == "Add" ? Simple::plus
+      : is == "Divide"          ? Simple::over
+      : numbers                 ? Simple::times
+                                : Simple::product;
   const bool swapped = op == Simple::times && one_value(inputs[0]);
   const mx::array &x = inputs[swapped], &y = inputs[!swapped];
   bool is_float = x.dtype() == mx::float32 || x.dtype() == mx::bfloat16 || x.dtype() == mx::float16;
   if (!is_float || x.dtype() != y.dtype() || x.shape() != y.shape() || !x.flags().row_contiguous) return false;
-  if (op == Simple::plus ? !y.flags().row_contiguous : !one_value(y)) return false;
+  const bool each = op == Simple::plus || op == Simple::product;
+  if (each ? !y.flags().row_contiguous : !one_value(y)) return false;
   SimpleArgs a{};
   a.type = type_of(x);
   a.x = x.data<void>();

@@ -96,7 +96,7 @@ struct AppendArgs {
   bool paired;  // the halves of a row may turn into each other: keys under RoPE
 };
 
-enum class Activation : uint8_t { silu, gelu, gelu_approx, relu };
+enum class Activation : uint8_t { silu, gelu, gelu_approx, relu, relu2 };
 
 struct GluArgs {
   const void* x;  // [rows, 2 * dim]: gate then up; without a gate [rows, dim]
@@ -107,9 +107,9 @@ struct GluArgs {
   bool gated;
 };
 
-enum class Simple : uint8_t { plus, times, over };
+enum class Simple : uint8_t { plus, product, times, over };
 
-// out = x + y, `size` values each; or x * y or x / y, with y one value
+// out = x + y or x * y, `size` values each; or, with y one value, x * y (times) or x / y
 struct SimpleArgs {
   const void *x, *y;
   void* out;

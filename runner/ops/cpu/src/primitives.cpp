@@ -240,6 +240,7 @@ Activation activation_named(const std::string& name) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_approx") return Activation::gelu_approx;
   if (name == "relu") return Activation::relu;
+  if (name == "relu2") return Activation::relu2;
   refuse("glu: no activation '", name, "'; expected silu, gelu, gelu_approx or relu");
 }
 
