@@ -69,7 +69,7 @@ def with_tokenizer(path: Path, tmp_path: Path) -> LanguageModel:
 
 
 def answer(lm: LanguageModel, ids: list[int], kept: PromptCache | None) -> list[Chunk]:
-    bias = dict.fromkeys(lm.eos_token_ids, -1e9)
+    bias = {token: -1e9 for token in lm.eos_token_ids if token < lm.engine.config.vocab_size}
     return list(lm.stream(ids, max_tokens=5, temperature=0, logit_bias=bias, prompt_cache=kept))
 
 
