@@ -30,6 +30,7 @@ UNFINISHED = "unfinished"
 """What stored the files of a download that was stopped; they are never in the table."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/[^/]+(/|$)")
 _RESERVED = ("shape", "hf.co", "huggingface.co")
 EXAMPLES = "letters, digits, '.', '_' and '-', at most 64"
 
@@ -157,6 +158,7 @@ def _checked(table: dict[str, Any]) -> dict[str, Any]:
             raise damaged(f"the alias {quoted(name)} is not a name for a text")
     for path, kept in stored.items():
         right = isinstance(kept, dict) and kept.get("by") in MODELS and isinstance(kept.get("files"), list)
+        right = right and (kept["by"] != "hub" or bool(_SNAPSHOT.search(path)))
         if not right or not os.path.isabs(path) or not all(_is_inside(file) for file in kept["files"]):
             raise damaged(f"what it says of {quoted(path)} is not understood")
     return table

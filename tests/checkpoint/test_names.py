@@ -224,6 +224,7 @@ def test_processes_that_write_at_once_lose_nothing(home: Path) -> None:
         '{"aliases": {"a": 1}}',
         '{"stored": {"/x": {"by": "magic", "files": []}}}',
         '{"stored": {"x": {"by": "convert", "files": []}}}',
+        '{"stored": {"/x/snapshots": {"by": "hub", "files": ["y"]}}}',
         '{"stored": {"/x": {"by": "convert", "files": ["../y"]}}}',
         '{"stored": {"/x": {"by": "convert", "files": ["/y"]}}}',
     ],
