@@ -39,6 +39,7 @@ PLAIN = LayerRope(rope_theta=10000.0)
 class Gemma4Config(LayeredConfig, SharingConfig):
     """`config.json` of a Gemma 4's text model; among images' tokens only, some attend to later ones."""
 
+    NULL: ClassVar[Mapping[str, object]] = {**LayeredConfig.NULL, "hidden_size_per_layer_input": 0}
     SIZES: ClassVar[frozenset[str]] = frozenset({"head_dim", "num_key_value_heads"})
     hidden_size: int = 2304
     intermediate_size: int = 9216

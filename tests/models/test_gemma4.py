@@ -84,6 +84,11 @@ def test_sharers_look_at_the_last_layer_of_their_type() -> None:
     assert [config.for_layer(index).intermediate_size for index in (3, 4)] == [32, 64]
 
 
+def test_no_inputs_for_layers_are_written_as_zero_or_null() -> None:
+    sizes = [read("gemma4_text-large", hidden_size_per_layer_input=size) for size in (0, None)]
+    assert [config.hidden_size_per_layer_input for config in sizes] == [0, 0]
+
+
 def test_the_last_layer_sees_everything() -> None:
     """As transformers has it, with a warning, whatever `layer_types` says."""
     kinds = ["full_attention", "sliding_attention"] * 3
