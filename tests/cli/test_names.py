@@ -33,6 +33,12 @@ class Account:
         cache = {"HF_HUB_CACHE": str(self.home / "hub"), "HF_HUB_OFFLINE": "1"}
         return run(*arguments, **{**own_places, **cache, **environment})
 
+    def has_alias(self, name: str) -> None:
+        """Let `name` stand for the fixture, as `runner alias` does."""
+        table = self.home / "data" / "runner" / "names.json"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(json.dumps({"version": 1, "aliases": {name: str(MODEL)}, "stored": {}}))
+
     def done(self, *arguments: str, **environment: str) -> str:
         done = self.run(*arguments, **environment)
         assert done.returncode == 0, done.stderr
@@ -123,7 +129,7 @@ def test_nothing_is_deleted_where_one_of_several_may_not_be(account: Account) ->
 def test_a_wrong_name_is_one_line_with_the_right_one(
     account: Account, arguments: list[str], code: int, words: str
 ) -> None:
-    account.done("alias", "tiny", str(MODEL))
+    account.has_alias("tiny")
     done = account.run(*arguments)
     assert (done.returncode, done.stdout) == (code, "")
     assert words in own(done.stderr) and own(done.stderr).count("\n") == 1
@@ -138,7 +144,7 @@ def test_with_a_default_a_single_argument_is_the_prompt_unless_it_names_a_model(
     assert account.done("generate", "abc", *GREEDY, **default) == wanted
     assert account.done("generate", "-p", "abc", *GREEDY, **default) == wanted
     assert account.done("generate", str(MODEL), "abc", *GREEDY, RUNNER_MODEL="org/other") == wanted
-    account.done("alias", "tiny", str(MODEL))
+    account.has_alias("tiny")
     for named in ("tiny", str(MODEL), "org/name", "./none", "x.gguf"):
         done = account.run("generate", named, *GREEDY, **default)
         assert done.returncode in (1, 2) and done.stdout == "", (
@@ -192,7 +198,7 @@ def test_list_marks_the_default(account: Account) -> None:
 def test_a_slip_of_the_hand_is_named_with_what_was_meant(
     account: Account, arguments: list[str], default: str, words: str
 ) -> None:
-    account.done("alias", "tiny", str(MODEL))
+    account.has_alias("tiny")
     done = account.run(*arguments, RUNNER_MODEL=default)
     assert (done.returncode, done.stdout) == (2, "") and words in own(done.stderr), done.stderr
     assert own(done.stderr).count("\n") == 1
