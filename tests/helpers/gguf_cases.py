@@ -189,7 +189,7 @@ NOT_IN_GGUF = {
     "llama-gelu", "llama-gelu-tanh", "llama-rope-dynamic", "llama-rope-longrope",
     "llama-rope-longrope-attention-factor", "llama-rope-yarn-mscale", "llama-rope-yarn-untruncated",
     "llama-sharded", "llama-mlx-4bit", "llama-mlx-mixed", "llama-mlx-tied", "qwen2-window", "qwen3-window",
-    "gemma2-gelu",
+    "gemma2-gelu", "qwen3_moe-mixed", "olmoe-clipped", "dots1-v5",
 }  # fmt: skip
 """Fixtures whose config has no word in GGUF, and those that are about safetensors."""
 

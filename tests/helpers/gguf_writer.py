@@ -22,7 +22,8 @@ from runner.config.rope_keys import normalise
 ARCHITECTURES = {
     "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA", "gemma2": "GEMMA2",
     "gemma3_text": "GEMMA3", "phi3": "PHI3", "starcoder2": "STARCODER2",
-    "qwen3_5_text": "QWEN35",
+    "qwen3_5_text": "QWEN35", "qwen3_moe": "QWEN3MOE", "olmoe": "OLMOE", "dots1": "DOTS1", "glm4_moe": "GLM4_MOE",
+    "arcee": "ARCEE",
 }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def metadata_of(config: Metadata) -> dict[str, Any]:
         keys["rope.scaling.yarn_attn_factor"] = scaling.get("attention_factor")
         keys["rope.scaling.yarn_beta_fast"] = scaling.get("beta_fast")
         keys["rope.scaling.yarn_beta_slow"] = scaling.get("beta_slow")
-    if family in ("llama", "mistral"):
+    if family in ("llama", "mistral", "arcee"):
         keys["rope.dimension_count"] = head_dim
     if family == "qwen3_5_text":
         keys |= {
@@ -80,6 +81,7 @@ def metadata_of(config: Metadata) -> dict[str, Any]:
             "rope.dimension_count": int(head_dim * config["rope_parameters"]["partial_rotary_factor"]),
             "rope.dimension_sections": [*config["rope_parameters"]["mrope_section"], 0],
         }  # fmt: skip
+    keys |= _experts(config)
     if family in ("mistral", "gemma2", "gemma3_text", "phi3", "starcoder2"):
         keys["attention.sliding_window"] = config.get("sliding_window") or 0
     if family == "gemma2":
@@ -102,16 +104,57 @@ def metadata_of(config: Metadata) -> dict[str, Any]:
     return {"general.architecture": name, **{f"{name}.{k}": v for k, v in keys.items() if v is not None}}
 
 
+def _experts(config: Metadata) -> dict[str, Any]:
+    """Keys about experts: of `Qwen2MoeModel`, and of `Glm4MoeModel` and `Dots1Model` for DeepSeek's way of choosing."""
+    routed = config.get("n_routed_experts")
+    if not (routed or config.get("num_experts")):
+        return {}
+    keys = {
+        "expert_count": routed or config["num_experts"], "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
+    }  # fmt: skip
+    if routed:
+        keys |= {
+            "leading_dense_block_count": config["first_k_dense_replace"],
+            "expert_shared_count": config["n_shared_experts"], "expert_weights_scale": config["routed_scaling_factor"],
+            "expert_weights_norm": config["norm_topk_prob"], "expert_gating_func": 2,
+            "expert_group_count": config.get("n_group"), "expert_group_used_count": config.get("topk_group"),
+        }  # fmt: skip
+    if config["model_type"] == "glm4_moe":
+        factor = config.get("partial_rotary_factor") or config["rope_parameters"]["partial_rotary_factor"]
+        predicting = config.get("num_nextn_predict_layers", 0)
+        keys |= {
+            "rope.dimension_count": int(config["head_dim"] * factor), "nextn_predict_layers": predicting,
+            "block_count": config["num_hidden_layers"] + predicting,
+        }  # fmt: skip
+    return keys
+
+
+def stacked(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The converters put all experts' matrices of a layer into one tensor, and a correction's name has another end."""
+    found: dict[str, np.ndarray] = {}
+    for name, array in weights.items():
+        layer, _, expert = name.partition(".mlp.experts.")
+        if not expert:
+            found[name.replace("e_score_correction_bias", "e_score_correction.bias")] = array
+        elif expert.startswith("0."):
+            count = sum(other.startswith(f"{layer}.mlp.experts.") and other.endswith(expert[2:]) for other in weights)
+            parts = [weights[f"{layer}.mlp.experts.{index}.{expert[2:]}"] for index in range(count)]
+            found[f"{layer}.mlp.experts.{expert[2:]}"] = np.stack(parts)
+    return found
+
+
 def tensors_of(
     config: Metadata, weights: Mapping[str, np.ndarray], kind: Callable[[str], Type] = lambda name: Type.F32
 ) -> dict[str, tuple[np.ndarray, Type]]:
     """A checkpoint's tensors under GGUF's names; `kind` chooses each matrix's type by that name, vectors are F32."""
     family = config["model_type"]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], config["num_hidden_layers"])
+    layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], layers)
     heads = {"attn_q": config["num_attention_heads"]}
     heads["attn_k"] = config.get("num_key_value_heads", heads["attn_q"])
     result = {}
-    for name, stored in weights.items():
+    for name, stored in stacked(weights).items():
         array = stored.astype(np.float32)
         if family == "qwen3_5_text":
             name, array = _delta(name, array, config)
@@ -120,7 +163,7 @@ def tensors_of(
             assert "inv_freq" in name, name
             continue
         part = found.split(".")[-2]
-        if family in ("llama", "mistral") and part in heads:
+        if family in ("llama", "mistral", "arcee") and part in heads:
             paired = array.reshape(heads[part], 2, array.shape[0] // heads[part] // 2, *array.shape[1:])
             array = np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(array.shape)
         if family.startswith(("gemma", "qwen3_5")) and "norm" in name and "linear_attn" not in name:

@@ -35,6 +35,8 @@ class Architecture:
         plain_norms: norms to which nothing is added all the same.
         negated_exp: tensors that are stored as minus their exponential.
         value_heads: tensors whose value heads llama.cpp sorted -> how (`runner.checkpoint.gguf.value_heads`).
+        truths: boolean metadata key -> key of config.json.
+        only: metadata keys that do not affect the results if they have this value, the family's own.
         predicts: files may have layers for multi-token prediction behind the others, which are left unread.
         rstrip: where not None, control tokens take the white space after them, except these tokens (as in the family's
             tokenizer.json).
@@ -57,6 +59,8 @@ class Architecture:
     plain_norms: frozenset[str] = frozenset()
     negated_exp: frozenset[str] = frozenset()
     value_heads: Mapping[str, str] = field(default_factory=dict)
+    truths: Mapping[str, str] = field(default_factory=dict)
+    only: Mapping[str, Any] = field(default_factory=dict)
     predicts: bool = False
     rstrip: tuple[str, ...] | None = None
 
@@ -98,6 +102,31 @@ _ATTENTION = {
 _GATED = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _PRE = {**_ATTENTION, **_GATED, "ffn_norm": "post_attention_layernorm"}
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.switch_mlp.gate_proj",
+    "ffn_up_exps": "mlp.switch_mlp.up_proj",
+    "ffn_down_exps": "mlp.switch_mlp.down_proj",
+}
+_SHARED_EXPERTS = {
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+_CORRECTION = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
+_CHOSEN = {"expert_used_count": "num_experts_per_tok"}
+_BALANCED = {
+    **_CHOSEN,
+    "expert_count": "n_routed_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "leading_dense_block_count": "first_k_dense_replace",
+}
+_NORMALIZED = {"expert_weights_norm": "norm_topk_prob"}
+_SIGMOID = {"expert_gating_func": 2}  # llama.cpp's number of it
 _SANDWICH = {
     **_ATTENTION,
     **_GATED,
@@ -133,6 +162,67 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         keys=_RMS,
         fixed={"hidden_act": "silu"},
         flags={"attention_bias": "blk.0.attn_q.bias"},
+    ),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe",
+        class_name="Qwen3MoeForCausalLM",
+        blocks={**_ATTENTION, **_QK_NORMS, **_EXPERTS, "ffn_norm": "post_attention_layernorm"},
+        keys={**_RMS, **_CHOSEN, "expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"},
+        fixed={"hidden_act": "silu", "norm_topk_prob": True},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+    ),
+    "olmoe": Architecture(
+        model_type="olmoe",
+        class_name="OlmoeForCausalLM",
+        blocks={**_ATTENTION, **_QK_NORMS, **_EXPERTS, "ffn_norm": "post_attention_layernorm"},
+        keys={**_RMS, **_CHOSEN, "expert_count": "num_experts"},
+        fixed={"hidden_act": "silu", "norm_topk_prob": False},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        head_dim=False,
+    ),
+    "dots1": Architecture(
+        model_type="dots1",
+        class_name="Dots1ForCausalLM",
+        blocks={**_PRE, **_QK_NORMS, **_EXPERTS, **_SHARED_EXPERTS},
+        keys={**_RMS, **_BALANCED},
+        fixed={"hidden_act": "silu", "sliding_window": None},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        whole=_CORRECTION,
+        truths=_NORMALIZED,
+        only=_SIGMOID,
+    ),
+    "glm4moe": Architecture(
+        model_type="glm4_moe",
+        class_name="Glm4MoeForCausalLM",
+        blocks={
+            **_ATTENTION,
+            **_GATED,
+            **_QK_NORMS,
+            **_EXPERTS,
+            **_SHARED_EXPERTS,
+            "post_attention_norm": "post_attention_layernorm",
+        },
+        keys={**_RMS, **_BALANCED},
+        fixed={"hidden_act": "silu", "num_nextn_predict_layers": 0},
+        flags={"attention_bias": "blk.0.attn_q.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"},
+        whole=_CORRECTION,
+        truths=_NORMALIZED,
+        only=_SIGMOID,
+        predicts=True,
+    ),
+    "arcee": Architecture(
+        model_type="arcee",
+        class_name="ArceeForCausalLM",
+        blocks={
+            **_ATTENTION,
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        keys=_RMS,
+        fixed={"hidden_act": "relu2"},
+        flags={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
+        interleaved={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
     ),
     "qwen35": Architecture(
         model_type="qwen3_5_text",

@@ -125,6 +125,11 @@ class _Metadata:
             value = self.number(key)
             if value is not None:
                 config[name] = None if value == 0 and name in ZERO_MEANS_NONE else value
+        for key, name in table.truths.items():
+            flag = self.get(key)
+            if flag not in (None, True, False):
+                raise self.error(f"{self.prefix}{key} is {brief(flag)}, expected true or false")
+            config[name] = bool(flag)
         if table.predicts:
             config["num_hidden_layers"] -= self.count("nextn_predict_layers", config["num_hidden_layers"] - 1)
         if table.value_heads:
@@ -314,7 +319,8 @@ class _Metadata:
         """Raise an error that names the keys nobody read and whose values could affect the results."""
         unknown = []
         for key, value in self.values.items():
-            allowed = HARMLESS.get(key, ())
+            own = self.architecture.only
+            allowed = (own[key],) if key in own else HARMLESS.get(key, ())
             if key not in self.read and allowed is not None and value not in allowed:
                 unknown.append(f"{quoted(self.prefix + key)} = {brief(value)}")
         if unknown:

@@ -82,7 +82,13 @@ def test_names_order_and_config_come_back(path: Path, tmp_path: Path) -> None:
     config, weights = config_of(path), writer.weights_of(path)
     found = GGUF.open(writer.write_model(tmp_path / "m.gguf", config, weights))
     weights = {name: array.squeeze(1) if "conv1d" in name else array for name, array in weights.items()}
-    left = {name for name in weights if "inv_freq" not in name}
+    weights = {
+        name.replace(".mlp.experts.", ".mlp.switch_mlp.").replace("correction.bias", "correction_bias"): array
+        for name, array in writer.stacked(weights).items()
+    }
+    # A layer for multi-token prediction is left out.
+    predicting = f"model.layers.{config['num_hidden_layers']}."
+    left = {name for name in weights if "inv_freq" not in name and not name.startswith(predicting)}
     assert set(found.headers) == left
     for name in left:
         header = found.headers[name]
@@ -110,6 +116,24 @@ def test_logits_are_the_references(path: Path, tmp_path: Path) -> None:
     wanted = mx.load(str(path / "expected.safetensors"))
     for name, prompt in expected(path)["prompts"].items():
         assert error(engine.logits(prompt), wanted[f"logits.{name}"]) < TOLERANCE
+
+
+def test_packed_experts_are_read_from_their_stack(tmp_path: Path) -> None:
+    path = TESTS / "fixtures" / "families" / "qwen3_moe-base"
+    config, weights = config_of(path), writer.weights_of(path)
+    # All but the matrices of 16 inputs, which is half a block.
+    rounded = {
+        name: gguf.dequantize(gguf.quantize(array, Type.Q8_0), Type.Q8_0)
+        if array.ndim > 1 and not array.shape[-1] % 32
+        else array
+        for name, array in weights.items()
+    }
+    packed = writer.write_model(
+        tmp_path / "packed.gguf", config, weights, lambda name: Type.F32 if "down" in name else Type.Q8_0
+    )
+    plain = writer.write_model(tmp_path / "plain.gguf", config, rounded)
+    found, wanted = (open_engine(file, dtype="float32").logits([1, 9, 30, 12, 40]) for file in (packed, plain))
+    assert error(found, wanted) < QUANTISED
 
 
 class Dense:
