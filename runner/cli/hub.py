@@ -32,7 +32,11 @@ def pull(model: HubId) -> None:
     """Download a model from the hub into the cache. Prints its directory."""
     from runner.checkpoint import names
 
-    terminal.Output().line(str(names.pull(model, progress=sys.stderr.isatty())))
+    path = names.pull(model, progress=sys.stderr.isatty())
+    terminal.Output().line(str(path))
+    name = names.shortest(names.stored_models()).get(path)
+    if name is not None:
+        terminal.note(f"(its name here: {name})")
 
 
 def list_models(*, as_json: AsJson = False) -> None:

@@ -69,6 +69,8 @@ def test_a_model_of_another_program_is_listed_and_not_deleted(account: Account) 
     shown = account.done("list").splitlines()
     assert shown[0].split() == ["name", "model", "revision", "size"]
     assert shown[1].split()[:3] == ["tiny", "org/Tiny-1B", COMMIT[:12]]
+    pulled = account.run("pull", "org/Tiny-1B")
+    assert pulled.stdout == f"{path}\n" and pulled.stderr == "(its name here: tiny)\n"
     done = account.run("rm", "tiny", "--yes")
     assert done.returncode == 2 and "another program" in done.stderr and path.exists()
 
