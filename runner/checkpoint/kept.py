@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from runner.local_files import quoted
 from runner.user_files import change_table, data_directory, read_table
 
 VERSION = 1
-MODELS = ("convert", "hub")
+STORED_BY = ("convert", "hub")
 UNFINISHED = "unfinished"
 """What stored the files of a download that was stopped; they are never in the table."""
 
@@ -127,16 +127,23 @@ def forget(path: Path) -> None:
     _change(lambda table: table["stored"].pop(str(path), None))
 
 
-def _change(change: Any) -> None:
+def _change(change: Callable[[dict[str, Any]], object]) -> None:
     """Change the checked table, and drop what it says of models that are gone."""
 
     def edit(table: dict[str, Any]) -> None:
         _checked(table)
         change(table)
-        for path in [path for path in table["stored"] if not os.path.lexists(path)]:
+        for path in [path for path in table["stored"] if _is_gone(path)]:
             del table["stored"][path]
 
     change_table(table_path(), edit)
+
+
+def _is_gone(path: str) -> bool:
+    """Whether a model is no more, where its surroundings are: a disk that is not mounted will come again."""
+    found = _SNAPSHOT.search(path)
+    around = os.path.dirname(path) if found is None else path[: found.start()]
+    return not os.path.lexists(path) and os.path.isdir(around)
 
 
 def _checked(table: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +164,7 @@ def _checked(table: dict[str, Any]) -> dict[str, Any]:
         if not _NAME.fullmatch(name) or not isinstance(target, str) or not target:
             raise damaged(f"the alias {quoted(name)} is not a name for a text")
     for path, kept in stored.items():
-        right = isinstance(kept, dict) and kept.get("by") in MODELS and isinstance(kept.get("files"), list)
+        right = isinstance(kept, dict) and kept.get("by") in STORED_BY and isinstance(kept.get("files"), list)
         right = right and (kept["by"] != "hub" or bool(_SNAPSHOT.search(path)))
         if not right or not os.path.isabs(path) or not all(_is_inside(file) for file in kept["files"]):
             raise damaged(f"what it says of {quoted(path)} is not understood")
@@ -166,4 +173,5 @@ def _checked(table: dict[str, Any]) -> dict[str, Any]:
 
 def _is_inside(file: Any) -> bool:
     """Whether `file` is a relative path that cannot lead out of a directory."""
-    return isinstance(file, str) and bool(file) and not os.path.isabs(file) and ".." not in file.split("/")
+    named = isinstance(file, str) and bool(file) and "\0" not in file
+    return named and not os.path.isabs(file) and ".." not in file.split("/")

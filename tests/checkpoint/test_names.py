@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -192,6 +193,21 @@ def test_an_error_leaves_the_table_as_it_was(home: Path, monkeypatch: pytest.Mon
         kept.set_alias("y", "org/name")
     assert kept.table_path().read_bytes() == before
     assert {entry.name for entry in kept.table_path().parent.iterdir()} == {"names.json", ".names.json.lock"}
+
+
+def test_models_that_are_gone_are_forgotten_and_those_of_an_absent_disk_are_not(home: Path) -> None:
+    here, away = converted(home, "one"), converted(home / "disk", "two")
+    snapshot = cached(home / "hub", "org/Smol", WEIGHTS)
+    kept.keep(snapshot, "hub", list(WEIGHTS))
+    shutil.rmtree(here)
+    shutil.rmtree(home / "hub/models--org--Smol")
+    (home / "disk").rename(home / "unmounted")
+    assert kept.read_names().stored == {} and names.stored_models() == []
+    kept.set_alias("x", "org/name")
+    (home / "unmounted").rename(home / "disk")
+    assert set(kept.read_names().stored) == {away} and set(json.loads(kept.table_path().read_text())["stored"]) == {
+        str(away)
+    }
 
 
 def test_a_linked_table_stays_a_link(home: Path) -> None:
