@@ -84,7 +84,7 @@ class Block(Parallel):
 class GPTJ(LayerNormDecoder):
     """The model: embeddings, parallel blocks, LayerNorm, and a head with a bias."""
 
-    embed_tokens: Embedding = weight("transformer.wte", VOCAB, HIDDEN)
-    layers: Sequence[Block] = weight("transformer.h", length="num_hidden_layers")
-    norm: LayerNorm = weight("transformer.ln_f", HIDDEN)
+    embed_tokens: Embedding = weight("transformer.wte|model.wte", VOCAB, HIDDEN)
+    layers: Sequence[Block] = weight("transformer.h|model.h", length="num_hidden_layers")
+    norm: LayerNorm = weight("transformer.ln_f|model.ln_f", HIDDEN)
     lm_head: Linear = weight("lm_head", VOCAB, HIDDEN, bias=True)

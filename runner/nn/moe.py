@@ -192,7 +192,8 @@ class SwitchMoE(MoE):
 
     router: Linear = tensor("gate", "num_experts", "hidden_size", exact=True)
     gate_up_proj: ExpertLinear = tensor(
-        "experts.{num_experts}.{gate,up}_proj|switch_mlp.{gate,up}_proj[num_experts]|experts.gate_up_proj[num_experts]",
+        "experts.{num_experts}.{gate,up}_proj|switch_mlp.{gate,up}_proj[num_experts]|experts.gate_up_proj[num_experts]"
+        "|experts.{gate,up}_proj[num_experts]",
         (EXPERT, EXPERT),
         "hidden_size",
     )
