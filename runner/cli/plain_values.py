@@ -9,7 +9,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import typer
+
 NUMERALS = {int: re.compile(r"-?\d{1,15}", re.ASCII), float: re.compile(r"-?\d{1,15}(\.\d{1,15})?", re.ASCII)}
+
+WORDS = {
+    r"Value error, ": "",
+    r"Input should be a valid integer(, [^(\n]*[^(\s])?": "{} is not a whole number",
+    r"Input should be a valid number(, [^(\n]*[^(\s])?": "{} is not a number",
+    r"Input should be a valid boolean(, [^(\n]*[^(\s])?": "{} is neither yes nor no",
+    r"Input should be greater than or equal to (\S+)": "it must be at least {1}, not {0}",
+    r"Input should be less than or equal to (\S+)": "it must be at most {1}, not {0}",
+}
+"""What to say, by how pydantic's messages begin: the value is {0}, the pattern's groups follow."""
 
 
 class PlainValues:
@@ -27,7 +39,19 @@ class PlainValues:
             found = plain(value, param.type_descriptor)
             if found is not None:
                 return found
-        return self.by_typer().coerce(value, param=param, ctx=ctx)
+        try:
+            return self.by_typer().coerce(value, param=param, ctx=ctx)
+        except typer.BadParameter as error:
+            error.message = in_words(error.message, value)
+            raise
+
+
+def in_words(message: str, value: Any) -> str:
+    """What pydantic says of a value that it refuses, as a person would, with what was typed."""
+    for pattern, words in WORDS.items():
+        if found := re.match(pattern, message):
+            return words.format(repr(value), *found.groups()) + message[found.end() :]
+    return message
 
 
 def plain(value: Any, descriptor: Any) -> Any:

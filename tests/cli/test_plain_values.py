@@ -8,7 +8,8 @@ import pytest
 import typer
 from typer.main import get_command
 
-from runner.cli.plain_values import without_pydantic
+from runner.cli.app import run
+from runner.cli.plain_values import in_words, without_pydantic
 
 VALUES = ["0", "-1", "7", "007", "1.5", "2.0", "-0.25", "1e3", ".5", "5.", "nan", " 3", "1_000", "", "x", "٣", "9" * 16]
 
@@ -48,4 +49,28 @@ def made(annotation: Any, value: str | None, *, quick: bool) -> Any:
 )
 def test_values_are_those_of_pydantic(annotation: Any) -> None:
     for value in (None, *VALUES):
-        assert made(annotation, value, quick=True) == made(annotation, value, quick=False), value
+        assert made(annotation, value, quick=True) == in_words(made(annotation, value, quick=False), value), value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-n", "many"], "'--max-tokens' / '-n': 'many' is not a whole number (see"),
+        (["-n", "0"], "'-n': it must be at least 1, not '0' (see"),
+        (["--temp", "hot"], "'--temp': 'hot' is not a number (see"),
+        (["--thinking", "no"], "'--thinking': 'no' is not one of 'show', 'hide', 'off' (see"),
+    ],
+)
+def test_what_is_refused_is_named_as_it_was_typed(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "model", "text", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_what_a_variable_says_is_refused_in_the_same_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RUNNER_WRAP", "maybe")
+    assert run(["generate", "model", "text"]) == 2
+    assert "'--wrap': 'maybe' is neither yes nor no (set by RUNNER_WRAP)" in capsys.readouterr().err
