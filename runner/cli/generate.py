@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -79,6 +79,8 @@ def generate(
     last_chat = resumed(resume, history)
     named = model_of_last((model, prompt), named, last_chat)
     model, prompt = model_and_text((model, prompt), named, given, option="-p")
+    if prompt is None and not terminal.stdin_is_piped():
+        no_prompt(model)
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
     lm = engine.open_model(model, dtype, adapter, length.context)
@@ -112,6 +114,19 @@ def generate(
         terminal.note(f"({engine.length_note(lm, last, length.max_tokens)})")
     if verbose and last is not None:
         engine.print_timings(last.timings)
+
+
+def no_prompt(model: str) -> NoReturn:
+    """Say that nothing is asked of `model`; a word that is no model, and may be the prompt, is named as that first.
+
+    Raises:
+        HubError: `model` is nothing that is known.
+        UsageError: it is, or may be.
+    """
+    from runner.checkpoint.names import checked_target
+
+    checked_target(model)
+    raise UsageError(f"the prompt is empty: {model!r} is the model; pass the prompt as an argument, or pipe it in")
 
 
 def chunk_json(chunk: Chunk, *, reasoning: bool = True) -> dict[str, Any]:

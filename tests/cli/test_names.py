@@ -125,6 +125,9 @@ def test_nothing_is_deleted_where_one_of_several_may_not_be(account: Account) ->
         (["pull", "tiny"], 2, "a path"),
         (["alias", "a/b", "tiny"], 2, "'a/b' cannot be an alias"),
         (["alias", "x", "none"], 1, "no model is called 'none'"),
+        (["generate", "tinny"], 1, "no model is called 'tinny': did you mean tiny?"),
+        (["generate", "tiny"], 2, "the prompt is empty: 'tiny' is the model"),
+        (["generate", "org/name"], 2, "the prompt is empty: 'org/name' is the model"),
         (["rm", "."], 2, "was not stored by runner"),
     ],
 )
