@@ -8,6 +8,7 @@ from typing import Any
 
 from runner.checkpoint.model_files import open_files
 from runner.checkpoint.names import resolve
+from runner.config.memory import Memory
 from runner.engine.defaults import GenerationDefaults
 from runner.families import find
 from runner.language_model import end_tokens
@@ -44,6 +45,8 @@ class ModelReport:
         notes: sentences about keys of the config that nothing reads, and about what the files leave open.
         parameters: how many numbers the weights stand for, quantized or not; a tied tensor counts once.
         nbytes: bytes of the tensors in use.
+        memory: what each layer remembers between tokens; `runner.config.memory.needed` counts its bytes.
+        context_length: how many tokens the model was made for.
     """
 
     path: Path
@@ -57,6 +60,8 @@ class ModelReport:
     parameters: int
     nbytes: int
     bits_per_weight: float
+    memory: tuple[tuple[Memory, ...], ...]
+    context_length: int
     notes: tuple[str, ...]
 
 
@@ -92,6 +97,8 @@ def inspect(model: str | Path) -> ModelReport:
         parameters=parameters,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / max(parameters, 1),
+        memory=tuple(config.memory(index) for index in range(config.num_hidden_layers)),
+        context_length=config.context_length,
         notes=(*config.notes, *files.notes),
     )
 

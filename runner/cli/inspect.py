@@ -17,10 +17,13 @@ from runner.cli.options import AsJson, Model, NamedModel, named_model
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from runner.config.memory import Memory
     from runner.inspect_model import ModelReport
 
 All = Annotated[bool, typer.Option("--all", help="List every layer by itself, instead of folding equal ones.")]
 LONGEST_VALUE = 100  # characters of a config value before it is cut (never in --json)
+MOST_SPANS = 3  # spans of layers in a line of the memory
+HALF = 2  # bytes of a number in 16 bits
 MOST_UNUSED = 20  # names of unused tensors before the rest is counted (never in --json)
 
 
@@ -45,6 +48,7 @@ def inspect(model: Model = None, *, named: NamedModel = None, unfold: All = Fals
         *tables.section("generation defaults", pairs(sampling)),
         *tables.section("tensors", tree(report, unfold)),
         *tables.section("totals", pairs(totals(report))),
+        *tables.section("memory of a sequence, in 16 bits", memory(report, unfold)),
     )
     for note in report.notes:
         terminal.note(note, "yellow")
@@ -61,6 +65,63 @@ def pairs(values: dict[str, Any]) -> Table:
             text = text[: LONGEST_VALUE - 1] + "…"
         table.add_row(tables.cell(str(name), "dim"), tables.cell(text))
     return table
+
+
+def memory(report: ModelReport, unfold: bool) -> Table:
+    """Table of what layers remember between tokens: bytes for each token, and bytes whatever the length.
+
+    Layers that remember the same are one row, wherever they are. The last row is the whole context.
+    """
+    from runner.cli import tables
+    from runner.config.memory import needed
+
+    layers: dict[str, list[int]] = {}
+    for index, memories in enumerate(report.memory):
+        layers.setdefault(f"{index if unfold else ''} {memories}", []).append(index)
+    table = tables.columns("layers", "what they remember", ">a token", ">at once", gap=2)
+    for indices in layers.values():
+        memories = report.memory[indices[0]]
+        once = len(indices) * needed(memories, 0, HALF)
+        row = len(indices) * needed(memories, 1, HALF) - once
+        what = ", ".join(map(remembered, memories)) or "nothing"
+        sizes = (tables.cell(tables.size(each) if each else "") for each in (row, once))
+        table.add_row(tables.cell(spans(indices)), tables.cell(what), *sizes)
+    whole = needed((each for layer in report.memory for each in layer), report.context_length, HALF)
+    context = tables.cell(f"a context of {report.context_length} tokens", "dim")
+    table.add_row(tables.cell("all", "dim"), context, "", tables.cell(tables.size(whole)))
+    return table
+
+
+def remembered(memory: Memory) -> str:
+    """What a layer remembers, in words: heads and sizes of its rows, shapes of its state."""
+    from runner.config.memory import Rows, Shared
+
+    if isinstance(memory, Shared):
+        return f"the rows of layer {memory.layer}"
+    if isinstance(memory, Rows):
+        heads = "a row" if memory.heads == 1 else f"rows of {memory.heads} heads"
+        reach = f", the last {memory.window} tokens" if memory.window is not None else ""
+        reach += f", the last {memory.chunk} tokens at most" if memory.chunk is not None else ""
+        return f"{heads} of {memory.key_size} + {memory.value_size}{reach}"
+    arrays = (
+        f"{name} {' × '.join(map(str, shape))}" + (f" {memory.dtypes[name]}" if name in memory.dtypes else "")
+        for name, shape in memory.shapes.items()
+    )
+    return ", ".join(arrays)
+
+
+def spans(indices: Sequence[int]) -> str:
+    """Rising numbers as `0-2, 4-6, 8`; of more than a few spans the first, and how many numbers there are."""
+    found: list[list[int]] = []
+    for index in indices:
+        if found and index == found[-1][-1] + 1:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    shown = [f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in found]
+    if len(shown) > MOST_SPANS:
+        return f"{', '.join(shown[:MOST_SPANS])}, … ({len(indices)})"
+    return ", ".join(shown)
 
 
 def totals(report: ModelReport) -> dict[str, str]:
@@ -137,5 +198,7 @@ def as_dict(report: ModelReport) -> dict[str, Any]:
         "parameters": report.parameters,
         "bytes": report.nbytes,
         "bits_per_weight": report.bits_per_weight,
+        "memory": [[{"kind": type(each).__name__, **vars(each)} for each in layer] for layer in report.memory],
+        "context_length": report.context_length,
         "notes": list(report.notes),
     }
