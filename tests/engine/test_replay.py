@@ -71,7 +71,7 @@ def test_four_positions_speak_for_all(path: str) -> None:
     mx.eval(prefill(engine.model, PROMPT, caches))
     # States lie in buffers from the first token on that a step moves in place, where there is a kernel for it.
     mx.eval(engine.model(Batch(mx.array([[5]]), 12), caches))
-    recorder, room = engine.device.ops.recorder, min(cache.room for cache in caches)
+    recorder, room = engine.device.ops.recorder, min(512, *(cache.room for cache in caches))
     if room < LEAST:  # a state without such a kernel, or a chunk that ends soon: see the test of longer ones
         assert not replayed(engine)
         return
@@ -90,9 +90,9 @@ def test_four_positions_speak_for_all(path: str) -> None:
 
 
 REPLAYED = """
-    arcee codegen cohere cohere2 cwm ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt_neox gptj granite
-    granitemoehybrid helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 lfm2 llama mimo mistral nanochat
-    nemotron olmo persimmon phi phi3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 stablelm starcoder2
+    arcee bamba codegen cohere cohere2 cwm ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt_neox gptj
+    granite granitemoehybrid helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 lfm2 llama mamba2 mimo
+    mistral nanochat nemotron olmo persimmon phi phi3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 stablelm starcoder2
 """
 
 

@@ -1,0 +1,124 @@
+"""Mamba layers (the first kind): each channel has states of its own, with decays and steps of its own.
+
+Source: arXiv:2312.00752, and `MambaMixer`, `FalconMambaMixer` and `JambaMambaMixer` in transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.cache.recurrent import StateCache
+from runner.config.base import Config
+from runner.config.memory import State
+from runner.errors import ConfigError
+from runner.nn.batch import Batch
+from runner.nn.fast import provided_ops
+from runner.nn.linear import HIDDEN, Linear
+from runner.nn.short_conv import ShortConv
+from runner.ops.gates import gated
+from runner.ops.table import Ops
+from runner.weights.module import Module
+from runner.weights.tags import setting, weight
+
+INNER, RANK, STATES = "mamba_inner", "mamba_rank", "mamba_d_state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(Config):
+    """Config of a model with Mamba layers; a `mamba_dt_rank` of "auto" is a sixteenth of the hidden size."""
+
+    hidden_act: str = "silu"
+    mamba_d_state: int = 16
+    mamba_d_conv: int = 4
+    mamba_expand: int = 2
+    mamba_dt_rank: int | str = "auto"
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.mamba_dt_rank, str) and self.mamba_dt_rank != "auto":
+            key = self.key_of("mamba_dt_rank")
+            raise ConfigError(f'config.json: {key} must be a number or "auto", not {self.mamba_dt_rank!r}')
+
+    @property
+    def mamba_rank(self) -> int:
+        """Width of what the steps are projected from."""
+        return math.ceil(self.hidden_size / 16) if isinstance(self.mamba_dt_rank, str) else self.mamba_dt_rank
+
+    @property
+    def mamba_inner(self) -> int:
+        """Channels of a layer."""
+        return self.mamba_expand * self.hidden_size
+
+    @property
+    def mamba_state(self) -> State:
+        """What a layer remembers: the last inputs of its convolution, and the channels' states."""
+        shapes = {"conv": (self.mamba_d_conv - 1, self.mamba_inner), "states": (self.mamba_inner, self.mamba_d_state)}
+        return State(shapes, {"states": "float32"})
+
+
+@dataclass
+class Mamba(Module):
+    """The layer: a projection, a short convolution, steps and B and C made of what comes out, the recurrence, a gate.
+
+    With the step `dt = softplus(dt_proj(..))` of a channel, its states go from S to exp(-exp(A_log) dt) S + dt x B, and
+    its output is S C + D x. Tokens are taken one by one, in float32, so no result depends on where a prompt is cut.
+    """
+
+    in_proj: Linear = weight("in_proj", (INNER, INNER), HIDDEN, bias="mamba_proj_bias")
+    conv1d: ShortConv = weight("conv1d", INNER, "mamba_d_conv", bias="mamba_conv_bias")
+    x_proj: Linear = weight("x_proj", (RANK, STATES, STATES), INNER)
+    dt_proj: Linear = weight("dt_proj", INNER, RANK, bias=True)
+    out_proj: Linear = weight("out_proj", HIDDEN, INNER, bias="mamba_proj_bias")
+    a_log: mx.array = weight("A_log", INNER, STATES, exact=True)
+    d: mx.array = weight("D", INNER, exact=True)
+    mamba_rank: int = setting()
+    mamba_d_state: int = setting()
+    hidden_act: str = setting()
+    ops: Ops = provided_ops()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
+        """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
+        states = cache.read(x)
+        inner, gate = mx.split(self.in_proj(x), 2, axis=-1)
+        inner, rows = self.conv1d(inner, states["conv"], activation=self.hidden_act, each=cache.reserved)
+        rank, states_end = self.mamba_rank, self.mamba_rank + self.mamba_d_state
+        dt, b, c = self.normed(*mx.split(self.x_proj(inner), [rank, states_end], axis=-1))
+        outputs, after = self.scan(inner, self.dt_proj(dt), b, c, states["states"], cache.reserved)
+        cache.write(x.shape[1], conv=rows, states=after)
+        return self.out_proj(self.ops.fused(gated, outputs, gate).astype(x.dtype))
+
+    def normed(self, dt: mx.array, b: mx.array, c: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """What steps `[.., rank]`, B and C `[.., states]` are made of; some families normalize each."""
+        return dt, b, c
+
+    def scan(
+        self, x: mx.array, dt: mx.array, b: mx.array, c: mx.array, state: mx.array, each: bool
+    ) -> tuple[mx.array, mx.array]:
+        """Outputs `[B, L, C]` in float32, and the state `[B, C, N]` behind them, or `[L, B, C, N]` behind each."""
+        wide = x.astype(mx.float32)
+        step = self.ops.fused(softplus, dt)
+        taken, rates = step * wide, -mx.exp(self.a_log.astype(mx.float32))
+        b, c = b.astype(mx.float32), c.astype(mx.float32)
+        outputs, states = [], []
+        for t in range(x.shape[1]):
+            state = self.ops.fused(moved, state, step[:, t, :, None], rates, taken[:, t, :, None], b[:, t, None])
+            outputs.append((state @ c[:, t, :, None])[..., 0])
+            states.append(state)
+        passed = mx.stack(outputs, axis=1) + wide * self.d.astype(mx.float32)
+        return passed, mx.stack(states) if each else state
+
+
+def softplus(x: mx.array) -> mx.array:
+    """The logarithm of 1 + e to the `x`, in float32."""
+    wide = x.astype(mx.float32)
+    return mx.logaddexp(wide, mx.zeros_like(wide))
+
+
+def moved(state: mx.array, step: mx.array, rates: mx.array, taken: mx.array, b: mx.array) -> mx.array:
+    """The states `[C, N]` after a token of steps `[C, 1]`, inputs `[C, 1]` times these, and b `[1, N]`."""
+    return state * mx.exp(step * rates) + taken * b
