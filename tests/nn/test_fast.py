@@ -121,7 +121,7 @@ def test_rope_refuses_what_it_does_not_know() -> None:
         RoPE(dims=7)
 
 
-KNOWN_KINDS = [entry for entry in REFERENCE["entries"] if entry["name"] != "proportional"]
+KNOWN_KINDS = REFERENCE["entries"]
 
 
 def scaling_of(config: dict[str, Any]) -> RopeScaling | None:
@@ -167,12 +167,6 @@ def test_frequencies_for_a_length_are_made_once_a_pass(monkeypatch: pytest.Monke
     assert made == [34, 34]
     later = Batch(mx.zeros((1, 4), dtype=mx.int32), 34)
     assert not mx.array_equal(layers[0](x, 30, 38, once=later.once), alone)
-
-
-def test_a_rope_type_without_code_is_refused() -> None:
-    (entry,) = [entry for entry in REFERENCE["entries"] if entry["name"] == "proportional"]
-    with pytest.raises(ConfigError, match="'proportional' is not known"):
-        scaling_of(entry["config"])
 
 
 @pytest.mark.parametrize(
