@@ -11,7 +11,7 @@ import typer
 from runner.cli import terminal
 from runner.cli.conversation import Conversation, Message
 from runner.cli.options import System
-from runner.cli.template_options import TemplateArg, parsed, template_kwargs
+from runner.cli.template_options import TemplateArg, checked_system, parsed, template_kwargs
 from runner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ class AskingOptions:
         if messages is None:
             return lm.stream(self._raw(lm.tokenizer, text), **keywords)
         variables = template_kwargs(lm.tokenizer, parsed(self.template_arg), thinking)
+        if self.system is not None:
+            checked_system(lm.tokenizer, self.system, variables, name="--system")
         return lm.chat_stream(messages, template_kwargs=variables, **keywords)
 
     def _of_templates(self, others: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ from runner.cli.options import (
     Wrap,
     model_and_text,
 )
-from runner.cli.template_options import TemplateArg, parsed
+from runner.cli.template_options import TemplateArg, checked_system, parsed
 from runner.cli.thinking import AnswerOutput
 from runner.errors import ContextLengthError, RunnerError, UsageError
 
@@ -70,14 +70,14 @@ def chat(
     conversation = Conversation()
     if last is not None:
         conversation.replace(last.messages)
-    if system is not None:
-        conversation.system = terminal.checked_utf8(system, "--system")
     lm = engine.open_model(model, dtype, adapter, length.context)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
     settings = ChatSettings(
         lm, keywords, variables=variables, thinking=thinking, verbose=verbose, wrap=wrap, history=history
     )
+    if system is not None:
+        conversation.system = checked_system(lm.tokenizer, system, settings.template_kwargs, name="--system")
     talk = Chat(lm, model, conversation, settings, keeps=resume)
     if text is None:
         talk.run()

@@ -18,6 +18,7 @@ import typer
 from runner.cli import terminal
 from runner.cli.chat_settings import NAMES, ChatSettings
 from runner.cli.conversation import Conversation
+from runner.cli.template_options import checked_system
 from runner.errors import UsageError
 
 COMMAND = re.compile(r"/(?:[A-Za-z]+|\?)")
@@ -211,7 +212,9 @@ class Commands:
     def _system(self, rest: str) -> None:
         """Run `/system [TEXT | clear]`: set, remove or show the system message."""
         if rest:
-            self.conversation.system = None if rest == "clear" else terminal.checked_utf8(rest, "the system message")
+            tokenizer, variables = self.settings.lm.tokenizer, self.settings.template_kwargs
+            new = None if rest == "clear" else checked_system(tokenizer, rest, variables, name="/system")
+            self.conversation.system = new
         shown = "none" if self.conversation.system is None else self.conversation.system
         terminal.note(f"(system message: {shown})\n")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from runner.cli import terminal
 from runner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,3 +71,24 @@ def template_kwargs(tokenizer: Tokenizer, given: Mapping[str, Any], thinking: st
         if name in variables:
             raise UsageError(f"--thinking off sets {name} of the template: leave out --template-arg {name}")
     return {**variables, **off}
+
+
+def checked_system(tokenizer: Tokenizer, text: str, variables: Mapping[str, Any], *, name: str) -> str:
+    """Return a system message that the model's chat template writes.
+
+    Args:
+        variables: those for the template.
+        name: what gave the message, for errors.
+
+    Raises:
+        UsageError: the template leaves it out, or `text` is not UTF-8.
+        TemplateError: the template refuses it.
+    """
+    text = terminal.checked_utf8(text, name)
+    question = [{"role": "user", "content": "?"}]
+    asked = [{"role": "system", "content": text}, *question]
+    written = tokenizer.apply_chat_template(asked, tokenize=False, **variables)
+    # A template may have this very text for where no message is given, or write it in another form.
+    if text.strip() not in written and written == tokenizer.apply_chat_template(question, tokenize=False, **variables):
+        raise UsageError(f"{name}: the model's chat template leaves system messages out: say it in the prompt")
+    return text
