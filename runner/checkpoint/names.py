@@ -199,6 +199,14 @@ def _size(path: Path, kept: Kept) -> int:
     return sum(sizes)
 
 
+def size_of(path: Path | None) -> int | None:
+    """Bytes of the files in a model's directory, or of its GGUF file; None where it is not here."""
+    if path is None or not path.exists():
+        return None
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
 def called(name: str, models: Sequence[StoredModel]) -> list[StoredModel]:
     """The models that `name` stands for: those of this very name, else those whose name's first words it is."""
     wanted = name.casefold()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,40 +49,54 @@ def list_models(*, as_json: AsJson = False) -> None:
     aliases = kept.read_names().aliases
     places = {name: names.path_of(target) for name, target in aliases.items()}
     rows = [(m, [short[m.path], *(name for name, path in places.items() if path == m.path)]) for m in models]
-    others = {name: target for name, target in aliases.items() if not any(places[name] == m.path for m in models)}
+    # Aliases of what no program's cache has: models in directories of the user's, and what is not here.
+    others: dict[str, list[str]] = {}
+    for name, target in aliases.items():
+        if not any(places[name] == m.path for m in models):
+            others.setdefault(target, []).append(name)
     default = default_path()
+    found = [listed(called, m.id, m.path, m.nbytes, m.revision, m.kept is not None) for m, called in rows]
+    for target, called in others.items():
+        path = places[called[0]]
+        found.append(listed(called, target, path, names.size_of(path)))
+    for row in found:
+        row["default"] = default is not None and row["path"] == str(default)
     output = terminal.Output()
     if as_json:
-        found = [
-            {
-                "name": called[0],
-                "aliases": called[1:],
-                "id": m.id,
-                "revision": m.revision,
-                "bytes": m.nbytes,
-                "path": str(m.path),
-                "stored_by_runner": m.kept is not None,
-                "default": m.path == default,
-            }
-            for m, called in rows
-        ]
         output.line(json.dumps(found, indent=2))
         return
-    if not rows and not others:
+    if not found:
         terminal.note("no models here: fetch one with 'runner pull org/name'")
         return
     from runner.cli import tables
 
     table = tables.columns("name", "model", "revision", ">size")
-    for m, called in rows:
-        revision = tables.cell((m.revision or "")[:12], "dim")
-        mark = " (default)" if m.path == default else ""
-        table.add_row(
-            tables.cell(", ".join(called) + mark), tables.cell(m.id), revision, tables.cell(tables.size(m.nbytes))
-        )
-    for name, target in others.items():
-        table.add_row(tables.cell(name), tables.cell(target), tables.cell(""), tables.cell(""))
+    for row in found:
+        called = ", ".join([row["name"], *row["aliases"]]) + (" (default)" if row["default"] else "")
+        size = "not here" if row["bytes"] is None else tables.size(row["bytes"])
+        revision = tables.cell((row["revision"] or "")[:12], "dim")
+        table.add_row(tables.cell(called), tables.cell(row["id"]), revision, tables.cell(size))
     tables.show(table)
+
+
+def listed(
+    called: Sequence[str],
+    id: str,
+    path: Path | None,
+    nbytes: int | None,
+    revision: str | None = None,
+    ours: bool = False,
+) -> dict[str, Any]:
+    """A row of the list: of a model that is `called` so; without its size it is not on this machine."""
+    return {
+        "name": called[0],
+        "aliases": list(called[1:]),
+        "id": id,
+        "revision": revision,
+        "bytes": nbytes,
+        "path": None if path is None else str(path),
+        "stored_by_runner": ours,
+    }
 
 
 def default_path() -> Path | None:
@@ -126,7 +141,7 @@ def rm(models: Removed, *, yes: Yes = False) -> None:
 
     known = kept.read_names().aliases
     # All are looked up before any is touched.
-    chosen = {m: None if m in known and not os.path.exists(m) else names.removable(m) for m in dict.fromkeys(models)}
+    chosen = {m: None if m in known and not is_stored(m) else names.removable(m) for m in dict.fromkeys(models)}
     stored = {found.path: found for found in chosen.values() if found is not None}
     for found in stored.values():
         place = "" if found.id == str(found.path) else f" in {found.path}"
@@ -142,6 +157,13 @@ def rm(models: Removed, *, yes: Yes = False) -> None:
         terminal.note(f"deleted {found.id}, {tables.size(found.nbytes)}")
         if rest:
             terminal.note(f"{found.path} stays: {rest[0]} in it is not runner's", "yellow")
+
+
+def is_stored(path: str) -> bool:
+    """Whether a path is a model's that runner stored: only this comes before an alias that has the same name."""
+    from runner.checkpoint import kept
+
+    return Path(os.path.abspath(path)) in kept.read_names().stored
 
 
 def confirmed(question: str) -> bool:

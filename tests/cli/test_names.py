@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 import pytest
 from command_line import own, run
 from hub_cache import COMMIT, cached
-from places import TESTS
+from places import ROOT, TESTS
 from pseudo_terminal import Terminal
 
 from runner.errors import UsageError
@@ -82,10 +82,34 @@ def test_aliases_are_made_shown_changed_and_dropped(account: Account) -> None:
     done = account.run("alias", "mine", "org/name")
     assert done.stdout == "mine = org/name\n" and f"was {account.home}/m until now" in done.stderr
     assert account.done("alias") == account.done("alias", "mine") == "mine = org/name\n"
-    assert account.done("list").splitlines()[1].split() == ["mine", "org/name"]
+    assert account.done("list").splitlines()[1].split() == ["mine", "org/name", "not", "here"]
     account.done("rm", "mine", "--yes")
     assert account.done("alias") == "" and (account.home / "m").exists()
     assert account.run("alias", "mine").returncode == 2
+
+
+def test_a_model_that_only_aliases_name_is_listed_as_others_are(account: Account) -> None:
+    model = shutil.copytree(MODEL, account.home / "m")
+    size = sum(file.stat().st_size for file in model.iterdir())
+    account.done("alias", "mine", str(model))
+    account.done("alias", "ours", str(model))
+    account.done("alias", "theirs", "org/name")
+    mine, theirs = json.loads(account.done("list", "--json", RUNNER_MODEL="ours"))
+    assert (mine["name"], mine["aliases"], mine["path"], mine["bytes"]) == ("mine", ["ours"], str(model), size)
+    assert mine["default"] and not mine["stored_by_runner"] and not theirs["default"]
+    assert (theirs["name"], theirs["id"], theirs["path"], theirs["bytes"]) == ("theirs", "org/name", None, None)
+    line = account.done("list", RUNNER_MODEL="ours").splitlines()[1]
+    assert line.startswith(f"mine, ours (default)   {model} ") and line.endswith("kB")
+
+
+def test_an_alias_is_dropped_where_a_path_of_others_has_its_name(
+    account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(MODEL, account.home / "mine")
+    account.done("alias", "mine", str(model))
+    monkeypatch.chdir(account.home)
+    assert "mine is no name for" in account.run("rm", "mine", PYTHONPATH=str(ROOT)).stderr
+    assert model.exists() and account.done("alias", PYTHONPATH=str(ROOT)) == ""
 
 
 def test_rm_asks_on_a_terminal(account: Account) -> None:
