@@ -72,10 +72,10 @@ def list_models(*, as_json: AsJson = False) -> None:
 
     table = tables.columns("name", "model", "revision", ">size")
     for row in found:
-        called = ", ".join([row["name"], *row["aliases"]]) + (" (default)" if row["default"] else "")
+        shown = ", ".join([row["name"], *row["aliases"]]) + (" (default)" if row["default"] else "")
         size = "not here" if row["bytes"] is None else tables.size(row["bytes"])
         revision = tables.cell((row["revision"] or "")[:12], "dim")
-        table.add_row(tables.cell(called), tables.cell(row["id"]), revision, tables.cell(size))
+        table.add_row(tables.cell(shown), tables.cell(row["id"]), revision, tables.cell(size))
     tables.show(table)
 
 
