@@ -180,16 +180,37 @@ UNRENAMED = [
 ]
 
 
+ADJUSTED: dict[str, dict[str, Any]] = {
+    **{f"gpt_oss-{name}": {"swiglu_limit": 7.0} for name in ("base", "plain-rope")},
+    "smollm3-base": {"no_rope_layers": None}, "smollm3-bias": {"no_rope_layers": None},
+}  # fmt: skip
+"""Fixtures of which GGUF knows one value only: that value, with which their logits are ours from safetensors."""
+
+
 def config_of(path: Path) -> dict[str, Any]:
+    """The fixture's config, as far as GGUF has words for it."""
     result: dict[str, Any] = json.loads((path / "config.json").read_text())
-    return result
+    return result | ADJUSTED.get(path.name, {})
+
+
+def written_otherwise(config: Mapping[str, Any]) -> set[str]:
+    """Keys that come back with another value of the same meaning."""
+    found = set()
+    if isinstance(config.get("sliding_window_pattern"), str):
+        found.add("sliding_window_pattern")  # as a period
+    if (config.get("rope_scaling") or {}).get("alpha"):
+        found.add("rope_theta")  # multiplied
+    if config["model_type"] == "phi":
+        found.add("partial_rotary_factor")  # of as many whole dimensions
+    return found
 
 
 NOT_IN_GGUF = {
     "llama-gelu", "llama-gelu-tanh", "llama-rope-dynamic", "llama-rope-longrope",
     "llama-rope-longrope-attention-factor", "llama-rope-yarn-mscale", "llama-rope-yarn-untruncated",
     "llama-sharded", "llama-mlx-4bit", "llama-mlx-mixed", "llama-mlx-tied", "qwen2-window", "qwen3-window",
-    "gemma2-gelu", "qwen3_moe-mixed", "olmoe-clipped", "dots1-v5",
+    "gemma2-gelu", "qwen3_moe-mixed", "olmoe-clipped", "dots1-v5", "gpt_oss-mxfp4", "gpt_oss-v5",
+    "smollm3-window", "stablelm-parallel", "phi-qk-norm", "lfm2_moe-v5",
 }  # fmt: skip
 """Fixtures whose config has no word in GGUF, and those that are about safetensors."""
 

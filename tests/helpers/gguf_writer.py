@@ -15,6 +15,8 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf_bytes import Metadata, file_bytes, vocabulary
+from gguf_families import ARCHITECTURES as OTHERS
+from gguf_families import PERMUTED, changed, keys_of, mapped
 
 from runner.config.rope import RopeScaling, attention_factor, inverse_frequencies
 from runner.config.rope_keys import normalise
@@ -23,8 +25,11 @@ ARCHITECTURES = {
     "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA", "gemma2": "GEMMA2",
     "gemma3_text": "GEMMA3", "phi3": "PHI3", "starcoder2": "STARCODER2",
     "qwen3_5_text": "QWEN35", "qwen3_moe": "QWEN3MOE", "olmoe": "OLMOE", "dots1": "DOTS1", "glm4_moe": "GLM4_MOE",
-    "arcee": "ARCEE",
+    "arcee": "ARCEE", **OTHERS,
 }  # fmt: skip
+
+ONE_ADDED = ("gemma", "qwen3_5", "nemotron")
+"""Families to whose norms the converters add 1."""
 
 
 def _scaling(config: Metadata) -> tuple[Metadata | None, float | None]:
@@ -52,9 +57,9 @@ def metadata_of(config: Metadata) -> dict[str, Any]:
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
         "embedding_length": hidden,
-        "feed_forward_length": config["intermediate_size"],
+        "feed_forward_length": config.get("intermediate_size"),
         "attention.head_count": heads,
-        "attention.head_count_kv": config.get("num_key_value_heads", heads),
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
         "rope.freq_base": _theta(config),
         "attention.layer_norm_rms_epsilon": config.get("rms_norm_eps"),
         "attention.layer_norm_epsilon": config.get("norm_epsilon"),
@@ -81,7 +86,7 @@ def metadata_of(config: Metadata) -> dict[str, Any]:
             "rope.dimension_count": int(head_dim * config["rope_parameters"]["partial_rotary_factor"]),
             "rope.dimension_sections": [*config["rope_parameters"]["mrope_section"], 0],
         }  # fmt: skip
-    keys |= _experts(config)
+    keys |= keys_of(config, head_dim, _theta(config)) or _experts(config)
     if family in ("mistral", "gemma2", "gemma3_text", "phi3", "starcoder2"):
         keys["attention.sliding_window"] = config.get("sliding_window") or 0
     if family == "gemma2":
@@ -135,7 +140,7 @@ def stacked(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for name, array in weights.items():
         layer, _, expert = name.partition(".mlp.experts.")
-        if not expert:
+        if not expert[:1].isdigit():
             found[name.replace("e_score_correction_bias", "e_score_correction.bias")] = array
         elif expert.startswith("0."):
             count = sum(other.startswith(f"{layer}.mlp.experts.") and other.endswith(expert[2:]) for other in weights)
@@ -152,21 +157,21 @@ def tensors_of(
     layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], layers)
     heads = {"attn_q": config["num_attention_heads"]}
-    heads["attn_k"] = config.get("num_key_value_heads", heads["attn_q"])
+    heads["attn_k"] = config.get("num_key_value_heads") or heads["attn_q"]
     result = {}
-    for name, stored in stacked(weights).items():
+    for name, stored in stacked(changed(config, weights)).items():
         array = stored.astype(np.float32)
         if family == "qwen3_5_text":
             name, array = _delta(name, array, config)
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        found = names.get_name(mapped(name), try_suffixes=(".weight", ".bias"))
         if found is None:
             assert "inv_freq" in name, name
             continue
         part = found.split(".")[-2]
-        if family in ("llama", "mistral", "arcee") and part in heads:
+        if family in PERMUTED and part in heads:
             paired = array.reshape(heads[part], 2, array.shape[0] // heads[part] // 2, *array.shape[1:])
             array = np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(array.shape)
-        if family.startswith(("gemma", "qwen3_5")) and "norm" in name and "linear_attn" not in name:
+        if family.startswith(ONE_ADDED) and name.endswith("norm.weight") and "linear_attn" not in name:
             array = array + 1
         chosen = kind(found) if array.ndim > 1 else Type.F32
         result[found] = (gguf.quantize(array, chosen), chosen)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -24,8 +26,9 @@ class Architecture:
         interleaved: tensors whose rows llama.cpp reordered for the RoPE pairs (2i, 2i+1) -> the config key that gives
             their number of heads.
         norms_plus_one: norm weights are stored with 1 added, which transformers' model adds when it runs.
+        top: tensors outside layers: GGUF's name -> transformers' name.
         head_dim: config.json has the key `head_dim`; other families derive the head size.
-        windowed: model_type of files that have a sliding window, where it differs from `model_type`.
+        windowed: model_type and class of files that have a sliding window, where they differ from the others'.
         window_period: each `window_period`-th layer has full attention and the others a sliding window, unless the file
             says otherwise.
         period_key: config key that holds another period; None where the family's config has no such key.
@@ -37,6 +40,9 @@ class Architecture:
         value_heads: tensors whose value heads llama.cpp sorted -> how (`runner.checkpoint.gguf.value_heads`).
         truths: boolean metadata key -> key of config.json.
         only: metadata keys that do not affect the results if they have this value, the family's own.
+        needed: metadata keys that llama.cpp may do without, but whose absence means another value to transformers.
+        yarn: keys of a YaRN's `rope_scaling` whose values the files do not carry.
+        layer_kinds: layer_types of layers without and with key-value heads, a number per layer in the files.
         predicts: files may have layers for multi-token prediction behind the others, which are left unread.
         rstrip: where not None, control tokens take the white space after them, except these tokens (as in the family's
             tokenizer.json).
@@ -50,8 +56,9 @@ class Architecture:
     flags: Mapping[str, str] = field(default_factory=dict)
     interleaved: Mapping[str, str] = field(default_factory=dict)
     norms_plus_one: bool = False
+    top: Mapping[str, str] = field(default_factory=lambda: TOP)
     head_dim: bool = True
-    windowed: str | None = None
+    windowed: tuple[str, str] | None = None
     window_period: int | None = None
     period_key: str | None = None
     query_scalar: int | None = None
@@ -61,11 +68,13 @@ class Architecture:
     value_heads: Mapping[str, str] = field(default_factory=dict)
     truths: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
+    needed: frozenset[str] = frozenset()
+    yarn: Mapping[str, Any] = field(default_factory=dict)
+    layer_kinds: tuple[str, str] | None = None
     predicts: bool = False
     rstrip: tuple[str, ...] | None = None
 
 
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 IGNORED = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)(\.weight)?")
 """Names of the RoPE frequency tables per layer that old converters wrote and nothing reads."""
@@ -127,6 +136,39 @@ _BALANCED = {
 }
 _NORMALIZED = {"expert_weights_norm": "norm_topk_prob"}
 _SIGMOID = {"expert_gating_func": 2}  # llama.cpp's number of it
+_POST = {
+    **{name: found for name, found in _ATTENTION.items() if name != "attn_norm"},
+    **_GATED,
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_PARALLEL = {name: found for name, found in _PRE.items() if name != "ffn_norm"}
+_PAIRED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+_LAYER_NORM = {"attention.layer_norm_epsilon": "layer_norm_eps"}
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_SCALES = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_SHORT_CONVOLUTIONS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+    "attn_norm": "operator_norm",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}
 _SANDWICH = {
     **_ATTENTION,
     **_GATED,
@@ -144,8 +186,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         keys={**_RMS, "attention.sliding_window": "sliding_window"},
         fixed={"hidden_act": "silu"},
         flags={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"},
-        interleaved={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
-        windowed="mistral",
+        interleaved=_PAIRED,
+        windowed=("mistral", "MistralForCausalLM"),
     ),
     "qwen2": Architecture(
         model_type="qwen2",
@@ -222,7 +264,210 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         keys=_RMS,
         fixed={"hidden_act": "relu2"},
         flags={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
-        interleaved={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+        interleaved=_PAIRED,
+    ),
+    "gpt-oss": Architecture(
+        model_type="gpt_oss",
+        class_name="GptOssForCausalLM",
+        blocks={
+            **_ATTENTION,
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.router",
+            "ffn_gate_exps": "mlp.experts.gate_proj",
+            "ffn_up_exps": "mlp.experts.up_proj",
+            "ffn_down_exps": "mlp.experts.down_proj",
+        },
+        keys={
+            **_RMS,
+            **_WINDOW,
+            **_CHOSEN,
+            "expert_count": "num_local_experts",
+            "expert_feed_forward_length": "intermediate_size",
+        },
+        fixed={"hidden_act": "silu", "swiglu_limit": 7.0, "rope_scaling": {"rope_type": "default"}},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        whole={"attn_sinks.weight": "self_attn.sinks"},
+        window_period=2,
+        needed=frozenset({"attention.sliding_window"}),
+        # llama.cpp rounds the bounds of YaRN's ramp to whole dimensions; the model was trained with them as they are.
+        yarn={"truncate": False},
+    ),
+    "seed_oss": Architecture(
+        model_type="seed_oss",
+        class_name="SeedOssForCausalLM",
+        blocks={**_ATTENTION, **_GATED, "post_attention_norm": "post_attention_layernorm"},
+        keys=_RMS,
+        fixed={"hidden_act": "silu"},
+        flags={**_BIASES, "attention_out_bias": "blk.0.attn_output.bias"},
+    ),
+    "smollm3": Architecture(
+        model_type="smollm3",
+        class_name="SmolLM3ForCausalLM",
+        blocks=_PRE,
+        keys=_RMS,
+        fixed={"hidden_act": "silu"},
+        flags=_BIASES,
+        interleaved=_PAIRED,
+    ),
+    "glm4": Architecture(
+        model_type="glm4",
+        class_name="Glm4ForCausalLM",
+        blocks={
+            **_ATTENTION,
+            "post_attention_norm": "post_self_attn_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+            "post_ffw_norm": "post_mlp_layernorm",
+        },
+        keys=_RMS,
+        fixed={"hidden_act": "silu", "partial_rotary_factor": 1.0},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+    ),
+    "ernie4_5": Architecture(
+        model_type="ernie4_5",
+        class_name="Ernie4_5ForCausalLM",
+        blocks=_PRE,
+        keys=_RMS,
+        fixed={"hidden_act": "silu"},
+        flags={"use_bias": "blk.0.attn_q.bias"},
+    ),
+    "hunyuan-dense": Architecture(
+        model_type="hunyuan_v1_dense",
+        class_name="HunYuanDenseV1ForCausalLM",
+        blocks={**_PRE, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+        keys=_RMS,
+        fixed={"hidden_act": "silu"},
+        flags=_BIASES,
+    ),
+    "granite": Architecture(
+        model_type="granite",
+        class_name="GraniteForCausalLM",
+        blocks=_PRE,
+        keys={**_RMS, **_SCALES},
+        fixed={"hidden_act": "silu"},
+        flags=_BIASES,
+        interleaved=_PAIRED,
+        only={"rope.scaling.finetuned": True},  # False: no RoPE at all
+        needed=frozenset({"attention.scale", "logit_scale"}),
+    ),
+    "olmo2": Architecture(
+        model_type="olmo2",
+        class_name="Olmo2ForCausalLM",
+        blocks={**_POST, **_QK_NORMS},
+        keys={**_RMS, **_WINDOW},
+        fixed={"hidden_act": "silu"},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        head_dim=False,
+        windowed=("olmo3", "Olmo3ForCausalLM"),
+        window_period=4,
+    ),
+    "exaone4": Architecture(
+        model_type="exaone4",
+        class_name="Exaone4ForCausalLM",
+        blocks={**_POST, **_QK_NORMS},
+        keys={**_RMS, **_WINDOW},
+        fixed={"hidden_act": "silu", "sliding_window": None},
+        window_period=4,
+        period_key="sliding_window_pattern",
+    ),
+    "command-r": Architecture(
+        model_type="cohere",
+        class_name="CohereForCausalLM",
+        blocks={**_PARALLEL, **_QK_NORMS},
+        keys={**_LAYER_NORM, "logit_scale": "logit_scale"},
+        fixed={"hidden_act": "silu"},
+        flags={"attention_bias": "blk.0.attn_q.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"},
+        head_dim=False,
+        needed=frozenset({"logit_scale"}),
+    ),
+    "cohere2": Architecture(
+        model_type="cohere2",
+        class_name="Cohere2ForCausalLM",
+        blocks=_PARALLEL,
+        keys={**_LAYER_NORM, **_WINDOW, "logit_scale": "logit_scale"},
+        fixed={"hidden_act": "silu"},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        window_period=4,
+        period_key="sliding_window_pattern",
+        needed=frozenset({"attention.sliding_window", "logit_scale"}),
+    ),
+    "nemotron": Architecture(
+        model_type="nemotron",
+        class_name="NemotronForCausalLM",
+        blocks={
+            **_ATTENTION,
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        keys={"attention.layer_norm_epsilon": "norm_eps"},
+        fixed={"hidden_act": "relu2", "partial_rotary_factor": 1.0},
+        flags=_BIASES,
+        norms_plus_one=True,
+    ),
+    "phi2": Architecture(
+        model_type="phi",
+        class_name="PhiForCausalLM",
+        blocks={
+            **_ATTENTION,
+            "attn_output": "self_attn.dense",
+            "ffn_up": "mlp.fc1",
+            "ffn_down": "mlp.fc2",
+        },
+        keys=_LAYER_NORM,
+        fixed={"hidden_act": "gelu_new", "partial_rotary_factor": 1.0},
+        top={**TOP, "output_norm": "model.final_layernorm"},
+        head_dim=False,
+    ),
+    "stablelm": Architecture(
+        model_type="stablelm",
+        class_name="StableLmForCausalLM",
+        blocks=_PRE,
+        keys=_LAYER_NORM,
+        fixed={"hidden_act": "silu", "partial_rotary_factor": 1.0},
+        flags={"use_qkv_bias": "blk.0.attn_q.bias"},
+        truths={"use_parallel_residual": "use_parallel_residual"},
+        head_dim=False,
+    ),
+    "lfm2": Architecture(
+        model_type="lfm2",
+        class_name="Lfm2ForCausalLM",
+        blocks=_SHORT_CONVOLUTIONS,
+        keys={"attention.layer_norm_rms_epsilon": "norm_eps", "shortconv.l_cache": "conv_L_cache"},
+        fixed={"block_auto_adjust_ff_dim": False},  # what the files give is the adjusted width
+        flags={"conv_bias": "blk.0.shortconv.in_proj.bias"},
+        top={**TOP, "token_embd_norm": "model.embedding_norm"},
+        head_dim=False,
+        layer_kinds=("conv", "full_attention"),
+    ),
+    "lfm2moe": Architecture(
+        model_type="lfm2_moe",
+        class_name="Lfm2MoeForCausalLM",
+        blocks={
+            **_SHORT_CONVOLUTIONS,
+            "ffn_gate_inp": "feed_forward.gate",
+            "ffn_gate_exps": "feed_forward.switch_mlp.gate_proj",
+            "ffn_up_exps": "feed_forward.switch_mlp.up_proj",
+            "ffn_down_exps": "feed_forward.switch_mlp.down_proj",
+        },
+        keys={
+            **_CHOSEN,
+            "attention.layer_norm_rms_epsilon": "norm_eps",
+            "shortconv.l_cache": "conv_L_cache",
+            "expert_count": "num_experts",
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "leading_dense_block_count": "num_dense_layers",
+            "expert_weights_scale": "routed_scaling_factor",
+        },
+        fixed={"norm_topk_prob": True, "use_expert_bias": True},
+        flags={"conv_bias": "blk.0.shortconv.in_proj.bias"},
+        whole={"exp_probs_b.bias": "feed_forward.expert_bias"},
+        only=_SIGMOID,
+        top={**TOP, "token_embd_norm": "model.embedding_norm"},
+        head_dim=False,
+        layer_kinds=("conv", "full_attention"),
+        needed=frozenset({"leading_dense_block_count"}),
     ),
     "qwen35": Architecture(
         model_type="qwen3_5_text",

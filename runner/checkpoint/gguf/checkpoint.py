@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from runner.checkpoint.gguf.architectures import IGNORED, ROPE_TENSORS, TOP, Architecture
+from runner.checkpoint.gguf.architectures import IGNORED, ROPE_TENSORS, Architecture
 from runner.checkpoint.gguf.container import Container, Entry, open_container
 from runner.checkpoint.gguf.formats import nbytes
 from runner.checkpoint.gguf.settings import architecture_of, config_of, generation_config_of
@@ -24,9 +24,9 @@ from runner.errors import CheckpointError
 from runner.local_files import quoted
 from runner.text.tokenizer import Tokenizer
 
-_BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_][a-z_0-9]*)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_][a-z_0-9.]*)\.(weight|bias)")
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(.+)")
-_TOP = re.compile(rf"({'|'.join(TOP)})\.(weight|bias)")
+_TOP = re.compile(r"([a-z_]+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ def _parts(container: Container, architecture: Architecture, config: Mapping[str
             head_rows, rest = divmod(entry.shape[0], config[architecture.interleaved[block]])
             if rest or head_rows % 2:
                 raise CheckpointError(f"{container.path}: {entry.name}: {list(entry.shape)} do not divide into heads")
-        plus_one = architecture.norms_plus_one and "norm" in entry.name and block not in architecture.plain_norms
+        norm = entry.name.endswith("norm.weight") and block not in architecture.plain_norms
+        plus_one = architecture.norms_plus_one and norm
         negated_exp, heads = block in architecture.negated_exp, None
         if block in architecture.value_heads:
             heads = value_heads(architecture.value_heads[block], config)
@@ -225,8 +226,8 @@ def _hub_name(container: Container, architecture: Architecture, name: str) -> tu
     if found is not None and found[2] in architecture.blocks:
         return f"model.layers.{found[1]}.{architecture.blocks[found[2]]}.{found[3]}", found[2]
     top = _TOP.fullmatch(name)
-    if top is not None:
-        return f"{TOP[top[1]]}.{top[2]}", ""
+    if top is not None and top[1] in architecture.top:
+        return f"{architecture.top[top[1]]}.{top[2]}", ""
     raise CheckpointError(f"{container.path}: tensor {quoted(name)} is not part of a {architecture.model_type} model")
 
 

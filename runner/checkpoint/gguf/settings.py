@@ -117,10 +117,15 @@ class _Metadata:
         """The whole of `config.json`, once every key of the file has been accounted for."""
         table = self.architecture
         config: dict[str, Any] = {"architectures": [table.class_name], "model_type": table.model_type, **table.fixed}
+        if table.layer_kinds is not None:
+            self.kinds(config, table.layer_kinds)
         for key, name in COMMON_KEYS.items():
-            config[name] = self.size(key)
+            config[name] = config.get(name) or self.size(key)
             if config[name] is None and key != "attention.head_count_kv":
                 raise self.error(f"{self.prefix}{key} is missing")
+        missing = [key for key in sorted(table.needed) if self.get(key) is None]
+        if missing:
+            raise self.error(f"{self.prefix}{missing[0]} is missing")
         for key, name in table.keys.items():
             value = self.number(key)
             if value is not None:
@@ -150,6 +155,19 @@ class _Metadata:
         self.refuse_unknown()
         return config
 
+    def kinds(self, config: dict[str, Any], names: tuple[str, str]) -> None:
+        """Set `layer_types` and `num_key_value_heads` from a list of key-value heads for each layer, some of them 0."""
+        key, layers = "attention.head_count_kv", self.size("block_count")
+        counts = self.values.get(key)
+        if not isinstance(counts, np.ndarray) or len(counts) != layers or counts.dtype.kind not in "iu":
+            raise self.error(f"{self.prefix}{key} is {brief(counts)}, expected a number for each of {layers} layers")
+        different = sorted({int(count) for count in counts if count})
+        if len(different) != 1 or not 0 < different[0] <= MAX_DIMENSION:
+            raise self.error(f"{self.prefix}{key} is {brief(counts)}, expected one number of heads and 0")
+        self.read.add(key)
+        config["num_key_value_heads"] = different[0]
+        config["layer_types"] = [names[bool(count)] for count in counts]
+
     def count(self, key: str, most: int) -> int:
         """An integer from 0 to `most`, 0 where the key is missing."""
         value = self.number(key) or 0
@@ -178,10 +196,10 @@ class _Metadata:
         """Set `sliding_window`, and which layers use it."""
         table, window = self.architecture, config.get("sliding_window")
         if table.windowed is not None and window:
-            config |= {"model_type": table.windowed, "architectures": ["MistralForCausalLM"]}
+            config |= {"model_type": table.windowed[0], "architectures": [table.windowed[1]]}
         elif table.windowed is not None:
             config.pop("sliding_window", None)
-        if table.window_period is None:
+        if table.window_period is None or (table.windowed is not None and not window):
             return
         # The file gives a period or a flag for each layer; `local` says for each layer whether it has a window.
         layers = config["num_hidden_layers"]
@@ -257,7 +275,8 @@ class _Metadata:
         found = {name: self.number(f"rope.scaling.{key}") for key, name in names.items()}
         if self.number("rope.scaling.yarn_ext_factor") not in (None, 1.0):
             raise self.error(f"{self.prefix}rope.scaling.yarn_ext_factor other than 1 is not supported")
-        return {"rope_type": "yarn", "factor": factor or 1.0, **{k: v for k, v in found.items() if v is not None}}
+        given = {name: value for name, value in found.items() if value is not None}
+        return {"rope_type": "yarn", "factor": factor or 1.0, **self.architecture.yarn, **given}
 
     def longrope(self, config: dict[str, Any], attention: float | None) -> dict[str, Any]:
         """Phi-3's `rope_scaling`, with its two tables.

@@ -1,0 +1,143 @@
+"""What llama.cpp's converters do to the families beyond renaming, and the keys that they write for them.
+
+Source: llama.cpp's `conversion/*.py` (0.3.36 of llama-cpp-python). Independent of `runner.checkpoint.gguf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gguf_bytes import Metadata
+
+ARCHITECTURES = {
+    "gpt_oss": "GPT_OSS", "seed_oss": "SEED_OSS", "smollm3": "SMOLLM3", "glm4": "GLM4", "ernie4_5": "ERNIE4_5",
+    "hunyuan_v1_dense": "HUNYUAN_DENSE", "granite": "GRANITE", "olmo2": "OLMO2", "olmo3": "OLMO2",
+    "exaone4": "EXAONE4", "cohere": "COMMAND_R", "cohere2": "COHERE2", "nemotron": "NEMOTRON", "phi": "PHI2",
+    "stablelm": "STABLELM", "lfm2": "LFM2", "lfm2_moe": "LFM2MOE",
+}  # fmt: skip
+
+PERMUTED = ("llama", "mistral", "arcee", "smollm3", "granite")
+"""Families whose query and key rows the converters reorder for the RoPE pairs (2i, 2i+1)."""
+
+
+def _partial(config: Metadata) -> float:
+    return float((config.get("rope_parameters") or config).get("partial_rotary_factor", config.get("rotary_pct", 1.0)))
+
+
+def _windows(config: Metadata) -> dict[str, Any]:
+    """The window, and which layers have it: of `Olmo2Model` and `Exaone4Model`."""
+    if not config.get("sliding_window"):
+        return {}
+    flags = [kind == "sliding_attention" for kind in config["layer_types"]]
+    return {"attention.sliding_window": config["sliding_window"], "attention.sliding_window_pattern": flags}
+
+
+def _lfm2_width(config: Metadata) -> int:
+    """`LFM2Model._add_feed_forward_length`."""
+    width: int = config.get("block_ff_dim") or config["intermediate_size"]
+    if config.get("block_auto_adjust_ff_dim"):
+        multiple, width = config["block_multiple_of"], int(2 * width / 3)
+        width = int((config["block_ffn_dim_multiplier"] or 1) * width)
+        width = multiple * ((width + multiple - 1) // multiple)
+    return width
+
+
+def keys_of(config: Metadata, head_dim: int, theta: float) -> dict[str, Any]:
+    """Keys below the architecture's name that only this family's converter writes."""
+    family, scale = config["model_type"], config.get("logits_scaling", config.get("logit_scale"))
+    if family not in ARCHITECTURES:
+        return {}
+    keys: dict[str, Any] = {
+        "attention.layer_norm_epsilon": config.get("layer_norm_eps", config.get("norm_eps")),
+        "logit_scale": scale,
+    }
+    if family in ("glm4", "nemotron", "phi", "stablelm", "cohere2"):
+        keys["rope.dimension_count"] = int(_partial(config) * head_dim)
+    if family == "gpt_oss":
+        keys |= {
+            "attention.sliding_window": config["sliding_window"],
+            "expert_count": config["num_local_experts"], "expert_used_count": config["num_experts_per_tok"],
+            "expert_feed_forward_length": config["intermediate_size"],
+        }  # fmt: skip
+    elif family == "granite":
+        keys |= {
+            "attention.scale": config["attention_multiplier"], "embedding_scale": config["embedding_multiplier"],
+            "residual_scale": config["residual_multiplier"], "rope.dimension_count": head_dim,
+        }  # fmt: skip
+    elif family in ("cohere", "cohere2", "nemotron"):
+        keys["rope.scaling.type"] = "none"
+    elif family == "stablelm":
+        keys["use_parallel_residual"] = config["use_parallel_residual"]
+    elif family == "hunyuan_v1_dense":
+        scaled = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("alpha", 1.0)
+        keys["rope.freq_base"] = theta * scaled ** (head_dim / (head_dim - 2))
+        keys |= {"rope.scaling.type": "none", "rope.scaling.factor": 1.0}
+    if family in ("olmo3", "exaone4"):
+        keys |= _windows(config)
+    if family == "cohere2":  # the pattern is read where it is there; every 4th layer is full where it is not
+        keys |= _windows({"layer_types": _every(config), **config})
+    if family in ("lfm2", "lfm2_moe"):
+        layers = config["num_hidden_layers"]
+        attends = config.get("full_attn_idxs")
+        if attends is None:
+            attends = [index for index in range(layers) if config["layer_types"][index] == "full_attention"]
+        heads = config["num_key_value_heads"]
+        keys |= {
+            "attention.layer_norm_rms_epsilon": config["norm_eps"], "attention.layer_norm_epsilon": None,
+            "shortconv.l_cache": config["conv_L_cache"], "feed_forward_length": _lfm2_width(config),
+            "attention.head_count_kv": [heads if index in attends else 0 for index in range(layers)],
+        }  # fmt: skip
+    if family == "lfm2_moe":
+        keys |= {
+            "expert_count": config["num_experts"], "expert_used_count": config["num_experts_per_tok"],
+            "expert_feed_forward_length": config["moe_intermediate_size"], "expert_gating_func": 2,
+            "leading_dense_block_count": config["num_dense_layers"],
+        }  # fmt: skip
+    return keys
+
+
+def _every(config: Metadata) -> list[str]:
+    period = config.get("sliding_window_pattern") or 4
+    kinds = ("full_attention", "sliding_attention")
+    return [kinds[(index + 1) % period != 0] for index in range(config["num_hidden_layers"])]
+
+
+def changed(config: Metadata, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors as the converter splits, turns and squeezes them; names are still transformers'."""
+    family, found = config["model_type"], dict(weights)
+    if family == "gpt_oss":
+        found = {}
+        for name, array in weights.items():
+            for end in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
+                if not name.endswith(f".experts.{end}"):
+                    continue
+                stem, kind = name.removesuffix("_bias"), "bias" if end.endswith("bias") else "weight"
+                turned = array if kind == "bias" else array.swapaxes(-1, -2)
+                if "gate_up" in end:
+                    found[f"{stem.replace('gate_up', 'gate')}.{kind}"] = np.ascontiguousarray(turned[:, ::2])
+                    found[f"{stem.replace('gate_up', 'up')}.{kind}"] = np.ascontiguousarray(turned[:, 1::2])
+                else:
+                    found[f"{stem}.{kind}"] = np.ascontiguousarray(turned)
+                break
+            else:
+                found[name] = array
+    if family in ("lfm2", "lfm2_moe"):
+        found = {name: array.squeeze(1) if "conv.conv.weight" in name else array for name, array in found.items()}
+    if family == "lfm2_moe":
+        stacks: dict[str, dict[int, np.ndarray]] = {}
+        for name in [name for name in found if ".experts." in name]:
+            layer, _, rest = name.partition(".experts.")
+            index, _, end = rest.partition(".")
+            names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+            stacks.setdefault(f"{layer}.switch_mlp.{names[end[:2]]}.weight", {})[int(index)] = found.pop(name)
+        found |= {name: np.stack([parts[i] for i in range(len(parts))]) for name, parts in stacks.items()}
+    return found
+
+
+def mapped(name: str) -> str:
+    """A name of `changed` as `gguf`'s map knows it."""
+    if name.endswith((".sinks", ".expert_bias")):
+        return f"{name}.{'weight' if name.endswith('sinks') else 'bias'}"
+    return name.replace("feed_forward.switch_mlp.", "feed_forward.experts.")
