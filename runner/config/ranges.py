@@ -17,6 +17,7 @@ ABOVE: Mapping[str, tuple[float, float]] = {
     "final_logit_softcapping": POSITIVE,
     "query_pre_attn_scalar": POSITIVE,
     "logits_scaling": POSITIVE,
+    "logits_multiplier": POSITIVE,
     "lm_head_multiplier": POSITIVE,
     "clip_qkv": POSITIVE,
     "swiglu_limit": POSITIVE,
@@ -27,6 +28,8 @@ alike, and a smaller one turns them the wrong way round."""
 FROM: Mapping[str, tuple[float, float]] = {
     "rms_norm_eps": (0.0, 1.0),
     "layer_norm_eps": (0.0, 1.0),
+    "mixer_rms_eps": (0.0, 1.0),
+    "post_norm_eps": (0.0, 1.0),
     "partial_rotary_factor": (0.0, 1.0),
 }
 """By field: the least and the greatest value."""

@@ -66,7 +66,14 @@ def test_the_base_of_windowed_layers_too(model_type: str, key: str) -> None:
 @pytest.mark.parametrize("value", [-1e-5, 2.0, 1e30, math.nan, math.inf, "1e-5"])
 @pytest.mark.parametrize(
     ("model_type", "key"),
-    [("llama", "rms_norm_eps"), ("gpt2", "layer_norm_epsilon"), ("nemotron", "norm_eps"), ("phi", "layer_norm_eps")],
+    [
+        ("llama", "rms_norm_eps"),
+        ("gpt2", "layer_norm_epsilon"),
+        ("nemotron", "norm_eps"),
+        ("phi", "layer_norm_eps"),
+        ("falcon_mamba", "mixer_rms_eps"),
+        ("muse_glimmer_text", "post_norm_eps"),
+    ],
 )
 def test_an_epsilon_out_of_range_is_named_by_its_key(model_type: str, key: str, value: Any) -> None:
     message = refusal({**raw_of(model_type), key: value})
@@ -80,6 +87,7 @@ def test_an_epsilon_out_of_range_is_named_by_its_key(model_type: str, key: str, 
         ("gemma2", {"final_logit_softcapping": -30.0}),
         ("gemma2", {"query_pre_attn_scalar": 0}),
         ("granite", {"logits_scaling": 0}),
+        ("hyperclovax", {"logits_scaling": 0}),
         ("olmo", {"clip_qkv": -8.0}),
         ("gpt_oss", {"swiglu_limit": 0.0}),
         ("glm", {"partial_rotary_factor": 1.5}),
