@@ -136,7 +136,7 @@ def invoke(arguments: list[str]) -> None:
     if arguments[:1] == ["help"]:  # `help X` is `X --help`; a word that is no command is refused by name
         if len(arguments) > 2:
             raise UsageError(f"help takes the name of one command, not also {arguments[2]!r}")
-        arguments = [*arguments[1:], "--help"]
+        arguments = [*(word for word in arguments[1:] if word != "help"), "--help"]
     with command.make_context("runner", arguments) as context:
         command.invoke(context)
 

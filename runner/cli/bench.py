@@ -16,7 +16,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A directory, a GGUF file, a name, a hub id, or a published shape (shape:Llama-3.2-1B), run with "
-        "random weights.",
+        "random weights. Default: what RUNNER_MODEL or the config file says.",
         show_default=False,
     ),
 ]

@@ -28,7 +28,7 @@ MOST_UNUSED = 20  # names of unused tensors before the rest is counted (never in
 
 
 def inspect(model: Model = None, *, named: NamedModel = None, unfold: All = False, as_json: AsJson = False) -> None:
-    """Show a model's config, tokenizer, sampling defaults and tensors, without reading the tensors' data."""
+    """Show a model's config, tokenizer, sampling defaults, tensors and memory."""
     from runner.checkpoint.model_files import name_of
     from runner.inspect_model import inspect as inspect_model
 

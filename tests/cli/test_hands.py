@@ -11,7 +11,7 @@ from places import ROOT, TESTS
 from typer.core import TyperOption
 from typer.main import get_command
 
-from runner.cli import helptext
+from runner.cli import app, helptext
 from runner.cli.app import build
 from runner.cli.chat_commands import ALIASES, LEAVING
 from runner.cli.chat_settings import SPELLINGS, WORDS
@@ -141,7 +141,11 @@ def test_run_is_chat_and_help_is_help() -> None:
     assert run("run", MODEL, "--temp", "0", "-n", "3", stdin="abc\n").stdout == (
         run("chat", MODEL, "--temp", "0", "-n", "3", stdin="abc\n").stdout
     )
-    for asked, given in ((["help"], ["--help"]), (["help", "bench"], ["bench", "--help"])):
+    for asked, given in (
+        (["help"], ["--help"]),
+        (["help", "help"], ["--help"]),
+        (["help", "bench"], ["bench", "--help"]),
+    ):
         assert run(*asked).stdout == run(*given).stdout != ""
     assert run("-V").stdout == run("--version").stdout
 
@@ -168,3 +172,8 @@ def test_a_bad_value_is_refused_by_the_variables_name(name: str, value: str) -> 
     assert (done.returncode, done.stdout) == (2, "")
     assert f"(set by RUNNER_{name})" in done.stderr and own(done.stderr).count("\n") == 1
     assert "set by" not in run("generate", MODEL, "abc", "--top-p", "7", **{f"RUNNER_{name}": ""}).stderr
+
+
+def test_the_list_of_commands_cuts_no_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["--help"]) == 0
+    assert "..." not in capsys.readouterr().out.split("Commands:")[1]
