@@ -43,8 +43,8 @@ def refusal(raw: dict[str, Any]) -> str:
 
 
 def test_an_unknown_family_is_refused_and_all_known_ones_are_named() -> None:
-    message = refusal({"model_type": "mamba2"})
-    assert "'mamba2'" in message and all(name in message for name in FAMILIES)
+    message = refusal({"model_type": "rwkv7"})
+    assert "'rwkv7'" in message and all(name in message for name in FAMILIES)
     for value in (None, 3, ["llama"], {}):
         assert "model_type must be a string" in refusal({"model_type": value})
 
