@@ -5,6 +5,7 @@ Source: llama.cpp's `conversion/*.py` (0.3.36 of llama-cpp-python). Independent 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,13 @@ ARCHITECTURES = {
     "gpt_oss": "GPT_OSS", "seed_oss": "SEED_OSS", "smollm3": "SMOLLM3", "glm4": "GLM4", "ernie4_5": "ERNIE4_5",
     "hunyuan_v1_dense": "HUNYUAN_DENSE", "granite": "GRANITE", "olmo2": "OLMO2", "olmo3": "OLMO2",
     "exaone4": "EXAONE4", "cohere": "COMMAND_R", "cohere2": "COHERE2", "nemotron": "NEMOTRON", "phi": "PHI2",
-    "stablelm": "STABLELM", "lfm2": "LFM2", "lfm2_moe": "LFM2MOE",
+    "stablelm": "STABLELM", "lfm2": "LFM2", "lfm2_moe": "LFM2MOE", "mixtral": "LLAMA", "granitemoe": "GRANITE_MOE",
+    "minimax_m2": "MINIMAXM2", "qwen2_moe": "QWEN2MOE", "deepseek_v2": "DEEPSEEK2", "deepseek_v3": "DEEPSEEK2",
+    "kimi_k2": "DEEPSEEK2", "glm4_moe_lite": "DEEPSEEK2",
 }  # fmt: skip
 
-PERMUTED = ("llama", "mistral", "arcee", "smollm3", "granite")
+LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
+PERMUTED = ("llama", "mistral", "arcee", "smollm3", "granite", "granitemoe", "mixtral")
 """Families whose query and key rows the converters reorder for the RoPE pairs (2i, 2i+1)."""
 
 
@@ -56,12 +60,22 @@ def keys_of(config: Metadata, head_dim: int, theta: float) -> dict[str, Any]:
     if family in ("glm4", "nemotron", "phi", "stablelm", "cohere2"):
         keys["rope.dimension_count"] = int(_partial(config) * head_dim)
     if family == "gpt_oss":
+        keys["attention.sliding_window"] = config["sliding_window"]
+    if family in ("gpt_oss", "mixtral", "granitemoe", "minimax_m2"):
+        keys |= {"expert_count": config["num_local_experts"], "expert_used_count": config["num_experts_per_tok"]}
+    if family in ("gpt_oss", "minimax_m2"):
+        keys["expert_feed_forward_length"] = config["intermediate_size"]
+    if family == "minimax_m2":
+        keys |= {"expert_gating_func": 2, "rope.dimension_count": rotary_dim(config)}
+    elif family in LATENT:
+        keys |= latents(config)
+    elif family == "qwen2_moe":
         keys |= {
-            "attention.sliding_window": config["sliding_window"],
-            "expert_count": config["num_local_experts"], "expert_used_count": config["num_experts_per_tok"],
-            "expert_feed_forward_length": config["intermediate_size"],
+            "expert_count": config["num_experts"], "expert_used_count": config["num_experts_per_tok"],
+            "expert_feed_forward_length": config["moe_intermediate_size"],
+            "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
         }  # fmt: skip
-    elif family == "granite":
+    elif family in ("granite", "granitemoe"):
         keys |= {
             "attention.scale": config["attention_multiplier"], "embedding_scale": config["embedding_multiplier"],
             "residual_scale": config["residual_multiplier"], "rope.dimension_count": head_dim,
@@ -98,6 +112,32 @@ def keys_of(config: Metadata, head_dim: int, theta: float) -> dict[str, Any]:
     return keys
 
 
+def rotary_dim(config: Metadata) -> int:
+    """Of a MiniMax M2."""
+    factor = config.get("partial_rotary_factor") or (config.get("rope_parameters") or {}).get("partial_rotary_factor")
+    return int(config.get("rotary_dim") or config["head_dim"] * (factor or 1.0))
+
+
+def latents(config: Metadata) -> dict[str, Any]:
+    """`DeepseekV2Model.set_gguf_parameters`."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    latent, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    sigmoid = config.get("scoring_func", "sigmoid") == "sigmoid"
+    return {
+        "attention.head_count_kv": 1, "leading_dense_block_count": config["first_k_dense_replace"],
+        "attention.q_lora_rank": config["q_lora_rank"], "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + rotated, "attention.value_length": latent,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rotated,
+        "attention.value_length_mla": config["v_head_dim"], "rope.dimension_count": rotated,
+        "expert_count": config["n_routed_experts"], "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_count": config["n_shared_experts"], "expert_weights_scale": config["routed_scaling_factor"],
+        "expert_weights_norm": config["norm_topk_prob"] or None, "expert_gating_func": 2 if sigmoid else 1,
+        "expert_group_count": config.get("n_group"), "expert_group_used_count": config.get("topk_group"),
+        "rope.scaling.yarn_log_multiplier": 0.1 * scaling["mscale_all_dim"] if "mscale_all_dim" in scaling else None,
+    }  # fmt: skip
+
+
 def _every(config: Metadata) -> list[str]:
     period = config.get("sliding_window_pattern") or 4
     kinds = ("full_attention", "sliding_attention")
@@ -123,9 +163,26 @@ def changed(config: Metadata, weights: Mapping[str, np.ndarray]) -> dict[str, np
                 break
             else:
                 found[name] = array
+    if family in LATENT:
+        found = {name: array for name, array in weights.items() if ".2." not in name[:16]}  # for prediction
+        for name in [name for name in found if name.endswith("kv_b_proj.weight")]:
+            heads = found.pop(name).reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
+            keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
+            found[name.replace("kv_b_proj", "embed_q")] = np.ascontiguousarray(keys.swapaxes(1, 2))
+            found[name.replace("kv_b_proj", "unembed_out")] = np.ascontiguousarray(values)
+    if family in ("granitemoe", "qwen3_5_moe_text", "glm4_moe_lite"):
+        for name in list(found):
+            stem = re.sub(r"(experts\.gate_up_proj|input_linear\.weight)$", "", name)
+            if stem != name:
+                gate, up = np.split(found.pop(name), 2, axis=1)
+                found |= {f"{stem}switch_mlp.gate_proj.weight": gate, f"{stem}switch_mlp.up_proj.weight": up}
+        ends = ("experts.down_proj", "output_linear.weight")
+        for name in [name for name in found if name.endswith(ends)]:
+            stem = re.sub(r"(experts\.down_proj|output_linear\.weight)$", "", name)
+            found[f"{stem}switch_mlp.down_proj.weight"] = found.pop(name)
     if family in ("lfm2", "lfm2_moe"):
         found = {name: array.squeeze(1) if "conv.conv.weight" in name else array for name, array in found.items()}
-    if family == "lfm2_moe":
+    if family in ("lfm2_moe", "mixtral", "minimax_m2"):
         stacks: dict[str, dict[int, np.ndarray]] = {}
         for name in [name for name in found if ".experts." in name]:
             layer, _, rest = name.partition(".experts.")
@@ -140,4 +197,9 @@ def mapped(name: str) -> str:
     """A name of `changed` as `gguf`'s map knows it."""
     if name.endswith((".sinks", ".expert_bias")):
         return f"{name}.{'weight' if name.endswith('sinks') else 'bias'}"
-    return name.replace("feed_forward.switch_mlp.", "feed_forward.experts.")
+    for end, short in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+        name = name.replace(f"block_sparse_moe.switch_mlp.{end}", f"block_sparse_moe.experts.{short}")
+    name = name.replace("self_attn.embed_q", "self_attn.k_b_proj").replace(
+        "self_attn.unembed_out", "self_attn.v_b_proj"
+    )
+    return name.replace(".switch_mlp.", ".experts.")

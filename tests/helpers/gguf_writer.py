@@ -24,7 +24,8 @@ from runner.config.rope_keys import normalise
 ARCHITECTURES = {
     "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA", "gemma2": "GEMMA2",
     "gemma3_text": "GEMMA3", "phi3": "PHI3", "starcoder2": "STARCODER2",
-    "qwen3_5_text": "QWEN35", "qwen3_moe": "QWEN3MOE", "olmoe": "OLMOE", "dots1": "DOTS1", "glm4_moe": "GLM4_MOE",
+    "qwen3_5_text": "QWEN35", "qwen3_5_moe_text": "QWEN35MOE", "qwen3_moe": "QWEN3MOE",
+    "olmoe": "OLMOE", "dots1": "DOTS1", "glm4_moe": "GLM4_MOE",
     "arcee": "ARCEE", **OTHERS,
 }  # fmt: skip
 
@@ -76,7 +77,7 @@ def metadata_of(config: Metadata) -> dict[str, Any]:
         keys["rope.scaling.yarn_beta_slow"] = scaling.get("beta_slow")
     if family in ("llama", "mistral", "arcee"):
         keys["rope.dimension_count"] = head_dim
-    if family == "qwen3_5_text":
+    if family.startswith("qwen3_5"):
         keys |= {
             "ssm.conv_kernel": config["linear_conv_kernel_dim"], "ssm.state_size": config["linear_key_head_dim"],
             "ssm.group_count": config["linear_num_key_heads"], "ssm.time_step_rank": config["linear_num_value_heads"],
@@ -87,7 +88,7 @@ def metadata_of(config: Metadata) -> dict[str, Any]:
             "rope.dimension_sections": [*config["rope_parameters"]["mrope_section"], 0],
         }  # fmt: skip
     keys |= keys_of(config, head_dim, _theta(config)) or _experts(config)
-    if family in ("mistral", "gemma2", "gemma3_text", "phi3", "starcoder2"):
+    if family in ("mistral", "mixtral", "gemma2", "gemma3_text", "phi3", "starcoder2"):
         keys["attention.sliding_window"] = config.get("sliding_window") or 0
     if family == "gemma2":
         keys["attn_logit_softcapping"] = config["attn_logit_softcapping"] or 0.0
@@ -117,6 +118,7 @@ def _experts(config: Metadata) -> dict[str, Any]:
     keys = {
         "expert_count": routed or config["num_experts"], "expert_used_count": config["num_experts_per_tok"],
         "expert_feed_forward_length": config.get("moe_intermediate_size"),
+        "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
     }  # fmt: skip
     if routed:
         keys |= {
@@ -161,7 +163,7 @@ def tensors_of(
     result = {}
     for name, stored in stacked(changed(config, weights)).items():
         array = stored.astype(np.float32)
-        if family == "qwen3_5_text":
+        if family.startswith("qwen3_5"):
             name, array = _delta(name, array, config)
         found = names.get_name(mapped(name), try_suffixes=(".weight", ".bias"))
         if found is None:
@@ -173,6 +175,8 @@ def tensors_of(
             array = np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(array.shape)
         if family.startswith(ONE_ADDED) and name.endswith("norm.weight") and "linear_attn" not in name:
             array = array + 1
+        if name.endswith("shared_expert_gate.weight"):
+            array = array.squeeze(0)
         chosen = kind(found) if array.ndim > 1 else Type.F32
         result[found] = (gguf.quantize(array, chosen), chosen)
     return result | _rope_tables(config)

@@ -43,6 +43,9 @@ class Architecture:
         needed: metadata keys that llama.cpp may do without, but whose absence means another value to transformers.
         yarn: keys of a YaRN's `rope_scaling` whose values the files do not carry.
         layer_kinds: layer_types of layers without and with key-value heads, a number per layer in the files.
+        latent: attention has DeepSeek's latents, of which the files give other sizes than config.json.
+        with_experts: the architecture of files that have experts, under the same name.
+        flattened: matrices of one row that are stored as vectors.
         predicts: files may have layers for multi-token prediction behind the others, which are left unread.
         rstrip: where not None, control tokens take the white space after them, except these tokens (as in the family's
             tokenizer.json).
@@ -71,6 +74,9 @@ class Architecture:
     needed: frozenset[str] = frozenset()
     yarn: Mapping[str, Any] = field(default_factory=dict)
     layer_kinds: tuple[str, str] | None = None
+    latent: bool = False
+    with_experts: Architecture | None = None
+    flattened: frozenset[str] = frozenset()
     predicts: bool = False
     rstrip: tuple[str, ...] | None = None
 
@@ -123,6 +129,17 @@ _SHARED_EXPERTS = {
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
 _CORRECTION = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
+_STACKED = {
+    "ffn_gate_exps": "block_sparse_moe.switch_mlp.gate_proj",
+    "ffn_up_exps": "block_sparse_moe.switch_mlp.up_proj",
+    "ffn_down_exps": "block_sparse_moe.switch_mlp.down_proj",
+}
+_GATED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
 _CHOSEN = {"expert_used_count": "num_experts_per_tok"}
 _BALANCED = {
     **_CHOSEN,
@@ -133,6 +150,17 @@ _BALANCED = {
     "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
     "leading_dense_block_count": "first_k_dense_replace",
+}
+_LOCAL = {
+    **_CHOSEN,
+    "expert_count": "num_local_experts",
+    "expert_feed_forward_length": "intermediate_size",
+}
+_MANY = {
+    **_CHOSEN,
+    "expert_count": "num_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 _NORMALIZED = {"expert_weights_norm": "norm_topk_prob"}
 _SIGMOID = {"expert_gating_func": 2}  # llama.cpp's number of it
@@ -178,6 +206,51 @@ _SANDWICH = {
 }
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
+_DELTA = {
+    **_ATTENTION,
+    **_QK_NORMS,
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_DELTA_SIZES = {
+    **_RMS,
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+}
+_DELTA_FLOATS = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
+_DELTA_HEADS = {
+    "attn_qkv": "mixed",
+    "ssm_conv1d": "mixed",
+    "attn_gate": "values",
+    "ssm_beta": "heads",
+    "ssm_alpha": "heads",
+    "ssm_a": "heads",
+    "ssm_dt": "heads",
+    "ssm_out": "columns",
+}
+_LATENTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.embed_q",
+    "attn_v_b": "self_attn.unembed_out",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
         model_type="llama",
@@ -188,6 +261,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         flags={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"},
         interleaved=_PAIRED,
         windowed=("mistral", "MistralForCausalLM"),
+        with_experts=Architecture(
+            model_type="mixtral",
+            class_name="MixtralForCausalLM",
+            blocks={
+                **_ATTENTION,
+                **_STACKED,
+                "ffn_norm": "post_attention_layernorm",
+                "ffn_gate_inp": "block_sparse_moe.gate",
+            },
+            keys={**_RMS, **_WINDOW, **_LOCAL},
+            fixed={"hidden_act": "silu", "sliding_window": None},
+            interleaved=_PAIRED,
+        ),
     ),
     "qwen2": Architecture(
         model_type="qwen2",
@@ -277,13 +363,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "ffn_up_exps": "mlp.experts.up_proj",
             "ffn_down_exps": "mlp.experts.down_proj",
         },
-        keys={
-            **_RMS,
-            **_WINDOW,
-            **_CHOSEN,
-            "expert_count": "num_local_experts",
-            "expert_feed_forward_length": "intermediate_size",
-        },
+        keys={**_RMS, **_WINDOW, **_LOCAL},
         fixed={"hidden_act": "silu", "swiglu_limit": 7.0, "rope_scaling": {"rope_type": "default"}},
         flags={"attention_bias": "blk.0.attn_q.bias"},
         whole={"attn_sinks.weight": "self_attn.sinks"},
@@ -472,41 +552,92 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen35": Architecture(
         model_type="qwen3_5_text",
         class_name="Qwen3_5ForCausalLM",
-        blocks={
-            **_ATTENTION,
-            **_GATED,
-            **_QK_NORMS,
-            "post_attention_norm": "post_attention_layernorm",
-            "attn_qkv": "linear_attn.in_proj_qkv",
-            "attn_gate": "linear_attn.in_proj_z",
-            "ssm_beta": "linear_attn.in_proj_b",
-            "ssm_alpha": "linear_attn.in_proj_a",
-            "ssm_conv1d": "linear_attn.conv1d",
-            "ssm_norm": "linear_attn.norm",
-            "ssm_out": "linear_attn.out_proj",
-        },
-        keys={
-            **_RMS,
-            "ssm.conv_kernel": "linear_conv_kernel_dim",
-            "ssm.state_size": "linear_key_head_dim",
-            "ssm.group_count": "linear_num_key_heads",
-            "ssm.time_step_rank": "linear_num_value_heads",
-        },
+        blocks={**_DELTA, **_GATED},
+        keys=_DELTA_SIZES,
         fixed={"hidden_act": "silu"},
         norms_plus_one=True,
-        whole={"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
+        whole=_DELTA_FLOATS,
         plain_norms=frozenset({"ssm_norm"}),
         negated_exp=frozenset({"ssm_a"}),
-        value_heads={
-            "attn_qkv": "mixed",
-            "ssm_conv1d": "mixed",
-            "attn_gate": "values",
-            "ssm_beta": "heads",
-            "ssm_alpha": "heads",
-            "ssm_a": "heads",
-            "ssm_dt": "heads",
-            "ssm_out": "columns",
+        value_heads=_DELTA_HEADS,
+        predicts=True,
+    ),
+    "qwen35moe": Architecture(
+        model_type="qwen3_5_moe_text",
+        class_name="Qwen3_5MoeForCausalLM",
+        blocks={**_DELTA, **_EXPERTS, **_GATED_EXPERT},
+        keys={**_DELTA_SIZES, **_MANY},
+        fixed={"hidden_act": "silu"},
+        norms_plus_one=True,
+        whole=_DELTA_FLOATS,
+        plain_norms=frozenset({"ssm_norm"}),
+        negated_exp=frozenset({"ssm_a"}),
+        value_heads=_DELTA_HEADS,
+        flattened=frozenset({"ffn_gate_inp_shexp"}),
+        predicts=True,
+    ),
+    "qwen2moe": Architecture(
+        model_type="qwen2_moe",
+        class_name="Qwen2MoeForCausalLM",
+        blocks={**_PRE, **_EXPERTS, **_GATED_EXPERT},
+        keys={**_RMS, **_MANY},
+        fixed={"hidden_act": "silu", "norm_topk_prob": False, "use_sliding_window": False},
+        flags={"qkv_bias": "blk.0.attn_q.bias"},
+        head_dim=False,
+        flattened=frozenset({"ffn_gate_inp_shexp"}),
+    ),
+    "granitemoe": Architecture(
+        model_type="granitemoe",
+        class_name="GraniteMoeForCausalLM",
+        blocks={
+            **_ATTENTION,
+            **_STACKED,
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "block_sparse_moe.router.layer",
         },
+        keys={**_RMS, **_SCALES, **_LOCAL},
+        fixed={"hidden_act": "silu"},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        interleaved=_PAIRED,
+        only={"rope.scaling.finetuned": True},
+        needed=frozenset({"attention.scale", "logit_scale"}),
+    ),
+    "minimax-m2": Architecture(
+        model_type="minimax_m2",
+        class_name="MiniMaxM2ForCausalLM",
+        blocks={
+            **_ATTENTION,
+            **_QK_NORMS,
+            **_STACKED,
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "block_sparse_moe.gate",
+        },
+        keys={**_RMS, **_LOCAL},
+        fixed={"hidden_act": "silu"},
+        whole={"exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias"},
+        only=_SIGMOID,
+    ),
+    "deepseek2": Architecture(
+        model_type="deepseek_v2",
+        class_name="DeepseekV2ForCausalLM",
+        blocks={**_LATENTS, **_GATED, **_EXPERTS, **_SHARED_EXPERTS},
+        keys={
+            **_RMS,
+            **_BALANCED,
+            "attention.kv_lora_rank": "kv_lora_rank",
+            "attention.q_lora_rank": "q_lora_rank",
+        },
+        fixed={
+            "hidden_act": "silu",
+            "first_k_dense_replace": 0,
+            "routed_scaling_factor": 1.0,
+            "q_lora_rank": None,
+        },
+        whole=_CORRECTION,
+        truths=_NORMALIZED,
+        needed=frozenset({"expert_count", "expert_shared_count", "attention.kv_lora_rank", "rope.dimension_count"}),
+        head_dim=False,
+        latent=True,
         predicts=True,
     ),
     "gemma": Architecture(

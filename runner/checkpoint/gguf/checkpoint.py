@@ -211,7 +211,8 @@ def _parts(container: Container, architecture: Architecture, config: Mapping[str
             )
         if (plus_one or negated_exp) and entry.format.dtype != "F32":
             raise CheckpointError(f"{container.path}: {entry.name} has type {entry.format.name}, expected F32")
-        for suffix, (dtype, shape) in entry.format.parts(entry.shape).items():
+        stored = (1, *entry.shape) if block in architecture.flattened and len(entry.shape) == 1 else entry.shape
+        for suffix, (dtype, shape) in entry.format.parts(stored).items():
             full = name.removesuffix(".weight") + suffix if suffix else name
             parts[full] = Part(entry, suffix, dtype, shape, head_rows, plus_one, negated_exp, heads)
     return parts

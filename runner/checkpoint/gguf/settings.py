@@ -37,7 +37,8 @@ def architecture_of(container: Container) -> Architecture:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"{container.path}: architecture {brief(name)} is not supported; supported: {known}")
-    return ARCHITECTURES[name]
+    found = ARCHITECTURES[name]
+    return found.with_experts if found.with_experts and container.metadata.get(f"{name}.expert_count") else found
 
 
 def config_of(container: Container) -> dict[str, Any]:
@@ -121,7 +122,11 @@ class _Metadata:
             self.kinds(config, table.layer_kinds)
         for key, name in COMMON_KEYS.items():
             config[name] = config.get(name) or self.size(key)
-            if config[name] is None and key != "attention.head_count_kv":
+            # Where all layers have experts, there may be no width of an MLP.
+            optional = key == "feed_forward_length" and "expert_feed_forward_length" in table.keys
+            if config[name] is None and optional:
+                del config[name]
+            elif config[name] is None and key != "attention.head_count_kv":
                 raise self.error(f"{self.prefix}{key} is missing")
         missing = [key for key in sorted(table.needed) if self.get(key) is None]
         if missing:
@@ -150,7 +155,10 @@ class _Metadata:
         config["vocab_size"] = tensors["token_embd.weight"].shape[0]
         config["tie_word_embeddings"] = "output.weight" not in tensors
         self.windows(config)
-        self.heads(config)
+        if table.latent:
+            self.latents(config)
+        else:
+            self.heads(config)
         self.rope(config)
         self.refuse_unknown()
         return config
@@ -243,6 +251,30 @@ class _Metadata:
             usual = derived if config["num_hidden_layers"] == table.query_scalar else width
             config["query_pre_attn_scalar"] = _near_whole(scale**-2) if scale and scale > 0 else usual
 
+    def latents(self, config: dict[str, Any]) -> None:
+        """Set the sizes of DeepSeek's latent attention, and V3's name and way of choosing experts where a file has it.
+
+        llama.cpp has one name for V2 and V3, which differ in the scores of experts: softmaxes, or sigmoids.
+        """
+        config["num_key_value_heads"] = config["num_attention_heads"]
+        # Files from before 2025-04 give the sizes of a head; later ones a latent's, and a head's under other names.
+        given = [self.size(f"attention.{part}_length") for part in ("key", "value")]
+        heads = [self.size(f"attention.{part}_length_mla") for part in ("key", "value")]
+        (key, value), rotated = heads if all(heads) else given, self.size("rope.dimension_count")
+        if key is None or value is None or rotated is None or key <= rotated:
+            raise self.error(f"attention with keys of {key} numbers, {rotated} of them rotated, and values of {value}")
+        config |= {"qk_rope_head_dim": rotated, "qk_nope_head_dim": key - rotated, "v_head_dim": value}
+        scores = self.number("expert_gating_func") or 1
+        if scores not in (1, 2):
+            raise self.error(f"{self.prefix}expert_gating_func is {scores}, expected 1 (softmax) or 2 (sigmoid)")
+        if scores == 2:
+            config |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+            if "n_group" not in config or "topk_group" not in config:
+                # Files from before 2025-11, of which nobody can tell whether the model has groups.
+                raise self.error(f"{self.prefix}expert_group_count is missing; a newer converter writes it")
+        elif config.get("n_group", 1) > 1:
+            config["topk_method"] = "group_limited_greedy"
+
     def rope(self, config: dict[str, Any]) -> None:
         """Set `rope_theta` and `rope_scaling`: from the file's tables of factors if there are any, else from keys."""
         config["rope_theta"] = float(self.number("rope.freq_base") or 10000.0)
@@ -276,6 +308,8 @@ class _Metadata:
         if self.number("rope.scaling.yarn_ext_factor") not in (None, 1.0):
             raise self.error(f"{self.prefix}rope.scaling.yarn_ext_factor other than 1 is not supported")
         given = {name: value for name, value in found.items() if value is not None}
+        if self.architecture.latent and (scale := self.number("rope.scaling.yarn_log_multiplier")):
+            given |= {"mscale": _near_tenth(scale), "mscale_all_dim": _near_tenth(scale)}
         return {"rope_type": "yarn", "factor": factor or 1.0, **self.architecture.yarn, **given}
 
     def longrope(self, config: dict[str, Any], attention: float | None) -> dict[str, Any]:
@@ -354,3 +388,8 @@ def _decimal(value: int | float) -> int | float:
 def _near_whole(value: float) -> float:
     """`value`, or the integer that it equals to a relative 1e-5."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-5) else value
+
+
+def _near_tenth(value: float) -> float:
+    """Ten times `value`, without what rounding a tenth of a short decimal to float32 added."""
+    return float(f"{10 * value:.6g}")

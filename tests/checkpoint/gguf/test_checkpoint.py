@@ -122,10 +122,9 @@ def test_names_order_and_config_come_back(path: Path, tmp_path: Path) -> None:
     if config.get("use_sliding_window") is False:
         named.pop("sliding_window", None)
     assert {key: found.config.get(key) for key in named} == named
-    windows = config["model_type"] == "mistral" and config["sliding_window"]
-    assert found.config["model_type"] == (
-        "llama" if config["model_type"] == "mistral" and not windows else config["model_type"]
-    )
+    same = {"mistral": "mistral" if config.get("sliding_window") else "llama"}
+    same |= {"kimi_k2": "deepseek_v3", "glm4_moe_lite": "deepseek_v3"}
+    assert found.config["model_type"] == same.get(config["model_type"], config["model_type"])
 
 
 @by_fixture
@@ -142,6 +141,52 @@ def test_logits_are_the_references(path: Path, tmp_path: Path) -> None:
         same = open_engine(copy, dtype="float32")
         wanted = {f"logits.{name}": same.logits(prompt) for name, prompt in prompts.items()}
     for name, prompt in prompts.items():
+        assert error(engine.logits(prompt), wanted[f"logits.{name}"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("fixture", "key", "value", "message"),
+    [
+        ("granite-base", "granite.attention.scale", None, "attention.scale is missing"),
+        ("granite-base", "granite.rope.scaling.finetuned", False, "finetuned' = False"),
+        ("gpt_oss-base", "gpt-oss.attention.sliding_window", None, "sliding_window is missing"),
+        ("lfm2-base", "lfm2.attention.head_count_kv", 2, "expected a number for each of 3 layers"),
+        ("lfm2-base", "lfm2.attention.head_count_kv", [0, 2], "expected a number for each of 3 layers"),
+        ("lfm2-base", "lfm2.attention.head_count_kv", [1, 2, 0], "expected one number of heads and 0"),
+        ("lfm2-base", "lfm2.attention.head_count_kv", [0, 0, 0], "expected one number of heads and 0"),
+        ("deepseek_v3-base", "deepseek2.expert_group_count", None, "expert_group_count is missing"),
+        ("deepseek_v3-base", "deepseek2.expert_gating_func", 3, "expert_gating_func is 3"),
+        ("deepseek_v3-base", "deepseek2.rope.dimension_count", 16, "keys of 16 numbers, 16 of them rotated"),
+    ],
+)
+def test_a_familys_own_keys_are_checked(fixture: str, key: str, value: Any, message: str, tmp_path: Path) -> None:
+    path = FAMILY_FIXTURES / fixture
+    config = config_of(path)
+    metadata = {**writer.metadata_of(config), **vocabulary(config["vocab_size"]), key: value}
+    kept = {name: found for name, found in metadata.items() if found is not None}
+    (tmp_path / "m.gguf").write_bytes(file_bytes(kept, writer.tensors_of(config, writer.weights_of(path))))
+    with pytest.raises(CheckpointError, match=message):
+        GGUF.open(tmp_path / "m.gguf")
+
+
+def test_latents_of_an_old_file_are_read(tmp_path: Path) -> None:
+    """Files from before 2025-04 have kv_b_proj as one tensor, and a head's sizes under the usual names."""
+    path = FAMILY_FIXTURES / "deepseek_v3-base"
+    config, weights = config_of(path), writer.weights_of(path)
+    metadata = {**writer.metadata_of(config), **vocabulary(config["vocab_size"])}
+    for part in ("key", "value"):
+        metadata[f"deepseek2.attention.{part}_length"] = metadata.pop(f"deepseek2.attention.{part}_length_mla")
+    tensors = {
+        name: found
+        for name, found in writer.tensors_of(config, weights).items()
+        if not name.endswith(("_k_b.weight", "_v_b.weight"))
+    }
+    for layer in range(config["num_hidden_layers"]):
+        stored = weights[f"model.layers.{layer}.self_attn.kv_b_proj.weight"]
+        tensors[f"blk.{layer}.attn_kv_b.weight"] = (stored, Type.F32)
+    (tmp_path / "m.gguf").write_bytes(file_bytes(metadata, tensors))
+    engine, wanted = open_engine(tmp_path / "m.gguf", dtype="float32"), mx.load(str(path / "expected.safetensors"))
+    for name, prompt in expected(path)["prompts"].items():
         assert error(engine.logits(prompt), wanted[f"logits.{name}"]) < TOLERANCE
 
 

@@ -82,7 +82,8 @@ def test_a_guessed_pre_tokenizer_is_a_note_at_every_front_door(tmp_path: Path) -
     [
         ({"general.architecture": "mamba"}, "'mamba' is not supported.*llama, qwen2"),
         ({"general.type": "adapter"}, "adapter"),
-        ({"llama.expert_count": 8}, r"expert_count' = 8"),
+        ({"llama.expert_count": 8}, "ffn_up.weight' is not part of a mixtral model"),
+        ({"llama.expert_shared_count": 1}, r"expert_shared_count' = 1"),
         ({"llama.attention.temperature_scale": 0.5}, "temperature_scale"),
         ({"llama.attention.causal": False}, "causal"),
         ({"llama.rope.scaling.type": "su"}, "'su'"),
