@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from runner.engine.prompt_cache import PromptCache
@@ -34,8 +34,24 @@ class ChatOptions(StreamOptions, total=False):
     template_kwargs: Mapping[str, Any] | None
 
 
+def _is_texts(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, Sequence) and not isinstance(value, bytes | bytearray))
+
+
+KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "stop": (_is_texts, "a text or a list of texts"),
+    "prompt_cache": (lambda value: isinstance(value, PromptCache), "what lm.prompt_cache() makes"),
+    "on_prefill": (callable, "a function of two integers"),
+    "cancelled": (callable, "a function without arguments"),
+    "template": (lambda value: isinstance(value, str), "a text: a template's name, or its source"),
+    "adapters": (lambda value: isinstance(value, Iterable), "a list or a mapping to weights"),
+    "revision": (lambda value: isinstance(value, str), "a text: a branch, tag or commit"),
+}
+"""What a keyword's value must be, if not None, where nothing behind it looks: how to tell, and how to say it."""
+
+
 def checked_keywords(options: type | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function so that a keyword it does not have is a `UsageError`, which says what may be meant.
+    """Decorate a function so that a keyword it does not have, or of another kind, is a `UsageError` with the right one.
 
     Args:
         options: the TypedDict of the function's `**` argument; None: it has none.
@@ -49,11 +65,14 @@ def checked_keywords(options: type | None = None) -> Callable[[Callable[P, R]], 
 
         @functools.wraps(function)
         def checked(*args: P.args, **keywords: P.kwargs) -> R:
-            for name in keywords:
+            for name, value in keywords.items():
                 if name not in names:
                     near = difflib.get_close_matches(name, names, n=1)
                     told = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
                     raise UsageError(f"{function.__name__}() has no keyword {name!r}: {told}")
+                is_right, words = KINDS.get(name, (None, ""))
+                if is_right is not None and value is not None and not is_right(value):
+                    raise UsageError(f"{name} must be {words}, or None, not {value!r:.80}")
             return function(*args, **keywords)
 
         return checked

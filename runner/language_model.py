@@ -393,6 +393,8 @@ def load(
     Warns:
         RunnerWarning: for each of `LanguageModel.notes`.
     """
+    if not isinstance(model, str | Path):
+        raise UsageError(f"model must be a text or a path, not {model!r:.80}")
     if context_length is not None and (type(context_length) is not int or not 1 <= context_length <= LONGEST):
         raise UsageError(f"context_length must be an integer from 1 to {LONGEST}, or None, not {context_length!r}")
     files = open_files(resolve(str(model), revision=revision, progress=progress))
