@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from runner.cli import completion
 from runner.cli.options import DType, NamedModel, named_model
 from runner.errors import UsageError
 
@@ -18,6 +19,7 @@ Model = Annotated[
         help="A directory, a GGUF file, a name, a hub id, or a published shape (shape:Llama-3.2-1B), run with "
         "random weights. Default: what RUNNER_MODEL or the config file says.",
         show_default=False,
+        autocompletion=completion.models_and_shapes,
     ),
 ]
 TESTS = "Tests (several values as in 0,1024,4096)"
@@ -35,7 +37,11 @@ Repetitions = Annotated[int, typer.Option("-r", metavar="N", min=1, help="Repeat
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the random token ids and weights.")]
 Quantize = Annotated[
     str | None,
-    typer.Option(metavar="FORM", help="Quantize a shape: 2, 3, 4, 5, 6 or 8 bits, mxfp4, mxfp8 or nvfp4."),
+    typer.Option(
+        metavar="FORM",
+        help="Quantize a shape: 2, 3, 4, 5, 6 or 8 bits, mxfp4, mxfp8 or nvfp4.",
+        autocompletion=completion.forms,
+    ),
 ]
 GroupSize = Annotated[
     int | None, typer.Option(metavar="N", help="Weights per scale, for --quantize with bits: 32, 64 (default) or 128.")

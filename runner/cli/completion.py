@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 VARIABLE = "_RUNNER_COMPLETE"
+FORMS = ("2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4")
+"""The names in `runner.convert.quantize.QUANTIZATIONS`, whose import would keep a Tab key waiting."""
 
 
 def models(incomplete: str) -> list[str]:
@@ -32,3 +34,15 @@ def presets(incomplete: str) -> list[str]:
     from runner import resources
 
     return [name for name in resources.names("sampling") if name.startswith(incomplete)]
+
+
+def models_and_shapes(incomplete: str) -> list[str]:
+    """Names of models, then those of published shapes, that begin with `incomplete`."""
+    from runner import resources
+
+    return [*models(incomplete), *(name for name in resources.names("shapes") if name.startswith(incomplete))]
+
+
+def forms(incomplete: str) -> list[str]:
+    """Values of `--quantize` that begin with `incomplete`."""
+    return [name for name in FORMS if name.startswith(incomplete)]

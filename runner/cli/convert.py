@@ -8,18 +8,26 @@ from typing import Annotated, Literal
 
 import typer
 
-from runner.cli import engine, terminal
+from runner.cli import completion, engine, terminal
 from runner.cli.options import Adapter, dtype_name
 from runner.cli.perplexity import judge, read_text, with_error
 
 Source = Annotated[
     str,
-    typer.Argument(metavar="SRC", help="A directory, a GGUF file, a name, or a hub id: org/name[@revision][:Q4_K_M]."),
+    typer.Argument(
+        metavar="SRC",
+        help="A directory, a GGUF file, a name, or a hub id: org/name[@revision][:Q4_K_M].",
+        autocompletion=completion.models,
+    ),
 ]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
 Quantize = Annotated[
     str | None,
-    typer.Option(metavar="FORM", help="Quantize matrices: 2, 3, 4, 5, 6 or 8 bits, mxfp4, mxfp8 or nvfp4."),
+    typer.Option(
+        metavar="FORM",
+        help="Quantize matrices: 2, 3, 4, 5, 6 or 8 bits, mxfp4, mxfp8 or nvfp4.",
+        autocompletion=completion.forms,
+    ),
 ]
 GroupSize = Annotated[
     int | None,

@@ -11,21 +11,34 @@ from typing import Annotated, Any
 
 import typer
 
-from runner.cli import terminal
+from runner.cli import completion, terminal
 from runner.cli.options import AsJson
 from runner.cli.settings import default_model
 from runner.errors import RunnerError, UsageError
 
 HubId = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A hub id, org/name[@revision][:Q4_K_M], an address of the hub, or a name."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A hub id, org/name[@revision][:Q4_K_M], an address of the hub, or a name.",
+        autocompletion=completion.models,
+    ),
 ]
 Alias = Annotated[str | None, typer.Argument(metavar="NAME", help="The name to give; without it, all are listed.")]
 Named = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="What it stands for: a path, a hub id or a name; without: show it."),
+    typer.Argument(
+        metavar="MODEL",
+        help="What it stands for: a path, a hub id or a name; without: show it.",
+        autocompletion=completion.models,
+    ),
 ]
-Removed = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Aliases, or names, ids or paths of models.")]
+Removed = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...", help="Aliases, or names, ids or paths of models.", autocompletion=completion.models
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 

@@ -10,6 +10,9 @@ import pytest
 from command_line import run
 from places import TESTS
 
+from runner.cli.completion import FORMS
+from runner.convert.quantize import QUANTIZATIONS
+
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
 
 
@@ -37,6 +40,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["generate", "--dtype", "bf"], ["bf16", "bfloat16"]),
         (["generate", "mine", "--thinking", ""], ["hide", "off", "show"]),
         (["bench", "--quan"], ["--quantize"]),
+        (["bench", "mi"], ["mine"]),
+        (["bench", "Qwen3.5"], ["Qwen3.5-0.8B"]),
+        (["convert", "mine", "out", "--quantize", "mx"], ["mxfp4", "mxfp8"]),
+        (["convert", "my-"], ["my-other"]),
+        (["rm", "mine", "my-"], ["my-other"]),
+        (["alias", "new", "mi"], ["mine"]),
     ],
 )
 def test_bash_completes(home: Path, words: list[str], wanted: list[str]) -> None:
@@ -50,6 +59,10 @@ def test_bash_completes(home: Path, words: list[str], wanted: list[str]) -> None
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert (sorted(done.stdout.split()), done.stderr) == (wanted, "")
+
+
+def test_the_forms_are_those_of_quantize() -> None:
+    assert list(FORMS) == list(QUANTIZATIONS)
 
 
 def test_other_shells_have_scripts() -> None:
