@@ -145,10 +145,10 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
     for index, part in enumerate(parts):
         if not isinstance(part, dict):
             raise TemplateError(f'{where}[{index}] is {_shown(part)}, expected {{"type": "text", "text": ...}}')
-        if part.get("type") != "text":
-            raise TemplateError(
-                f'{where}[{index}].type is {_shown(part.get("type"))}, expected "text": models here read text only'
-            )
+        kind = part.get("type")
+        if kind != "text":
+            told = f"{kind!r:.40}" if isinstance(kind, str) else f'{_shown(kind)}, expected "text"'
+            raise TemplateError(f"{where}[{index}].type is {told}: models here read text only")
         if not isinstance(part.get("text"), str):
             raise TemplateError(f"{where}[{index}].text is {_shown(part.get('text'))}, expected text")
     return parts
