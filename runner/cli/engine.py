@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runner.cli import terminal
-from runner.errors import RunnerWarning
+from runner.errors import RunnerWarning, UsageError
 
 if TYPE_CHECKING:
     from runner.answer import Chunk, Timings
@@ -33,7 +33,10 @@ def open_model(
 
     backend.require()
     import runner
+    from runner.config.rope import LONGEST
 
+    if context is not None and context > LONGEST:
+        raise UsageError(f"--context must be at most {LONGEST}, not {context}")
     # The same sentences as warnings would come with this file's name and line.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RunnerWarning)

@@ -241,6 +241,9 @@ def test_an_ignored_key_is_one_note_on_stderr(tmp_path: Path) -> None:
 def test_the_context_option_is_obeyed_and_its_excess_noted() -> None:
     done = run("generate", MODEL, "abc", "--raw", "--context", "2", *GREEDY)
     assert done.returncode == 2 and "the context window holds 2" in done.stderr
+    done = run("generate", MODEL, "abc", "--raw", *GREEDY, RUNNER_CONTEXT="99999999999")
+    told = "--context must be at most 16777216, not 99999999999 (set by RUNNER_CONTEXT)"
+    assert done.returncode == 2 and told in done.stderr
     done = run("generate", MODEL, "abc", "--raw", "--context", "100000", *GREEDY)
     assert done.returncode == 0 and "beyond the" in done.stderr
 
