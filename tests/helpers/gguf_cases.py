@@ -200,7 +200,7 @@ def written_otherwise(config: Mapping[str, Any]) -> set[str]:
         found.add("sliding_window_pattern")  # as a period
     if (config.get("rope_scaling") or {}).get("alpha"):
         found.add("rope_theta")  # multiplied
-    if config["model_type"] in ("phi", "glm4_moe_lite", "minimax_m2"):
+    if config["model_type"] in ("phi", "glm4_moe_lite", "minimax_m2", "solar_open"):
         found.add("partial_rotary_factor")  # of as many whole dimensions, which may be another key
     return found
 
@@ -212,7 +212,7 @@ NOT_IN_GGUF = {
     "gemma2-gelu", "qwen3_moe-mixed", "olmoe-clipped", "dots1-v5", "gpt_oss-mxfp4", "gpt_oss-v5",
     "smollm3-window", "stablelm-parallel", "phi-qk-norm", "lfm2_moe-v5", "qwen2_moe-mixed", "qwen2_moe-normalised",
     "deepseek_v3-v5", "deepseek_v3-defaults", "mixtral-default-theta", "qwen3_5_moe_text-v5",
-    "glm4_moe_lite-v5", "minimax_m2-v5",
+    "glm4_moe_lite-v5", "minimax_m2-v5", "internlm3-base",
 }  # fmt: skip
 """Fixtures whose config has no word in GGUF, and those that are about safetensors."""
 

@@ -22,7 +22,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
-PERMUTED = ("llama", "mistral", "arcee", "smollm3", "granite", "granitemoe", "mixtral")
+PERMUTED = ("llama", "mistral", "arcee", "smollm3", "granite", "granitemoe", "mixtral", "internlm3", "iquestcoder")
 """Families whose query and key rows the converters reorder for the RoPE pairs (2i, 2i+1)."""
 
 

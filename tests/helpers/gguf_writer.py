@@ -26,7 +26,8 @@ ARCHITECTURES = {
     "gemma3_text": "GEMMA3", "phi3": "PHI3", "starcoder2": "STARCODER2",
     "qwen3_5_text": "QWEN35", "qwen3_5_moe_text": "QWEN35MOE", "qwen3_moe": "QWEN3MOE",
     "olmoe": "OLMOE", "dots1": "DOTS1", "glm4_moe": "GLM4_MOE",
-    "arcee": "ARCEE", **OTHERS,
+    "arcee": "ARCEE", "solar_open": "GLM4_MOE", "internlm3": "LLAMA",
+    "iquestcoder": "LLAMA", **OTHERS,
 }  # fmt: skip
 
 ONE_ADDED = ("gemma", "qwen3_5", "nemotron")
@@ -127,8 +128,8 @@ def _experts(config: Metadata) -> dict[str, Any]:
             "expert_weights_norm": config["norm_topk_prob"], "expert_gating_func": 2,
             "expert_group_count": config.get("n_group"), "expert_group_used_count": config.get("topk_group"),
         }  # fmt: skip
-    if config["model_type"] == "glm4_moe":
-        factor = config.get("partial_rotary_factor") or config["rope_parameters"]["partial_rotary_factor"]
+    if config["model_type"] in ("glm4_moe", "solar_open"):
+        factor = (config.get("rope_parameters") or config).get("partial_rotary_factor", 1.0)
         predicting = config.get("num_nextn_predict_layers", 0)
         keys |= {
             "rope.dimension_count": int(config["head_dim"] * factor), "nextn_predict_layers": predicting,

@@ -123,7 +123,8 @@ def test_names_order_and_config_come_back(path: Path, tmp_path: Path) -> None:
         named.pop("sliding_window", None)
     assert {key: found.config.get(key) for key in named} == named
     same = {"mistral": "mistral" if config.get("sliding_window") else "llama"}
-    same |= {"kimi_k2": "deepseek_v3", "glm4_moe_lite": "deepseek_v3"}
+    same |= {"kimi_k2": "deepseek_v3", "glm4_moe_lite": "deepseek_v3", "solar_open": "glm4_moe", "internlm3": "llama"}
+    same["iquestcoder"] = "llama"
     assert found.config["model_type"] == same.get(config["model_type"], config["model_type"])
 
 
