@@ -20,11 +20,13 @@ from places import ROOT, TESTS
 
 import runner
 from runner.checkpoint.gguf import GGUF
+from runner.checkpoint.gguf.architectures import ARCHITECTURES
 from runner.checkpoint.gguf.container import open_container
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
 from runner.engine.engine import open_engine
 from runner.errors import CheckpointError, RunnerWarning, UsageError
+from runner.families import FAMILIES
 from runner.inspect_model import inspect
 from runner.weights.loading import nbytes
 
@@ -199,3 +201,21 @@ def test_loading_holds_little_more_than_the_model(tmp_path: Path, kind: Type) ->
     before, after, held = json.loads(done.stdout)
     assert held > 150e6
     assert after - before < 1.15 * held
+
+
+def test_the_page_has_every_architecture_and_family() -> None:
+    """docs/formats.md says of each family under which name llama.cpp writes it, and whether that is read."""
+    page = (ROOT / "docs" / "formats.md").read_text().split("## GGUF architectures")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    read = {name for name, _, said in rows if said == "yes"}
+    assert read == set(ARCHITECTURES) and {said for *_, said in rows} == {"yes", "no"}
+    types = {name: set(listed.split(", ")) for name, listed, _ in rows}
+    for name, table in ARCHITECTURES.items():
+        others = [table.with_experts.model_type] if table.with_experts else []
+        others += [table.windowed[0]] if table.windowed else []
+        assert {table.model_type, *others} <= types[name], name
+    converted_not = page.split("llama.cpp converts none of ")[1].split(".")[0].replace("\n", " ").split(", ")
+    listed = [*converted_not, *(each for row in types.values() for each in row)]
+    assert len(listed) == len(set(listed))
+    missing = {name for name in FAMILIES if name not in listed}
+    assert not missing, f"docs/formats.md, GGUF architectures: {missing} are in no row, nor among what none is of"
