@@ -18,11 +18,22 @@ ARCHITECTURES = {
     "exaone4": "EXAONE4", "cohere": "COMMAND_R", "cohere2": "COHERE2", "nemotron": "NEMOTRON", "phi": "PHI2",
     "stablelm": "STABLELM", "lfm2": "LFM2", "lfm2_moe": "LFM2MOE", "mixtral": "LLAMA", "granitemoe": "GRANITE_MOE",
     "minimax_m2": "MINIMAXM2", "qwen2_moe": "QWEN2MOE", "deepseek_v2": "DEEPSEEK2", "deepseek_v3": "DEEPSEEK2",
-    "kimi_k2": "DEEPSEEK2", "glm4_moe_lite": "DEEPSEEK2",
+    "kimi_k2": "DEEPSEEK2", "glm4_moe_lite": "DEEPSEEK2", "ministral3": "MISTRAL3",
 }  # fmt: skip
 
 LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
-PERMUTED = ("llama", "mistral", "arcee", "smollm3", "granite", "granitemoe", "mixtral", "internlm3", "iquestcoder")
+PERMUTED = (
+    "llama",
+    "mistral",
+    "arcee",
+    "smollm3",
+    "granite",
+    "granitemoe",
+    "mixtral",
+    "internlm3",
+    "iquestcoder",
+    "ministral3",
+)
 """Families whose query and key rows the converters reorder for the RoPE pairs (2i, 2i+1)."""
 
 
@@ -59,6 +70,9 @@ def keys_of(config: Metadata, head_dim: int, theta: float) -> dict[str, Any]:
     }
     if family in ("glm4", "nemotron", "phi", "stablelm", "cohere2"):
         keys["rope.dimension_count"] = int(_partial(config) * head_dim)
+    if family == "ministral3":
+        keys["rope.scaling.yarn_log_multiplier"] = config["rope_parameters"]["mscale_all_dim"]
+        keys["attention.temperature_scale"] = config["rope_parameters"]["llama_4_scaling_beta"]
     if family == "gpt_oss":
         keys["attention.sliding_window"] = config["sliding_window"]
     if family in ("gpt_oss", "mixtral", "granitemoe", "minimax_m2"):

@@ -43,6 +43,8 @@ class Architecture:
         needed: metadata keys that llama.cpp may do without, but whose absence means another value to transformers.
         yarn: keys of a YaRN's `rope_scaling` whose values the files do not carry.
         layer_kinds: layer_types of layers without and with key-value heads, a number per layer in the files.
+        log_multiplier: what files multiply YaRN's `mscale_all_dim` by; None: they do not have it.
+        tempered: files may have the scale of the queries' temperature, which config.json has below its RoPE settings.
         latent: attention has DeepSeek's latents, of which the files give other sizes than config.json.
         with_experts: the architecture of files that have experts, under the same name.
         flattened: matrices of one row that are stored as vectors.
@@ -74,6 +76,8 @@ class Architecture:
     needed: frozenset[str] = frozenset()
     yarn: Mapping[str, Any] = field(default_factory=dict)
     layer_kinds: tuple[str, str] | None = None
+    log_multiplier: float | None = None
+    tempered: bool = False
     latent: bool = False
     with_experts: Architecture | None = None
     flattened: frozenset[str] = frozenset()
@@ -274,6 +278,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             fixed={"hidden_act": "silu", "sliding_window": None},
             interleaved=_PAIRED,
         ),
+    ),
+    "mistral3": Architecture(
+        model_type="ministral3",
+        class_name="Ministral3ForCausalLM",
+        blocks=_PRE,
+        keys=_RMS,
+        fixed={"hidden_act": "silu", "sliding_window": None, "rope_scaling": {"rope_type": "default"}},
+        interleaved=_PAIRED,
+        log_multiplier=1.0,
+        tempered=True,
     ),
     "qwen2": Architecture(
         model_type="qwen2",
@@ -637,6 +651,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         truths=_NORMALIZED,
         needed=frozenset({"expert_count", "expert_shared_count", "attention.kv_lora_rank", "rope.dimension_count"}),
         head_dim=False,
+        log_multiplier=0.1,
         latent=True,
         predicts=True,
     ),

@@ -308,9 +308,14 @@ class _Metadata:
         if self.number("rope.scaling.yarn_ext_factor") not in (None, 1.0):
             raise self.error(f"{self.prefix}rope.scaling.yarn_ext_factor other than 1 is not supported")
         given = {name: value for name, value in found.items() if value is not None}
-        if self.architecture.latent and (scale := self.number("rope.scaling.yarn_log_multiplier")):
-            given |= {"mscale": _near_tenth(scale), "mscale_all_dim": _near_tenth(scale)}
-        return {"rope_type": "yarn", "factor": factor or 1.0, **self.architecture.yarn, **given}
+        table = self.architecture
+        if table.log_multiplier is not None and (scale := self.number("rope.scaling.yarn_log_multiplier")):
+            # Only one of the two is stored: llama.cpp takes them for equal, so that they cancel in RoPE's own factor.
+            scale = float(f"{scale / table.log_multiplier:.6g}")
+            given |= {"mscale": scale, "mscale_all_dim": scale}
+        if table.tempered and (beta := self.number("attention.temperature_scale")):
+            given["llama_4_scaling_beta"] = beta
+        return {"rope_type": "yarn", "factor": factor or 1.0, **table.yarn, **given}
 
     def longrope(self, config: dict[str, Any], attention: float | None) -> dict[str, Any]:
         """Phi-3's `rope_scaling`, with its two tables.
@@ -388,8 +393,3 @@ def _decimal(value: int | float) -> int | float:
 def _near_whole(value: float) -> float:
     """`value`, or the integer that it equals to a relative 1e-5."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-5) else value
-
-
-def _near_tenth(value: float) -> float:
-    """Ten times `value`, without what rounding a tenth of a short decimal to float32 added."""
-    return float(f"{10 * value:.6g}")
