@@ -212,7 +212,7 @@ NOT_IN_GGUF = {
     "gemma2-gelu", "qwen3_moe-mixed", "olmoe-clipped", "dots1-v5", "gpt_oss-mxfp4", "gpt_oss-v5",
     "smollm3-window", "stablelm-parallel", "phi-qk-norm", "lfm2_moe-v5", "qwen2_moe-mixed", "qwen2_moe-normalised",
     "deepseek_v3-v5", "deepseek_v3-defaults", "mixtral-default-theta", "qwen3_5_moe_text-v5",
-    "glm4_moe_lite-v5", "minimax_m2-v5", "internlm3-base", "ministral3-v5",
+    "glm4_moe_lite-v5", "minimax_m2-v5", "internlm3-base", "ministral3-v5", "ernie4_5_moe-v5",
 }  # fmt: skip
 """Fixtures whose config has no word in GGUF, and those that are about safetensors."""
 

@@ -18,7 +18,8 @@ ARCHITECTURES = {
     "exaone4": "EXAONE4", "cohere": "COMMAND_R", "cohere2": "COHERE2", "nemotron": "NEMOTRON", "phi": "PHI2",
     "stablelm": "STABLELM", "lfm2": "LFM2", "lfm2_moe": "LFM2MOE", "mixtral": "LLAMA", "granitemoe": "GRANITE_MOE",
     "minimax_m2": "MINIMAXM2", "qwen2_moe": "QWEN2MOE", "deepseek_v2": "DEEPSEEK2", "deepseek_v3": "DEEPSEEK2",
-    "kimi_k2": "DEEPSEEK2", "glm4_moe_lite": "DEEPSEEK2", "ministral3": "MISTRAL3",
+    "kimi_k2": "DEEPSEEK2", "glm4_moe_lite": "DEEPSEEK2", "ministral3": "MISTRAL3", "olmo": "OLMO",
+    "ernie4_5_moe": "ERNIE4_5_MOE",
 }  # fmt: skip
 
 LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
@@ -33,6 +34,7 @@ PERMUTED = (
     "internlm3",
     "iquestcoder",
     "ministral3",
+    "olmo",
 )
 """Families whose query and key rows the converters reorder for the RoPE pairs (2i, 2i+1)."""
 
@@ -73,6 +75,17 @@ def keys_of(config: Metadata, head_dim: int, theta: float) -> dict[str, Any]:
     if family == "ministral3":
         keys["rope.scaling.yarn_log_multiplier"] = config["rope_parameters"]["mscale_all_dim"]
         keys["attention.temperature_scale"] = config["rope_parameters"]["llama_4_scaling_beta"]
+    if family == "olmo":
+        keys |= {"attention.layer_norm_epsilon": 1e-5, "attention.clamp_kqv": config.get("clip_qkv")}
+    if family == "ernie4_5_moe":
+        keys |= {
+            "expert_count": config["moe_num_experts"], "expert_used_count": config["moe_k"],
+            "interleave_moe_layer_step": config["moe_layer_interval"],
+            "leading_dense_block_count": config["moe_layer_start_index"],
+            "expert_feed_forward_length": config["moe_intermediate_size"],
+            "expert_shared_count": config["moe_num_shared_experts"],
+            "expert_shared_feed_forward_length": config["intermediate_size"] // config["num_key_value_heads"],
+        }  # fmt: skip
     if family == "gpt_oss":
         keys["attention.sliding_window"] = config["sliding_window"]
     if family in ("gpt_oss", "mixtral", "granitemoe", "minimax_m2"):
@@ -184,7 +197,9 @@ def changed(config: Metadata, weights: Mapping[str, np.ndarray]) -> dict[str, np
             keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
             found[name.replace("kv_b_proj", "embed_q")] = np.ascontiguousarray(keys.swapaxes(1, 2))
             found[name.replace("kv_b_proj", "unembed_out")] = np.ascontiguousarray(values)
-    if family in ("granitemoe", "qwen3_5_moe_text", "glm4_moe_lite"):
+    if family == "ernie4_5_moe":
+        found = {name: array for name, array in found.items() if not name.startswith("model.mtp_")}
+    if family in ("granitemoe", "qwen3_5_moe_text", "glm4_moe_lite", "ernie4_5_moe"):
         for name in list(found):
             stem = re.sub(r"(experts\.gate_up_proj|input_linear\.weight)$", "", name)
             if stem != name:

@@ -176,7 +176,7 @@ def tensors_of(
             array = np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(array.shape)
         if family.startswith(ONE_ADDED) and name.endswith("norm.weight") and "linear_attn" not in name:
             array = array + 1
-        if name.endswith("shared_expert_gate.weight"):
+        if name.endswith(("shared_expert_gate.weight", "moe_statics.e_score_correction.bias")):
             array = array.squeeze(0)
         chosen = kind(found) if array.ndim > 1 else Type.F32
         result[found] = (gguf.quantize(array, chosen), chosen)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -104,6 +106,7 @@ HARMLESS: Mapping[str, tuple[Any, ...] | None] = {
     "attention.causal": (True,),
     "expert_count": (0,),
     "expert_used_count": (0,),
+    "expert_shared_feed_forward_length": None,  # the tensors' own width, which is checked against the other sizes
     "rope.scaling.finetuned": None,
     "tensor_data_layout": None,
     "vocab_size": None,
@@ -425,6 +428,34 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         keys=_RMS,
         fixed={"hidden_act": "silu"},
         flags={"use_bias": "blk.0.attn_q.bias"},
+    ),
+    "ernie4_5-moe": Architecture(
+        model_type="ernie4_5_moe",
+        class_name="Ernie4_5_MoeForCausalLM",
+        blocks={**_PRE, **_EXPERTS, **_SHARED_EXPERTS},
+        keys={
+            **_RMS,
+            "expert_count": "moe_num_experts",
+            "expert_used_count": "moe_k",
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_count": "moe_num_shared_experts",
+            "interleave_moe_layer_step": "moe_layer_interval",
+            "leading_dense_block_count": "moe_layer_start_index",
+        },
+        fixed={"hidden_act": "silu", "moe_layer_start_index": 0, "moe_num_shared_experts": 0},
+        whole={"exp_probs_b.bias": "mlp.moe_statics.e_score_correction_bias"},
+        flattened=frozenset({"exp_probs_b"}),
+    ),
+    "olmo": Architecture(
+        model_type="olmo",
+        class_name="OlmoForCausalLM",
+        blocks={name: found for name, found in _PRE.items() if "norm" not in name},
+        keys={"attention.clamp_kqv": "clip_qkv"},
+        fixed={"hidden_act": "silu"},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        interleaved=_PAIRED,
+        only={"attention.layer_norm_epsilon": float(np.float32(1e-5))},
+        head_dim=False,
     ),
     "hunyuan-dense": Architecture(
         model_type="hunyuan_v1_dense",
