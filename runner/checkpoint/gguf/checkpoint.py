@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from runner.checkpoint.gguf.architectures import IGNORED, ROPE_TENSORS, Architecture
+from runner.checkpoint.gguf.architecture import IGNORED, ROPE_TENSORS, Architecture
 from runner.checkpoint.gguf.container import Container, Entry, open_container
 from runner.checkpoint.gguf.formats import nbytes
 from runner.checkpoint.gguf.settings import architecture_of, config_of, generation_config_of

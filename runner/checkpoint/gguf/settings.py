@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from runner.checkpoint.gguf.architectures import (
-    ARCHITECTURES,
+from runner.checkpoint.gguf.architecture import (
     COMMON_KEYS,
     HARMLESS,
     ROPE_TENSORS,
     ZERO_MEANS_NONE,
     Architecture,
 )
+from runner.checkpoint.gguf.architectures import ARCHITECTURES
 from runner.checkpoint.gguf.container import Container, brief
 from runner.config.base import MAX_DIMENSION
 from runner.config.rope import RopeScaling, attention_factor, inverse_frequencies
