@@ -93,8 +93,9 @@ class Run:
                     self._kept.add(token.id)
                     yield token
         finally:
-            self.engine.unwire(self)
+            # First of all: an exception that hits the rest of the ending must not leave the cache lent for good.
             self.active = False
+            self.engine.unwire(self)
 
     def _begin(self) -> None:
         self._kept.lend(self)
