@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from runner.answer import Chunk, Steps
-from runner.engine.engine import Engine
+from runner.engine.loaded import Loaded
 from runner.ops.owner import OWNER
 
 
-async def chunks(engine: Engine, begin: Callable[[], Steps]) -> AsyncGenerator[Chunk, None]:
+async def chunks(engine: Loaded, begin: Callable[[], Steps]) -> AsyncGenerator[Chunk, None]:
     """Yield the chunks of the answer that `begin` prepares.
 
     `begin` (templates, tokens) runs on a thread of asyncio's. Steps of several answers take turns, and so do those of

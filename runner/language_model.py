@@ -20,8 +20,8 @@ from runner.checkpoint.names import resolve
 from runner.config.base import Config
 from runner.config.rope import LONGEST
 from runner.engine.defaults import GenerationDefaults
-from runner.engine.engine import Engine, assemble
 from runner.engine.generate import Cancelled
+from runner.engine.loaded import Loaded, assemble
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.request import Request, Run
 from runner.engine.sampling import SamplingOptions, SamplingParams
@@ -55,7 +55,7 @@ class LanguageModel:
     """
 
     path: Path
-    engine: Engine
+    engine: Loaded
     tokenizer: Tokenizer
     defaults: GenerationDefaults
     eos_token_ids: frozenset[int]
@@ -411,7 +411,7 @@ def load(
             OWNER.check_wanted()  # Ctrl-C in the waiting thread ends the loading too
             bar.update(done, total)
 
-        def job() -> Engine:
+        def job() -> Loaded:
             return assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=update)
 
         engine = OWNER.run(job, mx.default_device())
@@ -431,7 +431,7 @@ def load(
     return LanguageModel(files.path, engine, tokenizer, defaults, ends, context, notes)
 
 
-def device_notes(engine: Engine, raw: Mapping[str, Any], asked: str | None) -> list[str]:
+def device_notes(engine: Loaded, raw: Mapping[str, Any], asked: str | None) -> list[str]:
     """Notes on how the model of the config `raw` goes with a Mac's GPU, where the dtype `asked` was asked for."""
     metal = engine.device.metal
     if metal is None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from runner.engine.engine import Engine
+from runner.engine.loaded import Loaded
 from runner.errors import UsageError
 from runner.nn.batch import Batch
 from runner.text.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def read_ids(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
 
 
 def perplexity(
-    engine: Engine,
+    engine: Loaded,
     ids: Sequence[int],
     *,
     bos: int | None = None,
@@ -114,8 +114,8 @@ def perplexity(
 
 
 def compare(
-    engine: Engine,
-    base: Engine,
+    engine: Loaded,
+    base: Loaded,
     ids: Sequence[int],
     *,
     bos: int | None = None,
@@ -169,7 +169,7 @@ def compare(
     return mine.perplexity(len(pieces)), comparison
 
 
-def _cut(engine: Engine, ids: Sequence[int], bos: int | None, chunk: int, chunks: int | None) -> list[list[int]]:
+def _cut(engine: Loaded, ids: Sequence[int], bos: int | None, chunk: int, chunks: int | None) -> list[list[int]]:
     """Cut `ids` into at most `chunks` chunks of `chunk` tokens, the first of each replaced by BOS (if not None)."""
     context = engine.config.context_length
     if not 4 <= chunk <= context:
@@ -188,7 +188,7 @@ def _cut(engine: Engine, ids: Sequence[int], bos: int | None, chunk: int, chunks
     return pieces if bos is None else [[bos, *piece[1:]] for piece in pieces]
 
 
-def _judged(engine: Engine, ids: list[int]) -> Iterator[tuple[mx.array, mx.array]]:
+def _judged(engine: Loaded, ids: list[int]) -> Iterator[tuple[mx.array, mx.array]]:
     """Yield float32 logits `[N, V]` of a chunk's second half and the ids `[N]` that follow, N at most `ROWS`."""
     first, last = len(ids) // 2, len(ids) - 1
     engine.use_adapters(engine.adapter_weights)

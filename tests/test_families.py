@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 from places import ROOT, TESTS
 
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import ConfigError
 from runner.families import FAMILIES, find
 
@@ -144,13 +144,13 @@ def test_remote_code_runs_nothing(tmp_path: Path) -> None:
     auto = {"AutoConfig": "configuration_llama.C", "AutoModelForCausalLM": "modeling_llama.M"}
     (model / "config.json").write_text(json.dumps({**raw, "auto_map": auto}))
     prompt = [1, 9, 10, 11]
-    assert mx.array_equal(open_engine(model).logits(prompt), open_engine(LLAMA).logits(prompt))
+    assert mx.array_equal(open_loaded(model).logits(prompt), open_loaded(LLAMA).logits(prompt))
     (model / "config.json").write_text(json.dumps({**raw, "auto_map": auto, "model_file": "custom_model.py"}))
     with pytest.raises(ConfigError, match=r"'model_file' = 'custom_model\.py' is not supported: it names Python code"):
-        open_engine(model)
+        open_loaded(model)
     (model / "config.json").write_text(json.dumps({**raw, "auto_map": auto, "model_type": "custom_llama"}))
     with pytest.raises(ConfigError, match="custom_llama"):
-        open_engine(model)
+        open_loaded(model)
     assert not ran.exists()
 
 
@@ -172,10 +172,10 @@ not_a_family = "Outsider"
 LOADS = """
 import sys
 from pathlib import Path
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import ConfigError
 try:
-    print(open_engine(Path(sys.argv[1])).logits([1, 9, 10])[-1, :4].tolist())
+    print(open_loaded(Path(sys.argv[1])).logits([1, 9, 10])[-1, :4].tolist())
 except ConfigError as error:
     print("refused:", error)
 """
@@ -205,7 +205,7 @@ def test_an_installed_package_adds_a_family(tmp_path: Path) -> None:
     (model / "config.json").write_text(
         json.dumps({**config("llama-gqa-hub"), "model_type": "outsider", "loudness": 2.0})
     )
-    wanted = str(open_engine(LLAMA).logits([1, 9, 10])[-1, :4].tolist())
+    wanted = str(open_loaded(LLAMA).logits([1, 9, 10])[-1, :4].tolist())
     assert run_with(site, model) == wanted
     (metadata / "entry_points.txt").rename(tmp_path / "points")  # uninstalled, it is unknown again
     assert run_with(site, model).startswith("refused: config.json: model_type 'outsider' is not supported")

@@ -19,7 +19,7 @@ from places import ROOT, TESTS
 
 import runner
 from runner.checkpoint.model_files import name_of
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.engine.sampling import SamplingOptions
 from runner.errors import UsageError
 from runner.language_model import LanguageModel
@@ -102,14 +102,14 @@ def test_a_model_is_shown_as_its_tree(lm: LanguageModel) -> None:
 @pytest.mark.parametrize("name", sorted(path.name for path in (TESTS / "fixtures" / "families").glob("*-base")))
 def test_every_familys_tree_fits_a_screen(name: str) -> None:
     """A screen for a model of one kind of layers, and some forty lines for each other kind."""
-    lines = repr(open_engine(TESTS / "fixtures" / "families" / name).model).splitlines()
+    lines = repr(open_loaded(TESTS / "fixtures" / "families" / name).model).splitlines()
     kinds = max(1, sum(bool(re.match(r" {4}\([\d, -]+\): ", line)) for line in lines))
     assert 5 < len(lines) <= 20 + 40 * kinds and max(map(len, lines)) <= 110
 
 
 def test_layers_that_are_alike_are_one_entry() -> None:
     assert ranges([0, 1, 2, 4, 5, 7]) == "0-2, 4-5, 7"
-    lines = repr(open_engine(TESTS / "fixtures" / "families" / "deepseek_v2-grouped").model)
+    lines = repr(open_loaded(TESTS / "fixtures" / "families" / "deepseek_v2-grouped").model)
     assert "    (0): Block(" in lines and "    (1): Block(" in lines  # a plain MLP first, then experts
 
 

@@ -22,7 +22,7 @@ import runner
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
 from runner.convert.quantize import quantizer
-from runner.engine.engine import Engine, assemble, open_engine
+from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.errors import UsageError
 from runner.perplexity import _estimate, compare, perplexity, read_ids
 from runner.text.tokenizer import Tokenizer
@@ -33,15 +33,15 @@ IDS = [int(i) for i in np.random.default_rng(0).integers(3, 45, 100)]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return open_engine(LLAMA, dtype="float32")
+def engine() -> Loaded:
+    return open_loaded(LLAMA, dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     path = tmp_path_factory.mktemp("packed") / "4bit"
     convert(open_files(LLAMA), path, quantizer=quantizer("4", 32))
-    return open_engine(path, dtype="float32")
+    return open_loaded(path, dtype="float32")
 
 
 def log_softmax(logits: Any) -> Any:
@@ -50,7 +50,7 @@ def log_softmax(logits: Any) -> Any:
     return wide - top - np.log(np.exp(wide - top).sum(-1, keepdims=True))
 
 
-def naive(engine: Engine, ids: list[int], chunk: int, bos: int | None) -> tuple[Any, Any]:
+def naive(engine: Loaded, ids: list[int], chunk: int, bos: int | None) -> tuple[Any, Any]:
     """Log-probabilities of the judged positions of all chunks, `[N, V]`, and the tokens that follow: no cache, no
     slices, one chunk after the other as the loop in perplexity.cpp goes."""
     rows, targets = [], []
@@ -66,7 +66,7 @@ def naive(engine: Engine, ids: list[int], chunk: int, bos: int | None) -> tuple[
 
 @pytest.mark.parametrize("chunk", [4, 5, 16, 33, 100])
 @pytest.mark.parametrize("bos", [None, 1])
-def test_perplexity_is_the_naive_twins(engine: Engine, chunk: int, bos: int | None) -> None:
+def test_perplexity_is_the_naive_twins(engine: Loaded, chunk: int, bos: int | None) -> None:
     rows, targets = naive(engine, IDS, chunk, bos)
     losses = -rows[np.arange(len(targets)), targets]
     found = perplexity(engine, IDS, bos=bos, chunk=chunk)
@@ -78,7 +78,7 @@ def test_perplexity_is_the_naive_twins(engine: Engine, chunk: int, bos: int | No
     assert found.perplexity.error == pytest.approx(spread * math.exp(losses.mean()), rel=1e-3, abs=1e-4)
 
 
-def test_512_tokens_have_255_that_are_judged(engine: Engine) -> None:
+def test_512_tokens_have_255_that_are_judged(engine: Loaded) -> None:
     """As in llama.cpp: positions 256 to 510, each judged by the token that follows."""
     config = dataclasses.replace(engine.config, max_position_embeddings=1100)
     long = dataclasses.replace(engine, config=config)
@@ -89,7 +89,7 @@ def test_512_tokens_have_255_that_are_judged(engine: Engine) -> None:
     assert whole.perplexity.value == pytest.approx(math.exp(-rows[np.arange(549), targets].mean()), rel=1e-4)
 
 
-def test_comparison_is_the_naive_twins(engine: Engine, other: Engine) -> None:
+def test_comparison_is_the_naive_twins(engine: Loaded, other: Loaded) -> None:
     (p, _), (q, _) = naive(engine, IDS, 20, 1), naive(other, IDS, 20, 1)
     divergence = (np.exp(p) * (p - q)).sum(-1)
     mine, found = compare(other, engine, IDS, bos=1, chunk=20)
@@ -104,18 +104,18 @@ def test_comparison_is_the_naive_twins(engine: Engine, other: Engine) -> None:
     assert found.base == perplexity(engine, IDS, bos=1, chunk=20)
 
 
-def test_a_model_is_itself(engine: Engine) -> None:
+def test_a_model_is_itself(engine: Loaded) -> None:
     mine, found = compare(engine, engine, IDS, chunk=32, chunks=2)
     assert found.base == mine and mine.chunks == 2
     assert found.kl_divergence.value == found.kl_divergence.error == found.kl_max == found.kl_999 == 0
     assert (found.same_top.value, found.same_top.error) == (1.0, 0.0)
 
 
-def test_fewer_bits_are_further_away(tmp_path: Path, engine: Engine) -> None:
+def test_fewer_bits_are_further_away(tmp_path: Path, engine: Loaded) -> None:
     divergence = []
     for form in ("8", "5", "3"):
         convert(open_files(LLAMA), tmp_path / form, quantizer=quantizer(form, 32))
-        packed = open_engine(tmp_path / form, dtype="float32")
+        packed = open_loaded(tmp_path / form, dtype="float32")
         divergence.append(compare(packed, engine, IDS, chunk=25)[1].kl_divergence.value)
     assert 0 < divergence[0] < divergence[1] / 4 < divergence[2] / 16
 
@@ -131,7 +131,7 @@ def test_error_bars(values: list[float]) -> None:
     assert doubled.error == pytest.approx(found.error * math.sqrt((len(values) - 1) / (4 * len(values) - 1)), abs=1e-9)
 
 
-def test_uniform_predictions_have_the_vocabularys_perplexity(engine: Engine) -> None:
+def test_uniform_predictions_have_the_vocabularys_perplexity(engine: Loaded) -> None:
     class Even:
         def __call__(self, batch: Any, caches: Any) -> mx.array:
             return mx.zeros((*batch.ids.shape, 4))
@@ -165,12 +165,12 @@ def test_bos_is_added_where_the_tokenizer_adds_it(path: Path, added: int | None)
         ({"chunk": 10, "chunks": 0}, "chunks must be at least 1"),
     ],
 )
-def test_refusals(engine: Engine, options: dict[str, int], message: str) -> None:
+def test_refusals(engine: Loaded, options: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         perplexity(engine, IDS, **options)
 
 
-def test_vocabularies_must_be_the_same(engine: Engine) -> None:
+def test_vocabularies_must_be_the_same(engine: Loaded) -> None:
     raw = {**open_files(LLAMA).config}
     config = dataclasses.replace(engine.config, vocab_size=engine.config.vocab_size + 1)
     with pytest.raises(UsageError, match="vocabularies differ"):

@@ -21,7 +21,7 @@ import numpy as np
 
 from runner.bench.models import Subject
 from runner.cache.caches import Caches
-from runner.engine.engine import Engine
+from runner.engine.loaded import Loaded
 from runner.engine.replay import Steps
 from runner.errors import UsageError
 from runner.nn.batch import Batch
@@ -111,7 +111,7 @@ def run(subject: Subject, wanted: Sequence[Case], *, repetitions: int = 5, seed:
     return (wired(subject.engine, case, repetitions, seed) for case in wanted)
 
 
-def wired(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
+def wired(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
     """`measure`, with the memory wired that answers have wired."""
     holder = object()
     engine.run(lambda: engine.wire(holder, case.batch * (case.depth + case.tokens)))
@@ -121,7 +121,7 @@ def wired(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
         engine.unwire(holder)
 
 
-def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
+def measure(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
     """Measure one case: a warm-up, then the repetitions, each starting from the same depth."""
     numbers = np.random.default_rng(seed)
     ids = numbers.integers(0, engine.config.vocab_size, (case.batch, case.depth + case.tokens), dtype=np.int32)
@@ -158,7 +158,7 @@ def measure(engine: Engine, case: Case, repetitions: int, seed: int) -> Result:
     )
 
 
-def filled(engine: Engine, ids: np.ndarray, memory: Memory | None = None) -> Caches:
+def filled(engine: Loaded, ids: np.ndarray, memory: Memory | None = None) -> Caches:
     """Make caches that hold `ids` `[B, depth]`."""
     caches = engine.new_caches()
     if ids.shape[1]:
@@ -174,7 +174,7 @@ def rewind(caches: Caches, depth: int) -> bool:
     return True
 
 
-def read(engine: Engine, ids: np.ndarray, caches: Caches, memory: Memory | None = None) -> mx.array:
+def read(engine: Loaded, ids: np.ndarray, caches: Caches, memory: Memory | None = None) -> mx.array:
     """Prefill `ids` `[B, T]` in chunks, as an answer's prompt is; returns the most likely next tokens `[B]`."""
     offset, count, chunk = caches.offset, ids.shape[1], engine.device.chunk
     tokens = mx.array(ids)
@@ -187,7 +187,7 @@ def read(engine: Engine, ids: np.ndarray, caches: Caches, memory: Memory | None 
     return engine.device.ops.argmax(engine.model.logits(hidden[:, -1:])[:, 0])
 
 
-def generate(engine: Engine, first: np.ndarray, caches: Caches, count: int) -> None:
+def generate(engine: Loaded, first: np.ndarray, caches: Caches, count: int) -> None:
     """Decode `count` greedy steps from `first` `[B, 1]`; like `generate.decode`, computes one step ahead."""
     ops = engine.device.ops
     steps = Steps(engine.model, caches, ops)
@@ -201,7 +201,7 @@ def generate(engine: Engine, first: np.ndarray, caches: Caches, count: int) -> N
     mx.eval(token)
 
 
-def weight_bytes(engine: Engine) -> int | None:
+def weight_bytes(engine: Loaded) -> int | None:
     """Bytes of weights that one decode step reads; None for a model with experts, which reads only some of them.
 
     A step reads only a few rows of an embedding that is not also the head: it is left out.

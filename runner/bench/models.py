@@ -19,7 +19,7 @@ from runner.checkpoint import names
 from runner.checkpoint.kept import read_names
 from runner.checkpoint.model_files import name_of, open_files
 from runner.convert.quantize import QUANTIZATIONS
-from runner.engine.engine import Engine, assemble
+from runner.engine.loaded import Loaded, assemble
 from runner.errors import UsageError
 from runner.families import find
 from runner.local_files import quoted
@@ -111,7 +111,7 @@ class Subject:
     """
 
     name: str
-    engine: Engine
+    engine: Loaded
     size: int
     parameters: int
     quantization: str
@@ -238,7 +238,7 @@ def _packed(name: str, shape: tuple[int, ...], form: Quantization, stored: str) 
     return headers | ({f"{name}.biases": Header(stored, groups)} if form.mode == "affine" else {})
 
 
-def describe(name: str, engine: Engine) -> Subject:
+def describe(name: str, engine: Loaded) -> Subject:
     """Gather what a row of the results says about a model."""
     stored = Counter(_forms(engine.layout))
     stored.update(

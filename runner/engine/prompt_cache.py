@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import mlx.core as mx
 
 from runner.cache.caches import Marks
-from runner.engine.engine import Engine
+from runner.engine.loaded import Loaded
 from runner.errors import UsageError
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ class User(Protocol):
     """An answer that uses a prompt cache."""
 
     @property
-    def engine(self) -> Engine: ...
+    def engine(self) -> Loaded: ...
     @property
     def active(self) -> bool: ...
 
@@ -39,7 +39,7 @@ class PromptCache:
     a recurrent state). They are emptied where RoPE frequencies depend on the length or adapter weights have changed.
     """
 
-    def __init__(self, engine: Engine, *, keeps: bool = True) -> None:
+    def __init__(self, engine: Loaded, *, keeps: bool = True) -> None:
         """Make an empty one; `keeps` false: for a single answer, to which nothing comes back."""
         self._engine = engine
         self._keeps = keeps

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from runner.engine.engine import Engine
 from runner.engine.generate import Cancelled, decode, prefill_passes
+from runner.engine.loaded import Loaded
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.sampling import Sampler, SamplingParams, Token
 from runner.errors import NumericsError
@@ -53,7 +53,7 @@ class Run:
     interrupts the iterating thread finds every layer at the same offset. The callbacks are called on that thread.
     """
 
-    def __init__(self, engine: Engine, kept: PromptCache, request: Request) -> None:
+    def __init__(self, engine: Loaded, kept: PromptCache, request: Request) -> None:
         self.engine = engine
         self.active = False  # whether it uses the prompt cache
         self.reused = 0

@@ -259,7 +259,7 @@ def random_engine(options: Options, name: str, *, form: str | None = None, layer
     """A published shape with random weights; `layers`, if any, of them."""
     from runner.bench.models import random_weights
     from runner.convert.quantize import QUANTIZATIONS
-    from runner.engine.engine import assemble
+    from runner.engine.loaded import assemble
 
     raw = options.shape(name)
     if layers:
@@ -429,7 +429,7 @@ def cache_bytes(engine: Any, tokens: int) -> int:
 
 def wired(options: Options) -> Iterator[str]:
     """What the wired limit is set to during answers: two in turn, one that is broken off; and what it is at the end."""
-    from runner.engine import engine as engines
+    from runner.engine import loaded as engines
     from runner.ops.metal import Metal
     from runner.ops.owner import OWNER
 

@@ -27,8 +27,8 @@ from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert, merged
-from runner.engine.engine import Engine, assemble, open_engine
 from runner.engine.generate import new_caches, prefill
+from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.engine.prompt_cache import PromptCache
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.families import find
@@ -72,7 +72,7 @@ def tolerance(case: Path) -> float:
     return QUANTISED if "-mlx-" in case.name else TOLERANCE
 
 
-def check_logits(case: Path, engine: Engine, allowed: float | None = None) -> None:
+def check_logits(case: Path, engine: Loaded, allowed: float | None = None) -> None:
     wanted = mx.load(str(case / "expected.safetensors"))
     for name, prompt in expected(case)["prompts"].items():
         assert error(engine.logits(prompt), wanted[f"logits.{name}"]) < (allowed or tolerance(case))
@@ -80,12 +80,12 @@ def check_logits(case: Path, engine: Engine, allowed: float | None = None) -> No
 
 @by_case
 def test_logits(case: Path) -> None:
-    check_logits(case, open_engine(base(case), dtype="float32", adapters=adapters(case)))
+    check_logits(case, open_loaded(base(case), dtype="float32", adapters=adapters(case)))
 
 
 @by_case
 def test_greedy_tokens(case: Path) -> None:
-    engine = open_engine(base(case), dtype="float32", adapters=adapters(case))
+    engine = open_loaded(base(case), dtype="float32", adapters=adapters(case))
     data = expected(case)
     for name, prompt in data["prompts"].items():
         caches = new_caches(engine.config)
@@ -147,24 +147,24 @@ class Wide:
 def test_weight_zero_is_the_base(case: Path) -> None:
     names = expected(case)["adapters"]
     prompt = expected(case)["prompts"]["short"]
-    engine = open_engine(base(case), adapters=adapters(case, **dict.fromkeys(names, 0.0)))
-    assert mx.array_equal(engine.logits(prompt), open_engine(base(case)).logits(prompt))
+    engine = open_loaded(base(case), adapters=adapters(case, **dict.fromkeys(names, 0.0)))
+    assert mx.array_equal(engine.logits(prompt), open_loaded(base(case)).logits(prompt))
 
 
 @by_case
 def test_stored_dtype_runs_close_to_float32(case: Path) -> None:
     prompt = expected(case)["prompts"]["long"]
-    stored = open_engine(base(case), adapters=adapters(case)).logits(prompt)
-    exact = open_engine(base(case), dtype="float32", adapters=adapters(case)).logits(prompt)
+    stored = open_loaded(base(case), adapters=adapters(case)).logits(prompt)
+    exact = open_loaded(base(case), dtype="float32", adapters=adapters(case)).logits(prompt)
     assert error(stored, exact) < 1  # where bfloat16 is what the device computes in
-    half = open_engine(base(case), dtype="bfloat16", adapters=adapters(case))
+    half = open_loaded(base(case), dtype="bfloat16", adapters=adapters(case))
     assert error(half.logits(prompt), exact) < 1
     assert half.model(Batch(mx.array([prompt])), half.new_caches()).dtype == mx.bfloat16
 
 
 @by_case
 def test_weights_change_after_loading(case: Path) -> None:
-    engine = open_engine(base(case), dtype="float32", adapters=adapters(case))
+    engine = open_loaded(base(case), dtype="float32", adapters=adapters(case))
     assert engine.adapters is not None
     names = expected(case)["adapters"]
     prompt = expected(case)["prompts"]["short"]
@@ -174,15 +174,15 @@ def test_weights_change_after_loading(case: Path) -> None:
         return
     with_adapters = engine.logits(prompt)
     engine.adapters.set_weights(dict.fromkeys(names, 0))
-    assert mx.array_equal(engine.logits(prompt), open_engine(base(case), dtype="float32").logits(prompt))
+    assert mx.array_equal(engine.logits(prompt), open_loaded(base(case), dtype="float32").logits(prompt))
     engine.adapters.set_weights(names)
     assert mx.array_equal(engine.logits(prompt), with_adapters)
 
 
 @by_case
 def test_the_base_is_shared_untouched(case: Path) -> None:
-    engine = open_engine(base(case), adapters=adapters(case))
-    plain = open_engine(base(case))
+    engine = open_loaded(base(case), adapters=adapters(case))
+    plain = open_loaded(base(case))
     saved = dict(loading.tensors(engine.model, engine.layout))
     changed = 0
     for name, array in loading.tensors(plain.model, plain.layout):
@@ -207,9 +207,9 @@ if mx.default_device() == mx.Device(
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("name", SOME)
 def test_on_every_table_of_ops(name: str, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.engine.engine.current", lambda: Device(table, TABLES[table]))
+    monkeypatch.setattr("runner.engine.loaded.current", lambda: Device(table, TABLES[table]))
     case = TESTS / "fixtures" / "adapters" / name
-    engine = open_engine(base(case), dtype="float32", adapters=adapters(case))
+    engine = open_loaded(base(case), dtype="float32", adapters=adapters(case))
     assert engine.device.ops is TABLES[table]
     check_logits(case, engine)
 
@@ -217,8 +217,8 @@ def test_on_every_table_of_ops(name: str, table: str, monkeypatch: pytest.Monkey
 @by_case
 def test_no_token_casts_a_matrix(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 neither a factor nor the base's matrix is brought to another dtype, routers' factors included."""
-    monkeypatch.setattr("runner.engine.engine.current", lambda: Device("mlx", PORTABLE))
-    engine = open_engine(base(case), dtype="bfloat16", adapters=adapters(case))
+    monkeypatch.setattr("runner.engine.loaded.current", lambda: Device("mlx", PORTABLE))
+    engine = open_loaded(base(case), dtype="bfloat16", adapters=adapters(case))
     assert [step for step in decode_step(engine, monkeypatch) if step.casts_a_matrix] == []
 
 
@@ -228,14 +228,14 @@ def test_on_a_gguf_file(kind: Any, tmp_path: Path) -> None:
     raw = json.loads((base(QV) / "config.json").read_text())
     weights = gguf_writer.weights_of(base(QV))
     path = gguf_writer.write_model(tmp_path / "m.gguf", raw, weights, lambda name: kind)
-    engine = open_engine(path, dtype="float32", adapters=adapters(QV))
+    engine = open_loaded(path, dtype="float32", adapters=adapters(QV))
     if kind == gguf_writer.Type.F32:
         check_logits(QV, engine)
     files = open_files(path)
     added = fit(files.config, find(files.config), Float32(files.source), adapters(QV)).merged()
     wanted = assemble(added.raw, added.source, dtype="float32").logits(PROMPT)
     assert error(engine.logits(PROMPT), wanted) < QUANTISED
-    assert error(open_engine(path, dtype="float32").logits(PROMPT), wanted) > 0.5
+    assert error(open_loaded(path, dtype="float32").logits(PROMPT), wanted) > 0.5
 
 
 def as_mlx_lm_writes(files: Any) -> Arrays:
@@ -289,7 +289,7 @@ DORA = TESTS / "fixtures" / "adapters" / "llama-dora"
 def test_adapters_add_up() -> None:
     """The matrix of a layer with two adapters is the base's plus what each adds alone."""
     alone, matrices = {"first": (1, 0), "second": (0, 1), "both": (1, 1), "none": (0, 0)}, {}
-    engine = open_engine(base(TWO), dtype="float32", adapters=adapters(TWO))
+    engine = open_loaded(base(TWO), dtype="float32", adapters=adapters(TWO))
     assert engine.adapters is not None
     for name, (first, second) in alone.items():
         engine.adapters.set_weights({"first": first, "second": second})
@@ -302,20 +302,20 @@ def test_adapters_add_up() -> None:
 
 def test_a_matrix_with_adapters_is_what_its_layer_multiplies_with() -> None:
     for case in (TWO, DORA, TESTS / "fixtures" / "adapters" / "llama-patterns"):
-        layer = open_engine(base(case), dtype="float32", adapters=adapters(case)).model.layers[1].self_attn.qkv_proj
+        layer = open_loaded(base(case), dtype="float32", adapters=adapters(case)).model.layers[1].self_attn.qkv_proj
         x = mx.random.normal((3, layer.matrix().shape[1]))
         assert mx.allclose(layer(x), x @ layer.matrix().T, atol=1e-4)
 
 
 def test_a_dora_has_weight_0_or_1_and_its_rows_for_itself() -> None:
     with pytest.raises(UsageError, match="adapter adapter is a DoRA: its weight can only be 0 or 1"):
-        open_engine(base(DORA), adapters=adapters(DORA, adapter=0.5))
+        open_loaded(base(DORA), adapters=adapters(DORA, adapter=0.5))
     both = [*adapters(DORA), *adapters(QV)]
     both = [AdapterFiles(name, 1.0, item.config, item.source) for name, item in zip("ab", both, strict=True)]
     with pytest.raises(UsageError, match=r"adapters a and b both change model.layers.0.self_attn.q_proj"):
-        open_engine(base(DORA), adapters=both)
+        open_loaded(base(DORA), adapters=both)
     one_off = [both[0], AdapterFiles("b", 0.0, both[1].config, both[1].source)]
-    engine = open_engine(base(DORA), dtype="float32", adapters=one_off)
+    engine = open_loaded(base(DORA), dtype="float32", adapters=one_off)
     check_logits(DORA, engine)
     assert engine.adapters is not None
     with pytest.raises(UsageError, match="both"):
@@ -326,7 +326,7 @@ def test_a_dora_has_weight_0_or_1_and_its_rows_for_itself() -> None:
 
 
 def test_names_and_weights_that_do_not_exist_are_refused() -> None:
-    engine = open_engine(base(TWO), adapters=adapters(TWO))
+    engine = open_loaded(base(TWO), adapters=adapters(TWO))
     assert engine.adapters is not None
     with pytest.raises(UsageError, match="no adapter is called 'third'; there are first, second"):
         engine.adapters.set_weights({"third": 1})
@@ -339,9 +339,9 @@ def test_two_adapters_cannot_bring_the_same_tensor() -> None:
     case = TESTS / "fixtures" / "adapters" / "llama-saved"
     one = adapters(case)[0]
     with pytest.raises(UsageError, match=r"adapters adapter and again both replace lm_head.weight"):
-        open_engine(base(case), adapters=[one, AdapterFiles("again", 1.0, one.config, one.source)])
+        open_loaded(base(case), adapters=[one, AdapterFiles("again", 1.0, one.config, one.source)])
     with pytest.raises(UsageError, match="whole: its weight can only be 0 or 1"):
-        open_engine(base(case), adapters=adapters(case, adapter=0.5))
+        open_loaded(base(case), adapters=adapters(case, adapter=0.5))
 
 
 # --- the front doors --------------------------------------------------------------------------------------------------
@@ -495,7 +495,7 @@ def test_patterns_that_would_never_end_name_key_and_file(tmp_path: Path) -> None
     item = AdapterFiles.open(path, "a")
     item.config.rank_pattern.effort.steps = 100_000  # type: ignore[union-attr]  # as if the model had more matrices
     with pytest.raises(ConfigError, match=r"adapter_config\.json: rank_pattern takes more than 4000000 steps"):
-        open_engine(base(QV), adapters=[item])
+        open_loaded(base(QV), adapters=[item])
 
 
 def test_every_bad_key_is_named_at_once(tmp_path: Path) -> None:
@@ -554,7 +554,7 @@ def put(**tensors: mx.array) -> Any:
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tensors: Any, config: dict[str, Any], message: str) -> None:
     path = damaged(tmp_path, tensors=tensors, **config)
     with pytest.raises(WeightsError, match=message) as caught:
-        open_engine(base(QV), adapters=[AdapterFiles.open(path, "a")])
+        open_loaded(base(QV), adapters=[AdapterFiles.open(path, "a")])
     assert str(path) in str(caught.value)
 
 
@@ -566,7 +566,7 @@ def test_two_names_of_one_matrix(tmp_path: Path, name: str) -> None:
             arrays[copy] = arrays[f"{Q0}.lora_{part}.weight"]
 
     with pytest.raises(WeightsError, match="is given twice, under two names"):
-        open_engine(base(QV), adapters=[AdapterFiles.open(damaged(tmp_path, tensors=again), "a")])
+        open_loaded(base(QV), adapters=[AdapterFiles.open(damaged(tmp_path, tensors=again), "a")])
 
 
 def test_biases_that_were_trained_must_be_there(tmp_path: Path) -> None:
@@ -576,15 +576,15 @@ def test_biases_that_were_trained_must_be_there(tmp_path: Path) -> None:
     )
     path = damaged(tmp_path, case, drop(f"base_model.model.{bias}"))
     with pytest.raises(WeightsError, match=r"missing: base_model.model.model.layers.0.mlp.down_proj.bias: expected"):
-        open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
+        open_loaded(base(case), adapters=[AdapterFiles.open(path, "a")])
     shutil.rmtree(path)
     path = damaged(tmp_path, case, bias="all")
     with pytest.raises(WeightsError, match=r"missing: .*\(2 tensors\)"):
-        open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
+        open_loaded(base(case), adapters=[AdapterFiles.open(path, "a")])
     shutil.rmtree(path)
     path = damaged(tmp_path, case, bias="none")
     with pytest.raises(WeightsError, match=r"unused: .*down_proj.base_layer.bias \(2 tensors\)"):
-        open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
+        open_loaded(base(case), adapters=[AdapterFiles.open(path, "a")])
 
 
 @pytest.mark.parametrize("indices", [[3, 100, 336], [3, 3, 7]])
@@ -592,7 +592,7 @@ def test_tokens_outside_the_vocabulary_or_twice(tmp_path: Path, indices: list[in
     case = TESTS / "fixtures" / "adapters" / "llama-tokens"
     path = damaged(tmp_path, case, trainable_token_indices=indices)
     with pytest.raises(WeightsError, match="expected distinct token ids below 336"):
-        open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
+        open_loaded(base(case), adapters=[AdapterFiles.open(path, "a")])
 
 
 def test_directories_that_are_no_adapters(tmp_path: Path) -> None:
@@ -637,7 +637,7 @@ def test_no_tensor_is_read_before_all_fit(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(type(item.source), "read", fail)
     with pytest.raises(WeightsError):
-        open_engine(base(QV), adapters=[item])
+        open_loaded(base(QV), adapters=[item])
 
 
 @by_case
@@ -645,7 +645,7 @@ def test_convert_writes_the_model_with_its_adapters(case: Path, tmp_path: Path) 
     files = merged(open_files(base(case)), adapters(case))
     convert(files, tmp_path / "out")
     wanted = assemble(files.config, files.source, dtype="float32")
-    found = open_engine(tmp_path / "out", dtype="float32")
+    found = open_loaded(tmp_path / "out", dtype="float32")
     for ids in expected(case)["prompts"].values():
         assert error(found.logits(ids), wanted.logits(ids)) < 1e-6
 

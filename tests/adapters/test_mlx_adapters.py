@@ -19,7 +19,7 @@ from places import TESTS
 from runner.adapters import AdapterFiles, fit
 from runner.adapters.mlx_config import MlxConfig, is_mlx
 from runner.checkpoint.model_files import open_files
-from runner.engine.engine import assemble, open_engine
+from runner.engine.loaded import assemble, open_loaded
 from runner.errors import CheckpointError, ConfigError, RunnerError, WeightsError
 from runner.families import find
 
@@ -242,14 +242,14 @@ def test_tensors_that_do_not_fit_are_named(
 ) -> None:
     path = damaged(tmp_path, case, tensors, **config)
     with pytest.raises(RunnerError, match=f"(?s){message}") as caught:
-        open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
+        open_loaded(base(case), adapters=[AdapterFiles.open(path, "a")])
     assert isinstance(caught.value, WeightsError) and str(path) in str(caught.value)
 
 
 def test_a_head_that_shares_the_embeddings_takes_their_adapter_too() -> None:
     """mlx-lm multiplies with the adapted table in both places; PEFT adapts the embeddings alone."""
     case = FIXTURES / "mlxlm-embeddings-tied"
-    engine = open_engine(base(case), dtype="float32", adapters=[AdapterFiles.open(case / "adapter", "a")])
+    engine = open_loaded(base(case), dtype="float32", adapters=[AdapterFiles.open(case / "adapter", "a")])
     assert engine.adapters is not None
     assert {"model.embed_tokens", "lm_head"} <= engine.adapters.parts.factors.keys()
     check(case, case / "adapter")

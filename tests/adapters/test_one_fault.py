@@ -13,7 +13,7 @@ import pytest
 from places import TESTS
 
 from runner.adapters import AdapterFiles
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import WeightsError
 
 FIXTURES = TESTS / "fixtures" / "adapters"
@@ -35,7 +35,7 @@ def report(case: str, tmp_path: Path, damage: Damage, **config: Any) -> list[str
     mx.save_safetensors(str(path / "adapter_model.safetensors"), kept)
     base = TESTS / json.loads((FIXTURES / case / "expected.json").read_text())["base"]
     with pytest.raises(WeightsError) as caught:
-        open_engine(base, adapters=[AdapterFiles.open(path, "a")])
+        open_loaded(base, adapters=[AdapterFiles.open(path, "a")])
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 

@@ -20,7 +20,7 @@ from runner.adapters import AdapterFiles, fit
 from runner.checkpoint.directory import Checkpoint
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert, merged
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import CheckpointError, UsageError, WeightsError
 from runner.families import find
 from runner.text.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def with_tokens(path: Path, case: Path, *tokens: str, template: str | None = Non
 
 def test_the_config_and_the_logits_have_the_new_length() -> None:
     for case, rows in ((GROWN, 132), (TIED, 131), (CUT, 120)):
-        engine = open_engine(base(case), adapters=[AdapterFiles.open(case / "adapter", "a")])
+        engine = open_loaded(base(case), adapters=[AdapterFiles.open(case / "adapter", "a")])
         assert engine.config.vocab_size == rows and engine.logits([1, 2]).shape == (2, rows)
         assert engine.checked([rows - 1]) == [rows - 1]
         with pytest.raises(UsageError):
@@ -82,7 +82,7 @@ def test_the_config_and_the_logits_have_the_new_length() -> None:
 
 def test_one_table_stays_one() -> None:
     """PEFT saves a tied model's table under both names; in memory there is one."""
-    engine = open_engine(base(TIED), adapters=[AdapterFiles.open(TIED / "adapter", "a")])
+    engine = open_loaded(base(TIED), adapters=[AdapterFiles.open(TIED / "adapter", "a")])
     assert engine.adapters is not None and engine.adapters.base.tied == "model.embed_tokens"
     assert engine.adapters.base.raw.get("tie_word_embeddings") is True
 
@@ -93,16 +93,16 @@ def test_on_a_gguf_file(tmp_path: Path) -> None:
         tmp_path / "m.gguf", raw, gguf_writer.weights_of(base(GROWN)), lambda name: gguf_writer.Type.F32
     )
     adapter = AdapterFiles.open(GROWN / "adapter", "a")
-    found = open_engine(path, dtype="float32", adapters=[adapter]).logits([1, 131, 5, 130])
-    wanted = open_engine(base(GROWN), dtype="float32", adapters=[adapter]).logits([1, 131, 5, 130])
+    found = open_loaded(path, dtype="float32", adapters=[adapter]).logits([1, 131, 5, 130])
+    wanted = open_loaded(base(GROWN), dtype="float32", adapters=[adapter]).logits([1, 131, 5, 130])
     assert mx.max(mx.abs(found - wanted)) / mx.std(wanted) < 2e-4
 
 
 def test_an_adapter_that_is_off_does_not_resize() -> None:
     off = AdapterFiles.open(GROWN / "adapter", "off", 0.0)
-    engine = open_engine(base(GROWN), adapters=[off])
+    engine = open_loaded(base(GROWN), adapters=[off])
     assert engine.config.vocab_size == 128
-    assert mx.array_equal(engine.logits([1, 2]), open_engine(base(GROWN)).logits([1, 2]))
+    assert mx.array_equal(engine.logits([1, 2]), open_loaded(base(GROWN)).logits([1, 2]))
     assert engine.adapters is not None
     with pytest.raises(UsageError, match="whole tensors"):
         engine.adapters.set_weights({"off": 1})
@@ -117,7 +117,7 @@ def test_a_second_adapter_fits_the_grown_model(tmp_path: Path) -> None:
     }
     mx.save_safetensors(str(plain / "adapter_model.safetensors"), arrays)
     both = [AdapterFiles.open(plain, "plain", 0.5), AdapterFiles.open(GROWN / "adapter", "grown")]
-    assert open_engine(base(GROWN), adapters=both).logits([1, 131]).shape == (2, 132)
+    assert open_loaded(base(GROWN), adapters=both).logits([1, 131]).shape == (2, 132)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_second_adapter_fits_the_grown_model(tmp_path: Path) -> None:
 def test_a_vocabulary_in_part_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
     path = damaged(tmp_path, GROWN, damage)
     with pytest.raises(WeightsError, match=message) as caught:
-        open_engine(base(GROWN), adapters=[AdapterFiles.open(path, "a")])
+        open_loaded(base(GROWN), adapters=[AdapterFiles.open(path, "a")])
     assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) <= 2
 
 
@@ -146,14 +146,14 @@ def test_factors_for_other_rows_than_the_tables_are_refused(tmp_path: Path) -> N
 
     path = damaged(tmp_path, case, damage)
     with pytest.raises(WeightsError, match=r"wrong shape: .*lora_embedding_A: expected \[4, 132\], found \[4, 128\]"):
-        open_engine(base(case), adapters=[AdapterFiles.open(path, "a")])
+        open_loaded(base(case), adapters=[AdapterFiles.open(path, "a")])
 
 
 def test_two_vocabularies_at_once_are_refused() -> None:
     first = AdapterFiles.open(GROWN / "adapter", "first")
     second = AdapterFiles("second", 1.0, *_parts(AdapterFiles.open(CUT / "adapter", "x")))
     with pytest.raises(WeightsError, match=r"wrong shape: .*expected \[132, 32\], found \[120, 32\]"):
-        open_engine(base(GROWN), adapters=[first, second])
+        open_loaded(base(GROWN), adapters=[first, second])
 
 
 def _parts(item: AdapterFiles) -> tuple[Any, Checkpoint]:

@@ -21,7 +21,7 @@ from runner.bench.measure import cache_bytes, filled, generate, read, rewind, we
 from runner.bench.models import describe, random_weights
 from runner.cli.app import run as command
 from runner.convert.quantize import QUANTIZATIONS
-from runner.engine.engine import Engine, assemble, open_engine
+from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.errors import UsageError
 from runner.families import FAMILIES
 from runner.nn.linear import Quantization
@@ -42,7 +42,7 @@ TINY = {
 }
 
 
-def tiny(form: Quantization | None = None, **changes: Any) -> Engine:
+def tiny(form: Quantization | None = None, **changes: Any) -> Loaded:
     raw = {**TINY, **changes}
     return assemble(raw, random_weights(raw, form=form, seed=3))
 
@@ -62,7 +62,7 @@ def test_cases_that_measure_nothing_are_refused(numbers: tuple[list[int], ...]) 
 
 def test_generating_is_the_greedy_answer_and_a_batch_is_its_rows() -> None:
     """The timed loop does the real work: the tokens it leaves in the cache are those of one pass over all of them."""
-    engine = open_engine(MODEL, dtype="float32")
+    engine = open_loaded(MODEL, dtype="float32")
     prompt = np.random.default_rng(0).integers(0, engine.config.vocab_size, (3, 9), dtype=np.int32)
     batch = engine.new_caches()
     first = np.array(read(engine, prompt, batch)).astype(np.int32)
@@ -85,7 +85,7 @@ def test_generating_is_the_greedy_answer_and_a_batch_is_its_rows() -> None:
 
 
 def test_rewinding_goes_back_to_the_depth_or_says_that_it_cannot() -> None:
-    engine = open_engine(MODEL)
+    engine = open_loaded(MODEL)
     ids = np.zeros((1, 20), dtype=np.int32)
     caches = filled(engine, ids)
     mx.eval(read(engine, ids, caches))
@@ -198,7 +198,7 @@ def test_ctrl_c_keeps_the_rows_that_are_there(
     whole = measure.wired
     shown: list[str] = []
 
-    def interrupted(engine: Engine, case: Case, repetitions: int, seed: int) -> Any:
+    def interrupted(engine: Loaded, case: Case, repetitions: int, seed: int) -> Any:
         shown.append(capsys.readouterr().out)
         if case.kind == "tg":
             raise KeyboardInterrupt

@@ -10,8 +10,8 @@ import pytest
 from places import TESTS
 
 from runner.cache.storage import Storage
-from runner.engine.engine import open_engine
 from runner.engine.generate import decode, new_caches, prefill
+from runner.engine.loaded import open_loaded
 from runner.ops.device import current
 
 FAMILIES = TESTS / "fixtures" / "families"
@@ -37,7 +37,7 @@ def dirty(storage: Storage) -> Storage:
 @pytest.mark.parametrize("kind", FIXTURES)
 @pytest.mark.parametrize("dense", [False, True])
 def test_answers_over_buffers_full_of_nan(kind: str, dense: bool) -> None:
-    engine = open_engine(FIXTURES[kind])
+    engine = open_loaded(FIXTURES[kind])
     ops = current().ops
     stored = current().storage if dense else ops.storage
     prompt = [1 + i % 30 for i in range(11)]

@@ -20,7 +20,7 @@ from references import error, expected, tolerance
 import runner
 from runner.checkpoint.model_files import open_files
 from runner.checkpoint.wrapped import PREFIXES, WRAPPERS, is_wrapper, unwrap
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import CheckpointError, ConfigError, WeightsError
 from runner.families import FAMILIES
 from runner.inspect_model import inspect
@@ -116,7 +116,7 @@ def turned(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
 @pytest.mark.parametrize(("kind", "fixture", "prefix"), CASES, ids=lambda value: getattr(value, "name", value))
 def test_a_wrapper_is_its_text_model(kind: str, fixture: Path, prefix: str, tmp_path: Path) -> None:
     path = wrapped(kind, fixture, prefix, tmp_path / "model", flat=prefix == FLAT)
-    engine = open_engine(path, dtype="float32")
+    engine = open_loaded(path, dtype="float32")
     wanted = mx.load(str(fixture / "expected.safetensors"))
     for name, prompt in expected(fixture)["prompts"].items():
         assert error(engine.logits(prompt), wanted[f"logits.{name}"]) < tolerance(fixture)
@@ -140,11 +140,11 @@ def test_a_misspelt_tensor_is_reported_and_an_encoders_is_not(tmp_path: Path) ->
     tensors = dict(mx.load(str(path / "model.safetensors")))
     mx.save_safetensors(str(path / "model.safetensors"), {**tensors, "vison_tower.weight": mx.ones((2,))})
     with pytest.raises(WeightsError, match="vison_tower"):
-        open_engine(path)
+        open_loaded(path)
     tensors[HUB + "layers.0.self_attn.q_prj.weight"] = tensors.pop(HUB + "layers.0.self_attn.q_proj.weight")
     mx.save_safetensors(str(path / "model.safetensors"), tensors)
     with pytest.raises(WeightsError, match="q_prj"):
-        open_engine(path)
+        open_loaded(path)
 
 
 def test_what_is_left_unread_is_said(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_head_that_is_stored_wins_where_nobody_speaks_of_tying(tmp_path: Path)
     config = json.loads((path / "config.json").read_text())
     config.pop("tie_word_embeddings", None)
     (path / "config.json").write_text(json.dumps(config))
-    engine = open_engine(path, dtype="float32")
+    engine = open_loaded(path, dtype="float32")
     head = mx.load(str(path / "model.safetensors"))["language_model.lm_head.weight"]
     assert mx.array_equal(engine.model.lm_head.weight, head.astype(mx.float32))
 

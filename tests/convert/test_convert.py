@@ -27,7 +27,7 @@ from runner.checkpoint.side_files import NAMES
 from runner.convert.convert import convert, pieces
 from runner.convert.plan import plan_conversion
 from runner.convert.quantize import QUANTIZATIONS, RECIPES, Quantizer, dequantize, quantize, quantizer
-from runner.engine.engine import Engine, assemble, open_engine
+from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.errors import CheckpointError, UsageError
 from runner.nn.linear import Quantization, QuantizedEmbedding
 from runner.perplexity import perplexity, read_ids
@@ -86,7 +86,7 @@ def written(directory: Path) -> dict[str, mx.array]:
     return {name: found.read(name) for name in found.headers}
 
 
-def logits(engine: Engine) -> mx.array:
+def logits(engine: Loaded) -> mx.array:
     return engine.logits([token % engine.config.vocab_size for token in IDS])
 
 
@@ -96,7 +96,7 @@ def test_each_family_comes_back_in_its_own_order(path: Path, tmp_path: Path) -> 
     raw = raw_config(path)
     source = exact_weights(raw)
     report = convert(files_of(raw, source), tmp_path / "packed", quantizer=quantizer("mxfp4"))
-    packed = open_engine(tmp_path / "packed", dtype="float32")
+    packed = open_loaded(tmp_path / "packed", dtype="float32")
     plain = assemble(raw, source, dtype="float32")
     assert error(logits(packed), logits(plain)) < QUANTISED
     assert not report.unpackable and report.forms["4-bit mxfp4 g32"] > 5
@@ -105,7 +105,7 @@ def test_each_family_comes_back_in_its_own_order(path: Path, tmp_path: Path) -> 
     unpacked = convert(open_files(tmp_path / "packed"), tmp_path / "plain", dtype="float32")
     assert unpacked.bits_after == 32 and set(unpacked.forms) == {"plain"}
     assert "quantization" not in open_files(tmp_path / "plain").config
-    assert error(logits(open_engine(tmp_path / "plain", dtype="float32")), logits(plain)) < 1e-5
+    assert error(logits(open_loaded(tmp_path / "plain", dtype="float32")), logits(plain)) < 1e-5
 
 
 @pytest.mark.parametrize("form", QUANTIZATIONS)
@@ -150,7 +150,7 @@ def test_a_family_whose_tags_do_not_read_mlx_lms_names_keeps_its_own(
     source = exact_weights(raw)
     convert(files_of(raw, source), tmp_path / "out", quantizer=quantizer("mxfp4"))
     assert "model.layers.0.block_sparse_moe.experts.3.w1.scales" in Checkpoint.open(tmp_path / "out").headers
-    found = open_engine(tmp_path / "out", dtype="float32")
+    found = open_loaded(tmp_path / "out", dtype="float32")
     assert error(logits(found), logits(assemble(raw, source, dtype="float32"))) < QUANTISED
 
 
@@ -201,7 +201,7 @@ def test_both_spellings_of_rope_are_written_with_packed_weights(tmp_path: Path) 
     before, after = open_files(LLAMA).config, open_files(tmp_path / "out").config
     assert "rope_parameters" in before and "rope_theta" not in before
     assert after["rope_theta"] == before["rope_parameters"]["rope_theta"]
-    assert error(logits(open_engine(tmp_path / "out")), logits(open_engine(LLAMA))) < 2
+    assert error(logits(open_loaded(tmp_path / "out")), logits(open_loaded(LLAMA))) < 2
 
 
 def test_copies_and_dtypes(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_what_is_packed_stays_so_and_is_not_packed_again(tmp_path: Path) -> None
     convert(open_files(path), tmp_path / "copy")
     source, copy = written(path), written(tmp_path / "copy")
     assert copy.keys() == source.keys() and all(mx.array_equal(copy[name], source[name]) for name in source)
-    assert mx.array_equal(logits(open_engine(tmp_path / "copy")), logits(open_engine(path)))
+    assert mx.array_equal(logits(open_loaded(tmp_path / "copy")), logits(open_loaded(path)))
     with pytest.raises(UsageError, match=r"quantized already.*--dtype"):
         convert(
             open_files(TESTS / "fixtures" / "llama" / "llama-mlx-4bit"),
@@ -248,11 +248,11 @@ def test_what_is_packed_stays_so_and_is_not_packed_again(tmp_path: Path) -> None
     plain = convert(open_files(path), tmp_path / "plain", dtype="float32")
     assert set(plain.forms) == {"plain"}
     assert (
-        error(logits(open_engine(tmp_path / "plain", dtype="float32")), logits(open_engine(path, dtype="float32")))
+        error(logits(open_loaded(tmp_path / "plain", dtype="float32")), logits(open_loaded(path, dtype="float32")))
         < QUANTISED
     )
     assert (
-        error(logits(open_engine(tmp_path / "again", dtype="float32")), logits(open_engine(path, dtype="float32")))
+        error(logits(open_loaded(tmp_path / "again", dtype="float32")), logits(open_loaded(path, dtype="float32")))
         < 0.5
     )
 
@@ -330,7 +330,7 @@ def test_a_tied_head_that_is_in_the_file_is_left_out_where_it_is_the_same(tmp_pa
     convert(files_of(open_files(path).config, source), tmp_path / "other", dtype="float32")
     assert open_files(tmp_path / "other").config["tie_word_embeddings"] is False
     before = assemble(open_files(path).config, source, dtype="float32")
-    assert mx.array_equal(logits(open_engine(tmp_path / "other", dtype="float32")), logits(before))
+    assert mx.array_equal(logits(open_loaded(tmp_path / "other", dtype="float32")), logits(before))
 
 
 def test_mixed_gives_more_bits_where_llama_cpp_does(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_mixed_gives_more_bits_where_llama_cpp_does(tmp_path: Path) -> None:
     }
     assert (config["bits"], config["group_size"]) == (4, 32)
     assert (
-        error(logits(open_engine(tmp_path / "out", dtype="float32")), logits(assemble(raw, exact_weights(raw)))) < 1.5
+        error(logits(open_loaded(tmp_path / "out", dtype="float32")), logits(assemble(raw, exact_weights(raw)))) < 1.5
     )
 
 

@@ -13,7 +13,7 @@ from mlx_formats import FORMATS, LLAMA, MOE, Format, floats, packed, stacked, un
 from places import TESTS
 from sources import Arrays
 
-from runner.engine import engine
+from runner.engine import loaded
 from runner.errors import ConfigError, WeightsError
 from runner.families import find
 from runner.nn.linear import Embedding, Linear
@@ -35,7 +35,7 @@ by_device = pytest.mark.parametrize("device", DEVICES, ids=lambda device: device
 
 
 def logits(raw: dict[str, Any], tensors: dict[str, mx.array]) -> mx.array:
-    return engine.assemble(raw, Arrays(tensors), dtype="float32").logits(PROMPT)
+    return loaded.assemble(raw, Arrays(tensors), dtype="float32").logits(PROMPT)
 
 
 @dataclass
@@ -69,7 +69,7 @@ def test_matrices_are_the_references(form: Format) -> None:
 @by_device
 @by_format
 def test_models_compute_what_the_matrices_say(form: Format, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "current", lambda: device)
+    monkeypatch.setattr(loaded, "current", lambda: device)
     for raw in (LLAMA, MOE):
         stored, meant = packed(floats(raw), form)
         found = logits({**raw, "quantization": form.entry}, stored)
@@ -80,7 +80,7 @@ def test_models_compute_what_the_matrices_say(form: Format, device: Device, monk
 @by_device
 def test_layers_of_their_own(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts of a joined matrix have different forms, one is plain, and the embeddings have a third form."""
-    monkeypatch.setattr(engine, "current", lambda: device)
+    monkeypatch.setattr(loaded, "current", lambda: device)
     attention, mlp = "model.layers.0.self_attn", "model.layers.1.mlp"
     others = {
         f"{attention}.q_proj": Format(8, 32), f"{attention}.k_proj": Format(3, 128), f"{attention}.v_proj": None,

@@ -20,9 +20,9 @@ from references import FIXTURES, TOLERANCE, error, expected
 from sources import Arrays
 
 from runner.config.memory import State
-from runner.engine import engine as engines
+from runner.engine import loaded as engines
 from runner.engine.dtypes import choose
-from runner.engine.engine import Engine, assemble, open_engine
+from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.nn.batch import Batch
 from runner.ops import cpu
 from runner.ops.cpu._load import Unavailable
@@ -32,7 +32,7 @@ from runner.weights import loading
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
-MLX: dict[str, Callable[[Path, str | None], Engine]] = {
+MLX: dict[str, Callable[[Path, str | None], Loaded]] = {
     f"mlx {form.name}": lambda _, dtype, form=form, raw=raw: assemble(
         {**raw, "quantization": form.entry}, Arrays(packed(floats(raw), form)[0]), dtype=dtype
     )
@@ -41,20 +41,20 @@ MLX: dict[str, Callable[[Path, str | None], Engine]] = {
 }
 
 
-def gguf(path: Path, dtype: str | None, mix: str) -> Engine:
+def gguf(path: Path, dtype: str | None, mix: str) -> Loaded:
     file = path / f"{mix}.gguf"
     mixed_model(file, mix)
-    return open_engine(file, dtype=dtype)
+    return open_loaded(file, dtype=dtype)
 
 
-def published(path: Path, dtype: str | None, build: Callable[..., Case]) -> Engine:
+def published(path: Path, dtype: str | None, build: Callable[..., Case]) -> Loaded:
     """The Llama fixture in a published format; config.json says bfloat16."""
     fixture = TESTS / "fixtures" / "llama" / "llama-gqa"
     cases = {name: build(np.random.default_rng(0), *shape) for name, shape in linears(fixture).items()}
-    return open_engine(write_model(path / str(dtype), fixture, cases, next(iter(cases.values())).options), dtype=dtype)
+    return open_loaded(write_model(path / str(dtype), fixture, cases, next(iter(cases.values())).options), dtype=dtype)
 
 
-PACKINGS: dict[str, Callable[[Path, str | None], Engine]] = {
+PACKINGS: dict[str, Callable[[Path, str | None], Loaded]] = {
     **MLX,
     **{
         f"gguf {mix}": lambda path, dtype, mix=mix: gguf(path, dtype, mix)
@@ -145,7 +145,7 @@ def test_what_must_stay_exact_stays_float32() -> None:
     """A router, plain or packed, and the correction of its scores; also where the checkpoint has them in 16 bits."""
     seen = set()
     for name in ("deepseek_v3-v5", "gpt_oss-v5", "mixtral-base", "granitemoe-base", "qwen3_moe-base"):
-        model = open_engine(TESTS / "fixtures" / "families" / name).model
+        model = open_loaded(TESTS / "fixtures" / "families" / name).model
         for path, array in loading.arrays(model):
             exact = ".router." in path or path.endswith((".correction", ".rope.freqs"))
             seen.add(path.rsplit(".", 1)[-1] if exact else "")
@@ -161,7 +161,7 @@ def test_kernels_take_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
     """A device whose kernels multiply any dtype with float32 is given what is stored."""
     monkeypatch.setattr(engines, "current", lambda: Device("kernels", PORTABLE, mx.float32))
     for name in ("gemma3_text-base", "mixtral-base"):
-        found = open_engine(TESTS / "fixtures" / "families" / name)
+        found = open_loaded(TESTS / "fixtures" / "families" / name)
         assert found.dtype == mx.float32
         large = [array.dtype for path, array in loading.arrays(found.model) if array.ndim > 1]
         assert set(large) == {mx.bfloat16}
@@ -192,13 +192,13 @@ def test_every_family_in_either_dtype(path: Path) -> None:
     prompt, wanted = expected(path)["prompts"]["long"], mx.load(str(path / "expected.safetensors"))["logits.long"]
     with pytest.MonkeyPatch.context() as other:
         other.setattr(engines, "current", current)
-        exact = loud(open_engine(path, dtype="float32")).logits(prompt)
-    narrow, wide = open_engine(path, dtype="bfloat16"), open_engine(path, dtype="float32")
+        exact = loud(open_loaded(path, dtype="float32")).logits(prompt)
+    narrow, wide = open_loaded(path, dtype="bfloat16"), open_loaded(path, dtype="float32")
     assert typical(narrow.logits(prompt), wanted) < 0.05
     assert typical(wide.logits(prompt), wanted) < TOLERANCE
     assert typical(loud(narrow).logits(prompt), exact) < 0.05
     assert typical(loud(wide).logits(prompt), exact) < TOLERANCE
-    half = loud(open_engine(path, dtype="float16")).logits(prompt)
+    half = loud(open_loaded(path, dtype="float16")).logits(prompt)
     assert not bool(mx.all(mx.isfinite(half)))  # or it was not loud enough to show anything
 
 
@@ -216,9 +216,9 @@ def test_gemma_in_a_gguf_file(kind: str, tmp_path: Path) -> None:
     path = TESTS / "fixtures" / "families" / "gemma3_text-base"
     raw, weights = json.loads((path / "config.json").read_text()), gguf_writer.weights_of(path)
     file = gguf_writer.write_model(tmp_path / "m.gguf", raw, weights, lambda name: gguf_writer.Type[kind])
-    found = loud(open_engine(file))
+    found = loud(open_loaded(file))
     assert found.dtype == mx.bfloat16
-    assert typical(found.logits(PROMPT), loud(open_engine(file, dtype="float32")).logits(PROMPT)) < 0.05
+    assert typical(found.logits(PROMPT), loud(open_loaded(file, dtype="float32")).logits(PROMPT)) < 0.05
 
 
 def test_capped_scores_stay_in_range() -> None:
@@ -246,7 +246,7 @@ def unasked(steps: list[Step], *, asks: bool, hidden: int) -> list[Step]:
     return [step for step in wide if np.prod(step.shape) >= hidden and step.name not in reshaped]
 
 
-def check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(engine: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = decode_step(engine, monkeypatch)
     assert len(steps) > 20
     # Routers (of streams, too), soft-capped scores and ALiBi's biases are computed in float32; the biases once for all.
@@ -269,7 +269,7 @@ def check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 @by_fixture
 def test_no_token_casts_a_matrix(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "current", lambda: Device("mlx", PORTABLE))
-    check(open_engine(path, dtype="bfloat16"), monkeypatch)
+    check(open_loaded(path, dtype="bfloat16"), monkeypatch)
 
 
 @by_packing
@@ -282,6 +282,6 @@ def test_the_walk_finds_what_it_looks_for(monkeypatch: pytest.MonkeyPatch) -> No
     """A model whose dtypes are mixed has casts of matrices in its step, and float32 activations."""
     monkeypatch.setattr(engines, "current", lambda: Device("mixed", PORTABLE, mx.float32))
     for name in ("llama/llama-gqa", "families/mixtral-base", "families/gemma3_text-base"):
-        steps = decode_step(open_engine(TESTS / "fixtures" / name), monkeypatch)
+        steps = decode_step(open_loaded(TESTS / "fixtures" / name), monkeypatch)
         assert [step for step in steps if step.casts_a_matrix]
         assert unasked(steps, asks=True, hidden=32)

@@ -14,8 +14,8 @@ from places import TESTS
 from runner import resources
 from runner.bench.models import random_weights
 from runner.checkpoint.model_files import open_files
-from runner.engine import engine
-from runner.engine.engine import assemble
+from runner.engine import loaded
+from runner.engine.loaded import assemble
 from runner.errors import UsageError
 from runner.families import find
 from runner.weights import loading
@@ -45,7 +45,7 @@ def test_a_shape_larger_than_the_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     """Llama 3.1 8B in bfloat16, 16.06 GB, on a machine with 16 GB."""
     raw = resources.read("shapes", "Llama-3.1-8B")
     source = Unread(stored(raw))
-    monkeypatch.setattr(engine, "capacity", lambda device: 16_000_000_000)
+    monkeypatch.setattr(loaded, "capacity", lambda device: 16_000_000_000)
     with pytest.raises(UsageError, match=r"the weights take 16.1 GB, and there are 16.0 GB of memory"):
         assemble(raw, source, dtype="bfloat16")
     with pytest.raises(UsageError, match=r"the weights take 32.1 GB"):  # what is asked for counts, not what is stored

@@ -15,8 +15,8 @@ from places import TESTS
 
 import runner
 from runner.cache.kv import KVCache
-from runner.engine.engine import open_engine
 from runner.engine.generate import Cancelled, decode, prefill
+from runner.engine.loaded import open_loaded
 from runner.engine.prompt_cache import PromptCache
 from runner.errors import RunnerError, UsageError
 from runner.families import Model
@@ -56,7 +56,7 @@ def lm(request: pytest.FixtureRequest) -> Iterator[LanguageModel]:
 
 
 def test_the_head_sees_the_last_row_and_decoding_is_one_token_ahead() -> None:
-    engine = open_engine(FIXTURES / "llama-gqa")
+    engine = open_loaded(FIXTURES / "llama-gqa")
     watched, caches = Watched(engine.model), engine.new_caches()
     done: list[tuple[int, int]] = []
     logits = prefill(watched, PROMPT, caches, chunk=8, on_progress=lambda *steps: done.append(steps))
@@ -69,7 +69,7 @@ def test_the_head_sees_the_last_row_and_decoding_is_one_token_ahead() -> None:
 
 
 def test_a_prompt_is_cancelled_between_chunks() -> None:
-    engine = open_engine(FIXTURES / "llama-gqa")
+    engine = open_loaded(FIXTURES / "llama-gqa")
     watched, asked = Watched(engine.model), iter([False, False, True])
     with pytest.raises(Cancelled):
         prefill(watched, PROMPT, engine.new_caches(), chunk=8, cancelled=lambda: next(asked))

@@ -13,8 +13,8 @@ from places import TESTS
 
 from runner.cache.caches import Caches
 from runner.cache.kv import ChunkedKVCache, KVCache
-from runner.engine.engine import Engine, open_engine
 from runner.engine.generate import decode, prefill
+from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.replay import LEAST, PATIENCE, Steps
 from runner.errors import RunnerError
 from runner.families import Model
@@ -32,7 +32,7 @@ def built(ops: Ops) -> Ops:
     return dataclasses.replace(ops, recorder=None, schedule=mx.async_eval)
 
 
-def answer(engine: Engine, ops: Ops, count: int, model: Model | None = None) -> list[tuple[int, np.ndarray]]:
+def answer(engine: Loaded, ops: Ops, count: int, model: Model | None = None) -> list[tuple[int, np.ndarray]]:
     """Greedy tokens and the logits behind them."""
     model, caches = model or engine.model, engine.new_caches()
     logits = prefill(model, PROMPT, caches)
@@ -44,7 +44,7 @@ def same(one: list[tuple[int, np.ndarray]], other: list[tuple[int, np.ndarray]])
     return all(a[0] == b[0] and np.array_equal(a[1], b[1], equal_nan=True) for a, b in zip(one, other, strict=True))
 
 
-def replayed(engine: Engine) -> bool:
+def replayed(engine: Loaded) -> bool:
     """Whether this model's steps are recorded once they have been built a few times."""
     caches = engine.new_caches()
     token = engine.device.ops.argmax(prefill(engine.model, PROMPT, caches))
@@ -57,7 +57,7 @@ def replayed(engine: Engine) -> bool:
 
 @pytest.mark.parametrize("path", FIXTURES)
 def test_every_fixture(path: str) -> None:
-    engine = open_engine(TESTS / path)
+    engine = open_loaded(TESTS / path)
     count = PATIENCE + 6
     assert same(answer(engine, engine.device.ops, count), answer(engine, built(engine.device.ops), count))
 
@@ -66,7 +66,7 @@ def test_every_fixture(path: str) -> None:
 @pytest.mark.parametrize("path", FIXTURES)
 def test_four_positions_speak_for_all(path: str) -> None:
     """No family decides by its position in a way that shows in none of those that are compared."""
-    engine = open_engine(TESTS / path)
+    engine = open_loaded(TESTS / path)
     caches = engine.new_caches()
     mx.eval(prefill(engine.model, PROMPT, caches))
     # States lie in buffers from the first token on that a step moves in place, where there is a kernel for it.
@@ -101,7 +101,7 @@ def test_which_are_replayed() -> None:
     """A change that quietly sends a family the slow way shows here."""
     found = set()
     for path in FIXTURES:
-        engine = open_engine(TESTS / path)
+        engine = open_loaded(TESTS / path)
         if replayed(engine):
             found.add(json.loads((TESTS / path / "config.json").read_text())["model_type"])
     assert found == set(REPLAYED.split())
@@ -110,14 +110,14 @@ def test_which_are_replayed() -> None:
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "llama-mlx-4bit"])
 def test_longer_than_the_buffers(name: str) -> None:
     """Caches are laid out anew some four times, a window moves to the front of its buffer."""
-    engine = open_engine(TESTS / "fixtures" / "llama" / name)
+    engine = open_loaded(TESTS / "fixtures" / "llama" / name)
     assert same(answer(engine, engine.device.ops, 700), answer(engine, built(engine.device.ops), 700))
 
 
 @pytest.mark.parametrize("table", [current().ops, built(current().ops)], ids=["recorded", "built"])
 def test_a_recording_ends_with_its_chunk(table: Ops) -> None:
     """A Llama whose layers attend within chunks of 60: as one that is fed each token's chunk from its start."""
-    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa", dtype="float32")
+    engine = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa", dtype="float32")
 
     def caches() -> Caches:
         rows = [dataclasses.replace(engine.config.memory(0)[0], chunk=60)]
@@ -167,14 +167,14 @@ class OddToken(Odd):
 
 @pytest.mark.parametrize("odd", [OddPosition, OddScale, OddToken])
 def test_a_model_that_decides_for_itself(odd: type[Odd]) -> None:
-    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa")
+    engine = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa")
     model = odd(engine.model)
     assert same(answer(engine, engine.device.ops, 80, model), answer(engine, built(engine.device.ops), 80, model))
 
 
 def test_tokens_of_another_type() -> None:
     """A sampler may return what it likes; what a recording cannot take is built."""
-    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa")
+    engine = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa")
     ops, caches = engine.device.ops, engine.new_caches()
     logits = prefill(engine.model, PROMPT, caches)
     steps = decode(engine.model, logits, caches, lambda row: (ops.argmax(row).astype(mx.int64),), 20, ops)
@@ -183,7 +183,7 @@ def test_tokens_of_another_type() -> None:
 
 def test_two_answers_in_turn_and_from_two_threads() -> None:
     """Each has its own memory; a generator may be advanced by whichever thread a server has free."""
-    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa")
+    engine = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa")
     ops = engine.device.ops
     expected = [token for token, _ in answer(engine, built(ops), 40)]
     generators = []
@@ -209,7 +209,7 @@ def test_two_answers_in_turn_and_from_two_threads() -> None:
 
 @needs_recorder
 def test_refusals() -> None:
-    engine = open_engine(TESTS / "fixtures" / "llama" / "llama-gqa")
+    engine = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa")
     caches = engine.new_caches()
     mx.eval(prefill(engine.model, PROMPT, caches))
     recorder = engine.device.ops.recorder

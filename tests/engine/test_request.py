@@ -13,7 +13,7 @@ from apple import Limit, metal, on_a_mac
 from places import TESTS
 
 import runner
-from runner.engine import engine as engines
+from runner.engine import loaded as engines
 from runner.errors import NumericsError
 from runner.language_model import LanguageModel, device_notes
 from runner.ops.memory import Memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from runner.engine.engine import Engine
+from runner.engine.loaded import Loaded
 from runner.ops.metal import Metal
 
 
@@ -26,7 +26,7 @@ def metal(generation: int = 14, *, working_set: int = 12 << 30, limit: Limit | N
     return Metal(f"Apple M{generation - 12}", generation, working_set, 16 << 30, (limit or Limit()).set)
 
 
-def on_a_mac(engine: Engine, gpu: Metal, **settings: int) -> Engine:
+def on_a_mac(engine: Loaded, gpu: Metal, **settings: int) -> Loaded:
     """`engine` as if it computed on `gpu`."""
     device = dataclasses.replace(engine.device, metal=gpu, clears=True, **settings)
     return dataclasses.replace(engine, device=device)

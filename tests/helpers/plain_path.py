@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from runner.engine.engine import Engine
+from runner.engine.loaded import Loaded
 from runner.nn.batch import Batch
 from runner.ops.device import CPU_WITHOUT_KERNELS, Device, current
 
@@ -76,7 +76,7 @@ class _Cut:
         return self.result((*rhs_indices.shape, a.shape[-2], b.shape[-1]), a, b)
 
 
-def decode_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+def decode_step(engine: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """The graph of the step for the third token, with MLX's fast kernels and gathered products cut out."""
     cut = _Cut()
     for name in ("rms_norm", "layer_norm"):
@@ -120,7 +120,7 @@ class Loud:
         return self.rows(ids) * self.factor
 
 
-def loud(engine: Engine) -> Engine:
+def loud(engine: Loaded) -> Loaded:
     """The same engine with loud embeddings; nothing else of the model changes."""
     model: Any = engine.model
     largest = float(mx.max(mx.abs(model.embed_tokens(mx.arange(engine.config.vocab_size)).astype(mx.float32))))

@@ -12,7 +12,7 @@ from operations import forget, one_kernel_each, operations
 
 from runner.bench.models import random_weights
 from runner.convert.quantize import QUANTIZATIONS
-from runner.engine import engine
+from runner.engine import loaded
 from runner.nn.batch import Batch
 from runner.ops.device import Device
 from runner.ops.table import Ops
@@ -32,8 +32,8 @@ def decode_step(
 
 def step_of(raw: Mapping[str, Any], source: Source, ops: Ops) -> Counter[str]:
     """How often a decode step of the model that `raw` and `source` make up has each operation."""
-    with mock.patch.object(engine, "current", lambda: Device(ops.name, ops)):
-        model = engine.assemble(raw, source)
+    with mock.patch.object(loaded, "current", lambda: Device(ops.name, ops)):
+        model = loaded.assemble(raw, source)
     caches = model.new_caches()
     model.model(Batch(mx.array([[1] * PROMPT], dtype=mx.int32)), caches)
     forget(caches)

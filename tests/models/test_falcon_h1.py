@@ -9,7 +9,7 @@ from references import error, expected
 from sources import Arrays
 
 from runner.checkpoint.directory import Checkpoint
-from runner.engine.engine import assemble
+from runner.engine.loaded import assemble
 from runner.errors import ConfigError
 
 BASE = TESTS / "fixtures" / "families" / "falcon_h1-base"

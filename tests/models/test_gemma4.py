@@ -19,8 +19,8 @@ from sources import Arrays
 import runner
 from runner.bench.models import random_weights
 from runner.config.memory import Rows, Shared
-from runner.engine.engine import assemble, open_engine
 from runner.engine.generate import new_caches, prefill
+from runner.engine.loaded import assemble, open_loaded
 from runner.errors import ConfigError, WeightsError
 from runner.families import find
 
@@ -166,7 +166,7 @@ def test_experts_as_mlx_lm_stores_them() -> None:
 @by_sharing
 def test_a_prompt_in_chunks_is_the_prompt(name: str) -> None:
     """A layer that shares sees all of the pass through its owner's window, wherever the prompt is cut."""
-    engine = open_engine(FAMILIES / name, dtype="float32")
+    engine = open_loaded(FAMILIES / name, dtype="float32")
     prompt = [1 + (7 * index) % 39 for index in range(100)]
     whole = prefill(engine.model, prompt, new_caches(engine.config))
     for chunk in (1, 7, 64):

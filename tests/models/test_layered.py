@@ -11,7 +11,7 @@ from places import TESTS
 from sources import Arrays
 
 from runner.config.memory import Rows
-from runner.engine.engine import assemble
+from runner.engine.loaded import assemble
 from runner.errors import ConfigError
 from runner.families import find
 

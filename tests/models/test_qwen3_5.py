@@ -20,7 +20,7 @@ from runner.checkpoint.wrapped import unwrap
 from runner.convert.convert import pieces
 from runner.convert.plan import plan_conversion
 from runner.convert.quantize import QUANTIZATIONS, Quantizer
-from runner.engine.engine import assemble, open_engine
+from runner.engine.loaded import assemble, open_loaded
 from runner.errors import ConfigError, WeightsError
 from runner.models.qwen3_next import by_part
 
@@ -57,7 +57,7 @@ def as_mlx_lm(name: str, out: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("name", ["qwen3_5_text-base", "qwen3_5_moe_text-base", "qwen3_next-base"])
 def test_files_of_mlx_lm(name: str, tmp_path: Path) -> None:
     """`scripts/compare/compare_families` holds the like against mlx-lm itself."""
-    engine = open_engine(as_mlx_lm(name, tmp_path / "model"), dtype="float32")
+    engine = open_loaded(as_mlx_lm(name, tmp_path / "model"), dtype="float32")
     wanted = mx.load(str(FAMILIES / name / "expected.safetensors"))
     for prompt, ids in expected(FAMILIES / name)["prompts"].items():
         assert error(engine.logits(ids), wanted[f"logits.{prompt}"]) < tolerance(FAMILIES / name)
@@ -96,7 +96,7 @@ def test_a_misspelt_tensor_is_reported_beside_those_for_multi_token_prediction(t
     tensors["mtp.layers.0.input_layernorm.weight"] = mx.ones((32,))
     mx.save_safetensors(str(path / "model.safetensors"), tensors)
     with pytest.raises(WeightsError) as caught:
-        open_engine(path)
+        open_loaded(path)
     assert "A_logs" in str(caught.value) and "mtp" not in str(caught.value)
 
 
@@ -122,11 +122,11 @@ def test_adapters_of_the_recurrent_layers(name: str, tmp_path: Path) -> None:
     words = {"peft_type": "LORA", "r": 2, "lora_alpha": 0.2, "target_modules": [t.split(".")[1] for t in TARGETS[name]]}
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(words))
     opened = open_adapters([str(tmp_path / "lora")], lambda spec: Path(spec))
-    found = open_engine(FAMILIES / name, dtype="float32", adapters=opened).logits(range(8, 40))
+    found = open_loaded(FAMILIES / name, dtype="float32", adapters=opened).logits(range(8, 40))
     raw = json.loads((FAMILIES / name / "config.json").read_text())
     wanted = assemble(raw, Arrays(merged), dtype="float32").logits(range(8, 40))
     assert (
-        error(found, wanted) < 1e-3 < error(open_engine(FAMILIES / name, dtype="float32").logits(range(8, 40)), wanted)
+        error(found, wanted) < 1e-3 < error(open_loaded(FAMILIES / name, dtype="float32").logits(range(8, 40)), wanted)
     )
 
 

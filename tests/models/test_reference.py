@@ -10,8 +10,8 @@ import pytest
 from references import FIXTURES, error, expected, routed, tolerance
 
 from runner.checkpoint.directory import Checkpoint
-from runner.engine.engine import open_engine
 from runner.engine.generate import new_caches, prefill
+from runner.engine.loaded import open_loaded
 from runner.families import find
 from runner.nn.batch import Batch
 from runner.weights import loading
@@ -23,7 +23,7 @@ by_name = pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
 
 @by_name
 def test_logits(path: Path) -> None:
-    engine = open_engine(path, dtype="float32")
+    engine = open_loaded(path, dtype="float32")
     wanted = mx.load(str(path / "expected.safetensors"))
     for name, prompt in expected(path)["prompts"].items():
         assert error(engine.logits(prompt), wanted[f"logits.{name}"]) < tolerance(path)
@@ -31,7 +31,7 @@ def test_logits(path: Path) -> None:
 
 @by_name
 def test_greedy_tokens(path: Path) -> None:
-    engine = open_engine(path, dtype="float32")
+    engine = open_loaded(path, dtype="float32")
     data = expected(path)
     for name, prompt in data["prompts"].items():
         caches = new_caches(engine.config)
@@ -47,7 +47,7 @@ def test_greedy_tokens(path: Path) -> None:
 
 @by_name
 def test_chunked_prefill_is_whole_prefill(path: Path) -> None:
-    engine = open_engine(path, dtype="float32")
+    engine = open_loaded(path, dtype="float32")
     prompt = expected(path)["prompts"]["long"]
     whole = prefill(engine.model, prompt, new_caches(engine.config))
     for chunk in (1, 7, 16):
@@ -73,7 +73,7 @@ def test_save_is_the_inverse_of_load(path: Path) -> None:
 @by_name
 def test_stored_dtype_runs_close_to_float32(path: Path) -> None:
     prompt = expected(path)["prompts"]["long"]
-    stored, exact = open_engine(path).logits(prompt), open_engine(path, dtype="float32").logits(prompt)
+    stored, exact = open_loaded(path).logits(prompt), open_loaded(path, dtype="float32").logits(prompt)
     worst = mx.sort(mx.max(mx.abs(stored - exact), axis=-1) / mx.std(exact))  # of each position
     experts = routed(json.loads((path / "config.json").read_text()))
     # Where two experts are as good as tied, rounding picks the other one: a few positions may differ by more.

@@ -13,8 +13,8 @@ from references import FIXTURES, TOLERANCE, error
 import runner
 from runner.answer import Chunk
 from runner.config.memory import State
-from runner.engine.engine import open_engine
 from runner.engine.generate import new_caches, prefill
+from runner.engine.loaded import open_loaded
 from runner.engine.prompt_cache import PromptCache
 from runner.families import find
 from runner.language_model import LanguageModel
@@ -36,7 +36,7 @@ PROMPT = [1, *(8 + i * i % 37 for i in range(99))]
 
 @by_name
 def test_a_prompt_can_be_cut_anywhere(path: Path) -> None:
-    engine = open_engine(path, dtype="float32")
+    engine = open_loaded(path, dtype="float32")
     whole = prefill(engine.model, PROMPT, new_caches(engine.config))
     for chunk in (1, 7, 16, 64):
         assert error(prefill(engine.model, PROMPT, new_caches(engine.config), chunk=chunk), whole) < TOLERANCE, chunk
@@ -45,7 +45,7 @@ def test_a_prompt_can_be_cut_anywhere(path: Path) -> None:
 @by_name
 def test_a_reserved_pass_can_be_taken_back_to_each_of_its_tokens(path: Path) -> None:
     """As speculation does; what follows is as if the tokens that were taken back had never been fed."""
-    engine = open_engine(path, dtype="float32")
+    engine = open_loaded(path, dtype="float32")
     last = mx.array([[PROMPT[30]]])
     for accepted in (0, 1, 3, 5):
         caches, fresh = engine.new_caches(), engine.new_caches()

@@ -14,8 +14,8 @@ from recurrent_twins import Inputs, delta, delta_inputs
 from twins import assert_close, numpy, rand
 
 from runner.cache.recurrent import StateCache
-from runner.engine.engine import Engine, open_engine
 from runner.engine.generate import new_caches
+from runner.engine.loaded import Loaded, open_loaded
 from runner.nn.batch import Batch
 from runner.nn.delta_rule import each_token
 from runner.ops.delta_rule import unit_lower_inverse
@@ -118,14 +118,14 @@ def test_the_states_behind_each_token(ops: Ops) -> None:
 
 
 @pytest.fixture(scope="module", params=["qwen3_5_text-base", "qwen3_next-base"])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return open_engine(FAMILIES / request.param, dtype="float32")
+def engine(request: pytest.FixtureRequest) -> Loaded:
+    return open_loaded(FAMILIES / request.param, dtype="float32")
 
 
 IDS = np.random.default_rng(0).integers(8, 48, 100).tolist()
 
 
-def fed(engine: Engine, ids: list[int], sizes: list[int]) -> tuple[mx.array, Any]:
+def fed(engine: Loaded, ids: list[int], sizes: list[int]) -> tuple[mx.array, Any]:
     """Logits `[L, V]` of `ids`, fed in pieces of these sizes (the last one repeats), and the caches after them."""
     caches, rows, start = new_caches(engine.config), [], 0
     while start < len(ids):
@@ -137,7 +137,7 @@ def fed(engine: Engine, ids: list[int], sizes: list[int]) -> tuple[mx.array, Any
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_a_prompt_in_chunks(engine: Engine, size: int) -> None:
+def test_a_prompt_in_chunks(engine: Loaded, size: int) -> None:
     whole, caches = fed(engine, IDS, [len(IDS)])
     found, other = fed(engine, IDS, [size])
     assert_close(found, numpy(whole), rounded_to=mx.float32, tolerance=2e-4)
@@ -151,7 +151,7 @@ def test_a_prompt_in_chunks(engine: Engine, size: int) -> None:
 
 @given(accepted=st.integers(0, 5), before=st.integers(1, 20))
 @settings(max_examples=6, deadline=None)
-def test_tokens_that_were_reserved_are_taken_back(engine: Engine, accepted: int, before: int) -> None:
+def test_tokens_that_were_reserved_are_taken_back(engine: Loaded, accepted: int, before: int) -> None:
     """Speculation: a pass of five tokens, of which some are kept, and then others follow."""
     _, caches = fed(engine, IDS[:before], [before])
     caches.reserve(5)

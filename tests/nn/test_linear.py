@@ -15,7 +15,7 @@ import runner
 from runner.checkpoint.directory import Checkpoint, write_checkpoint
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import WeightsError
 from runner.nn.moe import QuantizedExperts
 
@@ -98,4 +98,4 @@ def test_packed_matrices_that_no_kernel_multiplies_are_refused_by_name(
         tensors[f"{name}.{part}"] = mx.ones((rows, width // group_size), dtype=scales)
     write_checkpoint(tmp_path / "model", tensors.items(), source.config)
     with pytest.raises(WeightsError, match=rf"{name}: 4 bits in groups of {group_size} .* groups of 32, 64, 128"):
-        open_engine(tmp_path / "model")
+        open_loaded(tmp_path / "model")

@@ -12,7 +12,7 @@ from operations import operations
 from places import TESTS
 from references import error, expected, tolerance
 
-from runner.engine import engine
+from runner.engine import loaded
 from runner.models.gpt_oss import clamped_gate
 from runner.nn.attention import capped_scores
 from runner.nn.fast import soft_capped
@@ -100,9 +100,9 @@ def test_a_fused_function_keeps_the_dtype(dtype: mx.Dtype) -> None:
 @pytest.mark.parametrize("name", ["gemma2-base", "gpt_oss-base", "apertus-base", "gemma3_text-base", "mixtral-window"])
 def test_families_on_the_table_of_macs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU's table computes, here by MLX's CPU, is what transformers computed."""
-    monkeypatch.setattr(engine, "current", lambda: Device("as on a Mac", METAL))
+    monkeypatch.setattr(loaded, "current", lambda: Device("as on a Mac", METAL))
     path = TESTS / "fixtures" / "families" / name
-    model = engine.open_engine(path, dtype="float32")
+    model = loaded.open_loaded(path, dtype="float32")
     wanted: dict[str, Any] = mx.load(str(path / "expected.safetensors"))
     for prompt, ids in expected(path)["prompts"].items():
         assert error(model.logits(ids), wanted[f"logits.{prompt}"]) < tolerance(path)

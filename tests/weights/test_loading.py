@@ -35,12 +35,12 @@ LOADER = """
 import json, resource, sys
 from pathlib import Path
 import mlx.core as mx
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-open_engine(Path(sys.argv[1])).logits([1])
+open_loaded(Path(sys.argv[1])).logits([1])
 before = peak()
 mx.reset_peak_memory()
-engine = open_engine(Path(sys.argv[2]), dtype=sys.argv[3] or None)
+engine = open_loaded(Path(sys.argv[2]), dtype=sys.argv[3] or None)
 print(json.dumps([peak() - before, mx.get_peak_memory(), engine.nbytes]))
 """
 

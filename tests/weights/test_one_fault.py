@@ -10,7 +10,7 @@ from places import TESTS
 from sources import Arrays
 
 from runner.checkpoint.model_files import open_files
-from runner.engine.engine import assemble
+from runner.engine.loaded import assemble
 from runner.errors import WeightsError
 
 Q = "model.layers.0.self_attn.q_proj"

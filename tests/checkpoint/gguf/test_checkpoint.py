@@ -38,7 +38,7 @@ from runner.checkpoint.gguf.container import open_container
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Quantized
 from runner.convert.convert import convert
-from runner.engine.engine import assemble, open_engine
+from runner.engine.loaded import assemble, open_loaded
 from runner.errors import CheckpointError
 from runner.families import FAMILIES
 from runner.weights.tags import Header
@@ -133,13 +133,13 @@ def test_logits_are_the_references(path: Path, tmp_path: Path) -> None:
     config = config_of(path)
     if config["model_type"] not in FAMILIES:
         pytest.skip(f"no family {config['model_type']} yet")
-    engine = open_engine(writer.write_model(tmp_path / "m.gguf", config, writer.weights_of(path)), dtype="float32")
+    engine = open_loaded(writer.write_model(tmp_path / "m.gguf", config, writer.weights_of(path)), dtype="float32")
     prompts, wanted = expected(path)["prompts"], mx.load(str(path / "expected.safetensors"))
     if path.name in ADJUSTED:
         copy = tmp_path / "adjusted"
         shutil.copytree(path, copy)
         (copy / "config.json").write_text(json.dumps(config))
-        same = open_engine(copy, dtype="float32")
+        same = open_loaded(copy, dtype="float32")
         wanted = {f"logits.{name}": same.logits(prompt) for name, prompt in prompts.items()}
     for name, prompt in prompts.items():
         assert error(engine.logits(prompt), wanted[f"logits.{name}"]) < TOLERANCE
@@ -186,7 +186,7 @@ def test_latents_of_an_old_file_are_read(tmp_path: Path) -> None:
         stored = weights[f"model.layers.{layer}.self_attn.kv_b_proj.weight"]
         tensors[f"blk.{layer}.attn_kv_b.weight"] = (stored, Type.F32)
     (tmp_path / "m.gguf").write_bytes(file_bytes(metadata, tensors))
-    engine, wanted = open_engine(tmp_path / "m.gguf", dtype="float32"), mx.load(str(path / "expected.safetensors"))
+    engine, wanted = open_loaded(tmp_path / "m.gguf", dtype="float32"), mx.load(str(path / "expected.safetensors"))
     for name, prompt in expected(path)["prompts"].items():
         assert error(engine.logits(prompt), wanted[f"logits.{name}"]) < TOLERANCE
 
@@ -208,7 +208,7 @@ def test_packed_experts_are_read_from_their_stack(fixture: str, kind: Type, tmp_
     metadata = {**writer.metadata_of(config), **vocabulary(config["vocab_size"])}
     plain = tmp_path / "plain.gguf"
     plain.write_bytes(file_bytes(metadata, rounded))
-    found, wanted = (open_engine(file, dtype="float32").logits([1, 9, 30, 12, 40]) for file in (packed, plain))
+    found, wanted = (open_loaded(file, dtype="float32").logits([1, 9, 30, 12, 40]) for file in (packed, plain))
     assert error(found, wanted) < QUANTISED
 
 
@@ -241,9 +241,9 @@ def test_packed_models_compute_what_their_blocks_say(name: str, tmp_path: Path) 
     raw = {key: value for key, value in found.config.items() if key != "quantization"}
     ids = [1, 17, 250, 299, 3, 3, 42]
     plain_logits = assemble(raw, Dense(dense), dtype="float32").logits(ids)
-    assert error(open_engine(path, dtype="float32").logits(ids), plain_logits) < QUANTISED
+    assert error(open_loaded(path, dtype="float32").logits(ids), plain_logits) < QUANTISED
     convert(open_files(path), tmp_path / "out")
-    assert mx.array_equal(open_engine(tmp_path / "out").logits(ids), open_engine(path).logits(ids))
+    assert mx.array_equal(open_loaded(tmp_path / "out").logits(ids), open_loaded(path).logits(ids))
     written, forms = Checkpoint.open(tmp_path / "out").config, ("quantization", "quantization_config")
     assert {key: value for key, value in written.items() if key not in forms} == raw
     if "quantization" in found.config:

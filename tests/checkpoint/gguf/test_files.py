@@ -24,7 +24,7 @@ from runner.checkpoint.gguf.architectures import ARCHITECTURES
 from runner.checkpoint.gguf.container import open_container
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import CheckpointError, RunnerWarning, UsageError
 from runner.families import FAMILIES
 from runner.inspect_model import inspect
@@ -132,7 +132,7 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
         mine = {name: tensors[name] for name in names[number::3]}
         write(tmp_path / f"m-0000{number + 1}-of-00003.gguf", mine, **keys)
     first = tmp_path / "m-00001-of-00003.gguf"
-    assert mx.array_equal(open_engine(first).logits([1, 2]), open_engine(tmp_path / "small.gguf").logits([1, 2]))
+    assert mx.array_equal(open_loaded(first).logits([1, 2]), open_loaded(tmp_path / "small.gguf").logits([1, 2]))
     with pytest.raises(CheckpointError, match="name the first one"):
         GGUF.open(tmp_path / "m-00002-of-00003.gguf")
     (tmp_path / "m-00003-of-00003.gguf").write_bytes((tmp_path / "m-00002-of-00003.gguf").read_bytes())
@@ -171,11 +171,11 @@ LOADER = """
 import json, resource, sys
 from pathlib import Path
 import mlx.core as mx
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.weights import loading
-open_engine(Path(sys.argv[1])).logits([1])
+open_loaded(Path(sys.argv[1])).logits([1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-model = open_engine(Path(sys.argv[2]))
+model = open_loaded(Path(sys.argv[2]))
 print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, loading.nbytes(model.model)]))
 """
 

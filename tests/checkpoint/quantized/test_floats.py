@@ -30,7 +30,7 @@ from published_source import Layers, opened, values
 
 from runner.checkpoint.quantized import as_mlx
 from runner.checkpoint.quantized.floats import E2M1, E4M3
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import ConfigError, RunnerError, WeightsError
 
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
@@ -210,11 +210,11 @@ def test_a_model_computes_what_its_weights_mean(kind: str, fixture: str, tmp_pat
     shapes = {n: shape for n, shape in linears(TESTS / fixture).items() if "mxfp" not in kind or shape[1] % 32 == 0}
     cases = {name: MODELS[kind](generator, *shape) for name, shape in shapes.items()}
     options = next(iter(cases.values())).options
-    model = open_engine(write_model(tmp_path / "packed", TESTS / fixture, cases, options), dtype="float32")
+    model = open_loaded(write_model(tmp_path / "packed", TESTS / fixture, cases, options), dtype="float32")
     for case in cases.values():
         if kind in ROUNDED or case.numbers.shape[1] % 32:
             case.numbers = bfloat16(case.numbers)
-    plain = open_engine(write_plain(tmp_path / "plain", TESTS / fixture, cases), dtype="float32")
+    plain = open_loaded(write_plain(tmp_path / "plain", TESTS / fixture, cases), dtype="float32")
     wanted = np.array(plain.logits(range(3, 40)))
     error = np.abs(np.array(model.logits(range(3, 40))) - wanted).max() / wanted.std()
     assert error < 1e-3

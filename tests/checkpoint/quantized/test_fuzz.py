@@ -20,7 +20,7 @@ from published_source import Layers, values
 
 import runner
 from runner.checkpoint.quantized import as_mlx
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import RunnerError
 from runner.inspect_model import inspect
 
@@ -124,4 +124,4 @@ def test_mxfp4_of_other_families_is_refused(tmp_path: Path) -> None:
     packed = Case({"weight_blocks": mx.zeros((2, 16), mx.uint8)}, np.zeros(()))
     path = write_model(tmp_path / "model", fixture, {name: packed}, {"quant_method": "mxfp4"})
     with pytest.raises(RunnerError, match=r"mxfp4.*not supported"):
-        open_engine(path)
+        open_loaded(path)

@@ -18,7 +18,7 @@ from sources import Arrays
 
 from runner.checkpoint.directory import Checkpoint
 from runner.checkpoint.quantized import as_mlx
-from runner.engine.engine import open_engine
+from runner.engine.loaded import open_loaded
 from runner.errors import ConfigError, RunnerError, WeightsError
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
@@ -97,8 +97,8 @@ def test_a_model_computes_what_its_weights_mean(kind: str, fixture: str, tmp_pat
     for case in cases.values():
         if kind == "gptq desc_act" or case.numbers.shape[1] % 32:  # plain numbers have the scales' precision
             case.numbers = case.numbers.astype(np.float16).astype(np.float32)
-    model = open_engine(write_model(tmp_path / "packed", directory, cases, options), dtype="float32")
-    plain = open_engine(write_plain(tmp_path / "plain", directory, cases), dtype="float32")
+    model = open_loaded(write_model(tmp_path / "packed", directory, cases, options), dtype="float32")
+    plain = open_loaded(write_plain(tmp_path / "plain", directory, cases), dtype="float32")
     ids = list(range(3, 40))
     wanted = np.array(plain.logits(ids))
     error = np.abs(np.array(model.logits(ids)) - wanted).max() / wanted.std()
@@ -111,18 +111,18 @@ def test_zero_biases_of_old_quantisers_are_left_out(fixture: str, tmp_path: Path
     rng = np.random.default_rng(2)
     directory = TESTS / fixture
     cases = {name: gptq(rng, *shape) for name, shape in linears(directory).items()}
-    plain = open_engine(write_plain(tmp_path / "plain", directory, cases), dtype="float32")
+    plain = open_loaded(write_plain(tmp_path / "plain", directory, cases), dtype="float32")
     options = next(iter(cases.values())).options
     stored = Checkpoint.open(directory).headers
     added = [name for name in cases if f"{name}.bias" not in stored]
     assert 0 < len(added) <= len(cases)
     for name in added:
         cases[name].tensors["bias"] = mx.zeros(cases[name].numbers.shape[0], mx.float16)
-    model = open_engine(write_model(tmp_path / "zero", directory, cases, options), dtype="float32")
+    model = open_loaded(write_model(tmp_path / "zero", directory, cases, options), dtype="float32")
     assert np.allclose(np.array(model.logits([5, 6])), np.array(plain.logits([5, 6])), atol=1e-3)
     cases[added[0]].tensors["bias"][0] = 1
     with pytest.raises(WeightsError, match=r"unused.*bias"):
-        open_engine(write_model(tmp_path / "one", directory, cases, options))
+        open_loaded(write_model(tmp_path / "one", directory, cases, options))
 
 
 def test_zero_biases_that_the_family_has_stay(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_zero_biases_that_the_family_has_stay(tmp_path: Path) -> None:
         if "self_attn" in name:
             case.tensors["bias"] = mx.zeros(case.numbers.shape[0], mx.float16)
     path = write_model(tmp_path / "zero", directory, cases, next(iter(cases.values())).options)
-    assert open_engine(path).logits([5, 6]).shape[0] == 2
+    assert open_loaded(path).logits([5, 6]).shape[0] == 2
 
 
 def test_dynamic_gives_layers_their_own_bits() -> None:

@@ -48,7 +48,7 @@ class ClosedModel:
 
 
 @dataclass(eq=False)
-class Engine:
+class Loaded:
     """A loaded model, its config and the device it runs on.
 
     Attributes:
@@ -70,7 +70,7 @@ class Engine:
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.nbytes / 1e6:.1f} MB on {self.device.name}"
-        return f"Engine({self.config.model_type}, {state})"
+        return f"Loaded({self.config.model_type}, {state})"
 
     def run(self, job: Callable[[], T]) -> T:
         """Run `job` on the thread that owns the device; see `runner.ops.owner`.
@@ -184,7 +184,7 @@ def assemble(
     dtype: str | None = None,
     adapters: Sequence[AdapterFiles] = (),
     progress: Progress | None = None,
-) -> Engine:
+) -> Loaded:
     """Build the model that `raw` (a parsed `config.json`) describes from the tensors of `source`.
 
     `runner.load` describes `dtype`, `adapters` and the errors.
@@ -211,7 +211,7 @@ def assemble(
     mx.eval([array for _, array in loading.arrays(model)])
     # Only where no dtype was asked for may the device round the rows of its caches.
     storage = device.storage if dtype is None else device.ops.storage
-    return Engine(config, model, layout, device, dtypes.activations, storage, adapted)
+    return Loaded(config, model, layout, device, dtypes.activations, storage, adapted)
 
 
 def check_memory(weights: int, available: int | None) -> None:
@@ -227,7 +227,7 @@ def check_memory(weights: int, available: int | None) -> None:
         )
 
 
-def open_engine(path: Path, *, dtype: str | None = None, adapters: Sequence[AdapterFiles] = ()) -> Engine:
+def open_loaded(path: Path, *, dtype: str | None = None, adapters: Sequence[AdapterFiles] = ()) -> Loaded:
     """Load the model of a directory or GGUF file; no tokenizer is needed."""
     files = open_files(path)
     return assemble(files.config, files.source, dtype=dtype, adapters=adapters)
