@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import mlx.core as mx
 
 from runner.cache.kv import ChunkedKVCache, History, JoinedKVCache, KVCache, RotatingKVCache
-from runner.cache.mark import Mark
+from runner.cache.mark import Edge, Mark
 from runner.cache.recurrent import StateCache
-from runner.cache.storage import PLAIN, Storage
+from runner.cache.storage import PLAIN, Storage, capacity, cut, gathered
 from runner.config.memory import Memory, Rows, Shared, State
 
 Cache = KVCache | StateCache
@@ -127,7 +127,12 @@ class Caches(Sequence[Cache]):
     @property
     def needs_marks(self) -> bool:
         """Whether there are places behind that only a mark can bring back: states, windows, chunks."""
-        return any(not isinstance(cache, KVCache) or cache.forgets for cache in self._caches)
+        return not all(keeps_all(cache) for cache in self._caches)
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether some cache keeps a row of every token."""
+        return any(keeps_all(cache) for cache in self._caches)
 
     def mark(self) -> Marks:
         """Keep what is needed to come back to here later."""
@@ -159,10 +164,54 @@ class Caches(Sequence[Cache]):
             for cache, mark in zip(self._caches, marks.marks, strict=True)
         )
 
+    def rows(self, first: int, last: int) -> Edge:
+        """The rows of the tokens from `first` up to `last`: views, to be copied before the next pass."""
+        return Edge(first, last, tuple(c.rows(first, last) if keeps_all(c) else {} for c in self._caches))
+
+    def hold(self, edges: Sequence[Edge], marks: Marks | None = None) -> None:
+        """Hold copies of the rows in `edges`, one after another from the first token on: only for empty caches.
+
+        Args:
+            marks: of the place where the last edge ends; needed where `needs_marks` is true.
+        """
+        offset = edges[-1].last
+        for index, cache in enumerate(self._caches):
+            if keeps_all(cache):
+                cache.hold([edge.rows[index] for edge in edges], offset)
+            else:
+                assert marks is not None and marks.offset == offset
+                cache.restore(marks.marks[index])
+
     def clear(self) -> None:
         """Forget everything."""
         for cache in self._caches:
             cache.go_back(0)
+
+
+def keeps_all(cache: Cache) -> TypeGuard[KVCache]:
+    """Whether a cache keeps a row of every token, so that it can go back to each of them."""
+    return isinstance(cache, KVCache) and not cache.forgets
+
+
+def part(edge: Edge, first: int, last: int) -> Edge:
+    """The rows of `edge` from token `first` up to `last`: views."""
+    start, end = first - edge.first, last - edge.first
+    return Edge(first, last, tuple({name: cut(array, start, end) for name, array in r.items()} for r in edge.rows))
+
+
+def copied(edge: Edge) -> Edge:
+    """A copy in memory that nothing else holds."""
+    return edge._replace(rows=tuple({name: gathered([array]) for name, array in r.items()} for r in edge.rows))
+
+
+def agreeing(edges: Sequence[Edge]) -> int:
+    """How many of the first `edges` can be held together: those whose channels have the first one's powers.
+
+    Only rows of int16 have powers (see `storage`); one buffer has one set of them.
+    """
+    found = [[a[..., capacity(a) :, :] for a in edge.arrays if a.dtype == mx.int16] for edge in edges]
+    equal = [all(mx.array_equal(*pair) for pair in zip(found[0], powers, strict=True)) for powers in found]
+    return [*equal, False].index(False)
 
 
 def _copied(given: Any, copies: Mapping[int, Cache]) -> Any:

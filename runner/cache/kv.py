@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from runner.cache.mark import Mark
-from runner.cache.storage import PLAIN, Storage, capacity, cut, fill
+from runner.cache.storage import PLAIN, Storage, capacity, cut, fill, gathered
 from runner.errors import UsageError
 
 STEP = 256
@@ -167,9 +168,39 @@ class KVCache:
         """Come back to where `mark` was made; `reach` must have named the place."""
         self.go_back(mark.offset)
 
+    def rows(self, first: int, last: int) -> Mapping[str, mx.array]:
+        """The rows of the tokens from `first` up to `last`: views, to be copied before anything more is written."""
+        if self._keys is None or self._values is None:
+            return {}
+        buffers = {"keys": self._keys, "values": self._values}
+        return {name: cut(buffer, first - self._start, last - self._start) for name, buffer in buffers.items()}
+
+    def hold(self, pieces: Sequence[Mapping[str, mx.array]], offset: int) -> None:
+        """Hold copies of the rows in `pieces`, one piece after another, the last of which ends at token `offset`."""
+        stored = sum(capacity(piece["keys"]) for piece in pieces)
+        self._keys, self._values = (
+            gathered(buffers, self.storage.empty(buffers[0][..., :0, :], _room(stored) - stored))
+            for buffers in ([piece[name] for piece in pieces] for name in ("keys", "values"))
+        )
+        self._history = None
+        self.offset, self._start = offset, offset - stored
+
     def trimmable(self) -> int:
         """How many of the newest tokens `trim` can forget."""
         return self.offset
+
+    def _marked(self, count: int) -> Mark:
+        """A mark of the newest `count` rows, copied: the buffers are written in place."""
+        rows = self.rows(self.offset - count, self.offset) if count else {}
+        return Mark(self.offset, {name: gathered([buffer]) for name, buffer in rows.items()})
+
+    def _restore(self, mark: Mark) -> None:
+        """Hold a copy of the rows of `mark`, which may be come back to again."""
+        if mark.arrays:
+            self.hold([mark.arrays], mark.offset)
+        else:
+            self._keys = self._values = self._history = None
+            self.offset = self._start = mark.offset
 
     def _kept(self, stored: int) -> int:
         """How many of the `stored` tokens are still needed when the buffers are reallocated."""
@@ -183,8 +214,7 @@ class KVCache:
         """Reallocate the buffers for the tokens kept and the new ones; returns how many are kept."""
         kept = self._kept(stored)
         need = kept + keys.shape[2]
-        # Room for a quarter more, in whole steps.
-        room = -(-(need + max(STEP // 2, need // 4)) // STEP) * STEP
+        room = _room(need)
         self._keys = self._moved(self._keys, keys, stored, kept, room)
         self._values = self._moved(self._values, values, stored, kept, room)
         self._start = self.offset - kept
@@ -196,6 +226,11 @@ class KVCache:
         if old is not None and kept:
             fill(buffer, old, stored - kept, stored)
         return buffer
+
+
+def _room(need: int) -> int:
+    """How many rows to make room for where `need` are needed now: a quarter more, in whole steps."""
+    return -(-(need + max(STEP // 2, need // 4)) // STEP) * STEP
 
 
 class JoinedKVCache(KVCache):
@@ -244,20 +279,11 @@ class RotatingKVCache(KVCache):
 
     def mark(self) -> Mark:
         """What `restore` needs to come back to here: a copy of the rows that the next token's window holds."""
-        if self._keys is None or self._values is None:
-            return Mark(self.offset, {})
-        end = self.offset - self._start
-        kept = self._kept(end)
-        buffers = {"keys": self._keys, "values": self._values}
-        return Mark(
-            self.offset, {name: mx.contiguous(cut(buffer, end - kept, end)) for name, buffer in buffers.items()}
-        )
+        return self._marked(self._kept(self.offset - self._start))
 
     def restore(self, mark: Mark) -> None:
-        """Come back to where `mark` was made, with buffers of the marked rows; they grow at the next `append`."""
-        self._keys, self._values, self._history = mark.arrays.get("keys"), mark.arrays.get("values"), None
-        self.offset = mark.offset
-        self._start = mark.offset - (0 if self._keys is None else capacity(self._keys))
+        """Come back to where `mark` was made, with copies of the marked rows."""
+        self._restore(mark)
 
 
 class ChunkedKVCache(KVCache):
@@ -309,23 +335,11 @@ class ChunkedKVCache(KVCache):
 
     def mark(self) -> Mark:
         """What `restore` needs to come back to here: a copy of the chunk's rows so far, none at its start."""
-        count = self.offset - self._first
-        if self._keys is None or self._values is None or not count:
-            return Mark(self.offset, {})
-        end = self.offset - self._start
-        buffers = {"keys": self._keys, "values": self._values}
-        return Mark(
-            self.offset, {name: mx.contiguous(cut(buffer, end - count, end)) for name, buffer in buffers.items()}
-        )
+        return self._marked(self.offset - self._first)
 
     def restore(self, mark: Mark) -> None:
-        """Come back to where `mark` was made, with buffers of the marked rows; they grow at the next `append`."""
-        if not mark.arrays:
-            return self.go_back(mark.offset)
-        self._keys, self._values, self._history = mark.arrays["keys"], mark.arrays["values"], None
-        self.offset = mark.offset
-        self._start = self._first
-        return None
+        """Come back to where `mark` was made, with copies of the marked rows."""
+        self._restore(mark)
 
     def _kept(self, stored: int) -> int:
         return self.offset - self._first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -68,6 +68,18 @@ def cut(buffer: mx.array, first: int, last: int) -> mx.array:
     """A buffer of the rows from `first` up to `last`: a view, but where it needs a header."""
     rows = buffer[..., first:last, :]
     return mx.concatenate([rows, buffer[..., capacity(buffer) :, :]], axis=2) if _header(buffer) else rows
+
+
+def gathered(pieces: Sequence[mx.array], spare: mx.array | None = None) -> mx.array:
+    """A new buffer of the pieces' rows one after another, then those of `spare`; the powers are the first piece's.
+
+    Always a copy, in memory that nothing else holds: a slice of a single head would stay a view, also through
+    `mx.contiguous`, and a view sees what is written into its buffer later.
+    """
+    first = pieces[0]
+    rows = [piece[..., : capacity(piece), :] for piece in pieces]
+    end = first[..., :0, :] if spare is None else spare
+    return mx.concatenate([*rows, end, first[..., capacity(first) :, :]], axis=2)
 
 
 def fill(buffer: mx.array, old: mx.array, first: int, last: int) -> None:

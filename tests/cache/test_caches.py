@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.cache.caches import Caches, Marks, SharedCache
+from runner.cache.caches import Caches, Marks, SharedCache, agreeing, copied, part
 from runner.cache.kv import KVCache
+from runner.cache.mark import Edge
 from runner.cache.recurrent import StateCache
 from runner.config.memory import Memory, Rows, Shared, State, needed
 from runner.errors import UsageError
@@ -22,6 +23,7 @@ WINDOW, CHUNK = 5, 7
 KINDS: dict[str, list[tuple[Memory, ...]]] = {
     "rows": [(Rows(2, 4, 4),), (Rows(2, 4, 4),)],
     "window": [(Rows(2, 4, 4, window=WINDOW),), (Rows(2, 4, 4),)],
+    "window of one head": [(Rows(1, 4, 4, window=WINDOW),)],
     "chunk": [(Rows(2, 4, 4, chunk=CHUNK),), (Rows(2, 4, 4),)],
     "latent": [(Rows(1, 8, 2),)],
     "joined": [(Rows(1, 8, 2, joined=True),), (Rows(2, 4, 4, window=WINDOW),)],
@@ -118,13 +120,14 @@ def test_what_was_taken_back_was_never_fed(kind: str, steps: list[tuple[str, Any
     kinds, caches = KINDS[kind], Caches.of(KINDS[kind])
     tokens: list[int] = []
     marks: list[Marks] = []
+    kept: list[tuple[Marks, Edge, list[int]]] = []
     number = 0
     for step, argument in steps:
         if step == "feed":
             new = list(range(number + 1, number + argument + 1))
             number += argument
             feed(caches, kinds, new)
-            tokens += new
+            tokens = tokens + new
         elif step == "speculate":
             count, accepted = argument[0], min(argument)
             caches.reserve(count)
@@ -134,9 +137,10 @@ def test_what_was_taken_back_was_never_fed(kind: str, steps: list[tuple[str, Any
             place = len(tokens) + accepted
             assert caches.reach(place) == place  # any tail of a reserved pass can be taken back
             caches.rewind(place)
-            tokens += new[:accepted]
+            tokens = tokens + new[:accepted]
         elif step == "mark":
             marks.append(caches.mark())
+            kept.append((marks[-1], copied(caches.rows(0, len(tokens))), tokens))
         else:
             wanted = min(argument, len(tokens))
             place = caches.reach(wanted, marks)
@@ -148,6 +152,22 @@ def test_what_was_taken_back_was_never_fed(kind: str, steps: list[tuple[str, Any
         assert caches.offset == len(tokens) and {cache.offset for cache in caches} == {len(tokens)}
     feed(caches, kinds, [77])
     assert shown(caches, kinds) == fresh(kinds, [*tokens, 77])
+    # What was kept on the way is as it was, whatever was written since; other caches can begin with it.
+    for place, edge, then in kept:
+        other = Caches.of(kinds)
+        if then:
+            half = len(then) // 2
+            other.hold([part(edge, 0, half), part(edge, half, len(then))], place)
+        feed(other, kinds, [78, 79])
+        assert shown(other, kinds) == fresh(kinds, [*then, 78, 79])
+
+
+def test_rows_of_int16_are_held_together_where_their_powers_are_equal() -> None:
+    rows = mx.concatenate([mx.ones((1, 1, 5, 4)), mx.full((1, 1, 1, 4), 2)], axis=2).astype(mx.int16)
+    one, other = (Edge(0, 5, ({"keys": rows, "values": rows + added},)) for added in (0, 1))
+    assert agreeing([one]) == 1 and agreeing([one, copied(part(one, 2, 4)), other, one]) == 2
+    plain = Edge(0, 6, ({"keys": rows.astype(mx.float32), "values": rows.astype(mx.bfloat16)},))
+    assert agreeing([plain, plain._replace(rows=({"keys": rows * 2.0, "values": rows * 3.0},))]) == 2
 
 
 def test_a_recurrent_pass_can_be_taken_back_as_a_whole_but_not_in_part() -> None:
