@@ -39,6 +39,7 @@ def scaled_dot_product_attention(
     window: int | None = None,
     sinks: mx.array | None = None,
     length: int | None = None,
+    softcap: float | None = None,
     ops: Ops = PORTABLE,
 ) -> mx.array:
     """softmax(scale * query key^T + mask) value, with grouped queries and without repeating keys or values.
@@ -53,6 +54,7 @@ def scaled_dot_product_attention(
         window: causal, and only the last `window` keys are seen, the query's own included.
         sinks: `[H]` extra logits that take part in the softmax but have no value.
         length: S, if `key` and `value` are a cache's buffers with room for more.
+        softcap: scores pass `softcap * tanh(score / softcap)` (Gemma 2, arXiv:2408.00118) before the mask.
 
     Returns:
         `[B, H, L, Dv]` in `query`'s dtype.
@@ -85,7 +87,7 @@ def scaled_dot_product_attention(
         raise UsageError("attention: NO_MASK and a window exclude each other")
     else:
         rule = None
-    return ops.attention(query, key, value, rule, scale=scale, window=window, sinks=sinks, length=keys)
+    return ops.attention(query, key, value, rule, scale=scale, window=window, sinks=sinks, length=keys, softcap=softcap)
 
 
 def _shapes(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> str:

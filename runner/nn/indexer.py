@@ -17,7 +17,7 @@ from runner.nn.attention import split_heads
 from runner.nn.batch import Batch
 from runner.nn.fast import LayerNorm, RoPE
 from runner.nn.linear import HIDDEN, Linear
-from runner.ops.table import window_mask
+from runner.ops.attention import window_mask
 from runner.weights.module import Module
 from runner.weights.tags import setting, weight
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from runner.errors import UsageError
 from runner.nn.batch import Batch
 from runner.nn.fast import last_offset
-from runner.ops.table import window_mask
+from runner.ops.attention import window_mask
 from runner.weights.module import Module
 from runner.weights.tags import setting
 

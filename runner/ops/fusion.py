@@ -7,12 +7,14 @@ there. `mx.compile` makes one of them. On a CPU it calls a C++ compiler while th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from runner.config.activations import ACTIVATIONS as NAMES
+from runner.ops import attention, side_by_side
 from runner.ops.table import ACTIVATIONS, GATES, Ops, convolved, unpacked_rows
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ def fusing(ops: Ops, *, delta_kernel: bool) -> Ops:
     return dataclasses.replace(
         ops,
         fused=fusion,
+        attention=functools.partial(attention.attention, fusion),
+        attention_rows=functools.partial(side_by_side.attention_rows, fusion),
         glu=fusion.glu,
         activate=fusion.activate,
         short_conv=fusion.short_conv,

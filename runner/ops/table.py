@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
 from runner.cache.storage import PLAIN, Storage
 from runner.config.activations import ACTIVATIONS as NAMES
-from runner.errors import UsageError
-from runner.ops import picking
+from runner.ops import attention as attending
+from runner.ops import picking, side_by_side
 from runner.ops.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -94,61 +94,29 @@ def _layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps
     return mx.fast.layer_norm(x, weight, bias, eps).astype(x.dtype)
 
 
-def _attention(
-    query: mx.array,
-    key: mx.array,
-    value: mx.array,
-    mask: mx.array | Literal["causal"] | None,
-    *,
-    scale: float,
-    window: int | None,
-    sinks: mx.array | None,
-    length: int | None = None,
-) -> mx.array:
-    keys = key.shape[2] if length is None else length
-    first = 0
-    if window is not None and window < keys:
-        if isinstance(mask, mx.array):
-            raise UsageError("attention takes a window or a mask array, not both: apply the window to the array")
-        if query.shape[2] == 1:  # the last position: it sees the last keys, and all of them
-            first = keys - window
-        else:
-            mask = window_mask(query.shape[2], keys, window)
-    if first > 0 or keys < key.shape[2]:
-        key, value = key[:, :, first:keys], value[:, :, first:keys]
-    if query.shape[2] == key.shape[1] == 1 and key.shape[3] > value.shape[3] and mask is None and sinks is None:
-        # MLX has no kernel for keys wider than values (latents), and would read them again for each head. As rows of
-        # one query each, which see the same keys, all heads take part in one product.
-        rows = query.swapaxes(1, 2)
-        return mx.fast.scaled_dot_product_attention(rows, key, value, scale=scale).swapaxes(1, 2)
-    return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask, sinks=sinks)
+def _fused(function: Callable[..., mx.array], *arguments: Any) -> mx.array:
+    return function(*arguments)
 
 
-def window_mask(queries: int, keys: int, window: int) -> mx.array:
-    """Boolean `[queries, keys]`, True where a query sees a key: one of the last `window` up to its own position."""
-    row = mx.arange(keys - queries, keys)[:, None]
-    column = mx.arange(keys)[None]
-    return (column <= row) & (column > row - window)
-
-
-def chunk_mask(queries: int, keys: int, chunk: int) -> mx.array:
-    """The causal mask `[queries, keys]` of chunks of `chunk` keys, the first key being the first of one.
-
-    The queries are at the last positions.
-    """
-    k = mx.arange(keys)
-    q = k[keys - queries :, None]
-    return (k <= q) & (k // chunk == q // chunk)
+_attention = functools.partial(attending.attention, _fused)
+_attention_rows = functools.partial(side_by_side.attention_rows, _fused)
 
 
 def _rope(
-    x: mx.array, offset: int | mx.array, *, dims: int, traditional: bool, base: float | None, scale: float, freqs: Any
+    x: mx.array,
+    offset: int | mx.array | tuple[int, ...],
+    *,
+    dims: int,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    freqs: Any,
 ) -> mx.array:
+    if isinstance(offset, tuple):
+        return side_by_side.rope(
+            _rope, x, offset, dims=dims, traditional=traditional, base=base, scale=scale, freqs=freqs
+        )
     return mx.fast.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
-
-
-def _fused(function: Callable[..., mx.array], *arguments: Any) -> mx.array:
-    return function(*arguments)
 
 
 def _glu_of(act: Callable[[mx.array], mx.array], gate: mx.array, up: mx.array) -> mx.array:
@@ -304,8 +272,11 @@ class Ops:
 
     `glu(gate_up, activation)` and `activate(x, activation)` take `hidden_act`'s names; `attention` gets `mask` as an
     array, "causal" (aligned to the last key) or None for all keys, may read `key` and `value` where they lie, and takes
-    their first `length` rows (None: all), in whatever form `storage` keeps them. `schedule(*arrays)` starts computing
-    the arrays, as `mx.async_eval` does. `fused(function, *arguments)` is `function(*arguments)`, where the device can
+    their first `length` rows (None: all), in whatever form `storage` keeps them; `softcap` c makes a score
+    `c * tanh(score / c)` before the mask. `attention_rows` and `append_rows` are attention and a cache's `write` for
+    the newest tokens of several sequences side by side (`runner.ops.side_by_side`); `rope` takes a tuple of T positions
+    for their queries and keys `[1, H, T, D]`, one for each token. `schedule(*arrays)` starts computing the arrays, as
+    `mx.async_eval` does. `fused(function, *arguments)` is `function(*arguments)`, where the device can
     in one kernel: the function stands at the top of a module and works element by element. `window_mask` makes the
     array that `attention` gets as the mask of several queries under a window; None: it gets the window and no array.
     `short_conv(x, rows, weight, bias, activation)` convolves each channel of `x` `[B, L, C]`, behind `rows`
@@ -334,6 +305,8 @@ class Ops:
     layer_norm: Callable[[mx.array, mx.array | None, mx.array | None, float], mx.array] = _layer_norm
     rope: Callable[..., mx.array] = _rope
     attention: Callable[..., mx.array] = _attention
+    attention_rows: Callable[..., mx.array] = _attention_rows
+    append_rows: Callable[..., list[side_by_side.Buffers]] = side_by_side.append_rows
     glu: Callable[[mx.array, str], mx.array] = _glu
     activate: Callable[[mx.array, str], mx.array] = _activate
     fused: Callable[..., mx.array] = _fused
@@ -345,7 +318,7 @@ class Ops:
     conv_step: Callable[[Slots, int, mx.array, Taps], Stepped | None] = _no_step
     gated_norm: Callable[[mx.array, mx.array, mx.array, float, int, bool], mx.array] = _gated_norm
     gate: Callable[[mx.array, mx.array], mx.array] = _gate
-    window_mask: Callable[[int, int, int], mx.array] | None = window_mask
+    window_mask: Callable[[int, int, int], mx.array] | None = attending.window_mask
     argmax: Callable[[mx.array], mx.array] = _argmax
     greatest: Callable[[mx.array], tuple[mx.array, mx.array]] = picking.greatest
     draw: Callable[..., tuple[mx.array, mx.array]] = picking.draw

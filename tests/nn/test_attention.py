@@ -9,11 +9,12 @@ import pytest
 from operations import operations
 
 from runner.cache.kv import History
-from runner.nn.attention import Attend, capped_attention
+from runner.nn.attention import Attend
 from runner.nn.batch import Batch
 from runner.nn.fast import scaled_dot_product_attention
+from runner.ops.attention import window_mask
 from runner.ops.device import CPU_WITHOUT_KERNELS, current
-from runner.ops.table import PORTABLE, Ops, window_mask
+from runner.ops.table import PORTABLE, Ops
 
 TABLES = list({ops.name: ops for ops in (PORTABLE, CPU_WITHOUT_KERNELS, current().ops)}.values())
 by_table = pytest.mark.parametrize("ops", TABLES, ids=lambda ops: ops.name)
@@ -66,11 +67,8 @@ def test_a_window_is_a_mask_of_all_keys(
     batch = Batch(mx.zeros((2, queries), dtype=mx.int32), keys - queries)
     found = Attend(scale=0.25, softcap=softcap, ops=ops)(q, history, batch)
     assert mx.allclose(found, naive(q, history, softcap), atol=1e-5)
-    if softcap is not None:  # without a batch, too
-        assert mx.allclose(capped_attention(q, history, scale=0.25, softcap=softcap), found, atol=1e-6)
-    else:
-        direct = functools.partial(scaled_dot_product_attention, q, history.stored_keys, history.stored_values)
-        assert mx.allclose(direct(scale=0.25, window=window, length=keys, ops=ops), found, atol=1e-6)
+    direct = functools.partial(scaled_dot_product_attention, q, history.stored_keys, history.stored_values)
+    assert mx.allclose(direct(scale=0.25, window=window, length=keys, softcap=softcap, ops=ops), found, atol=1e-6)
 
 
 @by_table

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.cache.kv import History
-from runner.errors import UsageError
-from runner.nn.attention import capped_attention
-from runner.nn.fast import NO_MASK
+from runner.nn.fast import NO_MASK, scaled_dot_product_attention
 from runner.nn.linear import PlainLinear
 from runner.nn.mlp import GLU
 from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts, in_top_groups
@@ -144,15 +141,10 @@ def test_many_rows_are_sorted_and_few_are_not() -> None:
     assert seen == [False, False, True]
 
 
-@pytest.mark.parametrize("mask", [NO_MASK, "causal"])
-def test_capped_attention_drops_no_window(mask: Any) -> None:
-    """NO_MASK was taken with a window that was then not applied; a word that is no mask hid nothing."""
+def test_capped_attention_without_a_mask() -> None:
     q, k, v = rand(1, 4, 4, 8, seed=1), rand(1, 2, 11, 8, seed=2), rand(1, 2, 11, 8, seed=3)
-    with pytest.raises(UsageError, match=r"^attention.* (window|mask)"):
-        capped_attention(q, History(k, v, 11, 3), mask, scale=1.0, softcap=2.0)
-    whole = capped_attention(q, History(k, v, 11), NO_MASK, scale=1.0, softcap=2.0)
-    every = mx.ones((4, 11), dtype=mx.bool_)
-    assert mx.allclose(whole, capped_attention(q, History(k, v, 11), every, scale=1.0, softcap=2.0), atol=1e-6)
+    capped = functools.partial(scaled_dot_product_attention, q, k, v, scale=1.0, softcap=2.0)
+    assert mx.allclose(capped(NO_MASK), capped(mx.ones((4, 11), dtype=mx.bool_)), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +153,6 @@ def test_capped_attention_drops_no_window(mask: Any) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_capped_attention(queries: int, keys: int, window: int | None, masked: bool) -> None:
     q, k, v = rand(2, 6, queries, 8, seed=1), rand(2, 3, keys + 5, 8, seed=2), rand(2, 3, keys + 5, 4, seed=3)
-    history = History(k, v, keys, window)  # buffers with room for five more
     visible = np.zeros((2, 6, queries, keys), dtype=bool)
     wanted = np.zeros((2, 6, queries, 4))
     mask = mx.random.randint(0, 2, (2, 1, queries, keys), key=mx.random.key(5)).astype(mx.bool_) if masked else None
@@ -175,5 +166,15 @@ def test_capped_attention(queries: int, keys: int, window: int | None, masked: b
         routing_weights = np.exp(scores - scores.max())
         wanted[b, h, i] = (routing_weights / routing_weights.sum()) @ np.array(v[b, h // 2, :keys])
     given_mask = None if mask is None else mx.array(visible[:, :1])
-    found = capped_attention(q, history, given_mask, scale=0.7, softcap=2.5)
+    given_window = None if masked else window
+    found = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        given_mask,
+        scale=0.7,
+        softcap=2.5,
+        window=given_window,
+        length=keys,  # of buffers with room for five
+    )
     assert np.allclose(np.array(found), wanted, atol=1e-5)

@@ -14,9 +14,9 @@ from references import error, expected, tolerance
 
 from runner.engine import loaded
 from runner.models.gpt_oss import clamped_gate
-from runner.nn.attention import capped_scores
 from runner.nn.fast import soft_capped
 from runner.nn.xielu import xielu
+from runner.ops.attention import capped_scores
 from runner.ops.device import CPU_WITHOUT_KERNELS, CUDA, METAL, Device
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import ACTIVATIONS, PORTABLE

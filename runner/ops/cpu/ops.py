@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from runner.cache.storage import HEADER_ROWS, SCALE_COLUMNS, Storage, unpacked
+from runner.cache.storage import HEADER_ROWS, SCALE_COLUMNS, Storage, capacity, unpacked
 from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
 from runner.ops import per_expert as per_expert
+from runner.ops import side_by_side
+from runner.ops.attention import MaskRule
 from runner.ops.cpu import _C
 from runner.ops.quantized import QuantizedWeight
+from runner.ops.side_by_side import Buffers
 from runner.ops.table import PORTABLE, Ops, Recorder, Slots, Stepped, Taps
 
 if TYPE_CHECKING:
@@ -60,6 +64,27 @@ def _dense(rows: mx.array, capacity: int) -> mx.array:
     if rows.dtype != mx.float32:
         return _empty(rows, capacity)
     return _C.empty((*rows.shape[:2], capacity + HEADER_ROWS, rows.shape[3] + SCALE_COLUMNS), mx.int16)
+
+
+def _attention(
+    query: mx.array, key: mx.array, value: mx.array, mask: MaskRule, *, softcap: float | None = None, **rest: Any
+) -> mx.array:
+    if softcap is None:
+        return _C.attention(query, key, value, mask, **rest)
+    key, value = (unpacked(buffer, capacity(buffer)) for buffer in (key, value))
+    return PORTABLE.attention(query, key, value, mask, softcap=softcap, **rest)
+
+
+def _rope(x: mx.array, offset: int | mx.array | tuple[int, ...], **rest: Any) -> mx.array:
+    if isinstance(offset, tuple):
+        return side_by_side.rope(_C.rope, x, offset, **rest)
+    return _C.rope(x, offset, **rest)
+
+
+def _append_rows(
+    buffers: Sequence[Buffers], keys: mx.array, values: mx.array, at: Sequence[int], counts: Sequence[int]
+) -> list[Buffers]:
+    return side_by_side.append_rows(buffers, keys, values, at, counts, write=_C.append)
 
 
 _ACTIVATIONS: dict[str, kernels.Activation] = {
@@ -165,8 +190,9 @@ KERNELS = Ops(
     rms_norm=_C.rms_norm,
     add_rms_norm=_C.add_rms_norm,
     layer_norm=_C.layer_norm,
-    rope=_C.rope,
-    attention=_C.attention,
+    rope=_rope,
+    append_rows=_append_rows,
+    attention=_attention,
     glu=_glu,
     activate=_activate,
     short_conv=_short_conv,
