@@ -13,12 +13,12 @@ from runner.config.base import key
 from runner.config.hybrid import HybridConfig
 from runner.config.layer_types import FULL, LINEAR
 from runner.config.mamba import Mamba2Config
-from runner.config.memory import State
 from runner.models import llama
 from runner.nn import blocks
 from runner.nn.fast import RMSNorm
 from runner.nn.linear import HIDDEN
 from runner.nn.mamba2 import Mamba2
+from runner.nn.mlp import ConfiguredMLP
 from runner.weights.tags import weight
 
 
@@ -40,39 +40,29 @@ class BambaConfig(Mamba2Config, HybridConfig):
         return [FULL if index in attending else LINEAR for index in range(self.num_hidden_layers)]
 
     @property
-    def state(self) -> State:
-        return self.mamba_state
-
-    @property
     def rotary_dim(self) -> int:
         return self.head_dim // 2
 
     @property
-    def block_class(self) -> type:
-        return Block if self.attends else MambaBlock
+    def attention_class(self) -> type:
+        return llama.Attention if self.attends else Mamba2
+
+    @property
+    def mlp_class(self) -> type:
+        return llama.MLP
 
 
 @dataclass
-class Block(blocks.PreNorm):
-    """A Llama block under Bamba's names."""
+class Block(blocks.ConfiguredPreNorm):
+    """The block under Bamba's names."""
 
-    self_attn: llama.Attention = weight("self_attn")
     post_attention_layernorm: RMSNorm = weight("pre_ff_layernorm", HIDDEN)
-    mlp: llama.MLP = weight("feed_forward")
-
-
-@dataclass
-class MambaBlock(blocks.PreNorm):
-    """A Llama block with Mamba 2 in place of attention."""
-
-    self_attn: Mamba2 = weight("mamba")
-    post_attention_layernorm: RMSNorm = weight("pre_ff_layernorm", HIDDEN)
-    mlp: llama.MLP = weight("feed_forward")
+    mlp: ConfiguredMLP = weight("feed_forward")
 
 
 @dataclass
 class Bamba(blocks.Decoder):
     """The model: embeddings, Bamba blocks, RMSNorm, head."""
 
-    layers: Sequence[blocks.ConfiguredBlock] = weight("model.layers", length="num_hidden_layers")
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
     norm: RMSNorm = weight("model.final_layernorm", HIDDEN)

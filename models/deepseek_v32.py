@@ -5,7 +5,6 @@ Sources: arXiv:2512.02556, and `transformers.models.deepseek_v32`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -15,11 +14,10 @@ from runner.config.base import key
 from runner.config.memory import Memory, Rows
 from runner.errors import ConfigError
 from runner.models.deepseek_v3 import DeepseekV3Config, ListedExpertsConfig
-from runner.nn import blocks
 from runner.nn.batch import Batch
+from runner.nn.blocks import ConfiguredDecoder as ConfiguredDecoder
 from runner.nn.indexer import Indexer, narrowing
 from runner.nn.mla import LatentAttention, LatentQueries
-from runner.nn.mlp import ConfiguredMLP
 from runner.weights.tags import setting, weight
 
 INDEXED = "indexed_attention"
@@ -52,6 +50,10 @@ class DeepseekV32Config(ListedExpertsConfig, DeepseekV3Config):
         if self.index_head_dim <= self.qk_rope_head_dim:
             sizes = f"{self.index_head_dim} and qk_rope_head_dim = {self.qk_rope_head_dim}"
             raise ConfigError(f"config.json: index_head_dim = {sizes}: it must be larger")
+
+    @property
+    def attention_class(self) -> type:
+        return Attention
 
     def indexing_layer(self, index: int) -> int:
         """The layer whose indexer chooses for layer `index`: its own."""
@@ -93,18 +95,3 @@ class Attention(LatentAttention):
 
         chosen = batch.once((Indexer, self.indexed_by), choose)
         return self.attended(self.queries.q_b_proj(latent), x, batch, rows, narrowing(chosen))
-
-
-@dataclass
-class Block(blocks.PreNorm):
-    """A Llama block with DeepSeek V3.2's attention, and experts instead of the MLP in sparse layers."""
-
-    self_attn: Attention = weight("self_attn")
-    mlp: ConfiguredMLP = weight("mlp")
-
-
-@dataclass
-class DeepseekV32(blocks.Decoder):
-    """The model: embeddings, DeepSeek V3.2 blocks, RMSNorm, head."""
-
-    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

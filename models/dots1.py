@@ -13,9 +13,7 @@ from runner.config.decoder import WindowedConfig
 from runner.config.layer_types import FULL, SLIDING
 from runner.models import qwen3
 from runner.models.deepseek_v3 import BalancedConfig
-from runner.nn import blocks
-from runner.nn.mlp import ConfiguredMLP
-from runner.weights.tags import weight
+from runner.nn.blocks import ConfiguredDecoder as ConfiguredDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +36,10 @@ class Dots1Config(BalancedConfig, WindowedConfig):
         super().__post_init__()
 
     @property
+    def attention_class(self) -> type:
+        return qwen3.Attention
+
+    @property
     def usual_layer_types(self) -> Sequence[str]:
         windowed = self.sliding_window is not None
         return [SLIDING if windowed and i >= self.max_window_layers else FULL for i in range(self.num_hidden_layers)]
-
-
-@dataclass
-class Block(blocks.PreNorm):
-    """A Llama block with Qwen 3's attention, and experts instead of the MLP in sparse layers."""
-
-    self_attn: qwen3.Attention = weight("self_attn")
-    mlp: ConfiguredMLP = weight("mlp")
-
-
-@dataclass
-class Dots1(blocks.Decoder):
-    """The model: embeddings, dots.llm1 blocks, RMSNorm, head."""
-
-    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

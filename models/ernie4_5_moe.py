@@ -5,19 +5,18 @@ Source: `transformers.models.ernie4_5_moe`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.config.base import key
+from runner.config.base import fixed, key
 from runner.config.moe import check_routing
 from runner.errors import ConfigError
 from runner.models import deepseek_v2, llama
 from runner.models.ernie4_5 import Ernie45Config
-from runner.nn import blocks
-from runner.nn.mlp import ConfiguredMLP
+from runner.nn.blocks import ConfiguredDecoder as ConfiguredDecoder
 from runner.weights.tags import weight
 
 
@@ -38,6 +37,7 @@ class Ernie45MoeConfig(Ernie45Config):
     moe_layer_end_index: int = key(default=-1, minimum=-1)
     moe_layer_interval: int = 1
     moe_norm_min: float = 1e-12
+    norm_topk_prob: bool = fixed(True)
     router_aux_loss_coef: float | None = None
     output_router_logits: bool | None = None
 
@@ -49,9 +49,8 @@ class Ernie45MoeConfig(Ernie45Config):
             raise ConfigError(f"config.json: {found} are not supported for an ERNIE 4.5 MoE")
 
     @property
-    def norm_topk_prob(self) -> bool:
-        """Whether the routing weights of the chosen experts are scaled to sum to one: always."""
-        return True
+    def attention_class(self) -> type:
+        return llama.Attention
 
     @property
     def mlp_class(self) -> type:
@@ -70,18 +69,3 @@ class MoE(deepseek_v2.MoE):
     correction: mx.array = weight(
         "moe_statics.e_score_correction_bias|gate.moe_statics.e_score_correction_bias", 1, "num_experts", exact=True
     )
-
-
-@dataclass
-class Block(blocks.PreNorm):
-    """A Llama block, with experts instead of the MLP in sparse layers."""
-
-    self_attn: llama.Attention = weight("self_attn")
-    mlp: ConfiguredMLP = weight("mlp")
-
-
-@dataclass
-class Ernie45Moe(blocks.Decoder):
-    """The model: embeddings, ERNIE 4.5 MoE blocks, RMSNorm, head."""
-
-    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -5,7 +5,6 @@ Source: `transformers.models.exaone_moe`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,8 +13,7 @@ from runner.config.base import key
 from runner.models import deepseek_v3, qwen3
 from runner.models.deepseek_v3 import ListedExpertsConfig
 from runner.models.exaone4 import Exaone4Config
-from runner.nn import blocks
-from runner.nn.mlp import ConfiguredMLP
+from runner.nn.blocks import ConfiguredDecoder as ConfiguredDecoder
 from runner.weights.tags import weight
 
 
@@ -39,6 +37,10 @@ class ExaoneMoeConfig(ListedExpertsConfig, Exaone4Config):
         super().__post_init__()
 
     @property
+    def attention_class(self) -> type:
+        return qwen3.Attention
+
+    @property
     def experts_class(self) -> type:
         return MoE
 
@@ -51,18 +53,3 @@ class MoE(deepseek_v3.MoE):
     """V3's experts; the correction is stored beside the router, not below it."""
 
     correction: mx.array = weight("e_score_correction_bias|gate.e_score_correction_bias", "num_experts", exact=True)
-
-
-@dataclass
-class Block(blocks.PreNorm):
-    """A Llama block with Qwen 3's attention, and experts instead of the MLP in sparse layers."""
-
-    self_attn: qwen3.Attention = weight("self_attn")
-    mlp: ConfiguredMLP = weight("mlp")
-
-
-@dataclass
-class ExaoneMoe(blocks.Decoder):
-    """The model: embeddings, K-EXAONE blocks, RMSNorm, head."""
-
-    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -79,7 +79,7 @@ class FalconH1Config(Mamba2Config, LlamaConfig):
         )  # fmt: skip
 
     def memory(self, index: int) -> tuple[Memory, ...]:
-        return (*super().memory(index), self.mamba_state)
+        return (*super().memory(index), self.state)
 
     @property
     def attention_scale(self) -> float:

@@ -137,10 +137,7 @@ class Block(BothNorms):
     """Gemma 2's norms around a layer of one stream; norms are stored as they are."""
 
     self_attn: ConfiguredAttention = weight("self_attn")
-    attention_norm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
-    post_attention_layernorm: RMSNorm = weight("pre_feedforward_layernorm", HIDDEN)
     mlp: ConfiguredMLP = weight("mlp")
-    mlp_norm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN)
     altup: AltUp = weight("altup")
     laurel: Laurel = weight("laurel")
     layer_input: LayerInput = weight("")

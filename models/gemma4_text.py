@@ -68,6 +68,8 @@ class Gemma4Config(LayeredConfig, SharingConfig):
     num_experts: int | None = None
     num_experts_per_tok: int | None = key("top_k_experts", default=None)
     moe_intermediate_size: int | None = None
+    attention_scale: float = fixed(1.0)  # queries and keys are normalized
+    norm_topk_prob: bool = fixed(True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,15 +103,6 @@ class Gemma4Config(LayeredConfig, SharingConfig):
         if self.use_double_wide_mlp and self.owner(index) is not None:
             changed["intermediate_size"] = 2 * self.intermediate_size
         return {**super().layer_settings(index), **changed}
-
-    @property
-    def attention_scale(self) -> float:
-        return 1.0  # queries and keys are normalized
-
-    @property
-    def norm_topk_prob(self) -> bool:
-        """Whether the routing weights of the chosen experts are scaled to sum to one: always."""
-        return True
 
     @property
     def attention_class(self) -> type:
@@ -164,10 +157,7 @@ class Block(BothNorms):
     """Gemma 2's order with norms stored as they are, then what the layer's input adds, all times a number."""
 
     self_attn: ConfiguredAttention = weight("self_attn")
-    attention_norm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
-    post_attention_layernorm: RMSNorm = weight("pre_feedforward_layernorm", HIDDEN)
     mlp: llama.MLP = weight("mlp")
-    mlp_norm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN)
     layer_scalar: mx.array = weight("layer_scalar", 1)
     experts: Experts | None = weight("", when="enable_moe_block")
     layer_input: LayerInput | None = weight("", when="hidden_size_per_layer_input")

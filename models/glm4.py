@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from runner.models import glm
 from runner.models.glm import GlmConfig as GlmConfig
 from runner.nn import blocks
+from runner.nn.fast import RMSNorm
+from runner.nn.linear import HIDDEN
 from runner.weights.tags import weight
 
 
@@ -19,7 +21,10 @@ class Block(blocks.BothNorms):
     """GLM's attention and MLP, each between two RMSNorms."""
 
     self_attn: glm.Attention = weight("self_attn")
+    attention_norm: RMSNorm = weight("post_self_attn_layernorm", HIDDEN)
+    post_attention_layernorm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
     mlp: glm.MLP = weight("mlp")
+    mlp_norm: RMSNorm = weight("post_mlp_layernorm", HIDDEN)
 
 
 @dataclass

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from runner.config.base import key
 from runner.errors import ConfigError
-from runner.models.deepseek_v32 import DeepseekV32 as DeepseekV32
 from runner.models.deepseek_v32 import DeepseekV32Config
+from runner.nn.blocks import ConfiguredDecoder as ConfiguredDecoder
 
 KINDS = {"F": "full", "S": "shared"}
 

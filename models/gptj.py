@@ -36,6 +36,7 @@ class GPTJConfig(LayerNormConfig):
     rope_theta: float = fixed(10000.0)
     rope_scaling: RopeScaling | None = field(init=False, default=None)
     partial_rotary_factor: float = fixed(1.0)
+    traditional: bool = fixed(True)
     rotated: int = key("rotary_dim", default=64)
 
     def __post_init__(self) -> None:
@@ -49,11 +50,6 @@ class GPTJConfig(LayerNormConfig):
     @property
     def rotary_dim(self) -> int:
         return self.rotated
-
-    @property
-    def traditional(self) -> bool:
-        """RoPE rotates pairs (2i, 2i+1)."""
-        return True
 
 
 @dataclass

@@ -15,13 +15,12 @@ from runner.config.base import key
 from runner.config.hybrid import HybridConfig
 from runner.config.layer_types import LINEAR
 from runner.config.mamba import Mamba2Config
-from runner.config.memory import State
 from runner.models import granite, granitemoe, llama
 from runner.models.granitemoe import GraniteMoeConfig
-from runner.nn.blocks import ConfiguredBlock
+from runner.nn.blocks import ConfiguredAttention
 from runner.nn.linear import HIDDEN, Linear
 from runner.nn.mamba2 import Mamba2
-from runner.nn.mlp import GLU, ConfiguredMLP, FeedForward
+from runner.nn.mlp import ConfiguredMLP, FeedForward, GatedMLP
 from runner.weights.module import Module
 from runner.weights.tags import weight
 
@@ -44,16 +43,12 @@ class GraniteMoeHybridConfig(Mamba2Config, HybridConfig, GraniteMoeConfig):
         return [LINEAR] * self.num_hidden_layers
 
     @property
-    def state(self) -> State:
-        return self.mamba_state
-
-    @property
     def rotary_dim(self) -> int:
         return self.head_dim if self.position_embedding_type == "rope" else 0
 
     @property
-    def block_class(self) -> type:
-        return Block if self.attends else MambaBlock
+    def attention_class(self) -> type:
+        return llama.Attention if self.attends else Mamba2
 
     @property
     def mlp_class(self) -> type:
@@ -61,15 +56,11 @@ class GraniteMoeHybridConfig(Mamba2Config, HybridConfig, GraniteMoeConfig):
 
 
 @dataclass
-class SharedMLP(Module, FeedForward):
+class SharedMLP(GatedMLP):
     """The gated MLP with gate and up in one matrix (mlx-lm: two, where there are no experts)."""
 
-    glu: GLU
     gate_up_proj: Linear = weight("input_linear|{gate,up}_proj", (SHARED, SHARED), HIDDEN)
     down_proj: Linear = weight("output_linear|down_proj", HIDDEN, SHARED)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.glu(self.gate_up_proj(x)))
 
 
 @dataclass
@@ -94,17 +85,9 @@ class MoE(MLP):
 
 @dataclass
 class Block(granite.ScaledPreNorm):
-    """A Granite block with attention."""
+    """A Granite block with attention or Mamba 2, and experts or the shared MLP alone."""
 
-    self_attn: llama.Attention = weight("self_attn")
-    mlp: ConfiguredMLP = weight("")
-
-
-@dataclass
-class MambaBlock(granite.ScaledPreNorm):
-    """A Granite block with Mamba 2."""
-
-    self_attn: Mamba2 = weight("mamba")
+    self_attn: ConfiguredAttention = weight("{mixer}")
     mlp: ConfiguredMLP = weight("")
 
 
@@ -112,4 +95,4 @@ class MambaBlock(granite.ScaledPreNorm):
 class GraniteMoeHybrid(granite.Decoder):
     """The model: scaled embeddings, Granite 4 blocks, RMSNorm, head with scaled logits."""
 
-    layers: Sequence[ConfiguredBlock] = weight("model.layers", length="num_hidden_layers")
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -9,18 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import mlx.core as mx
-
-from runner.config.base import key
+from runner.config.base import fixed, key
 from runner.config.moe import check_routing
 from runner.config.problems import short
 from runner.errors import ConfigError
-from runner.models import hunyuan_v1_dense
+from runner.models import deepseek_v2, hunyuan_v1_dense
 from runner.models.hunyuan_v1_dense import HunyuanConfig
 from runner.nn import blocks
 from runner.nn.linear import HIDDEN, Linear
 from runner.nn.mlp import GatedMLP
-from runner.nn.moe import SwitchMoE
 from runner.weights.tags import weight
 
 
@@ -39,6 +36,7 @@ class HunyuanMoeConfig(HunyuanConfig):
     moe_topk: int | tuple[int, ...] = key(also="num_experts_per_tok", default=1)
     expert_widths: int | tuple[int, ...] | None = key("moe_intermediate_size", default=None)
     num_shared_expert: int | tuple[int, ...] | None = None
+    norm_topk_prob: bool = fixed(True)
     output_router_logits: bool | None = None
 
     def __post_init__(self) -> None:
@@ -72,21 +70,13 @@ class HunyuanMoeConfig(HunyuanConfig):
         """How many experts wide this layer's shared MLP is."""
         return self.of_layer(self.num_shared_expert, 1)
 
-    @property
-    def norm_topk_prob(self) -> bool:
-        """Whether the routing weights of the chosen experts are scaled to sum to one: always."""
-        return True
-
 
 @dataclass
-class MoE(SwitchMoE):
+class MoE(deepseek_v2.MoE):
     """Routed experts, plus the shared MLP that every token passes."""
 
     router: Linear = weight("gate.wg", "num_experts", HIDDEN, exact=True)
     shared: GatedMLP = weight("shared_mlp", "shared_experts*moe_intermediate_size")
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x) + self.shared(x)
 
 
 @dataclass

@@ -11,22 +11,22 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.config.base import key
+from runner.config.base import fixed, key
 from runner.config.hybrid import HybridConfig
 from runner.config.layer_types import FULL, LINEAR
-from runner.config.memory import State
+from runner.config.mamba import Mamba1Config
 from runner.config.moe import check_routing
 from runner.models import llama
-from runner.nn import blocks, mamba, moe
+from runner.models.bamba import Bamba as Bamba
+from runner.nn import mamba, moe
 from runner.nn.fast import RMSNorm
 from runner.nn.linear import HIDDEN, Linear
 from runner.nn.mamba import RANK, STATES
-from runner.nn.mlp import ConfiguredMLP
 from runner.weights.tags import setting, weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class JambaConfig(mamba.MambaConfig, HybridConfig):
+class JambaConfig(Mamba1Config, HybridConfig):
     """`config.json` of a Jamba; periods and offsets say which layers attend, and which have experts."""
 
     INERT: ClassVar[frozenset[str]] = frozenset(
@@ -41,6 +41,8 @@ class JambaConfig(mamba.MambaConfig, HybridConfig):
     expert_layer_offset: int = key(default=1, minimum=0)
     num_experts: int = key(also="num_local_experts", default=16)
     num_experts_per_tok: int = 2
+    norm_topk_prob: bool = fixed(False)
+    rotary_dim: int = fixed(0, minimum=0)
     output_router_logits: bool | None = None
     router_aux_loss_coef: float | None = None
 
@@ -55,26 +57,13 @@ class JambaConfig(mamba.MambaConfig, HybridConfig):
         return [FULL if index % period == offset else LINEAR for index in range(self.num_hidden_layers)]
 
     @property
-    def state(self) -> State:
-        return self.mamba_state
-
-    @property
-    def rotary_dim(self) -> int:
-        return 0
-
-    @property
     def moe_intermediate_size(self) -> int:
         """Width of an expert."""
         return self.intermediate_size
 
     @property
-    def norm_topk_prob(self) -> bool:
-        """Whether the routing weights of the chosen experts are scaled to sum to one."""
-        return False
-
-    @property
-    def block_class(self) -> type:
-        return Block if self.attends else MambaBlock
+    def attention_class(self) -> type:
+        return llama.Attention if self.attends else Mamba
 
     @property
     def mlp_class(self) -> type:
@@ -101,29 +90,3 @@ class MoE(moe.SwitchMoE):
     """Experts whose routing weights are left as the softmax has them."""
 
     router: Linear = weight("router", "num_experts", HIDDEN, exact=True)
-
-
-@dataclass
-class Block(blocks.PreNorm):
-    """A Llama block under Jamba's names."""
-
-    self_attn: llama.Attention = weight("self_attn")
-    post_attention_layernorm: RMSNorm = weight("pre_ff_layernorm", HIDDEN)
-    mlp: ConfiguredMLP = weight("feed_forward")
-
-
-@dataclass
-class MambaBlock(blocks.PreNorm):
-    """The block with Mamba in place of attention."""
-
-    self_attn: Mamba = weight("mamba")
-    post_attention_layernorm: RMSNorm = weight("pre_ff_layernorm", HIDDEN)
-    mlp: ConfiguredMLP = weight("feed_forward")
-
-
-@dataclass
-class Jamba(blocks.Decoder):
-    """The model: embeddings, Jamba blocks, RMSNorm, head."""
-
-    layers: Sequence[blocks.ConfiguredBlock] = weight("model.layers", length="num_hidden_layers")
-    norm: RMSNorm = weight("model.final_layernorm", HIDDEN)

@@ -18,10 +18,10 @@ from runner.config.rope_keys import OF_SLIDING
 from runner.errors import ConfigError
 from runner.models import afmoe, deepseek_v2
 from runner.models.deepseek_v3 import ListedExpertsConfig
-from runner.nn import blocks
+from runner.nn.blocks import ConfiguredDecoder as ConfiguredDecoder
 from runner.nn.fast import soft_capped
 from runner.nn.linear import HIDDEN, Linear
-from runner.nn.mlp import ConfiguredMLP, GatedMLP
+from runner.nn.mlp import GatedMLP
 from runner.weights.tags import setting, weight
 
 PLAIN = LayerRope(rope_theta=10000.0, partial_rotary_factor=1.0)
@@ -71,6 +71,10 @@ class LagunaConfig(ListedExpertsConfig, LayeredConfig):
         return self.num_attention_heads * (self.head_dim if self.gating == "per-element" else 1)
 
     @property
+    def attention_class(self) -> type:
+        return Attention
+
+    @property
     def experts_class(self) -> type:
         return MoE
 
@@ -99,18 +103,3 @@ class MoE(deepseek_v2.MoE):
     def logits(self, x: mx.array) -> mx.array:
         found = super().logits(x)
         return soft_capped(found, self.cap) if self.cap else found
-
-
-@dataclass
-class Block(blocks.PreNorm):
-    """A Llama block with gated attention, and experts instead of the MLP in sparse layers."""
-
-    self_attn: Attention = weight("self_attn")
-    mlp: ConfiguredMLP = weight("mlp")
-
-
-@dataclass
-class Laguna(blocks.Decoder):
-    """The model: embeddings, Laguna blocks, RMSNorm, head."""
-
-    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -10,25 +10,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from runner.config.base import key
-from runner.config.hybrid import HybridConfig
 from runner.config.layer_types import CONV, FULL
-from runner.config.memory import State
 from runner.errors import ConfigError
 from runner.models import llama, qwen3
 from runner.nn import blocks
-from runner.nn.blocks import ConfiguredBlock
 from runner.nn.fast import RMSNorm
-from runner.nn.gated_conv import GatedConv
+from runner.nn.gated_conv import GatedConv, GatedConvConfig
 from runner.nn.linear import HIDDEN, Linear, Q
 from runner.nn.mlp import ConfiguredMLP
 from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvConfig(HybridConfig):
+class ConvConfig(GatedConvConfig):
     """The keys of both LFM2 and its mixture of experts."""
 
-    OTHER: ClassVar[str] = CONV
     # Keys of the authors' own code, which repeat others or say how training began; transformers reads none of them.
     INERT: ClassVar[frozenset[str]] = frozenset(
         {
@@ -42,20 +38,14 @@ class ConvConfig(HybridConfig):
     tie_word_embeddings: bool = key(also="tie_embedding", default=True)
     rms_norm_eps: float = key("norm_eps", default=1e-5)
     rope_theta: float = 1000000.0
-    conv_L_cache: int = key(default=3, minimum=2)
-    conv_bias: bool = False
 
     @property
     def usual_layer_types(self) -> Sequence[str]:
         return [FULL] * self.num_hidden_layers
 
     @property
-    def state(self) -> State:
-        return State({"conv": (self.conv_L_cache - 1, self.hidden_size)}, {})
-
-    @property
-    def block_class(self) -> type:
-        return Block if self.attends else ConvBlock
+    def attention_class(self) -> type:
+        return Attention if self.attends else GatedConv
 
     @property
     def mlp_class(self) -> type:
@@ -118,8 +108,8 @@ class MLP(llama.MLP):
 
 
 @dataclass
-class PreNorm(blocks.PreNorm):
-    """The pre-norm block under LFM2's names."""
+class Block(blocks.ConfiguredPreNorm):
+    """The block under LFM2's names."""
 
     input_layernorm: RMSNorm = weight("operator_norm", HIDDEN)
     post_attention_layernorm: RMSNorm = weight("ffn_norm", HIDDEN)
@@ -127,22 +117,8 @@ class PreNorm(blocks.PreNorm):
 
 
 @dataclass
-class Block(PreNorm):
-    """A block with attention."""
-
-    self_attn: Attention = weight("self_attn")
-
-
-@dataclass
-class ConvBlock(PreNorm):
-    """A block with a convolution."""
-
-    self_attn: GatedConv = weight("conv")
-
-
-@dataclass
 class Lfm2(blocks.Decoder):
     """The model: embeddings, LFM2 blocks, RMSNorm, head."""
 
-    layers: Sequence[ConfiguredBlock] = weight("model.layers", length="num_hidden_layers")
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
     norm: RMSNorm = weight("model.embedding_norm", HIDDEN)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.config.base import key
+from runner.config.base import fixed, key
 from runner.config.moe import check_routing
 from runner.models import lfm2
 from runner.models.lfm2 import ConvConfig
@@ -31,7 +31,9 @@ class Lfm2MoeConfig(ConvConfig):
     num_experts_per_tok: int = 4
     use_expert_bias: bool = True
     norm_topk_prob: bool = True
+    norm_topk_eps: float = fixed(1e-6)
     routed_scaling_factor: float = 1.0
+    scoring_func: str = fixed("sigmoid")
     output_router_logits: bool | None = None
 
     def __post_init__(self) -> None:
@@ -41,15 +43,6 @@ class Lfm2MoeConfig(ConvConfig):
     @property
     def mlp_class(self) -> type:
         return lfm2.MLP if (self.layer_index or 0) < self.num_dense_layers else MoE
-
-    @property
-    def scoring_func(self) -> str:
-        return "sigmoid"
-
-    @property
-    def norm_topk_eps(self) -> float:
-        """What is added to the sum that routing weights are divided by."""
-        return 1e-6
 
 
 @dataclass

@@ -21,7 +21,7 @@ from runner.config.rope_keys import OF_SLIDING
 from runner.models import afmoe, lfm2
 from runner.models.lfm2 import ConvConfig
 from runner.nn import blocks
-from runner.nn.blocks import ConfiguredBlock
+from runner.nn.blocks import ConfiguredAttention
 from runner.nn.fast import RMSNorm
 from runner.nn.gated_conv import GatedConv
 from runner.nn.linear import HIDDEN, Linear
@@ -65,8 +65,8 @@ class Lfm3Config(ConvConfig, LayeredConfig):
         return (self.state,) if self.kinds[index] == CONV else LayeredConfig.memory(self, index)
 
     @property
-    def block_class(self) -> type:
-        return Block if self.attends else ConvBlock
+    def attention_class(self) -> type:
+        return Attention if self.attends else GatedConv
 
 
 @dataclass
@@ -80,10 +80,11 @@ class Attention(afmoe.Attention):
 
 
 @dataclass
-class Sandwich(blocks.BothNorms):
+class Block(blocks.BothNorms):
     """Gemma 2's order of norms under LFM3's names."""
 
     input_layernorm: RMSNorm = weight("operator_norm", HIDDEN)
+    self_attn: ConfiguredAttention = weight("{mixer}")
     attention_norm: RMSNorm = weight("post_operator_norm", HIDDEN)
     post_attention_layernorm: RMSNorm = weight("ffn_norm", HIDDEN)
     mlp: lfm2.MLP = weight("feed_forward")
@@ -91,22 +92,8 @@ class Sandwich(blocks.BothNorms):
 
 
 @dataclass
-class Block(Sandwich):
-    """A block with attention."""
-
-    self_attn: Attention = weight("self_attn")
-
-
-@dataclass
-class ConvBlock(Sandwich):
-    """A block with a convolution."""
-
-    self_attn: GatedConv = weight("conv")
-
-
-@dataclass
 class Lfm3(blocks.Decoder):
     """The model: embeddings, LFM3 blocks, RMSNorm, head."""
 
-    layers: Sequence[ConfiguredBlock] = weight("model.layers", length="num_hidden_layers")
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
     norm: RMSNorm = weight("model.embedding_norm", HIDDEN)

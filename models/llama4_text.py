@@ -5,26 +5,25 @@ An expert's score multiplies its input, where other families multiply its output
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from runner.config.base import key
+from runner.config.base import fixed, key
 from runner.config.decoder import DecoderConfig
 from runner.config.layer_types import FULL
 from runner.config.memory import Memory, Rows
 from runner.config.moe import check_routing
 from runner.errors import ConfigError
-from runner.models import llama
+from runner.models import llama, ministral3
 from runner.nn import blocks, moe
 from runner.nn.batch import Batch
 from runner.nn.fast import provided_ops
 from runner.nn.layouts import TurnedExperts
 from runner.nn.linear import HIDDEN, INTERMEDIATE, Linear
 from runner.nn.mlp import ConfiguredMLP, GatedMLP
-from runner.nn.positions import Temperature
 from runner.ops.table import Ops
 from runner.weights.tags import setting, weight
 
@@ -59,6 +58,10 @@ class Llama4Config(DecoderConfig):
     router_aux_loss_coef: float | None = None
     router_jitter_noise: float | None = None
     output_router_logits: bool | None = None
+    norm_topk_prob: bool = fixed(False)
+    scoring_func: str = fixed("sigmoid")
+    temperature_shift: int = fixed(1)  # the position that the first token counts as
+    traditional: bool = fixed(True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,11 +94,6 @@ class Llama4Config(DecoderConfig):
         return self.head_dim if self.layer_index is None or self.rotates(self.layer_index) else 0
 
     @property
-    def traditional(self) -> bool:
-        """RoPE rotates pairs (2i, 2i+1)."""
-        return True
-
-    @property
     def qk_norm(self) -> bool:
         """Whether this layer normalizes queries and keys: not without RoPE."""
         return self.use_qk_norm and self.rotary_dim > 0
@@ -110,32 +108,23 @@ class Llama4Config(DecoderConfig):
         """Tokens of a period."""
         return self.floor_scale
 
-    @property
-    def temperature_shift(self) -> int:
-        """The position that the first token counts as."""
-        return 1
+    def sparse(self, index: int) -> bool:
+        """Whether layer `index` has experts."""
+        listed, step = self.moe_layers, self.interleave_moe_layer_step
+        return (index + 1) % step == 0 if listed is None else index in listed
 
-    @property
-    def norm_topk_prob(self) -> bool:
-        """Whether scores are scaled to sum to one: never."""
-        return False
-
-    @property
-    def scoring_func(self) -> str:
-        """How the router's logits become scores."""
-        return "sigmoid"
+    def layer_settings(self, index: int) -> Mapping[str, Any]:
+        return {} if self.sparse(index) else {"intermediate_size": self.intermediate_size_mlp}
 
     @property
     def mlp_class(self) -> type:
-        index, step = self.layer_index or 0, self.interleave_moe_layer_step
-        return MoE if (index in self.moe_layers if self.moe_layers is not None else (index + 1) % step == 0) else MLP
+        return MoE if self.sparse(self.layer_index or 0) else llama.MLP
 
 
 @dataclass
-class Attention(llama.Attention):
+class Attention(ministral3.Attention):
     """Llama's attention with a weightless RMSNorm on q and k after RoPE, or without RoPE and with a temperature."""
 
-    temperature: Temperature = field(kw_only=True)
     qk_norm: bool = setting()
     rms_norm_eps: float = setting()
     ops: Ops = provided_ops()
@@ -144,15 +133,7 @@ class Attention(llama.Attention):
         q, k, v = super().heads(qkv, batch)
         if self.qk_norm:
             q, k = (self.ops.rms_norm(heads, None, self.rms_norm_eps) for heads in (q, k))
-        return self.temperature(q, batch), k, v
-
-
-@dataclass
-class MLP(llama.MLP):
-    """Llama's MLP of the width `intermediate_size_mlp`, in layers without experts."""
-
-    gate_up_proj: Linear = weight("{gate,up}_proj", ("intermediate_size_mlp", "intermediate_size_mlp"), HIDDEN)
-    down_proj: Linear = weight("down_proj", HIDDEN, "intermediate_size_mlp")
+        return q, k, v
 
 
 @dataclass

@@ -19,13 +19,10 @@ from runner.config.rope_keys import OF_SLIDING
 from runner.errors import ConfigError
 from runner.models import llama
 from runner.models.deepseek_v3 import ListedExpertsConfig
-from runner.nn import blocks
 from runner.nn.attention import SinkAttend, split_heads
 from runner.nn.batch import Batch
-from runner.nn.blocks import ConfiguredAttention
+from runner.nn.blocks import ConfiguredDecoder as ConfiguredDecoder
 from runner.nn.linear import HIDDEN, KV, Linear, Q
-from runner.nn.mlp import ConfiguredMLP
-from runner.nn.moe import SwitchMoE
 from runner.weights.tags import setting, tensor, weight
 
 VALUES = "num_key_value_heads*v_head_dim"
@@ -40,7 +37,11 @@ class MiMoConfig(ListedExpertsConfig, LayeredConfig):
     layer, a listed `moe_layer_freq` 1 for a sparse one.
     """
 
-    NULL: ClassVar[Mapping[str, object]] = {**ListedExpertsConfig.NULL, "routed_scaling_factor": 1.0}
+    NULL: ClassVar[Mapping[str, object]] = {
+        **ListedExpertsConfig.NULL,
+        "routed_scaling_factor": 1.0,
+        "attention_value_scale": 1.0,
+    }
     INERT: ClassVar[frozenset[str]] = frozenset({"attention_chunk_size"})
     ONLY: ClassVar[Mapping[str, object]] = {
         "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False, "n_shared_experts": None,
@@ -63,7 +64,7 @@ class MiMoConfig(ListedExpertsConfig, LayeredConfig):
     hybrid_layer_pattern: tuple[int, ...] | None = None
     moe_layer_freq: tuple[int, ...] | int = 1  # type: ignore[assignment]
     first_k_dense_replace: int = key(default=1, minimum=0)
-    attention_value_scale: float | None = 0.707
+    attention_value_scale: float = 0.707
     num_experts: int = key("n_routed_experts", also="num_local_experts", default=256)
     n_shared_experts: int = key("n_shared_experts", default=0, minimum=0)
 
@@ -100,18 +101,9 @@ class MiMoConfig(ListedExpertsConfig, LayeredConfig):
         return (Rows(layer.num_key_value_heads, layer.head_dim, layer.v_head_dim, self.cache_window(index)),)
 
     @property
-    def value_scale(self) -> float:
-        """Factor of the values."""
-        return 1.0 if self.attention_value_scale is None else self.attention_value_scale
-
-    @property
     def attention_class(self) -> type:
         windowed = self.layer_index is not None and self.cache_window(self.layer_index) is not None
         return WindowedAttention if windowed else Attention
-
-    @property
-    def experts_class(self) -> type:
-        return MoE
 
     def ignores(self, name: str) -> bool:
         return name.startswith("model.mtp.") or super().ignores(name)
@@ -119,19 +111,19 @@ class MiMoConfig(ListedExpertsConfig, LayeredConfig):
 
 @dataclass
 class Attention(llama.Attention):
-    """Llama's attention with values of another width than keys, times `value_scale`."""
+    """Llama's attention with values of another width than keys, times `attention_value_scale`."""
 
     qkv_proj: Linear = weight("{q,k,v}_proj", (Q, KV, VALUES), HIDDEN, bias="attention_bias")
     o_proj: Linear = weight("o_proj", HIDDEN, "num_attention_heads*v_head_dim")
     v_head_dim: int = setting()
-    value_scale: float = setting()
+    attention_value_scale: float = setting()
 
     def heads(self, qkv: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
         both = (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         qk, v = mx.split(qkv, [both], axis=-1)
         rotated = self.rope(split_heads(qk, self.head_dim), batch.offset, batch.length, once=batch.once)
         q, k = mx.split(rotated, [self.num_attention_heads], axis=1)
-        return q, k, split_heads(v, self.v_head_dim) * self.value_scale
+        return q, k, split_heads(v, self.v_head_dim) * self.attention_value_scale
 
 
 @dataclass
@@ -146,25 +138,3 @@ class WindowedAttention(Attention):
     """The attention of windowed layers: with sinks."""
 
     attend: Sinks
-
-
-@dataclass
-class MoE(SwitchMoE):
-    """V3's experts without shared ones."""
-
-    correction: mx.array = weight("gate.e_score_correction_bias", "num_experts", exact=True)
-
-
-@dataclass
-class Block(blocks.PreNorm):
-    """A Llama block with attention of its layer's type, and experts instead of the MLP in sparse layers."""
-
-    self_attn: ConfiguredAttention = weight("self_attn")
-    mlp: ConfiguredMLP = weight("mlp")
-
-
-@dataclass
-class MiMo(blocks.Decoder):
-    """The model: embeddings, MiMo blocks, RMSNorm, head."""
-
-    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.config.base import key
+from runner.config.base import fixed, key
 from runner.config.moe import LocalExpertsConfig
 from runner.errors import ConfigError
 from runner.models import mixtral, olmo2
@@ -39,6 +39,7 @@ class MiniMaxM2Config(LocalExpertsConfig):
     num_local_experts: int = key(also="num_experts", default=256)
     num_experts_per_tok: int = 8
     router_jitter_noise: float | None = None
+    scoring_func: str = fixed("sigmoid")
     attn_type_list: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -50,11 +51,6 @@ class MiniMaxM2Config(LocalExpertsConfig):
     def rotary_dim(self) -> int:
         factor = self.partial_rotary_factor
         return int(self.head_dim * factor) if factor is not None else self.rotary_size or self.head_dim
-
-    @property
-    def scoring_func(self) -> str:
-        """How the router's logits become scores."""
-        return "sigmoid"
 
 
 @dataclass

@@ -6,7 +6,7 @@ Source: `transformers.models.mistral4`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,12 +18,10 @@ from runner.errors import ConfigError
 from runner.models import ministral3
 from runner.models.deepseek_v2 import RoutedConfig
 from runner.models.ministral3 import TemperedConfig
-from runner.nn import blocks
 from runner.nn.batch import Batch
+from runner.nn.blocks import ConfiguredDecoder as ConfiguredDecoder
 from runner.nn.mla import LatentAttention, LatentConfig
-from runner.nn.mlp import ConfiguredMLP
 from runner.nn.positions import Temperature
-from runner.weights.tags import weight
 
 STRETCHED = dataclasses.replace(ministral3.STRETCHED, factor=128.0, original_max_position_embeddings=8192)
 
@@ -48,6 +46,7 @@ class Mistral4Config(TemperedConfig, RoutedConfig, LatentConfig):
     norm_topk_prob: bool = True
     topk_method: str = fixed("in groups")
     scoring_func: str = fixed("softmax")
+    group_members: int = fixed(2)
     rope_interleave: bool = True
     partial_rotary_factor: float | None = None
     rope_scaling: RopeScaling | None = STRETCHED
@@ -64,8 +63,8 @@ class Mistral4Config(TemperedConfig, RoutedConfig, LatentConfig):
             )
 
     @property
-    def group_members(self) -> int:
-        return 2
+    def attention_class(self) -> type:
+        return Attention
 
     @property
     def traditional(self) -> bool:
@@ -80,18 +79,3 @@ class Attention(LatentAttention):
 
     def project(self, x: mx.array, batch: Batch) -> mx.array:
         return self.temperature(super().project(x, batch), batch)
-
-
-@dataclass
-class Block(blocks.PreNorm):
-    """A Llama block with Mistral 4's attention, and experts instead of the MLP in sparse layers."""
-
-    self_attn: Attention = weight("self_attn")
-    mlp: ConfiguredMLP = weight("mlp")
-
-
-@dataclass
-class Mistral4(blocks.Decoder):
-    """The model: embeddings, Mistral 4 blocks, RMSNorm, head."""
-
-    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")

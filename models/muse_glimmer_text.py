@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import fixed, key
-from runner.config.decoder import WindowedConfig
 from runner.config.layer_types import FULL, SLIDING
+from runner.config.layered import ListedRopeConfig
 from runner.errors import ConfigError
 from runner.models import afmoe, llama
 from runner.nn import blocks
@@ -25,7 +25,7 @@ from runner.weights.transforms import PLUS_ONE
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuseGlimmerConfig(WindowedConfig):
+class MuseGlimmerConfig(ListedRopeConfig):
     """`config.json` of a Muse Glimmer's text model; `layer_rope_theta` has 0 for a layer without RoPE."""
 
     num_key_value_heads: int = 2
@@ -39,30 +39,21 @@ class MuseGlimmerConfig(WindowedConfig):
     qk_scale_factor: float = 3.87
     output_multiplier: float = 0.19611613513818404
     final_logit_softcapping: float = 20.0
-    layer_rope_theta: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.layer_rope_theta
         # transformers takes any other number for `rope_theta`; no published file has one.
-        if given is not None and (len(given) != self.num_hidden_layers or set(given) - {0, self.rope_theta}):
-            wanted = f"0 or rope_theta = {self.rope_theta} for each of {self.num_hidden_layers} layers"
-            raise ConfigError(f"config.json: layer_rope_theta must have {wanted}, not {list(given[:8])}")
+        if set(self.layer_rope_theta or ()) - {0, self.rope_theta}:
+            raise ConfigError(f"config.json: layer_rope_theta must have 0 or rope_theta = {self.rope_theta} alone")
+
+    def base(self, index: int) -> float:
+        listed = self.layer_rope_theta is not None
+        return super().base(index) if listed or self.usual_layer_types[index] == SLIDING else 0
 
     @property
     def usual_layer_types(self) -> Sequence[str]:
         last = self.num_hidden_layers - 1
         return [SLIDING if (last - i) % 4 else FULL for i in range(self.num_hidden_layers)]
-
-    @property
-    def rotary_dim(self) -> int:
-        index = self.layer_index
-        if index is None:
-            return self.head_dim
-        turns = (
-            self.usual_layer_types[index] == SLIDING if self.layer_rope_theta is None else self.layer_rope_theta[index]
-        )
-        return self.head_dim if turns else 0
 
     @property
     def attention_scale(self) -> float:

@@ -12,14 +12,12 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.cache.kv import KVCache
-from runner.cache.recurrent import StateCache
 from runner.config import layer_types
 from runner.config.activations import check_activation
-from runner.config.base import Limit, key
+from runner.config.base import Limit, fixed, key
 from runner.config.decoder import DecoderConfig
 from runner.config.layer_types import FULL, LINEAR
-from runner.config.mamba import ENDLESS, Mamba2Config
+from runner.config.mamba import ENDLESS, TRAINED, Mamba2Config
 from runner.config.memory import Memory
 from runner.config.moe import check_routing
 from runner.errors import ConfigError
@@ -27,7 +25,7 @@ from runner.models import llama
 from runner.nn import blocks, moe
 from runner.nn.batch import Batch
 from runner.nn.fast import RMSNorm
-from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
+from runner.nn.linear import HIDDEN, Linear
 from runner.nn.mamba2 import Mamba2
 from runner.nn.mlp import ConfiguredMLP, PlainMLP, Ungated
 from runner.nn.moe import EXPERT, ExpertLinear
@@ -46,19 +44,14 @@ class NemotronHConfig(Mamba2Config, DecoderConfig):
     INERT: ClassVar[frozenset[str]] = frozenset(
         {
             *("expand", "mamba_expand", "partial_rotary_factor", "num_logits_to_keep", "use_mamba_kernels"),
-            *("mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "rescale_prenorm_residual", "n_shared_experts"),
-            *("time_step_min", "time_step_max", "time_step_floor", "mamba_dt_min", "mamba_dt_max"),
-            *(
-                "mamba_dt_init_floor",
-                "mtp_layers_block_type",
-                "mtp_hybrid_override_pattern",
-                "num_nextn_predict_layers",
-            ),
+            *("mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "n_shared_experts", "mamba_dt_min", "mamba_dt_max"),
+            *("mamba_dt_init_floor", "mtp_layers_block_type", "mtp_hybrid_override_pattern"),
+            *("num_nextn_predict_layers", *TRAINED),
         }
     )
-    ONLY: ClassVar[Mapping[str, object]] = {
-        "attention_bias": False, "mamba_proj_bias": False, "residual_in_fp32": False,
-    }  # fmt: skip
+    ONLY: ClassVar[Mapping[str, object]] = dict.fromkeys(
+        ("attention_bias", "mamba_proj_bias", "residual_in_fp32"), False
+    )
     num_hidden_layers: int = key(default=0, minimum=0)
     hybrid_override_pattern: str | None = None
     layers_block_type: tuple[str, ...] | None = key(also="layer_types", default=None)
@@ -87,6 +80,9 @@ class NemotronHConfig(Mamba2Config, DecoderConfig):
     topk_group: int = 1
     routed_scaling_factor: float = 1.0
     norm_topk_prob: bool = True
+    scoring_func: str = fixed("sigmoid")
+    group_members: int = fixed(2)
+    rotary_dim: int = fixed(0, minimum=0)
     output_router_logits: bool | None = None
 
     def __post_init__(self) -> None:
@@ -114,7 +110,7 @@ class NemotronHConfig(Mamba2Config, DecoderConfig):
         return self.kinds[self.layer_index or 0]
 
     def memory(self, index: int) -> tuple[Memory, ...]:
-        return {FULL: super().memory(index), LINEAR: (self.mamba_state,)}.get(self.kinds[index], ())
+        return {FULL: super().memory(index), LINEAR: (self.state,)}.get(self.kinds[index], ())
 
     @property
     def mamba_inner(self) -> int:
@@ -125,30 +121,17 @@ class NemotronHConfig(Mamba2Config, DecoderConfig):
         return self.mamba_hidden_act
 
     @property
-    def rotary_dim(self) -> int:
-        return 0
-
-    @property
-    def scoring_func(self) -> str:
-        return "sigmoid"
-
-    @property
-    def group_members(self) -> int:
-        return 2
-
-    @property
-    def latent(self) -> bool:
-        """Whether experts work on a projection of their input."""
-        return self.moe_latent_size is not None
-
-    @property
     def expert_width(self) -> int:
         """Width of what experts work on."""
         return self.moe_latent_size or self.hidden_size
 
     @property
     def block_class(self) -> type:
-        return {FULL: AttentionBlock, LINEAR: MambaBlock}.get(self.kind, FeedForwardBlock)
+        return FeedForwardBlock if self.kind in (MLP, EXPERTS) else blocks.SingleBlock
+
+    @property
+    def attention_class(self) -> type:
+        return llama.Attention if self.kind == FULL else Mamba2
 
     @property
     def mlp_class(self) -> type:
@@ -182,8 +165,12 @@ class MoE(moe.MoE):
         "expert_width",
         EXPERT,
     )
-    to_latent: Linear | None = weight("fc1_latent_proj", "expert_width", HIDDEN, when="latent", bias="mlp_bias")
-    from_latent: Linear | None = weight("fc2_latent_proj", HIDDEN, "expert_width", when="latent", bias="mlp_bias")
+    to_latent: Linear | None = weight(
+        "fc1_latent_proj", "expert_width", HIDDEN, when="moe_latent_size", bias="mlp_bias"
+    )
+    from_latent: Linear | None = weight(
+        "fc2_latent_proj", HIDDEN, "expert_width", when="moe_latent_size", bias="mlp_bias"
+    )
 
     def __call__(self, x: mx.array) -> mx.array:
         chosen = self.route(x)
@@ -205,38 +192,7 @@ class FeedForwardBlock(Module, blocks.Layer):
 
 
 @dataclass
-class MixerBlock(Module, blocks.Layer):
-    """A norm and one sublayer that remembers, whose output is added to the input."""
+class NemotronH(blocks.Backbone):
+    """The model: embeddings, blocks, RMSNorm, head."""
 
-    norm: RMSNorm = weight("norm", HIDDEN)
-    mixer: blocks.Layer = weight("mixer")
-    norm_eps: float = setting()
-
-    def __call__(self, x: mx.array, batch: Batch, cache: KVCache | StateCache) -> mx.array:
-        return x + self.mixer(self.norm(x, self.norm_eps), batch, cache)
-
-
-@dataclass
-class AttentionBlock(MixerBlock):
-    """The block with attention, which knows no positions."""
-
-    mixer: llama.Attention = weight("mixer")
-
-
-@dataclass
-class MambaBlock(MixerBlock):
-    """The block with Mamba 2."""
-
-    mixer: Mamba2 = weight("mixer")
-
-
-@dataclass
-class NemotronH(blocks.Decoder):
-    """The model: embeddings, blocks, RMSNorm, head; `backbone` is what files call it, transformers 5 has `model`."""
-
-    embed_tokens: Embedding = weight("backbone.embeddings|model.embeddings", VOCAB, HIDDEN)
     layers: Sequence[blocks.ConfiguredBlock] = weight("backbone.layers|model.layers", length="num_hidden_layers")
-    norm: RMSNorm = weight("backbone.norm_f|model.norm_f", HIDDEN)
-    lm_head: Linear = weight(
-        "lm_head||backbone.embeddings|model.embeddings", VOCAB, HIDDEN, otherwise="tie_word_embeddings"
-    )

@@ -12,20 +12,17 @@ from typing import Any, ClassVar, Self
 import mlx.core as mx
 
 from runner.cache.kv import KVCache
-from runner.config.base import Config
 from runner.config.rope_keys import plain_positions
 from runner.models import llama, qwen3
 from runner.nn import blocks, delta_rule
 from runner.nn.attention import merge_heads, split_heads
 from runner.nn.batch import Batch
 from runner.nn.delta_rule import CHANNELS, HEADS, VALUES, DeltaNetConfig, Projected
-from runner.nn.fast import RMSNorm, provided_ops
+from runner.nn.fast import provided_ops
+from runner.nn.layouts import OffsetNorm
 from runner.nn.linear import HIDDEN, KV, Linear
-from runner.nn.mlp import ConfiguredMLP
 from runner.ops.table import Ops
-from runner.weights.tags import Choice, Chooses, Header, weight
-from runner.weights.transforms import IDENTITY, PLUS_ONE
-from runner.weights.tree import Size, Tree
+from runner.weights.tags import weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +47,8 @@ class Qwen35Config(DeltaNetConfig):
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def block_class(self) -> type:
-        return AttentionBlock if self.attends else DeltaBlock
+    def attention_class(self) -> type:
+        return Attention if self.attends else GatedDeltaNet
 
     @property
     def mlp_class(self) -> type:
@@ -59,20 +56,6 @@ class Qwen35Config(DeltaNetConfig):
 
     def ignores(self, name: str) -> bool:
         return name.startswith("mtp.")  # the layers for multi-token prediction
-
-
-class OffsetNorm(RMSNorm, Chooses):
-    """An RMSNorm stored as the difference from one, but in files of mlx-lm, which adds the one.
-
-    mlx-lm turns the convolutions around as well, which is how its files are told.
-    """
-
-    @classmethod
-    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
-        names = (f"model.layers.{index}.linear_attn.conv1d.weight" for index in range(config.num_hidden_layers))
-        conv = next((headers[name].shape for name in names if name in headers), ())
-        turned = len(conv) == 3 and conv[1] > 1  # [channels, taps, 1] where PyTorch has [channels, 1, taps]
-        return Choice(RMSNorm, {"transform": IDENTITY if turned else PLUS_ONE})
 
 
 @dataclass
@@ -107,31 +90,16 @@ class GatedDeltaNet(delta_rule.GatedDeltaNet):
 
 
 @dataclass
-class Block(blocks.PreNorm):
-    """A Llama block whose norms are stored as the difference from one."""
+class Block(blocks.ConfiguredPreNorm):
+    """The block with norms stored as the difference from one."""
 
     input_layernorm: OffsetNorm = weight("input_layernorm", HIDDEN)
     post_attention_layernorm: OffsetNorm = weight("post_attention_layernorm", HIDDEN)
-    mlp: ConfiguredMLP = weight("mlp")
-
-
-@dataclass
-class AttentionBlock(Block):
-    """The block with gated attention."""
-
-    self_attn: Attention = weight("self_attn")
-
-
-@dataclass
-class DeltaBlock(Block):
-    """The block with a Gated DeltaNet in place of attention."""
-
-    self_attn: GatedDeltaNet = weight("linear_attn")
 
 
 @dataclass
 class Qwen35(blocks.Decoder):
     """The model: embeddings, blocks of two kinds, RMSNorm, head."""
 
-    layers: Sequence[blocks.ConfiguredBlock] = weight("model.layers", length="num_hidden_layers")
+    layers: Sequence[Block] = weight("model.layers", length="num_hidden_layers")
     norm: OffsetNorm = weight("model.norm", HIDDEN)

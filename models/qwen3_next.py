@@ -35,8 +35,8 @@ class Qwen3NextConfig(SharedExpertConfig, Qwen35Config):
     norm_topk_prob: bool = True
 
     @property
-    def block_class(self) -> type:
-        return qwen3_5.AttentionBlock if self.attends else DeltaBlock
+    def attention_class(self) -> type:
+        return qwen3_5.Attention if self.attends else GatedDeltaNet
 
 
 class ByKeyHead(Linear):
@@ -74,10 +74,3 @@ class GatedDeltaNet(delta_rule.GatedDeltaNet):
     def project(self, x: mx.array) -> Projected:
         qkv, z = mx.split(self.in_proj_qkvz(x), [self.linear_channels], axis=-1)
         return Projected(qkv, z, *mx.split(self.in_proj_ba(x), 2, axis=-1))
-
-
-@dataclass
-class DeltaBlock(qwen3_5.Block):
-    """Qwen 3.5's block with Qwen 3 Next's Gated DeltaNet."""
-
-    self_attn: GatedDeltaNet = weight("linear_attn")

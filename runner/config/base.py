@@ -58,9 +58,12 @@ def key(name: str | None = None, *, also: str | None = None, default: Any = MISS
     return field(default=default, metadata=metadata)
 
 
-def fixed(value: Any) -> Any:
-    """Declare that a field of the parent class always has `value` in this class; no key of `config.json` is read."""
-    return field(init=False, default=value)
+def fixed(value: Any, minimum: int = 1) -> Any:
+    """Declare a field, perhaps one of the parent class, that always has `value`; no key of `config.json` is read.
+
+    What stands for a number that is worked out later is held to `minimum` then.
+    """
+    return field(init=False, default=value, metadata={_MINIMUM: minimum})
 
 
 class Shaped(Protocol):

@@ -69,6 +69,11 @@ class DecoderConfig(Config):
         """Number of elements of each head that RoPE rotates: all of them, unless a subclass says otherwise."""
         return self.head_dim
 
+    @property
+    def mixer(self) -> str:
+        """What files call this layer's attention, or that which stands in its place."""
+        return "self_attn"
+
     def memory(self, index: int) -> tuple[Memory, ...]:
         layer = self.for_layer(index)
         return (Rows(layer.num_key_value_heads, layer.head_dim, layer.head_dim, self.cache_window(index)),)

@@ -18,6 +18,8 @@ class HybridConfig(DecoderConfig):
 
     OTHER: ClassVar[str] = LINEAR
     """The type of the layers that have a state instead."""
+    OTHER_NAME: ClassVar[str] = "mamba"
+    """What files call that which stands in attention's place in these layers."""
     layer_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -44,6 +46,10 @@ class HybridConfig(DecoderConfig):
     def attends(self) -> bool:
         """Whether the layer that this copy of the config describes attends."""
         return self.kinds[self.layer_index or 0] == FULL
+
+    @property
+    def mixer(self) -> str:
+        return super().mixer if self.attends else self.OTHER_NAME
 
     def memory(self, index: int) -> tuple[Memory, ...]:
         return super().memory(index) if self.kinds[index] == FULL else (self.state,)

@@ -120,6 +120,31 @@ class LayeredConfig(WindowedConfig):
         return int(self.head_dim * self.partial_rotary_factor)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ListedRopeConfig(WindowedConfig):
+    """Config of a decoder whose `layer_rope_theta` gives each layer's RoPE base; a layer with 0 has no RoPE."""
+
+    layer_rope_theta: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index in range(self.num_hidden_layers):
+            if base := self.base(index):
+                check_range("rope_theta", base, "layer_rope_theta")
+
+    def base(self, index: int) -> float:
+        """RoPE's base in layer `index`, 0 where it has none."""
+        bases = self.rope_theta if self.layer_rope_theta is None else self.layer_rope_theta
+        return of_layer(bases, index, self.num_hidden_layers, "layer_rope_theta")
+
+    def layer_settings(self, index: int) -> Mapping[str, Any]:
+        return {**super().layer_settings(index), "rope_theta": self.base(index) or self.rope_theta}
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim if self.layer_index is None or self.base(self.layer_index) else 0
+
+
 def of_layer(values: Sequence[N] | N, index: int, layers: int, name: str) -> N:
     """The value that layer `index` has of a setting that is one number, or a list of one for each of `layers`.
 

@@ -13,7 +13,7 @@ from runner.config.base import Config
 from runner.nn.batch import Batch
 from runner.nn.fast import LayerNorm, RMSNorm, provided_ops, soft_capped
 from runner.nn.linear import HIDDEN, VOCAB, Embedding, Linear
-from runner.nn.mlp import FeedForward
+from runner.nn.mlp import ConfiguredMLP, FeedForward
 from runner.ops.table import Ops
 from runner.weights.module import Module
 from runner.weights.tags import Choice, Chooses, Header, setting, weight
@@ -66,10 +66,11 @@ class PostNorm(Module, Layer):
 
 @dataclass
 class BothNorms(PreNorm):
-    """Gemma 2's order: RMSNorm, attention, RMSNorm, add; RMSNorm, MLP, RMSNorm, add."""
+    """Gemma 2's order, under its names: RMSNorm, attention, RMSNorm, add; RMSNorm, MLP, RMSNorm, add."""
 
-    attention_norm: RMSNorm = weight("post_self_attn_layernorm", HIDDEN)
-    mlp_norm: RMSNorm = weight("post_mlp_layernorm", HIDDEN)
+    attention_norm: RMSNorm = weight("post_attention_layernorm", HIDDEN)
+    post_attention_layernorm: RMSNorm = weight("pre_feedforward_layernorm", HIDDEN)
+    mlp_norm: RMSNorm = weight("post_feedforward_layernorm", HIDDEN)
     post_norm_eps: float | None = setting(default=None)
 
     def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
@@ -163,6 +164,26 @@ class ConfiguredBlock(Chooses):
 
 
 @dataclass
+class ConfiguredPreNorm(PreNorm):
+    """`PreNorm` with what the config chooses for each layer: attention or what stands in its place, MLP or experts."""
+
+    self_attn: ConfiguredAttention = weight("{mixer}")
+    mlp: ConfiguredMLP = weight("mlp")
+
+
+@dataclass
+class SingleBlock(Module, Layer):
+    """One sublayer, which the config chooses: RMSNorm, sublayer, add."""
+
+    norm: RMSNorm = weight("norm", HIDDEN)
+    mixer: ConfiguredAttention = weight("mixer")
+    norm_eps: float = setting()
+
+    def __call__(self, x: mx.array, batch: Batch, cache: Any) -> mx.array:
+        return x + self.mixer(self.norm(x, self.norm_eps), batch, cache)
+
+
+@dataclass
 class BaseDecoder(Module):
     """The frame of every decoder: ids to hidden states, hidden states to logits. Subclasses declare the layers."""
 
@@ -199,6 +220,32 @@ class Decoder(BaseDecoder):
     """A decoder whose final norm is an RMSNorm."""
 
     norm: RMSNorm = weight("model.norm", HIDDEN)
+
+
+@dataclass
+class ConfiguredDecoder(Decoder):
+    """A decoder of pre-norm blocks whose attention and MLP the config chooses, layer by layer."""
+
+    layers: Sequence[ConfiguredPreNorm] = weight("model.layers", length="num_hidden_layers")
+
+
+@dataclass
+class Backbone(Decoder):
+    """A decoder of single blocks, under Mamba's names: files say `backbone`, transformers 5 has `model`."""
+
+    embed_tokens: Embedding = weight("backbone.embeddings|model.embeddings", VOCAB, HIDDEN)
+    layers: Sequence[Layer] = weight("backbone.layers|model.layers", length="num_hidden_layers")
+    norm: RMSNorm = weight("backbone.norm_f|model.norm_f", HIDDEN)
+    lm_head: Linear = weight(
+        "lm_head||backbone.embeddings|model.embeddings", VOCAB, HIDDEN, otherwise="tie_word_embeddings"
+    )
+
+
+@dataclass
+class SingleDecoder(Backbone):
+    """A backbone of which all blocks are of one kind."""
+
+    layers: Sequence[SingleBlock] = weight("backbone.layers|model.layers", length="num_hidden_layers")
 
 
 @dataclass

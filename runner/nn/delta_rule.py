@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 
@@ -40,6 +40,7 @@ class DeltaNetConfig(HybridConfig):
     where a file lacks these: every so many-th layer has attention.
     """
 
+    OTHER_NAME: ClassVar[str] = "linear_attn"
     linear_conv_kernel_dim: int = 4
     linear_key_head_dim: int = 128
     linear_value_head_dim: int = 128

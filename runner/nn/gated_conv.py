@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
 from runner.cache.recurrent import StateCache
+from runner.config.base import key
+from runner.config.hybrid import HybridConfig
+from runner.config.layer_types import CONV
+from runner.config.memory import State
 from runner.nn.batch import Batch
 from runner.nn.fast import provided_ops
 from runner.nn.linear import HIDDEN, Linear
@@ -15,6 +20,20 @@ from runner.nn.short_conv import ShortConv
 from runner.ops.table import Ops
 from runner.weights.module import Module
 from runner.weights.tags import weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedConvConfig(HybridConfig):
+    """Config of a hybrid whose layers without attention are gated short convolutions, over `conv_L_cache` tokens."""
+
+    OTHER: ClassVar[str] = CONV
+    OTHER_NAME: ClassVar[str] = "conv"
+    conv_L_cache: int = key(default=3, minimum=2)
+    conv_bias: bool = False
+
+    @property
+    def state(self) -> State:
+        return State({"conv": (self.conv_L_cache - 1, self.hidden_size)}, {})
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Linear layers that are stored in another order than they are multiplied in; reading puts them in order."""
+"""Layers that are stored otherwise than they are computed with, in another order or less one; reading changes them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.config.base import Config
+from runner.nn.fast import RMSNorm
 from runner.nn.linear import Linear, PlainLinear, Quantization
 from runner.nn.moe import ExpertLinear, PlainExperts, QuantizedExperts
-from runner.weights.tags import Choice, Header, tensor
-from runner.weights.transforms import IDENTITY, MX_BLOCKS, TRANSPOSE, permute_rows
+from runner.weights.tags import Choice, Chooses, Header, tensor
+from runner.weights.transforms import IDENTITY, MX_BLOCKS, PLUS_ONE, TRANSPOSE, permute_rows
 from runner.weights.tree import Size, Tree, leaves, size_of
 
 
@@ -62,6 +63,20 @@ class PackedExperts(QuantizedExperts):
     weight: mx.array = tensor("_blocks", "$0", "packed", dtypes=frozenset({"U8"}), transform=MX_BLOCKS)
     scales: mx.array = tensor("_scales", "$0", "groups", dtypes=frozenset({"U8"}))
     bias: mx.array | None = tensor("_bias", "$0", when="bias")
+
+
+class OffsetNorm(RMSNorm, Chooses):
+    """An RMSNorm stored as the difference from one, but in files of mlx-lm, which adds the one.
+
+    mlx-lm turns the convolutions around as well, which is how its files are told.
+    """
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        names = (f"model.layers.{index}.linear_attn.conv1d.weight" for index in range(config.num_hidden_layers))
+        conv = next((headers[name].shape for name in names if name in headers), ())
+        turned = len(conv) == 3 and conv[1] > 1  # [channels, taps, 1] where PyTorch has [channels, 1, taps]
+        return Choice(RMSNorm, {"transform": IDENTITY if turned else PLUS_ONE})
 
 
 class FusedQKV(Linear):

@@ -5,15 +5,11 @@ Source: arXiv:2312.00752, and `MambaMixer`, `FalconMambaMixer` and `JambaMambaMi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from runner.cache.recurrent import StateCache
-from runner.config.base import Config
-from runner.config.memory import State
-from runner.errors import ConfigError
 from runner.nn.batch import Batch
 from runner.nn.fast import provided_ops
 from runner.nn.linear import HIDDEN, Linear
@@ -24,41 +20,6 @@ from runner.weights.module import Module
 from runner.weights.tags import setting, weight
 
 INNER, RANK, STATES = "mamba_inner", "mamba_rank", "mamba_d_state"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MambaConfig(Config):
-    """Config of a model with Mamba layers; a `mamba_dt_rank` of "auto" is a sixteenth of the hidden size."""
-
-    hidden_act: str = "silu"
-    mamba_d_state: int = 16
-    mamba_d_conv: int = 4
-    mamba_expand: int = 2
-    mamba_dt_rank: int | str = "auto"
-    mamba_conv_bias: bool = True
-    mamba_proj_bias: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.mamba_dt_rank, str) and self.mamba_dt_rank != "auto":
-            key = self.key_of("mamba_dt_rank")
-            raise ConfigError(f'config.json: {key} must be a number or "auto", not {self.mamba_dt_rank!r}')
-
-    @property
-    def mamba_rank(self) -> int:
-        """Width of what the steps are projected from."""
-        return math.ceil(self.hidden_size / 16) if isinstance(self.mamba_dt_rank, str) else self.mamba_dt_rank
-
-    @property
-    def mamba_inner(self) -> int:
-        """Channels of a layer."""
-        return self.mamba_expand * self.hidden_size
-
-    @property
-    def mamba_state(self) -> State:
-        """What a layer remembers: the last inputs of its convolution, and the channels' states."""
-        shapes = {"conv": (self.mamba_d_conv - 1, self.mamba_inner), "states": (self.mamba_inner, self.mamba_d_state)}
-        return State(shapes, {"states": "float32"})
 
 
 @dataclass

@@ -296,7 +296,8 @@ class _Planner:
     def locate(self, tag: Tag, place: Place) -> tuple[Tree, Tree | None]:
         """The tensors that a tag names below `place`, and its twin (the fallback) if a tied checkpoint stores both."""
         for name in re.findall(r"\{(\w+)\}", tag.name):
-            self.check_count(place.path, name, size_of(name, place.config, {}))
+            if not isinstance(getattr(place.config, name, None), str):
+                self.check_count(place.path, name, size_of(name, place.config, {}))
         own, _, twins = tag.name.partition("||")
         allowed = bool(twins) and (tag.otherwise is None or place.flag(tag.otherwise))
         # Without a checkpoint, the first spelling counts.

@@ -9,6 +9,7 @@ A tag is a name and a shape. The names of nested dataclasses are joined with dot
 
 - `{q,k,v}` expands to several tensors, which are concatenated along the output axis (axis 0) into one fused array,
 - `{num_experts}` (one word: an integer of the config) expands to `0`, `1`, ..., stacked along a new first axis,
+- `{mixer}` (one word: a string of the config) is that string,
 - `[num_experts]` at the end says that the tensor is stored stacked already; joining is along the axis after that,
 - `_` at the start continues the parent's name without a dot,
 - `a|b` takes the first that the checkpoint has; `a|b||c|d` falls back on `c|d` if it has neither `a` nor `b`.

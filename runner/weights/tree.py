@@ -69,9 +69,12 @@ def _pattern(name: str, leaf: Leaf, config: Config) -> Tree:
     found = re.search(r"\{([^{}]*)\}", name)
     if found is None:
         return dataclasses.replace(leaf, name=name)
-    # One word is a count to stack, several are parts to concatenate.
+    # One word is a name that the config gives or a count to stack, several are parts to concatenate.
     words = found[1].split(",")
     stacked = len(words) == 1
+    named = getattr(config, words[0], None) if stacked else None
+    if isinstance(named, str):
+        return _pattern(name[: found.start()] + named + name[found.end() :], leaf, config)
     if stacked:
         words = [str(i) for i in range(size_of(words[0], config, {}))]
     return Join(tuple(_pattern(name[: found.start()] + w + name[found.end() :], leaf, config) for w in words), stacked)

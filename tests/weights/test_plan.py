@@ -179,3 +179,15 @@ def test_every_problem_is_named_at_once_before_reading() -> None:
     assert "wrong dtype: embed.weight" in text and "found I32" in text
     assert "missing: head.weight: expected [3, 64]" in text
     assert "inv_freq" not in text and source.reads == []
+
+
+@dataclass
+class Named:
+    norm: RMSNorm = weight("{model_type}.norm", D)
+
+
+def test_a_word_of_the_config_stands_in_a_name() -> None:
+    """Where tensors are found, and where one is reported missing."""
+    load(Named, {"t.norm.weight": rand(64)})
+    with pytest.raises(WeightsError, match=r"t\.norm\.weight"):
+        plan(Named, CONFIG, Arrays({"u.norm.weight": rand(64)}).headers)
