@@ -81,7 +81,8 @@ class AlibiDecoder(BaseDecoder):
     def run(self, x: mx.array, batch: Batch, caches: Caches) -> mx.array:
         if self.alibi is not None:
             # Keys of this pass: those in the cache, then the new ones.
-            batch = self.alibi(batch, caches.offset + x.shape[1], x.dtype)
+            parts = zip(batch.parts, caches.each, strict=True)
+            batch = batch.with_parts([self.alibi(p, c.offset + p.ids.shape[1], x.dtype) for p, c in parts])
         return super().run(x, batch, caches)
 
 

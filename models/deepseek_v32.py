@@ -16,7 +16,7 @@ from runner.errors import ConfigError
 from runner.models.deepseek_v3 import DeepseekV3Config, ListedExpertsConfig
 from runner.nn.batch import Batch
 from runner.nn.blocks import ConfiguredDecoder as ConfiguredDecoder
-from runner.nn.indexer import Indexer, narrowing
+from runner.nn.indexer import Chosen, Indexer, narrowing
 from runner.nn.mla import LatentAttention, LatentQueries
 from runner.weights.tags import setting, weight
 
@@ -89,7 +89,7 @@ class Attention(LatentAttention):
         latent = self.queries.latent(x)
         rows, keys = cache if isinstance(cache, tuple) else (cache, None)
 
-        def choose() -> mx.array | None:
+        def choose() -> Chosen:
             assert self.indexer is not None and keys is not None, "a layer without an indexer came before the first one"
             return self.indexer(x, latent, batch, keys)
 

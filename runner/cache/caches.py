@@ -80,6 +80,11 @@ class Caches(Sequence[Cache]):
             layers.append(found[0] if len(found) == 1 else tuple(found))
         return cls(layers, caches)
 
+    @property
+    def each(self) -> tuple[Caches]:
+        """Itself, as the only one: several in a pass are `SeveralCaches`."""
+        return (self,)
+
     def __getitem__(self, index: Any) -> Any:
         return self._caches[index]
 

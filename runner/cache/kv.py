@@ -32,6 +32,11 @@ class History(NamedTuple):
     chunk: int | None = None
 
     @property
+    def each(self) -> tuple[History]:
+        """Itself, as the only one: those of several requests in a pass are `Histories`."""
+        return (self,)
+
+    @property
     def keys(self) -> mx.array:
         """Keys `[B, KV, S, D]` as numbers."""
         return self.storage.read(self.stored_keys, self.length)[..., : self.split]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.cache.kv import History
-from runner.nn.batch import Batch
+from runner.cache.several import Histories
+from runner.nn.batch import Batch, together
 from runner.nn.fast import provided_ops, scaled_dot_product_attention
 from runner.ops.attention import chunk_mask
 from runner.ops.table import Ops
@@ -50,12 +51,19 @@ class Attend(Module):
     softcap: float | None = setting("attn_logit_softcapping", default=None)
     ops: Ops = provided_ops()
 
-    def __call__(self, query: mx.array, history: History, batch: Batch) -> mx.array:
+    def __call__(self, query: mx.array, history: History | Histories, batch: Batch) -> mx.array:
         """`query` `[B, H, L, D]` -> `[B, H, L, Dv]`; see `scaled_dot_product_attention`."""
         return self.attended(query, history, batch, None)
 
-    def attended(self, query: mx.array, history: History, batch: Batch, sinks: mx.array | None) -> mx.array:
+    def attended(self, query: mx.array, history: History | Histories, batch: Batch, sinks: mx.array | None) -> mx.array:
         """Attention by the device's op, over what `history` has stored."""
+        if isinstance(history, Histories):
+            if not batch.masked:
+                rows = self.ops.attention_rows
+                each, counts = history.each, history.counts
+                return rows(query, each, counts, scale=self.scale, sinks=sinks, softcap=self.softcap)
+            pieces = zip(batch.split(query, 2), history.each, batch.parts, strict=True)
+            return together([self.attended(*piece, sinks) for piece in pieces], 2)
         mask, window, make = own_mask(query, history, batch), history.window, self.ops.window_mask
         # One query needs no mask: it sees the last keys. Several need one that layers of the same window can share.
         if make is not None and mask is None and window is not None and query.shape[2] > 1 and window < history.length:
@@ -80,7 +88,7 @@ class SinkAttend(Attend):
 
     sinks: mx.array = tensor("sinks", "num_attention_heads")
 
-    def __call__(self, query: mx.array, history: History, batch: Batch) -> mx.array:
+    def __call__(self, query: mx.array, history: History | Histories, batch: Batch) -> mx.array:
         return self.attended(query, history, batch, self.sinks.astype(query.dtype))
 
 

@@ -117,12 +117,15 @@ class GatedDeltaNet(Module):
 
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         projected = self.project(x)
-        gates = Gates(projected.a, projected.b, self.a_log, self.dt_bias)
-        outputs = self.step(x, projected.qkv, gates, cache)
-        if outputs is None:
-            outputs = self.scan(x, projected.qkv, gates, cache)
+        outputs = batch.apart(self.recurrence, cache, x, projected.qkv, projected.a, projected.b)
         normed = self.norm(outputs.flatten(2), projected.z, self.rms_norm_eps)
         return self.out_proj(normed.astype(x.dtype))
+
+    def recurrence(self, cache: StateCache, x: mx.array, qkv: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        """Outputs `[B, L, heads, dv]`, before the norm."""
+        gates = Gates(a, b, self.a_log, self.dt_bias)
+        outputs = self.step(x, qkv, gates, cache)
+        return self.scan(x, qkv, gates, cache) if outputs is None else outputs
 
     def step(self, x: mx.array, qkv: mx.array, gates: Gates, cache: StateCache) -> mx.array | None:
         """Outputs `[B, 1, heads, dv]` of one token, whose states are moved in place; None where they cannot be."""

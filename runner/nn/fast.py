@@ -7,6 +7,7 @@ Each layer computes with the device's table (`runner.ops.table.Ops`), which the 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -199,8 +200,10 @@ def soft_capped(x: mx.array, cap: float) -> mx.array:
     return mx.tanh(x / cap) * cap
 
 
-def last_offset(offset: int | mx.array) -> int:
+def last_offset(offset: int | mx.array | tuple[int, ...]) -> int:
     """The largest offset of a batch's rows; waits for the device if `offset` is an array."""
+    if isinstance(offset, tuple):
+        return max(offset)
     value = mx.max(offset).item() if isinstance(offset, mx.array) else offset
     assert isinstance(value, int)
     return value
@@ -248,9 +251,17 @@ class RoPE(Module):
         return mx.array([1.0 / f if f else math.inf for f in inverse], dtype=mx.float32)
 
     def __call__(
-        self, x: mx.array, offset: int | mx.array, length: int | None = None, *, once: Once = each_time
+        self,
+        x: mx.array,
+        offset: int | mx.array | tuple[int, ...],
+        length: int | tuple[int, ...] | None = None,
+        *,
+        once: Once = each_time,
     ) -> mx.array:
         """Rotate `x` `[B, H, L, D]`; its first token has position `offset` (a number, or `[B]` with one for each row).
+
+        Where `offset` is a tuple, `x` is `[1, H, T, D]`, it holds the position of each of the T tokens, and `length`,
+        if it is given, one for each.
 
         Args:
             length: tokens of the whole sequence, which `dynamic` and `longrope` frequencies depend on; the default is
@@ -266,17 +277,36 @@ class RoPE(Module):
             raise UsageError(f"RoPE: offset must be one number or [{x.shape[0]}], one for each row; got {offset.shape}")
         if self.dims == 0:
             return x
-        # Beyond the original context, length-dependent frequencies are computed for the length at hand.
+        if self.scaling is None or not frequencies.depends_on_length(self.scaling):
+            return self._turned(x, offset, 0, once)
+        if isinstance(offset, tuple):
+            return self._several(x, offset, length if isinstance(length, tuple) else [p + 1 for p in offset], once)
+        if length is None:
+            length = last_offset(offset) + x.shape[2]
+        assert isinstance(length, int), "lengths of several sequences, but one offset"
+        return self._turned(x, offset, self._stretched(length), once)
+
+    def _stretched(self, length: int) -> int:
+        """What frequencies depend on: `length` beyond the original context, 0 within it."""
+        original = self.scaling.original_max_position_embeddings if self.scaling else None
+        return length if length > (original or self.max_position_embeddings) else 0
+
+    def _several(self, x: mx.array, offset: tuple[int, ...], lengths: Sequence[int], once: Once) -> mx.array:
+        """`x` `[1, H, T, D]` of several sequences of these `lengths`: those of equal frequencies at once."""
+        kinds = [self._stretched(length) for length in lengths]
+        starts = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+        pieces = zip(mx.split(x, starts, 2), itertools.pairwise([0, *starts, len(kinds)]), strict=True)
+        turned = [self._turned(piece, offset[a:b], kinds[a], once) for piece, (a, b) in pieces]
+        return turned[0] if len(turned) == 1 else mx.concatenate(turned, axis=2)
+
+    def _turned(self, x: mx.array, offset: int | mx.array | tuple[int, ...], length: int, once: Once) -> mx.array:
+        """`x` rotated by the frequencies for a `length` beyond the original context; 0: for any within it."""
         freqs, factor = self.freqs, self.factor
-        if self.scaling is not None and frequencies.depends_on_length(self.scaling):
-            if length is None:
-                length = last_offset(offset) + x.shape[2]
-            original = self.scaling.original_max_position_embeddings or self.max_position_embeddings
-            if length > original:
-                freqs = once(("freqs", self._settings, length), functools.partial(self._freqs, length))
-                factor = frequencies.attention_factor(
-                    self.scaling, max_position_embeddings=self.max_position_embeddings, length=length
-                )
+        if length:
+            freqs = once(("freqs", self._settings, length), functools.partial(self._freqs, length))
+            factor = frequencies.attention_factor(
+                self.scaling or RopeScaling(), max_position_embeddings=self.max_position_embeddings, length=length
+            )
         if factor != 1.0:
             x = self._scaled(x, factor)
         base = self.base if freqs is None else None  # mx.fast.rope takes one of the two

@@ -51,12 +51,15 @@ class GatedConv(Module):
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
         b, c, x = mx.split(self.in_proj(x), 3, axis=-1)
-        gated = b * x
+        return self.out_proj(c * batch.apart(self.convolved, cache, b * x))
+
+    def convolved(self, cache: StateCache, gated: mx.array) -> mx.array:
+        """What the convolution makes of any number of tokens."""
         output = self.step(gated, cache)
         if output is None:
             output, rows = self.conv(gated, cache.read(gated)["conv"], activation=None, each=cache.reserved)
-            cache.write(x.shape[1], conv=rows)
-        return self.out_proj(c * output)
+            cache.write(gated.shape[1], conv=rows)
+        return output
 
     def step(self, gated: mx.array, cache: StateCache) -> mx.array | None:
         """What the convolution makes of one token, whose rows are moved in place; None where they cannot be."""

@@ -26,6 +26,10 @@ AT_ONCE = 8
 """Heads whose scores are computed at a time: all 64 of them at once would take gigabytes for a long prompt."""
 
 
+Chosen = tuple[mx.array | None, ...]
+"""For each part of a batch the indices `[B, L, k]` of the rows that its queries look at; None: all that are earlier."""
+
+
 @dataclass
 class IndexerRoPE(RoPE):
     """RoPE on the first numbers of the indexer's heads; models differ in whether it turns neighbours or halves."""
@@ -50,24 +54,33 @@ class Indexer(Module):
     index_topk: int = setting()
     qk_rope_head_dim: int = setting()
 
-    def __call__(self, x: mx.array, latent: mx.array, batch: Batch, cache: KVCache) -> mx.array | None:
-        """Indices `[B, L, index_topk]` of the chosen rows, those of later tokens among them where there are too few.
-
-        None: there are not more tokens than are chosen. `x` is `[B, L, hidden_size]`, `latent` `[B, L, q_lora_rank]`.
-        """
+    def __call__(self, x: mx.array, latent: mx.array, batch: Batch, cache: KVCache) -> Chosen:
+        """What each part of the batch looks at. `x` is `[B, L, hidden_size]`, `latent` `[B, L, q_lora_rank]`."""
         key = self.rope(self.k_norm(self.wk(x), KEY_EPS)[:, None], batch.offset, batch.length, once=batch.once)
         stored = cache.append(*mx.split(key, [self.qk_rope_head_dim], axis=-1))
-        if stored.length <= self.index_topk:
-            return None
+        if all(history.length <= self.index_topk for history in stored.each):
+            return (None,) * len(stored.each)
         queries = split_heads(self.wq_b(latent), self.index_head_dim)  # [B, heads, L, index_head_dim]
         queries = self.rope(queries, batch.offset, batch.length, once=batch.once).astype(mx.float32)
         weights = self.weights_proj(x).astype(mx.float32).swapaxes(1, 2)[..., None]  # [B, heads, L, 1]
+        parts = zip(batch.parts, stored.each, batch.split(queries, 2), batch.split(weights, 2), strict=True)
+        return tuple(self.choose(*part) for part in parts)
+
+    def choose(self, batch: Batch, stored: History, queries: mx.array, weights: mx.array) -> mx.array | None:
+        """Indices `[B, L, index_topk]` of the chosen rows, those of later tokens among them where there are too few.
+
+        None: there are not more tokens than are chosen. `queries` are `[B, heads, L, index_head_dim]`, `weights`
+        `[B, heads, L, 1]`.
+        """
+        if stored.length <= self.index_topk:
+            return None
+        batches, _, length, _ = queries.shape
         keys = stored.rows.astype(mx.float32).swapaxes(-1, -2)
-        scores = mx.zeros((x.shape[0], x.shape[1], stored.length))
+        scores = mx.zeros((batches, length, stored.length))
         for first in range(0, queries.shape[1], AT_ONCE):
             heads = slice(first, first + AT_ONCE)
             scores = scores + mx.sum(mx.maximum(queries[:, heads] @ keys, 0) * weights[:, heads], axis=1)
-        scores = mx.where(causal(batch, x.shape[1], stored.length), scores, -mx.inf)
+        scores = mx.where(causal(batch, length, stored.length), scores, -mx.inf)
         return mx.argpartition(scores, kth=-self.index_topk, axis=-1)[..., -self.index_topk :]
 
 
@@ -79,12 +92,13 @@ def causal(batch: Batch, queries: int, keys: int) -> mx.array:
     return mask[:, 0] if mask.ndim == 4 else mask
 
 
-def narrowing(chosen: mx.array | None) -> Callable[[History, Batch], tuple[History, Batch]] | None:
-    """What leaves the rows out that are not `chosen`, `[B, L, k]`: one query reads k rows, several have a mask."""
-    if chosen is None:
-        return None
+def narrowing(choices: Chosen) -> Callable[[int, History, Batch], tuple[History, Batch]]:
+    """What leaves the rows out that a part did not choose: one query reads k rows, several have a mask."""
 
-    def narrow(stored: History, batch: Batch) -> tuple[History, Batch]:
+    def narrow(index: int, stored: History, batch: Batch) -> tuple[History, Batch]:
+        chosen = choices[index]
+        if chosen is None:
+            return stored, batch
         if chosen.shape[1] == 1 and batch.mask is None:
             rows = chosen[:, :, :, None]
             keys, values = (mx.take_along_axis(part, rows, axis=2) for part in (stored.keys, stored.values))

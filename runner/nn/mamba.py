@@ -44,13 +44,26 @@ class Mamba(Module):
 
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
-        states = cache.read(x)
         inner, gate = mx.split(self.in_proj(x), 2, axis=-1)
-        inner, rows = self.conv1d(inner, states["conv"], activation=self.hidden_act, each=cache.reserved)
+        rows: list[mx.array] = []  # the last inputs of the convolution, of each request of the pass
+
+        def convolved(cache: StateCache, inner: mx.array) -> mx.array:
+            before = cache.read(inner)["conv"]
+            output, after = self.conv1d(inner, before, activation=self.hidden_act, each=cache.reserved)
+            rows.append(after)
+            return output
+
+        inner = batch.apart(convolved, cache, inner)
         rank, states_end = self.mamba_rank, self.mamba_rank + self.mamba_d_state
         dt, b, c = self.normed(*mx.split(self.x_proj(inner), [rank, states_end], axis=-1))
-        outputs, after = self.scan(inner, self.dt_proj(dt), b, c, states["states"], cache.reserved)
-        cache.write(x.shape[1], conv=rows, states=after)
+        waiting = iter(rows)
+
+        def scanned(cache: StateCache, inner: mx.array, dt: mx.array, b: mx.array, c: mx.array) -> mx.array:
+            outputs, after = self.scan(inner, dt, b, c, cache.read(inner)["states"], cache.reserved)
+            cache.write(inner.shape[1], conv=next(waiting), states=after)
+            return outputs
+
+        outputs = batch.apart(scanned, cache, inner, self.dt_proj(dt), b, c)
         return self.out_proj(self.ops.fused(gated, outputs, gate).astype(x.dtype))
 
     def normed(self, dt: mx.array, b: mx.array, c: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -66,11 +66,14 @@ class Mamba2(Module):
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
         gate, mixed, dt = self.project(x)
+        outputs = batch.apart(self.recurrence, cache, x, mixed, dt)
+        return self.out_proj(self.norm(outputs, gate, self.norm_eps).astype(x.dtype))
+
+    def recurrence(self, cache: StateCache, x: mx.array, mixed: mx.array, dt: mx.array) -> mx.array:
+        """Outputs `[B, L, mamba_inner]`, before the norm."""
         dynamics = Dynamics(self.a_log, self.d, self.dt_bias, self.mamba_n_groups, self.time_step_limit)
         outputs = self.step(x, mixed, dt, dynamics, cache)
-        if outputs is None:
-            outputs = self.scan(x, mixed, dt, dynamics, cache)
-        return self.out_proj(self.norm(outputs, gate, self.norm_eps).astype(x.dtype))
+        return self.scan(x, mixed, dt, dynamics, cache) if outputs is None else outputs
 
     def step(
         self, x: mx.array, mixed: mx.array, dt: mx.array, dynamics: Dynamics, cache: StateCache

@@ -17,7 +17,7 @@ from runner.config.memory import Memory, Rows
 from runner.config.rope import yarn_mscale
 from runner.errors import ConfigError
 from runner.nn.attention import Attend, merge_heads, split_heads
-from runner.nn.batch import Batch
+from runner.nn.batch import Batch, together
 from runner.nn.fast import RMSNorm, RoPE
 from runner.nn.linear import Linear
 from runner.nn.moe import ExpertLinear
@@ -162,8 +162,8 @@ class SplitKeysAndValues(KeysAndValues):
         return self.embed_q.changeable or self.unembed_out.changeable
 
 
-Narrow = Callable[[History, Batch], tuple[History, Batch]]
-"""Leaves rows out of what attention sees: either fewer rows, or a mask in the batch."""
+Narrow = Callable[[int, History, Batch], tuple[History, Batch]]
+"""Leaves rows out of what the attention of a part of the batch sees: either fewer rows, or a mask in the batch."""
 
 
 @dataclass
@@ -212,10 +212,15 @@ class LatentAttention(Module):
         latent, key = mx.split(self.kv_a_proj(x)[:, None], [self.kv_lora_rank], axis=-1)  # [B, 1, L, ...]
         key = self.rope(key, batch.offset, batch.length, once=batch.once)
         stored = cache.append(self.kv_a_layernorm(latent, NORM_EPS), key)
-        if narrow is not None:
-            stored, batch = narrow(stored, batch)
-        form = self.absorbed if self.absorbs(x.shape[1], stored.length) else self.expanded
-        return self.o_proj(merge_heads(form(q, rotary, stored, batch)))
+        # The form is chosen, and rows are left out, for each request by itself.
+        heads = []
+        pieces = zip(batch.parts, stored.each, batch.split(q, 2), batch.split(rotary, 2), strict=True)
+        for index, (part, history, own_q, own_rotary) in enumerate(pieces):
+            if narrow is not None:
+                history, part = narrow(index, history, part)
+            form = self.absorbed if self.absorbs(own_q.shape[2], history.length) else self.expanded
+            heads.append(form(own_q, own_rotary, history, part))
+        return self.o_proj(merge_heads(together(heads, 2)))
 
     def project(self, x: mx.array, batch: Batch) -> mx.array:
         """Queries of all heads before RoPE, `[B, L, heads * qk_head_dim]`."""

@@ -19,15 +19,19 @@ from runner.weights.tags import setting
 def positions(batch: Batch, limit: int) -> mx.array:
     """Rows of a learned table of `limit` positions: `[L]`, or `[B, L]` if the batch has an offset for each row.
 
+    `[T]` for the tokens of several requests.
+
     Raises:
         UsageError: a position is past the end of the table.
     """
     offset, length = batch.offset, batch.ids.shape[1]
-    last = last_offset(offset) + length - 1
+    last = last_offset(offset) + (0 if isinstance(offset, tuple) else length - 1)
     if last >= limit:
         raise UsageError(
             f"this model has learned positions for {limit} tokens; position {last} is past the end: shorten the prompt"
         )
+    if isinstance(offset, tuple):
+        return mx.array(offset)
     if isinstance(offset, mx.array) and offset.ndim:
         offset = offset[:, None]
     return mx.arange(length) + offset
@@ -51,6 +55,7 @@ class Alibi(Module):
         length = batch.ids.shape[1]
         slopes = mx.array(alibi_slopes(self.num_attention_heads)).astype(self.dtype)[:, None]
         # Position of the first key: 0, or negative for a row with padding before it.
+        assert not isinstance(batch.offset, tuple), "a part of a batch"
         behind = batch.offset - (keys - length)
         start = behind.reshape(-1, 1, 1) if isinstance(behind, mx.array) else mx.full((1, 1, 1), behind)
         terms = (slopes * (mx.arange(keys) + start).astype(self.dtype)).astype(mx.float32) * self.scale  # [B, H, keys]
@@ -76,7 +81,8 @@ class Temperature(Module):
     def __call__(self, queries: mx.array, batch: Batch) -> mx.array:
         """`queries` `[B, ..., L, N]` times the factors of their positions, in their dtype."""
         length = batch.ids.shape[1]
-        if not self.scale or (isinstance(batch.offset, int) and batch.offset + length - 1 + self.shift < self.period):
+        last = last_of(batch)
+        if not self.scale or (last is not None and last + self.shift < self.period):
             return queries  # all factors are 1
         factors = batch.once((Temperature, self.scale, self.period, self.shift), lambda: self.factors(batch, length))
         if factors.ndim == 3:  # a column for each row of the batch
@@ -85,12 +91,21 @@ class Temperature(Module):
 
     def factors(self, batch: Batch, length: int) -> mx.array:
         """The factors in float32: one for a single token, else `[L, 1]`, or `[B, L, 1]` with an offset for each row."""
-        if length == 1 and isinstance(batch.offset, int):  # a constant: steps that share it can be replayed
-            periods = (batch.offset + self.shift) // self.period
-            return mx.array(1 + self.scale * math.log1p(periods), dtype=mx.float32)
-        offset = batch.offset[:, None] if isinstance(batch.offset, mx.array) and batch.offset.ndim else batch.offset
+        offset = batch.offset
+        if isinstance(offset, int | tuple):  # constants: steps that share them can be replayed
+            places = range(offset, offset + length) if isinstance(offset, int) else offset
+            found = [1 + self.scale * math.log1p((place + self.shift) // self.period) for place in places]
+            return mx.array(found[0] if length == 1 else [[one] for one in found], dtype=mx.float32)
+        offset = offset[:, None] if offset.ndim else offset
         steps = (mx.arange(length) + offset + self.shift) // self.period
         return 1 + self.scale * mx.log1p(steps.astype(mx.float32))[..., None]
+
+
+def last_of(batch: Batch) -> int | None:
+    """The largest position of the batch; None where it would have to be read from the device."""
+    if isinstance(batch.offset, mx.array):
+        return None
+    return max(batch.offset) if isinstance(batch.offset, tuple) else batch.offset + batch.ids.shape[1] - 1
 
 
 def alibi_slopes(heads: int) -> list[float]:

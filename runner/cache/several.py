@@ -1,0 +1,86 @@
+"""The caches of several requests in one pass: what a layer is given is a list of its caches, one for each request.
+
+Each request keeps its own: nothing is padded, moved or copied because another one came or went.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from runner.cache.caches import Caches, SharedCache
+from runner.cache.kv import History, KVCache
+from runner.cache.recurrent import StateCache
+
+
+@dataclass(frozen=True)
+class Histories:
+    """What the tokens of each request may attend to; `counts` is how many of the pass' tokens each of them has."""
+
+    each: tuple[History, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SeveralKV:
+    """A layer's keys and values, those of each request in a cache of its own."""
+
+    each: tuple[KVCache, ...]
+    counts: tuple[int, ...]
+
+    def append(self, keys: mx.array, values: mx.array) -> Histories:
+        """Add keys and values `[1, KV, T, D]` of the pass' tokens; returns what each request's may attend to."""
+        ends = list(itertools.accumulate(self.counts[:-1]))
+        parts = zip(self.each, mx.split(keys, ends, 2), mx.split(values, ends, 2), strict=True)
+        return Histories(tuple(cache.append(k, v) for cache, k, v in parts), self.counts)
+
+    @property
+    def history(self) -> Histories:
+        """What the last `append` of this pass returned."""
+        return Histories(tuple(cache.history for cache in self.each), self.counts)
+
+
+@dataclass(frozen=True)
+class SeveralShared:
+    """The keys and values of an earlier layer, for a layer that has none of its own."""
+
+    each: tuple[SharedCache, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def history(self) -> Histories:
+        """What the owners' attention saw in this pass."""
+        return Histories(tuple(cache.history for cache in self.each), self.counts)
+
+
+@dataclass(frozen=True)
+class SeveralStates:
+    """A layer's states, those of each request in a cache of its own."""
+
+    each: tuple[StateCache, ...]
+
+
+class SeveralCaches:
+    """The caches of several requests, for a pass in which each has `counts` tokens; `layers` as `Caches.layers`."""
+
+    def __init__(self, each: Sequence[Caches], counts: Sequence[int]) -> None:
+        self.each = tuple(each)
+        self.layers = [_several(given, tuple(counts)) for given in zip(*(one.layers for one in each), strict=True)]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Everything they hold, for `mx.eval`."""
+        return [array for caches in self.each for array in caches.arrays]
+
+
+def _several(given: tuple[Any, ...], counts: tuple[int, ...]) -> Any:
+    """What a layer is given, of what it would be given for each request alone."""
+    if isinstance(given[0], tuple):
+        return tuple(_several(ones, counts) for ones in zip(*given, strict=True))
+    if isinstance(given[0], StateCache):
+        return SeveralStates(given)
+    return (SeveralShared if isinstance(given[0], SharedCache) else SeveralKV)(given, counts)
