@@ -7,7 +7,7 @@ from collections.abc import Collection, Generator, Iterable
 from dataclasses import dataclass, field
 
 from runner import reprs
-from runner.engine.sampling import Token
+from runner.engine.sampler import Token
 from runner.ops.memory import Memory
 from runner.text.answer_text import AnswerText
 from runner.text.separator import Split

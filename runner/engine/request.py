@@ -12,7 +12,8 @@ import mlx.core as mx
 from runner.engine.generate import Cancelled, decode, prefill_passes
 from runner.engine.loaded import Loaded
 from runner.engine.prompt_cache import PromptCache
-from runner.engine.sampling import Sampler, SamplingParams, Token
+from runner.engine.sampler import Sampled, Sampler, SamplingState, Token
+from runner.engine.sampling import SamplingParams
 from runner.errors import NumericsError
 from runner.ops.memory import Memory
 
@@ -76,7 +77,7 @@ class Run:
         try:
             self.engine.run(self._begin)
             ids, made = self._request.ids, 0
-            sampler = self._job(lambda: self._sampler(ids))
+            state = self._job(lambda: self._sampling(ids))
             while made < self._request.budget:
                 # Once, as a rule; again where RoPE's frequencies change at a length (LongRoPE): keys of the two sides
                 # do not go together, so that all is read anew, as transformers does.
@@ -87,7 +88,7 @@ class Run:
                 if border is not None and len(ids) <= border:
                     count = min(count, border - len(ids) + 1)
                 ids = list(ids)
-                for token in self._decode(logits, sampler, count, len(ids)):
+                for token in self._decode(logits, state, count, len(ids)):
                     ids.append(token.id)
                     made += 1
                     self._kept.add(token.id)
@@ -129,15 +130,23 @@ class Run:
                 return logits
             yield
 
-    def _decode(self, logits: mx.array, sampler: Sampler, count: int, position: int) -> Iterator[Token]:
+    def _decode(self, logits: mx.array, state: SamplingState, count: int, position: int) -> Iterator[Token]:
         """Yield up to `count` tokens, the first of them at `position` of the sequence."""
         engine = self.engine
-        steps = decode(engine.model, logits, self._kept.caches, sampler, count, engine.device.ops)
+        sampler = Sampler(engine.device.ops)
+
+        def sample(row: mx.array) -> Sampled:
+            return sampler(row[None], [state])
+
+        steps = decode(engine.model, logits, self._kept.caches, sample, count, engine.device.ops)
 
         def step(index: int) -> Token:
             if index % SETTLED_EVERY == SETTLED_EVERY - 1:
                 self.memory.settle()
-            return next(steps).read()
+            (token,) = next(steps).read([state])
+            if isinstance(token, NumericsError):
+                raise token
+            return token
 
         for index in range(count):
             try:
@@ -151,8 +160,8 @@ class Run:
                 ) from None
             yield token
 
-    def _sampler(self, ids: Sequence[int]) -> Sampler:
-        return Sampler(self._request.params, self.engine.config.vocab_size, ids, self.engine.device.ops)
+    def _sampling(self, ids: Sequence[int]) -> SamplingState:
+        return SamplingState(self._request.params, self.engine.config.vocab_size, ids)
 
     def _job(self, work: Callable[[], T]) -> T:
         """Do `work` on the owner's thread with this answer's adapters; if it fails, the caches are emptied."""

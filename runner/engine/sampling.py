@@ -1,4 +1,4 @@
-"""Sampling of the next token on the device: the options (`SamplingParams`) and the `Sampler`.
+"""`SamplingParams`: how the next token is picked; `runner.engine.sampler` does it.
 
 The order is: logit bias, penalties (repetition, then presence and frequency), temperature, top-k, top-p, min-p, draw.
 This is the order of transformers' logits processors, with OpenAI's penalties and bias before them.
@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import random
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict, cast
-
-import mlx.core as mx
+from typing import Any, TypedDict
 
 from runner import reprs, resources
-from runner.errors import NumericsError, UsageError
-from runner.ops.table import PORTABLE, Ops
+from runner.errors import UsageError
 
 _LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0),
@@ -105,8 +99,8 @@ class SamplingParams:
         penalty_window: how many of the last tokens count as seen; 0: all.
         penalize_prompt: whether the prompt's tokens count as seen.
         logit_bias: numbers to add to logits, by token id.
-        seed: the same seed gives the same tokens; None draws a seed. MLX's global random state is neither read nor
-            changed.
+        seed: the same seed after the same tokens gives the same answer, whatever else is computed beside it; None takes
+            a seed from the system. MLX's global random state is neither read nor changed.
         logprobs: None: no log-probabilities; 0: that of each picked token, from the model's own distribution (before
             bias, penalties, temperature and filters); n: also those of the n most likely tokens.
     """
@@ -181,108 +175,6 @@ class SamplingParams:
         return dataclasses.asdict(self)
 
 
-class Token(NamedTuple):
-    """A token that was read from the device: its id, and its log-probabilities where they were asked for."""
-
-    id: int
-    logprob: float | None = None
-    top_logprobs: list[tuple[int, float]] | None = None
-
-
-class Sampled(NamedTuple):
-    """Lazy arrays: the picked token, the greatest of the logits it was picked from and the token's log-probability
-    (scalars), and ids and log-probabilities of the most likely tokens, in descending order. None for what
-    `SamplingParams.logprobs` did not ask for."""
-
-    token: mx.array
-    peak: mx.array
-    logprob: mx.array | None = None
-    top_ids: mx.array | None = None
-    top_logprobs: mx.array | None = None
-
-    def read(self) -> Token:
-        """Wait for the arrays and return them as Python numbers.
-
-        Raises:
-            NumericsError: no token can be picked from such logits. A maximum tells: NaN anywhere makes it NaN, plus
-                infinity anywhere makes it that, and without a finite entry it is minus infinity.
-        """
-        peak = self.peak.item()
-        assert isinstance(peak, float)
-        if not math.isfinite(peak):
-            raise NumericsError("NaN" if math.isnan(peak) else "infinity" if peak > 0 else "no finite number")
-        token, logprob = self.token.item(), None if self.logprob is None else self.logprob.item()
-        assert isinstance(token, int) and isinstance(logprob, float | None)
-        if self.top_ids is None or self.top_logprobs is None:
-            return Token(token, logprob)
-        ids, values = cast(list[int], self.top_ids.tolist()), cast(list[float], self.top_logprobs.tolist())
-        return Token(token, logprob, list(zip(ids, values, strict=True)))
-
-
-class Sampler:
-    """Picks one token per call from a row of logits; keeps the counts of the seen tokens on the device."""
-
-    def __init__(self, params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int], ops: Ops = PORTABLE) -> None:
-        """Prepare to sample after `prompt_ids`; a `logit_bias` id outside the vocabulary raises `UsageError`."""
-        for token in params.logit_bias:
-            if not 0 <= token < vocab_size:
-                raise UsageError(f"logit_bias: token {token} is not in the vocabulary (0 to {vocab_size - 1})")
-        self._params = params
-        self._ops = ops
-        # A generator of its own: answers with a seed do not depend on what else draws random numbers. One number a
-        # token, drawn here, costs a device nothing; None takes the seed from the system.
-        self._random = random.Random(params.seed)
-        self._bias = _bias(params.logit_bias, vocab_size)
-        self._penalised = (
-            params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-        )
-        self._counts = mx.zeros((vocab_size,), dtype=mx.float32)
-        self._seen: deque[mx.array] = deque()
-        if self._penalised and params.penalize_prompt:
-            kept = prompt_ids[-params.penalty_window :] if params.penalty_window else prompt_ids
-            if kept:
-                self._counts = self._counts.at[mx.array(list(kept))].add(1)  # a token that comes twice counts twice
-            if params.penalty_window:
-                self._seen.extend(map(mx.array, kept))
-
-    def __call__(self, logits: mx.array) -> Sampled:
-        """Pick a token from logits `[V]`, without evaluating anything."""
-        params = self._params
-        # Greedy decoding without log-probabilities needs no float32: the order of the logits is all that counts.
-        greedy = params.temperature < SMALLEST
-        raw = logits if greedy and params.logprobs is None else logits.astype(mx.float32)
-        logits = raw if self._bias is None else raw + self._bias
-        if self._penalised:
-            logits = self._penalise(logits)
-        if greedy:
-            token, peak = self._ops.greatest(logits)
-        else:
-            filters: dict[str, Any] = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
-            token, peak = self._ops.draw(logits, self._random.random(), temperature=params.temperature, **filters)
-        if self._penalised:
-            self._remember(token)
-        # Log-probabilities are the model's own: of the raw logits, not of those that were biased and filtered.
-        if params.logprobs is None:
-            return Sampled(token, peak)
-        return Sampled(token, peak, *self._ops.log_probabilities(raw, token, params.logprobs))
-
-    def _remember(self, token: mx.array) -> None:
-        """Count `token` as seen, and forget the oldest token where the penalty window is full."""
-        self._counts = self._counts.at[token].add(1)
-        if self._params.penalty_window:
-            self._seen.append(token)
-            if len(self._seen) > self._params.penalty_window:
-                self._counts = self._counts.at[self._seen.popleft()].add(-1)
-
-    def _penalise(self, logits: mx.array) -> mx.array:
-        params = self._params
-        seen = self._counts > 0
-        if params.repetition_penalty != 1:
-            repeated = mx.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-            logits = mx.where(seen, repeated, logits)
-        return logits - seen * params.presence_penalty - self._counts * params.frequency_penalty
-
-
 def _checked_bias(biases: object) -> dict[int, float]:
     """`biases` by token id; JSON has ids as texts, so those are read, too. Raises `UsageError`."""
     if not isinstance(biases, Mapping):
@@ -298,10 +190,3 @@ def _checked_bias(biases: object) -> dict[int, float]:
             raise UsageError(f"logit_bias has token {token} twice")
         result[token] = float(bias)
     return result
-
-
-def _bias(biases: Mapping[int, float], vocab_size: int) -> mx.array | None:
-    if not biases:
-        return None
-    ids = mx.array(list(biases))
-    return mx.zeros((vocab_size,)).at[ids].add(mx.array(list(biases.values()), dtype=mx.float32))

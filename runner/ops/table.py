@@ -7,7 +7,7 @@ A table is chosen when a model is loaded, and the weight walker hands it to each
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from runner.cache.storage import PLAIN, Storage
 from runner.config.activations import ACTIVATIONS as NAMES
 from runner.ops import attention as attending
 from runner.ops import picking, side_by_side
+from runner.ops.picking import Draw
 from runner.ops.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -321,8 +322,9 @@ class Ops:
     window_mask: Callable[[int, int, int], mx.array] | None = attending.window_mask
     argmax: Callable[[mx.array], mx.array] = _argmax
     greatest: Callable[[mx.array], tuple[mx.array, mx.array]] = picking.greatest
-    draw: Callable[..., tuple[mx.array, mx.array]] = picking.draw
-    log_probabilities: Callable[[mx.array, mx.array, int], list[mx.array]] = picking.log_probabilities
+    draw: Callable[[mx.array, Sequence[Draw]], tuple[mx.array, mx.array]] = picking.draw
+    log_probabilities: Callable[[mx.array, mx.array, Sequence[int]], list[mx.array]] = picking.log_probabilities
+    masked: Callable[[mx.array, mx.array], mx.array] = picking.masked
     schedule: Callable[..., None] = mx.async_eval
     recorder: Recorder | None = None
     gather_linear: Callable[..., mx.array] = _gather_linear

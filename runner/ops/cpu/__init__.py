@@ -40,6 +40,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "log_probabilities",
+    "masked",
     "num_threads",
     "quantized_embed",
     "quantized_linear",
@@ -319,16 +320,19 @@ def greatest(x: mx.array) -> tuple[mx.array, mx.array]:
     return _C.greatest(x)
 
 
-def draw(
-    logits: mx.array, chance: float, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> tuple[mx.array, mx.array]:
-    """Draw a token from logits float32 [V] after filters, without sorting them: `runner.ops.picking.draw`."""
-    return _C.draw(logits, chance, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+def draw(logits: mx.array, rows: Sequence[tuple[float, float, int, float, float]]) -> tuple[mx.array, mx.array]:
+    """Draw a token from each row of logits float32 [R, V], without sorting them: `runner.ops.picking.draw`."""
+    return _C.draw(logits, rows)
 
 
-def log_probabilities(logits: mx.array, token: mx.array, top: int) -> list[mx.array]:
-    """Log-probabilities of a token and the `top` likeliest, without sorting: `runner.ops.picking.log_probabilities`."""
-    return _C.log_probabilities(logits, token, top)
+def log_probabilities(logits: mx.array, tokens: mx.array, tops: Sequence[int]) -> list[mx.array]:
+    """Those of a token a row and of the likeliest, without sorting: `runner.ops.picking.log_probabilities`."""
+    return _C.log_probabilities(logits, tokens, tops)
+
+
+def masked(logits: mx.array, bits: mx.array) -> mx.array:
+    """Logits float32 [R, V] with minus infinity where a bit is 0: `runner.ops.picking.masked`."""
+    return _C.masked(logits, bits)
 
 
 def schedule(*arrays: mx.array) -> None:

@@ -172,6 +172,10 @@ def _gate(x: mx.array, gate: mx.array) -> mx.array:
     return (_C.gate if _wide(x, gate) else PORTABLE.gate)(x, gate)
 
 
+def _masked(logits: mx.array, bits: mx.array) -> mx.array:
+    return (_C.masked if _wide(logits) else PORTABLE.masked)(logits, bits)
+
+
 _CONV = (None, "silu")
 """Activations that the kernel for short convolutions has."""
 
@@ -208,6 +212,7 @@ KERNELS = Ops(
     greatest=_C.greatest,
     draw=_C.draw,
     log_probabilities=_C.log_probabilities,
+    masked=_masked,
     schedule=kernels.schedule,
     recorder=Recorder(_C.slot, _C.record),
     gather_linear=per_expert.gather_linear(_C.linear),

@@ -74,13 +74,15 @@ WRONG: dict[str, Any] = {
     "odd glu": lambda: kernels.glu(mx.zeros((2, 5))),
     "empty argmax": lambda: kernels.argmax(mx.zeros((2, 0))),
     "empty greatest": lambda: kernels.greatest(mx.zeros((2, 0))),
-    "draw from rows": lambda: kernels.draw(mx.zeros((2, 3)), 0.5, temperature=1.0),
-    "draw from halves": lambda: kernels.draw(mx.zeros((3,), mx.float16), 0.5, temperature=1.0),
-    "draw beyond all": lambda: kernels.draw(mx.zeros((3,)), 1.0, temperature=1.0),
-    "draw at no temperature": lambda: kernels.draw(mx.zeros((3,)), 0.5, temperature=0.0),
-    "draw from none": lambda: kernels.draw(mx.zeros((3,)), 0.5, temperature=1.0, top_k=-1),
-    "two tokens": lambda: kernels.log_probabilities(mx.zeros((3,)), mx.array([1, 2], mx.uint32), 2),
-    "a signed token": lambda: kernels.log_probabilities(mx.zeros((3,)), mx.array(1), 2),
+    "draw from no rows": lambda: kernels.draw(mx.zeros((3,)), [(0.5, 1.0, 0, 1.0, 0.0)]),
+    "draw from halves": lambda: kernels.draw(mx.zeros((1, 3), mx.float16), [(0.5, 1.0, 0, 1.0, 0.0)]),
+    "draw beyond all": lambda: kernels.draw(mx.zeros((1, 3)), [(1.0, 1.0, 0, 1.0, 0.0)]),
+    "draw at a temperature too low": lambda: kernels.draw(mx.zeros((1, 3)), [(0.5, 1e-60, 0, 1.0, 0.0)]),
+    "draw from none": lambda: kernels.draw(mx.zeros((1, 3)), [(0.5, 1.0, -1, 1.0, 0.0)]),
+    "draw from one row of two": lambda: kernels.draw(mx.zeros((2, 3)), [(0.5, 1.0, 0, 1.0, 0.0)]),
+    "two tokens": lambda: kernels.log_probabilities(mx.zeros((1, 3)), mx.array([1, 2], mx.uint32), [2]),
+    "a signed token": lambda: kernels.log_probabilities(mx.zeros((1, 3)), mx.array([1]), [2]),
+    "bits of fewer tokens": lambda: kernels.masked(mx.zeros((1, 33)), mx.zeros((1, 1), mx.uint32)),
 }
 
 

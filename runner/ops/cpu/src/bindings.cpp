@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
@@ -86,9 +87,9 @@ NB_MODULE(_C, m) {
   m.def("gate", &runner::gate_op, "x"_a, "gate"_a);
   m.def("argmax", &runner::argmax_op, "x"_a);
   m.def("greatest", &runner::greatest_op, "x"_a);
-  m.def("draw", &runner::draw_op, "logits"_a, "chance"_a, nb::kw_only(), "temperature"_a, "top_k"_a = 0, "top_p"_a = 1.0,
-        "min_p"_a = 0.0);
-  m.def("log_probabilities", &runner::log_probabilities_op, "logits"_a, "token"_a, "top"_a);
+  m.def("draw", &runner::draw_op, "logits"_a, "rows"_a);
+  m.def("log_probabilities", &runner::log_probabilities_op, "logits"_a, "tokens"_a, "tops"_a);
+  m.def("masked", &runner::masked_op, "logits"_a, "bits"_a);
   m.def("slot", &runner::slot_op, "shape"_a);
   m.def("record", &runner::Program::record, "slot"_a, "outputs"_a, "ahead"_a);
   nb::class_<runner::Program>(m, "Program")

@@ -1,8 +1,8 @@
 // Picking a token from logits: a draw after top-k, top-p and min-p, and the log-probabilities of the most likely tokens.
 //
 // Nothing here sorts a vocabulary. A filter keeps a token and all that precede it, so it is enough to find the last that
-// stays: passes over all logits narrow down where it lies, and the few tokens left there are put in order. All of it
-// runs on one thread, so a result depends on neither the number of threads nor their timing.
+// stays: passes over all logits narrow down where it lies, and the few tokens left there are put in order. A row runs on
+// one thread, so a result depends on neither the other rows nor the number of threads nor their timing.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "kernels.h"
+#include "pool.h"
 #include "primitive_base.h"
 #include "primitives.h"
 #include "scratch.h"
@@ -113,14 +114,21 @@ Token last_of_nucleus(Row& row, float temperature, double top_p) {
 }
 
 struct DrawSpec {
-  double chance;  // in [0, 1): where in the cumulated weights, in the order of the ids, the token lies
-  float temperature;
+  double chance;      // in [0, 1): where in the cumulated weights, in the order of the ids, the token lies
+  float temperature;  // 0: the greatest
   int64_t top_k;
   double top_p;
   float floor;  // of (logit - peak) / temperature
 
   bool operator==(const DrawSpec&) const = default;
 };
+
+// Calls f(row) for each of them, on several threads where there are several.
+template <class F>
+void for_rows(int64_t rows, F&& f) {
+  if (rows == 1) return f(0);
+  Pool::get().parallel_for((int)rows, std::forward<F>(f));
+}
 
 // The first token at which the weights, added up in the order of the ids, exceed a share of their sum.
 uint32_t token_at(const Row& row, double share) {
@@ -145,6 +153,11 @@ void draw(const float* x, int64_t n, const DrawSpec& spec, uint32_t* token, floa
   *peak = row.peak;
   *token = 0;
   if (!std::isfinite(row.peak)) return;  // the caller reads that in the peak
+  if (spec.temperature == 0) {
+    row.list(row.peak, kInf);  // in the order of the ids
+    *token = row.tokens[0].id;
+    return;
+  }
   bool few = spec.top_k > 0 && spec.top_k < n, nucleus = spec.top_p < 1;
   // Top-p looks at weights that min-p would leave out, so min-p comes after it.
   row.weigh(spec.temperature, few || nucleus ? -kInf : spec.floor);
@@ -186,77 +199,135 @@ void log_probabilities(const float* x, int64_t n, uint32_t token, int64_t top, f
 
 class Draw : public CpuPrimitive {
  public:
-  Draw(mx::Stream stream, const DrawSpec& spec) : CpuPrimitive(stream), spec_(spec) {}
+  Draw(mx::Stream stream, std::vector<DrawSpec> specs) : CpuPrimitive(stream), specs_(std::move(specs)) {}
   const char* name() const override { return "runner::Draw"; }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return spec_ == static_cast<const Draw&>(other).spec_;
+    return specs_ == static_cast<const Draw&>(other).specs_;
   }
   void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     auto* x = (const float*)d.contiguous(inputs[0]);
     auto* token = d.allocate(outputs[0]).data<uint32_t>();
     auto* peak = d.allocate(outputs[1]).data<float>();
-    d.run([x, n = (int64_t)inputs[0].size(), spec = spec_, token, peak] { draw(x, n, spec, token, peak); });
-  }
-
- private:
-  DrawSpec spec_;
-};
-
-class LogProbabilities : public CpuPrimitive {
- public:
-  LogProbabilities(mx::Stream stream, int64_t top) : CpuPrimitive(stream), top_(top) {}
-  const char* name() const override { return "runner::LogProbabilities"; }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return top_ == static_cast<const LogProbabilities&>(other).top_;
-  }
-  // outputs: the token's, (the ids and log-probabilities of the most likely)
-  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
-    auto* x = (const float*)d.contiguous(inputs[0]);
-    auto* token = inputs[1].data<uint32_t>();
-    auto* logprob = d.allocate(outputs[0]).data<float>();
-    uint32_t* ids = top_ ? d.allocate(outputs[1]).data<uint32_t>() : nullptr;
-    float* logprobs = top_ ? d.allocate(outputs[2]).data<float>() : nullptr;
-    d.run([x, n = (int64_t)inputs[0].size(), token, top = top_, logprob, ids, logprobs] {
-      log_probabilities(x, n, *token, top, logprob, ids, logprobs);
+    d.run([x, n = (int64_t)inputs[0].shape(1), specs = specs_, token, peak] {
+      for_rows((int64_t)specs.size(), [&](int i) { draw(x + i * n, n, specs[i], token + i, peak + i); });
     });
   }
 
  private:
-  int64_t top_;
+  std::vector<DrawSpec> specs_;
+};
+
+class LogProbabilities : public CpuPrimitive {
+ public:
+  LogProbabilities(mx::Stream stream, std::vector<int> tops, int most)
+      : CpuPrimitive(stream), tops_(std::move(tops)), most_(most) {}
+  const char* name() const override { return "runner::LogProbabilities"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return tops_ == static_cast<const LogProbabilities&>(other).tops_;
+  }
+  // outputs: the tokens', (the ids and log-probabilities of the most likely)
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
+    auto* x = (const float*)d.contiguous(inputs[0]);
+    auto* token = (const uint32_t*)d.contiguous(inputs[1]);
+    auto* logprob = d.allocate(outputs[0]).data<float>();
+    uint32_t* ids = most_ ? d.allocate(outputs[1]).data<uint32_t>() : nullptr;
+    float* logprobs = most_ ? d.allocate(outputs[2]).data<float>() : nullptr;
+    d.run([x, n = (int64_t)inputs[0].shape(1), tops = tops_, token, logprob, ids, logprobs, most = most_] {
+      for_rows((int64_t)tops.size(), [&](int i) {
+        // What nobody asked for is not computed, but is no garbage either.
+        logprob[i] = 0.0f;
+        std::fill_n(ids + i * most, most, 0u);
+        std::fill_n(logprobs + i * most, most, 0.0f);
+        if (tops[i] < 0) return;
+        log_probabilities(x + i * n, n, token[i], std::min(tops[i], most), logprob + i, ids + i * most,
+                          logprobs + i * most);
+      });
+    });
+  }
+
+ private:
+  std::vector<int> tops_;
+  int most_;
+};
+
+class Masked : public CpuPrimitive {
+ public:
+  using CpuPrimitive::CpuPrimitive;
+  const char* name() const override { return "runner::Masked"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
+    auto* x = (const float*)d.contiguous(inputs[0]);
+    auto* bits = (const uint32_t*)d.contiguous(inputs[1]);
+    auto* out = d.allocate(outputs[0]).data<float>();
+    d.run([x, bits, out, rows = (int64_t)inputs[0].shape(0), n = (int64_t)inputs[0].shape(1),
+           words = (int64_t)inputs[1].shape(1)] {
+      for_rows(rows, [&](int row) {
+        for (int64_t w = 0; w < words; ++w) {
+          int64_t first = row * n + w * 32, count = std::min<int64_t>(32, n - w * 32);
+          uint32_t word = bits[row * words + w];
+          if (word == 0) {
+            std::fill_n(out + first, count, -kInf);
+          } else {
+            for (int64_t i = 0; i < count; ++i) out[first + i] = word >> i & 1 ? x[first + i] : -kInf;
+          }
+        }
+      });
+    });
+  }
 };
 
 void need_logits(const char* op, const mx::array& x) {
-  if (x.dtype() != mx::float32 || x.ndim() != 1 || x.size() == 0) {
-    refuse(op, ": logits are ", x.dtype(), x.shape(), "; expected float32 [V]");
+  if (x.dtype() != mx::float32 || x.ndim() != 2 || x.shape(0) == 0 || x.shape(1) == 0) {
+    refuse(op, ": logits are ", x.dtype(), x.shape(), "; expected float32 [R, V]");
   }
 }
 
 }  // namespace
 
-std::pair<mx::array, mx::array> draw_op(const mx::array& logits, double chance, double temperature, int top_k,
-                                        double top_p, double min_p) {
+std::pair<mx::array, mx::array> draw_op(const mx::array& logits, const std::vector<Drawn>& rows) {
   need_logits("draw", logits);
-  DrawSpec spec{chance, (float)temperature, top_k, top_p, min_p > 0 ? (float)std::log(min_p) : -kInf};
-  bool fits = chance >= 0 && chance < 1 && spec.temperature > 0 && top_k >= 0 && top_p >= 0 && min_p >= 0 && min_p <= 1;
-  if (!fits) {
-    refuse("draw: chance is ", chance, ", temperature ", temperature, ", top_k ", top_k, ", top_p ", top_p, ", min_p ",
-           min_p, "; expected a chance in [0, 1), a positive temperature, and filters that are not negative");
+  int count = logits.shape(0);
+  if ((int)rows.size() != count) refuse("draw: ", rows.size(), " settings; expected one for each of ", count, " rows");
+  std::vector<DrawSpec> specs;
+  for (auto& [chance, temperature, top_k, top_p, min_p] : rows) {
+    specs.push_back({chance, (float)temperature, top_k, top_p, min_p > 0 ? (float)std::log(min_p) : -kInf});
+    bool fits = chance >= 0 && chance < 1 && temperature >= 0 && (temperature == 0 || specs.back().temperature > 0) &&
+                top_k >= 0 && top_p >= 0 && min_p >= 0 && min_p <= 1;
+    if (!fits) {
+      refuse("draw: chance is ", chance, ", temperature ", temperature, ", top_k ", top_k, ", top_p ", top_p, ", min_p ",
+             min_p, "; expected a chance in [0, 1), and a temperature and filters that are not negative");
+    }
   }
-  auto primitive = std::make_shared<Draw>(cpu_stream(), spec);
-  auto out = mx::array::make_arrays({{}, {}}, {mx::uint32, mx::float32}, primitive, {logits});
+  mx::Shape shape{count};
+  std::shared_ptr<mx::Primitive> primitive = std::make_shared<Draw>(cpu_stream(), std::move(specs));
+  auto out = mx::array::make_arrays({shape, shape}, {mx::uint32, mx::float32}, primitive, {logits});
   return {out[0], out[1]};
 }
 
-std::vector<mx::array> log_probabilities_op(const mx::array& logits, const mx::array& token, int top) {
+std::vector<mx::array> log_probabilities_op(const mx::array& logits, const mx::array& tokens,
+                                            const std::vector<int>& tops) {
   need_logits("log_probabilities", logits);
-  if (token.dtype() != mx::uint32 || token.size() != 1 || top < 0) {
-    refuse("log_probabilities: token is ", token.dtype(), token.shape(), ", top ", top,
-           "; expected one uint32, and a number that is not negative");
+  int count = logits.shape(0);
+  bool fits = tokens.dtype() == mx::uint32 && tokens.ndim() == 1 && tokens.shape(0) == count;
+  if (!fits || (int)tops.size() != count) {
+    refuse("log_probabilities: tokens are ", tokens.dtype(), tokens.shape(), ", with ", tops.size(),
+           " numbers of others; expected uint32 and as many numbers as the ", count, " rows");
   }
-  top = std::min(top, (int)logits.size());
-  auto primitive = std::make_shared<LogProbabilities>(cpu_stream(), top);
-  if (top == 0) return {mx::array(mx::Shape{}, mx::float32, primitive, {logits, token})};
-  return mx::array::make_arrays({{}, {top}, {top}}, {mx::float32, mx::uint32, mx::float32}, primitive, {logits, token});
+  int most = std::clamp(*std::max_element(tops.begin(), tops.end()), 0, logits.shape(1));
+  auto primitive = std::make_shared<LogProbabilities>(cpu_stream(), tops, most);
+  mx::Shape one{count}, several{count, most};
+  if (most == 0) return {mx::array(one, mx::float32, primitive, {logits, tokens})};
+  return mx::array::make_arrays({one, several, several}, {mx::float32, mx::uint32, mx::float32}, primitive,
+                                {logits, tokens});
+}
+
+mx::array masked_op(const mx::array& logits, const mx::array& bits) {
+  need_logits("masked", logits);
+  mx::Shape expected{logits.shape(0), (logits.shape(1) + 31) / 32};
+  if (bits.dtype() != mx::uint32 || bits.shape() != expected) {
+    refuse("masked: bits are ", bits.dtype(), bits.shape(), "; expected uint32 ", expected);
+  }
+  return mx::array(logits.shape(), mx::float32, std::make_shared<Masked>(cpu_stream()), {logits, bits});
 }
 
 }  // namespace runner

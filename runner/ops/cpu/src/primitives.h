@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -56,9 +57,12 @@ mx::array gated_norm_op(const mx::array& x, const mx::array& gate, const mx::arr
 mx::array gate_op(const mx::array& x, const mx::array& gate);
 mx::array argmax_op(const mx::array& x);
 std::pair<mx::array, mx::array> greatest_op(const mx::array& x);
-std::pair<mx::array, mx::array> draw_op(const mx::array& logits, double chance, double temperature, int top_k,
-                                        double top_p, double min_p);
-std::vector<mx::array> log_probabilities_op(const mx::array& logits, const mx::array& token, int top);
+// How a row's token is drawn: chance, temperature (0: the greatest), top_k, top_p, min_p.
+using Drawn = std::tuple<double, double, int, double, double>;
+std::pair<mx::array, mx::array> draw_op(const mx::array& logits, const std::vector<Drawn>& rows);
+std::vector<mx::array> log_probabilities_op(const mx::array& logits, const mx::array& tokens,
+                                            const std::vector<int>& tops);
+mx::array masked_op(const mx::array& logits, const mx::array& bits);
 
 // mx::async_eval, cheaper; see schedule.cpp.
 void schedule(const std::vector<mx::array>& outputs);
