@@ -24,6 +24,7 @@ from runner.cli.hub import alias, list_models, pull, rm
 from runner.cli.inspect import inspect
 from runner.cli.options import spread
 from runner.cli.perplexity import perplexity
+from runner.cli.serve import serve
 from runner.cli.settings import default_model
 from runner.errors import RunnerError, UsageError
 
@@ -48,6 +49,7 @@ COMMANDS: tuple[Entry, ...] = (
     Entry("list", list_models, "runner list --json"),
     Entry("alias", alias, "runner alias small HuggingFaceTB/SmolLM2-135M-Instruct"),
     Entry("rm", rm, "runner rm smollm2"),
+    Entry("serve", serve, "runner serve HuggingFaceTB/SmolLM2-135M-Instruct --port 8080"),
     Entry("bench", bench, "runner bench Llama-3.2-1B --quantize 4 -p 512 -n 128"),
     Entry("doctor", doctor, "runner doctor"),
     Entry("convert", convert, "runner convert HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-4bit --quantize 4"),

@@ -143,6 +143,14 @@ class Tokenizer:
         """
         return self._backend.decode([_checked_id(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
+    def piece(self, token_id: int) -> str | None:
+        """Return a token as the vocabulary spells it, in its byte alphabet if it has one; None outside the vocabulary.
+
+        Raises:
+            TokenizerError: the id is negative, or 2**31 or more.
+        """
+        return self._backend.token(_checked_id(token_id))
+
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """Return a new streaming decoder, whose pieces joined together equal `decode` of the same ids."""
         skip = self._special_ids if skip_special_tokens else frozenset()

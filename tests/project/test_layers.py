@@ -26,7 +26,7 @@ RANKS = (
     ("answer", "keywords", "perplexity", "convert"),
     ("asynchronous",),
     ("language_model", "bench"),
-    ("inspect_model",),
+    ("inspect_model", "server"),
     ("cli",),
 )
 """Low to high. `runner/__init__.py` and `__main__.py` stand above all; so does a file that imports `runner` itself."""

@@ -1,0 +1,142 @@
+"""Answers as they come: tokens of a backend become text, reasoning and the reason for the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from runner.engine.sampling import Token
+from runner.server.model import Prepared
+from runner.text.separator import Split
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one token adds to one of the choices.
+
+    Attributes:
+        token: the token itself; None for what was held back until the end.
+        finish: on the last one of a choice "stop" or "length".
+    """
+
+    choice: int
+    text: str = ""
+    reasoning: str = ""
+    token: Token | None = None
+    finish: str | None = None
+
+
+@dataclass
+class Usage:
+    """Tokens of a request; those of the answers grow while they come."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass
+class Answering:
+    """The answers to one prepared request, and what is known of them so far.
+
+    Attributes:
+        started: time of `time.perf_counter` at which the request was ready to be answered.
+        first: the time of the first token.
+        last: the time of the latest token.
+        gaps: seconds between one token and the next, of each choice.
+        finished: why each choice ended.
+    """
+
+    prepared: Prepared
+    usage: Usage = field(init=False)
+    started: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    finished: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.usage = Usage(len(self.prepared.ids))
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Make the answers; closing it ends them."""
+        choices = [self._choice(choice) for choice in range(self.prepared.ask.choices)]
+        async with contextlib.aclosing(merged(choices)) as all_of_them:
+            async for delta in all_of_them:
+                yield delta
+
+    async def _choice(self, choice: int) -> AsyncGenerator[Delta, None]:
+        prepared, usage = self.prepared, self.usage
+        text = prepared.answer_text()
+        made, reasoned, spoken, before = 0, False, False, 0.0
+        async with contextlib.aclosing(prepared.served.backend.tokens(prepared.order(choice))) as steps:
+            async for step in steps:
+                now = time.perf_counter()
+                if self.first is None:
+                    self.first = now
+                if made:
+                    self.gaps.append(now - before)
+                self.last = before = now
+                made += 1
+                usage.completion_tokens += 1
+                usage.cached_tokens = max(usage.cached_tokens, step.cached_tokens)
+                split, reason = Split(), None
+                if step.token.id in prepared.ends:
+                    reason = "stop"
+                else:
+                    split, stopped = text.add(step.token.id)
+                    reason = "stop" if stopped else "length" if made == prepared.budget else None
+                if reason is not None:
+                    tail, stopped = text.finish()
+                    split, reason = split + tail, "stop" if stopped else reason
+                reasoned = reasoned or bool(split.reasoning)
+                spoken = spoken or bool(split.content)
+                usage.reasoning_tokens += reasoned and not spoken
+                if reason is not None:
+                    self.finished[choice] = reason
+                yield Delta(choice, split.content, split.reasoning, step.token, reason)
+                if reason is not None:
+                    return
+        raise RuntimeError("the backend ended an answer before its length, without an end token")
+
+
+async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """What several generators yield, as it comes; all are closed with this one, however it ends."""
+    if len(streams) == 1:
+        async with contextlib.aclosing(streams[0]) as only:
+            async for item in only:
+                yield item
+        return
+    queue: asyncio.Queue[tuple[T | None, Exception | None]] = asyncio.Queue()
+
+    async def work(stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for made in stream:
+                    queue.put_nowait((made, None))
+            queue.put_nowait((None, None))
+        except Exception as error:
+            queue.put_nowait((None, error))
+
+    tasks = [asyncio.create_task(work(stream)) for stream in streams]
+    try:
+        left = len(tasks)
+        while left:
+            found, error = await queue.get()
+            if error is not None:
+                raise error
+            if found is None:
+                left -= 1
+            else:
+                yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

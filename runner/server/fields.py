@@ -1,0 +1,162 @@
+"""Reads a request's JSON into a typed structure; a field that is neither known nor inert is refused by its name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec import inspect
+
+from runner.local_files import quoted
+from runner.server.errors import invalid
+from runner.server.inert import Table
+
+T = TypeVar("T")
+Policy = Literal["refuse", "warn"]
+MAX_DEPTH = 64
+"""Levels of nesting; a schema of a tool's that is deeper is none that a model could follow."""
+MAX_PARTS = 100_000
+"""Values in one request, containers included."""
+
+
+def parse(body: bytes) -> Any:
+    """The value of a JSON text, within bounds.
+
+    Raises:
+        ApiError: it is no JSON, nested too deep, or has too many values.
+    """
+    try:
+        value = msgspec.json.decode(body)
+        count = _measured(value)
+    except RecursionError:
+        raise invalid(f"the request is nested more than {MAX_DEPTH} deep") from None
+    except msgspec.MsgspecError as error:
+        raise invalid(f"the request is not valid JSON: {error}") from None
+    except (UnicodeError, ValueError) as error:
+        raise invalid(f"the request is not valid JSON: {error}") from None
+    if count > MAX_PARTS:
+        raise invalid(f"the request has more than {MAX_PARTS} values")
+    return value
+
+
+def _measured(value: Any) -> int:
+    """The number of values in `value`; texts that are no valid Unicode raise UnicodeError, depth RecursionError."""
+    count, level = 0, [value]
+    for _ in range(MAX_DEPTH):
+        following: list[Any] = []
+        for each in level:
+            if isinstance(each, str):
+                each.encode()
+            elif isinstance(each, dict):
+                for name in each:
+                    name.encode()
+                following.extend(each.values())
+            elif isinstance(each, list):
+                following.extend(each)
+        count += len(level)
+        if not following:
+            return count
+        level = following
+    raise RecursionError
+
+
+def read(value: Any, kind: type[T], policy: Policy = "refuse") -> tuple[T, list[str]]:
+    """Make a `kind` of a plain value; returns it and the paths of the fields that were left out.
+
+    Raises:
+        ApiError: a field is unknown, missing, or has a value of another type; the error has its path.
+    """
+    if not isinstance(value, dict):
+        raise invalid("the request must be a JSON object")
+    cleaner = _Cleaner(policy)
+    plain = cleaner.clean(value, inspect.type_info(kind), "")
+    try:
+        return msgspec.convert(plain, kind, strict=True), cleaner.left_out
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        where = path.rstrip("`").removeprefix(".") or None
+        if where is None and (named := re.search(r"required field `(\w+)`", message)):
+            raise invalid(f"{named[1]} is missing", named[1], "missing_required_parameter") from None
+        told = message[:1].lower() + message[1:]
+        raise invalid(f"{where}: {told}" if where else told, where) from None
+
+
+class _Cleaner:
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.left_out: list[str] = []
+
+    def clean(self, value: Any, info: inspect.Type, path: str) -> Any:
+        """A copy of `value` without inert fields."""
+        if isinstance(info, inspect.UnionType):
+            return self._union(value, info, path)
+        if isinstance(info, inspect.StructType) and isinstance(value, dict):
+            return self._object(value, info, path)
+        if isinstance(info, inspect.ListType | inspect.VarTupleType) and isinstance(value, list):
+            return [self.clean(each, info.item_type, f"{path}[{index}]") for index, each in enumerate(value)]
+        return value
+
+    def _union(self, value: Any, info: inspect.UnionType, path: str) -> Any:
+        if isinstance(value, list):
+            for each in info.types:
+                if isinstance(each, inspect.ListType):
+                    return self.clean(value, each, path)
+        if not isinstance(value, dict):
+            return value
+        structs = [each for each in info.types if isinstance(each, inspect.StructType)]
+        tagged = [each for each in structs if each.tag_field is not None]
+        for each in tagged:
+            if value.get(each.tag_field) == each.tag:
+                return self._object(value, each, path)
+        if tagged:
+            field, tags = tagged[0].tag_field, ", ".join(repr(each.tag) for each in tagged)
+            found = value.get(str(field))
+            shown = quoted(found, 60) if isinstance(found, str) else "missing" if found is None else "no text"
+            where = _below(path, str(field))
+            raise invalid(f"{where} is {shown}: only {tags} can be read here", where, "unsupported_value")
+        return self._object(value, structs[0], path) if structs else value
+
+    def _object(self, value: dict[str, Any], info: inspect.StructType, path: str) -> dict[str, Any]:
+        fields = {field.encode_name: field.type for field in info.fields}
+        inert: Table = getattr(info.cls, "inert", {})
+        result = {}
+        for name, each in value.items():
+            where = _below(path, name)
+            if name in fields:
+                result[name] = self.clean(each, fields[name], where)
+            elif name == info.tag_field:
+                result[name] = each
+            elif self.policy == "warn" or (name in inert and inert[name].allows(each)):
+                self.left_out.append(where)
+            else:
+                self._refuse(name, each, where, list(fields), inert)
+        return result
+
+    def _refuse(self, name: str, value: Any, where: str, known: list[str], inert: Table) -> None:
+        if name in inert:
+            allowed = " or ".join(msgspec.json.encode(each).decode() for each in inert[name].values)
+            raise invalid(f"{where}: only {allowed} is understood here", where, "unsupported_value")
+        if told := RENAMED.get(name):
+            raise invalid(f"{where} is not known here: {told}", where, "unknown_parameter")
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise invalid(f"unknown field {quoted(where, 120)}{hint}", where[:120], "unknown_parameter")
+
+
+RENAMED = {
+    "guided_json": 'use structured_outputs, {"json": ...}',
+    "guided_regex": 'use structured_outputs, {"regex": ...}',
+    "guided_choice": 'use structured_outputs, {"choice": ...}',
+    "guided_grammar": 'use structured_outputs, {"grammar": ...}',
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "repeat_penalty": "use repetition_penalty",
+    "n_predict": "use max_tokens",
+}
+"""Names that other servers have, or had, for what goes by another name here."""
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,210 @@
+"""A model as the server has it: a backend, and how its chat template is to be spoken to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from runner import resources
+from runner.engine.sampling import LARGEST, SamplingParams
+from runner.errors import ContextLengthError, TemplateError
+from runner.server.backend import Backend, Order
+from runner.server.errors import invalid
+from runner.server.request import MAX_CHOICES, MAX_STOP_LENGTH, MAX_STOPS, Ask, Chat, Text
+from runner.server.roles import Roles
+from runner.text.answer_text import AnswerText
+from runner.text.separator import PlainText, Separator
+from runner.text.stop import StopMatcher
+
+UNTOLD = "balanced"
+"""The preset for a model whose files say nothing of sampling, as in `runner chat`."""
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked, with its prompt in tokens; whatever is wrong with one was said before.
+
+    Attributes:
+        ids: the prompt.
+        text: the prompt as text; "" where it came as ids.
+        ends: ids of the tokens that end an answer.
+        ignored: what of the request has no effect with this model.
+    """
+
+    served: Served
+    ask: Ask
+    ids: list[int]
+    text: str
+    params: SamplingParams
+    budget: int
+    stops: Sequence[str]
+    ends: frozenset[int]
+    ignored: tuple[str, ...] = ()
+
+    def order(self, choice: int) -> Order:
+        """What the backend is to make for one of the choices."""
+        return Order(ids=self.ids, params=self.params, max_tokens=self.budget, choice=choice)
+
+    def answer_text(self) -> AnswerText:
+        """The way of one answer from ids to text."""
+        tokenizer = self.served.facts.tokenizer
+        return AnswerText(tokenizer.detokenizer(), StopMatcher(self.stops), self.served.separator(self))
+
+
+class Served:
+    """A backend under its name, and what its chat template understands, which is found out once."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.created = int(time.time())
+
+    @property
+    def facts(self) -> Any:
+        """What is known of the model."""
+        return self.backend.facts
+
+    @property
+    def name(self) -> str:
+        """The name that clients call it by."""
+        return self.backend.facts.name
+
+    def sampling(self, given: Mapping[str, Any]) -> SamplingParams:
+        """How it draws, with the options that a request has given.
+
+        Where the model's files say nothing and neither does the request, a preset decides: small models decoded
+        greedily repeat themselves for ever.
+        """
+        defaults = self.backend.facts.defaults
+        if defaults.says_sampling or "temperature" in given:
+            return defaults.sampling.replace(**given)
+        return defaults.sampling.replace(**{**resources.read("sampling", UNTOLD), **given})
+
+    @cached_property
+    def roles(self) -> Roles:
+        """Which messages its template takes."""
+        return Roles(self.backend.facts.tokenizer)
+
+    def prepare(self, ask: Ask) -> Prepared:
+        """Check a request and make its prompt. Templates and tokens take their time: not for the event loop.
+
+        Raises:
+            ApiError: a value is out of range.
+            RunnerError: a value is, or the prompt does not fit the context, or the template refuses the messages.
+        """
+        facts = self.backend.facts
+        if not 1 <= ask.choices <= MAX_CHOICES:
+            raise invalid(f"n must be from 1 to {MAX_CHOICES}", "n")
+        if ask.max_tokens is not None and ask.max_tokens < 1:
+            raise invalid("max_tokens must be at least 1", "max_tokens")
+        stops = facts.defaults.stop if ask.stop is None else ask.stop
+        if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+            raise invalid(f"stop takes up to {MAX_STOPS} texts of up to {MAX_STOP_LENGTH} characters", "stop")
+        StopMatcher(stops)
+        params = self._params(ask)
+        ids, text, ignored = self._prompt(ask.prompt)
+        room = facts.context_length - len(ids)
+        if room < 1:
+            raise ContextLengthError(len(ids), facts.context_length)
+        if not ids:
+            raise invalid("the prompt is empty: it must have at least one token", "prompt")
+        wanted = facts.defaults.budget(len(ids)) if ask.max_tokens is None else ask.max_tokens
+        budget = room if wanted is None else min(wanted, room)
+        special = facts.tokenizer.special_tokens
+        named = self._separator(ids, ask.prompt).ends
+        ends = facts.eos_token_ids | {special[token] for token in named if token in special}
+        return Prepared(self, ask, ids, text, params, budget, stops, frozenset() if ask.ignore_eos else ends, ignored)
+
+    def _params(self, ask: Ask) -> SamplingParams:
+        given = {name: value for name, value in ask.sampling.items() if value is not None}
+        if ask.ignore_eos:
+            bias = {token: -LARGEST for token in self.backend.facts.eos_token_ids}
+            given["logit_bias"] = {**given.get("logit_bias", {}), **bias}
+        params = self.sampling(given)
+        outside = [token for token in params.logit_bias if not 0 <= token < self.backend.facts.vocab_size]
+        if outside:
+            raise invalid(f"logit_bias: token {outside[0]} is not in the vocabulary", "logit_bias")
+        return params
+
+    def _prompt(self, prompt: Chat | Text) -> tuple[list[int], str, tuple[str, ...]]:
+        """Ids and text of a prompt, and what of it has no effect."""
+        facts = self.backend.facts
+        if isinstance(prompt, Text):
+            if not isinstance(prompt.prompt, str):
+                ids = list(prompt.prompt)
+                if ids and not 0 <= min(ids) <= max(ids) < facts.vocab_size:
+                    raise invalid(f"token ids must be from 0 to {facts.vocab_size - 1}", "prompt")
+                return ids, "", ()
+            self._check_length(prompt.prompt)
+            return facts.tokenizer.encode(prompt.prompt, parse_special=prompt.special), prompt.prompt, ()
+        arguments, ignored = self._arguments(prompt)
+        texts: list[str] = []
+
+        def rendered(text: str) -> None:
+            self._check_length(text)
+            texts.append(text)
+
+        messages = self.roles.fit(prompt.messages)
+        return facts.tokenizer.apply_chat_template(messages, on_rendered=rendered, **arguments), texts[-1], ignored
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that is too long by its bytes alone, since splitting megabytes into tokens takes seconds."""
+        length = self.backend.facts.context_length
+        if len(text) >= 4 * length and (least := self.backend.facts.tokenizer.least_tokens(text)) >= length:
+            raise ContextLengthError(least, length, at_least=True)
+
+    def _arguments(self, chat: Chat) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Keywords for the template, and what has no effect on it."""
+        tokenizer = self.backend.facts.tokenizer
+        variables, ignored = self.effort(chat.effort)
+        variables.update(tokenizer.template_kwargs(chat.variables))
+        turn = {"continue_final_message": True} if chat.continues else {"add_generation_prompt": True}
+        return {**variables, **turn}, ignored
+
+    def effort(self, effort: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The template's variables for an effort in reasoning; and the option's name where the model knows no effort.
+
+        Raises:
+            ApiError: the effort is no word that is known, or the model can't answer without reasoning.
+        """
+        if effort is None:
+            return {}, ()
+        if effort not in EFFORTS:
+            raise invalid(
+                f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {effort!r:.60}", "reasoning_effort"
+            )
+        off, levels = self._switches
+        if effort == "none":
+            if off is None and levels:
+                raise invalid("this model always reasons: its template has no way to turn it off", "reasoning_effort")
+            return dict(off or {}), () if off else ("reasoning_effort",)
+        if levels:
+            return {"reasoning_effort": effort}, ()
+        if off is not None and (name := next(iter(off))) in ("enable_thinking", "thinking", "reasoning"):
+            return {name: True}, ()
+        return {}, ("reasoning_effort",)
+
+    @cached_property
+    def _switches(self) -> tuple[Mapping[str, Any] | None, bool]:
+        """The variables that turn reasoning off, and whether the template reads an effort."""
+        tokenizer = self.backend.facts.tokenizer
+        try:
+            return tokenizer.thinking_off(), "reasoning_effort" in tokenizer.template_variables()
+        except TemplateError:
+            return None, False
+
+    def separator(self, prepared: Prepared) -> Separator:
+        """What tells reasoning from content in one answer."""
+        return self._separator(prepared.ids, prepared.ask.prompt)
+
+    def _separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
+        if isinstance(prompt, Text):
+            return PlainText()
+        arguments, _ = self._arguments(prompt)
+        arguments.pop("continue_final_message", None)
+        arguments.pop("add_generation_prompt", None)
+        return self.backend.facts.tokenizer.separator(ids, self.roles.fit(prompt.messages), **arguments)

@@ -1,0 +1,262 @@
+"""OpenAI's `/v1/chat/completions`, and what becomes of its prompt (`/render`)."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, ClassVar, Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runner.engine.sampling import Token
+from runner.server import inert
+from runner.server.answering import Answering
+from runner.server.errors import invalid, openai_form
+from runner.server.inert import Table
+from runner.server.openai_fields import Common, usage_of
+from runner.server.operations import Handler
+from runner.server.request import MAX_TOP_LOGPROBS, Ask, Chat
+from runner.server.serving import Running, Serving
+from runner.server.streaming import Stream, data, json, while_there
+from runner.server.token_texts import TokenTexts, entry
+
+
+class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+    """A text."""
+
+    text: str
+    inert: ClassVar[Table] = inert.PART
+
+
+class RefusalPart(msgspec.Struct, tag_field="type", tag="refusal"):
+    """What an assistant refused with."""
+
+    refusal: str
+    inert: ClassVar[Table] = inert.PART
+
+
+class CalledFunction(msgspec.Struct):
+    """The name of a function, and the JSON text of its arguments."""
+
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+    inert: ClassVar[Table] = {}
+
+
+class Call(msgspec.Struct, omit_defaults=True):
+    """A call of a function, by an assistant."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+    inert: ClassVar[Table] = inert.CALL
+
+
+class Message(msgspec.Struct, omit_defaults=True):
+    """One message."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart | RefusalPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+    inert: ClassVar[Table] = inert.MESSAGE
+
+    def plain(self) -> dict[str, Any]:
+        """The message as a template gets it."""
+        result: dict[str, Any] = {"role": self.role}
+        if isinstance(self.content, list):
+            texts = [part.text if isinstance(part, TextPart) else part.refusal for part in self.content]
+            result["content"] = [{"type": "text", "text": text} for text in texts]
+        elif self.content is not None:
+            result["content"] = self.content
+        for name in ("name", "reasoning_content", "reasoning", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                result[name] = value
+        if self.tool_calls:
+            result["tool_calls"] = [
+                {
+                    **({"id": call.id} if call.id is not None else {}),
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": call.function.arguments},
+                }
+                for call in self.tool_calls
+            ]
+        return result
+
+
+class Body(Common, kw_only=True):
+    """Body of a request."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    inert: ClassVar[Table] = inert.OPENAI
+
+    def ask(self) -> Ask:
+        """The request, as all APIs make it."""
+        if not self.messages:
+            raise invalid("messages must not be empty", "messages")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise invalid("max_tokens and max_completion_tokens differ: leave one out", "max_tokens")
+        last = self.messages[-1]
+        may_continue = last.role == "assistant" and not last.tool_calls
+        if self.continue_final_message and not may_continue:
+            raise invalid("continue_final_message: the last message is not the assistant's", "continue_final_message")
+        chat = Chat(
+            messages=[message.plain() for message in self.messages],
+            variables=self.chat_template_kwargs or {},
+            effort=self.reasoning_effort,
+            continues=may_continue and self.continue_final_message is not False,
+        )
+        return Ask(
+            prompt=chat,
+            sampling=self.sampling(self.asked_logprobs()),
+            max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            stop=self.stops(),
+            choices=1 if self.n is None else self.n,
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+    def asked_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are wanted beside each; None: no log-probabilities."""
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+        if not 0 <= (self.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
+            raise invalid(f"top_logprobs must be from 0 to {MAX_TOP_LOGPROBS}", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def chat(serving: Serving) -> Handler:
+    """`POST /v1/chat/completions`."""
+
+    async def answer(request: Request) -> Response:
+        body = await serving.read(request, Body)
+        usage_asked = body.usage_asked()
+        served = serving.model(body.model)
+        prepared = await serving.prepare(request, served, body.ask())
+        running = serving.begin(request, prepared)
+        reply = Reply(served.name if body.model is None else body.model, running, bool(body.logprobs))
+        if body.stream:
+            return Stream(reply.stream(*usage_asked), done=running.close)
+        with running:
+            return json(await while_there(request, reply.whole()))
+
+    return answer
+
+
+def render(serving: Serving) -> Handler:
+    """`POST /v1/chat/completions/render`: the prompt of a chat as text and ids; nothing is generated."""
+
+    async def answer(request: Request) -> Response:
+        body = await serving.read(request, Body)
+        prepared = await serving.prepare(request, serving.model(body.model), body.ask())
+        return json({"prompt": prepared.text, "token_ids": prepared.ids, "count": len(prepared.ids)})
+
+    return answer
+
+
+class Reply:
+    """The answers to one request, in OpenAI's form."""
+
+    def __init__(self, model: str, running: Running, logprobs: bool) -> None:
+        self._running = running
+        self._answering: Answering = running.answers[0]
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._model = model
+        self._texts = TokenTexts(self._answering.prepared.served.facts.tokenizer) if logprobs else None
+
+    def _frame(self, kind: str, choices: list[Any]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self._answering.usage
+        return usage_of(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens)
+
+    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
+        if self._texts is None:
+            return None
+        ends = self._answering.prepared.ends
+        return {"content": [entry(self._texts, each) for each in tokens if each.id not in ends], "refusal": None}
+
+    async def stream(self, usage: bool, usage_always: bool) -> AsyncGenerator[bytes, None]:
+        """The events of a stream."""
+
+        def chunk(choices: list[Any]) -> bytes:
+            frame = self._frame("chat.completion.chunk", choices)
+            if usage:
+                frame["usage"] = self._usage() if usage_always or not choices else None
+            return data(frame)
+
+        def choice(index: int, delta: dict[str, Any], finish: str | None, tokens: list[Token]) -> dict[str, Any]:
+            return {"index": index, "delta": delta, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+
+        try:
+            for index in range(self._answering.prepared.ask.choices):
+                yield chunk([choice(index, {"role": "assistant", "content": ""}, None, [])])
+            # Tokens whose text is held back go with the next that has some.
+            waiting: dict[int, list[Token]] = {}
+            async for delta in self._answering.deltas():
+                shown: dict[str, Any] = {}
+                if delta.reasoning:
+                    shown |= {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning}
+                if delta.text:
+                    shown["content"] = delta.text
+                tokens = waiting.setdefault(delta.choice, [])
+                if delta.token is not None and self._texts is not None:
+                    tokens.append(delta.token)
+                if shown or (tokens and delta.finish):
+                    yield chunk([choice(delta.choice, shown, None, tokens)])
+                    waiting[delta.choice] = []
+                if delta.finish is not None:
+                    yield chunk([choice(delta.choice, {}, delta.finish, [])])
+            if usage:
+                yield chunk([])
+            yield b"data: [DONE]\n\n"
+        except Exception as error:
+            yield data(openai_form(self._running.failed(error)))
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole response."""
+        count = self._answering.prepared.ask.choices
+        texts: list[list[str]] = [[] for _ in range(count)]
+        thoughts: list[list[str]] = [[] for _ in range(count)]
+        tokens: list[list[Token]] = [[] for _ in range(count)]
+        reasons = [""] * count
+        async for delta in self._answering.deltas():
+            texts[delta.choice].append(delta.text)
+            thoughts[delta.choice].append(delta.reasoning)
+            if delta.token is not None and self._texts is not None:
+                tokens[delta.choice].append(delta.token)
+            if delta.finish is not None:
+                reasons[delta.choice] = delta.finish
+        choices = []
+        for index in range(count):
+            message: dict[str, Any] = {"role": "assistant", "content": "".join(texts[index]), "refusal": None}
+            if thought := "".join(thoughts[index]):
+                message |= {"reasoning_content": thought, "reasoning": thought}
+            choices.append(
+                {
+                    "index": index,
+                    "message": message,
+                    "logprobs": self._logprobs(tokens[index]),
+                    "finish_reason": reasons[index],
+                }
+            )
+        return {**self._frame("chat.completion", choices), "usage": self._usage()}

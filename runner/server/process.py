@@ -1,0 +1,195 @@
+"""The server as a process: sockets, signals, and a protocol that bounds slow and broken senders."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import h11
+import msgspec
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from runner.errors import UsageError
+from runner.server.app import App
+from runner.server.errors import ApiError, openai_form
+from runner.server.limits import HEADER_SECONDS, MAX_HEADERS, Options
+from runner.server.serving import Serving
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, with a limit on the time that headers take, and errors in the APIs' form."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection has ended."""
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def _watch(self) -> None:
+        """Bound the time from a request's first byte, or the connection, to the end of its headers."""
+        fresh = self.cycle is None or bool(self.conn.trailing_data[0])
+        if self.conn.their_state is h11.IDLE and fresh:
+            if self._timer is None:
+                self._timer = self.loop.call_later(HEADER_SECONDS, self._late)
+        else:
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self._refuse(ApiError(408, f"the headers did not arrive within {HEADER_SECONDS:.0f} seconds"))
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP."""
+        self._refuse(ApiError(400, "the request is not valid HTTP"))
+
+    def _refuse(self, error: ApiError) -> None:
+        body = msgspec.json.encode(openai_form(error))
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        headers.append((b"content-length", str(len(body)).encode()))
+        with contextlib.suppress(h11.LocalProtocolError):
+            reason = b"Bad Request" if error.status == 400 else b"Request Timeout"
+            for event in (
+                h11.Response(status_code=error.status, headers=headers, reason=reason),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but a server that is told to end by a signal has not failed; and it says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[Callable[[], None]], None]) -> None:
+        super().__init__(config)
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            loop.call_soon_threadsafe(self.handle_exit, signal.SIGTERM, None)
+
+        self._started(end)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Let the loop hand over SIGTERM and Ctrl-C; a second one ends answers that are under way."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take no more work."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+def listening(options: Options) -> socket.socket:
+    """The socket to listen on.
+
+    Raises:
+        UsageError: the address cannot be had.
+    """
+    if options.uds is not None:
+        path = Path(options.uds)
+        if path.is_socket():
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe, contextlib.suppress(OSError):
+                probe.connect(str(path))
+                raise UsageError(f"--uds {path}: another server listens there")
+            path.unlink()
+        try:
+            made = socket.socket(socket.AF_UNIX)
+            made.bind(str(path))
+            path.chmod(0o600)
+        except OSError as error:
+            raise UsageError(f"--uds {path}: {error.strerror or error}") from error
+        return made
+    try:
+        family, kind, number, _name, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind, number)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {options.host}:{options.port}: {error.strerror or error}") from error
+    return made
+
+
+def serve_on(made: socket.socket, serving: Serving, started: Callable[[str, Callable[[], None]], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        made: a socket of `listening`.
+        started: called once the server listens, with its address and what ends it, from any thread.
+    """
+    options = serving.options
+    config = uvicorn.Config(
+        App(serving),
+        http=Protocol,
+        ws="none",
+        loop="auto",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        root_path=options.root_path,
+        h11_max_incomplete_event_size=MAX_HEADERS,
+        timeout_graceful_shutdown=max(1, round(options.shutdown_timeout)),
+        timeout_keep_alive=75,
+    )
+    server = Server(config, lambda end: started(address_of(made, options), end))
+
+    try:
+        asyncio.run(server.serve(sockets=[made]))
+    finally:
+        for served in serving.models.values():
+            served.backend.close()
+        if options.uds is not None:
+            Path(options.uds).unlink(missing_ok=True)
+
+
+def address_of(made: socket.socket, options: Options) -> str:
+    """The address for people and clients; port 0 has become a real one."""
+    if options.uds is not None:
+        return f"unix:{options.uds}"
+    name: Any = made.getsockname()
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else '[::1]' if host == '[::]' else host}:{name[1]}"

@@ -1,0 +1,61 @@
+"""One kind of request, whichever API it came by: what to answer, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_CHOICES = 32
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation to answer, in OpenAI's shapes.
+
+    Attributes:
+        variables: further variables for the template.
+        effort: how much to reason, in OpenAI's words ("none" to "high", or what else the template knows); None: as the
+            template does by itself.
+        continues: whether the answer goes on with the last message, the assistant's, instead of a new one.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    effort: str | None = None
+    continues: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text to continue, or its ids.
+
+    Attributes:
+        special: whether the text of special tokens in it means those tokens, as clients that fill in the middle expect.
+    """
+
+    prompt: str | Sequence[int]
+    special: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A request.
+
+    Attributes:
+        sampling: fields of `SamplingParams`; what is absent is the model's own.
+        max_tokens: the most tokens of an answer; None: what is left of the context.
+        stop: texts before which an answer ends; None: the model's own.
+        choices: how many answers to give.
+        ignore_eos: whether end tokens are kept from coming, so that an answer has its full length.
+    """
+
+    prompt: Chat | Text
+    sampling: Mapping[str, Any]
+    max_tokens: int | None = None
+    stop: Sequence[str] | None = None
+    choices: int = 1
+    ignore_eos: bool = False

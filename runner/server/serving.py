@@ -1,0 +1,150 @@
+"""What all APIs share: the models by name, the places for answers, the log; and the way of a request through them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from starlette.requests import Request
+
+from runner.server.answering import Answering
+from runner.server.errors import ApiError, of_exception
+from runner.server.fields import parse, read
+from runner.server.limits import Options, Places, body_of
+from runner.server.metrics import Metrics
+from runner.server.model import Prepared, Served
+from runner.server.request import Ask
+from runner.server.streaming import while_there
+
+T = TypeVar("T")
+
+LOG = "runner.server"
+
+
+class Note:
+    """What is to be said of one request, in its response's headers and in the log."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.ignored: list[str] = []
+        self.values: dict[str, Any] = {}
+
+
+def note_of(request: Request) -> Note:
+    """The note on a request."""
+    note: Note = request.scope["runner.note"]
+    return note
+
+
+class Running:
+    """A request's answers while they are under way: they hold places, which `close` gives back."""
+
+    def __init__(self, serving: Serving, note: Note, answers: Sequence[Answering]) -> None:
+        self._serving = serving
+        self._note = note
+        self.answers = answers
+        self._count = sum(each.prepared.ask.choices for each in answers)
+        serving.places.take(self._count)
+        self._open = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def failed(self, error: Exception) -> ApiError:
+        """The error to tell of where the answers broke off, after the response had begun; the log has it in full."""
+        told = self._serving.told(error)
+        self._note.values["error"] = told.message
+        return told
+
+    def close(self) -> None:
+        """The end, by whatever reason."""
+        if not self._open:
+            return
+        self._open = False
+        self._serving.places.leave(self._count)
+        for answer in self.answers:
+            self._serving.metrics.finished(answer)
+        usage = [answer.usage for answer in self.answers]
+        first = [answer.first - answer.started for answer in self.answers if answer.first is not None]
+        self._note.values |= {
+            "model": self.answers[0].prepared.served.name,
+            "prompt_tokens": sum(each.prompt_tokens for each in usage),
+            "cached_tokens": sum(each.cached_tokens for each in usage),
+            "completion_tokens": sum(each.completion_tokens for each in usage),
+            "finish": [reason for answer in self.answers for _, reason in sorted(answer.finished.items())],
+            "ttft": round(min(first), 4) if first else None,
+        }
+
+
+class Serving:
+    """The state of a server."""
+
+    def __init__(self, models: Sequence[Served], options: Options, aliases: Mapping[str, str] | None = None) -> None:
+        self.models = {served.name: served for served in models}
+        self.aliases = dict(aliases or {})
+        self.options = options
+        self.places = Places(options.max_queue)
+        self.metrics = Metrics(self)
+        self.log = logging.getLogger(LOG)
+
+    def model(self, name: str | None) -> Served:
+        """The model that a request names; without a name the first.
+
+        Raises:
+            ApiError: no model has the name. Nothing is fetched because a client says so.
+        """
+        if name is None:
+            return next(iter(self.models.values()))
+        found = self.models.get(self.aliases.get(name, name))
+        if found is None:
+            there = ", ".join([*self.models, *self.aliases])
+            raise ApiError(
+                404, f"no model is called {name[:200]!r} here; there is: {there}", param="model", code="model_not_found"
+            )
+        return found
+
+    async def read(self, request: Request, kind: type[T]) -> T:
+        """The body of a request as a `kind`, its inert fields noted."""
+        body = await body_of(request)
+        value = await asyncio.to_thread(parse, body) if len(body) > 100_000 else parse(body)
+        if self.log.isEnabledFor(logging.DEBUG):
+            note_of(request).values["request"] = value
+        result, ignored = read(value, kind, self.options.unknown_fields)
+        note_of(request).ignored += ignored
+        return result
+
+    async def prepare(self, request: Request, served: Served, ask: Ask) -> Prepared:
+        """Check a request and make its prompt, on a thread; `Gone` where the client leaves meanwhile."""
+        self.check_alive(served)
+        prepared = await while_there(request, asyncio.to_thread(served.prepare, ask))
+        note_of(request).ignored += prepared.ignored
+        return prepared
+
+    def check_alive(self, served: Served) -> None:
+        """Refuse a request that no engine would answer."""
+        status = served.backend.status()
+        if not status.alive:
+            raise ApiError(503, f"the engine of {served.name} has failed", "server_error", code="engine_failed")
+
+    def told(self, error: Exception) -> ApiError:
+        """What a client hears of an exception; one that nobody foresaw goes to the log with its traceback."""
+        told = of_exception(error)
+        if told.status == 500:
+            self.log.error("a request failed", exc_info=error)
+        return told
+
+    def begin(self, request: Request, *prepared: Prepared) -> Running:
+        """Take places for the answers to prepared prompts.
+
+        Raises:
+            ApiError: there are too few.
+        """
+        return Running(self, note_of(request), [Answering(each) for each in prepared])

@@ -1,0 +1,194 @@
+"""A backend whose answers are written down, behind the server's real HTTP layer; and a server on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from runner.engine.defaults import GenerationDefaults
+from runner.engine.sampling import Token
+from runner.server.backend import Facts, Order, Status, Step
+from runner.server.limits import Options
+from runner.server.model import Served
+from runner.server.process import address_of, listening, serve_on
+from runner.server.serving import LOG, Serving
+from runner.text.tokenizer import Tokenizer
+
+END = "<|im_end|>"
+CHATML = (
+    "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+SPECIAL = ("<|im_start|>", END)
+
+Script = Callable[[str, Order], str]
+"""Makes the answer to an order; it is given the prompt as text, special tokens spelled."""
+
+
+@cache
+def tokenizer(template: str = CHATML, special: Sequence[str] = SPECIAL, added: Sequence[str] = ()) -> Tokenizer:
+    """A tokenizer of single bytes, special tokens and added ones."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place)
+        library = tokenizers.Tokenizer(
+            models.BPE({letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+        )
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        library.add_special_tokens(list(special))
+        library.add_tokens(list(added))
+        library.save(str(path / "tokenizer.json"))
+        (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "chat_template": template}))
+        return Tokenizer.from_directory(path)
+
+
+class ToldBackend:
+    """Answers what `script` makes of each order.
+
+    Attributes:
+        orders: what was ordered, in order.
+        begun: answers that have begun.
+        open: answers under way.
+        fails: raised by the next token; the backend is dead then.
+        pause: seconds before each token.
+        gate: where it is set, no token comes before it is set to true.
+    """
+
+    def __init__(self, script: Script, *, name: str = "told", context: int = 4096, facts: Any = None) -> None:
+        self.script = script
+        made = tokenizer() if facts is None else facts
+        end = made.special_tokens[END]
+        self.facts = Facts(
+            name=name, family="told", tokenizer=made, defaults=GenerationDefaults.read({"do_sample": True, "top_k": 0}),
+            eos_token_ids=frozenset({end}), context_length=context, vocab_size=made.vocab_size,
+        )  # fmt: skip
+        self.orders: list[Order] = []
+        self.open = 0
+        self.made = 0
+        self.fails: Exception | None = None
+        self.dead = False
+        self.pause = 0.0
+        self.held = threading.Event()
+        self.held.set()
+
+    async def tokens(self, order: Order) -> AsyncGenerator[Step, None]:
+        """Tell the answer."""
+        self.orders.append(order)
+        self.open += 1
+        try:
+            made = self.facts.tokenizer
+            prompt = made.decode(order.ids, skip_special_tokens=False)
+            answer = self.script(prompt, order)
+            ids = made.encode(answer, add_special_tokens=False, parse_special=True)
+            ids.append(next(iter(self.facts.eos_token_ids)))
+            for count, token in enumerate(ids):
+                while not self.held.is_set():
+                    await asyncio.sleep(0.002)
+                await asyncio.sleep(self.pause)
+                if self.fails is not None:
+                    self.dead = True
+                    raise self.fails
+                if count == order.max_tokens:
+                    return
+                self.made += 1
+                top = order.params.logprobs
+                if top is None:
+                    yield Step(Token(token), 0)
+                else:
+                    likeliest = [(token, -0.25), *((index, -2.0 - index) for index in range(top - 1))][:top]
+                    yield Step(Token(token, -0.25, likeliest), 0)
+        finally:
+            self.open -= 1
+
+    async def score(self, ids: Sequence[int], top: int) -> list[Token]:
+        """Every token has the logarithm -1 but for its place."""
+        return [Token(each, -1.0 - place, [(each, -1.0 - place)] * bool(top)) for place, each in enumerate(ids[1:])]
+
+    def status(self) -> Status:
+        """How it fares."""
+        return Status(alive=not self.dead, running=self.open)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, backends: Sequence[Any], aliases: Mapping[str, str] | None = None, **options: Any) -> None:
+        self.options = Options(**{"port": 0, **options})
+        self.serving = Serving([Served(each) for each in backends], self.options, aliases)
+        made = listening(self.options)
+        self.url = address_of(made, self.options)
+        self.address: tuple[str, int] = made.getsockname()
+        self._made = made
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.lines: list[dict[str, Any]] = []
+        self._end: Callable[[], None] = lambda: None
+
+    def _run(self) -> None:
+        def started(_address: str, end: Callable[[], None]) -> None:
+            self._end = end
+            self._ready.set()
+
+        serve_on(self._made, self.serving, started)
+
+    def __enter__(self) -> Running:
+        handler = logging.Handler()
+        handler.emit = lambda record: self.lines.append(  # type: ignore[method-assign]
+            json.loads(record.getMessage()) if record.getMessage().startswith("{") else {"text": record.getMessage()}
+        )
+        self._handler = handler
+        logging.getLogger(LOG).addHandler(handler)
+        logging.getLogger(LOG).setLevel("INFO")
+        logging.getLogger(LOG).propagate = False
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+        self._thread.join(20)
+        logging.getLogger(LOG).removeHandler(self._handler)
+        assert not self._thread.is_alive()
+
+    def raw(self, data: bytes, *, timeout: float = 10.0) -> bytes:
+        """Send bytes, and return all that comes back until the server closes."""
+        with socket.create_connection(self.address, timeout) as connection:
+            connection.sendall(data)
+            pieces = []
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                while piece := connection.recv(65536):
+                    pieces.append(piece)
+            return b"".join(pieces)
+
+
+def waited(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether the condition comes true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return condition()
+
+
+def events(text: str) -> Iterator[dict[str, Any]]:
+    """The data of server-sent events."""
+    for line in text.splitlines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line[6:])

@@ -1,0 +1,196 @@
+"""Who may ask, and the bounds on what they send: hosts, origins, keys, sizes, times, broken HTTP."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+from told_backend import Running, ToldBackend, waited
+
+from runner.server import limits
+from runner.server.limits import host_of
+
+BODY = json.dumps({"messages": [{"role": "user", "content": "x"}]})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    backend = ToldBackend(lambda prompt, order: "yes")
+    options = {"allow_hosts": ["box.lan"], "allow_origins": ["https://chat.example.org"], "api_key": "s3cret"}
+    with Running([backend], **options) as running:
+        yield running
+
+
+def ask(server: Running, path: str = "/v1/models", **headers: str) -> httpx2.Response:
+    given = {"authorization": "Bearer s3cret", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    return httpx2.get(server.url + path, headers=given)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:80", 200),
+        ("localhost", 200),
+        ("app.localhost:8080", 200),
+        ("[::1]:8080", 200),
+        ("box.lan", 200),
+        ("BOX.LAN.:1", 200),
+        ("evil.example", 403),
+        ("192.168.1.4", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost@evil.example", 400),
+        ("evil.example/box.lan", 400),
+        ("", 400),
+        ("box.lan:abc", 400),
+    ],
+)
+def test_hosts(server: Running, host: str, status: int) -> None:
+    answer = ask(server, host=host)
+    assert answer.status_code == status, answer.text
+    if status == 403:
+        assert "--allow-host" in answer.json()["error"]["message"]
+
+
+def test_a_request_of_http_1_0_without_a_host(server: Running) -> None:
+    assert b" 400 " in server.raw(b"GET /v1/models HTTP/1.0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("https://chat.example.org", 200), ("https://evil.example", 403), ("null", 403), ("file://", 403)],
+)
+def test_origins(server: Running, origin: str, status: int) -> None:
+    answer = ask(server, origin=origin)
+    assert answer.status_code == status
+    assert answer.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+    asked = httpx2.options(
+        f"{server.url}/v1/chat/completions", headers={"origin": origin, "access-control-request-method": "POST"}
+    )
+    assert asked.status_code == (204 if status == 200 else 403)
+
+
+def test_the_servers_own_page_may_ask(server: Running) -> None:
+    assert ask(server, origin=server.url).status_code == 200
+
+
+def test_keys(server: Running) -> None:
+    url = f"{server.url}/v1/models"
+    assert httpx2.get(url).status_code == 401 and httpx2.get(url).headers["www-authenticate"] == "Bearer"
+    for headers in ({"authorization": "Bearer wrong"}, {"x-api-key": "s3cre"}, {"authorization": "Basic s3cret"}):
+        assert httpx2.get(url, headers=headers).status_code == 401
+    assert httpx2.get(url, headers={"x-api-key": "s3cret"}).status_code == 200
+    assert httpx2.get(f"{server.url}/health").status_code == 200
+    assert httpx2.get(f"{server.url}/metrics").status_code == 401
+    assert httpx2.post(f"{server.url}/v1/messages", content=BODY).json()["type"] == "error"
+    assert "s3cret" not in json.dumps(server.lines)
+
+
+def test_keys_are_compared_in_constant_time(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(limits.hmac, "compare_digest", lambda a, b: seen.append((a, b)) or False)
+    assert ask(server).status_code == 401 and seen == [(b"s3cret", b"s3cret")]
+
+
+def test_bodies_that_are_too_large_or_compressed(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, headers = f"{server.url}/v1/chat/completions", {"authorization": "Bearer s3cret"}
+    monkeypatch.setattr(limits, "MAX_BODY", 1000)
+    assert httpx2.post(url, content=b"x" * 1001, headers=headers).status_code == 413
+    pieces = (b"x" * 100 for _ in range(20))
+    assert httpx2.post(url, content=pieces, headers=headers).status_code == 413  # chunked: no length is declared
+    assert httpx2.post(url, content=b"x", headers={**headers, "content-encoding": "gzip"}).status_code == 415
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"messages": NaN}', b"[" * 100_000,
+        b'{"a":' * 100 + b"1" + b"}" * 100,
+        b'{"messages": "\\ud800"}', b'{"\\udfff": 1}', b'{"max_tokens": 1e999}', b'{"a": 1} {"b": 2}',
+        b'{"max_tokens": ' + b"9" * 5000 + b"}",
+    ],
+)  # fmt: skip
+def test_what_is_no_request(server: Running, body: bytes) -> None:
+    headers = {"authorization": "Bearer s3cret"}
+    answer = httpx2.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_what_is_no_http(server: Running) -> None:
+    for data in (b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"):
+        answer = server.raw(data)
+        assert answer.startswith(b"HTTP/1.1 400 ") and b'"invalid_request_error"' in answer
+    huge = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 70_000 + b"\r\n\r\n"
+    assert server.raw(huge).startswith(b"HTTP/1.1 4")
+    both = b"Host: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    assert server.raw(b"POST /v1/models HTTP/1.1\r\n" + both).startswith(b"HTTP/1.1 400 ")
+
+
+def test_slow_headers_and_bodies(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.server.process.HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
+    start = time.monotonic()
+    assert server.raw(b"GET / HTTP/1.1\r\nHost: local").startswith(b"HTTP/1.1 408 ")
+    assert server.raw(b"").startswith(b"HTTP/1.1 408 ")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: s3cret\r\nContent-Length: 99\r\n\r\n{"
+    assert server.raw(head).startswith(b"HTTP/1.1 408 ")
+    assert time.monotonic() - start < 5
+
+
+def test_one_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.server.streaming.SEND_SECONDS", 0.3)
+    backend = ToldBackend(lambda prompt, order: "x" * 200_000, context=300_000)
+    with Running([backend]) as server:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(server.address)
+            body = json.dumps({"prompt": "x", "stream": True})
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+            client.sendall(head.encode())
+            assert waited(lambda: backend.made > 100)
+            assert waited(lambda: backend.open == 0, 20)
+        assert backend.made < 200_000
+
+
+def test_paths_and_methods(server: Running) -> None:
+    assert ask(server, "/v1/nothing").status_code == 404
+    assert ask(server, "/v1/chat/completions").status_code == 405
+    assert ask(server, "/v1/models/..%2f..%2fetc%2fpasswd").status_code == 404
+    assert httpx2.head(f"{server.url}/health").status_code == 200
+
+
+def test_the_log_has_no_text_of_requests(server: Running) -> None:
+    headers = {"authorization": "Bearer s3cret", "content-type": "application/json"}
+    body = BODY.replace('"x"', '"my secret question"')
+    answer = httpx2.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+
+    def lines() -> list[dict[str, Any]]:
+        return [each for each in server.lines if each.get("request_id") == answer.headers["x-request-id"]]
+
+    assert waited(lambda: len(lines()) == 1)
+    (line,) = lines()
+    assert line["completion_tokens"] == 4 and line["finish"] == ["stop"] and line["status"] == 200
+    assert "secret" not in json.dumps(server.lines)
+
+
+def test_metrics(server: Running) -> None:
+    text = ask(server, "/metrics").text
+    for name in (
+        "num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total",
+        "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_count", "e2e_request_latency_seconds_sum",
+        "request_success_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
+    ):  # fmt: skip
+        assert f"{name}{{" in text, name
+    assert 'request_success_total{finished_reason="stop",model_name="told"}' in text
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [("a.b:1", "a.b"), ("[::1]", "::1"), ("a b", None), ("a#b", None), (None, None), (":80", None)]
+)
+def test_the_name_in_a_host_header(value: str | None, name: str | None) -> None:
+    assert host_of(value) == name

@@ -1,0 +1,137 @@
+"""OpenAI's completions: texts, lists, ids, and log-probabilities in the form that lm-eval reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import openai
+import pytest
+from places import ROOT
+from told_backend import Running, ToldBackend
+
+import runner
+from runner.server.backend import LocalBackend
+
+FIXTURE = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
+
+
+@pytest.fixture(scope="module")
+def told() -> ToldBackend:
+    return ToldBackend(lambda prompt, order: f"<{prompt}>")
+
+
+@pytest.fixture(scope="module")
+def server(told: ToldBackend) -> Iterator[Running]:
+    with Running([told]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+
+
+def test_every_form_of_prompt(told: ToldBackend, client: openai.OpenAI) -> None:
+    ids = told.facts.tokenizer.encode("ab")
+    for prompt, wanted in (
+        ("ab", ["<ab>"]),
+        (["ab", "cd"], ["<ab>", "<cd>"]),
+        (ids, ["<ab>"]),
+        ([ids, ids], ["<ab>", "<ab>"]),
+    ):
+        answer = client.completions.create(model="told", prompt=prompt)
+        assert [choice.text for choice in answer.choices] == wanted
+        assert [choice.index for choice in answer.choices] == list(range(len(wanted)))
+        assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+
+
+def test_several_choices_of_several_prompts_streamed(client: openai.OpenAI) -> None:
+    texts = {}
+    for chunk in client.completions.create(model="told", prompt=["a", "b"], n=2, stream=True, echo=True):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+    assert texts == {0: "a<a>", 1: "a<a>", 2: "b<b>", 3: "b<b>"}
+
+
+def test_special_tokens_in_a_prompt_are_meant(told: ToldBackend, client: openai.OpenAI) -> None:
+    client.completions.create(model="told", prompt="<|im_start|>x")
+    assert told.orders[-1].ids[0] == told.facts.tokenizer.special_tokens["<|im_start|>"]
+
+
+def test_an_end_that_is_kept_from_coming(told: ToldBackend, client: openai.OpenAI) -> None:
+    client.completions.create(model="told", prompt="x", max_tokens=2, extra_body={"ignore_eos": True})
+    (end,) = told.facts.eos_token_ids
+    assert told.orders[-1].params.logit_bias[end] < -1e30
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [["a"]]}, "prompt[0]"),
+        ({"prompt": [1, "a"]}, "prompt[0]"),
+        ({"prompt": [10**12]}, "token ids"),
+        ({"prompt": ""}, "empty"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"max_tokens": 0}, "echo"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "echo"),
+    ],
+)
+def test_refused_by_name(client: openai.OpenAI, extra: dict, named: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="told", prompt="x", extra_body=extra)
+    assert named in caught.value.message
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[tuple[openai.OpenAI, runner.LanguageModel]]:
+    lm = runner.load(FIXTURE)
+    with Running([LocalBackend(lm, "tiny")]) as running:
+        yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0), lm
+
+
+def test_a_real_model_gives_what_the_library_gives(real: tuple[openai.OpenAI, runner.LanguageModel]) -> None:
+    client, lm = real
+    wanted = lm.generate("abc", max_tokens=8, temperature=0)
+    for stream in (False, True):
+        answer = client.completions.create(model="tiny", prompt="abc", max_tokens=8, temperature=0, stream=stream)
+        text = "".join(c.choices[0].text for c in answer) if stream else answer.choices[0].text
+        assert text == wanted.text
+    drawn = lm.generate("abc", max_tokens=8, temperature=1.0, seed=3)
+    same = client.completions.create(model="tiny", prompt="abc", max_tokens=8, temperature=1, seed=3, n=2)
+    assert same.choices[0].text == drawn.text != same.choices[1].text
+
+
+def test_echo_and_logprobs_as_lm_eval_reads_them(real: tuple[openai.OpenAI, runner.LanguageModel]) -> None:
+    """`local-completions` sums the log-probabilities from the context's length to the last but one."""
+    client, lm = real
+    ids = lm.tokenizer.encode("abcdef")
+    answer = client.completions.create(
+        model="tiny", prompt=[ids], max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1234
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None and found.token_logprobs is not None and found.top_logprobs is not None
+    assert len(found.token_logprobs) == len(ids) + 1 and found.token_logprobs[0] is None
+    logits = lm.logits(ids)
+    scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for place in range(1, len(ids)):
+        wanted = float(scores[place - 1, ids[place]])
+        assert math.isclose(found.token_logprobs[place], wanted, abs_tol=1e-4)
+        assert max(found.top_logprobs[place].values()) >= found.token_logprobs[place]
+        likeliest = float(mx.max(scores[place - 1]))
+        assert math.isclose(max(found.top_logprobs[place].values()), likeliest, abs_tol=1e-4)
+    assert found.text_offset == sorted(found.text_offset)
+    only = client.completions.create(model="tiny", prompt=[ids], max_tokens=0, logprobs=1, echo=True)
+    assert only.choices[0].logprobs.token_logprobs == found.token_logprobs[:-1]
+
+
+def test_a_directory_is_no_model_name(real: tuple[openai.OpenAI, runner.LanguageModel], tmp_path: Path) -> None:
+    client, _ = real
+    for name in (str(FIXTURE), "../../etc/passwd", str(tmp_path)):
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model=name, prompt="x")

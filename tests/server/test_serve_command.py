@@ -1,0 +1,129 @@
+"""`runner serve` as a process: its first lines, its options and config file, SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+from places import ROOT
+
+from runner.cli import main
+
+FIXTURE = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
+
+
+@contextmanager
+def served(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """A server on a free port; its process, address and lines on stderr."""
+    command = [sys.executable, "-m", "runner", "serve", *words]
+    env = {**os.environ, **environment}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        lines: list[str] = []
+        ready = threading.Event()
+
+        def read() -> None:
+            assert process.stderr is not None
+            for line in process.stderr:
+                lines.append(line)
+                if "curl" in line or line.startswith(("error", "Traceback")):
+                    ready.set()
+            ready.set()
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        try:
+            assert ready.wait(60)
+            found = re.search(r"at (\S+)", "".join(lines))
+            assert found is not None, lines
+            yield process, found[1], lines
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            process.wait(30)
+            reader.join(5)
+
+
+def test_first_lines_a_request_and_sigterm_during_a_stream(tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text(
+        f'model = ["{FIXTURE}"]\nport = 0\nalias = ["mine={FIXTURE}"]\nmax-queue = 7\n'
+    )
+    key = tmp_path / "key"
+    key.write_text("from-a-file\n")
+    with served("--config", str(tmp_path / "serve.toml"), "--api-key-file", str(key)) as (process, address, lines):
+        assert re.match(r"http://127\.0\.0\.1:\d+$", address)
+        text = "".join(lines)
+        assert "curl" in text and "openai:" in text and "from-a-file" not in text
+        headers = {"authorization": "Bearer from-a-file"}
+        names = [each["id"] for each in httpx2.get(f"{address}/v1/models", headers=headers).json()["data"]]
+        assert names[0] == "llama-gqa" and "mine" in names
+        body = {"prompt": "abc", "max_tokens": 40, "stream": True, "temperature": 0, "ignore_eos": True}
+        with httpx2.stream("POST", f"{address}/v1/completions", json=body, headers=headers, timeout=30) as sent:
+            pieces = sent.iter_text()
+            got = next(pieces)
+            process.send_signal(signal.SIGTERM)
+            got += "".join(pieces)
+        assert got.endswith("data: [DONE]\n\n"), "the stream was cut"
+        assert process.wait(30) == 0
+    assert '"path": "/v1/completions"' in "".join(lines)
+
+
+def test_a_socket_for_this_account_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with served(str(FIXTURE), "--uds", str(path)) as (_process, address, _lines):
+        assert address == f"unix:{path}" and path.stat().st_mode & 0o777 == 0o600
+        with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path))) as client:
+            assert client.get("http://localhost/health").json()["status"] == "ok"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--host", "0.0.0.0"], "--no-auth"),
+        (["--api-key", "x"], "--api-key"),
+        (["--alias", "x"], "NAME=MODEL"),
+        (["--alias", "x=other"], "other"),
+        (["--root-path", "x"], "--root-path"),
+        (["--api-key-file", "/nonexistent"], "/nonexistent"),
+        (["--config", "/nonexistent.toml"], "/nonexistent.toml"),
+        (["--host", "999.1.1.1", "--no-auth"], "999.1.1.1"),
+    ],
+)
+def test_options_that_do_not_go(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(FIXTURE), *words]) != 0
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("ports = 1", "did you mean 'port'"),
+        ("port = 'x'", "whole number"),
+        ("api-key = 'x'", "'api-key' is no option"),
+        ("[port]\nx = 1", "port must be a value"),
+        ("port = ", "not valid TOML"),
+        ("config = 'x'", "'config' is no option"),
+    ],
+)
+def test_config_files_that_do_not_go(text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    assert main(["serve", str(FIXTURE), "--config", str(tmp_path / "c.toml")]) != 0
+    assert named in capsys.readouterr().err
+
+
+def test_other_commands_import_none_of_it() -> None:
+    code = (
+        "import sys, runner, runner.cli.app\n"
+        "print([name for name in ('starlette', 'uvicorn', 'msgspec', 'prometheus_client') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,44 @@
+"""The pages about serving: their commands parse, their paths and files are those of the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from places import ROOT
+from typer.main import get_command
+
+from runner.cli.app import build
+from runner.server.app import paths
+from runner.server.limits import Options
+from runner.server.serving import Serving
+
+PAGES = [ROOT / "docs" / "serving.md", ROOT / "docs" / "usage" / "serve.md"]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def parses(words: list[str]) -> None:
+    get_command(build()).commands["serve"].make_context("serve", words)  # type: ignore[attr-defined]
+
+
+def test_every_command_parses(tmp_path: Path) -> None:
+    (settings,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "serve.toml").write_text(settings)
+    assert len(tomllib.loads(settings)) >= 4
+    found = re.findall(r"(?:^|`|: )(runner serve [^`\n]+)", TEXT, re.MULTILINE)
+    assert len(found) >= 4
+    for line in found:
+        words = shlex.split(line.replace("serve.toml", str(tmp_path / "serve.toml")))[2:]
+        if "--help" not in words:
+            parses(words)
+    with pytest.raises(Exception, match="nope"):
+        parses(["--nope"])
+
+
+def test_every_path_is_told() -> None:
+    for path in paths(Serving([], Options())):
+        shown = path.replace(":path", "")
+        assert shown in TEXT or path == "/ping", path
