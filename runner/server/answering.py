@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from runner.engine.sampling import Token
+from runner.engine.sampler import Token
 from runner.server.model import Prepared
 from runner.text.separator import Split
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runner.engine.defaults import GenerationDefaults
-from runner.engine.sampling import SamplingParams, Token
+from runner.engine.sampler import Token
+from runner.engine.sampling import SamplingParams
 from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from runner.engine.sampling import Token
+from runner.engine.sampler import Token
 from runner.server import inert
 from runner.server.answering import Answering, Delta, merged
 from runner.server.errors import invalid, openai_form

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from runner.engine.sampling import Token
+from runner.engine.sampler import Token
 from runner.text.detokenizer import byte_alphabet
 from runner.text.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from runner.engine.defaults import GenerationDefaults
-from runner.engine.sampling import Token
+from runner.engine.sampler import Token
 from runner.server.backend import Facts, Order, Status, Step
 from runner.server.limits import Options
 from runner.server.model import Served
