@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from runner.engine.sampler import Token
 from runner.server.model import Prepared
+from runner.server.tool_calls import SPECIAL, Call
 from runner.text.separator import Split
 
 T = TypeVar("T")
@@ -22,7 +23,8 @@ class Delta:
 
     Attributes:
         token: the token itself; None for what was held back until the end.
-        finish: on the last one of a choice "stop" or "length".
+        finish: on the last one of a choice "stop", "length" or "tool_calls".
+        calls: calls of functions that the token completes.
     """
 
     choice: int
@@ -30,6 +32,7 @@ class Delta:
     reasoning: str = ""
     token: Token | None = None
     finish: str | None = None
+    calls: Sequence[Call] = ()
 
 
 @dataclass
@@ -74,8 +77,8 @@ class Answering:
 
     async def _choice(self, choice: int) -> AsyncGenerator[Delta, None]:
         prepared, usage = self.prepared, self.usage
-        text = prepared.answer_text()
-        made, reasoned, spoken, before = 0, False, False, 0.0
+        text, finder = prepared.answer_text(), prepared.finder()
+        made, reasoned, spoken, called, before = 0, False, False, False, 0.0
         async with contextlib.aclosing(prepared.served.backend.tokens(prepared.order(choice))) as steps:
             async for step in steps:
                 now = time.perf_counter()
@@ -96,12 +99,24 @@ class Answering:
                 if reason is not None:
                     tail, stopped = text.finish()
                     split, reason = split + tail, "stop" if stopped else reason
+                content = split.content
+                calls: list[Call] = []
+                if finder is not None:
+                    content, calls = finder.add(content)
+                    if reason is not None:
+                        rest, more = finder.flush()
+                        content, calls = content + rest, calls + more
+                    if calls and not prepared.parallel:
+                        calls, reason = calls[:1], reason or "stop"
+                    called = called or bool(calls)
+                    if called and reason == "stop":
+                        reason = "tool_calls"
                 reasoned = reasoned or bool(split.reasoning)
-                spoken = spoken or bool(split.content)
+                spoken = spoken or bool(content or calls)
                 usage.reasoning_tokens += reasoned and not spoken
                 if reason is not None:
                     self.finished[choice] = reason
-                yield Delta(choice, split.content, split.reasoning, step.token, reason)
+                yield Delta(choice, content, split.reasoning.replace(SPECIAL, ""), step.token, reason, calls)
                 if reason is not None:
                     return
         raise RuntimeError("the backend ended an answer before its length, without an end token")

@@ -135,11 +135,11 @@ class _Cleaner:
         return result
 
     def _refuse(self, name: str, value: Any, where: str, known: list[str], inert: Table) -> None:
+        if told := RENAMED.get(name):
+            raise invalid(f"{where} is not known here: {told}", where, "unknown_parameter")
         if name in inert:
             allowed = " or ".join(msgspec.json.encode(each).decode() for each in inert[name].values)
             raise invalid(f"{where}: only {allowed} is understood here", where, "unsupported_value")
-        if told := RENAMED.get(name):
-            raise invalid(f"{where} is not known here: {told}", where, "unknown_parameter")
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise invalid(f"unknown field {quoted(where, 120)}{hint}", where[:120], "unknown_parameter")

@@ -88,3 +88,9 @@ CALL: Table = {
     "cache_control": MESSAGE["cache_control"],
 }
 """Of an assistant's call of a function."""
+
+FUNCTION: Table = {
+    "strict": Inert("arguments are not bound to a schema unless that is asked for", (False, None)),
+    "cache_control": MESSAGE["cache_control"],
+}
+"""Of a function."""

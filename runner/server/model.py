@@ -15,6 +15,8 @@ from runner.server.backend import Backend, Order
 from runner.server.errors import invalid
 from runner.server.request import MAX_CHOICES, MAX_STOP_LENGTH, MAX_STOPS, Ask, Chat, Text
 from runner.server.roles import Roles
+from runner.server.tool_calls import CallFinder, KeepMarks
+from runner.server.tooling import Tooling
 from runner.text.answer_text import AnswerText
 from runner.text.separator import PlainText, Separator
 from runner.text.stop import StopMatcher
@@ -52,8 +54,19 @@ class Prepared:
 
     def answer_text(self) -> AnswerText:
         """The way of one answer from ids to text."""
-        tokenizer = self.served.facts.tokenizer
-        return AnswerText(tokenizer.detokenizer(), StopMatcher(self.stops), self.served.separator(self))
+        facts = self.served.backend.facts
+        separator = self.served.separator(self.ids, self.ask.prompt)
+        return AnswerText(facts.tokenizer.detokenizer(), StopMatcher(self.stops), separator)
+
+    def finder(self) -> CallFinder | None:
+        """What finds calls in one answer; None where no function can be called."""
+        prompt = self.ask.prompt
+        return self.served.tooling.finder(prompt.tools) if isinstance(prompt, Chat) and prompt.offered else None
+
+    @property
+    def parallel(self) -> bool:
+        """Whether an answer goes on behind its first call."""
+        return not isinstance(self.ask.prompt, Chat) or self.ask.prompt.parallel
 
 
 class Served:
@@ -83,6 +96,11 @@ class Served:
         if defaults.says_sampling or "temperature" in given:
             return defaults.sampling.replace(**given)
         return defaults.sampling.replace(**{**resources.read("sampling", UNTOLD), **given})
+
+    @cached_property
+    def tooling(self) -> Tooling:
+        """How it is told of functions, and calls them."""
+        return Tooling(self.backend.facts.tokenizer)
 
     @cached_property
     def roles(self) -> Roles:
@@ -115,7 +133,7 @@ class Served:
         wanted = facts.defaults.budget(len(ids)) if ask.max_tokens is None else ask.max_tokens
         budget = room if wanted is None else min(wanted, room)
         special = facts.tokenizer.special_tokens
-        named = self._separator(ids, ask.prompt).ends
+        named = self.separator(ids, ask.prompt).ends
         ends = facts.eos_token_ids | {special[token] for token in named if token in special}
         return Prepared(self, ask, ids, text, params, budget, stops, frozenset() if ask.ignore_eos else ends, ignored)
 
@@ -148,8 +166,12 @@ class Served:
             self._check_length(text)
             texts.append(text)
 
-        messages = self.roles.fit(prompt.messages)
+        messages = self._messages(prompt)
         return facts.tokenizer.apply_chat_template(messages, on_rendered=rendered, **arguments), texts[-1], ignored
+
+    def _messages(self, chat: Chat) -> list[Mapping[str, Any]]:
+        """The messages as the template takes them."""
+        return self.roles.fit(self.tooling.fit(chat.messages, chat.offered))
 
     def _check_length(self, text: str) -> None:
         """Refuse a text that is too long by its bytes alone, since splitting megabytes into tokens takes seconds."""
@@ -163,7 +185,8 @@ class Served:
         variables, ignored = self.effort(chat.effort)
         variables.update(tokenizer.template_kwargs(chat.variables))
         turn = {"continue_final_message": True} if chat.continues else {"add_generation_prompt": True}
-        return {**variables, **turn}, ignored
+        tools = {"tools": chat.offered} if chat.offered and self.tooling.knows_tools else {}
+        return {**variables, **turn, **tools}, ignored
 
     def effort(self, effort: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The template's variables for an effort in reasoning; and the option's name where the model knows no effort.
@@ -197,14 +220,12 @@ class Served:
         except TemplateError:
             return None, False
 
-    def separator(self, prepared: Prepared) -> Separator:
-        """What tells reasoning from content in one answer."""
-        return self._separator(prepared.ids, prepared.ask.prompt)
-
-    def _separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
+    def separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
+        """What tells reasoning from content in an answer to the prompt `ids`."""
         if isinstance(prompt, Text):
             return PlainText()
         arguments, _ = self._arguments(prompt)
         arguments.pop("continue_final_message", None)
         arguments.pop("add_generation_prompt", None)
-        return self.backend.facts.tokenizer.separator(ids, self.roles.fit(prompt.messages), **arguments)
+        found = self.backend.facts.tokenizer.separator(ids, self._messages(prompt), **arguments)
+        return KeepMarks(found, self.tooling.special) if prompt.offered else found

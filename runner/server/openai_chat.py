@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -18,10 +19,11 @@ from runner.server.errors import invalid, openai_form
 from runner.server.inert import Table
 from runner.server.openai_fields import Common, usage_of
 from runner.server.operations import Handler
-from runner.server.request import MAX_TOP_LOGPROBS, Ask, Chat
+from runner.server.request import MAX_TOOLS, MAX_TOP_LOGPROBS, Ask, Chat
 from runner.server.serving import Running, Serving
 from runner.server.streaming import Stream, data, json, while_there
 from runner.server.token_texts import TokenTexts, entry
+from runner.server.tool_calls import Call
 
 
 class TextPart(msgspec.Struct, tag_field="type", tag="text"):
@@ -46,7 +48,7 @@ class CalledFunction(msgspec.Struct):
     inert: ClassVar[Table] = {}
 
 
-class Call(msgspec.Struct, omit_defaults=True):
+class MadeCall(msgspec.Struct, omit_defaults=True):
     """A call of a function, by an assistant."""
 
     function: CalledFunction
@@ -63,7 +65,7 @@ class Message(msgspec.Struct, omit_defaults=True):
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: list[MadeCall] | None = None
     tool_call_id: str | None = None
     inert: ClassVar[Table] = inert.MESSAGE
 
@@ -90,6 +92,51 @@ class Message(msgspec.Struct, omit_defaults=True):
         return result
 
 
+class Function(msgspec.Struct):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    inert: ClassVar[Table] = inert.FUNCTION
+
+
+class Tool(msgspec.Struct, tag_field="type", tag="function"):
+    """A function, as one of the tools."""
+
+    function: Function
+    inert: ClassVar[Table] = inert.TOOL
+
+
+def plain_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A tool as a template gets it.
+
+    Raises:
+        ApiError: the name is none that a function can have.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.:/-]{1,128}", name):
+        raise invalid(f"tools: {name[:60]!r} is no name of a function (letters, digits, _ . : / -)", "tools")
+    function: dict[str, Any] = {"name": name, "description": description or ""}
+    function["parameters"] = dict(parameters) if parameters else {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
+
+
+def checked_tools(tools: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tools as a list.
+
+    Raises:
+        ApiError: there are too many, or two of one name.
+    """
+    result = list(tools)
+    names = [tool["function"]["name"] for tool in result]
+    if len(result) > MAX_TOOLS:
+        raise invalid(f"tools: at most {MAX_TOOLS} in a request", "tools")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise invalid(f"tools: two functions are called {twice!r}", "tools")
+    return result
+
+
 class Body(Common, kw_only=True):
     """Body of a request."""
 
@@ -100,6 +147,9 @@ class Body(Common, kw_only=True):
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
     inert: ClassVar[Table] = inert.OPENAI
 
     def ask(self) -> Ask:
@@ -117,6 +167,12 @@ class Body(Common, kw_only=True):
             variables=self.chat_template_kwargs or {},
             effort=self.reasoning_effort,
             continues=may_continue and self.continue_final_message is not False,
+            tools=checked_tools(
+                plain_tool(tool.function.name, tool.function.description, tool.function.parameters)
+                for tool in self.tools or ()
+            ),
+            choice=self.tool_choice or "auto",
+            parallel=self.parallel_tool_calls is not False,
         )
         return Ask(
             prompt=chat,
@@ -163,6 +219,19 @@ def render(serving: Serving) -> Handler:
         return json({"prompt": prepared.text, "token_ids": prepared.ids, "count": len(prepared.ids)})
 
     return answer
+
+
+def called(calls: Sequence[Call], *, streamed: bool) -> list[dict[str, Any]]:
+    """Calls in OpenAI's form; in a stream each has its place among those of the message."""
+    return [
+        {
+            **({"index": call.index} if streamed else {}),
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in calls
+    ]
 
 
 class Reply:
@@ -218,6 +287,8 @@ class Reply:
                     shown |= {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning}
                 if delta.text:
                     shown["content"] = delta.text
+                if delta.calls:
+                    shown["tool_calls"] = called(delta.calls, streamed=True)
                 tokens = waiting.setdefault(delta.choice, [])
                 if delta.token is not None and self._texts is not None:
                     tokens.append(delta.token)
@@ -238,10 +309,12 @@ class Reply:
         texts: list[list[str]] = [[] for _ in range(count)]
         thoughts: list[list[str]] = [[] for _ in range(count)]
         tokens: list[list[Token]] = [[] for _ in range(count)]
+        calls: list[list[Call]] = [[] for _ in range(count)]
         reasons = [""] * count
         async for delta in self._answering.deltas():
             texts[delta.choice].append(delta.text)
             thoughts[delta.choice].append(delta.reasoning)
+            calls[delta.choice] += delta.calls
             if delta.token is not None and self._texts is not None:
                 tokens[delta.choice].append(delta.token)
             if delta.finish is not None:
@@ -249,6 +322,9 @@ class Reply:
         choices = []
         for index in range(count):
             message: dict[str, Any] = {"role": "assistant", "content": "".join(texts[index]), "refusal": None}
+            if calls[index]:
+                message["tool_calls"] = called(calls[index], streamed=False)
+                message["content"] = message["content"] or None
             if thought := "".join(thoughts[index]):
                 message |= {"reasoning_content": thought, "reasoning": thought}
             choices.append(

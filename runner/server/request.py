@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 MAX_CHOICES = 32
+MAX_TOOLS = 512
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 4096
@@ -21,12 +22,23 @@ class Chat:
         effort: how much to reason, in OpenAI's words ("none" to "high", or what else the template knows); None: as the
             template does by itself.
         continues: whether the answer goes on with the last message, the assistant's, instead of a new one.
+        tools: functions that the model may call, in OpenAI's form.
+        choice: "auto"; "none": no function is called.
+        parallel: whether an answer may have several calls.
     """
 
     messages: Sequence[Mapping[str, Any]]
     variables: Mapping[str, Any] = field(default_factory=dict)
     effort: str | None = None
     continues: bool = False
+    tools: Sequence[Mapping[str, Any]] = ()
+    choice: Literal["auto", "none"] = "auto"
+    parallel: bool = True
+
+    @property
+    def offered(self) -> Sequence[Mapping[str, Any]]:
+        """The functions that the model is told of."""
+        return self.tools if self.choice != "none" else ()
 
 
 @dataclass(frozen=True, kw_only=True)

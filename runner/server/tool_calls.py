@@ -1,0 +1,164 @@
+"""Finds calls of functions in an answer's text as it comes; what turns out to be no call is text, and never lost."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.server.tool_formats import Called, Marks, read_calls
+from runner.text.separator import Separator, Split
+from runner.text.stop import unfinished
+
+SPECIAL = "\ufdd0"
+"""Around the text of a special token that is a mark: no text has this character, so no text spells the token."""
+
+
+class KeepMarks:
+    """A separator that passes on the special tokens `kept`, which others leave out, to whom looks for calls."""
+
+    def __init__(self, inner: Separator, kept: Collection[str]) -> None:
+        self._inner = inner
+        self._kept = kept
+        self.ends = inner.ends
+
+    def add(self, text: str, special: bool) -> Split:
+        """Take the next piece."""
+        if special and text in self._kept:
+            return self._inner.add(f"{SPECIAL}{text}{SPECIAL}", False)
+        return self._inner.add(text, special)
+
+    def flush(self) -> Split:
+        """Take the end."""
+        return self._inner.flush()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that was found: its place among those of the answer, and the id by which its result comes back."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+def new_id(nine: bool = False) -> str:
+    """An id for a call; some templates want `nine` letters and digits."""
+    if not nine:
+        return f"call_{secrets.token_hex(12)}"
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+class CallFinder:
+    """Takes the text of one answer piece by piece; returns text for the reader, and calls once each is complete."""
+
+    def __init__(
+        self,
+        marks: Sequence[Marks],
+        schemas: Mapping[str, Any],
+        *,
+        special: Collection[str] = (),
+        bare: bool = False,
+        nine: bool = False,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            marks: the texts around calls.
+            schemas: JSON schemas of arguments by the names of functions.
+            special: which of the marks' texts are special tokens, passed on by `KeepMarks`.
+            bare: whether an answer that is nothing but the JSON of calls is one.
+            nine: whether ids have nine letters and digits.
+        """
+        self._schemas = schemas
+        self._special = special
+        self._nine = nine
+        self._openings = {self._spelled(each.opening): each for each in marks}
+        self._bare = bare
+        self._held = ""
+        self._inside: Marks | None = None
+        self._searched = 0  # characters of the held text that were searched for the closing text
+        self._fresh = True  # nothing but white space so far
+        self._count = 0
+
+    def _spelled(self, text: str) -> str:
+        return f"{SPECIAL}{text}{SPECIAL}" if text in self._special else text
+
+    def add(self, text: str) -> tuple[str, list[Call]]:
+        """Take the next piece; return text to show, and the calls that it completes."""
+        self._held += text
+        shown = ""
+        calls: list[Call] = []
+        while True:
+            if self._inside is None:
+                more, found = self._outside()
+                shown += more
+            else:
+                found = self._within(calls)
+            if not found:
+                return shown, calls
+
+    def flush(self) -> tuple[str, list[Call]]:
+        """Take the end of the answer."""
+        text, self._held = self._held, ""
+        if self._inside is None:
+            return "" if self._count and not text.strip() else self._plain(text), []
+        marks, self._inside = self._inside, None
+        found = read_calls(self._plain(text), self._schemas)
+        # A bare answer is a call only if there is such a function: people talk in JSON, too.
+        if found is None or (not marks.opening and any(call.name not in self._schemas for call in found)):
+            return ("" if marks.kept else marks.opening) + self._plain(text), []
+        return "", self._numbered(found)
+
+    def _outside(self) -> tuple[str, bool]:
+        """Text before the next call, and whether one begins."""
+        if self._fresh and self._held.strip():
+            self._fresh = False
+            if self._bare and self._held.lstrip()[0] == "{":
+                self._inside, self._searched = Marks(""), 0
+                return "", True
+        places = {self._held.find(opening): opening for opening in self._openings}
+        places.pop(-1, None)
+        if not places:
+            # The tail that may begin a mark waits, and so does white space before it.
+            cut = len(self._held) - unfinished(self._held, list(self._openings))
+            ready = self._held[:cut].rstrip()
+            self._held = self._held[len(ready) :]
+            return self._plain(ready), False
+        place = min(places)
+        opening = places[place]
+        self._inside, self._searched = self._openings[opening], 0
+        before = self._held[:place].rstrip()
+        self._held = self._held[place if self._inside.kept else place + len(opening) :]
+        return self._plain(before), True
+
+    def _within(self, calls: list[Call]) -> bool:
+        """Whether the call that has begun is complete; then it is added to `calls`."""
+        assert self._inside is not None
+        closing = self._spelled(self._inside.closing)
+        if not closing:
+            return False
+        while (place := self._held.find(closing, self._searched)) >= 0:
+            end = place + len(closing)
+            body = self._held[: end if self._inside.kept else place]
+            found = read_calls(self._plain(body), self._schemas)
+            if found is not None:
+                self._held, self._inside = self._held[end:].lstrip(), None
+                calls += self._numbered(found)
+                return True
+            # An argument may spell the mark: the call may end at a later one.
+            self._searched = end
+        self._searched = max(self._searched, len(self._held) - len(closing) + 1)
+        return False
+
+    def _numbered(self, found: Sequence[Called]) -> list[Call]:
+        first = self._count
+        self._count += len(found)
+        return [Call(first + place, new_id(self._nine), call.name, call.arguments) for place, call in enumerate(found)]
+
+    @staticmethod
+    def _plain(text: str) -> str:
+        return text.replace(SPECIAL, "")
