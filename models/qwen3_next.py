@@ -16,11 +16,11 @@ from runner.models.qwen2_moe import SharedExpertConfig
 from runner.models.qwen3_5 import Qwen35 as Qwen35
 from runner.models.qwen3_5 import Qwen35Config
 from runner.nn import delta_rule
-from runner.nn.delta_rule import HEADS, KEYS, VALUES, Projected
+from runner.nn.delta_rule import CHANNELS, HEADS, VALUES, Projected
 from runner.nn.linear import HIDDEN, Linear
 from runner.weights.tags import Choice, Header, weight
 from runner.weights.transforms import permute_rows
-from runner.weights.tree import Size, Tree
+from runner.weights.tree import Join, Size, Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,21 @@ class Qwen3NextConfig(SharedExpertConfig, Qwen35Config):
 class ByKeyHead(Linear):
     """A matrix whose rows are sorted by key head: each one's parts one after the other.
 
-    Reading puts the parts in order, each with the rows of all heads: queries, keys, values, z; or b, a.
+    Reading puts the parts in order, each with the rows of all heads: queries, keys, values, z; or b, a. Parts that are
+    stored apart (GGUF: z, and the three others) are in order.
     """
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
         assert isinstance(config, Qwen3NextConfig)
-        heads, parts = config.linear_num_key_heads, shape[0]
+        choice, heads, parts = Linear.choose(tree, shape, headers, config), config.linear_num_key_heads, shape[0]
         assert isinstance(parts, tuple)
+        if isinstance(tree, Join):
+            return choice
+        if parts[0] == config.linear_channels:
+            keys = heads * config.linear_key_head_dim
+            parts = (keys, keys, parts[0] - 2 * keys, parts[1])
         order = permute_rows(f"{parts} of {heads} heads", lambda rows: by_part(parts, heads))
-        choice = Linear.choose(tree, shape, headers, config)
         return Choice(choice.cls, {**choice.scope, "transform": order})
 
 
@@ -68,7 +73,7 @@ def by_part(parts: Sequence[int], heads: int) -> list[int]:
 class GatedDeltaNet(delta_rule.GatedDeltaNet):
     """The layer with one matrix for queries, keys, values and the output's gate, and one for the state's gates."""
 
-    in_proj_qkvz: ByKeyHead = weight("in_proj_qkvz", (KEYS, KEYS, VALUES, VALUES), HIDDEN)
+    in_proj_qkvz: ByKeyHead = weight("in_proj_qkvz|in_proj_{qkv,z}", (CHANNELS, VALUES), HIDDEN)
     in_proj_ba: ByKeyHead = weight("in_proj_ba", (HEADS, HEADS), HIDDEN)
 
     def project(self, x: mx.array) -> Projected:

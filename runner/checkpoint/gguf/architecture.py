@@ -6,11 +6,58 @@ Source: llama.cpp's conversion scripts and model loaders (0.3.36 of llama-cpp-py
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from runner.errors import CheckpointError
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+class Reader(Protocol):
+    """The metadata below a file's architecture and the names of its tensors, for settings that take more than a table.
+
+    A key that is asked for counts as understood. All but `error` raise `CheckpointError` for values of another kind.
+    """
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has, without those for multi-token prediction."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """The file's tensors, by GGUF's names."""
+        ...
+
+    def get(self, key: str) -> Any:
+        """The value of a key, None where it is missing; a list of one value for all layers counts as that value."""
+        ...
+
+    def number(self, key: str) -> int | float | None:
+        """A finite number, None where the key is missing."""
+        ...
+
+    def needs(self, key: str) -> int:
+        """A size that must be there."""
+        ...
+
+    def each(self, key: str) -> Sequence[int] | None:
+        """An integer from 0 on, or a flag as 0 or 1, for each layer, from a list or from one for all; None: no key."""
+        ...
+
+    def truth(self, key: str) -> bool:
+        """A boolean, false where the key is missing."""
+        ...
+
+    def table(self, name: str) -> list[float]:
+        """A small tensor: a vector of positive numbers."""
+        ...
+
+    def error(self, what: str) -> CheckpointError:
+        """An error that names the file and the problem, for the caller to raise."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +84,7 @@ class Architecture:
         whole: a layer's tensors whose names have another end in transformers than in GGUF, by their whole names there.
         plain_norms: norms to which nothing is added all the same.
         negated_exp: tensors that are stored as minus their exponential.
+        recurrent: some layers are Gated DeltaNets.
         value_heads: tensors whose value heads llama.cpp sorted -> how (`runner.checkpoint.gguf.value_heads`).
         truths: boolean metadata key -> key of config.json.
         only: metadata keys that do not affect the results if they have this value, the family's own.
@@ -48,6 +96,11 @@ class Architecture:
         latent: attention has DeepSeek's latents, of which the files give other sizes than config.json.
         with_experts: the architecture of files that have experts, under the same name.
         flattened: matrices of one row that are stored as vectors.
+        folded: vectors that are stored as matrices.
+        prefix: where transformers has the layers.
+        attends: some layers attend, so that there are heads.
+        sized: the sizes of heads and RoPE are read as most architectures have them; otherwise, `own` reads them.
+        own: settings that are worked out of several keys, or of the tensors; they are read before all others.
         predicts: files may have layers for multi-token prediction behind the others, which are left unread.
         rstrip: where not None, control tokens take the white space after them, except these tokens (as in the family's
             tokenizer.json).
@@ -70,6 +123,7 @@ class Architecture:
     whole: Mapping[str, str] = field(default_factory=dict)
     plain_norms: frozenset[str] = frozenset()
     negated_exp: frozenset[str] = frozenset()
+    recurrent: bool = False
     value_heads: Mapping[str, str] = field(default_factory=dict)
     truths: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +135,11 @@ class Architecture:
     latent: bool = False
     with_experts: Architecture | None = None
     flattened: frozenset[str] = frozenset()
+    folded: frozenset[str] = frozenset()
+    prefix: str = "model.layers"
+    attends: bool = True
+    sized: bool = True
+    own: Callable[[Reader], dict[str, Any]] | None = None
     predicts: bool = False
     rstrip: tuple[str, ...] | None = None
 
@@ -88,6 +147,12 @@ class Architecture:
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 IGNORED = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)(\.weight)?")
 """Names of the RoPE frequency tables per layer that old converters wrote and nothing reads."""
+
+ENCODER = re.compile(r"(v|mm)\..+")
+"""Names of the tensors of an encoder for images, which text does not need."""
+
+ENCODER_KEYS = ("vision.", "mm.")
+"""What metadata keys about it begin with, below the architecture's name."""
 
 ZERO_MEANS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
@@ -99,6 +164,9 @@ COMMON_KEYS: Mapping[str, str] = {
     "attention.head_count_kv": "num_key_value_heads",
     "context_length": "max_position_embeddings",
 }
+
+STACK_KEYS = {key: COMMON_KEYS[key] for key in ("embedding_length", "block_count")}
+"""Those of a model that does not attend: of the others, files have the numbers that old loaders asked for."""
 
 HARMLESS: Mapping[str, tuple[Any, ...] | None] = {
     "attention.causal": (True,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from runner.checkpoint.gguf.architecture import IGNORED, ROPE_TENSORS, Architecture
+from runner.checkpoint.gguf.architecture import ENCODER, IGNORED, ROPE_TENSORS, Architecture
 from runner.checkpoint.gguf.container import Container, Entry, open_container
 from runner.checkpoint.gguf.formats import nbytes
 from runner.checkpoint.gguf.settings import architecture_of, config_of, generation_config_of
@@ -187,7 +188,7 @@ def _parts(container: Container, architecture: Architecture, config: Mapping[str
     """Every array that the file's tensors become, by transformers' name."""
     parts: dict[str, Part] = {}
     for entry in container.tensors.values():
-        if entry.name in ROPE_TENSORS or IGNORED.fullmatch(entry.name):
+        if entry.name in ROPE_TENSORS or IGNORED.fullmatch(entry.name) or ENCODER.fullmatch(entry.name):
             continue
         layer = _LAYER.fullmatch(entry.name)
         if architecture.predicts and layer is not None and int(layer[1]) >= config["num_hidden_layers"]:
@@ -211,7 +212,11 @@ def _parts(container: Container, architecture: Architecture, config: Mapping[str
             )
         if (plus_one or negated_exp) and entry.format.dtype != "F32":
             raise CheckpointError(f"{container.path}: {entry.name} has type {entry.format.name}, expected F32")
-        stored = (1, *entry.shape) if block in architecture.flattened and len(entry.shape) == 1 else entry.shape
+        stored = entry.shape
+        if block in architecture.flattened and len(stored) == 1:
+            stored = (1, *stored)
+        if block in architecture.folded and entry.format.count == 1:
+            stored = (math.prod(stored),)
         for suffix, (dtype, shape) in entry.format.parts(stored).items():
             full = name.removesuffix(".weight") + suffix if suffix else name
             parts[full] = Part(entry, suffix, dtype, shape, head_rows, plus_one, negated_exp, heads)
@@ -222,10 +227,10 @@ def _hub_name(container: Container, architecture: Architecture, name: str) -> tu
     """Transformers' name of a tensor, and its GGUF name within a layer ("attn_q"; "" for a tensor outside layers)."""
     layer = _LAYER.fullmatch(name)
     if layer is not None and layer[2] in architecture.whole:
-        return f"model.layers.{layer[1]}.{architecture.whole[layer[2]]}", layer[2].partition(".")[0]
+        return f"{architecture.prefix}.{layer[1]}.{architecture.whole[layer[2]]}", layer[2].partition(".")[0]
     found = _BLOCK.fullmatch(name)
     if found is not None and found[2] in architecture.blocks:
-        return f"model.layers.{found[1]}.{architecture.blocks[found[2]]}.{found[3]}", found[2]
+        return f"{architecture.prefix}.{found[1]}.{architecture.blocks[found[2]]}.{found[3]}", found[2]
     top = _TOP.fullmatch(name)
     if top is not None and top[1] in architecture.top:
         return f"{architecture.top[top[1]]}.{top[2]}", ""

@@ -254,6 +254,7 @@ DENSE: Mapping[str, Architecture] = {
             "attention.sliding_window": "sliding_window",
             "final_logit_softcapping": "final_logit_softcapping",
             "rope.freq_base_swa": "rope_local_base_freq",
+            "rope.local.freq_base": "rope_local_base_freq",  # Ollama's name
         },
         fixed={"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0},
         norms_plus_one=True,

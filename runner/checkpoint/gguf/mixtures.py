@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from runner.checkpoint.gguf import block_names as names
-from runner.checkpoint.gguf.architecture import TOP, Architecture
+from runner.checkpoint.gguf.architecture import TOP, Architecture, Reader
+
+
+def llama4(reader: Reader) -> dict[str, Any]:
+    """Llama 4's two widths; and llama.cpp tells by the experts that Maverick does not normalize queries and keys."""
+    return {
+        "intermediate_size": reader.needs("expert_feed_forward_length"),
+        "intermediate_size_mlp": reader.needs("feed_forward_length"),
+        "use_qk_norm": reader.number("expert_count") != 128,
+    }
+
 
 MIXTURES: Mapping[str, Architecture] = {
     "qwen3moe": Architecture(
@@ -146,6 +157,7 @@ MIXTURES: Mapping[str, Architecture] = {
         whole=names.DELTA_FLOATS,
         plain_norms=frozenset({"ssm_norm"}),
         negated_exp=frozenset({"ssm_a"}),
+        recurrent=True,
         value_heads=names.DELTA_HEADS,
         predicts=True,
     ),
@@ -159,9 +171,66 @@ MIXTURES: Mapping[str, Architecture] = {
         whole=names.DELTA_FLOATS,
         plain_norms=frozenset({"ssm_norm"}),
         negated_exp=frozenset({"ssm_a"}),
+        recurrent=True,
         value_heads=names.DELTA_HEADS,
         flattened=frozenset({"ffn_gate_inp_shexp"}),
         predicts=True,
+    ),
+    "qwen3next": Architecture(
+        model_type="qwen3_next",
+        class_name="Qwen3NextForCausalLM",
+        blocks={
+            **{name: found for name, found in names.DELTA.items() if name not in ("ssm_beta", "ssm_alpha")},
+            **names.GATED,
+            **names.EXPERTS,
+            **names.GATED_EXPERT,
+            "ssm_in": "linear_attn.in_proj_qkvz",  # of files from before 2026, in one matrix
+            "ssm_ba": "linear_attn.in_proj_ba",
+        },
+        keys={**names.DELTA_SIZES, **names.MANY},
+        fixed={"hidden_act": "silu", "partial_rotary_factor": 1.0, "norm_topk_prob": True},
+        norms_plus_one=True,
+        whole=names.DELTA_FLOATS,
+        plain_norms=frozenset({"ssm_norm"}),
+        negated_exp=frozenset({"ssm_a"}),
+        recurrent=True,
+        flattened=frozenset({"ffn_gate_inp_shexp"}),
+        predicts=True,
+    ),
+    "llama4": Architecture(
+        model_type="llama4_text",
+        class_name="Llama4ForCausalLM",
+        blocks={
+            **names.ATTENTION,
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_gate": "feed_forward.gate_proj",
+            "ffn_up": "feed_forward.up_proj",
+            "ffn_down": "feed_forward.down_proj",
+            "ffn_gate_inp": "feed_forward.router",
+            "ffn_gate_exps": "feed_forward.experts.gate_proj",
+            "ffn_up_exps": "feed_forward.experts.up_proj",
+            "ffn_down_exps": "feed_forward.experts.down_proj",
+            "ffn_gate_shexp": "feed_forward.shared_expert.gate_proj",
+            "ffn_up_shexp": "feed_forward.shared_expert.up_proj",
+            "ffn_down_shexp": "feed_forward.shared_expert.down_proj",
+        },
+        keys={
+            **names.RMS,
+            **names.CHOSEN,
+            "expert_count": "num_local_experts",
+            "interleave_moe_layer_step": "interleave_moe_layer_step",
+        },
+        # What llama.cpp has for all files.
+        fixed={
+            "hidden_act": "silu",
+            "attention_chunk_size": 8192,
+            "no_rope_layer_interval": 4,
+            "floor_scale": 8192,
+            "attn_scale": 0.1,
+        },
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        needed=frozenset({"interleave_moe_layer_step"}),
+        own=llama4,
     ),
     "qwen2moe": Architecture(
         model_type="qwen2_moe",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from runner.checkpoint.gguf.architecture import (
     COMMON_KEYS,
+    ENCODER_KEYS,
     HARMLESS,
     ROPE_TENSORS,
+    STACK_KEYS,
     ZERO_MEANS_NONE,
     Architecture,
 )
@@ -114,13 +116,57 @@ class _Metadata:
             raise self.error(f"{self.prefix}{key} is {value}, expected an integer from 1 to {MAX_DIMENSION}")
         return value
 
+    @property
+    def layers(self) -> int:
+        """How many layers the model has, without those for multi-token prediction."""
+        layers = self.needs("block_count")
+        return layers - (self.count("nextn_predict_layers", layers - 1) if self.architecture.predicts else 0)
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """The file's tensors, by GGUF's names."""
+        return self.container.tensors
+
+    def needs(self, key: str) -> int:
+        """A size that must be there."""
+        value = self.size(key)
+        if value is None:
+            raise self.error(f"{self.prefix}{key} is missing")
+        return value
+
+    def truth(self, key: str) -> bool:
+        """A boolean, false where the key is missing."""
+        value = self.get(key)
+        if value not in (None, True, False):
+            raise self.error(f"{self.prefix}{key} is {brief(value)}, expected true or false")
+        return bool(value)
+
+    def each(self, key: str) -> Sequence[int] | None:
+        """An integer from 0 on, or a flag as 0 or 1, for each layer, from a list or from one for all; None: no key."""
+        self.read.add(key)
+        values, layers = self.values.get(key), self.layers
+        if values is None:
+            return None
+        if isinstance(values, int) and not isinstance(values, bool):
+            values = np.full(layers, values)
+        if not isinstance(values, np.ndarray) or len(values) < layers or values.dtype.kind not in "iub":
+            raise self.error(f"{self.prefix}{key} is {brief(values)}, expected a number for each of {layers} layers")
+        found = [int(value) for value in values[:layers]]
+        if not all(0 <= value <= MAX_DIMENSION for value in found):
+            raise self.error(f"{self.prefix}{key} holds a number that is not from 0 to {MAX_DIMENSION}")
+        return found
+
     def config(self) -> dict[str, Any]:
         """The whole of `config.json`, once every key of the file has been accounted for."""
         table = self.architecture
         config: dict[str, Any] = {"architectures": [table.class_name], "model_type": table.model_type, **table.fixed}
         if table.layer_kinds is not None:
             self.kinds(config, table.layer_kinds)
-        for key, name in COMMON_KEYS.items():
+        if table.own is not None:
+            config |= table.own(self)
+        if not table.attends:
+            self.read |= COMMON_KEYS.keys()
+        for key, name in (COMMON_KEYS if table.attends else STACK_KEYS).items():
             config[name] = config.get(name) or self.size(key)
             # Where all layers have experts, there may be no width of an MLP.
             optional = key == "feed_forward_length" and "expert_feed_forward_length" in table.keys
@@ -136,15 +182,12 @@ class _Metadata:
             if value is not None:
                 config[name] = None if value == 0 and name in ZERO_MEANS_NONE else value
         for key, name in table.truths.items():
-            flag = self.get(key)
-            if flag not in (None, True, False):
-                raise self.error(f"{self.prefix}{key} is {brief(flag)}, expected true or false")
-            config[name] = bool(flag)
-        if table.predicts:
-            config["num_hidden_layers"] -= self.count("nextn_predict_layers", config["num_hidden_layers"] - 1)
-        if table.value_heads:
+            config[name] = self.truth(key)
+        config["num_hidden_layers"] = self.layers
+        if table.recurrent:
             self.recurrence(config)
-        config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
+        if table.attends:
+            config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
         # The rest is read off the tensors: optional biases, the vocabulary's size, and whether the head is tied.
         tensors = self.container.tensors
         if "token_embd.weight" not in tensors:
@@ -157,9 +200,10 @@ class _Metadata:
         self.windows(config)
         if table.latent:
             self.latents(config)
-        else:
+        elif table.sized:
             self.heads(config)
-        self.rope(config)
+        if table.sized:
+            self.rope(config)
         self.refuse_unknown()
         return config
 
@@ -277,7 +321,7 @@ class _Metadata:
 
     def rope(self, config: dict[str, Any]) -> None:
         """Set `rope_theta` and `rope_scaling`: from the file's tables of factors if there are any, else from keys."""
-        config["rope_theta"] = float(self.number("rope.freq_base") or 10000.0)
+        config["rope_theta"] = float(self.number("rope.freq_base") or self.number("rope.global.freq_base") or 10000.0)
         tables = [name for name in ROPE_TENSORS if name in self.container.tensors]
         kind, factor = self.get("rope.scaling.type"), self.number("rope.scaling.factor")
         attention = self.number("rope.scaling.attn_factor")
@@ -379,7 +423,12 @@ class _Metadata:
         for key, value in self.values.items():
             own = self.architecture.only
             allowed = (own[key],) if key in own else HARMLESS.get(key, ())
-            if key not in self.read and allowed is not None and value not in allowed:
+            if (
+                key not in self.read
+                and not key.startswith(ENCODER_KEYS)
+                and allowed is not None
+                and value not in allowed
+            ):
                 unknown.append(f"{quoted(self.prefix + key)} = {brief(value)}")
         if unknown:
             raise self.error(f"metadata that is not understood and could change the numbers: {', '.join(unknown)}")

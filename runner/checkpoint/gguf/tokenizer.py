@@ -1,8 +1,9 @@
 """The tokenizer inside a GGUF file, turned into the `tokenizer.json` and `tokenizer_config.json` of a hub repository.
 
-The supported architectures use two kinds. `gpt2`: byte-level BPE with merges, which `tokenizer.ggml.pre` tells how to
-cut text into words. `llama`: sentencepiece BPE, where scores rank the pieces. Sentencepiece's unigram models are a
-third kind (`t5`), which no supported architecture uses and which is refused.
+The supported architectures use three kinds. `gpt2`: byte-level BPE with merges, which `tokenizer.ggml.pre` tells how to
+cut text into words. `llama`: sentencepiece BPE, where scores rank the pieces. `gemma4`: the same with merges instead of
+scores. Sentencepiece's unigram models are another kind (`t5`), which no supported architecture uses and which is
+refused.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ ENDS = frozenset(
         "<|return|>",
         "<|call|>",
         "<end_of_turn>",
+        "<turn|>",
         "<|endoftext|>",
         "<|eom_id|>",
         "<EOT>",
@@ -57,7 +59,7 @@ class Vocabulary:
     """The metadata `tokenizer.ggml.*`, checked: as many types as tokens, no token twice, ids within the vocabulary.
 
     Attributes:
-        kind: "gpt2" or "llama".
+        kind: "gpt2", "llama" or "gemma4".
         tokens: text of each token, by id.
         types: llama.cpp's type of each token (normal, control, byte, ...), by id.
         values: every key below `tokenizer.ggml.`.
@@ -108,8 +110,8 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
     prefix = "tokenizer.ggml."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     kind = values.get("model")
-    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
-        raise TokenizerError(f"GGUF: tokenizer {brief(kind)} is not supported; gpt2 and llama are")
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama", "gemma4"):
+        raise TokenizerError(f"GGUF: tokenizer {brief(kind)} is not supported; gpt2, llama and gemma4 are")
     tokens = values.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         raise TokenizerError("GGUF: tokenizer.ggml.tokens is missing or not a list of strings")
@@ -314,19 +316,11 @@ def _is_default(pre: object) -> bool:
 
 def _gpt2(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
     """The parts of `tokenizer.json` for byte-level BPE, and whether BOS is added by default."""
-    pre, merges = vocabulary.values.get("pre"), vocabulary.values.get("merges")
+    pre = vocabulary.values.get("pre")
     pre = "default" if _is_default(pre) else pre
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise TokenizerError(f"GGUF: pre-tokenizer {brief(pre)} is not known; known: {', '.join(PRE_TOKENIZERS)}")
-    if not isinstance(merges, list):
-        raise TokenizerError("GGUF: tokenizer.ggml.merges is missing or not a list of strings")
-    # Each merge is "left right", and the two joined must be a token.
-    known = set(vocabulary.tokens)
-    wrong = next((m for m in merges if m.count(" ") != 1 or m.replace(" ", "") not in known), None)
-    if wrong is not None:
-        raise TokenizerError(
-            f"GGUF: tokenizer.ggml.merges holds {quoted(wrong)}, expected two pieces that make a token"
-        )
+    merges = _stored_merges(vocabulary)
     table = PRE_TOKENIZERS[pre]
     parts = {
         "normalizer": None,
@@ -337,14 +331,33 @@ def _gpt2(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
     return parts, table.bos
 
 
+def _stored_merges(vocabulary: Vocabulary) -> list[str]:
+    """The merges in the file: each is "left right", and the two joined must be a token."""
+    merges, known = vocabulary.values.get("merges"), set(vocabulary.tokens)
+    if not isinstance(merges, list):
+        raise TokenizerError("GGUF: tokenizer.ggml.merges is missing or not a list of strings")
+    wrong = next((m for m in merges if m.count(" ") != 1 or m.replace(" ", "") not in known), None)
+    if wrong is not None:
+        raise TokenizerError(
+            f"GGUF: tokenizer.ggml.merges holds {quoted(wrong)}, expected two pieces that make a token"
+        )
+    return merges
+
+
 def _sentencepiece(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
     """The parts of `tokenizer.json` for sentencepiece BPE, and whether BOS is added by default.
 
-    Sentencepiece joins the adjacent pair whose joined piece has the highest score: BPE with merges sorted by score.
+    Sentencepiece joins the adjacent pair whose joined piece has the highest score: BPE with merges sorted by score,
+    which files of Gemma 4 hold themselves.
     """
-    scores = _numbers(vocabulary.values, "scores", len(vocabulary.tokens), "fi")
-    if scores is None or np.isnan(scores).any():
-        raise TokenizerError("GGUF: tokenizer.ggml.scores is missing, or has NaN among its numbers")
+    merges: list[str] | list[list[str]]
+    if vocabulary.kind == "gemma4":
+        merges = _stored_merges(vocabulary)
+    else:
+        scores = _numbers(vocabulary.values, "scores", len(vocabulary.tokens), "fi")
+        if scores is None or np.isnan(scores).any():
+            raise TokenizerError("GGUF: tokenizer.ggml.scores is missing, or has NaN among its numbers")
+        merges = _merges(vocabulary, scores)
     if _flag(vocabulary.values, "remove_extra_whitespaces", False):
         raise TokenizerError("GGUF: tokenizer.ggml.remove_extra_whitespaces is not supported")
     unknown = vocabulary.ids.get("unk", 0)
@@ -352,7 +365,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
     if byte_pieces not in (0, 256):
         raise TokenizerError(f"GGUF: {byte_pieces} byte pieces, expected none or 256")
     # Spaces become "▁" before encoding and come back after decoding, without the one put before the text.
-    prefix = _flag(vocabulary.values, "add_space_prefix", True)
+    prefix = _flag(vocabulary.values, "add_space_prefix", vocabulary.kind == "llama")
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [{"type": "Prepend", "prepend": _SPACE}, spaces] if prefix else [spaces]
     back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
@@ -366,7 +379,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
         },
         "model": _bpe(
             vocabulary,
-            _merges(vocabulary, scores),
+            merges,
             unk_token=vocabulary.tokens[unknown],
             fuse_unk=True,
             byte_fallback=byte_pieces == 256,

@@ -280,6 +280,26 @@ def test_the_query_scale_that_files_leave_out(arch: str, layers: int, scalar: in
     assert found.config["query_pre_attn_scalar"] == scalar
 
 
+def test_an_encoder_in_the_same_file_stays_unread(tmp_path: Path) -> None:
+    """As Ollama writes a Gemma 3: with its encoder, and with names of its own for RoPE's bases."""
+    path = FAMILY_FIXTURES / "gemma3_text-base"
+    config, weights = config_of(path), writer.weights_of(path)
+    metadata = {**writer.metadata_of(config), **vocabulary(config["vocab_size"]), "gemma3.vision.block_count": 27}
+    metadata["gemma3.mm.tokens_per_image"] = 256
+    for new, old in (("global.freq_base", "freq_base"), ("local.freq_base", "freq_base_swa")):
+        metadata[f"gemma3.rope.{new}"] = metadata.pop(f"gemma3.rope.{old}")
+    more = {"v.blk.0.attn_q.weight": (np.zeros((4, 4), np.float32), Type.F32)}
+    more["mm.mm_input_projection.weight"] = more["v.blk.0.attn_q.weight"]
+    tensors = writer.tensors_of(config, weights)
+    found = GGUF.open(write(tmp_path / "m.gguf", {**tensors, **more}, **metadata))
+    wanted = GGUF.open(writer.write_model(tmp_path / "n.gguf", config, weights))
+    assert set(found.headers) == set(wanted.headers) and found.config == wanted.config
+    with pytest.raises(CheckpointError, match=r"'vv\.blk\.0\.attn_q\.weight' is not part of"):
+        GGUF.open(
+            write(tmp_path / "w.gguf", {**tensors, "vv.blk.0.attn_q.weight": more["v.blk.0.attn_q.weight"]}, **metadata)
+        )
+
+
 # --- Qwen 3.5 ---------------------------------------------------------------------------------------------------------
 
 DELTA = TESTS / "fixtures" / "families" / "qwen3_5_text-base"

@@ -101,6 +101,23 @@ def test_scores_decide_and_not_lengths_or_order() -> None:
     assert tokenizer({**no_prefix, "tokenizer.ggml.eos_token_id": 0}).encode("abb") == [1, 6, 4, 0]
 
 
+def test_merges_of_the_file_stand_for_scores_in_gemma_4() -> None:
+    """The same ids from the merges that the scores make, in their order; and no space before the text by default."""
+    scored = sentencepiece_keys()
+    document = json.loads(tokenizer_files(vocabulary_of(scored), None)["tokenizer.json"])
+    merges = [" ".join(pair) for pair in document["model"]["merges"]]
+    given = {key: value for key, value in scored.items() if not key.endswith(("scores", ".pre"))}
+    given |= keys(model="gemma4", merges=merges)
+    spaced, plain = tokenizer({**given, **keys(add_space_prefix=True)}), tokenizer(given)
+    found = tokenizer(scored)
+    for text in [*texts(300, [*"abcdefghij klmnop\n\t  0123", "é", "中", "😀"], 4), "", " a", "two\n\n\nlines"]:
+        assert spaced.encode(text) == found.encode(text), text
+        assert plain.decode(plain.encode(text)) == text
+        assert plain.encode(f" {text}")[1:] == found.encode(text)[1:] or not text, text
+    with pytest.raises(TokenizerError, match="merges is missing"):
+        tokenizer({key: value for key, value in given.items() if not key.endswith("merges")})
+
+
 def test_user_defined_pieces_match_text_with_its_spaces() -> None:
     tokens = ["<unk>", "<s>", "▁", "a", "▁▁", "▁a"]
     metadata = keys(model="llama", tokens=tokens, scores=np.float32([0, 0, -3, -3, -1, -2]), add_space_prefix=False,
@@ -241,7 +258,7 @@ def test_templates_by_name_and_as_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "t5"}, "'t5' is not supported; gpt2 and llama are"),
+        ({"model": "t5"}, "'t5' is not supported; gpt2, llama and gemma4 are"),
         ({"model": None}, "None is not supported"),
         ({"tokens": []}, "tokens is missing"),
         ({"tokens": ["a", "b", "a"], "token_type": np.int32([1, 1, 1])}, "holds 'a' twice"),
