@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches
 from runner.cache.kv import KVCache
+from runner.cache.several import Memories
 from runner.config.base import fixed, key
 from runner.config.decoder import UnrotatedConfig
 from runner.models import gpt_neox
@@ -78,7 +78,7 @@ class AlibiDecoder(BaseDecoder):
 
     alibi: Alibi | None = weight("")
 
-    def run(self, x: mx.array, batch: Batch, caches: Caches) -> mx.array:
+    def run(self, x: mx.array, batch: Batch, caches: Memories) -> mx.array:
         if self.alibi is not None:
             # Keys of this pass: those in the cache, then the new ones.
             parts = zip(batch.parts, caches.each, strict=True)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches
+from runner.cache.several import Memories
 from runner.config import layer_types
 from runner.config.base import fixed, key
 from runner.config.layered import of_layer
@@ -168,7 +168,7 @@ class Gemma3n(gemma.Decoder):
     projections: Sequence[Linear] = weight("model.altup_projections.{others}", HIDDEN, HIDDEN)
     unembeddings: Sequence[Linear] = weight("model.altup_unembed_projections.{others}", HIDDEN, HIDDEN)
 
-    def run(self, x: mx.array, batch: Batch, caches: Caches) -> mx.array:
+    def run(self, x: mx.array, batch: Batch, caches: Memories) -> mx.array:
         inputs = self.layer_inputs(batch.ids, x)
         streams = mx.stack([x, *(sized(project(x), x) for project in self.projections)], axis=2)
         for index, (layer, cache) in enumerate(zip(self.layers, caches.layers, strict=True)):

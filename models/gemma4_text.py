@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches
+from runner.cache.several import Memories
 from runner.config import layer_types
 from runner.config.base import fixed, key
 from runner.config.layer_types import FULL
@@ -182,7 +182,7 @@ class Gemma4(gemma.Decoder):
     norm: RMSNorm = weight("model.norm", HIDDEN)
     layer_inputs: LayerInputs | None = weight("model", when="hidden_size_per_layer_input")
 
-    def run(self, x: mx.array, batch: Batch, caches: Caches) -> mx.array:
+    def run(self, x: mx.array, batch: Batch, caches: Memories) -> mx.array:
         inputs = None if self.layer_inputs is None else self.layer_inputs(batch.ids, x)
         for index, (layer, cache) in enumerate(zip(self.layers, caches.layers, strict=True)):
             x = layer(x, batch, cache, None if inputs is None else inputs[:, :, index])

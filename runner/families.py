@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches
+from runner.cache.several import Memories
 from runner.config.base import Config
 from runner.errors import ConfigError
 from runner.nn.batch import Batch
@@ -21,7 +21,7 @@ ENTRY_POINTS = "runner.families"
 class Model(Protocol):
     """The interface of a model, as the engine uses it."""
 
-    def __call__(self, batch: Batch, caches: Caches) -> mx.array:
+    def __call__(self, batch: Batch, caches: Memories) -> mx.array:
         """Ids to hidden states `[B, L, hidden_size]`; keys and values are appended to `caches`, one for each layer."""
         ...
 

@@ -184,7 +184,7 @@ class KVCache:
         """Hold copies of the rows in `pieces`, one piece after another, the last of which ends at token `offset`."""
         stored = sum(capacity(piece["keys"]) for piece in pieces)
         self._keys, self._values = (
-            gathered(buffers, self.storage.empty(buffers[0][..., :0, :], _room(stored) - stored))
+            gathered(buffers, self.storage.empty(buffers[0][..., :0, :], room_for(stored) - stored))
             for buffers in ([piece[name] for piece in pieces] for name in ("keys", "values"))
         )
         self._history = None
@@ -219,7 +219,7 @@ class KVCache:
         """Reallocate the buffers for the tokens kept and the new ones; returns how many are kept."""
         kept = self._kept(stored)
         need = kept + keys.shape[2]
-        room = _room(need)
+        room = room_for(need)
         self._keys = self._moved(self._keys, keys, stored, kept, room)
         self._values = self._moved(self._values, values, stored, kept, room)
         self._start = self.offset - kept
@@ -233,7 +233,7 @@ class KVCache:
         return buffer
 
 
-def _room(need: int) -> int:
+def room_for(need: int) -> int:
     """How many rows to make room for where `need` are needed now: a quarter more, in whole steps."""
     return -(-(need + max(STEP // 2, need // 4)) // STEP) * STEP
 

@@ -77,6 +77,10 @@ class SeveralCaches:
         return [array for caches in self.each for array in caches.arrays]
 
 
+Memories = Caches | SeveralCaches
+"""What a model is given: the caches of one request, or of several."""
+
+
 def _several(given: tuple[Any, ...], counts: tuple[int, ...]) -> Any:
     """What a layer is given, of what it would be given for each request alone."""
     if isinstance(given[0], tuple):

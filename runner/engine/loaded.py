@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 
 from runner.cache.caches import Caches
+from runner.cache.several import Memories
 from runner.cache.storage import Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
@@ -40,7 +41,7 @@ CLOSED = "this model was closed: load it again"
 class ClosedModel:
     """What an engine has in place of its model once it was closed."""
 
-    def __call__(self, batch: Batch, caches: Caches) -> mx.array:
+    def __call__(self, batch: Batch, caches: Memories) -> mx.array:
         raise UsageError(CLOSED)
 
     def logits(self, hidden: mx.array) -> mx.array:

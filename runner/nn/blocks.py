@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches
+from runner.cache.several import Memories
 from runner.config.base import Config
 from runner.nn.batch import Batch
 from runner.nn.fast import LayerNorm, RMSNorm, provided_ops, soft_capped
@@ -195,11 +195,11 @@ class BaseDecoder(Module):
     final_logit_softcapping: float | None = setting(default=None)
     ops: Ops = provided_ops()
 
-    def __call__(self, batch: Batch, caches: Caches) -> mx.array:
+    def __call__(self, batch: Batch, caches: Memories) -> mx.array:
         """Hidden states `[B, L, hidden_size]` of `batch`; its keys and values are appended to `caches`."""
         return self.run(self.embed(batch), batch, caches)
 
-    def run(self, x: mx.array, batch: Batch, caches: Caches) -> mx.array:
+    def run(self, x: mx.array, batch: Batch, caches: Memories) -> mx.array:
         """Pass `x` `[B, L, hidden_size]` through the layers and the final norm; the shape stays."""
         for layer, cache in zip(self.layers, caches.layers, strict=True):
             x = layer(x, batch, cache)

@@ -141,13 +141,23 @@ class Owner:
         result: T = job.outcome()
         return result
 
-    def post(self, work: Callable[[], object]) -> None:
+    def start(self) -> None:
+        """Start the thread, where it does not run yet, so that `post` can be used.
+
+        Raises:
+            BackendError: as `run`.
+        """
+        if self._thread is None:
+            self._start()
+        self._check_alive()
+
+    def post(self, work: Callable[[], object], device: mx.Device | None = None) -> None:
         """Have `work` done after the jobs that are waiting, without waiting for it; what it raises is lost.
 
         Nothing is done where nothing runs any more: in a forked child, or while the interpreter ends.
         """
         if os.getpid() == self._pid and not self._ended:
-            self._queue.put(_Job(work, None))
+            self._queue.put(_Job(work, device))
 
     def finish(self, work: Callable[[], object]) -> None:
         """Do `work` after the jobs that are waiting, and wait for it; at once where no job runs any more."""

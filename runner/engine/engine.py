@@ -1,0 +1,251 @@
+"""Many requests at once over one or more loaded models: ids in, ids out, from any thread or asyncio task.
+
+Each model has a scheduler. Their steps are jobs of the thread that owns the device, one after another, as everything
+that computes is; between two of them it does what others ask of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Self
+
+from runner.engine.budget import Budget, Footprint
+from runner.engine.loaded import CLOSED, Loaded
+from runner.engine.sampling import SamplingParams
+from runner.engine.scheduler import MOST, Scheduler
+from runner.engine.ticket import Ended, Mailbox, Order, Ticket
+from runner.errors import BackendError, UsageError
+from runner.ops.owner import OWNER
+
+
+@dataclass(frozen=True)
+class Status:
+    """How one model of an engine fares.
+
+    Attributes:
+        error: why it is dead; None: it is not.
+        running: requests that are computed.
+        waiting: requests that wait for their turn.
+        quiet: seconds since its last step ended, while there are requests; 0 without any.
+        nbytes: bytes of the caches of those that are computed.
+    """
+
+    error: BaseException | None
+    running: int
+    waiting: int
+    quiet: float
+    nbytes: int
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers."""
+        return self.error is None
+
+
+class Worker:
+    """One model's scheduler, and what makes it move."""
+
+    def __init__(self, loaded: Loaded, budget: Budget, rows: int) -> None:
+        self.loaded = loaded
+        self.budget = budget
+        self.error: BaseException | None = None
+        self._inbox: SimpleQueue[tuple[Order, Mailbox]] = SimpleQueue()
+        self._turning = False  # whether a step is among the owner's jobs
+        self._moved = time.monotonic()
+
+        def job() -> tuple[Scheduler, Footprint]:
+            scheduler = Scheduler(loaded, budget, rows=rows)
+            return scheduler, scheduler.footprint
+
+        self._scheduler, self.footprint = loaded.run(job)
+
+    def submit(self, order: Order) -> Ticket:
+        """Begin to answer.
+
+        Raises:
+            UsageError: the model was closed, or prompt and answer can never fit into memory.
+            BackendError: an earlier step failed, and this model answers no more; or this process was forked.
+        """
+        self._check()
+        OWNER.start()
+        tokens = len(order.ids) + order.budget
+        self.budget.check(self.footprint.of(tokens), tokens)
+        mailbox = Mailbox()
+        self._inbox.put((order, mailbox))
+        self._poke()
+        return Ticket(mailbox, self._poke)
+
+    def _check(self) -> None:
+        if self.error is not None:
+            if isinstance(self.error, UsageError):
+                raise UsageError(str(self.error))
+            raise BackendError(f"this engine has failed, and answers no more: {self.error}") from self.error
+        self.loaded.check_open()
+
+    def status(self) -> Status:
+        """How it fares, as of the last step: answered without the thread that computes."""
+        scheduler = self._scheduler
+        running, waiting = len(scheduler.live), len(scheduler.waiting) + self._inbox.qsize()
+        quiet = time.monotonic() - self._moved if running or waiting else 0.0
+        return Status(self.error, running, waiting, quiet, scheduler.held)
+
+    def close(self, error: BaseException) -> None:
+        """End every request with `error`, once the step under way has ended."""
+        OWNER.finish(functools.partial(self._fail, error))
+
+    def _poke(self) -> None:
+        """Have the scheduler look at its requests, from any thread."""
+        OWNER.post(self._wake, self.loaded.device.mlx)
+
+    def _wake(self) -> None:
+        if not self._turning:
+            self._turning = True
+            self._moved = time.monotonic()
+            self._turn()
+
+    def _turn(self) -> None:
+        """One step, and the next one behind the jobs that wait."""
+        try:
+            self._collect()
+            busy = self.error is None and self._scheduler.step()
+        except BaseException as error:
+            self._fail(error)
+            busy = False
+        self._moved = time.monotonic()
+        self._turning = busy
+        if busy:
+            OWNER.post(self._turn, self.loaded.device.mlx)
+
+    def _collect(self) -> None:
+        """Let the scheduler have what came in."""
+        while True:
+            try:
+                order, mailbox = self._inbox.get_nowait()
+            except Empty:
+                return
+            if self.error is not None:
+                mailbox.put(Ended("error", self.error))
+            elif self.loaded.closed:
+                mailbox.put(Ended("error", UsageError(CLOSED)))
+            else:
+                self._scheduler.add(order, mailbox)
+
+    def _fail(self, error: BaseException) -> None:
+        """The end for all: those that wait as well as those that come."""
+        if self.error is None:
+            self.error = error
+            self._collect()
+            self._scheduler.fail(error)
+
+
+class Engine:
+    """Answers many requests at once over one or more loaded models.
+
+    Use it in a `with` statement, or call `close`: it ends what is under way. The models stay loaded.
+    """
+
+    def __init__(self, models: Loaded | Mapping[str, Loaded], *, memory: int | None = None, rows: int = MOST) -> None:
+        """Make one that has no requests yet.
+
+        Args:
+            models: a model, or several by the names to ask for them by.
+            memory: bytes that weights, live sequences and kept prefixes may take together; None: what this machine,
+                or the control group that it runs in, allows.
+            rows: how many sequences of a model are computed at once at most.
+
+        Raises:
+            UsageError: there is no model, a number is out of range, or the weights alone need more memory.
+        """
+        named = {"": models} if isinstance(models, Loaded) else dict(models)
+        if not named:
+            raise UsageError("an engine needs a model")
+        if type(rows) is not int or rows < 1:
+            raise UsageError(f"rows must be an integer of at least 1, not {rows!r}")
+        if memory is not None and (type(memory) is not int or memory < 1):
+            raise UsageError(f"memory must be a number of bytes, or None, not {memory!r}")
+        device = next(iter(named.values())).device.mlx
+        self.budget = Budget.of_machine(device) if memory is None else Budget(memory)
+        self.budget.weights = sum(loaded.nbytes for loaded in named.values())
+        if self.budget.room <= 0:
+            raise UsageError(
+                f"the weights take {self.budget.weights / 1e6:.1f} MB, and {self.budget.limit / 1e6:.1f} MB are allowed"
+            )
+        self._workers = {name: Worker(loaded, self.budget, rows) for name, loaded in named.items()}
+
+    def __repr__(self) -> str:
+        states = [self.status(name) for name in self._workers]
+        running, waiting = sum(one.running for one in states), sum(one.waiting for one in states)
+        return f"Engine({len(states)} models, {running} requests running, {waiting} waiting)"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def submit(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        max_tokens: int,
+        ends: Collection[int] = (),
+        choice: int = 0,
+        priority: int = 0,
+        timeout: float | None = None,
+        turns: Collection[int] = (),
+        scores: int | None = None,
+        model: str = "",
+    ) -> Ticket:
+        """Begin to answer a prompt; returns at once, with what its tokens are iterated over.
+
+        Args:
+            ids: the prompt.
+            params: how tokens are picked; None: the most likely one each time.
+            max_tokens: the most tokens to make; 0 with `scores`: none.
+            ends: ids that end the answer; the one that did is its last token.
+            choice: which of several answers to the same prompt this is: with one seed, each draws other numbers.
+            priority: requests with a higher one go first; equals in the order in which they came.
+            timeout: seconds after which the answer ends, wherever it is.
+            turns: positions in the prompt where the next one of a conversation may part from it.
+            scores: None, or that the prompt's own log-probabilities are wanted (`Ticket.scores`), with those of so many
+                of the likeliest tokens beside each.
+            model: which model answers, by its name.
+
+        Raises:
+            UsageError: an argument is out of range, prompt and answer can never fit into memory, or it was closed.
+            BackendError: the model has failed in an earlier step, and answers no more.
+        """
+        worker = self._worker(model)
+        least = 0 if scores is not None else 1
+        if type(max_tokens) is not int or max_tokens < least:
+            raise UsageError(f"max_tokens must be an integer of at least {least}, not {max_tokens!r}")
+        if timeout is not None and not timeout >= 0:
+            raise UsageError(f"timeout must be a number of seconds, or None, not {timeout!r}")
+        loaded = worker.loaded
+        deadline = {} if timeout is None else {"deadline": time.monotonic() + timeout}
+        order = Order(
+            ids=loaded.checked(ids), params=params or SamplingParams(temperature=0.0), budget=max_tokens,
+            ends=frozenset(ends), choice=choice, priority=priority, weights=loaded.adapter_weights, turns=turns,
+            scores=scores, **deadline,
+        )  # fmt: skip
+        return worker.submit(order)
+
+    def status(self, model: str = "") -> Status:
+        """How a model fares, as of its last step: answered at once, whatever the engine does."""
+        return self._worker(model).status()
+
+    def close(self) -> None:
+        """End every request with a UsageError, once the step under way has ended. Closing twice is fine."""
+        for worker in self._workers.values():
+            worker.close(UsageError("this engine was closed"))
+
+    def _worker(self, model: str) -> Worker:
+        if model not in self._workers:
+            raise UsageError(f"no model is called {model!r}: there are {', '.join(map(repr, self._workers))}")
+        return self._workers[model]

@@ -1,0 +1,185 @@
+"""A pass: the next tokens of some rows go through the model together, and a token is picked for those that are ready.
+
+Nothing is waited for: what is returned is being computed, and the next pass can be built over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from runner.cache.several import SeveralCaches
+from runner.engine.loaded import Loaded
+from runner.engine.replay import Steps
+from runner.engine.rows import Feed, Row
+from runner.engine.sampler import Sampled, Sampler, SamplingState, Token
+from runner.errors import NumericsError
+from runner.nn.batch import Batch, Segment
+
+SCORED = 64
+"""Rows of a prompt whose logits are held at a time, where all are wanted: 64 of a vocabulary of 150,000 take 40 MB."""
+
+
+@dataclass(eq=False)
+class Flight:
+    """A pass under way.
+
+    Attributes:
+        fed: the rows whose known tokens it reads.
+        read: how many of these there are.
+        rows: those that it picks a token for.
+        states: of these, at the time.
+        waits: arrays whose end is the end of the pass, where it picks nothing.
+    """
+
+    fed: list[Row]
+    read: int
+    rows: list[Row]
+    states: list[SamplingState]
+    sampled: Sampled | None
+    waits: list[mx.array] = field(default_factory=list)
+
+    def land(self) -> list[Token | NumericsError]:
+        """Wait for the pass, and return what it picked."""
+        if self.waits:
+            mx.eval(self.waits)
+            self.waits = []  # who holds a cache's buffer keeps it from being written in place
+        return [] if self.sampled is None else self.sampled.read(self.states)
+
+
+class Passes:
+    """Makes the passes of one model."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self._ops = loaded.device.ops
+        self._sampler = Sampler(self._ops)
+        self._several: SeveralCaches | None = None  # of the last pass of single tokens
+
+    def launch(self, feeds: Sequence[tuple[Row, Feed]]) -> Flight:
+        """Begin a pass; the caches of the rows go forward by what they are fed."""
+        picking = [row for row, feed in feeds if feed.picks]
+        fed = [row for row, feed in feeds if feed.ids is not None]
+        logits = self._step(*feeds[0]) if len(feeds) == 1 and feeds[0][1].ids is None else self._read(feeds)
+        # Behind what others wait for: a prompt's last layers have nobody else who asks for their rows.
+        waits = [array for row in fed if row.caches is not None for array in row.caches.arrays]
+        states = [row.state for row in picking if row.state is not None]
+        sampled = None if logits is None else self._sampler(logits, states)
+        picks = [] if sampled is None else [array for array in sampled if array is not None]
+        self._ops.schedule(*picks, *waits)
+        read = sum(feed.count for _, feed in feeds if feed.ids is not None)
+        flight = Flight(fed, read, picking, states, sampled, waits)
+        for place, row in enumerate(picking):
+            row.picked += 1
+            row.flight = (flight, place)
+        return flight
+
+    def _step(self, row: Row, feed: Feed) -> mx.array:
+        """Logits `[1, V]` behind the token that was picked last, of a row that is alone."""
+        assert row.caches is not None and feed.picks
+        if row.steps is None:
+            row.steps = Steps(self._loaded.model, row.caches, self._ops)
+        return row.steps(self._picked([row])[None])
+
+    def _read(self, feeds: Sequence[tuple[Row, Feed]]) -> mx.array | None:
+        """Logits `[R, V]` of the rows that pick a token; None: there are none."""
+        model, rows = self._loaded.model, [row for row, _ in feeds]
+        for row in rows:
+            row.steps = None
+        segments = [Segment(feed.count, row.offset, feed.length) for row, feed in feeds]
+        ids = self._ids(feeds)
+        if len(feeds) == 1:
+            assert rows[0].caches is not None
+            hidden = model(Batch(ids, rows[0].offset, segments[0].length), rows[0].caches)
+        else:
+            hidden = model(Batch.of(ids, segments), self._caches(rows, [segment.count for segment in segments]))
+        last, start = [], 0
+        for (row, feed), segment in zip(feeds, segments, strict=True):
+            if row.order.scores is not None and feed.ids is not None:
+                self._score(row, hidden[:, start : start + segment.count], segment)
+            start += segment.count
+            if feed.picks:
+                last.append(start - 1)
+        if not last:
+            return None
+        return model.logits(hidden if len(last) == start else mx.take(hidden, mx.array(last), axis=1))[0]
+
+    def _ids(self, feeds: Sequence[tuple[Row, Feed]]) -> mx.array:
+        """The ids `[1, T]` of a pass; those of single tokens may still be computed."""
+        if all(feed.ids is None for _, feed in feeds):
+            return self._picked([row for row, _ in feeds])[None]
+        pieces: list[mx.array] = []
+        for known, group in _runs(feeds):
+            if known:
+                pieces.append(mx.array([token for _, feed in group for token in feed.ids or ()], dtype=mx.int32))
+            else:
+                pieces.append(self._picked([row for row, _ in group]).astype(mx.int32))
+        return mx.concatenate(pieces)[None]
+
+    def _picked(self, rows: Sequence[Row]) -> mx.array:
+        """The tokens `[R]` that were picked last for these rows."""
+        found = [row.flight for row in rows]
+        first = found[0]
+        assert first is not None
+        parts: list[mx.array] = []
+        places: list[int] = []
+        of: Flight | None = None
+        for one in [*found, None]:
+            if of is not None and (one is None or one[0] is not of):
+                assert of.sampled is not None
+                tokens = of.sampled.tokens
+                whole = places == list(range(tokens.shape[0]))
+                parts.append(tokens if whole else mx.take(tokens, mx.array(places)))
+                places = []
+            if one is not None:
+                of = one[0]
+                places.append(one[1])
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _caches(self, rows: list[Row], counts: list[int]) -> SeveralCaches:
+        """What the layers are given; kept from one pass of single tokens to the next, while the rows are the same."""
+        each = [row.caches for row in rows if row.caches is not None]
+        single = all(count == 1 for count in counts)
+        if single and self._several is not None and _same(self._several.each, each):
+            return self._several
+        made = SeveralCaches(each, counts)
+        self._several = made if single else None
+        return made
+
+    def forget(self) -> None:
+        """Let go of the caches of rows that have ended."""
+        self._several = None
+
+    def _score(self, row: Row, hidden: mx.array, segment: Segment) -> None:
+        """Add the log-probabilities of those tokens of the prompt that follow this segment's, `hidden` `[1, L, H]`."""
+        found, top = row.mailbox.scores, row.order.scores or 0
+        if not found:
+            found.append(Token(row.order.ids[0]))
+        first = len(found)  # a prompt that is read again has some already
+        following = row.order.ids[first : segment.offset + segment.count + 1]
+        for start in range(0, len(following), SCORED):
+            ids = following[start : start + SCORED]
+            place = first + start - 1 - segment.offset
+            logits = self._loaded.model.logits(hidden[:, place : place + len(ids)])[0].astype(mx.float32)
+            scores = self._ops.log_probabilities(logits, mx.array(ids, dtype=mx.uint32), [top] * len(ids))
+            lists: list[Any] = [array.tolist() for array in scores]
+            likeliest = [list(zip(*pair, strict=True)) for pair in zip(*lists[1:], strict=True)]
+            found += [Token(*one) for one in zip(ids, lists[0], likeliest or [None] * len(ids), strict=True)]  # type: ignore[list-item]
+
+
+def _runs(feeds: Sequence[tuple[Row, Feed]]) -> list[tuple[bool, list[tuple[Row, Feed]]]]:
+    """Neighbours whose ids are all known, or all not."""
+    runs: list[tuple[bool, list[tuple[Row, Feed]]]] = []
+    for one in feeds:
+        known = one[1].ids is not None
+        if not runs or runs[-1][0] != known:
+            runs.append((known, []))
+        runs[-1][1].append(one)
+    return runs
+
+
+def _same(one: Sequence[object], other: Sequence[object]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

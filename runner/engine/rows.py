@@ -1,0 +1,141 @@
+"""One answer under way: its tokens, how many of them its caches hold, and what it puts into the next pass."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runner.cache.caches import Caches
+from runner.engine.replay import Steps
+from runner.engine.sampler import SamplingState, Token
+from runner.engine.ticket import Ended, Mailbox, Order, Progress
+
+if TYPE_CHECKING:
+    from runner.engine.passes import Flight
+
+NUMBERS = itertools.count()
+"""The order in which requests came."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a row puts into a pass: ids, or (None) the token that was picked last, which need not be known yet.
+
+    Attributes:
+        length: as `Segment.length`.
+        picks: whether a token is picked by the logits behind it.
+    """
+
+    ids: list[int] | None
+    length: int | None
+    picks: bool
+
+    @property
+    def count(self) -> int:
+        """Tokens of the pass."""
+        return 1 if self.ids is None else len(self.ids)
+
+
+class Row:
+    """A request while the scheduler has it.
+
+    Attributes:
+        ids: prompt and answer, as far as they were read from the device.
+        prompt: how many of them are read as a prompt: frequencies of RoPE that depend on the length are those of all.
+        picked: tokens of the answer that were picked, those that nobody has read yet included.
+        caches: None while it waits.
+        state: None before its first turn.
+        steps: its decode steps while it is alone; None after a pass with others.
+        flight: the pass that picked its last token, and at which place among those that it picked.
+        done: whether the caller was told of its end.
+    """
+
+    def __init__(self, order: Order, mailbox: Mailbox) -> None:
+        self.order = order
+        self.mailbox = mailbox
+        self.number = next(NUMBERS)
+        self.ids = list(order.ids)
+        self.prompt = len(order.ids)
+        self.picked = 0
+        self.caches: Caches | None = None
+        self.state: SamplingState | None = None
+        self.steps: Steps | None = None
+        self.flight: tuple[Flight, int] | None = None
+        self.done = False
+
+    def __repr__(self) -> str:
+        return f"Row({self.number}, {len(self.ids)} tokens, {self.offset} held)"
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the smallest."""
+        return (-self.order.priority, self.number)
+
+    @property
+    def offset(self) -> int:
+        """Tokens that the caches hold."""
+        return 0 if self.caches is None else self.caches.offset
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer, those that nobody has read yet included."""
+        return len(self.order.ids) + self.picked
+
+    @property
+    def reading(self) -> bool:
+        """Whether more than the token that was picked last is to be read: a prompt, as a rule."""
+        return self.offset < self.length - (self.flight is not None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that may be picked was picked."""
+        return self.done or (self.picked >= self.order.budget and not (self.reading and not self.picked))
+
+    def begin(self, caches: Caches) -> None:
+        """Take up `caches`, which hold the beginning of the ids."""
+        self.caches = caches
+
+    def leave(self) -> None:
+        """Let go of the caches: what they hold is read again, if the row goes on."""
+        self.caches, self.steps, self.flight = None, None, None
+
+    def anew(self) -> None:
+        """Let go of the caches, and read all there is as a prompt."""
+        self.leave()
+        self.prompt = len(self.ids)
+
+    def feed(self, count: int, *, exact: bool) -> Feed:
+        """The next known tokens, `count` at most; where the caches hold all but it, the token picked last.
+
+        Args:
+            exact: whether frequencies depend on the length: tokens of an answer that is read again go one by one then.
+        """
+        if not self.reading:
+            return Feed(None, None, picks=self.picked < self.order.budget)
+        start = self.offset
+        prompt = start < self.prompt
+        end = min(start + count, len(self.ids))
+        if exact:
+            end = min(end, self.prompt if prompt else start + 1)
+        picks = end == len(self.ids) and self.picked < self.order.budget
+        return Feed(self.ids[start:end], self.prompt if prompt else None, picks)
+
+    def take(self, token: Token) -> None:
+        """Add a token of the answer, which was read from the device."""
+        self.ids.append(token.id)
+        self.mailbox.put(token)
+
+    def progressed(self) -> None:
+        """Tell how much of the prompt is read."""
+        total = len(self.order.ids) - self.mailbox.reused
+        done = min(self.offset, len(self.order.ids)) - self.mailbox.reused
+        if done > self.mailbox.read:
+            self.mailbox.read = done
+            self.mailbox.put(Progress(done, total))
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """Tell the caller, once, that this is the end."""
+        if not self.done:
+            self.done = True
+            self.mailbox.put(Ended(reason, error))

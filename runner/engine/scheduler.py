@@ -1,0 +1,258 @@
+"""Decides, between two passes, whose tokens go into the next one: ids in, ids out.
+
+Rows that decode go first, with a token each; prompts fill the rest of a budget of tokens, piece by piece, by priority
+and then in the order in which they came. The next pass is begun before the last one's tokens are read. All of it
+happens on the thread that owns the device.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Iterable
+
+from runner.engine.budget import ALLOWANCE, Budget, Footprint
+from runner.engine.loaded import Loaded
+from runner.engine.passes import Flight, Passes
+from runner.engine.rows import Feed, Row
+from runner.engine.sampler import SamplingState, Token
+from runner.engine.ticket import Mailbox, Order
+from runner.errors import NumericsError, RunnerError
+from runner.ops.memory import Memory
+
+MOST = 64
+"""Rows at once, where nothing else is said."""
+
+PAUSE = 0.08
+"""Seconds that a pass should take at most while somebody waits for a token: pieces of prompts are cut to that."""
+
+LEAST = 32
+"""Tokens of a piece of a prompt, however slow the machine is: a matrix is read from memory for each pass."""
+
+ALONE = 32
+"""Tokens of a prompt from which its last one is read by itself, where that saves layers for the others: reading it so
+costs a pass over all weights."""
+
+WEIGHED_EVERY = 16
+"""Passes between two looks at how much the rows have grown; what they are admitted with lasts for some of these."""
+
+SETTLED_EVERY = 256
+"""Passes after which freed buffers are given back, on devices where they pile up."""
+
+
+class Scheduler:
+    """The requests to one model: those that wait, and the rows that are computed."""
+
+    def __init__(self, loaded: Loaded, budget: Budget, *, rows: int = MOST) -> None:
+        """Begin with none; a job of the owner's thread.
+
+        Args:
+            rows: how many sequences are computed at once at most.
+        """
+        self.loaded = loaded
+        self.budget = budget
+        self.rows = rows
+        self.footprint = Footprint(loaded.config, loaded.storage, loaded.dtype)
+        self.waiting: list[Row] = []  # by rank, as `live` is
+        self.live: list[Row] = []
+        self.passes = 0
+        self.held = 0  # bytes of their caches, when these were last weighed
+        self.memory = Memory(loaded.device.clears)
+        budget.holders.append(self)
+        self._maker = Passes(loaded)
+        self._flights: list[Flight] = []
+        self._pace = 0.0  # seconds for a token of a prompt, beside decoding rows; 0: not known yet
+
+    def add(self, order: Order, mailbox: Mailbox) -> None:
+        """Take a request in; its turn comes in `step`."""
+        bisect.insort(self.waiting, Row(order, mailbox), key=lambda row: row.rank)
+
+    def step(self) -> bool:
+        """Begin the next pass, and read the last one's tokens; false where there is nothing more to do."""
+        self._sweep()
+        self._admit()
+        begun = time.perf_counter()
+        flights = [self._maker.launch(feeds) for feeds in self._planned()]
+        self._land()
+        self._flights = flights
+        if any(flight.fed for flight in flights):
+            # A prompt's piece takes long: what follows it is built when it is done, over buffers that nobody holds.
+            self._land()
+            self._measure(sum(flight.read for flight in flights), time.perf_counter() - begun)
+        self.passes += 1
+        if self.passes % WEIGHED_EVERY == 0:
+            self._relieve()
+        if self.passes % SETTLED_EVERY == 0 or any(flight.fed for flight in flights):
+            self.memory.settle()
+        if self.live or self.waiting or self._flights:
+            return True
+        self._maker.forget()
+        self.loaded.unwire(self)
+        return False
+
+    def fail(self, error: BaseException) -> None:
+        """End every request with `error`."""
+        rows, self.live, self.waiting, self._flights = [*self.live, *self.waiting], [], [], []
+        for row in rows:
+            row.end("error", error)
+            row.leave()
+        self._maker.forget()
+        self.loaded.unwire(self)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row is computed."""
+        return bool(self.live)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches of all rows."""
+        return sum(row.caches.nbytes for row in self.live if row.caches is not None)
+
+    # ---- who takes part
+
+    def _sweep(self) -> None:
+        """End what nobody waits for any more, and what has taken too long."""
+        now = time.monotonic()
+        for row in [*self.live, *self.waiting]:
+            if row.mailbox.cancelled:
+                self._end(row, "cancelled")
+            elif row.order.deadline <= now:
+                self._end(row, "timeout")
+
+    def _admit(self) -> None:
+        """Let those who wait begin, in their order, while there is room."""
+        while self.waiting and len(self.live) < self.rows:
+            row = self.waiting[0]
+            tokens = min(len(row.ids) + ALLOWANCE, row.length + row.order.budget)
+            growth = sum(self._promised(other) for other in self.live)
+            if self.budget.busy and self.budget.used + growth + self.footprint.of(tokens) > self.budget.room:
+                return
+            del self.waiting[0]
+            try:
+                self._begin(row)
+            except RunnerError as error:
+                self._end(row, "error", error)
+                continue
+            bisect.insort(self.live, row, key=lambda row: row.rank)
+            self.loaded.wire(self, sum(len(other.order.ids) + other.order.budget for other in self.live))
+
+    def _promised(self, row: Row) -> int:
+        """Bytes that a live row will take beyond what it has, to read its prompt."""
+        assert row.caches is not None
+        return max(0, self.footprint.of(len(row.ids)) - row.caches.nbytes) if row.reading else 0
+
+    def _begin(self, row: Row) -> None:
+        loaded = self.loaded
+        if row.state is None:
+            row.state = SamplingState(
+                row.order.params, loaded.config.vocab_size, row.order.ids, choice=row.order.choice
+            )
+        row.begin(loaded.new_caches())
+
+    def _relieve(self) -> None:
+        """Where the live rows have grown beyond the budget: pause the youngest, which goes on later."""
+        self.held = self.nbytes
+        while len(self.live) > 1 and self.budget.used > self.budget.room:
+            self._land()
+            if len(self.live) < 2:
+                return
+            self._pause(self.live[-1])
+
+    def _pause(self, row: Row) -> None:
+        """Put a row back among those that wait; what its caches held is read again."""
+        self.live.remove(row)
+        row.leave()
+        self._maker.forget()
+        bisect.insort(self.waiting, row, key=lambda row: row.rank)
+
+    def _end(self, row: Row, reason: str, error: BaseException | None = None) -> None:
+        row.end(reason, error)
+        for rows in (self.live, self.waiting):
+            if row in rows:
+                rows.remove(row)
+        row.leave()
+        self._maker.forget()
+
+    # ---- what they are fed
+
+    def _planned(self) -> Iterable[list[tuple[Row, Feed]]]:
+        """What the rows put into the next passes: one for all rows that have the same weights of adapters."""
+        room = self.loaded.device.chunk
+        groups: dict[tuple[tuple[str, float], ...], list[tuple[Row, Feed]]] = {}
+        ready = [row for row in self.live if not row.finished]
+        turned = [row for row in ready if not row.reading and self._crosses(row)]
+        deciding = [row for row in ready if not row.reading and row not in turned]
+        readers = [row for row in ready if row.reading]
+        for row in turned:
+            if row.length == len(row.ids):  # all of it is read from the device
+                row.anew()
+                row.begin(self.loaded.new_caches())
+                readers.append(row)
+        room = max(1, room - len(deciding))
+        if deciding and self._pace:
+            room = min(room, max(LEAST, int(PAUSE / self._pace)))
+        exact = self.loaded.config.rope_depends_on_length
+        chosen = [(row, row.feed(1, exact=exact)) for row in deciding]
+        for row in readers:
+            if room < 1:
+                break
+            feed = row.feed(self._piece(row, room, alone=not chosen), exact=exact)
+            chosen.append((row, feed))
+            room -= feed.count
+        for row, feed in chosen:
+            groups.setdefault(tuple(sorted(row.order.weights.items())), []).append((row, feed))
+        for weights, feeds in groups.items():
+            self.loaded.use_adapters(dict(weights))
+            yield feeds
+
+    def _piece(self, row: Row, room: int, *, alone: bool) -> int:
+        """How many known tokens of a row to read next."""
+        left = len(row.ids) - row.offset
+        # Layers without keys leave nothing for later tokens: only the last one, whose logits are wanted, passes them.
+        if alone and ALONE < left <= room and self.loaded.shares_keys and row.order.scores is None:
+            return left - 1
+        return min(left, room)
+
+    def _crosses(self, row: Row) -> bool:
+        """Whether the next token has keys of other frequencies than those before it: all is read anew then."""
+        border = self.loaded.config.rope_border
+        return border is not None and row.prompt <= border < row.length
+
+    # ---- what comes of it
+
+    def _land(self) -> None:
+        """Read the tokens of the passes under way, and end the rows that they finish."""
+        flights, self._flights = self._flights, []
+        for flight in flights:
+            for row, token in zip(flight.rows, flight.land(), strict=True):
+                if not row.done:
+                    self._took(row, token)
+            for row in flight.fed:
+                if not row.done:
+                    row.progressed()
+                    if row.order.budget == 0 and not row.reading:
+                        self._end(row, "length")
+
+    def _took(self, row: Row, token: Token | NumericsError) -> None:
+        if isinstance(token, NumericsError):
+            self._end(row, "error", self._explained(row, token))
+            return
+        row.take(token)
+        if token.id in row.order.ends:
+            self._end(row, "stop")
+        elif len(row.ids) == len(row.order.ids) + row.order.budget:
+            self._end(row, "length")
+
+    def _explained(self, row: Row, error: NumericsError) -> NumericsError:
+        return NumericsError(
+            f"no token can be picked at position {len(row.ids)}: the logits hold {error} "
+            f"({str(self.loaded.dtype).removeprefix('mlx.core.')}); weights or activations are out of the range of "
+            "their type (dtype='float32' may help), or a bias or penalty is too large"
+        )
+
+    def _measure(self, tokens: int, seconds: float) -> None:
+        """Learn how long a token of a prompt takes."""
+        if tokens >= LEAST:
+            now = seconds / tokens
+            self._pace = now if not self._pace else (self._pace + now) / 2

@@ -1,0 +1,377 @@
+"""Many requests at once: each gets the tokens that it gets alone, and none holds up or takes down another for long."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from places import TESTS
+
+from runner.cache.several import Memories
+from runner.engine.engine import Engine
+from runner.engine.generate import decode, prefill
+from runner.engine.loaded import Loaded, open_loaded
+from runner.engine.rows import Row
+from runner.engine.sampler import Sampler, SamplingState
+from runner.engine.sampling import SamplingParams
+from runner.engine.scheduler import Scheduler
+from runner.engine.ticket import Ticket
+from runner.errors import BackendError, NumericsError, UsageError
+from runner.nn.batch import Batch
+
+FAMILIES = TESTS / "fixtures" / "families"
+KINDS = {
+    "rows": TESTS / "fixtures" / "llama" / "llama-gqa",
+    "window": FAMILIES / "gemma3_text-base",
+    "latent": FAMILIES / "deepseek_v3-base",
+    "indexed": FAMILIES / "deepseek_v32-base",
+    "shared": FAMILIES / "gemma3n_text-base",
+    "delta rule": FAMILIES / "qwen3_next-base",
+    "Mamba": FAMILIES / "mamba-base",
+    "Mamba 2 beside rows": FAMILIES / "falcon_h1-base",
+    "mixture": FAMILIES / "mixtral-base",
+    "chunks": FAMILIES / "llama4_text-base",
+    "two lengths": FAMILIES / "phi3-longrope",
+}
+DRAWN = SamplingParams(temperature=0.9, top_k=20, seed=5)
+
+
+def naive(loaded: Loaded, ids: Sequence[int], count: int, params: SamplingParams | None = None) -> list[int]:
+    """An answer by itself, token by token, with nothing kept or shared."""
+
+    def job() -> list[int]:
+        sampler = Sampler(loaded.device.ops)
+        state = SamplingState(params or SamplingParams(temperature=0.0), loaded.config.vocab_size, ids)
+        caches, found, known = loaded.new_caches(), [], list(ids)
+        border, made = loaded.config.rope_border, 0
+        while made < count:
+            logits = prefill(loaded.model, known[caches.offset :], caches)
+            stop = count - made if border is None or len(known) > border else min(count - made, border - len(known) + 1)
+            for sampled in decode(loaded.model, logits, caches, lambda row: sampler(row[None], [state]), stop):
+                found.append(int(sampled.tokens.item()))
+                known.append(found[-1])
+                made += 1
+            caches = loaded.new_caches()
+        return found
+
+    return loaded.run(job)
+
+
+def prompts(loaded: Loaded, lengths: Sequence[int], seed: int = 1) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[1 + draw.randrange(loaded.config.vocab_size - 1) for _ in range(length)] for length in lengths]
+
+
+def ids(ticket: Ticket) -> list[int]:
+    return [token.id for token in ticket]
+
+
+def idle(engine: Engine) -> None:
+    """Wait until there are no requests."""
+    for _ in range(2000):
+        if not engine.status().running and not engine.status().waiting:
+            return
+        time.sleep(0.005)
+    raise AssertionError("there are requests still")
+
+
+@functools.cache
+def opened(kind: str) -> Loaded:
+    return open_loaded(KINDS[kind], dtype="float32")
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine(opened("rows")) as made:
+        yield made
+
+
+def chunked(monkeypatch: pytest.MonkeyPatch, loaded: Loaded, chunk: int) -> None:
+    """Passes of so many tokens."""
+    monkeypatch.setattr(loaded, "device", dataclasses.replace(loaded.device, chunk=chunk))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_answer_is_what_it_is_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = opened(kind)
+    chunked(monkeypatch, loaded, 24)
+    asked = prompts(loaded, (3, 50, 1, 17, 30, 8))
+    params = [None, DRAWN, None, DRAWN, DRAWN, None]
+    with Engine(loaded, rows=4) as engine:
+        tickets = [engine.submit(p, s, max_tokens=12) for p, s in zip(asked, params, strict=True)]
+        found = [ids(ticket) for ticket in tickets]
+    assert found == [naive(loaded, p, 12, s) for p, s in zip(asked, params, strict=True)]
+    assert {ticket.finish_reason for ticket in tickets} == {"length"}
+
+
+def test_an_end_token_ends(engine: Engine) -> None:
+    wanted = naive(opened("rows"), [5, 6, 7], 20)
+    end = wanted[7]
+    ticket = engine.submit([5, 6, 7], max_tokens=20, ends=[end])
+    assert ids(ticket) == wanted[: wanted.index(end) + 1]
+    assert ticket.finish_reason == "stop"
+
+
+class Gate:
+    """Holds the engine's thread up before a pass, until it is opened."""
+
+    def __init__(self, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes = 0
+        self.fails: BaseException | None = None
+        self.opened = threading.Event()
+        self.seen: list[int] = []  # tokens of each pass
+        inner = loaded.model
+
+        class Slow:
+            def __call__(_, batch: Batch, caches: Memories) -> mx.array:
+                self.passes += 1
+                self.seen.append(batch.ids.size)
+                assert self.opened.wait(20)
+                if self.fails is not None:
+                    raise self.fails
+                return inner(batch, caches)
+
+            def logits(_, hidden: mx.array) -> mx.array:
+                return inner.logits(hidden)
+
+        monkeypatch.setattr(loaded, "model", Slow())
+
+    def wait(self, passes: int) -> None:
+        for _ in range(2000):
+            if self.passes >= passes:
+                return
+            time.sleep(0.005)
+        raise AssertionError("no pass began")
+
+
+def test_cancelling_frees_a_row_in_the_middle_of_its_prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = opened("rows")
+    chunked(monkeypatch, loaded, 8)
+    gate = Gate(loaded, monkeypatch)
+    long, short = prompts(loaded, (80, 4))
+    ticket = engine.submit(long, max_tokens=5)
+    gate.wait(1)
+    ticket.cancel()
+    gate.opened.set()
+    assert ids(ticket) == []
+    assert ticket.finish_reason == "cancelled"
+    assert gate.passes <= 2  # of ten
+    assert len(ids(engine.submit(short, max_tokens=5))) == 5
+
+
+def test_a_ticket_that_is_let_go_of_is_cancelled(engine: Engine) -> None:
+    engine.submit([1, 2, 3], max_tokens=100_000)
+    idle(engine)
+
+
+def test_a_deadline_ends_what_waits_and_what_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(opened("rows"), monkeypatch)
+    tickets = [engine.submit([1, 2, 3], max_tokens=100_000, timeout=0.05) for _ in range(2)]
+    gate.wait(1)
+    time.sleep(0.1)
+    gate.opened.set()
+    for ticket in tickets:
+        list(ticket)
+        assert ticket.finish_reason == "timeout"
+
+
+def test_who_is_urgent_goes_first_and_equals_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = opened("rows")
+    gate = Gate(loaded, monkeypatch)
+    order: list[str] = []
+    with Engine(loaded, rows=1) as engine:
+        first = engine.submit([1], max_tokens=1)
+        gate.wait(1)
+        asked = [("a", 0), ("b", 0), ("c", 2), ("d", 1)]
+        tickets = [(name, engine.submit([2], max_tokens=1, priority=priority)) for name, priority in asked]
+
+        def read(name: str, ticket: Ticket) -> None:
+            list(ticket)
+            order.append(name)
+
+        threads = [threading.Thread(target=read, args=pair) for pair in tickets]
+        ended: list[int] = []
+        real = Row.end
+
+        def end(row: Row, reason: str, error: BaseException | None = None) -> None:
+            ended.append(row.order.priority * 100 - row.number)
+            real(row, reason, error)
+
+        monkeypatch.setattr(Row, "end", end)
+        for thread in threads:
+            thread.start()
+        gate.opened.set()
+        list(first)
+        for thread in threads:
+            thread.join()
+    assert ended[1:] == sorted(ended[1:], reverse=True)
+    assert sorted(order) == ["a", "b", "c", "d"]
+
+
+def test_decoding_rows_go_on_while_a_long_prompt_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass has a token of theirs and a piece of the prompt."""
+    loaded = opened("rows")
+    chunked(monkeypatch, loaded, 16)
+    gate = Gate(loaded, monkeypatch)
+    decoding = engine.submit([3, 4], max_tokens=30)
+    reading = engine.submit(prompts(loaded, (100,))[0], max_tokens=2)
+    gate.opened.set()
+    assert len(ids(decoding)) == 30
+    assert len(ids(reading)) == 2
+    assert max(gate.seen) <= 16
+    assert gate.seen.count(16) >= 5
+
+
+def test_an_exception_in_a_step_fails_everybody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(opened("rows"), monkeypatch)
+    gate.fails = RuntimeError("[malloc] Unable to allocate 12 bytes")
+    tickets = [engine.submit([1, 2, 3], max_tokens=5) for _ in range(3)]
+    gate.opened.set()
+    for ticket in tickets:
+        with pytest.raises(RuntimeError, match="Unable to allocate"):
+            list(ticket)
+        assert ticket.finish_reason == "error"
+    assert not engine.status().alive
+    with pytest.raises(BackendError, match="Unable to allocate"):
+        engine.submit([1], max_tokens=1)
+
+
+def test_closing_ends_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = opened("rows")
+    gate = Gate(loaded, monkeypatch)
+    engine = Engine(loaded, rows=1)
+    tickets = [engine.submit([1, 2, 3], max_tokens=5000) for _ in range(3)]
+    gate.wait(1)
+    gate.opened.set()
+    engine.close()
+    engine.close()
+    for ticket in tickets:
+        with pytest.raises(UsageError, match="closed"):
+            list(ticket)
+    with pytest.raises(UsageError, match="closed"):
+        engine.submit([1], max_tokens=1)
+
+
+def test_numbers_that_are_none_fail_one_request_alone(engine: Engine) -> None:
+    good = engine.submit([1, 2], max_tokens=30)
+    infinite = SamplingParams(temperature=0.0, logit_bias={1: 3.4e38}, repetition_penalty=0.01)
+    with pytest.raises(NumericsError, match="position 2: the logits hold infinity"):
+        list(engine.submit([1, 2], infinite, max_tokens=3))
+    assert len(ids(good)) == 30
+    with pytest.raises(UsageError, match="not in the vocabulary"):
+        list(engine.submit([1], SamplingParams(logit_bias={99999: 1.0}), max_tokens=1))
+    assert engine.status().alive
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers() -> None:
+    loaded = opened("rows")
+    with (
+        Engine(loaded, memory=loaded.nbytes + 200_000) as engine,
+        pytest.raises(UsageError, match=r"need .* MB, and .*0.2 MB"),
+    ):
+        engine.submit([1] * 10, max_tokens=100_000)
+
+
+@pytest.mark.parametrize("kind", ["rows", "window", "Mamba"])
+def test_what_does_not_fit_now_waits_and_what_has_grown_is_paused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = opened(kind)
+    monkeypatch.setattr("runner.engine.scheduler.WEIGHED_EVERY", 1)
+    asked = prompts(loaded, (30, 30, 30, 30))
+    pauses: list[Row] = []
+    real = Scheduler._pause
+    monkeypatch.setattr(Scheduler, "_pause", lambda self, row: (pauses.append(row), real(self, row))[1])
+    with Engine(loaded) as probe:
+        one = probe._workers[""].footprint.of(600)
+    with Engine(loaded, memory=loaded.nbytes + 2 * one - 1) as engine:
+        tickets = [engine.submit(p, DRAWN, max_tokens=400) for p in asked]
+        found = [ids(ticket) for ticket in tickets]
+    assert found == [naive(loaded, p, 400, DRAWN) for p in asked]
+    assert pauses or kind != "rows"
+
+
+def test_scores_of_a_prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = opened("rows")
+    chunked(monkeypatch, loaded, 16)
+    monkeypatch.setattr("runner.engine.passes.SCORED", 5)
+    (prompt,) = prompts(loaded, (40,))
+    ticket = engine.submit(prompt, max_tokens=0, scores=3)
+    assert ids(ticket) == []
+    assert ticket.finish_reason == "length"
+
+    def job() -> Any:
+        logits = loaded.logits(prompt)
+        return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).tolist()
+
+    wanted = loaded.run(job)
+    scores = ticket.scores
+    assert [token.id for token in scores] == prompt
+    assert scores[0].logprob is None
+    for place, token in enumerate(scores[1:]):
+        row = wanted[place]
+        assert token.logprob == pytest.approx(row[token.id], abs=1e-4)
+        best = sorted(range(len(row)), key=lambda i: -row[i])[:3]
+        assert token.top_logprobs is not None
+        assert [index for index, _ in token.top_logprobs] == best
+
+
+def test_coroutines_take_turns(engine: Engine) -> None:
+    loaded = opened("rows")
+    asked = prompts(loaded, (5, 9, 2))
+
+    async def answer(prompt: list[int]) -> list[int]:
+        return [token.id async for token in engine.submit(prompt, max_tokens=15)]
+
+    async def all_of_them() -> list[list[int]]:
+        return list(await asyncio.gather(*map(answer, asked)))
+
+    assert asyncio.run(all_of_them()) == [naive(loaded, p, 15) for p in asked]
+
+
+def test_a_cancelled_task_cancels_its_request(engine: Engine) -> None:
+    async def answer() -> None:
+        async for _ in engine.submit([1, 2], max_tokens=100_000):
+            pass
+
+    async def main() -> None:
+        task = asyncio.create_task(answer())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    idle(engine)
+
+
+def test_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {name: opened(name) for name in ("rows", "Mamba")}
+    with Engine(models) as engine:
+        asked = {name: prompts(loaded, (4, 11)) for name, loaded in models.items()}
+        tickets = {name: [engine.submit(p, max_tokens=9, model=name) for p in ps] for name, ps in asked.items()}
+        for name, loaded in models.items():
+            assert [ids(t) for t in tickets[name]] == [naive(loaded, p, 9) for p in asked[name]]
+        with pytest.raises(UsageError, match="no model is called 'other'"):
+            engine.submit([1], max_tokens=1, model="other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ids": []}, "empty"),
+        ({"ids": [1], "max_tokens": 0}, "max_tokens"),
+        ({"ids": [1], "max_tokens": True}, "max_tokens"),
+        ({"ids": [1], "timeout": float("nan")}, "timeout"),
+        ({"ids": [10**6]}, "vocab_size"),
+    ],
+)
+def test_wrong_arguments(engine: Engine, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        engine.submit(**{"max_tokens": 1, **arguments})
