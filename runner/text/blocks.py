@@ -35,6 +35,8 @@ class BlockSeparator:
                 is a quotation. Other special tokens are left out.
             opened: the block that the prompt has opened already.
         """
+        self.blocks = known.blocks
+        self.opened = opened
         self._format = known
         self._spelled = [marks for marks in known.blocks if marks.opening not in special]
         self._special = special

@@ -17,10 +17,15 @@ _HELD = 16  # ids that such a stream holds back at most, waiting for the end of 
 
 
 class TokenStream(Protocol):
-    """Turns tokens into text one by one; `finish` returns the text held back and resets the stream."""
+    """Turns tokens into text one by one; `finish` returns the text held back and resets the stream.
+
+    `bytes_of` says what a token adds to the middle of a text, as UTF-8, which may be a part of a character; b"" where
+    that cannot be told.
+    """
 
     def push(self, token_id: int, token: str) -> str: ...
     def finish(self) -> str: ...
+    def bytes_of(self, token_id: int, token: str) -> bytes: ...
 
 
 class Detokenizer:
@@ -59,11 +64,13 @@ class ByteLevelStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int, token: str) -> str:
+        return self._decoder.decode(self.bytes_of(token_id, token))
+
+    def bytes_of(self, token_id: int, token: str) -> bytes:
         try:
-            data = bytes([self._alphabet[character] for character in token])
+            return bytes([self._alphabet[character] for character in token])
         except KeyError:  # an added token with characters outside the alphabet stands for its own UTF-8
-            data = token.encode("utf-8")
-        return self._decoder.decode(data)
+            return token.encode("utf-8")
 
     def finish(self) -> str:
         tail = self._decoder.decode(b"", True)
@@ -155,6 +162,18 @@ class PieceStream:
         self._reset()
         return tail
 
+    def bytes_of(self, token_id: int, token: str) -> bytes:
+        for step in self._before:
+            token = step(token, False)
+        byte = byte_of(token) if self._byte_fallback else None
+        if byte is not None:
+            return bytes([byte])
+        for step in self._after:
+            token = step(token, False)
+        for step in self._fused:
+            token = step(token, True)
+        return token.encode("utf-8")
+
     def _finished(self, text: str) -> str:
         """`text` after the steps past the bytes."""
         for step in self._after:
@@ -224,6 +243,11 @@ class WindowStream:
         text = self._new_text() if self._held else ""
         self._context, self._held = [], []
         return text
+
+    def bytes_of(self, token_id: int, token: str) -> bytes:
+        # Behind itself: what comes first may be written otherwise.
+        text = self._decode([token_id, token_id]).removeprefix(self._decode([token_id]))
+        return b"" if REPLACEMENT in text else text.encode("utf-8")
 
     def _new_text(self) -> str:
         return self._decode([*self._context, *self._held])[len(self._decode(self._context)) :]

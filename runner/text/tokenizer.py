@@ -151,6 +151,14 @@ class Tokenizer:
         """
         return self._backend.token(_checked_id(token_id))
 
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to the middle of a text, as UTF-8, which may be a part of a character; b"" for none.
+
+        Reads the whole vocabulary.
+        """
+        stream, tokens = self._backend.make_stream(), map(self._backend.token, range(self.vocab_size))
+        return [b"" if token is None else stream.bytes_of(index, token) for index, token in enumerate(tokens)]
+
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """Return a new streaming decoder, whose pieces joined together equal `decode` of the same ids."""
         skip = self._special_ids if skip_special_tokens else frozenset()
@@ -278,8 +286,12 @@ class Tokenizer:
         quoted = _text_of(messages[-1]).rstrip().endswith(found.opening)
         return found if whole.rstrip().endswith(found.opening) and not quoted else None
 
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token that is spelled so in the vocabulary; None if there is none."""
+        return self._backend.token_id(text)
+
     def _has_token(self, text: str) -> bool:
-        return self._backend.token_id(text) is not None
+        return self.token_id(text) is not None
 
     def template_variables(self) -> frozenset[str]:
         """Names of the variables that the default template reads and a caller may set (`template_kwargs`).

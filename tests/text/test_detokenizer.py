@@ -250,3 +250,27 @@ def test_one_step_for_each_token(name: str) -> None:
         stream.add(library.token_to_id("a") or 0)
     assert len(decoded) <= 2 * 300
     assert max(decoded, default=0) <= 24
+
+
+@pytest.mark.parametrize("kind", ["chatml", "llama"])
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=20))
+def test_bytes_of_tokens_join_to_the_text_in_the_middle_of_another(kind: str, text: str) -> None:
+    tokenizer = load(kind)
+    table = tokenizer.token_bytes()
+    assert len(table) == tokenizer.vocab_size
+    before = tokenizer.encode("a", add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    found = tokenizer.decode(before).encode() + b"".join(table[index] for index in ids)
+    assert found.decode("utf-8", "replace") == tokenizer.decode([*before, *ids])
+
+
+@pytest.mark.parametrize("name", ["byte fallback", "byte level", "metaspace, never", "replace", "word piece"])
+def test_bytes_of_tokens_under_every_kind_of_stream(name: str) -> None:
+    tokenizer, library = backend_of(name)
+    table = tokenizer.token_bytes()
+    first = library.token_to_id("a")
+    for index in range(tokenizer.vocab_size):
+        text = tokenizer.decode([first, index], False).removeprefix(tokenizer.decode([first], False))
+        if "\ufffd" not in text and text:
+            assert table[index].decode() == text, library.id_to_token(index)
