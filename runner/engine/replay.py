@@ -49,6 +49,10 @@ class Steps:
         self._caches.advance()
         return logits
 
+    def forget(self) -> None:
+        """Forget a recorded step, as a pass of another size has moved the caches on."""
+        self._program, self._left, self._built = None, 0, 0
+
     def _logits(self, ids: mx.array, caches: Caches) -> mx.array:
         return self._model.logits(self._model(Batch(ids, caches.offset), caches))[:, -1]
 

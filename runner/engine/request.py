@@ -14,6 +14,7 @@ from runner.engine.loaded import Loaded
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.sampler import Sampled, Sampler, SamplingState, Token
 from runner.engine.sampling import SamplingParams
+from runner.engine.speculation import Continuation, Guide, Proposer, continued
 from runner.errors import NumericsError
 from runner.ops.memory import Memory
 
@@ -36,6 +37,8 @@ class Request:
         budget: how many tokens may be generated.
         on_prefill: called after each chunk of the prompt with the tokens done and the tokens in all.
         cancelled: asked before each chunk of the prompt; true ends it with `Cancelled`.
+        guide: says which tokens may come next; None: all may.
+        proposer: makes what guesses tokens ahead, a job of the owner's thread; None: nothing does.
     """
 
     ids: list[int]
@@ -43,6 +46,8 @@ class Request:
     budget: int
     on_prefill: Callable[[int, int], None] | None = None
     cancelled: Callable[[], bool] | None = None
+    guide: Guide | None = None
+    proposer: Callable[[], Proposer] | None = None
 
 
 class Run:
@@ -77,7 +82,7 @@ class Run:
         try:
             self.engine.run(self._begin)
             ids, made = self._request.ids, 0
-            state = self._job(lambda: self._sampling(ids))
+            course = self._job(lambda: self._course(ids))
             while made < self._request.budget:
                 # Once, as a rule; again where RoPE's frequencies change at a length (LongRoPE): keys of the two sides
                 # do not go together, so that all is read anew, as transformers does.
@@ -88,7 +93,7 @@ class Run:
                 if border is not None and len(ids) <= border:
                     count = min(count, border - len(ids) + 1)
                 ids = list(ids)
-                for token in self._decode(logits, state, count, len(ids)):
+                for token in self._decode(logits, course, count, len(ids)):
                     ids.append(token.id)
                     made += 1
                     self._kept.add(token.id)
@@ -130,38 +135,51 @@ class Run:
                 return logits
             yield
 
-    def _decode(self, logits: mx.array, state: SamplingState, count: int, position: int) -> Iterator[Token]:
+    def _decode(self, logits: mx.array, course: Continuation, count: int, position: int) -> Iterator[Token]:
         """Yield up to `count` tokens, the first of them at `position` of the sequence."""
-        engine = self.engine
-        sampler = Sampler(engine.device.ops)
+        steps = self._steps(logits, course, count)
+        made = 0
 
-        def sample(row: mx.array) -> Sampled:
-            return sampler(row[None], [state])
-
-        steps = decode(engine.model, logits, self._kept.caches, sample, count, engine.device.ops)
-
-        def step(index: int) -> Token:
-            if index % SETTLED_EVERY == SETTLED_EVERY - 1:
+        def step() -> list[Token]:
+            if made % SETTLED_EVERY == SETTLED_EVERY - 1:
                 self.memory.settle()
-            (token,) = next(steps).read([state])
-            if isinstance(token, NumericsError):
-                raise token
-            return token
+            return next(steps)
 
-        for index in range(count):
+        while made < count:
             try:
-                token = self._job(functools.partial(step, index))
+                tokens = self._job(step)
             except NumericsError as error:
                 kind = str(logits.dtype).removeprefix("mlx.core.")
                 raise NumericsError(
-                    f"no token can be picked at position {position + index}: the logits hold {error} ({kind}); "
+                    f"no token can be picked at position {position + made}: the logits hold {error} ({kind}); "
                     "weights or activations are out of the range of their type (dtype='float32' may help), "
                     "or a bias or penalty is too large"
                 ) from None
-            yield token
+            made += len(tokens)
+            yield from tokens
 
-    def _sampling(self, ids: Sequence[int]) -> SamplingState:
-        return SamplingState(self._request.params, self.engine.config.vocab_size, ids)
+    def _steps(self, logits: mx.array, course: Continuation, count: int) -> Iterator[list[Token]]:
+        model, caches, ops = self.engine.model, self._kept.caches, self.engine.device.ops
+        sampler = Sampler(ops)
+        if not course.plain:
+            yield from continued(model, logits, caches, sampler, course, count, ops)
+            return
+
+        def sample(row: mx.array) -> Sampled:
+            return sampler(row[None], [course.state])
+
+        for picked in decode(model, logits, caches, sample, count, ops):
+            (token,) = picked.read([course.state])
+            if isinstance(token, NumericsError):
+                raise token
+            yield [token]
+
+    def _course(self, ids: Sequence[int]) -> Continuation:
+        request = self._request
+        state = SamplingState(request.params, self.engine.config.vocab_size, ids)
+        single = self.engine.config.rope_depends_on_length
+        proposer = None if single or request.proposer is None else request.proposer()
+        return Continuation(state, ids, guide=request.guide, proposer=proposer, single=single)
 
     def _job(self, work: Callable[[], T]) -> T:
         """Do `work` on the owner's thread with this answer's adapters; if it fails, the caches are emptied."""

@@ -168,10 +168,11 @@ class Sampler:
         self._tops = [-1 if state.params.logprobs is None else state.params.logprobs for state in states]
         self._scored = max(self._tops) >= 0
         biases = [state.bias for state in states if state.bias is not None]
-        if biases:
+        same = len(biases) == len(states) and all(bias is biases[0] for bias in biases)
+        if biases and not same:
             zero = mx.zeros_like(biases[0])
             biases = [zero if state.bias is None else state.bias for state in states]
-        self._bias = _stacked(biases) if biases else None
+        self._bias = biases[0] if same and biases else _stacked(biases) if biases else None
         self._penalties = _Penalties(states) if any(state.seen is not None for state in states) else None
 
 

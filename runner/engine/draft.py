@@ -1,0 +1,79 @@
+"""Guesses how a text goes on by a smaller model with the same vocabulary."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from runner.cache.kv import KVCache
+from runner.engine.generate import prefill
+from runner.engine.loaded import Loaded
+from runner.engine.replay import Steps
+from runner.engine.sampler import Sampler, SamplingState
+from runner.errors import UsageError
+
+
+def check_draft(draft: Loaded) -> None:
+    """Refuse a model that cannot take back what it guessed.
+
+    Raises:
+        UsageError: it has recurrent layers, or RoPE whose frequencies depend on the length.
+    """
+    if any(not isinstance(cache, KVCache) for cache in draft.new_caches()):
+        raise UsageError("a draft model must not be recurrent: it takes back guesses token by token")
+    if draft.config.rope_depends_on_length:
+        raise UsageError("a draft model's RoPE must not depend on the length of its prompt")
+
+
+class DraftModel:
+    """One sequence in a draft model, which draws its guesses by the same numbers as the model that it guesses for.
+
+    All methods are jobs of the owner's thread.
+    """
+
+    free = False
+
+    def __init__(self, draft: Loaded, vocab_size: int) -> None:
+        """Begin an empty sequence; `vocab_size` is that of the other model's logits, which may be padded otherwise."""
+        self._vocab_size = vocab_size
+        self._draft = draft
+        self._caches = draft.new_caches()
+        self._steps = Steps(draft.model, self._caches, draft.device.ops)
+        self._sampler = Sampler(draft.device.ops)
+        self._ids: list[int] = []  # certain
+        self._fed: list[int] = []  # in the caches
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append tokens that are certain."""
+        self._ids += ids
+
+    def propose(self, most: int, state: SamplingState) -> list[int]:
+        """Up to `most` tokens, each what the draft model itself would answer."""
+        most = min(most, self._draft.config.context_length - len(self._ids))
+        if most < 1:
+            return []
+        pairs = zip(self._fed, self._ids[:-1], strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        place = self._caches.reach(common)
+        self._caches.rewind(place)
+        new = self._ids[place:]
+        self._steps.forget()
+        logits = prefill(self._draft.model, new, self._caches, chunk=self._draft.device.chunk)[None]
+        later, tokens = state.after([]), []
+        for index in range(most):
+            token = self._sampler(self._fitted(logits), [later]).tokens
+            tokens.append(token)
+            if index + 1 < most:
+                logits = self._steps(token.reshape(1, 1))
+        guesses: list[int] = mx.concatenate(tokens).tolist()  # type: ignore[assignment]
+        self._fed = [*self._ids, *guesses[:-1]]
+        return guesses
+
+    def _fitted(self, logits: mx.array) -> mx.array:
+        lacking = self._vocab_size - logits.shape[1]
+        if lacking <= 0:
+            return logits[:, : self._vocab_size]
+        return mx.pad(logits, [(0, 0), (0, lacking)], constant_values=-math.inf)

@@ -1,0 +1,281 @@
+"""Guesses change no token: right, wrong or cut short, greedy and drawn, for every kind of memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from places import TESTS
+
+from runner.engine.draft import DraftModel, check_draft
+from runner.engine.loaded import Loaded, open_loaded
+from runner.engine.lookup import PromptLookup
+from runner.engine.prompt_cache import PromptCache
+from runner.engine.request import Request, Run
+from runner.engine.sampler import SamplingState, Token
+from runner.engine.sampling import SamplingParams
+from runner.engine.speculation import PAUSE, START, Depth, Proposer
+from runner.errors import UsageError
+
+LLAMA = TESTS / "fixtures" / "llama"
+FAMILIES = TESTS / "fixtures" / "families"
+MEMORIES = {
+    "rows": LLAMA / "llama-gqa",
+    "window": LLAMA / "mistral-window",
+    "packed": LLAMA / "llama-mlx-4bit",
+    "latents": FAMILIES / "deepseek_v2-lite",
+    "shared keys": FAMILIES / "gemma3n_text-base",
+    "chunks": FAMILIES / "llama4_text-base",
+    "delta rule": FAMILIES / "qwen3_5_moe_text-base",
+    "Mamba": FAMILIES / "falcon_h1-base",
+    "short convolution": FAMILIES / "lfm2-base",
+    "experts": FAMILIES / "qwen2_moe-base",
+}
+PROMPT = [1 + i * i % 40 for i in range(30)]
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.9, "seed": 4, "logprobs": 2},
+    {"temperature": 1.2, "seed": 8, "frequency_penalty": 0.6, "penalty_window": 6, "logit_bias": {3: 1.5}},
+]
+
+
+class Scripted:
+    """Guesses that are right but for those that chance makes wrong; watches what it is told."""
+
+    free = False
+
+    def __init__(self, prompt: Sequence[int], answer: Sequence[int], wrong: float, seed: int = 0) -> None:
+        self.text, self.start, self.wrong, self.chance = [*prompt, *answer], len(prompt), wrong, random.Random(seed)
+        self.known: list[int] = []
+        self.asked = 0
+
+    def add(self, ids: Sequence[int]) -> None:
+        self.known += ids
+        assert self.known == self.text[: len(self.known)]
+
+    def propose(self, most: int, state: SamplingState) -> list[int]:
+        assert state.position == len(self.known)
+        self.asked += 1
+        right = self.text[len(self.known) :][: min(most, 1 + self.chance.randrange(most))]
+        return [token if self.chance.random() >= self.wrong else (token + 1) % 40 for token in right]
+
+
+class Counted:
+    """A model that counts its passes."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.passes = model, 0
+
+    def __call__(self, batch: Any, caches: Any) -> mx.array:
+        self.passes += 1
+        result: mx.array = self.model(batch, caches)
+        return result
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        result: mx.array = self.model.logits(hidden)
+        return result
+
+
+@pytest.fixture(scope="module", params=MEMORIES)
+def engine(request: pytest.FixtureRequest) -> Iterator[Loaded]:
+    yield open_loaded(MEMORIES[request.param], dtype="float32")
+
+
+def answer(
+    engine: Loaded,
+    options: dict[str, Any],
+    count: int,
+    proposer: Proposer | None = None,
+    kept: PromptCache | None = None,
+    prompt: list[int] = PROMPT,
+) -> list[Token]:
+    make = None if proposer is None else lambda: proposer
+    request = Request(prompt, SamplingParams(**options), count, proposer=make)
+    run = Run(engine, PromptCache(engine, keeps=False) if kept is None else kept, request)
+    return [token for token in run if token is not None]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn", "penalised"])
+def test_guesses_change_no_token(engine: Loaded, options: dict[str, Any]) -> None:
+    wanted = answer(engine, options, 40)
+    ids = [token.id for token in wanted]
+    for wrong in (0.0, 0.3):
+        proposer = Scripted(PROMPT, ids, wrong, seed=int(10 * wrong))
+        found = answer(engine, options, 40, proposer)
+        assert [token.id for token in found] == ids
+        assert proposer.known == PROMPT + ids and 3 < proposer.asked < 39
+        for one, other in zip(found, wanted, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+            assert [i for i, _ in one.top_logprobs or ()] == [i for i, _ in other.top_logprobs or ()]
+
+
+def test_an_answer_with_guesses_may_be_left_at_any_token(engine: Loaded) -> None:
+    """What was guessed beyond it is taken back, or what is read again."""
+    ids = [token.id for token in answer(engine, OPTIONS[0], 24)]
+    for left in (1, 2, 5, 9):
+        kept = PromptCache(engine)
+        request = Request(PROMPT, SamplingParams(temperature=0), 24, proposer=lambda: Scripted(PROMPT, ids, 0.2))
+        run = iter(Run(engine, kept, request))
+        said = [token.id for token in (next(run) for _ in range(left)) if token is not None]
+        run.close()  # type: ignore[attr-defined]
+        assert said == ids[: len(said)]
+        again = answer(engine, OPTIONS[0], 24 - len(said), kept=kept, prompt=PROMPT + said)
+        assert [token.id for token in again] == ids[len(said) :]
+
+
+def test_right_guesses_save_passes_and_wrong_ones_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = open_loaded(MEMORIES["rows"], dtype="float32")
+    ids = [token.id for token in answer(engine, OPTIONS[0], 120)]
+    passes = {}
+    for wrong in (0.0, 1.0):
+        counted = Counted(engine.model)
+        monkeypatch.setattr(engine, "model", counted)
+        proposer = Scripted(PROMPT, ids, wrong)
+        assert [token.id for token in answer(engine, OPTIONS[0], 120, proposer)] == ids
+        monkeypatch.setattr(engine, "model", counted.model)
+        passes[wrong] = counted.passes, proposer.asked
+    assert passes[0.0][0] < 40
+    assert passes[1.0][1] < 25  # given up soon, and tried again only after a pause
+
+
+def test_depth_follows_what_was_right() -> None:
+    depth = Depth(free=False)
+    assert depth.pays and depth.now() == START
+    depth.note(8, 8)
+    assert depth.now() == 2 * START
+    depth.note(16, 2)
+    assert depth.now() == 4
+    for _ in range(20):
+        depth.note(4, 0)
+    assert not depth.pays and depth.now() == 2
+    depth.wait(1)
+    assert not depth.pays
+    depth.wait(PAUSE)
+    assert depth.pays
+    free = Depth(free=True)
+    assert not free.pays  # until it is seen that they are right
+    free.note(8, 8)
+    assert free.pays
+
+
+def test_lookup_goes_on_after_the_longest_repeated_end() -> None:
+    lookup = PromptLookup()
+    state: Any = None
+    lookup.add([1, 2, 3, 4, 5, 9, 3, 4, 6, 2, 3, 4])
+    assert lookup.propose(3, state) == [5, 9, 3]  # three tokens count more than the later two
+    lookup.add([6])
+    assert lookup.propose(4, state) == [2, 3, 4, 6]  # a repetition goes on
+    assert lookup.propose(6, state) == [2, 3, 4, 6, 2, 3]
+    lookup.add([77])
+    assert lookup.propose(4, state) == []
+    assert PromptLookup().propose(4, state) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 6))
+def test_lookup_is_its_naive_twin(ids: list[int], most: int) -> None:
+    lookup = PromptLookup()
+    for token in ids:
+        lookup.add([token])
+    wanted: list[int] = []
+    for length in (4, 3, 2):
+        places = [end for end in range(length, len(ids)) if ids[end - length : end] == ids[-length:]]
+        if places and len(ids) >= length:
+            text = list(ids)
+            for index in range(most):
+                text.append(text[places[-1] + index])
+            wanted = text[len(ids) :]
+            break
+    assert lookup.propose(most, None) == wanted  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn", "penalised"])
+def test_a_draft_model_draws_what_it_would_answer(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its own draft a model guesses every token right; another one of the same vocabulary changes nothing."""
+    engine = open_loaded(MEMORIES["rows"], dtype="float32")
+    other = open_loaded(LLAMA / "llama-tied", dtype="float32")
+    ids = [token.id for token in answer(engine, options, 60)]
+    counted = Counted(engine.model)
+    monkeypatch.setattr(engine, "model", counted)
+    itself = DraftModel(open_loaded(MEMORIES["rows"], dtype="float32"), engine.config.vocab_size)
+    assert [token.id for token in answer(engine, options, 60, itself)] == ids
+    assert counted.passes < 12
+    assert [t.id for t in answer(engine, options, 60, DraftModel(other, engine.config.vocab_size))] == ids
+
+
+def test_a_draft_of_another_width_or_recurrent() -> None:
+    draft = open_loaded(MEMORIES["rows"], dtype="float32")
+    size = draft.config.vocab_size
+    for wanted in (size - 5, size, size + 5):
+        proposer = DraftModel(draft, wanted)
+        proposer.add(PROMPT)
+        state = SamplingState(SamplingParams(temperature=0, frequency_penalty=0.1), wanted, PROMPT)
+        assert all(0 <= token < min(size, wanted) for token in proposer.propose(5, state))
+    with pytest.raises(UsageError, match="recurrent"):
+        check_draft(open_loaded(MEMORIES["Mamba"]))
+
+
+class Sieve:
+    """A guide over 64 of 336 tokens: what may follow depends on the last token; some leave one choice, in runs."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def allowed(self) -> Any:
+        found = np.zeros(11 * 32, bool)
+        if self.last % 5 < 3:
+            found[(self.last * 7 + 3) % 64] = True
+        else:
+            found[:64][(np.arange(64) + self.last) % 3 == 0] = True
+        return np.packbits(found, bitorder="little").view(np.uint32)
+
+    def add(self, token: int) -> None:
+        self.last = token
+
+    def allowed_after(self, drafts: Sequence[int]) -> list[Any]:
+        before, found = self.last, [self.allowed()]
+        for token in drafts:
+            if not found[-1][token // 32] >> token % 32 & 1:
+                break
+            self.last = token
+            found.append(self.allowed())
+        self.last = before
+        return found
+
+    def forced(self, most: int) -> list[int]:
+        before, run = self.last, []
+        while len(run) < most and self.last % 5 < 3:
+            self.last = (self.last * 7 + 3) % 64
+            run.append(self.last)
+        self.last = before
+        return run
+
+
+class Unforced(Sieve):
+    def forced(self, most: int) -> list[int]:
+        return []
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn", "penalised"])
+def test_a_guide_and_its_forced_runs(options: dict[str, Any]) -> None:
+    engine = open_loaded(MEMORIES["rows"], dtype="float32")
+    assert -(-engine.config.vocab_size // 32) == 11
+    found = {}
+    for kind in (Sieve, Unforced):
+        for lookup in (False, True):
+            request = Request(
+                PROMPT, SamplingParams(**options), 50, guide=kind(), proposer=PromptLookup if lookup else None
+            )
+            run = Run(engine, PromptCache(engine, keeps=False), request)
+            found[kind, lookup] = [token.id for token in run if token is not None]
+    assert len({tuple(ids) for ids in found.values()}) == 1
+    sieve = Sieve()
+    for token in found[Sieve, False]:
+        assert sieve.allowed()[token // 32] >> token % 32 & 1
+        sieve.add(token)
