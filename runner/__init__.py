@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from runner.answer import Chunk as Chunk
     from runner.answer import Generation as Generation
     from runner.answer import Timings as Timings
+    from runner.constraints import Choice as Choice
+    from runner.constraints import JsonObject as JsonObject
+    from runner.constraints import JsonSchema as JsonSchema
+    from runner.constraints import Lark as Lark
+    from runner.constraints import Regex as Regex
     from runner.engine.prompt_cache import PromptCache as PromptCache
     from runner.engine.sampling import SamplingParams as SamplingParams
     from runner.errors import RunnerError as RunnerError
@@ -28,10 +33,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Choice": "runner.constraints",
     "Chunk": "runner.answer",
     "Generation": "runner.answer",
+    "JsonObject": "runner.constraints",
+    "JsonSchema": "runner.constraints",
     "LanguageModel": "runner.language_model",
+    "Lark": "runner.constraints",
     "PromptCache": "runner.engine.prompt_cache",
+    "Regex": "runner.constraints",
     "RunnerError": "runner.errors",
     "RunnerWarning": "runner.errors",
     "SamplingParams": "runner.engine.sampling",
@@ -41,10 +51,15 @@ _LAZY = {
 }
 
 __all__ = [
+    "Choice",
     "Chunk",
     "Generation",
+    "JsonObject",
+    "JsonSchema",
     "LanguageModel",
+    "Lark",
     "PromptCache",
+    "Regex",
     "RunnerError",
     "RunnerWarning",
     "SamplingParams",

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+from runner.constraints import Constraint
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.sampling import SamplingOptions
 from runner.errors import UsageError
@@ -24,6 +25,8 @@ class StreamOptions(SamplingOptions, total=False):
     prompt_cache: PromptCache | None
     on_prefill: Callable[[int, int], None] | None
     cancelled: Callable[[], bool] | None
+    constraint: Constraint | None
+    lookup: bool | None
 
 
 class ChatOptions(StreamOptions, total=False):
@@ -43,6 +46,11 @@ KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "prompt_cache": (lambda value: isinstance(value, PromptCache), "what lm.prompt_cache() makes"),
     "on_prefill": (callable, "a function of two integers"),
     "cancelled": (callable, "a function without arguments"),
+    "constraint": (
+        lambda value: isinstance(value, Constraint),
+        "one of runner's JsonSchema, JsonObject, Regex, Lark and Choice",
+    ),
+    "lookup": (lambda value: isinstance(value, bool), "true or false"),
     "template": (lambda value: isinstance(value, str), "a text: a template's name, or its source"),
     "adapters": (lambda value: isinstance(value, Iterable), "a list or a mapping to weights"),
     "revision": (lambda value: isinstance(value, str), "a text: a branch, tag or commit"),

@@ -19,6 +19,7 @@ from runner.checkpoint.model_files import ModelFiles, name_of, open_files
 from runner.checkpoint.names import resolve
 from runner.config.base import Config
 from runner.config.rope import LONGEST
+from runner.constraints import Constraint
 from runner.engine.defaults import GenerationDefaults
 from runner.engine.generate import Cancelled
 from runner.engine.loaded import Loaded, assemble
@@ -38,6 +39,8 @@ from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Given
+    from runner.engine.speculation import Proposer
+    from runner.guidance import Grammars
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +165,8 @@ class LanguageModel:
         prompt_cache: PromptCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        constraint: Constraint | None = None,
+        lookup: bool | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]:
         """Generate an answer token by token.
@@ -174,6 +179,10 @@ class LanguageModel:
             prompt_cache: the KV caches of earlier turns (made by `prompt_cache()`); None: nothing is kept.
             on_prefill: called after each chunk of the prompt with the tokens done and the tokens in all.
             cancelled: asked before each chunk of the prompt and after each token; true ends the answer.
+            constraint: what the answer must be (`JsonSchema`, `JsonObject`, `Regex`, `Lark` or `Choice`); reasoning
+                before it is free. An end is only picked where the answer is complete; the length limit may come first.
+            lookup: whether to guess tokens by what followed earlier in prompt and answer; the tokens are the same, and
+                an answer that repeats its prompt comes faster. None: no.
             sampling: fields of `SamplingParams`; None or absent: the model's own default, and where its files say
                 nothing of sampling, the most likely token each time.
 
@@ -188,6 +197,8 @@ class LanguageModel:
             prompt_cache=prompt_cache,
             on_prefill=on_prefill,
             cancelled=cancelled,
+            constraint=constraint,
+            lookup=lookup,
             **sampling,
         )
         return chunks_of(steps)
@@ -218,6 +229,8 @@ class LanguageModel:
         prompt_cache: PromptCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        constraint: Constraint | None = None,
+        lookup: bool | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Steps:
         """Check the arguments of `stream` and begin the answer, whose text goes through `separator`."""
@@ -234,12 +247,28 @@ class LanguageModel:
         budget = room if max_tokens is None else min(max_tokens, room)
         # Arguments are checked above, in this plain method: a generator would raise only when its first token is read.
         kept = PromptCache(self.engine, keeps=False) if prompt_cache is None else prompt_cache
-        request = Request(ids, params, budget, on_prefill, cancelled)
+        guide = None if constraint is None else self._grammars.guide(constraint, separator)
+        proposer = self._proposer(lookup)
+        request = Request(ids, params, budget, on_prefill, cancelled, guide, proposer)
         special = self.tokenizer.special_tokens
         ends = self.eos_token_ids | {special[token] for token in separator.ends if token in special}
         text = AnswerText(self.tokenizer.detokenizer(), StopMatcher(stops), separator)
         run = Run(self.engine, kept, request)
         return self._run(run, Answer(ends, text, len(ids), run.memory), cancelled)
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        from runner.guidance import Grammars  # for those who need it
+
+        return Grammars(self.tokenizer, self.eos_token_ids, self.config.vocab_size)
+
+    def _proposer(self, lookup: bool | None) -> Callable[[], Proposer] | None:
+        """Makes what guesses tokens ahead; None: nothing does."""
+        if not lookup:
+            return None
+        from runner.engine.lookup import PromptLookup
+
+        return PromptLookup
 
     def _run(self, run: Run, answer: Answer, cancelled: Callable[[], bool] | None) -> Steps:
         made = 0

@@ -1,0 +1,241 @@
+"""Answers under a constraint: what they are, where they end, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from places import TESTS
+
+import runner
+from runner import Choice, JsonObject, JsonSchema, Lark, Regex, UsageError
+from runner.guidance import Grammars
+from runner.language_model import LanguageModel
+from runner.text.blocks import BlockSeparator
+from runner.text.harmony import HarmonySeparator
+from runner.text.reasoning import BlockFormat, Marks
+from runner.text.separator import PlainText
+
+pytest.importorskip("llguidance")
+jsonschema = pytest.importorskip("jsonschema")
+
+LLAMA = TESTS / "fixtures" / "llama"
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "integer", "minimum": 3, "maximum": 4000},
+    {"type": "string", "maxLength": 8},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+    {"enum": ["red", 7, None, {"a": [1.5]}]},
+    {"anyOf": [{"const": "a"}, {"type": "array", "items": {"type": "null"}, "maxItems": 2}]},
+    {"type": "string", "pattern": "^[a-c]{2,5}-\\d$"},
+    {"type": "string", "format": "date"},
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "maximum": 120}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+    {
+        "$defs": {
+            "node": {
+                "type": "object",
+                "properties": {
+                    "v": {"type": "integer", "minimum": 0, "maximum": 9},
+                    "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+                },
+                "required": ["v", "next"],
+                "additionalProperties": False,
+            }
+        },
+        "$ref": "#/$defs/node",
+    },
+    {
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["circle", "square"]},
+            "size": {"type": "number", "exclusiveMinimum": 0, "maximum": 10},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 4}, "maxItems": 2},
+        },
+        "required": ["kind", "size", "tags"],
+        "additionalProperties": False,
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def lm() -> Iterator[LanguageModel]:
+    with warnings.catch_warnings(action="ignore"):  # the context is longer than the model was made for
+        found = runner.load(LLAMA / "llama-gqa", dtype="float32", context_length=4000)
+    yield found
+
+
+def check(schema: dict[str, Any], answer: runner.Generation) -> str:
+    """The reason for the answer's end; where it is no limit, the text is JSON of the schema."""
+    if answer.finish_reason == "stop":
+        jsonschema.validate(json.loads(answer.text), schema)
+    return answer.finish_reason
+
+
+@pytest.mark.parametrize("number", range(len(SCHEMAS)))
+def test_json_fits_its_schema_or_its_budget_has_ended(lm: LanguageModel, number: int) -> None:
+    """A model of random weights tries everything that is allowed."""
+    schema = SCHEMAS[number]
+    reasons = [
+        check(schema, lm.generate([5, 6], constraint=JsonSchema(schema), max_tokens=60, temperature=1.5, seed=seed))
+        for seed in range(6)
+    ]
+    assert set(reasons) <= {"stop", "length"} and "stop" in reasons
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        (Regex(r"[ab]{2,6}\d?"), r"[ab]{2,6}\d?"),
+        (Choice(["yes", "no", 'a "quoted"\n\té']), 'yes|no|a "quoted"\n\té'),
+        (Lark('start: "x" (word "-")* "!"\nword: /[a-z]{1,2}/'), r"x([a-z]{1,2}-)*!"),
+        (JsonObject(), r"(?s)\{.*\}"),
+    ],
+)
+def test_an_answer_ends_where_it_is_complete(lm: LanguageModel, constraint: Any, pattern: str) -> None:
+    """Whatever the options: the end is neither picked before nor passed by."""
+    for options in (
+        {"temperature": 2.0, "seed": 1, "logprobs": 3},
+        {"temperature": 0, "frequency_penalty": 1.5},
+        {"seed": 2, "top_k": 3, "logit_bias": dict.fromkeys(lm.eos_token_ids, 1000.0)},  # as early as it can
+        {"seed": 3, "lookup": True},
+    ):
+        answer = lm.generate([5, 6], constraint=constraint, max_tokens=80, **options)
+        if answer.finish_reason == "stop":
+            assert re.fullmatch(pattern, answer.text) and answer.tokens[-1] in lm.eos_token_ids
+        else:
+            assert answer.finish_reason == "length" and len(answer.tokens) == 80
+        assert not lm.eos_token_ids & set(answer.tokens[:-1])
+    eager = lm.generate(
+        [5], constraint=Regex("[ab]{2,6}"), temperature=0, logit_bias=dict.fromkeys(lm.eos_token_ids, 1e4)
+    )
+    assert len(eager.text) == 2
+
+
+def test_a_budget_that_ends_inside_says_so(lm: LanguageModel) -> None:
+    answer = lm.generate([5, 6], constraint=JsonSchema(SCHEMAS[9]), max_tokens=3, seed=1)
+    assert answer.finish_reason == "length" and len(answer.tokens) == 3
+
+
+def test_forced_tokens_are_read_in_one_pass(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    whole = type(lm.model).__call__
+
+    def counted(self: Any, batch: Any, caches: Any) -> Any:
+        passes.append(batch.ids.shape[1])
+        return whole(self, batch, caches)
+
+    monkeypatch.setattr(type(lm.model), "__call__", counted)
+    text = '{"a long name of a key":["always the same",1,2,3]}'
+    answer = lm.generate([5, 6], constraint=JsonSchema({"const": json.loads(text)}), max_tokens=200, logprobs=0)
+    assert answer.text == text and answer.finish_reason == "stop"
+    assert len(passes) < 8 < 30 < len(answer.tokens) == len(answer.logprobs or ())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: JsonSchema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+        (lambda: JsonSchema({"not": {"type": "string"}}), "not"),
+        (lambda: JsonSchema({"oneOf": [{"type": "string"}, {"maxLength": 3}]}), "oneOf"),
+        (lambda: JsonSchema({"type": "object", "not": {}, "x-guidance": {"lenient": True}}), "not"),
+        (lambda: JsonSchema({"type": "string", "format": "blorb"}), "blorb"),
+        (lambda: JsonSchema({"$ref": "https://example.org/schema"}), "example.org"),
+        (lambda: JsonSchema({"$ref": "#/$defs/none"}), r"\$defs/none"),
+        (lambda: JsonSchema("{"), "not JSON"),
+        (lambda: JsonSchema("[]"), "an object"),
+        (lambda: JsonSchema({"const": {1, 2}}), "JSON has not"),
+        (lambda: JsonSchema({"enum": ["x" * 300_000]}), "characters"),
+        (lambda: Regex("a(?=b)"), "look-ahead"),
+        (lambda: Regex("("), "unclosed"),
+        (lambda: Regex(""), "empty"),
+        (lambda: Lark("start: nothing"), "nothing"),
+        (lambda: Choice([]), "list of texts"),
+        (lambda: Choice("yes"), "list of texts"),
+        (lambda: {"type": "object"}, "JsonSchema"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_before_anything_runs(lm: LanguageModel, make: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        lm.stream([5, 6], constraint=make())
+
+
+@pytest.mark.parametrize("pattern", ["(a{1,1000}){1,1000}b", "((a|b){0,900}c){0,900}d", "(.*a.{30}){9}", "(x+x+)+y"])
+def test_a_hostile_expression_costs_little(lm: LanguageModel, pattern: str) -> None:
+    """It is refused, or followed: within seconds either way, and nothing else is held up for long."""
+    try:
+        answer = lm.generate([5, 6], constraint=Regex(pattern), max_tokens=20, seed=1)
+    except UsageError as error:
+        assert "constraint" in str(error)
+    else:
+        assert len(answer.tokens) <= 20
+
+
+def test_seeds_and_guesses(lm: LanguageModel) -> None:
+    constraint = JsonSchema(SCHEMAS[7])
+    for seed in range(4):
+        found = [
+            lm.generate(
+                [5, 6], constraint=constraint, max_tokens=60, seed=seed, lookup=lookup, logprobs=logprobs
+            ).tokens
+            for lookup, logprobs in ((None, None), (True, None), (None, 2))
+        ]
+        assert found[0] == found[1] == found[2]
+
+
+def allowed(guide: Any) -> set[int]:
+    bits = guide.allowed()
+    return {token for token in range(32 * len(bits)) if bits[token // 32] >> token % 32 & 1}
+
+
+def test_reasoning_before_the_answer_is_free(lm: LanguageModel) -> None:
+    """Opened by the prompt, or by the model instead of an answer; no end within it, and the constraint after it."""
+    opening, closing, yes = (lm.tokenizer.encode(text, add_special_tokens=False)[-1] for text in "<>y")
+    known = BlockFormat([Marks("<", ">")])
+    grammars, every = Grammars(lm.tokenizer, lm.eos_token_ids, lm.config.vocab_size), range(lm.config.vocab_size)
+    ends = set(lm.eos_token_ids)
+    started = grammars.guide(Regex("y+"), BlockSeparator(known, opened=Marks("<", ">")))
+    free = grammars.guide(Regex("y+"), BlockSeparator(known))
+    plain = grammars.guide(Regex("y+"), PlainText())
+    assert allowed(plain) == {yes} and allowed(free) == {yes, opening}
+    assert free.forced(5) == [] and plain.forced(5) == [yes]
+    free.add(opening)
+    for guide in (started, free):
+        assert allowed(guide) >= set(every) - ends and not allowed(guide) & ends
+        # Guesses go over the border, and back.
+        masks = guide.allowed_after([opening, closing, yes, *sorted(ends)])
+        assert len(masks) == 5 and masks[-1] is None
+        guide.add(opening)
+        guide.add(closing)
+        assert allowed(guide) == {yes}
+        guide.add(yes)
+        assert allowed(guide) == {yes, *ends}
+        assert len(guide.allowed_after([yes, yes, opening, yes])) == 3 and allowed(guide) == {yes, *ends}
+        guide.add(min(ends))
+        assert guide.allowed() is None
+    with pytest.raises(UsageError, match="is no token"):
+        grammars.guide(Regex("y"), BlockSeparator(known, opened=Marks("<", "</not a token>")))
+    with pytest.raises(UsageError, match="channels"):
+        grammars.guide(Regex("y"), HarmonySeparator([]))
+    with pytest.raises(UsageError, match="no token that ends"):
+        Grammars(lm.tokenizer, [], lm.config.vocab_size).guide(Regex("y"), PlainText())
+
+
+@pytest.mark.long
+@pytest.mark.real
+@pytest.mark.parametrize("number", range(len(SCHEMAS)))
+def test_the_demo_model_fits_every_schema(number: int) -> None:
+    schema = SCHEMAS[number]
+    question = [{"role": "user", "content": f"Answer with JSON that fits this schema: {json.dumps(schema)}"}]
+    with runner.load(os.environ["RUNNER_DEMO_MODEL"]) as real:
+        for seed in range(20):
+            answer = real.chat(question, constraint=JsonSchema(schema), max_tokens=200, temperature=1.0, seed=seed)
+            assert check(schema, answer) in ("stop", "length")
