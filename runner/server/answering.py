@@ -25,6 +25,7 @@ class Delta:
         token: the token itself; None for what was held back until the end.
         finish: on the last one of a choice "stop", "length" or "tool_calls".
         calls: calls of functions that the token completes.
+        stopped_by: on the last one the stop text that ended the answer, if one did.
     """
 
     choice: int
@@ -33,6 +34,7 @@ class Delta:
     token: Token | None = None
     finish: str | None = None
     calls: Sequence[Call] = ()
+    stopped_by: str | None = None
 
 
 @dataclass
@@ -116,7 +118,9 @@ class Answering:
                 usage.reasoning_tokens += reasoned and not spoken
                 if reason is not None:
                     self.finished[choice] = reason
-                yield Delta(choice, content, split.reasoning.replace(SPECIAL, ""), step.token, reason, calls)
+                reasoning = split.reasoning.replace(SPECIAL, "")
+                stopped_by = text.found if reason is not None else None
+                yield Delta(choice, content, reasoning, step.token, reason, calls, stopped_by)
                 if reason is not None:
                     return
         raise RuntimeError("the backend ended an answer before its length, without an end token")

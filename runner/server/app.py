@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from runner.server import openai_chat, openai_completions, openai_models, operations
+from runner.server import anthropic, openai_chat, openai_completions, openai_models, operations
 from runner.server.errors import ApiError, form_for
 from runner.server.limits import MAX_HEADERS, ClientDisconnect, Door
 from runner.server.operations import Handler
@@ -41,6 +41,8 @@ def routes(serving: Serving) -> list[Route]:
         get("/v1/models/{id:path}", openai_models.model(serving)),
         post("/v1/chat/completions", openai_chat.chat(serving)),
         post("/v1/chat/completions/render", openai_chat.render(serving)),
+        post("/v1/messages", anthropic.messages(serving)),
+        post("/v1/messages/count_tokens", anthropic.count_tokens(serving)),
         post("/v1/completions", openai_completions.completions(serving)),
         post("/v1/embeddings", openai_models.embeddings(serving)),
         post("/tokenize", openai_models.tokenize(serving)),
@@ -140,7 +142,7 @@ class App:
         return Response(None, 204, allowed)
 
     def _finish_headers(self, given: MutableHeaders, note: Note, headers: Headers) -> None:
-        given["x-request-id"] = note.request_id
+        given["x-request-id"] = given["request-id"] = note.request_id
         if note.ignored:
             names = ", ".join(dict.fromkeys(note.ignored))
             given["x-runner-ignored"] = names.encode("ascii", "replace").decode().replace("\n", " ")[:1000]

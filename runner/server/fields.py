@@ -62,23 +62,27 @@ def _measured(value: Any) -> int:
     raise RecursionError
 
 
-def read(value: Any, kind: type[T], policy: Policy = "refuse") -> tuple[T, list[str]]:
+def read(value: Any, kind: type[T], policy: Policy = "refuse", at: str = "") -> tuple[T, list[str]]:
     """Make a `kind` of a plain value; returns it and the paths of the fields that were left out.
+
+    Args:
+        at: the path of the value in the request.
 
     Raises:
         ApiError: a field is unknown, missing, or has a value of another type; the error has its path.
     """
     if not isinstance(value, dict):
-        raise invalid("the request must be a JSON object")
+        raise invalid(f"{at or 'the request'} must be a JSON object", at or None)
     cleaner = _Cleaner(policy)
-    plain = cleaner.clean(value, inspect.type_info(kind), "")
+    plain = cleaner.clean(value, inspect.type_info(kind), at)
     try:
         return msgspec.convert(plain, kind, strict=True), cleaner.left_out
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
-        where = path.rstrip("`").removeprefix(".") or None
-        if where is None and (named := re.search(r"required field `(\w+)`", message)):
-            raise invalid(f"{named[1]} is missing", named[1], "missing_required_parameter") from None
+        where = (at + path.rstrip("`")).removeprefix(".") or None
+        if not path and (named := re.search(r"required field `(\w+)`", message)):
+            where = _below(at, named[1])
+            raise invalid(f"{where} is missing", where, "missing_required_parameter") from None
         told = message[:1].lower() + message[1:]
         raise invalid(f"{where}: {told}" if where else told, where) from None
 

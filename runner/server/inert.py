@@ -94,3 +94,57 @@ FUNCTION: Table = {
     "cache_control": MESSAGE["cache_control"],
 }
 """Of a function."""
+
+_CACHING = MESSAGE["cache_control"]
+_HOSTED = Inert("a setting of a service that does not exist here")
+
+ANTHROPIC: Table = {
+    "metadata": _LABEL,
+    "cache_control": _CACHING,
+    "service_tier": Inert("there is one tier"),
+    "context_management": Inert("no turn is ever taken out of a conversation"),
+    "container": Inert("unset", (None,)),
+    "mcp_servers": Inert("none are named", ([], None)),
+    "inference_geo": _HOSTED,
+    "betas": Inert("names of features; each is refused or obeyed by its own fields"),
+    "speed": Inert("there is one speed", ("standard", None)),
+    "diagnostics": _HOSTED,
+}
+"""Of Anthropic's messages."""
+
+ANTHROPIC_BLOCK: Table = {
+    "cache_control": _CACHING,
+    "citations": Inert("notes on an earlier answer that no template reads"),
+    "caller": Inert("says that a call came from the model itself"),
+}
+"""Of a block of content."""
+
+ANTHROPIC_MESSAGE: Table = {
+    "cache_control": _CACHING,
+    "output_config": Inert("the request's own counts"),
+    "id": _LABEL,
+    "type": Inert("a message", ("message",)),
+}
+"""Of a message."""
+
+ANTHROPIC_TOOL: Table = {
+    "type": Inert("a function of the client's", ("custom", None)),
+    "cache_control": _CACHING,
+    "defer_loading": TOOL["defer_loading"],
+    "eager_input_streaming": TOOL["eager_input_streaming"],
+    "allowed_callers": Inert("only the model calls"),
+    "input_examples": Inert("templates have no place for examples of arguments"),
+    "strict": Inert("arguments are not bound to a schema unless that is asked for", (False, None)),
+}
+"""Of a tool."""
+
+ANTHROPIC_THINKING: Table = {
+    "budget_tokens": Inert("templates know reasoning on, off or by effort, and no number of tokens"),
+}
+"""Of Anthropic's `thinking`."""
+
+ANTHROPIC_HOSTED = (
+    "web_search_", "web_fetch_", "code_execution_", "bash_", "text_editor_", "computer_", "memory_",
+    "tool_search_tool_", "mcp_toolset",
+)  # fmt: skip
+"""How types of tools begin that Anthropic's own service runs: the model is not told of them."""

@@ -137,6 +137,10 @@ class Served:
         ends = facts.eos_token_ids | {special[token] for token in named if token in special}
         return Prepared(self, ask, ids, text, params, budget, stops, frozenset() if ask.ignore_eos else ends, ignored)
 
+    def count(self, chat: Chat) -> int:
+        """The number of tokens of a conversation's prompt, whether it fits the context or not."""
+        return len(self._prompt(chat)[0])
+
     def _params(self, ask: Ask) -> SamplingParams:
         given = {name: value for name, value in ask.sampling.items() if value is not None}
         if ask.ignore_eos:

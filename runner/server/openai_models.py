@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import ClassVar
 
 import msgspec
@@ -36,10 +37,13 @@ class Detokenize(msgspec.Struct):
 
 
 def card(served: Served, name: str) -> dict[str, object]:
-    """A model in OpenAI's form, with its context in vLLM's field."""
+    """A model in OpenAI's form, with Anthropic's fields and the context in vLLM's."""
     return {
         "id": name,
         "object": "model",
+        "type": "model",
+        "display_name": name,
+        "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(served.created)),
         "created": served.created,
         "owned_by": "runner",
         "root": served.name,
@@ -54,7 +58,8 @@ def models(serving: Serving) -> Handler:
     async def answer(_request: Request) -> Response:
         cards = [card(served, name) for name, served in serving.models.items()]
         cards += [card(serving.model(name), name) for name in serving.aliases]
-        return json({"object": "list", "data": cards})
+        ends = {"first_id": cards[0]["id"], "last_id": cards[-1]["id"]} if cards else {}
+        return json({"object": "list", "data": cards, "has_more": False, **ends})
 
     return answer
 

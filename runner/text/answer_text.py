@@ -25,6 +25,11 @@ class AnswerText:
         self._waiting: deque[tuple[str, bool]] = deque()
         self._ahead = 0  # characters of the first waiting special token that were released; it is passed on whole
 
+    @property
+    def found(self) -> str | None:
+        """The stop text that ended the answer; None if none did."""
+        return self._stops.found
+
     def add(self, token_id: int) -> tuple[Split, bool]:
         """Take the next token; return the text that may now be shown, and whether a stop text was found."""
         special = self._detokenizer.skipped(token_id)

@@ -8,7 +8,11 @@ from runner.errors import UsageError
 
 
 class StopMatcher:
-    """Finds stop strings in text that arrives in pieces; holds back only text that could still become a stop string."""
+    """Finds stop strings in text that arrives in pieces; holds back only text that could still become a stop string.
+
+    Attributes:
+        found: the stop string that was found; None so far.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         """Match any of `stops`.
@@ -22,6 +26,7 @@ class StopMatcher:
             raise UsageError("a stop string must not be empty")
         self._stops = tuple(stops)
         self._held = ""
+        self.found: str | None = None
 
     def add(self, text: str) -> tuple[str, bool]:
         """Take the next piece; return the text that may now be shown and whether a stop string was found.
@@ -31,9 +36,10 @@ class StopMatcher:
         if not self._stops:
             return text, False
         self._held += text
-        starts = [start for start in map(self._held.find, self._stops) if start >= 0]
+        starts = [(start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if starts:
-            shown, self._held = self._held[: min(starts)], ""
+            start, self.found = min(starts, key=lambda each: each[0])
+            shown, self._held = self._held[:start], ""
             return shown, True
         # The tail that begins a stop string waits for the next piece; all before it can be in no stop string.
         cut = len(self._held) - unfinished(self._held, self._stops)

@@ -1,0 +1,428 @@
+"""Anthropic's `/v1/messages` and `/v1/messages/count_tokens`, as Claude Code and the official client use them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import secrets
+import zlib
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, ClassVar, Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runner.server import inert
+from runner.server.answering import Answering, Delta
+from runner.server.errors import anthropic_form, invalid
+from runner.server.fields import Policy, read
+from runner.server.inert import Table
+from runner.server.openai_chat import checked_tools, plain_tool
+from runner.server.operations import Handler
+from runner.server.request import Ask, Chat
+from runner.server.serving import Running, Serving, note_of
+from runner.server.streaming import Stream, event, json, while_there
+from runner.server.tool_calls import Call
+
+PING = event("ping", {"type": "ping"})
+BILLING = "x-anthropic-billing-header:"
+"""How a system block of Claude Code's begins that is for Anthropic's bills: it changes with each prompt, and would keep
+prompts from sharing what they have in common."""
+HIDDEN = "runner1."
+"""How a signature begins that holds the text of reasoning which the client asked not to see, to be played back."""
+MAX_HIDDEN = 1 << 22
+
+
+class TextBlock(msgspec.Struct, tag_field="type", tag="text"):
+    """A text."""
+
+    text: str
+    inert: ClassVar[Table] = inert.ANTHROPIC_BLOCK
+
+
+class ThinkingBlock(msgspec.Struct, tag_field="type", tag="thinking"):
+    """What the model wrote to itself."""
+
+    thinking: str
+    signature: str = ""
+    inert: ClassVar[Table] = inert.ANTHROPIC_BLOCK
+
+
+class RedactedBlock(msgspec.Struct, tag_field="type", tag="redacted_thinking"):
+    """Reasoning that only Anthropic's service can read."""
+
+    data: str
+    inert: ClassVar[Table] = inert.ANTHROPIC_BLOCK
+
+
+class ToolUseBlock(msgspec.Struct, tag_field="type", tag="tool_use"):
+    """A call."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+    inert: ClassVar[Table] = inert.ANTHROPIC_BLOCK
+
+
+class ToolResultBlock(msgspec.Struct, tag_field="type", tag="tool_result"):
+    """What a call gave."""
+
+    tool_use_id: str
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None
+    inert: ClassVar[Table] = inert.ANTHROPIC_BLOCK
+
+
+Block = TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock
+
+
+class Message(msgspec.Struct):
+    """One message."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+    inert: ClassVar[Table] = inert.ANTHROPIC_MESSAGE
+
+
+class Tool(msgspec.Struct):
+    """A function of the client's."""
+
+    name: str
+    input_schema: dict[str, Any]
+    description: str | None = None
+    inert: ClassVar[Table] = inert.ANTHROPIC_TOOL
+
+
+class ToolChoice(msgspec.Struct):
+    """Whether functions may be called."""
+
+    type: Literal["auto", "none"]
+    disable_parallel_tool_use: bool | None = None
+    inert: ClassVar[Table] = {}
+
+
+class Thinking(msgspec.Struct):
+    """Whether the model reasons, and whether its reasoning is shown."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    display: Literal["summarized", "omitted"] | None = None
+    inert: ClassVar[Table] = inert.ANTHROPIC_THINKING
+
+
+class OutputConfig(msgspec.Struct):
+    """How the answer is made."""
+
+    effort: str | None = None
+    inert: ClassVar[Table] = {}
+
+
+class Counted(msgspec.Struct, kw_only=True):
+    """Body of a request whose tokens are counted, and most of one that is answered."""
+
+    messages: list[Message]
+    model: str | None = None
+    system: str | list[TextBlock] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    inert: ClassVar[Table] = inert.ANTHROPIC
+
+    def chat(self, policy: Policy, ignored: list[str]) -> Chat:
+        """The conversation in OpenAI's shapes; what of it has no effect is added to `ignored`."""
+        if not self.messages:
+            raise invalid("messages must not be empty", "messages")
+        messages = self._system(ignored)
+        for index, message in enumerate(self.messages):
+            messages += _plain(message, f"messages[{index}]", ignored)
+        last = self.messages[-1]
+        choice = self.tool_choice
+        return Chat(
+            messages=messages,
+            effort=self._effort(),
+            continues=last.role == "assistant" and not messages[-1].get("tool_calls"),
+            tools=checked_tools(self._tools(policy, ignored)),
+            choice="auto" if choice is None else choice.type,
+            parallel=not (choice is not None and choice.disable_parallel_tool_use),
+        )
+
+    def _system(self, ignored: list[str]) -> list[dict[str, Any]]:
+        """The system message, without the block for bills."""
+        blocks = [TextBlock(self.system)] if isinstance(self.system, str) else self.system or []
+        texts = []
+        for index, block in enumerate(blocks):
+            if block.text.startswith(BILLING):
+                ignored.append(f"system[{index}]")
+            elif block.text:
+                texts.append(block.text)
+        return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+
+    def _tools(self, policy: Policy, ignored: list[str]) -> list[dict[str, Any]]:
+        result = []
+        for index, tool in enumerate(self.tools or ()):
+            kind = tool.get("type")
+            if isinstance(kind, str) and kind.startswith(inert.ANTHROPIC_HOSTED):
+                ignored.append(f"tools[{index}] ({kind[:40]})")
+                continue
+            found, left_out = read(tool, Tool, policy, f"tools[{index}]")
+            ignored += left_out
+            result.append(plain_tool(found.name, found.description, found.input_schema))
+        return result
+
+    def _effort(self) -> str | None:
+        if self.thinking is not None and self.thinking.type == "disabled":
+            return "none"
+        if self.output_config is not None and self.output_config.effort is not None:
+            return self.output_config.effort
+        return "medium" if self.thinking is not None else None
+
+
+class Body(Counted, kw_only=True):
+    """Body of a request that is answered."""
+
+    max_tokens: int
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: list[str] | None = None
+
+    def ask(self, policy: Policy, ignored: list[str]) -> Ask:
+        """The request, as all APIs make it."""
+        sampling = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        return Ask(
+            prompt=self.chat(policy, ignored),
+            sampling=sampling,
+            max_tokens=self.max_tokens,
+            stop=self.stop_sequences or None,
+        )
+
+
+def _plain(message: Message, path: str, ignored: list[str]) -> list[dict[str, Any]]:
+    """A message of Anthropic's as one or several of OpenAI's."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    result: list[dict[str, Any]] = []
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for index, block in enumerate(message.content):
+        where = f"{path}.content[{index}]"
+        if isinstance(block, TextBlock):
+            texts.append(block.text)
+        elif isinstance(block, ToolResultBlock):
+            if message.role != "user":
+                raise invalid(f"{where}: results of tools are the user's", where)
+            if texts:
+                result.append({"role": "user", "content": "\n\n".join(texts)})
+                texts = []
+            result.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)})
+        elif message.role != "assistant":
+            raise invalid(f"{where}: only an assistant thinks and calls tools", where)
+        elif isinstance(block, ThinkingBlock):
+            thoughts.append(block.thinking or _revealed(block.signature))
+        elif isinstance(block, ToolUseBlock):
+            function = {"name": block.name, "arguments": block.input}
+            calls.append({"id": block.id, "type": "function", "function": function})
+        else:
+            ignored.append(f"{where} (redacted_thinking)")
+    if message.role == "assistant":
+        made: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+        if any(thoughts):
+            made["reasoning_content"] = "\n\n".join(filter(None, thoughts))
+        if calls:
+            made["tool_calls"] = calls
+        return [made]
+    if texts or not result:
+        result.append({"role": message.role, "content": "\n\n".join(texts)})
+    return result
+
+
+def _result(block: ToolResultBlock) -> str:
+    content = block.content
+    text = content if isinstance(content, str) else "\n".join(each.text for each in content or ())
+    return f"Error: {text}" if block.is_error and "error" not in text[:40].lower() else text
+
+
+def _hidden(text: str) -> str:
+    """Reasoning that the client is not shown, as a signature."""
+    return HIDDEN + base64.urlsafe_b64encode(zlib.compress(text.encode())).decode()
+
+
+def _revealed(signature: str) -> str:
+    """The reasoning in a signature of ours; "" in any other."""
+    if not signature.startswith(HIDDEN):
+        return ""
+    try:
+        data = base64.urlsafe_b64decode(signature.removeprefix(HIDDEN))
+        return zlib.decompressobj().decompress(data, MAX_HIDDEN).decode()
+    except (binascii.Error, zlib.error, ValueError):
+        return ""
+
+
+def messages(serving: Serving) -> Handler:
+    """`POST /v1/messages`."""
+
+    async def answer(request: Request) -> Response:
+        body = await serving.read(request, Body)
+        served = serving.model(body.model)
+        ask = body.ask(serving.options.unknown_fields, note_of(request).ignored)
+        prepared = await serving.prepare(request, served, ask)
+        running = serving.begin(request, prepared)
+        omitted = body.thinking is not None and body.thinking.display == "omitted"
+        reply = Reply(body.model or served.name, running, omitted)
+        if body.stream:
+            return Stream(reply.stream(), ping=PING, done=running.close)
+        with running:
+            return json(await while_there(request, reply.whole()))
+
+    return answer
+
+
+def count_tokens(serving: Serving) -> Handler:
+    """`POST /v1/messages/count_tokens`."""
+
+    async def answer(request: Request) -> Response:
+        body = await serving.read(request, Counted)
+        served = serving.model(body.model)
+        chat = body.chat(serving.options.unknown_fields, note_of(request).ignored)
+        count = await while_there(request, asyncio.to_thread(served.count, chat))
+        return json({"input_tokens": count})
+
+    return answer
+
+
+class Reply:
+    """The answer to one request, in Anthropic's form."""
+
+    def __init__(self, model: str, running: Running, omitted: bool) -> None:
+        self._running = running
+        self._answering: Answering = running.answers[0]
+        self._model = model
+        self._omitted = omitted
+        self._id = f"msg_{secrets.token_hex(12)}"
+
+    def _usage(self) -> dict[str, int]:
+        usage = self._answering.usage
+        return {
+            "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.cached_tokens,
+            "output_tokens": usage.completion_tokens,
+        }
+
+    def _message(self, content: Sequence[Any], last: Delta | None) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": content,
+            "stop_reason": None if last is None else _reason(last),
+            "stop_sequence": None if last is None else last.stopped_by,
+            "usage": self._usage(),
+        }
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The events of a stream."""
+        try:
+            yield event("message_start", {"type": "message_start", "message": self._message([], None)})
+            yield PING
+            blocks = Blocks(self._omitted)
+            async for delta in self._answering.deltas():
+                for name, value in blocks.add(delta):
+                    yield event(name, {"type": name, **value})
+                if delta.finish is not None:
+                    for name, value in blocks.end():
+                        yield event(name, {"type": name, **value})
+                    ended = {"stop_reason": _reason(delta), "stop_sequence": delta.stopped_by}
+                    yield event("message_delta", {"type": "message_delta", "delta": ended, "usage": self._usage()})
+            yield event("message_stop", {"type": "message_stop"})
+        except Exception as error:
+            yield event("error", anthropic_form(self._running.failed(error)))
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole response."""
+        texts: list[str] = []
+        thoughts: list[str] = []
+        calls: list[Call] = []
+        last: Delta | None = None
+        async for delta in self._answering.deltas():
+            texts.append(delta.text)
+            thoughts.append(delta.reasoning)
+            calls += delta.calls
+            last = delta
+        content: list[dict[str, Any]] = []
+        if thought := "".join(thoughts):
+            shown = {"thinking": "", "signature": _hidden(thought)} if self._omitted else {"thinking": thought}
+            content.append({"type": "thinking", "signature": "", **shown})
+        if text := "".join(texts):
+            content.append({"type": "text", "text": text})
+        content += [
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": msgspec.json.decode(call.arguments)}
+            for call in calls
+        ]
+        return self._message(content, last)
+
+
+def _reason(last: Delta) -> str:
+    if last.finish == "tool_calls":
+        return "tool_use"
+    if last.finish == "length":
+        return "max_tokens"
+    return "stop_sequence" if last.stopped_by is not None else "end_turn"
+
+
+Event = tuple[str, dict[str, Any]]
+
+
+class Blocks:
+    """The blocks of a streamed message: one is open at a time."""
+
+    def __init__(self, omitted: bool) -> None:
+        self._omitted = omitted
+        self._index = -1
+        self._open: str | None = None
+        self._thought: list[str] = []
+
+    def add(self, delta: Delta) -> list[Event]:
+        """Events of one token."""
+        events: list[Event] = []
+        if delta.reasoning:
+            events += self._begin("thinking", {"thinking": "", "signature": ""})
+            self._thought.append(delta.reasoning)
+            if not self._omitted:
+                events.append(self._delta({"type": "thinking_delta", "thinking": delta.reasoning}))
+        if delta.text:
+            events += self._begin("text", {"text": ""})
+            events.append(self._delta({"type": "text_delta", "text": delta.text}))
+        for call in delta.calls:
+            events += self.end()
+            events += self._begin("tool_use", {"id": call.id, "name": call.name, "input": {}})
+            events.append(self._delta({"type": "input_json_delta", "partial_json": call.arguments}))
+        return events
+
+    def end(self) -> list[Event]:
+        """Close the open block."""
+        if self._open is None:
+            return []
+        events = []
+        if self._open == "thinking":
+            signature = _hidden("".join(self._thought)) if self._omitted else ""
+            events.append(self._delta({"type": "signature_delta", "signature": signature}))
+        self._open, self._thought = None, []
+        return [*events, ("content_block_stop", {"index": self._index})]
+
+    def _begin(self, kind: str, block: dict[str, Any]) -> list[Event]:
+        if self._open == kind:
+            return []
+        events = self.end()
+        self._open = kind
+        self._index += 1
+        start = {"index": self._index, "content_block": {"type": kind, **block}}
+        return [*events, ("content_block_start", start)]
+
+    def _delta(self, delta: dict[str, Any]) -> Event:
+        return "content_block_delta", {"index": self._index, "delta": delta}
