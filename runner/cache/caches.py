@@ -214,9 +214,9 @@ def agreeing(edges: Sequence[Edge]) -> int:
 
     Only rows of int16 have powers (see `storage`); one buffer has one set of them.
     """
-    found = [[a[..., capacity(a) :, :] for a in edge.arrays if a.dtype == mx.int16] for edge in edges]
-    equal = [all(mx.array_equal(*pair) for pair in zip(found[0], powers, strict=True)) for powers in found]
-    return [*equal, False].index(False)
+    first, *others = ([a[..., capacity(a) :, :] for a in edge.arrays if a.dtype == mx.int16] for edge in edges)
+    equal = [all(mx.array_equal(*pair) for pair in zip(first, powers, strict=True)) for powers in others]
+    return 1 + [*equal, False].index(False)
 
 
 def _copied(given: Any, copies: Mapping[int, Cache]) -> Any:

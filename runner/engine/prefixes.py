@@ -1,0 +1,362 @@
+"""Prefix reuse: what was computed for one prompt serves every later one that begins with the same ids.
+
+Rows (keys and values of full attention) can be cut at any token; windows, chunks and states only come back to places
+where they were marked. What the tree keeps and what a request uses never share memory: caches are written in place, so
+a prefix is either handed over as it is, where nobody else uses it, or copied. Everything here is done on the thread
+that owns the device, between two passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.cache.caches import Caches, Marks, agreeing, copied, part
+from runner.cache.mark import Edge
+from runner.engine.prefix_tree import Found, Kept, Node, alike
+
+SPACING = 4096
+"""Tokens of a long prompt between two marks."""
+
+
+@dataclass(frozen=True)
+class PrefixStats:
+    """What prefix reuse has done so far.
+
+    Attributes:
+        requests: how many prompts were looked up.
+        tokens: tokens of these prompts.
+        reused: how many of them were not read again.
+        evicted: tokens that were let go, to hold the byte budget or to make room.
+        nbytes: bytes held now, beside what requests use.
+        budget: the most bytes that are held.
+    """
+
+    requests: int
+    tokens: int
+    reused: int
+    evicted: int
+    nbytes: int
+    budget: int
+
+    @property
+    def read(self) -> int:
+        """Tokens of the prompts that had to be read."""
+        return self.tokens - self.reused
+
+
+class Prefixes:
+    """The kept prefixes of one loaded model.
+
+    A request takes the caches that hold the longest usable beginning of its prompt, and gives them back at its end.
+    In between they are its own, and others can still begin with the part of its prompt that was read.
+    """
+
+    def __init__(self, new_caches: Callable[[], Caches], budget: int) -> None:
+        """Keep nothing yet.
+
+        Args:
+            new_caches: makes empty caches of the model.
+            budget: the most bytes to hold beside what requests use; 0: nothing is kept.
+        """
+        empty = new_caches()
+        self.budget = budget
+        self._new_caches = new_caches
+        self._needs_marks = empty.needs_marks
+        self._keeps_rows = empty.keeps_rows
+        self._roots: dict[Hashable, Node] = {}
+        self._lent: set[Kept] = set()
+        self._idle: set[Kept] = set()
+        self._events = 0
+        self._requests = self._tokens = self._reused = self._evicted = self._nbytes = 0
+
+    def __repr__(self) -> str:
+        held = f"{self._nbytes / 1e6:.1f} MB of {self.budget / 1e6:.1f} MB"
+        return f"Prefixes({len(self._idle)} sequences idle, {len(self._lent)} lent, {held})"
+
+    @property
+    def stats(self) -> PrefixStats:
+        """What was done so far, as of the last call that ended: callable from any thread."""
+        return PrefixStats(self._requests, self._tokens, self._reused, self._evicted, self._nbytes, self.budget)
+
+    def take(self, ids: Sequence[int], key: Hashable = (), turns: Collection[int] = ()) -> Kept:
+        """Lend caches that hold the longest usable beginning of a prompt, at least its last token excluded.
+
+        Args:
+            ids: the prompt, one token or more.
+            key: what else the computation depends on (adapters and their weights, whose prompts may meet); prompts
+                with different keys share nothing.
+            turns: positions in the prompt where the next one may part from it: before the assistant's turn.
+        """
+        for other in self._lent:  # what was read of their prompts by now
+            self._grow(other, other.ids)
+        root = self._roots.setdefault(key, Node())
+        found = root.find(ids[:-1])
+        kept = self._moved(found) or self._built(root, found) or Kept(self._new_caches(), root)
+        kept.ids, kept.reused, kept.lent = list(ids), kept.caches.offset, True
+        kept.places = self._places(kept, found.common, turns)
+        self._idle.discard(kept)
+        self._lent.add(kept)
+        self._touch(kept.node)
+        self._requests += 1
+        self._tokens += len(ids)
+        self._reused += kept.reused
+        self._settle()
+        return kept
+
+    def mark(self, kept: Kept) -> None:
+        """Let windows and states come back to where the caches are: one of `kept.places`."""
+        self._grow(kept, kept.ids)
+        node = kept.node
+        if node.end == kept.caches.offset > 0 and node.marks is None:
+            self._mark(kept)
+        self._settle()
+
+    def give(self, kept: Kept, ids: Sequence[int]) -> None:
+        """Take back what a request used; `ids` are its prompt and its answer, as far as they are known.
+
+        The caches may hold fewer tokens than that, or, after a pass that nobody waited for, more.
+        """
+        if kept.caches.offset > len(ids):
+            marks = self._marks(kept.node)
+            place = kept.caches.reach(len(ids), marks)
+            self._leave(kept, place)
+            kept.caches.rewind(place, marks)
+        self._grow(kept, ids)
+        self._lent.discard(kept)
+        if kept.caches.offset:
+            kept.lent, kept.ids = False, ()
+            self._idle.add(kept)
+            mx.eval(kept.caches.arrays)  # or the graph of the last pass would be held as well
+            self._touch(kept.node)
+            for node in kept.node.up():
+                node.edge = None  # its own caches hold these rows
+        self._settle()
+
+    def drop(self, kept: Kept) -> None:
+        """Forget what a request used, after a pass that failed: its layers may have come apart."""
+        self._lent.discard(kept)
+        self._forget(kept)
+        lost = [node for node in kept.node.up() if not self._covered(node)]
+        if lost:  # and with the topmost all below, whose rows follow on its own
+            self._prune(self._remove(lost[-1]))
+        else:
+            self._prune(kept.node)
+        self._settle()
+
+    def evict(self, nbytes: int) -> int:
+        """Let go of at least so many bytes, or of all that no request uses; returns how many it were.
+
+        First goes what is held twice, then what was not used for longest.
+        """
+        before = self._held()
+        self._dedupe()
+        while before - self._held() < nbytes and (self._compact() or self._drop_oldest()):
+            pass
+        self._nbytes = self._held()
+        self._roots = {key: root for key, root in self._roots.items() if root.children or self._used(root)}
+        return before - self._nbytes
+
+    def clear(self) -> None:
+        """Let go of all that no request uses."""
+        self.evict(self._held() + 1)
+
+    # ---- taking
+
+    def _moved(self, found: Found) -> Kept | None:
+        """Caches that nobody uses, to hand over as they are; None: there are none, or a copy serves better."""
+        shared = {kept: min(node.end, found.common) for node in found.nodes() for kept in node.lines if not kept.lent}
+        marks = [node.marks for node in found.path if node.marks is not None]
+        places = {kept: kept.caches.reach(common, marks) for kept, common in shared.items()}
+        if not any(places.values()):
+            return None
+        kept = max(places, key=lambda one: (places[one], -one.caches.offset, one.node.used))
+        place, copy = places[kept], self._buildable(found)
+        # What it holds behind that place would have to be copied, or be lost: rather copy what is before it.
+        tail = kept.caches.offset - place
+        if place < copy or (place == copy and tail > (place if self._keeps_rows else 0)):
+            return None
+        self._leave(kept, place)
+        kept.caches.rewind(place, marks)
+        return kept
+
+    def _built(self, root: Node, found: Found) -> Kept | None:
+        """New caches with copies of the rows and marks of others; None: nothing can be reused so."""
+        while place := self._buildable(found):
+            found = found.until(place)
+            pieces = self._pieces(found)
+            if (count := agreeing(pieces)) == len(pieces):
+                break
+            found = found.until(pieces[count].first)
+        else:
+            return None
+        kept = Kept(self._new_caches(), found.path[-1] if found.path else root)
+        kept.caches.hold(pieces, kept.node.marks if self._needs_marks else None)
+        mx.eval(kept.caches.arrays)  # now, before anybody writes into what is copied
+        kept.node.marked = self._now()
+        for node in found.path:
+            node.lines.add(kept)
+        return kept
+
+    def _buildable(self, found: Found) -> int:
+        """The furthest place that new caches can be brought to."""
+        if not self._needs_marks:
+            return found.common
+        return max((node.end for node in found.path if node.marks is not None), default=0)
+
+    def _pieces(self, found: Found) -> list[Edge]:
+        """The rows of the tokens that were found: views."""
+        if not self._keeps_rows:
+            return [self._new_caches().rows(0, found.common)]
+        pieces: list[Edge] = []
+        for node in reversed(found.nodes()):
+            last = min(node.end, found.common)
+            if node.lines:  # a sequence's caches hold everything from the first token on
+                pieces.append(next(iter(node.lines)).caches.rows(0, last))
+                break
+            assert node.edge is not None
+            pieces.append(part(node.edge, node.start, last))
+        return pieces[::-1]
+
+    def _places(self, kept: Kept, parted: int, turns: Collection[int]) -> frozenset[int]:
+        if not self._needs_marks or not self.budget:
+            return frozenset()
+        # Where this prompt parts from others the next may part too; at its end but one token, as one must be left to
+        # read; and now and then in a long one.
+        last = len(kept.ids) - 1
+        wanted = (*turns, parted, *range(SPACING, last, SPACING), last)
+        return frozenset(place for place in wanted if kept.reused < place <= last)
+
+    # ---- the tree
+
+    def _nodes(self) -> Iterator[Node]:
+        for root in self._roots.values():
+            yield from root.below()
+
+    def _held(self) -> int:
+        return sum(node.nbytes for node in self._nodes()) + sum(kept.caches.nbytes for kept in self._idle)
+
+    def _settle(self) -> None:
+        """The end of what changed the tree: the budget is held."""
+        self._nbytes = self._held()
+        if self._nbytes > self.budget:
+            self.evict(self._nbytes - self.budget)
+
+    def _used(self, root: Node) -> bool:
+        return any(kept.node.root is root for kept in self._lent)
+
+    def _now(self) -> int:
+        self._events += 1
+        return self._events
+
+    def _touch(self, node: Node) -> None:
+        now = self._now()
+        for above in node.up():
+            above.used = now
+
+    def _marks(self, node: Node) -> list[Marks]:
+        return [above.marks for above in node.up() if above.marks is not None]
+
+    def _mark(self, kept: Kept) -> None:
+        """Mark the place of the caches, which is the end of their node."""
+        kept.node.marks, kept.node.marked = kept.caches.mark(), self._now()
+        mx.eval(kept.node.marks.arrays)
+
+    def _covered(self, node: Node) -> bool:
+        """Whether the rows of a node are held somewhere."""
+        return bool(node.lines) or node.edge is not None or not self._keeps_rows
+
+    def _grow(self, kept: Kept, ids: Sequence[int]) -> None:
+        """Let the tree know what the caches of a sequence hold by now; `ids` are its tokens."""
+        node, end = kept.node, min(kept.caches.offset, len(ids))
+        while node.end < end:
+            child = node.children.get(ids[node.end])
+            if child is None:
+                child = Node(ids[node.end : end], node)
+                child.used = self._now()
+            elif (count := alike(child.ids, ids[:end], node.end)) < len(child.ids):
+                child = child.split(count)
+            child.lines.add(kept)
+            node = child
+        kept.node = node
+
+    def _leave(self, kept: Kept, place: int, wanted: bool = True) -> None:
+        """Take `kept` back to `place` in the tree; of what only its caches hold behind it, copy what is of use.
+
+        Args:
+            wanted: whether that is more than what others begin with.
+        """
+        made: list[mx.array] = []
+        while (node := kept.node).end > place:
+            if node.start < place:
+                node.split(place - node.start)
+            assert node.parent is not None
+            kept.node = node.parent
+            node.lines.discard(kept)
+            # Where marks are needed, there is no way to tokens behind the last one.
+            own = node.marks is not None if self._needs_marks else wanted
+            if not (node.children or node.lines or (own and (wanted or not self._keeps_rows))):
+                self._remove(node)
+            elif not self._covered(node):
+                node.edge = copied(kept.caches.rows(node.start, node.end))
+                made += node.edge.arrays
+        mx.eval(made)
+
+    def _forget(self, kept: Kept) -> None:
+        """Count no longer on the caches of `kept`."""
+        for node in kept.node.up():
+            node.lines.discard(kept)
+        self._idle.discard(kept)
+
+    def _remove(self, node: Node) -> Node | None:
+        """Take a node, and all below it, out of the tree; returns the node above."""
+        self._evicted += len(node.ids) + sum(len(other.ids) for other in node.below())
+        node.remove()
+        return node.parent
+
+    def _prune(self, node: Node | None) -> None:
+        """Remove a node, and those above it, that lead nowhere any more."""
+        while node is not None and node.parent is not None and not node.children and not node.lines:
+            if self._covered(node) and not (self._needs_marks and node.marks is None):
+                return
+            node = self._remove(node)
+
+    # ---- letting go
+
+    def _dedupe(self) -> None:
+        """Let go of copied rows that a sequence's own caches hold, too."""
+        for node in self._nodes():
+            if node.lines:
+                node.edge = None
+
+    def _compact(self) -> bool:
+        """Let go of the caches of a sequence at least half of which is held elsewhere, and copy the rest."""
+        for kept in sorted(self._idle, key=lambda one: one.node.used) if self._keeps_rows else ():
+            shared = next((node.end for node in kept.node.up() if len(node.lines) > 1), 0)
+            if shared * 2 >= kept.caches.offset:
+                if self._needs_marks and kept.node.marks is None:
+                    self._mark(kept)
+                self._leave(kept, shared)
+                self._forget(kept)
+                self._prune(kept.node)
+                return True
+        return False
+
+    def _drop_oldest(self) -> bool:
+        """Let go of the marks or the end of a sequence that were used longest ago."""
+        marked = [(n.marked, False, n) for n in self._nodes() if n.marks is not None and (n.children or n.lines)]
+        ends = [(n.used, True, n) for n in self._nodes() if not n.children and not any(one.lent for one in n.lines)]
+        if not marked and not ends:
+            return False
+        _, end, node = min([*marked, *ends], key=lambda one: one[:2])
+        if not end:
+            node.marks = None
+            return True
+        for kept in list(node.lines):
+            self._leave(kept, 0, wanted=False)
+            self._idle.discard(kept)
+        if node.attached:
+            self._prune(self._remove(node))
+        return True

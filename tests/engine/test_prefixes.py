@@ -1,0 +1,311 @@
+"""Prefixes of any conversations, kept, cut, copied and let go in any order, hold what was computed for their ids.
+
+The twin of every sequence is the list of its ids, read by empty caches.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from toy_memories import KINDS, feed, fresh, shown
+
+from runner.cache.caches import Caches
+from runner.engine.prefix_tree import Kept, Node, alike
+from runner.engine.prefixes import Prefixes
+from runner.ops.device import current
+
+IDS = st.lists(st.integers(1, 3), max_size=12)
+
+
+@dataclass(eq=False)
+class Holder:
+    """A request that uses caches: its ids, prompt and answer, and how many of them were fed."""
+
+    kept: Kept
+    ids: list[int]
+    prompt: int
+    fed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fed = self.kept.reused
+
+
+class Chats(RuleBasedStateMachine):
+    """Requests that begin, read, answer, end, fail and are cancelled side by side, over one kind of memory."""
+
+    kind = "rows"
+
+    @initialize(budget=st.sampled_from([900, 20_000, 1 << 30]))
+    def start(self, budget: int) -> None:
+        self.memories, self.budget = KINDS[self.kind], budget
+        # The device's own operation writes in place, whoever else holds the buffer.
+        storage = current().ops.storage
+        self.prefixes = Prefixes(lambda: Caches.of(self.memories, storage), self.budget)
+        self.holders: list[Holder] = []
+        self.said: list[list[int]] = [[]]
+        self.kept_ids: list[list[int]] = []  # that were given back
+        self.read = 0
+
+    def feed(self, holder: Holder, count: int) -> None:
+        feed(holder.kept.caches, self.memories, holder.ids[holder.fed : holder.fed + count])
+        holder.fed += count
+        if holder.fed <= holder.prompt:
+            self.read += count
+
+    @rule(data=st.data(), tail=IDS, key=st.sampled_from("aab"), turns=st.sets(st.integers(1, 30), max_size=2))
+    def begin(self, data: st.DataObject, tail: list[int], key: str, turns: set[int]) -> None:
+        known = data.draw(st.sampled_from(self.said))
+        ids = [*known[: data.draw(st.integers(0, len(known)))], *tail, data.draw(st.integers(1, 3))]
+        # A key is a part of what is computed: here of the ids, so that rows of another would be seen.
+        ids = [token + 10 * (key == "b") for token in ids]
+        kept = self.prefixes.take(ids, key, turns)
+        assert kept.reused == kept.caches.offset < len(ids)
+        if not kept.caches.needs_marks and self.budget > 1 << 16:  # all that was ever read, but for what failed
+            others = [*self.kept_ids, *(holder.ids[: min(holder.fed, holder.prompt)] for holder in self.holders)]
+            assert kept.reused == max(alike(other, ids[:-1], 0) for other in [[], *others])
+        self.holders.append(Holder(kept, ids, len(ids)))
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data(), count=st.integers(1, 9))
+    def go_on(self, data: st.DataObject, count: int) -> None:
+        holder = data.draw(st.sampled_from(self.holders))
+        left = holder.prompt - holder.fed
+        if left > 0:
+            stops = [place - holder.fed for place in holder.kept.places if place > holder.fed]
+            self.feed(holder, min([count, left, *stops]))
+            if holder.fed in holder.kept.places:
+                self.prefixes.mark(holder.kept)
+        else:
+            holder.ids.append(holder.ids[0] // 10 * 10 + count % 3 + 1)
+            self.feed(holder, 1)
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data(), unseen=st.booleans())
+    def end(self, data: st.DataObject, unseen: bool) -> None:
+        """At the end of an answer, or wherever it was cancelled; a token may have been fed that nobody saw."""
+        holder = data.draw(st.sampled_from(self.holders))
+        self.holders.remove(holder)
+        if holder.fed > holder.kept.reused:
+            assert shown(holder.kept.caches, self.memories) == fresh(self.memories, holder.ids[: holder.fed])
+        ids = holder.ids
+        if unseen and holder.fed == len(ids) > holder.prompt:
+            ids = ids[:-1]
+        self.said.append([token % 10 for token in ids])
+        self.kept_ids.append(ids[: holder.fed])
+        self.prefixes.give(holder.kept, ids)
+
+    @precondition(lambda self: self.holders and self.budget < 1 << 16)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(self.holders))
+        self.holders.remove(holder)
+        for cache in holder.kept.caches[: len(holder.kept.caches) // 2 + 1]:
+            cache.go_back(0)  # layers have come apart
+        self.prefixes.drop(holder.kept)
+
+    @precondition(lambda self: self.budget < 1 << 16)
+    @rule(nbytes=st.integers(1, 3000))
+    def press(self, nbytes: int) -> None:
+        held = self.prefixes.stats.nbytes
+        freed = self.prefixes.evict(nbytes)
+        assert freed >= min(nbytes, held) or self.holders
+        assert self.prefixes.stats.nbytes == held - freed
+
+    @invariant()
+    def tree_is_sound(self) -> None:
+        prefixes = self.prefixes
+        nodes = list(prefixes._nodes())
+        assert prefixes.stats.nbytes == prefixes._held()
+        in_use = any(node.lines & prefixes._lent for node in nodes)
+        assert prefixes.stats.nbytes <= prefixes.budget or in_use
+        for node in nodes:
+            assert node.ids and node.attached and node.start == (node.parent.end if node.parent else 0)
+            assert prefixes._covered(node)
+            assert node.children or node.lines or node.marks or not prefixes._needs_marks
+            assert all(child.lines <= node.lines for child in node.children.values())
+            assert node.edge is None or (node.edge.first, node.edge.last) == (node.start, node.end)
+            assert node.marks is None or node.marks.offset == node.end
+        for kept in prefixes._lent | prefixes._idle:
+            assert kept.caches.offset >= kept.node.end and all(kept in node.lines for node in kept.node.up())
+            assert kept.lent or kept.caches.offset == kept.node.end
+        assert {kept for node in nodes for kept in node.lines} <= prefixes._lent | prefixes._idle
+        assert prefixes._lent == {holder.kept for holder in self.holders}
+        stats = prefixes.stats
+        assert stats.reused + stats.read == stats.tokens and self.read <= stats.read
+
+    def teardown(self) -> None:
+        for holder in list(self.holders):
+            self.prefixes.give(holder.kept, holder.ids)
+        self.prefixes.clear()
+        assert self.prefixes.stats.nbytes == 0 and not self.prefixes._roots and not self.prefixes._idle
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("examples", [12, pytest.param(600, marks=pytest.mark.long)])
+def test_any_conversations(kind: str, examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.cache.kv.STEP", 4)
+    monkeypatch.setattr("runner.engine.prefixes.SPACING", 8)
+    machine = type("Chats", (Chats,), {"kind": kind})
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=30, deadline=None))
+
+
+def read(prefixes: Prefixes, memories: list, ids: list[int]) -> Kept:
+    """A request's prompt, read with pauses; returns the caches, still lent."""
+    kept = prefixes.take(ids)
+    for start, end in zip([kept.reused, *sorted(kept.places)], [*sorted(kept.places), len(ids)], strict=True):
+        feed(kept.caches, memories, ids[start:end])
+        if end in kept.places:
+            prefixes.mark(kept)
+    return kept
+
+
+def made(kind: str, budget: int = 1 << 30) -> tuple[Prefixes, functools.partial[Kept]]:
+    prefixes = Prefixes(lambda: Caches.of(KINDS[kind], current().ops.storage), budget)
+    return prefixes, functools.partial(read, prefixes, KINDS[kind])
+
+
+FIRST = list(range(1, 41))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_turn_after_the_other_costs_no_copy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes, ask = made(kind)
+    kept = ask(FIRST)
+    prefixes.give(kept, FIRST)
+    copies: list[Node] = []
+    monkeypatch.setattr("runner.engine.prefixes.copied", lambda edge: copies.append(edge))
+    again = ask([*FIRST, 50, 51])
+    assert again is kept and again.reused == len(FIRST) and not copies
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_serves_others_while_it_is_in_use(kind: str) -> None:
+    """Of eight requests at once with a known prefix, all reuse it; also one that is being read."""
+    _, ask = made(kind)
+    kept = ask(FIRST)
+    place = len(FIRST) - 1 if kept.caches.needs_marks else len(FIRST)
+    others = [ask([*FIRST, 60 + index, 61, 62]) for index in range(7)]
+    assert [other.reused for other in others] == [place, *[len(FIRST)] * 6]  # where the first parts is a mark
+    feed(kept.caches, KINDS[kind], [70])
+    for index, other in enumerate(others):
+        assert shown(other.caches, KINDS[kind]) == fresh(KINDS[kind], [*FIRST, 60 + index, 61, 62])
+    assert shown(kept.caches, KINDS[kind]) == fresh(KINDS[kind], [*FIRST, 70])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_keeps_what_it_parted_from(kind: str) -> None:
+    prefixes, ask = made(kind)
+    prefixes.give(ask([*FIRST, 50, 51, 52]), [*FIRST, 50, 51, 52])
+    edited = ask([*FIRST[:30], 60, 61])
+    assert edited.reused == 30 or edited.caches.needs_marks
+    prefixes.give(edited, [*FIRST[:30], 60, 61])
+    back = ask([*FIRST, 50, 51, 52, 53])
+    assert back.reused >= 42
+    third = ask([*FIRST[:30], 62, 63])  # where the second parted from the first, there is a mark now
+    assert third.reused == 30
+
+
+def test_marks_are_made_where_the_next_prompt_may_part() -> None:
+    prefixes, _ = made("hybrid")
+    prompt = [1 + index % 7 for index in range(9000)]
+    kept = prefixes.take(prompt, turns=[8990])
+    assert kept.places == {4096, 8192, 8990, 8999}
+    assert made("rows")[0].take(prompt, turns=[8990]).places == frozenset()
+    assert made("hybrid", budget=0)[0].take(prompt).places == frozenset()
+
+
+def test_prompts_with_other_keys_share_nothing() -> None:
+    prefixes, ask = made("rows")
+    prefixes.give(ask(FIRST), FIRST)
+    assert prefixes.take(FIRST, key=(("style", 0.5),)).reused == 0
+    assert prefixes.take(FIRST).reused == len(FIRST) - 1
+
+
+def test_rows_in_common_are_kept_once_under_pressure() -> None:
+    prefixes, ask = made("rows", budget=1 << 40)
+    shared = [1 + index % 9 for index in range(3000)]
+    prompts = [[*shared, 20 + index, 7] for index in range(6)]
+    for kept, prompt in [(ask(prompt), prompt) for prompt in prompts]:  # all at once
+        prefixes.give(kept, prompt)
+    row = 2 * 2 * (4 + 4) * 4
+    before = prefixes.stats.nbytes
+    assert before > 6 * 3000 * row
+    prefixes.evict(before - 5000 * row)
+    assert prefixes.stats.nbytes < 5000 * row and prefixes.stats.evicted == 0
+    assert [ask([*prompt, 8]).reused for prompt in prompts] == [3002] * 6
+
+
+def test_what_was_not_used_for_longest_goes_first() -> None:
+    prefixes, ask = made("rows")
+    talks = [[10 * index + 1, *range(2, 600)] for index in range(4)]
+    for talk in talks:
+        prefixes.give(ask(talk), talk)
+    prefixes.give(ask([*talks[0], 5]), [*talks[0], 5])
+    prefixes.evict(1)
+    assert prefixes.stats.evicted == len(talks[1])
+    assert prefixes.take([*talks[0], 6]).reused == 599 and prefixes.take([*talks[1], 6]).reused == 0
+
+
+def test_the_oldest_marks_go_before_newer_sequences() -> None:
+    prefixes, ask = made("state", budget=1 << 20)
+    prompt = [1, 2, 3]
+    for turn in range(20):
+        prompt = [*prompt, 4 + turn, 5, 6]
+        prefixes.give(ask(prompt), prompt)
+    marks = [node for node in prefixes._nodes() if node.marks is not None]
+    assert len(marks) == 20
+    prefixes.evict(sum(node.marks.nbytes for node in marks[:10] if node.marks))
+    left = sorted(node.end for node in prefixes._nodes() if node.marks is not None)
+    assert left == sorted(node.end for node in marks)[10:] and prefixes.stats.evicted == 0
+
+
+def test_a_failed_request_takes_only_its_own_with_it() -> None:
+    prefixes, ask = made("rows")
+    prefixes.give(ask(FIRST), FIRST)
+    fork = ask([*FIRST[:10], 50, 51])  # a copy: the other has more behind its place
+    prefixes.drop(fork)
+    assert prefixes.take([*FIRST, 9]).reused == len(FIRST)
+    assert prefixes.take([*FIRST[:10], 50, 51]).reused == 10
+
+
+def test_ids_are_compared_not_hashes() -> None:
+    """-1 and -2 have the same hash, as have 0 and 2^61 - 1."""
+    prefixes, ask = made("rows")
+    prefixes.give(ask([-1, 0, 5, 6]), [-1, 0, 5, 6])
+    assert prefixes.take([-2, 0, 5, 6]).reused == 0 and prefixes.take([-1, 2**61 - 1, 5]).reused == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_alike_counts_token_by_token(size: int) -> None:
+    for parted in range(size + 1):
+        ids = list(range(size))
+        others = [9, 9, *ids[:parted], *[-1] * (size - parted)]
+        assert alike(ids, others, 2) == parted
+    assert alike([1, 2, 3], [1, 2], 0) == 2 and alike([1], [1], 1) == 0
+
+
+def test_nothing_is_held_but_what_is_counted() -> None:
+    """A hundred conversations of any length: what MLX holds stays within the budget, and all goes at the end."""
+    mx.clear_cache()
+    start = mx.get_active_memory()
+    prefixes, ask = made("joined", budget=1 << 20)
+    for index in range(100):
+        talk = [index % 5, *range(index % 3, 40 + 13 * index % 900)]
+        prefixes.give(ask(talk), talk)
+        assert mx.get_active_memory() - start < 1.2 * prefixes.stats.nbytes + 200_000
+        assert prefixes.stats.nbytes <= 1 << 20
+    prefixes.clear()
+    assert mx.get_active_memory() - start < 10_000
