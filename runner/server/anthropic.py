@@ -14,6 +14,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from runner.constraints import JsonSchema
 from runner.server import inert
 from runner.server.answering import Answering, Delta
 from runner.server.errors import anthropic_form, invalid
@@ -92,13 +93,15 @@ class Tool(msgspec.Struct):
     name: str
     input_schema: dict[str, Any]
     description: str | None = None
+    strict: bool | None = None
     inert: ClassVar[Table] = inert.ANTHROPIC_TOOL
 
 
 class ToolChoice(msgspec.Struct):
     """Whether functions may be called."""
 
-    type: Literal["auto", "none"]
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None
     disable_parallel_tool_use: bool | None = None
     inert: ClassVar[Table] = {}
 
@@ -111,10 +114,18 @@ class Thinking(msgspec.Struct):
     inert: ClassVar[Table] = inert.ANTHROPIC_THINKING
 
 
+class SchemaFormat(msgspec.Struct, tag_field="type", tag="json_schema"):
+    """JSON of a schema."""
+
+    schema: dict[str, Any]
+    inert: ClassVar[Table] = {}
+
+
 class OutputConfig(msgspec.Struct):
     """How the answer is made."""
 
     effort: str | None = None
+    format: SchemaFormat | None = None
     inert: ClassVar[Table] = {}
 
 
@@ -144,7 +155,8 @@ class Counted(msgspec.Struct, kw_only=True):
             effort=self._effort(),
             continues=last.role == "assistant" and not messages[-1].get("tool_calls"),
             tools=checked_tools(self._tools(policy, ignored)),
-            choice="auto" if choice is None else choice.type,
+            choice=_choice(choice),
+            strict=any(tool.get("strict") is True for tool in self.tools or ()),
             parallel=not (choice is not None and choice.disable_parallel_tool_use),
         )
 
@@ -191,13 +203,26 @@ class Body(Counted, kw_only=True):
 
     def ask(self, policy: Policy, ignored: list[str]) -> Ask:
         """The request, as all APIs make it."""
+        form = None if self.output_config is None else self.output_config.format
         sampling = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
         return Ask(
             prompt=self.chat(policy, ignored),
             sampling=sampling,
             max_tokens=self.max_tokens,
             stop=self.stop_sequences or None,
+            constraint=None if form is None else JsonSchema(form.schema),
         )
+
+
+def _choice(choice: ToolChoice | None) -> str:
+    """A choice of tools in OpenAI's words."""
+    if choice is None:
+        return "auto"
+    if choice.type == "tool":
+        if choice.name is None or choice.name in ("auto", "none", "required"):
+            raise invalid("tool_choice: the name of the tool is missing", "tool_choice.name")
+        return choice.name
+    return "required" if choice.type == "any" else choice.type
 
 
 def _plain(message: Message, path: str, ignored: list[str]) -> list[dict[str, Any]]:

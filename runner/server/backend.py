@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runner.engine.defaults import GenerationDefaults
+from runner.engine.prompt_cache import PromptCache
+from runner.engine.request import Request, Run
 from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
+from runner.ops.owner import OWNER
 from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from runner.engine.speculation import Guide
     from runner.language_model import LanguageModel
 
 STUCK = 300.0
@@ -32,12 +36,14 @@ class Order:
         ids: the prompt.
         max_tokens: the most tokens to make.
         choice: which of several answers to the same prompt it is, from 0; another draws other numbers.
+        guide: says which tokens may come next; None: all may.
     """
 
     ids: Sequence[int]
     params: SamplingParams
     max_tokens: int
     choice: int = 0
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,26 +146,31 @@ class LocalBackend:
         params = order.params
         if params.seed is not None and order.choice:
             params = params.replace(seed=(params.seed + order.choice * 0x9E3779B97F4A7C15) % (1 << 63))
-        options = {name: value for name, value in vars(params).items() if value is not None}
+        loaded = self.lm.engine
+        request = Request(list(order.ids), params, order.max_tokens, guide=order.guide)
+        run = Run(loaded, PromptCache(loaded, keeps=False), request)
+        steps = self._steps(run)
         async with self._counted():
-            stream = self.lm.astream(
-                order.ids, max_tokens=order.max_tokens, stop=(), on_prefill=lambda _done, _all: self._move(), **options
-            )
-            waiting, cached = True, 0
+            waiting = True
             self._waiting += 1
             try:
-                async with contextlib.aclosing(stream):
-                    async for chunk in stream:
-                        if waiting:
-                            waiting = False
-                            self._waiting -= 1
-                        self._move()
-                        if chunk.timings is not None:
-                            cached = chunk.timings.cached_tokens
-                        if chunk.token >= 0:
-                            yield Step(Token(chunk.token, chunk.logprob, chunk.top_logprobs), cached)
+                while True:
+                    token = await loaded.wait(lambda: next(steps, False))
+                    if waiting:
+                        waiting = False
+                        self._waiting -= 1
+                    self._move()
+                    if isinstance(token, Token):
+                        yield Step(token, run.reused)
+                    elif token is False:
+                        return
             finally:
                 self._waiting -= waiting
+                OWNER.post(steps.close)  # not here: it may be under way on the thread that computes
+
+    @staticmethod
+    def _steps(run: Run) -> Generator[Token | None, None, None]:
+        yield from run
 
     @contextlib.asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:

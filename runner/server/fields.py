@@ -80,8 +80,8 @@ def read(value: Any, kind: type[T], policy: Policy = "refuse", at: str = "") -> 
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         where = (at + path.rstrip("`")).removeprefix(".") or None
-        if not path and (named := re.search(r"required field `(\w+)`", message)):
-            where = _below(at, named[1])
+        if named := re.search(r"required field `(\w+)`", message):
+            where = _below(where or "", named[1])
             raise invalid(f"{where} is missing", where, "missing_required_parameter") from None
         told = message[:1].lower() + message[1:]
         raise invalid(f"{where}: {told}" if where else told, where) from None

@@ -90,7 +90,6 @@ CALL: Table = {
 """Of an assistant's call of a function."""
 
 FUNCTION: Table = {
-    "strict": Inert("arguments are not bound to a schema unless that is asked for", (False, None)),
     "cache_control": MESSAGE["cache_control"],
 }
 """Of a function."""
@@ -134,7 +133,6 @@ ANTHROPIC_TOOL: Table = {
     "eager_input_streaming": TOOL["eager_input_streaming"],
     "allowed_callers": Inert("only the model calls"),
     "input_examples": Inert("templates have no place for examples of arguments"),
-    "strict": Inert("arguments are not bound to a schema unless that is asked for", (False, None)),
 }
 """Of a tool."""
 
@@ -148,3 +146,18 @@ ANTHROPIC_HOSTED = (
     "tool_search_tool_", "mcp_toolset",
 )  # fmt: skip
 """How types of tools begin that Anthropic's own service runs: the model is not told of them."""
+
+SCHEMA: Table = {
+    "name": _LABEL,
+    "description": Inert("tells the model nothing: the schema is enforced"),
+    "strict": Inert("a schema is always enforced"),
+}
+"""Of a schema in response_format."""
+
+STRUCTURED: Table = {
+    "disable_any_whitespace": Inert("JSON never has white space between its parts"),
+    "disable_fallback": Inert("what cannot be enforced is refused", (True, None)),
+    "disable_additional_properties": Inert("the schema decides", (False, None)),
+    "whitespace_pattern": Inert("unset", (None,)),
+}
+"""Of vLLM's structured_outputs."""

@@ -6,20 +6,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner import resources
+from runner.constraints import Constraint
 from runner.engine.sampling import LARGEST, SamplingParams
 from runner.errors import ContextLengthError, TemplateError
+from runner.guidance import Grammars
 from runner.server.backend import Backend, Order
 from runner.server.errors import invalid
 from runner.server.request import MAX_CHOICES, MAX_STOP_LENGTH, MAX_STOPS, Ask, Chat, Text
 from runner.server.roles import Roles
+from runner.server.structure import calls_of
 from runner.server.tool_calls import CallFinder, KeepMarks
 from runner.server.tooling import Tooling
 from runner.text.answer_text import AnswerText
 from runner.text.separator import PlainText, Separator
 from runner.text.stop import StopMatcher
+
+if TYPE_CHECKING:
+    from runner.engine.speculation import Guide
 
 UNTOLD = "balanced"
 """The preset for a model whose files say nothing of sampling, as in `runner chat`."""
@@ -35,6 +41,7 @@ class Prepared:
         ids: the prompt.
         text: the prompt as text; "" where it came as ids.
         ends: ids of the tokens that end an answer.
+        guides: for each choice what says which tokens may come next; None: all may.
         ignored: what of the request has no effect with this model.
     """
 
@@ -46,11 +53,13 @@ class Prepared:
     budget: int
     stops: Sequence[str]
     ends: frozenset[int]
+    guides: Sequence[Guide | None] = (None,)
     ignored: tuple[str, ...] = ()
 
     def order(self, choice: int) -> Order:
         """What the backend is to make for one of the choices."""
-        return Order(ids=self.ids, params=self.params, max_tokens=self.budget, choice=choice)
+        guide = self.guides[choice]
+        return Order(ids=self.ids, params=self.params, max_tokens=self.budget, choice=choice, guide=guide)
 
     def answer_text(self) -> AnswerText:
         """The way of one answer from ids to text."""
@@ -133,9 +142,37 @@ class Served:
         wanted = facts.defaults.budget(len(ids)) if ask.max_tokens is None else ask.max_tokens
         budget = room if wanted is None else min(wanted, room)
         special = facts.tokenizer.special_tokens
-        named = self.separator(ids, ask.prompt).ends
-        ends = facts.eos_token_ids | {special[token] for token in named if token in special}
-        return Prepared(self, ask, ids, text, params, budget, stops, frozenset() if ask.ignore_eos else ends, ignored)
+        separator = self._plain_separator(ids, ask.prompt)
+        ends = facts.eos_token_ids | {special[token] for token in separator.ends if token in special}
+        constraint = self._constraint(ask)
+        if constraint is not None and ask.ignore_eos:
+            raise invalid("ignore_eos: a form that the answer must have decides where it ends", "ignore_eos")
+        guides = [
+            None if constraint is None else self.grammars.guide(constraint, separator) for _ in range(ask.choices)
+        ]
+        if ask.ignore_eos:
+            ends = frozenset()
+        return Prepared(self, ask, ids, text, params, budget, stops, ends, guides, ignored)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must be."""
+        facts = self.backend.facts
+        return Grammars(facts.tokenizer, facts.eos_token_ids, facts.vocab_size)
+
+    def _constraint(self, ask: Ask) -> Constraint | None:
+        """What the answer must be: of its own form, or calls of functions."""
+        chat = ask.prompt
+        if not isinstance(chat, Chat) or not (chat.offered or chat.forced):
+            return ask.constraint
+        marks, token_ids = self.tooling.marks_to_write, self.backend.facts.tokenizer.special_tokens
+        if forced := chat.forced:
+            if ask.constraint is not None:
+                raise invalid("a form of the answer and a forced call exclude each other", "tool_choice")
+            return calls_of(forced, marks, token_ids, parallel=chat.parallel)
+        if ask.constraint is None and not chat.strict:
+            return None
+        return calls_of(chat.tools, marks, token_ids, parallel=chat.parallel, instead=ask.constraint or "text")
 
     def count(self, chat: Chat) -> int:
         """The number of tokens of a conversation's prompt, whether it fits the context or not."""
@@ -225,11 +262,14 @@ class Served:
             return None, False
 
     def separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
-        """What tells reasoning from content in an answer to the prompt `ids`."""
+        """What tells reasoning from content in an answer to the prompt `ids`, and leaves the marks of calls in it."""
+        found = self._plain_separator(ids, prompt)
+        return KeepMarks(found, self.tooling.special) if isinstance(prompt, Chat) and prompt.offered else found
+
+    def _plain_separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
         if isinstance(prompt, Text):
             return PlainText()
         arguments, _ = self._arguments(prompt)
         arguments.pop("continue_final_message", None)
         arguments.pop("add_generation_prompt", None)
-        found = self.backend.facts.tokenizer.separator(ids, self._messages(prompt), **arguments)
-        return KeepMarks(found, self.tooling.special) if prompt.offered else found
+        return self.backend.facts.tokenizer.separator(ids, self._messages(prompt), **arguments)

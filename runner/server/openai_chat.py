@@ -22,6 +22,7 @@ from runner.server.operations import Handler
 from runner.server.request import MAX_TOOLS, MAX_TOP_LOGPROBS, Ask, Chat
 from runner.server.serving import Running, Serving
 from runner.server.streaming import Stream, data, json, while_there
+from runner.server.structure import Format, StructuredOutputs, constraint_of
 from runner.server.token_texts import TokenTexts, entry
 from runner.server.tool_calls import Call
 
@@ -98,6 +99,7 @@ class Function(msgspec.Struct):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
     inert: ClassVar[Table] = inert.FUNCTION
 
 
@@ -106,6 +108,20 @@ class Tool(msgspec.Struct, tag_field="type", tag="function"):
 
     function: Function
     inert: ClassVar[Table] = inert.TOOL
+
+
+class FunctionName(msgspec.Struct):
+    """The name of a function."""
+
+    name: str
+    inert: ClassVar[Table] = {}
+
+
+class NamedTool(msgspec.Struct, tag_field="type", tag="function"):
+    """The one function that must be called."""
+
+    function: FunctionName
+    inert: ClassVar[Table] = {}
 
 
 def plain_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -147,8 +163,10 @@ class Body(Common, kw_only=True):
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
+    response_format: Format | None = None
+    structured_outputs: StructuredOutputs | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     inert: ClassVar[Table] = inert.OPENAI
 
@@ -171,7 +189,10 @@ class Body(Common, kw_only=True):
                 plain_tool(tool.function.name, tool.function.description, tool.function.parameters)
                 for tool in self.tools or ()
             ),
-            choice=self.tool_choice or "auto",
+            choice=self.tool_choice.function.name
+            if isinstance(self.tool_choice, NamedTool)
+            else self.tool_choice or "auto",
+            strict=any(tool.function.strict for tool in self.tools or ()),
             parallel=self.parallel_tool_calls is not False,
         )
         return Ask(
@@ -180,6 +201,7 @@ class Body(Common, kw_only=True):
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             stop=self.stops(),
             choices=1 if self.n is None else self.n,
+            constraint=constraint_of(self.response_format, self.structured_outputs),
             ignore_eos=bool(self.ignore_eos),
         )
 

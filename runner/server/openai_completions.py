@@ -22,6 +22,7 @@ from runner.server.operations import Handler
 from runner.server.request import MAX_TOP_LOGPROBS, Ask, Text
 from runner.server.serving import Running, Serving
 from runner.server.streaming import Stream, data, json, while_there
+from runner.server.structure import Format, StructuredOutputs, constraint_of
 from runner.server.token_texts import TokenTexts, bounded
 
 MAX_PROMPTS = 1024
@@ -33,6 +34,8 @@ class Body(Common, kw_only=True):
     prompt: str | list[Any]
     logprobs: int | None = None
     echo: bool | None = None
+    response_format: Format | None = None
+    structured_outputs: StructuredOutputs | None = None
     inert: ClassVar[Table] = inert.COMPLETIONS
 
     def prompts(self) -> list[str | list[int]]:
@@ -63,6 +66,7 @@ class Body(Common, kw_only=True):
                 max_tokens=max(most, 1) if most is not None else None,
                 stop=self.stops(),
                 choices=1 if self.n is None else self.n,
+                constraint=constraint_of(self.response_format, self.structured_outputs),
                 ignore_eos=bool(self.ignore_eos),
             )
             for prompt in self.prompts()

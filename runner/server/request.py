@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
+
+from runner.constraints import Constraint
+from runner.server.errors import invalid
 
 MAX_CHOICES = 32
 MAX_TOOLS = 512
@@ -23,7 +26,8 @@ class Chat:
             template does by itself.
         continues: whether the answer goes on with the last message, the assistant's, instead of a new one.
         tools: functions that the model may call, in OpenAI's form.
-        choice: "auto"; "none": no function is called.
+        choice: "auto"; "none": no function is called; "required": one is; or the name of the one that is.
+        strict: whether arguments are held to their schemas where the model calls by itself, too.
         parallel: whether an answer may have several calls.
     """
 
@@ -32,13 +36,33 @@ class Chat:
     effort: str | None = None
     continues: bool = False
     tools: Sequence[Mapping[str, Any]] = ()
-    choice: Literal["auto", "none"] = "auto"
+    choice: str = "auto"
+    strict: bool = False
     parallel: bool = True
 
     @property
     def offered(self) -> Sequence[Mapping[str, Any]]:
         """The functions that the model is told of."""
         return self.tools if self.choice != "none" else ()
+
+    @property
+    def forced(self) -> Sequence[Mapping[str, Any]]:
+        """The functions one of which must be called; none where the model decides.
+
+        Raises:
+            ApiError: there is no such function.
+        """
+        if self.choice in ("auto", "none"):
+            return ()
+        named = [tool for tool in self.tools if self.choice in ("required", tool["function"]["name"])]
+        if not named:
+            told = (
+                "needs tools"
+                if self.choice == "required"
+                else f"names {self.choice[:100]!r}, which is none of the tools"
+            )
+            raise invalid(f"tool_choice {told}", "tool_choice")
+        return named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +86,7 @@ class Ask:
         max_tokens: the most tokens of an answer; None: what is left of the context.
         stop: texts before which an answer ends; None: the model's own.
         choices: how many answers to give.
+        constraint: what the answer must be; None: any text.
         ignore_eos: whether end tokens are kept from coming, so that an answer has its full length.
     """
 
@@ -70,4 +95,5 @@ class Ask:
     max_tokens: int | None = None
     stop: Sequence[str] | None = None
     choices: int = 1
+    constraint: Constraint | None = None
     ignore_eos: bool = False

@@ -69,6 +69,11 @@ class Tooling:
         found = marks_in(self._source)
         return found if found or self._bare else (GENERIC,)
 
+    @property
+    def marks_to_write(self) -> Marks:
+        """The marks that a forced call is written between."""
+        return self.marks[0] if self.marks else Marks("")
+
     @cached_property
     def _bare(self) -> bool:
         return self.knows_tools and bare_json(self._source)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import random
 import socket
 import tempfile
 import threading
@@ -94,7 +95,7 @@ class ToldBackend:
             answer = self.script(prompt, order)
             ids = made.encode(answer, add_special_tokens=False, parse_special=True)
             ids.append(next(iter(self.facts.eos_token_ids)))
-            for count, token in enumerate(ids):
+            for count, token in enumerate(ids if order.guide is None else self._led(ids, order)):
                 while not self.held.is_set():
                     await asyncio.sleep(0.002)
                 await asyncio.sleep(self.pause)
@@ -112,6 +113,26 @@ class ToldBackend:
                     yield Step(Token(token, -0.25, likeliest), 0)
         finally:
             self.open -= 1
+
+    def _led(self, ids: Sequence[int], order: Order) -> Iterator[int]:
+        """The script where the order's guide allows it, else drawn by the seed from what it allows."""
+        chance, place = random.Random(order.params.seed), 0
+        (end,) = self.facts.eos_token_ids
+        closers = self.facts.tokenizer.encode('"}],', add_special_tokens=False)
+        assert order.guide is not None
+        while True:
+            bits = order.guide.allowed()
+            assert bits is not None
+            allowed = [index for index in range(self.facts.vocab_size) if bits[index // 32] >> index % 32 & 1]
+            if place < len(ids) and ids[place] in allowed:
+                token, place = ids[place], place + 1
+            else:
+                closing = [index for index in closers if index in allowed]
+                token = (
+                    end if end in allowed else chance.choice(closing if closing and chance.random() < 0.4 else allowed)
+                )
+            yield token
+            order.guide.add(token)
 
     async def score(self, ids: Sequence[int], top: int) -> list[Token]:
         """Every token has the logarithm -1 but for its place."""
