@@ -1,4 +1,4 @@
-"""What llama.cpp's converters write for families whose layers differ: Mamba hybrids, Qwen 3 Next, Llama 4, Gemma 4.
+"""What llama.cpp's converters write for families whose settings are worked out: hybrids, Llama 4, Gemma 4, GPT-2 ...
 
 Source: llama.cpp's `conversion/*.py` (0.3.36 of llama-cpp-python); the files that these converters themselves make of
 the same fixtures were read with the same logits. Independent of `runner.checkpoint.gguf`.
@@ -21,6 +21,8 @@ from gguf_bytes import Metadata, file_bytes, vocabulary
 
 ARCHITECTURES = {
     "granitemoehybrid": "GRANITE_HYBRID", "falcon_h1": "FALCON_H1", "mamba": "MAMBA", "falcon_mamba": "MAMBA",
+    "gpt2": "GPT2", "gpt_bigcode": "STARCODER", "gpt_neox": "GPTNEOX", "bloom": "BLOOM", "afmoe": "AFMOE",
+    "exaone_moe": "EXAONE_MOE", "hunyuan_v1_moe": "HUNYUAN_MOE", "minicpm3": "MINICPM3",
     "mamba2": "MAMBA2", "jamba": "JAMBA", "qwen3_next": "QWEN3NEXT", "gemma4_text": "GEMMA4", "llama4_text": "LLAMA4",
 }  # fmt: skip
 Weights = Mapping[str, np.ndarray]
@@ -34,9 +36,14 @@ def architecture(config: Metadata) -> gguf.MODEL_ARCH:
     return gguf.MODEL_ARCH[ARCHITECTURES[config["model_type"]]]
 
 
+def layers_of(config: Metadata) -> int:
+    return int(config.get("num_hidden_layers") or config["n_layer"])
+
+
 def keys_of(config: Metadata) -> dict[str, Any]:
     """The keys below the architecture's name."""
-    family, layers, hidden = config["model_type"], config["num_hidden_layers"], config["hidden_size"]
+    family, layers = config["model_type"], layers_of(config)
+    hidden = config.get("hidden_size", 0)
     heads = config.get("num_attention_heads", 0)
     size = config.get("head_dim") or hidden // heads if heads else None
     keys: dict[str, Any] = {
@@ -114,11 +121,61 @@ def keys_of(config: Metadata) -> dict[str, Any]:
         }  # fmt: skip
     elif family == "gemma4_text":
         keys |= gemma4(config)
+    else:
+        keys |= others(config)
     name = gguf.MODEL_ARCH_NAMES[architecture(config)]
     return {
         "general.architecture": name,
         **{f"{name}.{key}": found for key, found in keys.items() if found is not None},
     }
+
+
+def others(config: Metadata) -> dict[str, Any]:
+    """Keys of families with experts, and of older ones: these write four times the hidden size for the MLP's width."""
+    family = config["model_type"]
+    if family in ("gpt2", "gpt_bigcode", "bloom"):
+        hidden = config.get("n_embd") or config.get("n_embed") or config["hidden_size"]
+        heads = config.get("n_head") or config["num_attention_heads"]
+        return {
+            "attention.head_count": heads, "feed_forward_length": 4 * hidden, "embedding_length": hidden,
+            "block_count": config["n_layer"], "context_length": config.get("n_positions", 2048),
+            "attention.head_count_kv": {"gpt_bigcode": 1, "bloom": heads}.get(family),
+            "attention.layer_norm_epsilon": config["layer_norm_epsilon"],
+            "attention.layer_norm_rms_epsilon": None, "attention.key_length": None, "attention.value_length": None,
+        }  # fmt: skip
+    if family == "gpt_neox":
+        size = config["hidden_size"] // config["num_attention_heads"]
+        factor = (config.get("rope_parameters") or config).get("partial_rotary_factor", config.get("rotary_pct"))
+        return {
+            "rope.dimension_count": int(factor * size), "attention.key_length": None,
+            "attention.layer_norm_epsilon": config["layer_norm_eps"], "attention.value_length": None,
+            "use_parallel_residual": config["use_parallel_residual"],
+        }  # fmt: skip
+    if family == "minicpm3":
+        rotated = config["qk_rope_head_dim"]
+        return {
+            "attention.key_length": config["qk_nope_head_dim"] + rotated, "rope.dimension_count": rotated,
+            "attention.value_length": None, "attention.q_lora_rank": config["q_lora_rank"],
+            "attention.kv_lora_rank": config["kv_lora_rank"],
+        }  # fmt: skip
+    if family == "hunyuan_v1_moe":
+        return {
+            "expert_used_count": config["moe_topk"][0], "expert_shared_count": config["num_shared_expert"][0],
+            "expert_feed_forward_length": config["moe_intermediate_size"][0],
+            "expert_shared_feed_forward_length": config["intermediate_size"],
+        }  # fmt: skip
+    if family not in ("afmoe", "exaone_moe"):
+        return {}
+    trinity = family == "afmoe"
+    pattern = {} if trinity else {"attention.sliding_window_pattern": [True, True, False]}
+    return {
+        "expert_gating_func": 2, "expert_shared_count": config["num_shared_experts"],
+        "expert_weights_norm": config["route_norm" if trinity else "norm_topk_prob"],
+        "expert_weights_scale": config["route_scale" if trinity else "routed_scaling_factor"],
+        "leading_dense_block_count": config["num_dense_layers" if trinity else "first_k_dense_replace"],
+        "expert_group_count": 1, "expert_group_used_count": 1, "attention.sliding_window": config["sliding_window"],
+        **pattern,
+    }  # fmt: skip
 
 
 def inner(config: Metadata) -> int:
@@ -191,6 +248,14 @@ def split(name: str, array: np.ndarray, config: Metadata) -> dict[str, np.ndarra
         return {name.replace("qkvz", "qkv"): np.concatenate(qkv), name.replace("qkvz", "z"): z}
     if family == "falcon_h1":
         array = multiplied(name, array, config)
+    if family == "gpt2" and re.search(r"c_(attn|proj|fc)\.weight", name):
+        return {name: array.T}
+    if family in ("gpt_neox", "bloom") and "query_key_value" in name:
+        heads = config.get("n_head") or config["num_attention_heads"]
+        by_head = array.reshape(heads, 3, -1, *array.shape[1:])
+        return {name.removeprefix("transformer."): by_head.swapaxes(0, 1).reshape(array.shape)}
+    if name.endswith("expert_bias"):
+        return {f"{name}.bias": array}
     if family == "gemma4_text" and (name.endswith("layer_scalar") or ".experts." in name):
         return {f"{name}.weight": array}
     if "conv1d.weight" in name:
@@ -206,6 +271,8 @@ def split(name: str, array: np.ndarray, config: Metadata) -> dict[str, np.ndarra
         array = array + 1
     if name.endswith("shared_expert_gate.weight"):
         array = array.squeeze(0)
+    if family == "bloom":
+        name = name.removeprefix("transformer.")
     return {name.replace(".dt_bias", ".dt_proj.bias").replace("score_correction_bias", "score_correction.bias"): array}
 
 
@@ -230,7 +297,7 @@ def multiplied(name: str, array: np.ndarray, config: Metadata) -> np.ndarray:
 
 def write(path: Path, config: Metadata, weights: Weights, **changes: Any) -> Path:
     """A checkpoint as one GGUF file; `changes` are of metadata, by whole keys, None to leave one out."""
-    names = gguf.get_tensor_name_map(architecture(config), config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(architecture(config), layers_of(config))
     tensors: dict[str, tuple[np.ndarray, Type]] = {}
     for stored, whole in stacked(weights).items():
         for name, array in split(stored, whole, config).items():
@@ -240,7 +307,9 @@ def write(path: Path, config: Metadata, weights: Weights, **changes: Any) -> Pat
             else:
                 found = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if found is None:
-                assert name.startswith("mtp."), name
+                assert name.startswith("mtp.") or name.endswith(
+                    (".attn.bias", "attention.bias", "masked_bias", "inv_freq")
+                ), name
                 continue
             tensors[found] = (np.ascontiguousarray(array, np.float32), Type.F32)
     if config["model_type"] == "gemma4_text":
@@ -255,7 +324,8 @@ def write(path: Path, config: Metadata, weights: Weights, **changes: Any) -> Pat
 
 def cut(source: Path, target: Path, layers: Sequence[int], **changes: Any) -> Metadata:
     """A fixture made of some of its layers, in any order, with other settings; None leaves one out."""
-    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": len(layers)} | changes
+    config = json.loads((source / "config.json").read_text())
+    config |= {"num_hidden_layers" if "num_hidden_layers" in config else "n_layer": len(layers)} | changes
     config = {key: value for key, value in config.items() if value is not None}
     weights: dict[str, mx.array] = {}
     for name, array in writer.weights_of(source).items():
@@ -264,7 +334,11 @@ def cut(source: Path, target: Path, layers: Sequence[int], **changes: Any) -> Me
         if not name.startswith("mtp."):
             new = [f"{found[1]}{place}{found[3]}" for place in places] if found else [name]
             weights |= {each: mx.array(array) for each in new}
-    if not config["tie_word_embeddings"] and "lm_head.weight" not in weights:
+    if (
+        config.get("tie_word_embeddings") is False
+        and config["model_type"] == "falcon_h1"
+        and "lm_head.weight" not in weights
+    ):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"][::-1]
     target.mkdir()
     (target / "config.json").write_text(json.dumps(config))

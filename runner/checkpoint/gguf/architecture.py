@@ -97,9 +97,12 @@ class Architecture:
         with_experts: the architecture of files that have experts, under the same name.
         flattened: matrices of one row that are stored as vectors.
         folded: vectors that are stored as matrices.
+        grouped: matrices of all heads' queries, then keys, then values, which transformers has head by head.
         prefix: where transformers has the layers.
+        renames: keys of config.json that this family calls otherwise, or (None) does not have.
         attends: some layers attend, so that there are heads.
-        sized: the sizes of heads and RoPE are read as most architectures have them; otherwise, `own` reads them.
+        sized: the sizes of heads are read as most architectures have them; otherwise, `own` reads them.
+        rotates: RoPE is read as most architectures have it; otherwise, `own` reads it, or there is none.
         own: settings that are worked out of several keys, or of the tensors; they are read before all others.
         predicts: files may have layers for multi-token prediction behind the others, which are left unread.
         rstrip: where not None, control tokens take the white space after them, except these tokens (as in the family's
@@ -136,9 +139,12 @@ class Architecture:
     with_experts: Architecture | None = None
     flattened: frozenset[str] = frozenset()
     folded: frozenset[str] = frozenset()
+    grouped: frozenset[str] = frozenset()
     prefix: str = "model.layers"
+    renames: Mapping[str, str | None] = field(default_factory=dict)
     attends: bool = True
     sized: bool = True
+    rotates: bool = True
     own: Callable[[Reader], dict[str, Any]] | None = None
     predicts: bool = False
     rstrip: tuple[str, ...] | None = None

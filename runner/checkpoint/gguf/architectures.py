@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from runner.checkpoint.gguf.architecture import Architecture
 from runner.checkpoint.gguf.dense import DENSE
+from runner.checkpoint.gguf.fused import FUSED
 from runner.checkpoint.gguf.gemmas import GEMMAS
 from runner.checkpoint.gguf.hybrids import HYBRIDS
 from runner.checkpoint.gguf.mixtures import MIXTURES
 
-ARCHITECTURES: Mapping[str, Architecture] = {**DENSE, **MIXTURES, **GEMMAS, **HYBRIDS}
+ARCHITECTURES: Mapping[str, Architecture] = {**DENSE, **MIXTURES, **GEMMAS, **HYBRIDS, **FUSED}

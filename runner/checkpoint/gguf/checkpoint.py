@@ -20,7 +20,7 @@ from runner.checkpoint.gguf.container import Container, Entry, open_container
 from runner.checkpoint.gguf.formats import nbytes
 from runner.checkpoint.gguf.settings import architecture_of, config_of, generation_config_of
 from runner.checkpoint.gguf.tokenizer import Vocabulary, tokenizer_files, tokenizer_of, vocabulary_of
-from runner.checkpoint.gguf.value_heads import ValueHeads, value_heads
+from runner.checkpoint.gguf.value_heads import GroupedHeads, ValueHeads, grouped_heads, value_heads
 from runner.errors import CheckpointError
 from runner.local_files import quoted
 from runner.text.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class Part:
         head_rows: rows per attention head where llama.cpp reordered the rows of each head, which `GGUF.read` undoes.
         plus_one: llama.cpp added 1 to the stored numbers, which `GGUF.read` subtracts.
         negated_exp: the stored numbers are minus the exponentials of those that `GGUF.read` returns.
-        heads: how llama.cpp sorted value heads, which `GGUF.read` undoes; None: it did not.
+        heads: how llama.cpp sorted heads, which `GGUF.read` undoes; None: it did not.
     """
 
     entry: Entry
@@ -52,7 +52,7 @@ class Part:
     head_rows: int | None = None
     plus_one: bool = False
     negated_exp: bool = False
-    heads: ValueHeads | None = None
+    heads: ValueHeads | GroupedHeads | None = None
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +170,9 @@ def _undone(numbers: Any, part: Part) -> Any:
         if not (numbers < 0).all():
             raise CheckpointError("holds a number that is not below 0, though it is minus an exponential")
         numbers = np.log(-numbers)
-    return part.heads.columns(numbers) if part.heads is not None and part.heads.size is None else numbers
+    if isinstance(part.heads, ValueHeads) and part.heads.size is None:
+        return part.heads.columns(numbers)
+    return numbers
 
 
 def _in_order(rows: Any, head_rows: int | None) -> Any:
@@ -202,7 +204,12 @@ def _parts(container: Container, architecture: Architecture, config: Mapping[str
                 raise CheckpointError(f"{container.path}: {entry.name}: {list(entry.shape)} do not divide into heads")
         norm = entry.name.endswith("norm.weight") and block not in architecture.plain_norms
         plus_one = architecture.norms_plus_one and norm
-        negated_exp, heads = block in architecture.negated_exp, None
+        negated_exp = block in architecture.negated_exp
+        heads: ValueHeads | GroupedHeads | None = None
+        if block in architecture.grouped:
+            start = f"{container.metadata['general.architecture']}.attention.head_count"
+            count = container.metadata[start]
+            heads = grouped_heads(entry.shape[0], count, container.metadata.get(f"{start}_kv", count))
         if block in architecture.value_heads:
             heads = value_heads(architecture.value_heads[block], config)
         # Only `.weight` tensors may be quantized, and norms with 1 added must be float32, as the converters write them.

@@ -118,6 +118,7 @@ GEMMAS: Mapping[str, Architecture] = {
         needed=frozenset({"attention.sliding_window"}),
         window_period=6,
         sized=False,
+        rotates=False,
         own=gemma4,
     ),
 }

@@ -290,6 +290,7 @@ HYBRIDS: Mapping[str, Architecture] = {
         negated_exp=NEGATED,
         attends=False,
         sized=False,
+        rotates=False,
         own=mamba,
     ),
     "mamba2": Architecture(
@@ -305,6 +306,7 @@ HYBRIDS: Mapping[str, Architecture] = {
         folded=FOLDED,
         attends=False,
         sized=False,
+        rotates=False,
         own=mamba2,
     ),
     "jamba": Architecture(

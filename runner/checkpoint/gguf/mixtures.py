@@ -18,6 +18,14 @@ def llama4(reader: Reader) -> dict[str, Any]:
     }
 
 
+def minicpm3(reader: Reader) -> dict[str, Any]:
+    """The sizes of MiniCPM 3's latent attention; values have a head's share of the hidden size."""
+    key, rotated = reader.needs("attention.key_length"), reader.needs("rope.dimension_count")
+    if key <= rotated:
+        raise reader.error(f"attention with keys of {key} numbers, {rotated} of them rotated")
+    return {"qk_rope_head_dim": rotated, "qk_nope_head_dim": key - rotated}
+
+
 MIXTURES: Mapping[str, Architecture] = {
     "qwen3moe": Architecture(
         model_type="qwen3_moe",
@@ -175,6 +183,99 @@ MIXTURES: Mapping[str, Architecture] = {
         value_heads=names.DELTA_HEADS,
         flattened=frozenset({"ffn_gate_inp_shexp"}),
         predicts=True,
+    ),
+    "afmoe": Architecture(
+        model_type="afmoe",
+        class_name="AfmoeForCausalLM",
+        blocks={
+            **names.ATTENTION,
+            **names.GATED,
+            **names.QK_NORMS,
+            **names.SHARED_EXPERTS,
+            "attn_gate": "self_attn.gate_proj",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_mlp_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+            "ffn_gate_inp": "mlp.router.gate",
+            "ffn_gate_exps": "mlp.experts.gate_proj",
+            "ffn_up_exps": "mlp.experts.up_proj",
+            "ffn_down_exps": "mlp.experts.down_proj",
+        },
+        keys={
+            **names.RMS,
+            **names.CHOSEN,
+            **names.WINDOW,
+            "expert_count": "num_experts",
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_count": "num_shared_experts",
+            "expert_weights_scale": "route_scale",
+            "leading_dense_block_count": "num_dense_layers",
+        },
+        fixed={"hidden_act": "silu", "mup_enabled": True},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        whole={"exp_probs_b.bias": "mlp.expert_bias"},
+        only={**names.SIGMOID, "expert_weights_norm": True, "expert_group_count": 1, "expert_group_used_count": 1},
+        needed=frozenset({"attention.sliding_window", "leading_dense_block_count"}),
+        window_period=4,
+        period_key="global_attn_every_n_layers",
+    ),
+    "exaone-moe": Architecture(
+        model_type="exaone_moe",
+        class_name="ExaoneMoeForCausalLM",
+        blocks={**names.PRE, **names.QK_NORMS, **names.EXPERTS, **names.SHARED_EXPERTS},
+        keys={
+            **names.RMS,
+            **names.BALANCED,
+            **names.WINDOW,
+            "expert_count": "num_experts",
+            "expert_shared_count": "num_shared_experts",
+        },
+        fixed={"hidden_act": "silu"},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        whole={"exp_probs_b.bias": "mlp.e_score_correction_bias"},
+        truths=names.NORMALIZED,
+        only=names.SIGMOID,
+        needed=frozenset({"attention.sliding_window"}),
+        window_period=4,
+        period_key="sliding_window_pattern",
+        predicts=True,
+    ),
+    "hunyuan-moe": Architecture(
+        model_type="hunyuan_v1_moe",
+        class_name="HunYuanMoEV1ForCausalLM",
+        blocks={
+            **names.PRE,
+            **names.EXPERTS,
+            "ffn_gate_inp": "mlp.gate.wg",
+            "attn_q_norm": "self_attn.query_layernorm",
+            "attn_k_norm": "self_attn.key_layernorm",
+            "ffn_gate_shexp": "mlp.shared_mlp.gate_proj",
+            "ffn_up_shexp": "mlp.shared_mlp.up_proj",
+            "ffn_down_shexp": "mlp.shared_mlp.down_proj",
+        },
+        keys={
+            **names.RMS,
+            "expert_count": "num_experts",
+            "expert_used_count": "moe_topk",
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_count": "num_shared_expert",
+        },
+        fixed={"hidden_act": "silu"},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+    ),
+    "minicpm3": Architecture(
+        model_type="minicpm3",
+        class_name="MiniCPM3ForCausalLM",
+        blocks={**names.LATENTS, **names.GATED},
+        keys={
+            **names.RMS,
+            "attention.kv_lora_rank": "kv_lora_rank",
+            "attention.q_lora_rank": "q_lora_rank",
+        },
+        # What llama.cpp has for all files.
+        fixed={"hidden_act": "silu", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+        sized=False,
+        own=minicpm3,
     ),
     "qwen3next": Architecture(
         model_type="qwen3_next",

@@ -202,8 +202,12 @@ class _Metadata:
             self.latents(config)
         elif table.sized:
             self.heads(config)
-        if table.sized:
+        if table.rotates:
             self.rope(config)
+        for name, other in table.renames.items():
+            value = config.pop(name, None)
+            if other is not None and value is not None:
+                config[other] = value
         self.refuse_unknown()
         return config
 

@@ -23,7 +23,8 @@ FAMILIES = TESTS / "fixtures" / "families"
 IDS = [1, 5, 17, 9, 33, 2, 40, 8, 8, 25, 31, 12, 3, 44, 20, 6, 19, 28, 11, 37]
 WHOLE = (
     "granitemoehybrid-base", "mamba-base", "mamba-v5", "falcon_mamba-base", "mamba2-base", "jamba-base",
-    "qwen3_next-base", "gemma4_text-base", "gemma4_text-large", "gemma4_text-moe",
+    "qwen3_next-base", "gemma4_text-base", "gemma4_text-large", "gemma4_text-moe", "gpt2-base", "gpt_bigcode-base",
+    "gpt_neox-base", "gpt_neox-sequential", "bloom-base",
 )  # fmt: skip
 CUT: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h-base", [0, 2, 3, 4], {"hybrid_override_pattern": "M*M-"}),
@@ -33,6 +34,10 @@ CUT: dict[str, tuple[str, list[int], dict[str, Any]]] = {
         "granitemoehybrid-dense-v5", [0, 1, 2],
         {"layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope", "rope_parameters": None},
     ),
+    "exaone-moe": ("exaone_moe-base", [0, 1, 2], {"num_nextn_predict_layers": 0}),
+    "afmoe": ("afmoe-base", [0, 1, 1, 2], {"layer_types": None, "global_attn_every_n_layers": 4}),
+    "hunyuan-moe": ("hunyuan_v1_moe-base", [0, 1], {"moe_topk": [2, 2], "rope_scaling": None}),
+    "minicpm3": ("minicpm3-base", [0, 1], {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}),
     "llama4": (
         "llama4_text-base", [1, 0, 1, 2],
         {"moe_layers": None, "no_rope_layers": None, "interleave_moe_layer_step": 2, "attention_chunk_size": 8192,
@@ -76,6 +81,8 @@ def test_logits_are_those_from_safetensors(name: str, tmp_path: Path) -> None:
         ("gemma4_text-base", "gemma4.feed_forward_length", [32, 32, 32, 64, 64, 64], "expected one number for all"),
         ("gemma4_text-base", "gemma4.feed_forward_length", [32, 32, 32, 32, 48, 48], "the same or twice as much"),
         ("gemma4_text-base", "gemma4.attention.sliding_window_pattern", None, "is missing"),
+        ("gpt_bigcode-base", "starcoder.attention.head_count_kv", 2, "2 keys for 4 heads"),
+        ("gpt_neox-base", "gptneox.attention.head_count", 5, "96 rows do not divide into 5 heads"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(name: str, key: str, value: Any, message: str, tmp_path: Path) -> None:
