@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from runner.server import anthropic, openai_chat, openai_completions, openai_models, operations
+from runner.server import anthropic, ollama, openai_chat, openai_completions, openai_models, operations
 from runner.server.errors import ApiError, form_for
 from runner.server.limits import MAX_HEADERS, ClientDisconnect, Door
 from runner.server.operations import Handler
@@ -43,6 +43,20 @@ def routes(serving: Serving) -> list[Route]:
         post("/v1/chat/completions/render", openai_chat.render(serving)),
         post("/v1/messages", anthropic.messages(serving)),
         post("/v1/messages/count_tokens", anthropic.count_tokens(serving)),
+        get("/", ollama.root(serving)),
+        post("/api/chat", ollama.chat(serving)),
+        post("/api/generate", ollama.generate(serving)),
+        get("/api/tags", ollama.tags(serving)),
+        get("/api/ps", ollama.ps(serving)),
+        post("/api/show", ollama.show(serving)),
+        get("/api/version", ollama.version(serving)),
+        post("/api/embed", ollama.embeddings(serving)),
+        post("/api/embeddings", ollama.embeddings(serving)),
+        post("/api/pull", ollama.forbidden(serving)),
+        post("/api/push", ollama.forbidden(serving)),
+        post("/api/create", ollama.forbidden(serving)),
+        post("/api/copy", ollama.forbidden(serving)),
+        Route("/api/delete", ollama.forbidden(serving), methods=["DELETE"]),
         post("/v1/completions", openai_completions.completions(serving)),
         post("/v1/embeddings", openai_models.embeddings(serving)),
         post("/tokenize", openai_models.tokenize(serving)),

@@ -84,6 +84,8 @@ class Facts:
         family: its `model_type`.
         vocab_size: the number of logits, at least that of the tokenizer's ids.
         nbytes: bytes of its weights in memory.
+        parameters: how many numbers it has; 0 where that is not known.
+        quantization: how they are packed, for people.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Facts:
     context_length: int
     vocab_size: int
     nbytes: int = 0
+    parameters: int = 0
     quantization: str = ""
 
 

@@ -161,3 +161,39 @@ STRUCTURED: Table = {
     "whitespace_pattern": Inert("unset", (None,)),
 }
 """Of vLLM's structured_outputs."""
+
+OLLAMA: Table = {
+    "keep_alive": Inert("the models that were named at the start stay loaded"),
+    "truncate": Inert("nothing is ever cut off a prompt"),
+    "shift": Inert("an answer ends where the context is full", (False, None)),
+    "images": Inert("none are sent", ([], None)),
+    "context": Inert("no earlier turn is meant", ([], None)),
+    "suffix": Inert("no text stands behind", ("", None)),
+    "template": Inert("the model's own is used", ("", None)),
+    "logprobs": Inert("none are asked for", (False, None)),
+    "top_logprobs": Inert("none are asked for", (0, None)),
+    "verbose": Inert("all that is known is shown"),
+    "name": Inert("the older name of model, unset", ("", None)),
+}
+"""Of Ollama's requests."""
+
+OLLAMA_MESSAGE: Table = {
+    "images": OLLAMA["images"],
+    "tool_calls": Inert("none were made", ([], None)),
+}
+"""Of a message."""
+
+_HARDWARE = Inert("how the model is run was decided at the start")
+OLLAMA_OPTIONS: Table = {
+    **dict.fromkeys(
+        ("num_gpu", "main_gpu", "num_batch", "num_thread", "numa", "low_vram", "use_mmap", "use_mlock", "vocab_only",
+         "f16_kv", "logits_all"), _HARDWARE),
+    "num_keep": OLLAMA["truncate"],
+    "penalize_newline": Inert("line breaks are tokens like others", (True, None)),
+    "typical_p": Inert("off", (1.0, 1, None)),
+    "tfs_z": Inert("off", (1.0, 1, None)),
+    "mirostat": Inert("off", (0, None)),
+    "mirostat_eta": Inert("of no effect where mirostat is off"),
+    "mirostat_tau": Inert("of no effect where mirostat is off"),
+}  # fmt: skip
+"""Of the options."""

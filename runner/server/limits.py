@@ -28,7 +28,7 @@ HEADER_SECONDS = 15.0
 """Seconds in which the headers of a request must have arrived."""
 MAX_HEADERS = 64 << 10
 """Bytes of a request's headers."""
-OPEN = ("/health", "/ping")
+OPEN = ("/", "/health", "/ping")
 """Paths that need no key: whether the server lives is no secret."""
 
 

@@ -134,9 +134,10 @@ class Served:
         StopMatcher(stops)
         params = self._params(ask)
         ids, text, ignored = self._prompt(ask.prompt)
-        room = facts.context_length - len(ids)
+        context = facts.context_length if ask.context is None else min(ask.context, facts.context_length)
+        room = context - len(ids)
         if room < 1:
-            raise ContextLengthError(len(ids), facts.context_length)
+            raise ContextLengthError(len(ids), context)
         if not ids:
             raise invalid("the prompt is empty: it must have at least one token", "prompt")
         wanted = facts.defaults.budget(len(ids)) if ask.max_tokens is None else ask.max_tokens
@@ -251,6 +252,12 @@ class Served:
         if off is not None and (name := next(iter(off))) in ("enable_thinking", "thinking", "reasoning"):
             return {name: True}, ()
         return {}, ("reasoning_effort",)
+
+    @cached_property
+    def reasons(self) -> bool:
+        """Whether its template knows reasoning."""
+        off, levels = self._switches
+        return off is not None or levels or self.backend.facts.tokenizer.reasoning_key() is not None
 
     @cached_property
     def _switches(self) -> tuple[Mapping[str, Any] | None, bool]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -37,17 +39,18 @@ def metrics(serving: Serving) -> Handler:
     return answer
 
 
+def version_of() -> str:
+    """The version of this program; "0" where it was not installed."""
+    try:
+        return installed("mlx-runner")
+    except PackageNotFoundError:
+        return "0"
+
+
 def version(_serving: Serving) -> Handler:
     """`GET /version`."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        found = installed("mlx-runner")
-    except PackageNotFoundError:
-        found = "0"
 
     async def answer(_request: Request) -> Response:
-        return json({"version": found})
+        return json({"version": version_of()})
 
     return answer

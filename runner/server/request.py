@@ -87,6 +87,7 @@ class Ask:
         stop: texts before which an answer ends; None: the model's own.
         choices: how many answers to give.
         constraint: what the answer must be; None: any text.
+        context: how many tokens prompt and answer may have together; None: as many as the model can hold.
         ignore_eos: whether end tokens are kept from coming, so that an answer has its full length.
     """
 
@@ -96,4 +97,5 @@ class Ask:
     stop: Sequence[str] | None = None
     choices: int = 1
     constraint: Constraint | None = None
+    context: int | None = None
     ignore_eos: bool = False
