@@ -59,6 +59,7 @@ class Holder(Protocol):
     def nbytes(self) -> int: ...
     @property
     def busy(self) -> bool: ...
+    def evict(self, nbytes: int) -> int: ...
 
 
 class Budget:
@@ -98,6 +99,12 @@ class Budget:
     def busy(self) -> bool:
         """Whether anything is computed, so that what does not fit now may fit later."""
         return any(holder.busy for holder in self.holders)
+
+    def press(self, nbytes: int) -> None:
+        """Let go of kept prefixes of at least so many bytes, or of all there are."""
+        for holder in self.holders:
+            if nbytes > 0:
+                nbytes -= holder.evict(nbytes)
 
     def check(self, needed: int, tokens: int) -> None:
         """Refuse what could not be computed if nothing else were.

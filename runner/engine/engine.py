@@ -16,6 +16,7 @@ from typing import Self
 
 from runner.engine.budget import Budget, Footprint
 from runner.engine.loaded import CLOSED, Loaded
+from runner.engine.prefixes import PrefixStats
 from runner.engine.sampling import SamplingParams
 from runner.engine.scheduler import MOST, Scheduler
 from runner.engine.ticket import Ended, Mailbox, Order, Ticket
@@ -33,6 +34,7 @@ class Status:
         waiting: requests that wait for their turn.
         quiet: seconds since its last step ended, while there are requests; 0 without any.
         nbytes: bytes of the caches of those that are computed.
+        prefixes: what the reuse of earlier prompts has done.
     """
 
     error: BaseException | None
@@ -40,6 +42,7 @@ class Status:
     waiting: int
     quiet: float
     nbytes: int
+    prefixes: PrefixStats
 
     @property
     def alive(self) -> bool:
@@ -50,7 +53,7 @@ class Status:
 class Worker:
     """One model's scheduler, and what makes it move."""
 
-    def __init__(self, loaded: Loaded, budget: Budget, rows: int) -> None:
+    def __init__(self, loaded: Loaded, budget: Budget, rows: int, prefixes: int) -> None:
         self.loaded = loaded
         self.budget = budget
         self.error: BaseException | None = None
@@ -59,7 +62,7 @@ class Worker:
         self._moved = time.monotonic()
 
         def job() -> tuple[Scheduler, Footprint]:
-            scheduler = Scheduler(loaded, budget, rows=rows)
+            scheduler = Scheduler(loaded, budget, rows=rows, prefixes=prefixes)
             return scheduler, scheduler.footprint
 
         self._scheduler, self.footprint = loaded.run(job)
@@ -92,7 +95,7 @@ class Worker:
         scheduler = self._scheduler
         running, waiting = len(scheduler.live), len(scheduler.waiting) + self._inbox.qsize()
         quiet = time.monotonic() - self._moved if running or waiting else 0.0
-        return Status(self.error, running, waiting, quiet, scheduler.held)
+        return Status(self.error, running, waiting, quiet, scheduler.held, scheduler.sharing.prefixes.stats)
 
     def close(self, error: BaseException) -> None:
         """End every request with `error`, once the step under way has ended."""
@@ -149,7 +152,14 @@ class Engine:
     Use it in a `with` statement, or call `close`: it ends what is under way. The models stay loaded.
     """
 
-    def __init__(self, models: Loaded | Mapping[str, Loaded], *, memory: int | None = None, rows: int = MOST) -> None:
+    def __init__(
+        self,
+        models: Loaded | Mapping[str, Loaded],
+        *,
+        memory: int | None = None,
+        rows: int = MOST,
+        prefixes: int | None = None,
+    ) -> None:
         """Make one that has no requests yet.
 
         Args:
@@ -157,6 +167,9 @@ class Engine:
             memory: bytes that weights, live sequences and kept prefixes may take together; None: what this machine,
                 or the control group that it runs in, allows.
             rows: how many sequences of a model are computed at once at most.
+            prefixes: bytes of it, for each model, that what was computed for earlier requests may take beside those
+                under way, for later ones that begin alike; 0: none; None: half of what the weights leave. They go
+                first where requests need the memory.
 
         Raises:
             UsageError: there is no model, a number is out of range, or the weights alone need more memory.
@@ -168,6 +181,8 @@ class Engine:
             raise UsageError(f"rows must be an integer of at least 1, not {rows!r}")
         if memory is not None and (type(memory) is not int or memory < 1):
             raise UsageError(f"memory must be a number of bytes, or None, not {memory!r}")
+        if prefixes is not None and (type(prefixes) is not int or prefixes < 0):
+            raise UsageError(f"prefixes must be a number of bytes, or None, not {prefixes!r}")
         device = next(iter(named.values())).device.mlx
         self.budget = Budget.of_machine(device) if memory is None else Budget(memory)
         self.budget.weights = sum(loaded.nbytes for loaded in named.values())
@@ -175,7 +190,8 @@ class Engine:
             raise UsageError(
                 f"the weights take {self.budget.weights / 1e6:.1f} MB, and {self.budget.limit / 1e6:.1f} MB are allowed"
             )
-        self._workers = {name: Worker(loaded, self.budget, rows) for name, loaded in named.items()}
+        kept = self.budget.room // 2 if prefixes is None else prefixes
+        self._workers = {name: Worker(loaded, self.budget, rows, kept) for name, loaded in named.items()}
 
     def __repr__(self) -> str:
         states = [self.status(name) for name in self._workers]

@@ -27,7 +27,7 @@ class Node:
         marked: when `marks` were made or last come back to.
     """
 
-    __slots__ = ("children", "edge", "ids", "lines", "marked", "marks", "parent", "start", "used")
+    __slots__ = ("_edge", "_marks", "_sizes", "children", "ids", "lines", "marked", "parent", "start", "used")
 
     def __init__(self, ids: Sequence[int] = (), parent: Node | None = None) -> None:
         self.parent = parent
@@ -35,8 +35,9 @@ class Node:
         self.start = 0 if parent is None else parent.end
         self.children: dict[int, Node] = {}
         self.lines: set[Kept] = set()
-        self.edge: Edge | None = None
-        self.marks: Marks | None = None
+        self._edge: Edge | None = None
+        self._marks: Marks | None = None
+        self._sizes = [0, 0]  # their bytes: looked at after every change of the tree, while adding up takes a while
         self.used = self.marked = 0
         if parent is not None:
             parent.children[self.ids[0]] = self
@@ -51,9 +52,29 @@ class Node:
         return self.start + len(self.ids)
 
     @property
+    def edge(self) -> Edge | None:
+        """See the class."""
+        return self._edge
+
+    @edge.setter
+    def edge(self, edge: Edge | None) -> None:
+        self._edge = edge
+        self._sizes[0] = 0 if edge is None else edge.nbytes
+
+    @property
+    def marks(self) -> Marks | None:
+        """See the class."""
+        return self._marks
+
+    @marks.setter
+    def marks(self, marks: Marks | None) -> None:
+        self._marks = marks
+        self._sizes[1] = 0 if marks is None else marks.nbytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the copied rows and the marks."""
-        return sum(0 if kept is None else kept.nbytes for kept in (self.edge, self.marks))
+        return self._sizes[0] + self._sizes[1]
 
     def up(self) -> Iterator[Node]:
         """This node and those above it, without the root."""
@@ -143,6 +164,7 @@ class Kept:
         places: positions in it at which its reading should pause for `Prefixes.mark`.
         node: up to where the tree knows what the caches hold.
         lent: whether a request uses the caches.
+        nbytes: bytes of the caches while none does.
     """
 
     def __init__(self, caches: Caches, node: Node) -> None:
@@ -152,9 +174,15 @@ class Kept:
         self.reused = 0
         self.places: frozenset[int] = frozenset()
         self.lent = True
+        self.nbytes = 0
 
     def __repr__(self) -> str:
         return f"Kept({self.caches}, {'lent' if self.lent else 'idle'}, {self.reused} tokens reused)"
+
+    def pause(self, place: int) -> None:
+        """Have the reading pause at `place`, too, where windows and states need it: another prompt parts there."""
+        if self.caches.needs_marks and place > self.caches.offset:
+            self.places |= {place}
 
 
 def alike(ids: Sequence[int], others: Sequence[int], at: int) -> int:

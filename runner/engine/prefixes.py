@@ -81,7 +81,31 @@ class Prefixes:
         """What was done so far, as of the last call that ended: callable from any thread."""
         return PrefixStats(self._requests, self._tokens, self._reused, self._evicted, self._nbytes, self.budget)
 
-    def take(self, ids: Sequence[int], key: Hashable = (), turns: Collection[int] = ()) -> Kept:
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside what requests use."""
+        return self._nbytes
+
+    @property
+    def busy(self) -> bool:
+        """Nothing is computed by what is kept."""
+        return False
+
+    def offered(self, ids: Sequence[int], key: Hashable = ()) -> int:
+        """Bytes of what `take` would hand over as it is; what it would take is used last in `evict` from now on."""
+        found = self._found(self._roots.get(key), ids)
+        if nodes := found.nodes():
+            self._touch(nodes[-1])
+        chosen = self._chosen(found)
+        return 0 if chosen is None else chosen[0].nbytes
+
+    def reusable(self, ids: Sequence[int], key: Hashable = ()) -> int:
+        """How many tokens of a prompt `take` would find now."""
+        found = self._found(self._roots.get(key), ids)
+        chosen = self._chosen(found)
+        return self._buildable(found) if chosen is None else chosen[1]
+
+    def take(self, ids: Sequence[int], key: Hashable = (), turns: Collection[int] = (), *, reuse: bool = True) -> Kept:
         """Lend caches that hold the longest usable beginning of a prompt, at least its last token excluded.
 
         Args:
@@ -89,11 +113,10 @@ class Prefixes:
             key: what else the computation depends on (adapters and their weights, whose prompts may meet); prompts
                 with different keys share nothing.
             turns: positions in the prompt where the next one may part from it: before the assistant's turn.
+            reuse: false: the caches are empty, for who needs all of the prompt's rows of logits.
         """
-        for other in self._lent:  # what was read of their prompts by now
-            self._grow(other, other.ids)
         root = self._roots.setdefault(key, Node())
-        found = root.find(ids[:-1])
+        found = self._found(root, ids if reuse else ())
         kept = self._moved(found) or self._built(root, found) or Kept(self._new_caches(), root)
         kept.ids, kept.reused, kept.lent = list(ids), kept.caches.offset, True
         kept.places = self._places(kept, found.common, turns)
@@ -130,6 +153,7 @@ class Prefixes:
             kept.lent, kept.ids = False, ()
             self._idle.add(kept)
             mx.eval(kept.caches.arrays)  # or the graph of the last pass would be held as well
+            kept.nbytes = kept.caches.nbytes
             self._touch(kept.node)
             for node in kept.node.up():
                 node.edge = None  # its own caches hold these rows
@@ -165,8 +189,24 @@ class Prefixes:
 
     # ---- taking
 
+    def _found(self, root: Node | None, ids: Sequence[int]) -> Found:
+        """How far the ids of a prompt but its last go along a tree, that of requests that are being read included."""
+        for other in self._lent:
+            self._grow(other, other.ids)
+        return Found([], None, 0) if root is None else root.find(ids[:-1])
+
     def _moved(self, found: Found) -> Kept | None:
-        """Caches that nobody uses, to hand over as they are; None: there are none, or a copy serves better."""
+        """Caches that nobody uses, handed over as they are; None: there are none, or a copy serves better."""
+        if (chosen := self._chosen(found)) is None:
+            return None
+        kept, place = chosen
+        marks = self._marks(kept.node)
+        self._leave(kept, place)
+        kept.caches.rewind(place, marks)
+        return kept
+
+    def _chosen(self, found: Found) -> tuple[Kept, int] | None:
+        """Caches to hand over as they are, and the place that they can go back to."""
         shared = {kept: min(node.end, found.common) for node in found.nodes() for kept in node.lines if not kept.lent}
         marks = [node.marks for node in found.path if node.marks is not None]
         places = {kept: kept.caches.reach(common, marks) for kept, common in shared.items()}
@@ -178,9 +218,7 @@ class Prefixes:
         tail = kept.caches.offset - place
         if place < copy or (place == copy and tail > (place if self._keeps_rows else 0)):
             return None
-        self._leave(kept, place)
-        kept.caches.rewind(place, marks)
-        return kept
+        return kept, place
 
     def _built(self, root: Node, found: Found) -> Kept | None:
         """New caches with copies of the rows and marks of others; None: nothing can be reused so."""
@@ -236,7 +274,7 @@ class Prefixes:
             yield from root.below()
 
     def _held(self) -> int:
-        return sum(node.nbytes for node in self._nodes()) + sum(kept.caches.nbytes for kept in self._idle)
+        return sum(node.nbytes for node in self._nodes()) + sum(kept.nbytes for kept in self._idle)
 
     def _settle(self) -> None:
         """The end of what changed the tree: the budget is held."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runner.cache.caches import Caches
+from runner.engine.prefix_tree import Kept
 from runner.engine.replay import Steps
 from runner.engine.sampler import SamplingState, Token
 from runner.engine.ticket import Ended, Mailbox, Order, Progress
@@ -45,6 +46,7 @@ class Row:
         prompt: how many of them are read as a prompt: frequencies of RoPE that depend on the length are those of all.
         picked: tokens of the answer that were picked, those that nobody has read yet included.
         caches: None while it waits.
+        kept: what `Prefixes` lent them as; None where nothing is shared.
         state: None before its first turn.
         steps: its decode steps while it is alone; None after a pass with others.
         flight: the pass that picked its last token, and at which place among those that it picked.
@@ -59,6 +61,7 @@ class Row:
         self.prompt = len(order.ids)
         self.picked = 0
         self.caches: Caches | None = None
+        self.kept: Kept | None = None
         self.state: SamplingState | None = None
         self.steps: Steps | None = None
         self.flight: tuple[Flight, int] | None = None

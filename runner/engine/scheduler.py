@@ -16,6 +16,7 @@ from runner.engine.loaded import Loaded
 from runner.engine.passes import Flight, Passes
 from runner.engine.rows import Feed, Row
 from runner.engine.sampler import SamplingState, Token
+from runner.engine.sharing import Sharing
 from runner.engine.ticket import Mailbox, Order
 from runner.errors import NumericsError, RunnerError
 from runner.ops.memory import Memory
@@ -43,11 +44,12 @@ SETTLED_EVERY = 256
 class Scheduler:
     """The requests to one model: those that wait, and the rows that are computed."""
 
-    def __init__(self, loaded: Loaded, budget: Budget, *, rows: int = MOST) -> None:
+    def __init__(self, loaded: Loaded, budget: Budget, *, rows: int = MOST, prefixes: int = 0) -> None:
         """Begin with none; a job of the owner's thread.
 
         Args:
             rows: how many sequences are computed at once at most.
+            prefixes: bytes of prefixes to keep for later requests at most.
         """
         self.loaded = loaded
         self.budget = budget
@@ -58,7 +60,8 @@ class Scheduler:
         self.passes = 0
         self.held = 0  # bytes of their caches, when these were last weighed
         self.memory = Memory(loaded.device.clears)
-        budget.holders.append(self)
+        self.sharing = Sharing(loaded, prefixes)
+        budget.holders += [self, self.sharing.prefixes]
         self._maker = Passes(loaded)
         self._flights: list[Flight] = []
         self._pace = 0.0  # seconds for a token of a prompt, beside decoding rows; 0: not known yet
@@ -88,6 +91,7 @@ class Scheduler:
             return True
         self._maker.forget()
         self.loaded.unwire(self)
+        self.held = 0
         return False
 
     def fail(self, error: BaseException) -> None:
@@ -95,7 +99,9 @@ class Scheduler:
         rows, self.live, self.waiting, self._flights = [*self.live, *self.waiting], [], [], []
         for row in rows:
             row.end("error", error)
+            self.sharing.leave(row, sound=False)
             row.leave()
+        self.sharing.prefixes.clear()
         self._maker.forget()
         self.loaded.unwire(self)
 
@@ -108,6 +114,10 @@ class Scheduler:
     def nbytes(self) -> int:
         """Bytes of the caches of all rows."""
         return sum(row.caches.nbytes for row in self.live if row.caches is not None)
+
+    def evict(self, nbytes: int) -> int:
+        """Nothing of live rows goes as long as there are prefixes: see `_relieve`."""
+        return 0
 
     # ---- who takes part
 
@@ -122,13 +132,18 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let those who wait begin, in their order, while there is room."""
-        while self.waiting and len(self.live) < self.rows:
-            row = self.waiting[0]
+        for row in list(self.waiting):
+            if len(self.live) >= self.rows:
+                return
+            if self.sharing.awaits(row, self.live):
+                continue
             tokens = min(len(row.ids) + ALLOWANCE, row.length + row.order.budget)
             growth = sum(self._promised(other) for other in self.live)
-            if self.budget.busy and self.budget.used + growth + self.footprint.of(tokens) > self.budget.room:
+            needed = growth + max(0, self.footprint.of(tokens) - self.sharing.offered(row))
+            self.budget.press(self.budget.used + needed - self.budget.room)
+            if self.budget.busy and self.budget.used + needed > self.budget.room:
                 return
-            del self.waiting[0]
+            self.waiting.remove(row)
             try:
                 self._begin(row)
             except RunnerError as error:
@@ -148,20 +163,23 @@ class Scheduler:
             row.state = SamplingState(
                 row.order.params, loaded.config.vocab_size, row.order.ids, choice=row.order.choice
             )
-        row.begin(loaded.new_caches())
+        self.sharing.begin(row)
 
     def _relieve(self) -> None:
-        """Where the live rows have grown beyond the budget: pause the youngest, which goes on later."""
+        """Where the live rows have grown beyond the budget: kept prefixes go, then the youngest row goes on later."""
         self.held = self.nbytes
+        self.budget.press(self.budget.used - self.budget.room)
         while len(self.live) > 1 and self.budget.used > self.budget.room:
             self._land()
             if len(self.live) < 2:
                 return
             self._pause(self.live[-1])
+            self.budget.press(self.budget.used - self.budget.room)
 
     def _pause(self, row: Row) -> None:
-        """Put a row back among those that wait; what its caches held is read again."""
+        """Put a row back among those that wait; what its caches held is read again, if it has to go."""
         self.live.remove(row)
+        self.sharing.leave(row)
         row.leave()
         self._maker.forget()
         bisect.insort(self.waiting, row, key=lambda row: row.rank)
@@ -171,6 +189,7 @@ class Scheduler:
         for rows in (self.live, self.waiting):
             if row in rows:
                 rows.remove(row)
+        self.sharing.leave(row, sound=error is None)
         row.leave()
         self._maker.forget()
 
@@ -186,8 +205,9 @@ class Scheduler:
         readers = [row for row in ready if row.reading]
         for row in turned:
             if row.length == len(row.ids):  # all of it is read from the device
+                self.sharing.leave(row)
                 row.anew()
-                row.begin(self.loaded.new_caches())
+                self.sharing.begin(row)
                 readers.append(row)
         room = max(1, room - len(deciding))
         if deciding and self._pace:
@@ -209,6 +229,8 @@ class Scheduler:
     def _piece(self, row: Row, room: int, *, alone: bool) -> int:
         """How many known tokens of a row to read next."""
         left = len(row.ids) - row.offset
+        if (stop := self.sharing.stop(row)) is not None:
+            room = min(room, stop - row.offset)
         # Layers without keys leave nothing for later tokens: only the last one, whose logits are wanted, passes them.
         if alone and ALONE < left <= room and self.loaded.shares_keys and row.order.scores is None:
             return left - 1
@@ -230,6 +252,7 @@ class Scheduler:
                     self._took(row, token)
             for row in flight.fed:
                 if not row.done:
+                    self.sharing.mark(row)
                     row.progressed()
                     if row.order.budget == 0 and not row.reading:
                         self._end(row, "length")
