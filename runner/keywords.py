@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from runner.constraints import Constraint
+from runner.engine.draft import Drafter
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.sampling import SamplingOptions
 from runner.errors import UsageError
@@ -27,6 +28,7 @@ class StreamOptions(SamplingOptions, total=False):
     cancelled: Callable[[], bool] | None
     constraint: Constraint | None
     lookup: bool | None
+    draft: Drafter | None
 
 
 class ChatOptions(StreamOptions, total=False):

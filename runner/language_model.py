@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
+import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Given
+    from runner.engine.draft import Drafter
     from runner.engine.speculation import Proposer
     from runner.guidance import Grammars
 
@@ -167,6 +169,7 @@ class LanguageModel:
         cancelled: Callable[[], bool] | None = None,
         constraint: Constraint | None = None,
         lookup: bool | None = None,
+        draft: Drafter | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]:
         """Generate an answer token by token.
@@ -183,6 +186,7 @@ class LanguageModel:
                 before it is free. An end is only picked where the answer is complete; the length limit may come first.
             lookup: whether to guess tokens by what followed earlier in prompt and answer; the tokens are the same, and
                 an answer that repeats its prompt comes faster. None: no.
+            draft: a smaller model with the same vocabulary, loaded by `load`, that guesses tokens instead.
             sampling: fields of `SamplingParams`; None or absent: the model's own default, and where its files say
                 nothing of sampling, the most likely token each time.
 
@@ -199,6 +203,7 @@ class LanguageModel:
             cancelled=cancelled,
             constraint=constraint,
             lookup=lookup,
+            draft=draft,
             **sampling,
         )
         return chunks_of(steps)
@@ -231,6 +236,7 @@ class LanguageModel:
         cancelled: Callable[[], bool] | None = None,
         constraint: Constraint | None = None,
         lookup: bool | None = None,
+        draft: Drafter | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Steps:
         """Check the arguments of `stream` and begin the answer, whose text goes through `separator`."""
@@ -248,7 +254,7 @@ class LanguageModel:
         # Arguments are checked above, in this plain method: a generator would raise only when its first token is read.
         kept = PromptCache(self.engine, keeps=False) if prompt_cache is None else prompt_cache
         guide = None if constraint is None else self._grammars.guide(constraint, separator)
-        proposer = self._proposer(lookup)
+        proposer = self._proposer(lookup, draft)
         request = Request(ids, params, budget, on_prefill, cancelled, guide, proposer)
         special = self.tokenizer.special_tokens
         ends = self.eos_token_ids | {special[token] for token in separator.ends if token in special}
@@ -262,8 +268,25 @@ class LanguageModel:
 
         return Grammars(self.tokenizer, self.eos_token_ids, self.config.vocab_size)
 
-    def _proposer(self, lookup: bool | None) -> Callable[[], Proposer] | None:
+    @functools.cached_property
+    def _drafts(self) -> weakref.WeakSet[LanguageModel]:
+        """Models that may guess for this one: comparing vocabularies takes a tenth of a second."""
+        return weakref.WeakSet()
+
+    def _proposer(self, lookup: bool | None, draft: Drafter | None) -> Callable[[], Proposer] | None:
         """Makes what guesses tokens ahead; None: nothing does."""
+        if draft is not None:
+            if lookup:
+                raise UsageError("tokens are guessed by lookup or by a draft model, not by both: leave one out")
+            if not isinstance(draft, LanguageModel):
+                raise UsageError(f"draft must be a model that runner.load has made, or None, not {draft!r:.80}")
+            from runner.engine.draft import DraftModel, check_draft
+
+            if draft not in self._drafts:
+                check_draft(draft, self)
+                self._drafts.add(draft)
+            draft.engine.check_open()
+            return functools.partial(DraftModel, draft.engine, self.config.vocab_size)
         if not lookup:
             return None
         from runner.engine.lookup import PromptLookup

@@ -21,6 +21,7 @@ from runner.cli.options import (
     Adapter,
     DType,
     GivenPrompt,
+    GuessOptions,
     LengthOptions,
     Model,
     NamedModel,
@@ -56,6 +57,7 @@ def chat(
     template_arg: TemplateArg = None,
     sampling: SamplingOptions,
     length: LengthOptions,
+    guesses: GuessOptions,
     thinking: Thinking = None,
     wrap: Wrap = True,
     verbose: Verbose = False,
@@ -66,11 +68,13 @@ def chat(
     model, prompt = model_and_text((model, prompt), named, given, option="-p")
     text = None if prompt is None else terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(), **length.keywords()}
+    guesses.check()
     variables = parsed(template_arg)
     conversation = Conversation()
     if last is not None:
         conversation.replace(last.messages)
     lm = engine.open_model(model, dtype, adapter, length.context)
+    keywords |= guesses.keywords(dtype)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
     settings = ChatSettings(

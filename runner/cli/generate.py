@@ -17,6 +17,7 @@ from runner.cli.options import (
     Adapter,
     DType,
     GivenPrompt,
+    GuessOptions,
     LengthOptions,
     Model,
     NamedModel,
@@ -65,6 +66,7 @@ def generate(
     adapter: Adapter = None,
     sampling: SamplingOptions,
     length: LengthOptions,
+    guesses: GuessOptions,
     as_json: JsonLines = False,
     logprobs: Logprobs = None,
     thinking: Thinking = None,
@@ -83,7 +85,9 @@ def generate(
         no_prompt(model)
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
+    guesses.check()
     lm = engine.open_model(model, dtype, adapter, length.context)
+    keywords |= guesses.keywords(dtype)
     status = terminal.Status()
     output = terminal.Output(wrap=wrap and not as_json)
     shown = AnswerOutput(output, status, thinking)

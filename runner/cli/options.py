@@ -20,6 +20,7 @@ from runner.local_files import quoted
 SAMPLING = "Sampling (default: the model's generation_config.json)"
 LENGTH = "Length"
 OUTPUT = "Output"
+GUESSES = "Guesses (the answer stays the same)"
 
 DTYPES = {
     **{name: "float32" for name in ("float32", "fp32", "f32")},
@@ -207,6 +208,43 @@ class LengthOptions:
     def keywords(self) -> dict[str, Any]:
         """Make the keyword arguments for `LanguageModel.stream`."""
         return {"max_tokens": self.max_tokens, "stop": tuple(self.stop) if self.stop else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuessOptions:
+    """Options for guessing tokens ahead, which changes no token of an answer."""
+
+    lookup: Annotated[
+        bool,
+        typer.Option(
+            "--lookup",
+            help="Guess tokens by what followed the same words before: faster where an answer repeats its prompt.",
+            rich_help_panel=GUESSES,
+        ),
+    ] = False
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            autocompletion=completion.models,
+            help="Guess tokens by a smaller model with the same vocabulary.",
+            rich_help_panel=GUESSES,
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse both at once, before a model is loaded in vain; raises UsageError."""
+        if self.lookup and self.draft is not None:
+            raise UsageError("--lookup and --draft both guess: leave one out")
+
+    def keywords(self, dtype: str | None) -> dict[str, Any]:
+        """Make the keyword arguments for `LanguageModel.stream`; loads the draft model as `dtype`."""
+        from runner.cli.engine import open_model
+
+        return {
+            "lookup": self.lookup or None,
+            "draft": None if self.draft is None else open_model(self.draft, dtype),
+        }
 
 
 def named_model(argument: str | None, option: str | None) -> str:

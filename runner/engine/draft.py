@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -14,18 +15,42 @@ from runner.engine.loaded import Loaded
 from runner.engine.replay import Steps
 from runner.engine.sampler import Sampler, SamplingState
 from runner.errors import UsageError
+from runner.text.tokenizer import Tokenizer
 
 
-def check_draft(draft: Loaded) -> None:
-    """Refuse a model that cannot take back what it guessed.
+class Drafter(Protocol):
+    """A model with its tokenizer, as `runner.load` makes it."""
+
+    @property
+    def engine(self) -> Loaded: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+def check_draft(draft: Drafter, model: Drafter) -> None:
+    """Refuse a draft model that cannot guess for `model`.
 
     Raises:
-        UsageError: it has recurrent layers, or RoPE whose frequencies depend on the length.
+        UsageError: it is closed; its vocabulary is another; it cannot take back its guesses, being recurrent; or its
+            RoPE's frequencies depend on the length.
     """
-    if any(not isinstance(cache, KVCache) for cache in draft.new_caches()):
+    draft.engine.check_open()
+    if any(not isinstance(cache, KVCache) for cache in draft.engine.new_caches()):
         raise UsageError("a draft model must not be recurrent: it takes back guesses token by token")
-    if draft.config.rope_depends_on_length:
+    if draft.engine.config.rope_depends_on_length:
         raise UsageError("a draft model's RoPE must not depend on the length of its prompt")
+    own, others = draft.tokenizer, model.tokenizer
+    for token in range(min(own.vocab_size, others.vocab_size)):
+        if own.piece(token) != others.piece(token):
+            raise UsageError(
+                f"a draft model needs the same vocabulary: token {token} is {own.piece(token)!r} in the draft's, and "
+                f"{others.piece(token)!r} in the model's"
+            )
+    if others.vocab_size > draft.engine.config.vocab_size:
+        raise UsageError(
+            f"a draft model needs the same vocabulary: the draft's has {draft.engine.config.vocab_size} tokens, and "
+            f"the model's {others.vocab_size}"
+        )
 
 
 class DraftModel:

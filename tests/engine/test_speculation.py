@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import TESTS
 
-from runner.engine.draft import DraftModel, check_draft
+import runner
+from runner.engine.draft import DraftModel
 from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.lookup import PromptLookup
 from runner.engine.prompt_cache import PromptCache
@@ -209,7 +212,7 @@ def test_a_draft_model_draws_what_it_would_answer(options: dict[str, Any], monke
     assert [t.id for t in answer(engine, options, 60, DraftModel(other, engine.config.vocab_size))] == ids
 
 
-def test_a_draft_of_another_width_or_recurrent() -> None:
+def test_a_draft_of_another_width() -> None:
     draft = open_loaded(MEMORIES["rows"], dtype="float32")
     size = draft.config.vocab_size
     for wanted in (size - 5, size, size + 5):
@@ -217,8 +220,28 @@ def test_a_draft_of_another_width_or_recurrent() -> None:
         proposer.add(PROMPT)
         state = SamplingState(SamplingParams(temperature=0, frequency_penalty=0.1), wanted, PROMPT)
         assert all(0 <= token < min(size, wanted) for token in proposer.propose(5, state))
+
+
+def test_a_draft_of_another_kind_is_refused(tmp_path: Path) -> None:
+    lm, same = (runner.load(LLAMA / name) for name in ("llama-tied", "llama-mha"))
+    prompt = [5, 6, 7]
+    wanted = lm.generate(prompt, max_tokens=20, seed=1).tokens
+    assert lm.generate(prompt, max_tokens=20, seed=1, draft=same).tokens == wanted
+    with pytest.raises(UsageError, match="not by both"):
+        lm.generate(prompt, draft=same, lookup=True)
+    with pytest.raises(UsageError, match=r"runner\.load"):
+        lm.generate(prompt, draft="llama-tied")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="same vocabulary: token 0"):
+        lm.generate(prompt, draft=runner.load(LLAMA / "llama-spm-json"))
+    with pytest.raises(UsageError, match="RoPE"):
+        lm.generate(prompt, draft=runner.load(LLAMA / "llama-rope-dynamic"))
+    shutil.copytree(MEMORIES["Mamba"], tmp_path, dirs_exist_ok=True)
+    shutil.copy(LLAMA / "llama-tied" / "tokenizer.json", tmp_path)
     with pytest.raises(UsageError, match="recurrent"):
-        check_draft(open_loaded(MEMORIES["Mamba"]))
+        lm.generate(prompt, draft=runner.load(tmp_path))
+    same.close()
+    with pytest.raises(UsageError, match="closed"):
+        lm.generate(prompt, draft=same)
 
 
 class Sieve:
