@@ -114,6 +114,12 @@ class Caches(Sequence[Cache]):
         """How many more steps a recorded one is valid for."""
         return min(cache.room for cache in self._caches)
 
+    def make_room(self, count: int) -> None:
+        """Reallocate rows, where needed, so that `room` is at least `count`; a token must be in them already."""
+        for cache in self._caches:
+            if isinstance(cache, KVCache):
+                cache.make_room(count)
+
     def ahead(self, count: int) -> Caches:
         """A copy with `count` more tokens (at most `room`) over the same buffers, to build later steps' graphs with."""
         copies = {id(cache): cache.ahead(count) for cache in self._caches}

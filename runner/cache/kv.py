@@ -129,6 +129,19 @@ class KVCache:
         """How many more tokens fit before the buffers are reallocated."""
         return 0 if self._keys is None else capacity(self._keys) - (self.offset - self._start)
 
+    @property
+    def start(self) -> int:
+        """The position of the buffers' first row: 0, unless rows before a window or chunk were dropped."""
+        return self._start
+
+    def make_room(self, count: int) -> None:
+        """Reallocate the buffers, where needed, so that `room` is at least `count`; something must be in them."""
+        if self._keys is None or self._values is None:
+            raise UsageError("an empty cache does not know what its rows are like")
+        if self.room < count:
+            new = [mx.zeros((*b.shape[:2], count, b.shape[3]), dtype=b.dtype) for b in (self._keys, self._values)]
+            self._make_room(new[0], new[1], self.offset - self._start)
+
     def ahead(self, count: int) -> KVCache:
         """A copy with `count` more tokens (at most `room`) over the same buffers, to build later steps' graphs with."""
         later = copy.copy(self)
