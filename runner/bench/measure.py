@@ -190,6 +190,13 @@ def read(engine: Loaded, ids: np.ndarray, caches: Caches, memory: Memory | None 
 def generate(engine: Loaded, first: np.ndarray, caches: Caches, count: int) -> None:
     """Decode `count` greedy steps from `first` `[B, 1]`; like `generate.decode`, computes one step ahead."""
     ops = engine.device.ops
+    if first.shape[0] == 1 and engine.compiled.prepare():
+        if not caches.offset:  # rows that there are none of yet say nothing about their form
+            mx.eval(Steps(engine.model, caches, ops)(mx.array(first)))
+            count -= 1
+        for _ in engine.compiled.decode(caches, int(first[0, 0]), count, None):
+            pass
+        return
     steps = Steps(engine.model, caches, ops)
     token = mx.array(first)
     previous = token

@@ -67,6 +67,7 @@ class Columns:
 
     def __init__(self, subject: Subject, cases: Sequence[Case]) -> None:
         self.subject = subject
+        self.cases = cases
         self.width = max(len(case.name) for case in cases)
         self.read_bandwidth: float | None = None
 
@@ -76,9 +77,17 @@ class Columns:
         size, parameters = f"{_short(subject.size)}B", _short(subject.parameters).replace("G", "B").rstrip()
         return (
             f"{subject.name}: {size}, {parameters} parameters, {subject.quantization}\n"
-            f"{subject.engine.device.name}, {subject.dtype}\n\n"
+            f"{subject.engine.device.name}, {subject.dtype}{self._way()}\n\n"
             + self.line("test", "t/s", "peak memory", "GB/s", "of read bandwidth")
         )
+
+    def _way(self) -> str:
+        """How steps are decoded, on devices that have two ways."""
+        engine = self.subject.engine
+        if not engine.device.compiles or all(case.kind == "pp" for case in self.cases):
+            return ""
+        engine.run(engine.compiled.prepare)
+        return f"; decoding by {engine.compiled.way}"
 
     def line(self, test: str, *values: str) -> str:
         """One line; numbers stand on the right of their columns."""

@@ -16,6 +16,7 @@ from runner.cache.storage import Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
 from runner.config.memory import Shared, needed
+from runner.engine.compiled import Compiled
 from runner.engine.dtypes import choose
 from runner.engine.generate import new_caches
 from runner.errors import UsageError
@@ -58,6 +59,7 @@ class Loaded:
         storage: how the KV caches keep their rows: exactly where a dtype was asked for, else in the device's own form.
         adapters: the adapters that were loaded with the model; None without any.
         closed: whether `close` was called: nothing can be computed any more.
+        compiled: the kernel for whole decode steps, on devices that have one.
     """
 
     config: Config
@@ -68,6 +70,15 @@ class Loaded:
     storage: Storage
     adapters: Adapters | None = None
     closed: bool = field(init=False, default=False)
+    compiled: Compiled = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        refused = None
+        if not self.device.compiles:
+            refused = "this device has no other way"
+        elif self.adapters is not None:
+            refused = "the model has adapters"
+        self.compiled = Compiled(self.model, self.config.vocab_size, self.dtype, refused)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.nbytes / 1e6:.1f} MB on {self.device.name}"
@@ -97,6 +108,7 @@ class Loaded:
 
         def job() -> None:
             self.closed = True
+            self.compiled.close()
             self.model, self.adapters = ClosedModel(), None
             mx.clear_cache()
 

@@ -9,14 +9,17 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from runner.engine.compiled import Broken
 from runner.engine.generate import Cancelled, decode, prefill_passes
 from runner.engine.loaded import Loaded
 from runner.engine.prompt_cache import PromptCache
+from runner.engine.replay import Steps
 from runner.engine.sampler import Sampled, Sampler, SamplingState, Token
 from runner.engine.sampling import SamplingParams
 from runner.engine.speculation import Continuation, Guide, Proposer, continued
 from runner.errors import NumericsError
 from runner.ops.memory import Memory
+from runner.ops.owner import OWNER
 
 T = TypeVar("T")
 
@@ -145,20 +148,23 @@ class Run:
                 self.memory.settle()
             return next(steps)
 
-        while made < count:
-            try:
+        try:
+            while made < count:
                 tokens = self._job(step)
-            except NumericsError as error:
-                kind = str(logits.dtype).removeprefix("mlx.core.")
-                raise NumericsError(
-                    f"no token can be picked at position {position + made}: the logits hold {error} ({kind}); "
-                    "weights or activations are out of the range of their type (dtype='float32' may help), "
-                    "or a bias or penalty is too large"
-                ) from None
-            made += len(tokens)
-            yield from tokens
+                made += len(tokens)
+                yield from tokens
+        except NumericsError as error:
+            kind = str(logits.dtype).removeprefix("mlx.core.")
+            raise NumericsError(
+                f"no token can be picked at position {position + made}: the logits hold {error} ({kind}); "
+                "weights or activations are out of the range of their type (dtype='float32' may help), "
+                "or a bias or penalty is too large"
+            ) from None
+        finally:
+            # By the owner, and before any later job of it: the device may be ahead of what was read.
+            OWNER.post(steps.close)
 
-    def _steps(self, logits: mx.array, course: Continuation, count: int) -> Iterator[list[Token]]:
+    def _steps(self, logits: mx.array, course: Continuation, count: int) -> Generator[list[Token], None, None]:
         model, caches, ops = self.engine.model, self._kept.caches, self.engine.device.ops
         sampler = Sampler(ops)
         if not course.plain:
@@ -168,11 +174,23 @@ class Run:
         def sample(row: mx.array) -> Sampled:
             return sampler(row[None], [course.state])
 
+        if self.engine.compiled.prepare():
+            (token,) = sample(logits).read([course.state])
+            yield [_picked(token)]
+            rest = self.engine.compiled.decode(caches, _picked(token), count - 1, course.state)
+            try:
+                for token in rest:
+                    count -= 1
+                    yield [_picked(token)]
+                return
+            except Broken:
+                # What came before is right, caches included: operations go on behind it.
+                sampler = Sampler(ops)
+            logits = Steps(model, caches, ops)(mx.array([[_picked(token).id]], mx.int32))[0]
+            count -= 1
         for picked in decode(model, logits, caches, sample, count, ops):
             (token,) = picked.read([course.state])
-            if isinstance(token, NumericsError):
-                raise token
-            yield [token]
+            yield [_picked(token)]
 
     def _course(self, ids: Sequence[int]) -> Continuation:
         request = self._request
@@ -189,3 +207,9 @@ class Run:
             return self._kept.whole(work)
 
         return self.engine.run(job)
+
+
+def _picked(token: Token | NumericsError) -> Token:
+    if isinstance(token, NumericsError):
+        raise token
+    return token

@@ -105,6 +105,11 @@ def _remarks(device: Device) -> Iterator[Remark]:
         yield Remark(
             "bfloat16", f"{metal.chip} imitates it: --dtype float16 is faster, where a model stays in its range"
         )
+    if device.compiles:
+        from runner.ops.cuda.driver import impossible  # not where there is no such GPU
+
+        why = impossible()
+        yield Remark("decode steps", "one kernel each, where a model fits" if why is None else f"by operations: {why}")
     if device.tf32 and not exact_float32():
         yield Remark("float32", "matrices are multiplied in TF32, with 10 bits of mantissa", "export MLX_ENABLE_TF32=0")
 

@@ -91,7 +91,7 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(wheel: tuple[Path, str]
     python |= {f"runner/models/{path.name}" for path in ROOT.glob("models/*.py")}
     data = {f"runner/configs/{path.parent.name}/{path.name}" for path in ROOT.glob("configs/*/*.json")}
     assert len(python) > 50 and len(data) > 10
-    wanted = python | data | {"runner/py.typed", "runner/ops/cpu/_C.pyi"}
+    wanted = python | data | {"runner/py.typed", "runner/ops/cpu/_C.pyi", "runner/ops/cuda/step.cu"}
     assert {name for name in found if not name.startswith("mlx_runner-")} == wanted
     (top_level,) = (name for name in found if name.endswith("/top_level.txt"))
     with zipfile.ZipFile(wheel[0]) as archive:

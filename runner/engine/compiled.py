@@ -1,0 +1,211 @@
+"""Decoding with one kernel for whole steps, where there is one for the model, the device and the answer's options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from runner.cache.caches import Caches
+from runner.engine.chance import chance
+from runner.engine.sampler import Sampler, SamplingState, Token
+from runner.engine.sampling import SMALLEST
+from runner.errors import BackendError, NumericsError
+from runner.ops.cuda.shape import Unfit
+
+if TYPE_CHECKING:
+    from runner.ops.cuda.decoder import Picking, StepDecoder
+
+ROOM = 256
+"""Tokens that caches are given room for at once: the GPU waits while they grow."""
+
+
+class Broken(Exception):
+    """The kernel failed, or there is none for these caches; what was yielded before is right, caches included."""
+
+
+class Compiled:
+    """A loaded model's kernel, made when it is first wanted, or the reason why there is none.
+
+    Attributes:
+        refused: the reason; None as long as nothing speaks against a kernel.
+    """
+
+    def __init__(self, model: object, vocab_size: int, dtype: mx.Dtype, refused: str | None) -> None:
+        """`refused` says why none is to be made at all."""
+        self._model: object | None = model
+        self._vocab_size = vocab_size
+        self._dtype = dtype
+        self._decoder: StepDecoder | None = None
+        self._busy = False
+        self.refused = refused
+
+    @property
+    def way(self) -> str:
+        """How decode steps are computed, in words."""
+        return "one kernel a step" if self.refused is None else f"operations ({self.refused})"
+
+    def prepare(self) -> bool:
+        """Make the kernel, unless that was tried before, and say whether it is free. A job of the owner's thread."""
+        if self._decoder is None and self.refused is None:
+            from runner.engine import step_shape  # not where models are computed with operations
+            from runner.ops.cuda.decoder import StepDecoder
+
+            try:
+                found = step_shape.read(self._model, self._vocab_size, self._dtype)
+                self._decoder = StepDecoder(found.shape, found.tensors)
+            except (Unfit, BackendError) as error:
+                self.refused = f"the model has {error}" if isinstance(error, Unfit) else str(error)
+        return self._decoder is not None and not self._busy
+
+    def close(self) -> None:
+        """Give the kernel's memory back, and let go of the model. A job of the owner's thread."""
+        self._model = None
+        self.refused = self.refused or "it was closed"
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None:
+            decoder.close()
+
+    def decode(
+        self, caches: Caches, token: int | Token, count: int, state: SamplingState | None
+    ) -> Iterator[Token | NumericsError]:
+        """Yield up to `count` tokens that follow `token`, after a `prepare` that returned True.
+
+        Args:
+            caches: what came before `token`. They end before the last token that was yielded.
+            state: what sampling knows, its position that of the token after `token`; None: greedy.
+
+        Raises:
+            Broken: operations must compute what is missing, from `caches` and the last token on.
+        """
+        if count < 1:
+            return
+        decoder, made = self._decoder, 0
+        if decoder is None or self._busy:
+            raise Broken
+        self._busy = True
+        last = token if isinstance(token, int) else token.id
+        try:
+            decoder.refresh()
+            session = _Session(decoder, caches, state)
+            while made < count:
+                found = (session.next if session.picking is not None else session.alone)(last, count - made)
+                made += 1
+                if isinstance(found, Token):
+                    last = found.id
+                yield found
+        except Unfit as error:
+            raise Broken from error
+        except BackendError as error:
+            self._decoder, self.refused = None, str(error)
+            raise Broken from error
+        finally:
+            if self._decoder is not None:
+                decoder.finish()
+            self._busy = False
+
+
+class _Session:
+    """One answer's use of the kernel.
+
+    Attributes:
+        picking: how the kernel picks this answer's tokens; None where operations do, from its logits.
+    """
+
+    def __init__(self, decoder: StepDecoder, caches: Caches, state: SamplingState | None) -> None:
+        self._decoder = decoder
+        self._caches = caches
+        self._state = state
+        self._sampler = Sampler()
+        self._bound = False  # whether the kernel knows the buffers of the caches
+        self.picking = _picking(state, decoder.division.blocks)
+
+    def next(self, token: int, wanted: int) -> Token | NumericsError:
+        """The token after `token`, picked by the kernel, which is given up to `wanted` steps."""
+        decoder, picking = self._decoder, self.picking
+        assert picking is not None
+        start = None if self._bound else token
+        if not self._bound:
+            self._bind(min(wanted, ROOM))
+        # Keep the GPU busy: launches are given to it before the ones under way have ended.
+        while decoder.pending < min(wanted, self._caches.room) and decoder.queued:
+            ahead = decoder.pending
+            steps = min(decoder.ahead, wanted - ahead, self._caches.room - ahead)
+            position = self._caches.offset + ahead
+            decoder.launch(steps, position, start, picking, self._chances(ahead, steps), keep=False)
+            start = None
+        said = decoder.read()
+        self._caches.advance()
+        if said.unresolved or not self._caches.room:
+            decoder.finish()
+            self._bound = False
+        if said.unresolved:
+            return self._sampled()
+        if self._state is not None:
+            self._state.position += 1
+        return Token(said.token) if said.problem is None else NumericsError(said.problem)
+
+    def alone(self, token: int, wanted: int) -> Token | NumericsError:
+        """The token after `token`, picked by operations from the logits of one step."""
+        from runner.ops.cuda.decoder import GREEDY
+
+        decoder = self._decoder
+        if not self._bound or not self._caches.room:
+            decoder.finish()
+            self._bind(min(wanted, ROOM))
+        decoder.launch(1, self._caches.offset, token, GREEDY, (), keep=True)
+        decoder.read()
+        self._caches.advance()
+        decoder.settle()
+        return self._sampled()
+
+    def _sampled(self) -> Token | NumericsError:
+        assert self._state is not None
+        (found,) = self._sampler(self._decoder.logits[None], [self._state]).read([self._state])
+        if self.picking is not None:  # with the counts that operations have made anew
+            self.picking = _picking(self._state, self._decoder.division.blocks)
+        return found
+
+    def _bind(self, count: int) -> None:
+        from runner.engine.step_shape import rows_of
+
+        self._caches.make_room(count)
+        self._decoder.bind(rows_of(self._caches))
+        self._bound = True
+
+    def _chances(self, first: int, steps: int) -> list[float]:
+        state = self._state
+        if state is None or state.params.temperature < SMALLEST:
+            return []
+        return [chance(state.seed, state.choice, state.position + first + index) for index in range(steps)]
+
+
+def _picking(state: SamplingState | None, blocks: int) -> Picking | None:
+    """How the kernel picks tokens for this answer; None where it cannot, and gives logits instead."""
+    from runner.ops.cuda.decoder import GREEDY, Picking
+
+    if state is None:
+        return GREEDY
+    params = state.params
+    greedy = params.temperature < SMALLEST
+    few = greedy or params.top_k <= blocks  # of which the blocks' maxima bound the last
+    if params.logprobs is not None or state.allowed is not None or not few:
+        return None
+    counts = None
+    if state.seen is not None:
+        if params.penalty_window or state.seen.counts.shape[0] != 1:
+            return None
+        # The kernel counts on in place; operations read the same row afterwards.
+        counts = state.seen.counts = mx.contiguous(state.seen.counts)
+    return Picking(
+        0.0 if greedy else params.temperature,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+        counts,
+        state.bias,
+    )

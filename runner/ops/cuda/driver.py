@@ -1,0 +1,212 @@
+"""The few calls of NVIDIA's driver that starting a kernel of one's own takes, in the context that MLX computes in."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
+
+from runner.errors import BackendError
+from runner.ops.cuda.nvrtc import Nvrtc
+from runner.ops.cuda.shape import Box
+
+_PROCESSORS, _SHARED_MEMORY, _MAJOR, _MINOR, _COOPERATIVE = 16, 97, 75, 76, 95
+"""Attributes of a device, by the driver's numbers."""
+
+_DYNAMIC_SHARED_MEMORY = 8
+"""The attribute of a kernel that says how much shared memory a launch may ask for."""
+
+_NON_BLOCKING, _MAPPED = 1, 3
+
+
+class Driver:
+    """The driver, opened for the first GPU."""
+
+    def __init__(self) -> None:
+        """Open the driver and the context that MLX uses.
+
+        Raises:
+            BackendError: there is no driver, or it refuses.
+        """
+        try:
+            self._library = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise BackendError(f"NVIDIA's driver cannot be opened: {error}") from error
+        self._do("cuInit", c_uint(0))
+        self._device = c_int()
+        self._do("cuDeviceGet", byref(self._device), c_int(0))
+        context = c_void_p()
+        self._do("cuDevicePrimaryCtxRetain", byref(context), self._device)
+        self._context = context
+
+    def _do(self, name: str, *arguments: object) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(c_int(code), byref(text))
+            raise BackendError(f"{name}: {(text.value or b'').decode()} (CUDA error {code})")
+
+    def enter(self) -> None:
+        """Make the context this thread's; before any other call in a thread."""
+        self._do("cuCtxSetCurrent", self._context)
+
+    def _attribute(self, number: int) -> int:
+        value = c_int()
+        self._do("cuDeviceGetAttribute", byref(value), c_int(number), self._device)
+        return value.value
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The GPU's compute capability, as (9, 0) for Hopper."""
+        return self._attribute(_MAJOR), self._attribute(_MINOR)
+
+    @property
+    def processors(self) -> int:
+        """How many multiprocessors the GPU has."""
+        return self._attribute(_PROCESSORS)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that a block may ask for."""
+        return self._attribute(_SHARED_MEMORY)
+
+    @property
+    def cooperative(self) -> bool:
+        """Whether a kernel can be started so that all its blocks are resident."""
+        return bool(self._attribute(_COOPERATIVE))
+
+    def kernel(self, code: bytes, name: str, shared_memory: int) -> Kernel:
+        """Load machine code and find a kernel in it, for launches with so many bytes of dynamic shared memory."""
+        module, function = c_void_p(), c_void_p()
+        self._do("cuModuleLoadData", byref(module), ctypes.c_char_p(code))
+        self._do("cuModuleGetFunction", byref(function), module, name.encode())
+        self._do("cuFuncSetAttribute", function, c_int(_DYNAMIC_SHARED_MEMORY), c_int(shared_memory))
+        return Kernel(self, module, function, shared_memory)
+
+    def resident(self, kernel: Kernel, threads: int) -> int:
+        """How many blocks of a kernel fit a multiprocessor at once."""
+        count = c_int()
+        self._do(
+            "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+            byref(count), kernel.function, c_int(threads), c_size_t(kernel.shared_memory),
+        )  # fmt: skip
+        return count.value
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes of the GPU's memory, all of them zero."""
+        address = c_uint64()
+        self._do("cuMemAlloc_v2", byref(address), c_size_t(size))
+        self._do("cuMemsetD8_v2", address, c_int(0), c_size_t(size))
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` returned."""
+        self._do("cuMemFree_v2", c_uint64(address))
+
+    def host_buffer(self, size: int) -> tuple[int, int]:
+        """`size` bytes of this machine's memory that the GPU reads and writes: their addresses here and there."""
+        here, there = c_void_p(), c_uint64()
+        self._do("cuMemHostAlloc", byref(here), c_size_t(size), c_uint(_MAPPED))
+        self._do("cuMemHostGetDevicePointer_v2", byref(there), here, c_uint(0))
+        assert here.value is not None
+        ctypes.memset(here.value, 0, size)
+        return here.value, there.value
+
+    def free_host(self, address: int) -> None:
+        """Give back what `host_buffer` returned."""
+        self._do("cuMemFreeHost", c_void_p(address))
+
+    def stream(self) -> c_void_p:
+        """A stream that does not wait for the others."""
+        stream = c_void_p()
+        self._do("cuStreamCreate", byref(stream), c_uint(_NON_BLOCKING))
+        return stream
+
+    def free_stream(self, stream: c_void_p) -> None:
+        """Give back what `stream` returned."""
+        self._do("cuStreamDestroy_v2", stream)
+
+    def copy(self, to: int, source: int, size: int, stream: c_void_p) -> None:
+        """Copy from this machine's memory, of a `host_buffer`, to the GPU's, behind what the stream does."""
+        self._do("cuMemcpyHtoDAsync_v2", c_uint64(to), c_void_p(source), c_size_t(size), stream)
+
+    def put(self, to: int, content: bytes) -> None:
+        """Copy bytes to the GPU's memory, and wait."""
+        self._do("cuMemcpyHtoD_v2", c_uint64(to), ctypes.c_char_p(content), c_size_t(len(content)))
+
+    def clear(self, address: int, size: int, stream: c_void_p) -> None:
+        """Set `size` bytes to zero, behind what the stream does."""
+        self._do("cuMemsetD8Async", c_uint64(address), c_int(0), c_size_t(size), stream)
+
+    def wait(self, stream: c_void_p) -> None:
+        """Wait until the stream has done all it was given."""
+        self._do("cuStreamSynchronize", stream)
+
+    def idle(self, stream: c_void_p) -> bool:
+        """Whether the stream has done all it was given.
+
+        Raises:
+            BackendError: what it did has failed.
+        """
+        code = self._library.cuStreamQuery(stream)
+        if code not in (0, 600):
+            self._do("cuStreamQuery", stream)
+        return bool(code == 0)
+
+    def tensor_map(self, address: int, rows: int, box: Box) -> bytes:
+        """128 bytes that tell a kernel how to copy boxes of a matrix: all bytes of a row in lines of `box.width`.
+
+        Lines of 128 bytes come with their units of 16 bytes exchanged, by the lowest three bits of the row.
+        """
+        buffer = ctypes.create_string_buffer(256)
+        at = (ctypes.addressof(buffer) + 63) // 64 * 64
+        dims = (c_uint64 * 3)(box.width, rows, box.pitch // box.width)
+        strides = (c_uint64 * 2)(box.pitch, box.width)
+        size, every = (ctypes.c_uint32 * 3)(box.width, box.rows, box.lines), (ctypes.c_uint32 * 3)(1, 1, 1)
+        bytes_, no_interleave, swizzle, whole_lines, zeros = 0, 0, 3 if box.width == 128 else 0, 3, 0
+        self._do(
+            "cuTensorMapEncodeTiled", c_void_p(at), c_int(bytes_), ctypes.c_uint32(3), c_void_p(address), dims, strides,
+            size, every, c_int(no_interleave), c_int(swizzle), c_int(whole_lines), c_int(zeros),
+        )  # fmt: skip
+        return ctypes.string_at(at, 128)
+
+    def launch(self, kernel: Kernel, blocks: int, threads: int, arguments: Sequence[int], stream: c_void_p) -> None:
+        """Start a kernel of addresses, all of whose blocks are resident at once.
+
+        Raises:
+            BackendError: the blocks do not fit the GPU at once, or another error.
+        """
+        values = (c_uint64 * len(arguments))(*arguments)
+        step = ctypes.sizeof(c_uint64)
+        pointers = (c_void_p * len(arguments))(*(ctypes.addressof(values) + i * step for i in range(len(arguments))))
+        self._do(
+            "cuLaunchCooperativeKernel", kernel.function, c_uint(blocks), c_uint(1), c_uint(1), c_uint(threads),
+            c_uint(1), c_uint(1), c_uint(kernel.shared_memory), stream, pointers,
+        )  # fmt: skip
+
+
+class Kernel:
+    """A kernel that was loaded, and what a launch of it takes."""
+
+    def __init__(self, driver: Driver, module: c_void_p, function: c_void_p, shared_memory: int) -> None:
+        self._driver = driver
+        self._module = module
+        self.function = function
+        self.shared_memory = shared_memory
+
+    def unload(self) -> None:
+        """Give its memory back; it must not be running."""
+        self._driver._do("cuModuleUnload", self._module)
+
+
+def impossible() -> str | None:
+    """Why no kernel of this package can run on this machine's GPU, and what it would take; None: it can."""
+    try:
+        driver = Driver()
+        major, minor = driver.capability
+        if major < 9:
+            return f"the GPU has compute capability {major}.{minor}, and the kernel needs 9.0"
+        Nvrtc()
+    except BackendError as error:
+        return str(error)
+    return None if driver.cooperative else "the GPU cannot hold all blocks of a kernel at once"

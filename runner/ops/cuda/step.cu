@@ -1,0 +1,974 @@
+// Whole decode steps of a decoder as one persistent kernel: see docs/cuda.md. The planner puts its constants, the
+// table PRODUCTS and the names of types before this text; nothing is included, so that no CUDA headers are needed.
+//
+// One block an SM: 16 consumer warps, and a producer warp that streams all that comes from memory through a ring in
+// shared memory, in the order of its use, and waits for nobody but the ring. Blocks exchange a value together with its
+// epoch in one 8-byte word; who needs it reads until the epoch is right. There is no barrier over the grid.
+typedef unsigned long long u64;
+#define ALL 0xffffffffu
+#define DI __device__ __forceinline__
+#define NOINLINE __device__ __noinline__
+#ifndef TICK
+#define TICK(place)  // where whoever measures notes the time
+#endif
+
+struct Layer { u64 w[4], s[4], z[4], bias[4], n1, n2, qn, kn, kc, vc; int cap, window, shift, rope; };
+struct Launch {
+  int steps, pos, token, mode, top_k, penalised, biased, want_logits, fault, first, serial, reserved;
+  u64 limit_ns;
+  unsigned epoch, reserved2;
+  float inv_t, top_p, log_min_p, repetition, presence, frequency, reserved3, reserved4;
+  float chance[STEPS];
+  float rope[STEPS * NROPE * RD];  // cosine and sine of each plane, for each position of the launch and kind of RoPE
+};
+struct State { int token, stop, error, reserved; };
+struct Said { int token; float peak; int status; unsigned seq; };  // status 0: a token; 1: the host draws it; 2: an error
+
+extern __shared__ __align__(1024) char sm[];
+
+// The consumers' barrier: the producer takes no part. A diverged warp would count twice without __syncwarp.
+DI void meet() { __syncwarp(); asm volatile("barrier.sync 1, 512;" ::: "memory"); }
+DI float lowf(unsigned u) { return __uint_as_float(u << 16); }
+DI float highf(unsigned u) { return __uint_as_float(u & 0xffff0000u); }
+DI float half_of(unsigned short h) { float f; asm("cvt.f32.f16 %0,%1;" : "=f"(f) : "h"(h)); return f; }
+DI unsigned sa(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+DI u64 now() { u64 t; asm volatile("mov.u64 %0,%%globaltimer;" : "=l"(t)); return t; }
+
+// Types of stored numbers: 0 float32, 1 float16, 2 bfloat16.
+template <int T> struct Size { static constexpr int B = T == 0 ? 4 : 2; };
+template <int T> DI float one(const void* p, int i) {
+  if (T == 0) return ((const float*)p)[i];
+  unsigned short u = ((const unsigned short*)p)[i];
+  return T == 1 ? half_of(u) : __uint_as_float((unsigned)u << 16);
+}
+template <int T> DI float uncached(u64 p) {
+  if (T == 0) { float f; asm volatile("ld.global.cg.f32 %0,[%1];" : "=f"(f) : "l"(p) : "memory"); return f; }
+  unsigned short u; asm volatile("ld.global.cg.u16 %0,[%1];" : "=h"(u) : "l"(p) : "memory");
+  return T == 1 ? half_of(u) : __uint_as_float((unsigned)u << 16);
+}
+template <int T> DI void store_one(void* p, long i, float v) {
+  if (T == 0) { ((float*)p)[i] = v; return; }
+  unsigned short u;
+  if (T == 1) asm("cvt.rn.f16.f32 %0,%1;" : "=h"(u) : "f"(v));
+  else asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(u) : "f"(v));
+  ((unsigned short*)p)[i] = u;
+}
+template <int T> DI float rounded(float v) {
+  if (T == 0) return v;
+  unsigned short u;
+  if (T == 1) { asm("cvt.rn.f16.f32 %0,%1;" : "=h"(u) : "f"(v)); return half_of(u); }
+  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(u) : "f"(v));
+  return __uint_as_float((unsigned)u << 16);
+}
+template <int T> DI void two(unsigned u, float& a, float& b) {
+  if (T == 1) { a = half_of((unsigned short)u); b = half_of((unsigned short)(u >> 16)); }
+  else { a = lowf(u); b = highf(u); }
+}
+// 8 numbers from shared memory, 16 bytes (32 in float32) from `at`.
+template <int T> DI void eight(const char* at, float (&v)[8]) {
+  if (T == 0) {
+    float4 a = ((const float4*)at)[0], b = ((const float4*)at)[1];
+    v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
+  } else {
+    uint4 u = *(const uint4*)at;
+    two<T>(u.x, v[0], v[1]); two<T>(u.y, v[2], v[3]); two<T>(u.z, v[4], v[5]); two<T>(u.w, v[6], v[7]);
+  }
+}
+
+// What a block shares besides the ring.
+struct Shared {
+  float red[16], own[OWN], qn[HD], kn[HD], maxima[NB > 16 ? NB : 16];
+  float cv[CAND]; int ci[CAND]; float sv[CAND]; int si[CAND];
+  int bad, over, count, picked, id; float threshold, mass, goal;
+  u64 keys[16];
+  u64 limit;
+  State* state;
+  __align__(8) u64 full[NST], empty[NST];
+};
+__shared__ Shared sh;
+
+// A wait that has gone on for too long, or that another block has given up: the block stops waiting and publishing, and
+// runs to its end, which the host sees as an error. A trap would take the whole context along.
+struct Patience { int turns; u64 since; };
+NOINLINE bool give_up(Patience& p) {
+  if (*(volatile int*)&sh.bad || *(volatile int*)&sh.over) return true;
+  u64 t = now();
+  if (!p.since) p.since = t;
+  int error; asm volatile("ld.relaxed.gpu.global.u32 %0,[%1];" : "=r"(error) : "l"(&sh.state->error) : "memory");
+  if (!error && t - p.since < sh.limit) return false;
+  *(volatile int*)&sh.bad = 1;
+  asm volatile("st.relaxed.gpu.global.u32 [%0],%1;" ::"l"(&sh.state->error), "r"(1) : "memory");
+  return true;
+}
+DI bool tired(Patience& p) { return (++p.turns & 127) == 0 && give_up(p); }
+
+DI void publish(uint2* p, float v, unsigned ep) {
+  if (*(volatile int*)&sh.bad) return;
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0],{%1,%2};" ::"l"(p), "r"(__float_as_uint(v)), "r"(ep) : "memory");
+}
+DI uint2 peek(const uint2* p) {
+  uint2 u;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1},[%2];" : "=r"(u.x), "=r"(u.y) : "l"(p) : "memory");
+  return u;
+}
+DI void look(const uint2* p, uint4& u) {
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w) : "l"(p) : "memory");
+}
+template <int N> DI void fetch(const uint2* const (&p)[N], unsigned ep, float (&v)[N]) {
+  Patience w{0, 0};
+  for (;;) {
+    bool ok = true;
+    uint2 u[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) { u[i] = make_uint2(0, ep); if (p[i]) u[i] = peek(p[i]); }
+#pragma unroll
+    for (int i = 0; i < N; i++) { ok = ok && u[i].y == ep; v[i] = __uint_as_float(u[i].x); }
+    if (ok || tired(w)) return;
+  }
+}
+DI float fetch1(const uint2* p, unsigned ep) { const uint2* q[1] = {p}; float v[1]; fetch<1>(q, ep, v); return v[0]; }
+
+DI unsigned tried(unsigned m, unsigned par) {
+  unsigned ok;
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p,[%1],%2; selp.u32 %0,1,0,p;}" : "=r"(ok) : "r"(m), "r"(par) : "memory");
+  return ok;
+}
+NOINLINE void wait_long(unsigned m, unsigned par) { Patience w{0, 0}; while (!tried(m, par) && !tired(w)); }
+DI void mwait(unsigned m, unsigned par) { if (!tried(m, par)) wait_long(m, par); }
+
+struct Ring { unsigned data, full, empty; int st; unsigned ph; };
+DI void advance(Ring& r) { if (++r.st == NST) { r.st = 0; r.ph ^= 1; } }
+DI void arrived(const Ring& r) { mwait(r.full + 8 * r.st, r.ph); }
+DI void release(const Ring& r, int lane) {
+  __syncwarp();
+  if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(r.empty + 8 * r.st) : "memory");
+}
+DI void bulk(unsigned d, u64 p, int n, unsigned m, u64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(d), "l"(p), "r"(n), "r"(m), "l"(policy) : "memory");
+}
+// A box of the matrix that a tensor map describes: all of dimension 0, rows from `row` on, lines from `line` on.
+DI void tensor(unsigned d, u64 map, int row, int line, unsigned m, u64 policy) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1,{%2,%3,%4}],[%5],%6;" ::"r"(d), "l"(map), "r"(0), "r"(row), "r"(line), "r"(m), "l"(policy) : "memory");
+}
+// The producer's side of a stage: no more than FLIGHT stages are on order at once, or what blocks exchange waits behind.
+struct Orders { Ring r; int sent; bool quit; };
+DI unsigned order(Orders& o, int bytes, int lane) {
+  const unsigned f = o.r.full + 8 * o.r.st;
+  if (lane == 0) {
+    mwait(o.r.empty + 8 * o.r.st, o.r.ph ^ 1);
+    if (o.sent >= FLIGHT) {
+      int j = o.r.st - FLIGHT; unsigned pj = o.r.ph;
+      if (j < 0) { j += NST; pj ^= 1; }
+      mwait(o.r.full + 8 * j, pj);
+    }
+    if (!*(volatile int*)&sh.bad) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(f), "r"(bytes) : "memory");
+  }
+  o.sent++;
+  o.quit = __shfl_sync(ALL, *(volatile int*)&sh.bad | *(volatile int*)&sh.over, 0);
+  return f;
+}
+
+DI float warp_sum(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+  return v;
+}
+
+// Products: 0 q, k, v; 1 output; 2 gate and up; 3 down; 4 head. Rows are owned in units, by blocks in order.
+struct Product {
+  int rows, columns, bits, group;      // bits 0: plain numbers
+  int unit;                            // rows of a unit: 16 where rows are packed, and where others own the same rows
+  int piece;                           // columns of a stage's rows
+  int pieces;                          // of a row
+  int tiles;                           // tiles of 16 rows (plain: rows) in a stage
+  int shares;                          // warps that share a row
+  int pitch, scale_at, scale_pitch, bias_at;  // bytes, in a stage
+  int chunk;                           // rows whose partial sums are held at once
+  int norm, biased, mapped;
+};
+DI void owned(int n, int unit, int b, int& r0, int& r1) {
+  int u = (n + unit - 1) / unit;
+  r0 = unit * (int)((long)u * b / NB);
+  r1 = min(n, unit * (int)((long)u * (b + 1) / NB));
+}
+
+// The columns of a published vector, 4 to a lane, of which a lane has up to 16 on the way at once. Whole warps call
+// `put(column, whether there is such a column, values)`.
+template <class Put> DI void gather(const uint2* src, unsigned ep, int K, Put put) {
+  const int at = (threadIdx.x >> 5) * 128 + (threadIdx.x & 31) * 4;
+#pragma unroll 1
+  for (int k0 = at - (threadIdx.x & 31) * 4; k0 < K; k0 += 8192) {
+    uint4 a[4], b[4];
+    const int c0 = k0 + (threadIdx.x & 31) * 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      a[i] = b[i] = make_uint4(0, ep, 0, ep);
+      if (c0 + i * 2048 < K) { look(src + c0 + i * 2048, a[i]); look(src + c0 + i * 2048 + 2, b[i]); }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (k0 + i * 2048 < K) {
+        const int c = c0 + i * 2048;
+        Patience w{0, 0};
+        while (a[i].y != ep || a[i].w != ep || b[i].y != ep || b[i].w != ep) {
+          look(src + c, a[i]); look(src + c + 2, b[i]);
+          if (tired(w)) break;
+        }
+        __syncwarp();
+        put(c, c < K, make_float4(__uint_as_float(a[i].x), __uint_as_float(a[i].z), __uint_as_float(b[i].x), __uint_as_float(b[i].z)));
+      }
+    }
+  }
+}
+
+// Packed weights are multiplied by integers of 24 bits, in three planes of signed bytes, y = 0 the highest: columns of
+// the tensor core's B. `sum16` reads them as ((block of 64 * 3 + y) * 4 + t) * 16 bytes; a lane of the core multiplies
+// the words of a row as MLX packs them, so planes are in the order of their nibbles (4 bits) or bytes (8 bits).
+template <int BITS, int G> DI void store_planes(char* xs, float2* xn, int c, bool in, float4 a) {
+  constexpr int W = G == 32 ? 4 : 8;
+  float m = fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w))), total = a.x + a.y + a.z + a.w;
+#pragma unroll
+  for (int o = W; o; o >>= 1) { m = fmaxf(m, __shfl_xor_sync(ALL, m, o)); total += __shfl_xor_sync(ALL, total, o); }
+  if (!in) return;
+  const float inv = m > 1e-30f ? 8323072.f / m : 0.f;
+  int q[4] = {__float2int_rn(a.x * inv), __float2int_rn(a.y * inv), __float2int_rn(a.z * inv), __float2int_rn(a.w * inv)};
+  const int block = c >> 6, t = G == 32 ? (c >> 3) & 3 : (c >> 4) & 3, j = G == 32 ? (c >> 5) & 1 : (c >> 3) & 1, h = (c >> 2) & 1;
+#pragma unroll
+  for (int y = 2; y >= 0; y--) {
+    unsigned d[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) { int lo = y ? (int)(signed char)(q[i] & 255) : q[i]; d[i] = lo & 255; q[i] = (q[i] - lo) >> 8; }
+    char* at = xs + ((block * 3 + y) * 4 + t) * 16 + j * 8;
+    if (BITS == 4) {
+      *(unsigned short*)(at + h * 2) = (unsigned short)(d[0] | d[2] << 8);
+      *(unsigned short*)(at + 4 + h * 2) = (unsigned short)(d[1] | d[3] << 8);
+    } else *(unsigned*)(at + h * 4) = d[0] | d[1] << 8 | d[2] << 16 | d[3] << 24;
+  }
+  if (((threadIdx.x & 31) & (2 * W - 1)) == 0) xn[G == 32 ? c >> 5 : block] = make_float2(m * (1.f / 8323072.f), total);
+}
+
+DI void mma(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+DI void lds128(unsigned at, unsigned& a, unsigned& b, unsigned& c, unsigned& d) { asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(at)); }
+DI void lds64(unsigned at, unsigned& a, unsigned& b) { asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(a), "=r"(b) : "r"(at)); }
+DI unsigned lds32(unsigned at) { unsigned a; asm volatile("ld.shared.u32 %0,[%1];" : "=r"(a) : "r"(at)); return a; }
+DI unsigned lds16(unsigned at) { unsigned short a; asm volatile("ld.shared.u16 %0,[%1];" : "=h"(a) : "r"(at)); return a; }
+DI float scale_of(unsigned u, int high) { return ST == 1 ? half_of((unsigned short)(high ? u >> 16 : u)) : high ? highf(u) : lowf(u); }
+
+// Rows of packed numbers: a warp takes 256 columns (128 of 8 bits) of 16 rows at once. Sums of a group are exact integers.
+// MAPPED: a tensor map has brought the rows of a stage in lines of 128 bytes, whose units of 16 bytes are exchanged by
+// the row's lowest three bits; a lane's row is then chosen so that no two lanes read the same bank.
+template <int BITS, int G, bool MAPPED> DI void packed_product(Ring& r, const Product& p, int rows, const char* xs, const float2* xn, float* slots, const int warp, const int lane) {
+  constexpr int SPAN = BITS == 4 ? 4 : 2;                                 // blocks of 64 columns that a warp takes at once
+  constexpr int WORD = BITS == 4 ? (G == 32 ? 4 : 8) : (G == 32 ? 8 : 16);  // bytes of a lane in one load
+  constexpr int TILE = BITS * 8;                                          // bytes of 64 columns
+  constexpr int GROUPS = SPAN * 64 / G, PER = G == 32 ? 2 : 1;            // groups of the span, and of a block of 64
+  const int g = lane >> 2, t = lane & 3, y = g < 2 ? g : 2, tile = warp / p.shares, share = warp - tile * p.shares;
+  const int rho = !MAPPED ? g : WORD == 16 ? (g >> 1) | ((g & 1) << 2) : g < 4 ? 2 * g : 2 * g - 7;
+  // Lane t = 0 holds columns 0 and 1 of the core's result, the higher planes; t = 1 columns 2 and 3, the lowest plane.
+  const int ma = t == 0 ? 256 : 0; const float fs = t == 0 ? 256.f : t == 1 ? 1.f : 0.f, fb = t == 0 ? 1.f : 0.f;
+  const int line = tile * 16 + rho, lines = p.tiles * 16;
+  const unsigned row0 = MAPPED ? (share * lines + line) * 128 : line * p.pitch + share * SPAN * TILE + t * WORD;
+  const unsigned sr0 = p.scale_at + (MAPPED ? ((share * GROUPS * 2 >> 4) * lines + line) * 16 + (share * GROUPS * 2 & 15)
+                                            : line * p.scale_pitch + share * GROUPS * 2 + ((g * (p.columns / G * 2)) & 15));
+  const unsigned down = MAPPED ? 8 * 128 : 8 * p.pitch, sdown = MAPPED ? 8 * 16 : 8 * p.scale_pitch, zoff = p.bias_at - p.scale_at;
+  const int per_piece = p.piece >> 6;
+#pragma unroll 1
+  for (int base = 0; base < rows; base += 16 * p.tiles) {
+    float A0 = 0, A1 = 0, B0 = 0, B1 = 0;
+    const bool live = tile < p.tiles && base + tile * 16 < rows;
+    int first = share * SPAN, last = min(p.columns >> 6, per_piece);
+#pragma unroll 1
+    for (int ch = 0; ch < p.pieces; ch++, first += per_piece, last = min(p.columns >> 6, last + per_piece)) {
+      const int nt = live ? min(SPAN, last - first) : 0;
+      const char* xf = xs + ((first * 3 + y) * 4 + t) * 16;
+      const unsigned row = r.data + r.st * STAGE + row0, sr = r.data + r.st * STAGE + sr0;
+      unsigned a[SPAN][BITS], s[2][(GROUPS + 1) / 2], z[2][(GROUPS + 1) / 2];
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+#pragma unroll
+        for (int i = 0; i < (GROUPS + 1) / 2; i++) s[e][i] = z[e][i] = 0;
+#pragma unroll
+      for (int j = 0; j < SPAN; j++)
+#pragma unroll
+        for (int i = 0; i < BITS; i++) a[j][i] = 0;
+      arrived(r);
+      if (nt > 0) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const unsigned q = sr + e * sdown;
+          if (MAPPED && GROUPS == 8) { lds128(q, s[e][0], s[e][GROUPS / 8], s[e][GROUPS / 4], s[e][GROUPS / 2 - 1]); lds128(q + zoff, z[e][0], z[e][GROUPS / 8], z[e][GROUPS / 4], z[e][GROUPS / 2 - 1]); }
+          else if (MAPPED && GROUPS == 4) { lds64(q, s[e][0], s[e][GROUPS / 2 - 1]); lds64(q + zoff, z[e][0], z[e][GROUPS / 2 - 1]); }
+          else if (MAPPED && GROUPS == 2) { s[e][0] = lds32(q); z[e][0] = lds32(q + zoff); }
+          else
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++)
+              if (i * G < nt * 64) { s[e][i / 2] |= lds16(q + 2 * i) << (16 * (i & 1)); z[e][i / 2] |= lds16(q + zoff + 2 * i) << (16 * (i & 1)); }
+        }
+#pragma unroll
+        for (int j = 0; j < SPAN; j++)
+          if (j < nt)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              if (MAPPED) {
+                const unsigned q = row + e * down, x = rho & 7, u = j * TILE / 16;
+                if (WORD == 4) { a[j][e] = lds32(q + ((u ^ x) << 4) + t * 4); a[j][2 + e] = lds32(q + (((u + 1) ^ x) << 4) + t * 4); }
+                else if (WORD == 8) {
+                  lds64(q + (((u + (t >> 1)) ^ x) << 4) + (t & 1) * 8, a[j][e], a[j][2 + e]);
+                  if (BITS == 8) lds64(q + (((u + 2 + (t >> 1)) ^ x) << 4) + (t & 1) * 8, a[j][BITS - 4 + e], a[j][BITS - 2 + e]);
+                } else lds128(q + (((u + t) ^ x) << 4), a[j][e], a[j][2 + e], a[j][BITS - 4 + e], a[j][BITS - 2 + e]);
+              } else {
+                const unsigned q = row + e * down + j * TILE;
+                if (WORD == 4) { a[j][e] = lds32(q); a[j][2 + e] = lds32(q + 16); }
+                else if (WORD == 8) { lds64(q, a[j][e], a[j][2 + e]); if (BITS == 8) lds64(q + 32, a[j][BITS - 4 + e], a[j][BITS - 2 + e]); }
+                else lds128(q, a[j][e], a[j][2 + e], a[j][BITS - 4 + e], a[j][BITS - 2 + e]);
+              }
+            }
+      }
+      release(r, lane);
+#pragma unroll
+      for (int j = 0; j < SPAN; j++) {
+        if (j >= nt) break;
+        const uint4 f = *(const uint4*)(xf + j * 192);
+        int c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+        constexpr unsigned N = 0x0f0f0f0fu;
+        if (BITS == 4) {
+          mma(c[0], a[j][0] & N, a[j][1] & N, (a[j][0] >> 4) & N, (a[j][1] >> 4) & N, f.x, f.y);
+          mma(c[PER - 1], a[j][2] & N, a[j][3] & N, (a[j][2] >> 4) & N, (a[j][3] >> 4) & N, f.z, f.w);
+        } else {
+          mma(c[0], a[j][0], a[j][1], a[j][2], a[j][3], f.x, f.y);
+          mma(c[PER - 1], a[j][BITS - 4], a[j][BITS - 3], a[j][BITS - 2], a[j][BITS - 1], f.z, f.w);
+        }
+#pragma unroll
+        for (int q = 0; q < PER; q++) {
+          const float2 n = xn[(first + j) * PER + q];
+          const int i = G == 32 ? 2 * j + q : j * 64 / G;
+          A0 += scale_of(s[0][i / 2], i & 1) * n.x * (float)(c[q][0] * ma + c[q][1]);
+          A1 += scale_of(s[1][i / 2], i & 1) * n.x * (float)(c[q][2] * ma + c[q][3]);
+          B0 += scale_of(z[0][i / 2], i & 1) * n.y;
+          B1 += scale_of(z[1][i / 2], i & 1) * n.y;
+        }
+      }
+      advance(r);
+    }
+    A0 = A0 * fs + B0 * fb; A1 = A1 * fs + B1 * fb;
+    A0 += __shfl_xor_sync(ALL, A0, 1); A1 += __shfl_xor_sync(ALL, A1, 1);
+    if (t == 0 && live) {
+      float* o = slots + (base + line) * 17 + share;
+      o[0] = A0; o[8 * 17] = A1;
+    }
+  }
+}
+
+template <int T> DI float plain_piece(const char* w, const float* xs, int from, int columns, int step) {
+  float a = 0, b = 0;
+#pragma unroll 4
+  for (int c = from; c < columns; c += step) {
+    float v[8]; eight<T>(w + c * Size<T>::B, v);
+    float4 x0 = *(const float4*)(xs + c), x1 = *(const float4*)(xs + c + 4);
+    a += v[0] * x0.x; b += v[1] * x0.y; a += v[2] * x0.z; b += v[3] * x0.w;
+    a += v[4] * x1.x; b += v[5] * x1.y; a += v[6] * x1.z; b += v[7] * x1.w;
+  }
+  return a + b;
+}
+// Rows of plain numbers: `shares` warps to a row, each 256 columns at a time, 8 to a lane. A stage holds rows, or a piece
+// of one, which all warps share.
+template <int T> DI void plain_product(Ring& r, const Product& p, int rows, const float* xs, float* slots, const int warp, const int lane) {
+#pragma unroll 1
+  for (int base = 0; base < rows; base += p.tiles) {
+    const int n = min(p.tiles, rows - base) * p.shares;
+    if (p.pieces > 1) {
+      float a = 0;
+#pragma unroll 1
+      for (int k0 = 0; k0 < p.columns; k0 += p.piece) {
+        arrived(r);
+        a += plain_piece<T>(sm + r.st * STAGE, xs + k0, warp * 256 + lane * 8, min(p.piece, p.columns - k0), 4096);
+        release(r, lane);
+        advance(r);
+      }
+      a = warp_sum(a);
+      if (lane == 0) slots[base * 17 + warp] = a;
+      continue;
+    }
+    const char* data = sm + r.st * STAGE;
+    arrived(r);
+#pragma unroll 1
+    for (int u = warp; u < n; u += 16) {
+      const int row = u / p.shares, share = u - row * p.shares;
+      const float a = warp_sum(plain_piece<T>(data + row * p.columns * Size<T>::B, xs, share * 256 + lane * 8, p.columns, p.shares * 256));
+      if (lane == 0) slots[(base + row) * 17 + share] = a;
+    }
+    release(r, lane);
+    advance(r);
+  }
+}
+
+DI float activation(float v) {
+  if (ACT == 0) return v / (1.f + __expf(-v));
+  if (ACT == 1) return 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
+  if (ACT == 2) { float u = 1.5957691216057308f * (v + 0.044715f * v * v * v); return v / (1.f + __expf(-u)); }
+  v = fmaxf(v, 0.f);
+  return ACT == 3 ? v : v * v;
+}
+DI u64 key_of(float v, int id) {
+  unsigned u = __float_as_uint(v);
+  u = v != v ? 0xffffffffu : (u & 0x80000000u) ? ~u : (u | 0x80000000u);
+  return ((u64)u << 32) | (0xffffffffu - (unsigned)id);
+}
+DI float peak_of(u64 k) {
+  unsigned u = (unsigned)(k >> 32);
+  return __uint_as_float((u & 0x80000000u) ? (u & 0x7fffffffu) : ~u);
+}
+DI u64 warp_max(u64 k) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) { u64 x = __shfl_xor_sync(ALL, k, o); k = x > k ? x : k; }
+  return k;
+}
+DI float block_sum(float v) {  // the same for all consumers, in a fixed order
+  v = warp_sum(v);
+  if ((threadIdx.x & 31) == 0) sh.red[threadIdx.x >> 5] = v;
+  meet();
+  float s = 0;
+  for (int i = 0; i < 16; i++) s += sh.red[i];
+  meet();
+  return s;
+}
+
+// Where the values that blocks exchange lie, in words of (value, epoch).
+constexpr int X_IN = 0, X_MID = X_IN + D, X_QKV = X_MID + D, X_OUT = X_QKV + QR, X_ACT = X_OUT + H * HD, PART = GH * (HD + 2);
+constexpr int X_PART = X_ACT + F, X_TOP = X_PART + NB * PART, X_MASS = X_TOP + 2 * NB, X_PICK = X_MASS + 2 * NB, X_CAND = X_PICK + 2;
+
+// A token from the filtered distribution; the same in every block but where `owner` says so. Twin: ops/picking.py.
+NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak, const float* lg, int r0, int r1, bool& unresolved) {
+  const int t = threadIdx.x, b = blockIdx.x;
+  const float it = ln->inv_t, least = ln->log_min_p, chance = fminf(ln->chance[step], 1.f - 5.9604645e-8f), top_p = ln->top_p;
+  const int n = r1 - r0;
+  const bool filtered = ln->top_k > 0 || top_p < 1.f;
+  float mass = 0;
+  for (int i = t; i < n; i += 512) { float s = (lg[i] - peak) * it; if (filtered || s >= least) mass += __expf(s); }
+  mass = block_sum(mass);
+  if (t == 0) publish(x + X_MASS + 2 * b, mass, ep);
+  unresolved = false;
+  if (!filtered) {
+    if (t < NB) sh.maxima[t] = fetch1(x + X_MASS + 2 * t, ep);
+    meet();
+    if (t == 0) {
+      float total = 0;
+      for (int i = 0; i < NB; i++) total += sh.maxima[i];
+      float goal = chance * total, before = 0;
+      int at = -1;
+      for (int i = 0; i < NB; i++) {
+        float w = sh.maxima[i];
+        if (w > 0.f && (at < 0 || before <= goal)) { at = i; sh.goal = goal - before; }
+        before += w;
+        if (before > goal && at >= 0) break;
+      }
+      sh.picked = at;
+    }
+    meet();
+    if (sh.picked == b) {
+      float* part = sh.cv;  // the sums of 512 runs of rows
+      const int run = (n + 511) / 512, i0 = min(n, t * run), i1 = min(n, i0 + run);
+      float s = 0;
+      for (int i = i0; i < i1; i++) { float e = (lg[i] - peak) * it; if (e >= least) s += __expf(e); }
+      part[t] = s;
+      meet();
+      if (t == 0) {
+        float before = 0; int at = -1; float start = 0;
+        for (int i = 0; i < 512; i++) { if (part[i] > 0.f) { at = i; start = before; } before += part[i]; if (before > sh.goal && at >= 0) break; }
+        float sum = start; int id = 0;
+        for (int i = at * run; i < min(n, at * run + run); i++) {
+          float e = (lg[i] - peak) * it;
+          if (e < least) continue;
+          id = i; sum += __expf(e);
+          if (sum > sh.goal) break;
+        }
+        publish(x + X_PICK, __int_as_float(r0 + id), ep);
+      }
+    }
+    if (t == 0) sh.id = __float_as_int(fetch1(x + X_PICK, ep));
+    meet();
+    return sh.id;
+  }
+  // The k-th largest of the blocks' maxima is a lower bound of the k-th largest logit: few others are above it.
+  const int want = ln->top_k > 0 ? min(ln->top_k, NB) : min(NB, 64);
+  if (t < NB) {
+    float m = sh.maxima[t]; int rank = 0;
+    for (int i = 0; i < NB; i++) { float o = sh.maxima[i]; rank += o > m || (o == m && i < t); }
+    if (rank == want - 1) sh.threshold = m;
+  }
+  if (t == 0) sh.count = 0;
+  meet();
+  uint2* mine = x + X_CAND + b * (2 * EACH);
+  for (int i = t; i < n; i += 512)
+    if (lg[i] >= sh.threshold) {
+      int at = atomicAdd(&sh.count, 1);
+      if (at < EACH) { publish(mine + 2 * at, lg[i], ep); publish(mine + 2 * at + 1, __int_as_float(r0 + i), ep); }
+    }
+  meet();
+  if (t == 0) publish(x + X_MASS + 2 * b + 1, __int_as_float(sh.count), ep);
+  meet();
+  if (t == 0) { sh.count = 0; sh.picked = 0; }
+  meet();
+  float part = 0;
+  if (t < NB) {
+    const uint2* q[2] = {x + X_MASS + 2 * t, x + X_MASS + 2 * t + 1};
+    float v[2]; fetch<2>(q, ep, v);
+    part = v[0];
+    int c = __float_as_int(v[1]);
+    if (c > EACH || c < 0) { sh.picked = 1; c = 0; }
+    int at = atomicAdd(&sh.count, c);
+    for (int i = 0; i < c; i++) {
+      const uint2* e = x + X_CAND + t * (2 * EACH) + 2 * i;
+      const uint2* q2[2] = {e, e + 1};
+      float w[2]; fetch<2>(q2, ep, w);
+      if (at + i < CAND) { sh.cv[at + i] = w[0]; sh.ci[at + i] = __float_as_int(w[1]); }
+    }
+  }
+  const float all = block_sum(part);
+  const int m = sh.count;
+  if (sh.picked || m > CAND || m < 1) { unresolved = true; return 0; }
+  if (t < m) {
+    float v = sh.cv[t]; int id = sh.ci[t], rank = 0;
+    for (int i = 0; i < m; i++) { float o = sh.cv[i]; rank += o > v || (o == v && sh.ci[i] < id); }
+    sh.sv[rank] = v; sh.si[rank] = id;
+  }
+  meet();
+  const int kept = ln->top_k > 0 ? min(m, ln->top_k) : m;
+  if (t < kept) sh.cv[t] = __expf((sh.sv[t] - peak) * it);
+  meet();
+  float total = 0, before = 0;
+  for (int i = 0; i < kept; i++) { if (i < t) before += sh.cv[i]; total += sh.cv[i]; }
+  if (ln->top_k == 0 && total < top_p * all * 1.000001f) { unresolved = true; meet(); return 0; }
+  const float goal = top_p * (ln->top_k > 0 ? total : all);
+  bool stays = t < kept && (t == 0 || top_p >= 1.f || before < goal) && (sh.sv[t] - peak) * it >= least;
+  float w = t < kept ? sh.cv[t] : 0.f;
+  meet();
+  if (t < kept) sh.cv[t] = stays ? w : 0.f;
+  if (t == 0) sh.id = 0x7fffffff;
+  meet();
+  float sum = 0, upto = 0;
+  if (t < kept) {
+    const int id = sh.si[t];
+    for (int i = 0; i < kept; i++) { float e = sh.cv[i]; sum += e; if (sh.si[i] <= id) upto += e; }
+    if (stays && upto > chance * sum) atomicMin(&sh.id, id);
+  }
+  meet();
+  int id = sh.id;
+  if (id == 0x7fffffff) id = sh.si[0];
+  meet();
+  return id;
+}
+
+extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
+    const Layer* table, const Launch* launch, State* state, uint2* x, const void* emb, const void* emb_scales, const void* emb_biases,
+    float* counts, const float* __restrict__ logit_bias, float* logits, Said* said, const int* host_stop, u64 maps) {
+  char* xs = sm + NST * STAGE;                                    // what a product multiplies
+  float2* xn = (float2*)(xs + PLANES);                            // scales and sums of its blocks
+  float* slots = (float*)(xs + XBYTES);                           // partial sums
+  float* qs = (float*)xs;                                         // attention: queries,
+  float* att = qs + GH * HD;                                      // and the partial results of warps
+  float* recent = (float*)(xs + WORK);                            // keys and values of this launch's steps
+  float* bias = recent + STEPS * 2 * HD;
+  float* lg = bias + BIASES;                                      // this block's logits
+  Layer* layers = (Layer*)(lg + LOGITS);
+  Launch* ln = (Launch*)(layers + L + 1);                         // a plain load would queue behind the weights
+  Ring rg{sa(sm), sa(sh.full), sa(sh.empty), 0, 0};
+  asm volatile("" : "+r"(rg.data), "+r"(rg.full), "+r"(rg.empty));  // or the compiler finds them anew each time
+  if (rg.data & 1023) { state->error = 1; if (blockIdx.x == 0 && threadIdx.x == 0) said[launch->serial % SAID] = {0, 0, 2, (unsigned)launch->serial + 1}; return; }  // what tensor maps exchange would not be where it is read
+  if (state->stop || state->error) return;  // all blocks alike: nothing writes it while they start
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < NST; i++) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(rg.full + 8 * i));
+      asm volatile("mbarrier.init.shared::cta.b64 [%0],16;" ::"r"(rg.empty + 8 * i));
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    sh.bad = sh.over = 0; sh.limit = launch->limit_ns; sh.state = state;
+  }
+  for (int i = threadIdx.x; i < (L + 1) * (int)sizeof(Layer) / 4; i += blockDim.x) ((int*)layers)[i] = ((const int*)table)[i];
+  for (int i = threadIdx.x; i < (int)sizeof(Launch) / 4; i += blockDim.x) ((int*)ln)[i] = ((const int*)launch)[i];
+  __syncthreads();
+  const int b = blockIdx.x; int t = threadIdx.x; asm volatile("" : "+r"(t)); const int lane = t & 31, warp = t >> 5;
+  const int steps = ln->steps, pos0 = ln->pos, kh = b / PARTS, sp = b % PARTS;
+  const bool attends = b < KV * PARTS;
+  // Rows of the cache that part `sp` reads: of those from before this launch that the window shows.
+#define ROWS(y) \
+  const int n0 = pos0 - y.shift, w_ = y.window, lo_ = w_ > 0 ? max(0, min(n0, n0 + step + 1 - w_)) : 0; \
+  const int j0 = lo_ + (int)((long)(n0 - lo_) * sp / PARTS), j1 = lo_ + (int)((long)(n0 - lo_) * (sp + 1) / PARTS);
+#define WORK(op) \
+  const int l = (op) >> 2, ph = (op) == 4 * L ? 4 : (op) & 3; const Product& p = PRODUCTS[ph]; const Layer& y = layers[l]; \
+  const bool pair = GATED && ph == 2; const int n_ = pair ? F : p.rows; int r0, r1; owned(n_, p.unit, b, r0, r1);
+  constexpr int KROWS = STAGE / (2 * HD * Size<CT>::B), AB = Size<AT>::B;
+  if (warp == 16) {
+    Orders o{rg, 0, false};
+    u64 policy, keep;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(keep));
+#pragma unroll 1
+    for (int step = 0; step < steps && !o.quit; step++)
+#pragma unroll 1
+      for (int op = 0; op <= 4 * L && !o.quit; op++) {
+        WORK(op)
+        const int w_i = ph == 4 ? 0 : ph;
+        if (r1 > r0 && (p.norm || p.biased)) {
+          // The norm's weights, this block's biases (rounded out to 16 bytes), and the norms of heads.
+          const u64 nw = ph == 2 ? y.n2 : y.n1;
+          const int a0 = r0 & ~7, an = ((r1 + 7) & ~7) - a0, nb = p.norm ? D * AB : 0, bb = p.biased ? an * AB : 0, hb = QKN && ph == 0 ? HD * AB : 0;
+          const unsigned f = order(o, nb + bb * (pair ? 2 : 1) + 2 * hb, lane), d = rg.data + o.r.st * STAGE;
+          if (lane == 0 && !o.quit) {
+            if (nb) bulk(d, nw, nb, f, keep);
+            if (bb) { bulk(d + nb, y.bias[w_i] + (u64)a0 * AB, bb, f, keep); if (pair) bulk(d + nb + bb, y.bias[w_i] + (u64)(F + a0) * AB, bb, f, keep); }
+            if (hb) { bulk(d + nb + bb * (pair ? 2 : 1), y.qn, hb, f, keep); bulk(d + nb + bb * (pair ? 2 : 1) + hb, y.kn, hb, f, keep); }
+          }
+          advance(o.r);
+        }
+        const int chunk = pair ? p.chunk / 2 : p.chunk;
+#pragma unroll 1
+        for (int c0 = r0; c0 < r1 && !o.quit; c0 += chunk)
+#pragma unroll 1
+          for (int part = 0; part <= (int)pair; part++) {
+            const int c1 = min(r1, c0 + chunk);
+            if (p.bits == 0) {
+#pragma unroll 1
+              for (int s = c0; s < c1; s += p.tiles)
+#pragma unroll 1
+                for (int k0 = 0; k0 < p.columns; k0 += p.piece) {
+                  const int bytes = p.pieces > 1 ? min(p.piece, p.columns - k0) * Size<WT>::B : min(p.tiles, c1 - s) * p.columns * Size<WT>::B;
+                  const unsigned f = order(o, bytes, lane);
+                  if (lane == 0 && !o.quit) bulk(rg.data + o.r.st * STAGE, y.w[w_i] + ((u64)(s + part * F) * p.columns + k0) * Size<WT>::B, bytes, f, policy);
+                  advance(o.r);
+                }
+            } else if (p.mapped) {
+              const u64 map = maps + (u64)((l * 4 + w_i) * 3) * 128;
+#pragma unroll 1
+              for (int s = c0; s < c1; s += 16 * p.tiles)
+#pragma unroll 1
+                for (int ch = 0; ch < p.pieces; ch++) {
+                  const unsigned f = order(o, p.bias_at + (p.bias_at - p.scale_at), lane), d = rg.data + o.r.st * STAGE;
+                  if (lane == 0 && !o.quit) {
+                    tensor(d, map, s + part * F, ch * (p.piece * p.bits / 1024), f, policy);
+                    tensor(d + p.scale_at, map + 128, s + part * F, ch * (p.piece / p.group / 8), f, policy);
+                    tensor(d + p.bias_at, map + 256, s + part * F, ch * (p.piece / p.group / 8), f, policy);
+                  }
+                  advance(o.r);
+                }
+            } else {
+              const int line = p.columns / p.group * 2;  // bytes of a row's scales, from anywhere within 16 bytes
+#pragma unroll 1
+              for (int s = c0; s < c1; s += 16 * p.tiles) {
+                const int n = min(16 * p.tiles, c1 - s);
+                const u64 row = s + part * F;
+#pragma unroll 1
+                for (int ch = 0; ch < p.pieces; ch++) {
+                  const int k0 = ch * p.piece, kn = min(p.piece, p.columns - k0), wb = kn * p.bits / 8, sb = kn / p.group * 2;
+                  unsigned bytes = 0;
+                  for (int i = lane; i < n; i += 32) bytes += wb + 2 * ((((i * line) & 15) + sb + 15) & ~15);
+                  const unsigned f = order(o, __reduce_add_sync(ALL, bytes), lane), d = rg.data + o.r.st * STAGE;
+                  if (!o.quit) {
+                    const u64 w = y.w[w_i] + row * (p.columns * p.bits / 8) + k0 * p.bits / 8, at = row * line + k0 / p.group * 2;
+                    for (int i = lane; i < n; i += 32) bulk(d + i * p.pitch, w + (u64)i * (p.columns * p.bits / 8), wb, f, policy);
+                    for (int i = lane; i < 2 * n; i += 32) {
+                      const int z = i >= n, q = i - z * n, off = (q * line) & 15;
+                      bulk(d + (z ? p.bias_at : p.scale_at) + q * p.scale_pitch, (z ? y.z[w_i] : y.s[w_i]) + at + (u64)q * line - off, (off + sb + 15) & ~15, f, policy);
+                    }
+                  }
+                  __syncwarp();
+                  advance(o.r);
+                }
+              }
+            }
+          }
+        if (ph == 0 && attends) {
+          ROWS(y)
+#pragma unroll 1
+          for (int j = j0; j < j1 && !o.quit; j += KROWS) {
+            const int n = min(KROWS, j1 - j) * HD * Size<CT>::B;
+            const u64 at = (((u64)kh * y.cap) + j) * (HD * Size<CT>::B);
+            const unsigned f = order(o, 2 * n, lane), d = rg.data + o.r.st * STAGE;
+            if (lane == 0 && !o.quit) { bulk(d, y.kc + at, n, f, keep); bulk(d + n, y.vc + at, n, f, keep); }
+            advance(o.r);
+          }
+        }
+      }
+    // Nothing may be on its way into the shared memory of a block that has ended.
+    if (o.quit) { u64 since = now(); while (now() - since < 2000000ull); }
+    return;
+  }
+  int tok = ln->first ? ln->token : state->token;
+  bool finished = false;
+#pragma unroll 1
+  for (int step = 0; step < steps && !finished; step++) {
+    const unsigned e0 = ln->epoch + (unsigned)step * (L + 1);
+    const float* rope = ln->rope + step * NROPE * RD;
+    {
+      int r0, r1; owned(D, PRODUCTS[1].unit, b, r0, r1);
+      for (int i = t; i < r1 - r0; i += 512) {
+        const int c = r0 + i; float v;
+        if (EMB_BITS == 0) v = one<EMB_T>((const char*)emb + (u64)tok * D * Size<EMB_T>::B, c);
+        else {
+          constexpr int PER = 32 / (EMB_BITS ? EMB_BITS : 4), EG = EMB_G ? EMB_G : 64;
+          unsigned w = ((const unsigned*)emb)[((u64)tok * D + c) / PER];
+          float q = (float)((w >> (EMB_BITS * (c % PER))) & ((1u << EMB_BITS) - 1));
+          u64 at = ((u64)tok * D + c) / EG;
+          v = q * one<ST>((const char*)emb_scales + at * 2, 0) + one<ST>((const char*)emb_biases + at * 2, 0);
+        }
+        v *= EMB_SCALE;
+        sh.own[i] = v; publish(x + X_IN + c, v, e0);
+      }
+    }
+    meet();
+    u64 best = (u64)0x007fffffu << 32;  // minus infinity, of blocks without rows of the head
+    int h0 = 0, h1 = 0;
+#pragma unroll 1
+    for (int op = 0; op <= 4 * L; op++) {
+      WORK(op)
+      const unsigned ep = e0 + l;
+      if (ph == 4) { h0 = r0; h1 = r1; }
+      if (r1 > r0) {
+        TICK(0)
+        float ss = 0;
+        const char* aux = sm + rg.st * STAGE;
+        const bool auxiliary = p.norm || p.biased;
+        if (auxiliary) arrived(rg);
+        const int src = ph == 0 || ph == 4 ? X_IN : ph == 1 ? X_OUT : ph == 2 ? X_MID : X_ACT;
+        gather(x + src, ep, p.columns, [&](int c, bool in, float4 a) {
+          if (p.norm && in) {
+            ss += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
+            a.x *= one<AT>(aux, c); a.y *= one<AT>(aux, c + 1); a.z *= one<AT>(aux, c + 2); a.w *= one<AT>(aux, c + 3);
+          }
+          STORE_X
+        });
+        TICK(1)
+        if (auxiliary) {
+          const int a0 = r0 & ~7, an = ((r1 + 7) & ~7) - a0, nb = p.norm ? D * AB : 0, bb = p.biased ? an * AB : 0;
+          if (p.biased) for (int i = t; i < (r1 - r0) * (pair ? 2 : 1); i += 512) {
+            const int second = i >= r1 - r0, k = i - second * (r1 - r0);
+            bias[i] = one<AT>(aux + nb + second * bb, r0 - a0 + k);
+          }
+          if (QKN && ph == 0) for (int i = t; i < HD; i += 512) { const char* q = aux + nb + bb; sh.qn[i] = one<AT>(q, i); sh.kn[i] = one<AT>(q + HD * AB, i); }
+          ss = warp_sum(ss);
+          if (lane == 0) sh.red[warp] = ss;
+          release(rg, lane); advance(rg);
+        }
+        meet();
+        TICK(2)
+        float rs = 1;
+        if (p.norm) { float q = 0; for (int i = 0; i < 16; i++) q += sh.red[i]; rs = rsqrtf(q / D + (ph == 4 ? EPS_LAST : EPS)); }
+        const int chunk = pair ? p.chunk / 2 : p.chunk;
+#pragma unroll 1
+        for (int c0 = r0; c0 < r1; c0 += chunk) {
+          const int rows = min(chunk, r1 - c0);
+          if (c0 > r0) meet();
+#pragma unroll 1
+          for (int part = 0; part <= (int)pair; part++) {
+            float* out = slots + part * chunk * 17;
+            PRODUCT
+          }
+          TICK(3)
+          meet();
+          for (int r = t; r < rows; r += 512) {
+            const float* q = slots + r * 17;
+            float v = 0;
+            for (int i = 0; i < p.shares; i++) v += q[i];
+            v *= rs;
+            if (p.biased) v += bias[c0 - r0 + r];
+            if (ph == 0) publish(x + X_QKV + c0 + r, v, ep);
+            else if (ph == 2) {
+              v = activation(v);
+              if (GATED) {
+                float u = 0; q += chunk * 17;
+                for (int i = 0; i < p.shares; i++) u += q[i];
+                u *= rs;
+                if (p.biased) u += bias[r1 - r0 + c0 - r0 + r];
+                v *= u;
+              }
+              publish(x + X_ACT + c0 + r, v, ep);
+            } else if (ph == 4) {
+              const int id = c0 + r;
+              v *= LOGIT_SCALE;
+              if (LOGIT_CAP > 0.f) v = LOGIT_CAP * tanhf(v * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f)));
+              if (ln->want_logits) logits[id] = v;
+              if (ln->biased) v += logit_bias[id];
+              if (ln->penalised) {
+                const float c = counts[id];
+                if (c > 0.f) { if (ln->repetition != 1.f) v = v > 0.f ? v / ln->repetition : v * ln->repetition; v -= ln->presence + c * ln->frequency; }
+              }
+              lg[id - r0] = v;
+              const u64 k = key_of(v, id); best = k > best ? k : best;
+            } else {
+              v = v * RES_SCALE + sh.own[c0 - r0 + r]; sh.own[c0 - r0 + r] = v;
+              if (!(ln->fault && step == 1 && l == 0 && ph == 3 && b == 0)) publish(x + (ph == 1 ? X_MID : X_IN) + c0 + r, v, ep + (ph == 3));
+            }
+          }
+        }
+        meet();
+        TICK(4)
+      }
+      if (ph == 0 && attends) {  // key-value head kh, part sp of its keys, GH heads of queries
+        ROWS(y)
+        const bool newest = sp == PARTS - 1;
+        const int row = n0 + step;
+        constexpr int EH = (HD + 31) / 32;
+        if (newest)
+          for (int i = t; i < step * HD; i += 512) {
+            const int k = i / HD, d = i % HD; const u64 at = ((u64)kh * y.cap + n0 + k) * HD + d;
+            recent[k * 2 * HD + d] = uncached<CT>(y.kc + at * Size<CT>::B); recent[(k * 2 + 1) * HD + d] = uncached<CT>(y.vc + at * Size<CT>::B);
+          }
+#pragma unroll 1
+        for (int h = warp; h < (newest ? GH + 2 : GH); h += 16) {
+          const uint2* src = x + X_QKV + (h < GH ? kh * GH + h : h == GH ? H + kh : H + KV + kh) * HD;
+          float* o = h < GH ? qs + h * HD : recent + (step * 2 + h - GH) * HD;
+          const uint2* q[EH]; float e[EH];
+#pragma unroll
+          for (int i = 0; i < EH; i++) q[i] = lane + 32 * i < HD ? src + lane + 32 * i : nullptr;
+          fetch<EH>(q, ep, e);
+          __syncwarp();
+          if (QKN && h <= GH) {
+            float s = 0;
+#pragma unroll
+            for (int i = 0; i < EH; i++) s += e[i] * e[i];
+            s = rsqrtf(warp_sum(s) / HD + EPS_HEAD);
+#pragma unroll
+            for (int i = 0; i < EH; i++) if (lane + 32 * i < HD) e[i] *= s * (h < GH ? sh.qn : sh.kn)[lane + 32 * i];
+          }
+#pragma unroll
+          for (int i = 0; i < EH; i++) if (lane + 32 * i < HD) o[lane + 32 * i] = e[i];
+          __syncwarp();
+          if (h <= GH && y.rope >= 0) {
+            const float* cs = rope + y.rope * RD;
+            for (int i = lane; i < RD / 2; i += 32) {
+              const int a = TRADITIONAL ? 2 * i : i, z = TRADITIONAL ? 2 * i + 1 : i + RD / 2;
+              const float u = o[a], v = o[z], c = cs[2 * i], s = cs[2 * i + 1];
+              o[a] = u * c - v * s; o[z] = u * s + v * c;
+            }
+            __syncwarp();
+          }
+          if (h >= GH)
+            for (int d = lane; d < HD; d += 32) {
+              const float v = rounded<CT>(o[d]); o[d] = v;
+              store_one<CT>((void*)(h == GH ? y.kc : y.vc), ((long)kh * y.cap + row) * HD + d, v);
+            }
+        }
+        meet();
+        TICK(5)
+        constexpr int NC = HD / 8, LK = NC % 8 == 0 ? 8 : NC % 4 == 0 ? 4 : NC % 2 == 0 ? 2 : 1, KW = 32 / LK, CL = NC / LK, WK = 16 / GH;
+        const int g = warp % GH, w0 = warp / GH, sl = lane % LK, kk = lane / LK;
+        float q[CL * 8], o[CL * 8], m = -1e30f, s = 0;
+#pragma unroll
+        for (int i = 0; i < CL; i++)
+#pragma unroll
+          for (int e = 0; e < 8; e++) { o[i * 8 + e] = 0; q[i * 8 + e] = qs[g * HD + (sl + LK * i) * 8 + e] * ATT_SCALE; }
+        // One key for each group of LK lanes. Groups keep maxima and sums of their own, which are joined at the end.
+#define SCORE(T, kp, vp, ok) { \
+          float d = 0, v8[8]; \
+          _Pragma("unroll") for (int c = 0; c < CL; c++) { eight<T>(kp + (sl + LK * c) * 8 * Size<T>::B, v8); _Pragma("unroll") for (int e = 0; e < 8; e++) d += q[c * 8 + e] * v8[e]; } \
+          _Pragma("unroll") for (int w = LK / 2; w; w >>= 1) d += __shfl_xor_sync(ALL, d, w); \
+          if (ATT_CAP > 0.f) d = ATT_CAP * tanhf(d * (1.f / (ATT_CAP > 0.f ? ATT_CAP : 1.f))); \
+          if (!(ok)) d = -1e30f; \
+          const float mn = fmaxf(m, d); \
+          if (__any_sync(ALL, mn > m)) { const float a = __expf(m - mn); s *= a; _Pragma("unroll") for (int e = 0; e < CL * 8; e++) o[e] *= a; m = mn; } \
+          const float pr = (ok) ? __expf(d - m) : 0.f; s += pr; \
+          _Pragma("unroll") for (int c = 0; c < CL; c++) { eight<T>(vp + (sl + LK * c) * 8 * Size<T>::B, v8); _Pragma("unroll") for (int e = 0; e < 8; e++) o[c * 8 + e] += pr * v8[e]; } }
+#pragma unroll 1
+        for (int j = j0; j < j1; j += KROWS) {
+          const int n = min(KROWS, j1 - j);
+          const char *kp = sm + rg.st * STAGE, *vp = kp + n * HD * Size<CT>::B;
+          arrived(rg);
+          if (warp < GH * WK)
+#pragma unroll 1
+            for (int i = w0 * KW; i < n; i += WK * KW) { const int r = min(i + kk, n - 1); SCORE(CT, kp + r * HD * Size<CT>::B, vp + r * HD * Size<CT>::B, i + kk < n) }
+          release(rg, lane); advance(rg);
+        }
+        if (newest && warp < GH * WK) {
+          const int first = w_ > 0 ? max(0, step + 1 - w_) : 0;
+#pragma unroll 1
+          for (int i = first + w0 * KW; i <= step; i += WK * KW) { const int r = min(i + kk, step); const char* kp = (const char*)(recent + r * 2 * HD); SCORE(0, kp, kp + HD * 4, i + kk <= step) }
+        }
+        if (warp < GH * WK) {
+          float M = m;
+#pragma unroll
+          for (int w = LK; w < 32; w <<= 1) M = fmaxf(M, __shfl_xor_sync(ALL, M, w));
+          const float a = __expf(m - M); s *= a;
+#pragma unroll
+          for (int w = LK; w < 32; w <<= 1) s += __shfl_xor_sync(ALL, s, w);
+          float* w = att + (w0 * GH + g) * (HD + 2);
+#pragma unroll
+          for (int e = 0; e < CL * 8; e++) {
+            float v = o[e] * a;
+#pragma unroll
+            for (int k = LK; k < 32; k <<= 1) v += __shfl_xor_sync(ALL, v, k);
+            if (kk == 0) w[(sl + LK * (e / 8)) * 8 + e % 8] = v;
+          }
+          if (lane == 0) { w[HD] = M; w[HD + 1] = s; }
+        }
+        meet();
+        TICK(6)
+        for (int i = t; i < GH * HD; i += 512) {
+          const int g2 = i / HD, d = i % HD; float M = -1e30f, A = 0, B = 0;
+          for (int w = 0; w < WK; w++) M = fmaxf(M, att[(w * GH + g2) * (HD + 2) + HD]);
+          for (int w = 0; w < WK; w++) { const float* a = att + (w * GH + g2) * (HD + 2); const float f = __expf(a[HD] - M); A += f * a[d]; B += f * a[HD + 1]; }
+          uint2* pp = x + X_PART + b * PART + g2 * (HD + 2);
+          publish(pp + d, A, ep); if (d == 0) { publish(pp + HD, M, ep); publish(pp + HD + 1, B, ep); }
+        }
+        // Each part merges its share of the dims over all parts: lane w of a group of PARTS holds part w.
+        constexpr int DIMS = (GH * HD + PARTS - 1) / PARTS, ALLD = (DIMS * PARTS + 31) / 32 * 32;
+#pragma unroll 1
+        for (int i = t; i < ALLD; i += 512) {
+          const int w = i % PARTS, dd = sp + PARTS * (i / PARTS); const bool in = dd < GH * HD; const int g3 = in ? dd / HD : 0, d = dd % HD;
+          const uint2* pp = x + X_PART + (kh * PARTS + w) * PART + g3 * (HD + 2);
+          const uint2* f3[3] = {in ? pp + HD : nullptr, in ? pp + HD + 1 : nullptr, in ? pp + d : nullptr};
+          float v[3]; fetch<3>(f3, ep, v);
+          __syncwarp();
+          float M = v[0];
+#pragma unroll
+          for (int k = PARTS / 2; k; k >>= 1) M = fmaxf(M, __shfl_xor_sync(ALL, M, k));
+          const float a = __expf(v[0] - M); float A = v[2] * a, B = v[1] * a;
+#pragma unroll
+          for (int k = PARTS / 2; k; k >>= 1) { A += __shfl_xor_sync(ALL, A, k); B += __shfl_xor_sync(ALL, B, k); }
+          if (w == 0 && in) publish(x + X_OUT + kh * GH * HD + dd, A / B, ep);
+        }
+        meet();
+        TICK(7)
+      }
+    }
+    // The greatest logit of all, and the token.
+    const unsigned ep = e0 + L;
+    best = warp_max(best);
+    if (lane == 0) sh.keys[warp] = best;
+    meet();
+    if (warp == 0) {
+      best = warp_max(lane < 16 ? sh.keys[lane] : 0);
+      if (lane < 2) publish(x + X_TOP + 2 * b + lane, __uint_as_float(lane ? (unsigned)best : (unsigned)(best >> 32)), ep);
+      best = 0;
+      for (int i = lane; i < NB; i += 32) {
+        const uint2* q[2] = {x + X_TOP + 2 * i, x + X_TOP + 2 * i + 1}; float v[2]; fetch<2>(q, ep, v);
+        const u64 k = ((u64)__float_as_uint(v[0]) << 32) | __float_as_uint(v[1]);
+        sh.maxima[i] = peak_of(k); best = k > best ? k : best;
+      }
+      __syncwarp();
+      best = warp_max(best);
+      if (lane == 0) sh.keys[0] = best;
+    }
+    meet();
+    const float peak = peak_of(sh.keys[0]);
+    tok = (int)(0xffffffffu - (unsigned)sh.keys[0]);
+    bool unresolved = false;
+    if (ln->mode == 1 && fabsf(peak) < 3e38f) tok = draw(ln, x, ep, step, peak, lg, h0, h1, unresolved);
+    if (tok < 0 || tok >= V) tok = 0;  // of NaN, or of a block that has given up: never an index
+    if (ln->penalised && !unresolved && t == 0 && tok >= h0 && tok < h1) counts[tok] += 1.f;
+    meet();
+    const bool over = unresolved || *(volatile int*)&sh.bad;
+    // Only the host's own wish may differ between blocks: block 0 reads it, and it counts from the next launch on.
+    if (b == 0 && t == 0) {
+      const int status = *(volatile int*)&sh.bad ? 2 : unresolved ? 1 : 0;
+      volatile Said* out = (volatile Said*)said + (ln->serial + step) % SAID;
+      out->token = tok; out->peak = peak; out->status = status;
+      __threadfence_system();
+      out->seq = (unsigned)(ln->serial + step + 1);
+      if (step == steps - 1 || over) { state->token = tok; if (over || *(volatile const int*)host_stop) state->stop = 1; }
+    }
+    finished = over;
+  }
+  if (finished && t == 0) *(volatile int*)&sh.over = 1;  // the producer is ahead
+}

@@ -1,0 +1,245 @@
+"""Answers by one kernel a step: on an NVIDIA GPU against operations; anywhere, how an answer goes through launches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from places import TESTS
+
+from runner.cache import kv
+from runner.engine import compiled as module
+from runner.engine.compiled import Broken, Compiled
+from runner.engine.loaded import Loaded, open_loaded
+from runner.engine.prompt_cache import PromptCache
+from runner.engine.request import Request, Run
+from runner.engine.sampling import SamplingParams
+from runner.errors import BackendError
+from runner.ops.cuda.decoder import Picking, Said
+from runner.ops.device import current
+
+GQA = TESTS / "fixtures/llama/llama-gqa"
+PROMPT = [1 + index % 30 for index in range(40)]
+FIXTURES = sorted(path.parent for path in TESTS.glob("fixtures/*/**/config.json"))
+needs_gpu = pytest.mark.skipif(not current().compiles, reason="there is no kernel for this device")
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.8, "seed": 3, "top_k": 5},
+    {"temperature": 0.8, "seed": 3, "top_p": 0.9},
+    {"temperature": 1.3, "seed": 4, "top_k": 20, "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 1.3, "seed": 4, "min_p": 0.05},
+    {"temperature": 0.9, "seed": 5, "top_k": 30, "repetition_penalty": 1.2, "presence_penalty": 0.3},
+    {"temperature": 1, "seed": 5, "logit_bias": {5: 3.0, 7: -4.0}},
+    {"temperature": 0.7, "seed": 9, "logprobs": 2},
+    {"temperature": 1, "seed": 2, "repetition_penalty": 1.3, "penalty_window": 8},
+    {"temperature": 2.0, "seed": 2, "top_p": 0.99},
+]
+
+
+def answer(loaded: Loaded, count: int = 60, kept: PromptCache | None = None, **options: Any) -> list[int]:
+    request = Request(list(PROMPT), SamplingParams(**options), count)
+    return [token.id for token in Run(loaded, kept or PromptCache(loaded), request) if token is not None]
+
+
+def by_operations(loaded: Loaded) -> Loaded:
+    """The same model without a kernel."""
+    return dataclasses.replace(loaded, device=dataclasses.replace(loaded.device, compiles=False))
+
+
+class Twin:
+    """What `StepDecoder` does, from the model's logits over all ids, one launch after another."""
+
+    def __init__(self, loaded: Loaded, *, fails_at: int = 10**9, unresolved: Sequence[int] = ()) -> None:
+        self.loaded = loaded
+        self.division = SimpleNamespace(blocks=16)
+        self.ahead, self.pending, self.steps, self.launches, self.bound = 3, 0, 0, 0, 0
+        self.logits = mx.zeros((loaded.config.vocab_size,))
+        self._fails_at, self._unresolved = fails_at, unresolved
+        self._ids: list[int] = []
+        self._plan: list[tuple[int, int | None, Picking]] = []
+
+    @property
+    def queued(self) -> bool:
+        return len(self._plan) < 6
+
+    def refresh(self) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def bind(self, rows: Sequence[Any]) -> None:
+        self.bound += 1
+        self.finish()
+
+    def finish(self) -> None:
+        self._plan, self.pending = [], 0
+
+    def launch(
+        self, steps: int, position: int, token: int | None, picking: Picking, chances: Sequence[float], *, keep: bool
+    ) -> None:
+        assert 0 < steps <= self.ahead or keep
+        self.launches += 1
+        for index in range(steps):
+            self._plan.append((position + index, token if index == 0 else None, picking))
+        self.pending += steps
+
+    def read(self) -> Said:
+        position, token, _ = self._plan.pop(0)
+        self.pending -= 1
+        self.steps += 1
+        if self.steps == self._fails_at:
+            raise BackendError("a block waited in vain for another")
+        self._ids = self._ids[: position - len(PROMPT)]
+        self._ids.append(self._next if token is None else token)
+        assert len(self._ids) == position + 1 - len(PROMPT)
+        self.logits = self.loaded.logits([*PROMPT, *self._ids])[-1]
+        self._next = int(mx.argmax(self.logits).item())
+        return Said(self._next, float(mx.max(self.logits).item()), self.steps in self._unresolved)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    """A model whose rows are kept as a kernel reads them; the twin has no rows to write."""
+    monkeypatch.setattr(module, "ROOM", 8)
+    monkeypatch.setattr(kv, "STEP", 8)  # so that rows need room again within a short answer
+    return open_loaded(GQA, dtype="float32")
+
+
+def twinned(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Twin:
+    from runner.engine import step_shape
+
+    twin = Twin(loaded, **settings)
+    twin_ids = twin._ids
+
+    monkeypatch.setattr(step_shape, "rows_of", lambda caches: twin_ids)
+    loaded.compiled = Compiled(loaded.model, loaded.config.vocab_size, loaded.dtype, None)
+    loaded.compiled._decoder = twin  # type: ignore[assignment]
+    return twin
+
+
+def test_an_answer_in_launches(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answer(loaded, 30, temperature=0)
+    twin = twinned(loaded, monkeypatch)
+    kept = PromptCache(loaded)
+    assert answer(loaded, 30, kept, temperature=0) == expected
+    assert twin.steps == 29 and twin.bound > 1 and twin.pending == 0
+    assert twin.launches < twin.steps / 2
+    assert kept.caches.offset == len(PROMPT) + 29  # the last token was not fed back
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0, "logprobs": 1}, {"temperature": 0.8, "seed": 1, "logprobs": 0}])
+def test_what_the_kernel_cannot_pick_is_picked_from_its_logits(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    expected = answer(loaded, 20, **options)
+    twin = twinned(loaded, monkeypatch)
+    assert answer(loaded, 20, **options) == expected
+    assert twin.launches == twin.steps == 19
+
+
+def test_a_token_that_the_kernel_leaves_to_the_host(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answer(loaded, 20, temperature=0)
+    twin = twinned(loaded, monkeypatch, unresolved=(4, 5, 11))
+    assert answer(loaded, 20, temperature=0) == expected
+    assert twin.bound >= 4
+
+
+def test_a_kernel_that_fails_is_not_asked_again(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answer(loaded, 20, temperature=0)
+    twin = twinned(loaded, monkeypatch, fails_at=6)
+    got = answer(loaded, 20, temperature=0)
+    assert len(got) == 20 and got[:6] == expected[:6] and twin.steps == 6
+    assert loaded.compiled.refused == "a block waited in vain for another" and "in vain" in loaded.compiled.way
+    assert answer(loaded, 20, temperature=0) == expected
+
+
+def test_one_answer_at_a_time(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answer(loaded, 12, temperature=0)
+    twin = twinned(loaded, monkeypatch)
+    first = iter(Run(loaded, PromptCache(loaded), Request(list(PROMPT), SamplingParams(temperature=0), 12)))
+    began = [token.id for token in (next(first) for _ in range(4)) if token is not None]
+    assert answer(loaded, 12, temperature=0) == expected and twin.steps == len(began) - 1
+    first.close()
+    assert not loaded.run(lambda: loaded.compiled._busy)
+    assert answer(loaded, 12, temperature=0) == expected and twin.steps > len(began)
+
+
+def test_no_kernel_without_a_device_for_it() -> None:
+    loaded = by_operations(open_loaded(GQA))
+    assert not loaded.run(loaded.compiled.prepare) and "operations" in loaded.compiled.way
+    with pytest.raises(Broken):
+        next(loaded.compiled.decode(loaded.new_caches(), 1, 2, None))
+
+
+@needs_gpu
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
+def test_every_family_that_fits(path: Any) -> None:
+    loaded = open_loaded(path, dtype="float32")
+    if not loaded.run(loaded.compiled.prepare):
+        pytest.skip(loaded.compiled.way)
+    assert answer(loaded, temperature=0) == answer(by_operations(loaded), temperature=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", OPTIONS)
+def test_tokens_are_picked_as_by_operations(options: dict[str, Any]) -> None:
+    loaded = open_loaded(GQA, dtype="float32")
+    first = answer(loaded, **options)
+    assert first == answer(loaded, **options) == answer(by_operations(loaded), **options)
+    assert loaded.compiled.refused is None
+
+
+@needs_gpu
+def test_logits_are_as_near_to_float32_as_those_of_operations() -> None:
+    exact, loaded = open_loaded(GQA, dtype="float32"), open_loaded(GQA)
+
+    def logits(one: Loaded) -> np.ndarray:
+        from runner.engine.sampler import SamplingState
+
+        caches = one.new_caches()
+        one.model(_batch(PROMPT), caches)
+        state = SamplingState(SamplingParams(temperature=0, logprobs=1), one.config.vocab_size, PROMPT)
+        if one.compiled.prepare():
+            list(one.compiled.decode(caches, 5, 1, state))
+            assert one.compiled._decoder is not None
+            return np.array(one.compiled._decoder.logits)
+        return np.array(one.model.logits(one.model(_batch([5], len(PROMPT)), caches))[0, -1].astype(mx.float32))
+
+    want, kernel, operations = (
+        one.run(lambda one=one: logits(one))
+        for one in (by_operations(exact), loaded, by_operations(loaded))  # type: ignore[misc]
+    )
+    assert np.abs(kernel - want).max() <= 1.2 * np.abs(operations - want).max()
+
+
+@needs_gpu
+def test_a_block_that_says_nothing_ends_the_kernel_and_not_the_process() -> None:
+    loaded = open_loaded(GQA, dtype="float32")
+    expected = answer(loaded, temperature=0)
+    assert loaded.compiled._decoder is not None
+    loaded.compiled._decoder._fault, loaded.compiled._decoder._limit = True, 0.05
+    assert answer(loaded, temperature=0) == expected
+    assert loaded.compiled.refused is not None and "in vain" in loaded.compiled.refused
+    assert answer(loaded, temperature=0) == expected
+
+
+@needs_gpu
+def test_many_answers_hold_no_more_memory() -> None:
+    loaded = open_loaded(GQA)
+    for _ in range(50):
+        answer(loaded, 8, temperature=0)
+    before = loaded.run(mx.get_active_memory)
+    for _ in range(2000):
+        answer(loaded, 8, temperature=0)
+    assert loaded.run(mx.get_active_memory) <= before + (1 << 20)
+
+
+def _batch(ids: list[int], offset: int = 0) -> Any:
+    from runner.nn.batch import Batch
+
+    return Batch(mx.array([ids], mx.int32), offset)

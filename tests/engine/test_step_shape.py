@@ -1,0 +1,101 @@
+"""Which models one kernel takes, as read off their modules; nothing of it needs a GPU."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from places import TESTS
+
+from runner.engine.loaded import open_loaded
+from runner.engine.step_shape import read, rows_of
+from runner.ops.cuda.shape import Form, Unfit, divide
+
+FITS = {
+    "families/qwen3-base": {"head_norms": True, "rope_dims": 16},
+    "families/qwen2-base": {"biased": (True, False, False, False, False)},
+    "families/granite-bias": {
+        "attention_scale": 0.5,
+        "residual_scale": 0.6,
+        "logit_scale": 0.5,
+        "embedding_scale": 3.0,
+    },
+    "families/smollm3-base": {"ropes": 1},
+    "families/arcee-base": {"gated": False},
+    "families/glm-base": {"traditional": True},
+    "families/gemma-base": {"activation": "gelu_tanh"},
+    "llama/llama-mlx-4bit": {"forms": (Form(4, 32),) * 5, "embedding": Form(4, 32)},
+    "llama/llama-mlx-tied": {"embedding": Form(8, 64)},
+    "llama/llama-float16": {"weights": "float16"},
+    "llama/llama-rope-yarn": {"ropes": 1},
+}
+REFUSED = {
+    "families/qwen3_moe-base": "feed-forward layers of another kind",
+    "families/gpt_oss-base": "attention of its own",
+    "families/deepseek_v3-base": "LatentAttention",
+    "families/phi3-longrope": "depend on the length",
+    "families/lfm2-base": "GatedConv",
+    "llama/llama-mlx-mixed": "JoinedLinear",
+}
+
+
+@pytest.mark.parametrize("path", FITS)
+def test_models_that_fit(path: str) -> None:
+    loaded = open_loaded(TESTS / "fixtures" / path)
+    shape, tensors = read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+    for name, value in FITS[path].items():
+        assert getattr(shape, name) == value
+    assert divide(shape, 132, 232448).blocks > 0
+    assert len(tensors.layers) == shape.layers == loaded.config.num_hidden_layers
+    for layer in tensors.layers:
+        for matrix, rows, columns in zip(layer.products, shape.rows, shape.columns, strict=False):
+            packed = shape.forms[0].bits or 32
+            assert matrix.weight.shape == (rows, columns * packed // 32)
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_models_that_do_not_fit(path: str) -> None:
+    loaded = open_loaded(TESTS / "fixtures" / path)
+    with pytest.raises(Unfit, match=REFUSED[path]):
+        read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+
+
+def test_frequencies_are_those_of_the_layer() -> None:
+    loaded = open_loaded(TESTS / "fixtures/llama/llama-rope-llama3")
+    _, tensors = read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+    ((turns, factor),) = tensors.frequencies
+    rope = loaded.model.layers[0].self_attn.rope  # type: ignore[attr-defined]
+    assert factor == rope.factor
+    np.testing.assert_allclose(turns, 1 / np.array(rope.freqs), rtol=1e-6)
+
+
+def test_a_subclass_that_computes_otherwise_is_refused() -> None:
+    loaded = open_loaded(TESTS / "fixtures/families/qwen3-base")
+    layer = loaded.model.layers[0]  # type: ignore[attr-defined]
+
+    class Twice(type(layer)):  # type: ignore[misc]
+        def __call__(self, x: mx.array, *rest: object) -> mx.array:
+            result: mx.array = super().__call__(x, *rest) * 2
+            return result
+
+    layer.__class__ = Twice
+    with pytest.raises(Unfit, match=r"Twice\.__call__"):
+        read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+
+
+def test_where_the_rows_of_a_window_lie() -> None:
+    loaded = open_loaded(TESTS / "fixtures/llama/mistral-window", dtype="float32")
+    caches = loaded.new_caches()
+    if caches[0].storage is not loaded.device.ops.storage or loaded.device.ops.storage.joins is False:
+        pytest.skip("rows are stored in a form of this device's own")
+    keys = mx.zeros((1, 2, 600, 8))
+    for cache in caches:
+        cache.append(keys, keys)
+        cache.append(keys[:, :, :1], keys[:, :, :1])
+    first = rows_of(caches)[0]
+    assert first.window == caches[0].window and first.shift == caches[0].start
+    with pytest.raises(Unfit, match="several sequences"):
+        two = loaded.new_caches()
+        for cache in two:
+            cache.append(mx.zeros((2, 2, 1, 8)), mx.zeros((2, 2, 1, 8)))
+        rows_of(two)

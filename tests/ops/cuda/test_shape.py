@@ -1,0 +1,118 @@
+"""How a decode step is divided among a GPU's blocks: what needs no GPU to be checked, and that the kernel compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from runner.errors import BackendError
+from runner.ops.cuda.decoder import _LAYER, _launch_type
+from runner.ops.cuda.nvrtc import Nvrtc, compiled
+from runner.ops.cuda.shape import DOWN, GATE_UP, OUTPUT, SPARE, Division, Form, StepShape, Unfit, divide
+
+HOPPER = (132, 232448)
+PACKED = Form(4, 64)
+LLAMA_8B = StepShape(
+    hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336, layers=32, vocab=128256,
+    forms=(PACKED,) * 5, embedding=PACKED, weights="bfloat16", scales="bfloat16", small="bfloat16", cache="bfloat16",
+    table="bfloat16", biased=(False,) * 5, norm_eps=(1e-5,) * 3, rope_dims=128,
+)  # fmt: skip
+SMOLLM2 = dataclasses.replace(
+    LLAMA_8B, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536, layers=30, vocab=49152,
+    forms=(Form(),) * 5, embedding=Form(), rope_dims=64,
+)  # fmt: skip
+QWEN = dataclasses.replace(
+    SMOLLM2, hidden=896, heads=14, kv_heads=2, intermediate=4864, layers=24, vocab=151936, forms=(Form(8, 32),) * 5,
+    biased=(True, False, False, False, False),
+)  # fmt: skip
+MIXED = dataclasses.replace(LLAMA_8B, forms=(PACKED, PACKED, PACKED, PACKED, Form()), head_norms=True, gated=False)
+SHAPES = {"8b": LLAMA_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED}
+
+
+def owned(rows: int, unit: int, block: int, blocks: int) -> range:
+    """`owned` in step.cu."""
+    units = -(-rows // unit)
+    return range(unit * (units * block // blocks), min(rows, unit * (units * (block + 1) // blocks)))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_row_has_one_block_and_each_block_a_row(name: str) -> None:
+    shape = SHAPES[name]
+    division = divide(shape, *HOPPER)
+    every = set(range(division.blocks))
+    for index, product in enumerate(division.products):
+        rows = shape.intermediate if index == GATE_UP else product.rows
+        shares = [owned(rows, product.unit, block, division.blocks) for block in range(division.blocks)]
+        assert [row for share in shares for row in share] == list(range(rows))
+        every -= {block for block, share in enumerate(shares) if share}
+    assert not every
+    assert division.products[OUTPUT].unit == division.products[DOWN].unit  # of the residual
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_a_block_needs_fits(name: str) -> None:
+    division = divide(SHAPES[name], *HOPPER)
+    assert division.shared_memory + SPARE < HOPPER[1] and division.stages >= 3 and division.stage % 1024 == 0
+    for product in division.products:
+        assert product.stage <= division.stage and product.chunk % product.tiles == 0
+        assert product.piece * (product.pieces - 1) < product.columns <= product.piece * product.pieces
+        # Warps that share a row take all of a piece, and none of another row.
+        assert product.shares * product.tiles <= 16 or not product.bits
+        if product.mapped:
+            lines, scales = product.boxes
+            assert lines.lines * lines.width * 8 // product.bits == product.piece == scales.lines * 8 * product.group
+            assert lines.rows <= 256 and lines.lines <= 256
+
+
+def test_the_layouts_that_both_sides_read() -> None:
+    division = divide(SMOLLM2, *HOPPER)
+    assert _LAYER.itemsize == 192
+    assert _launch_type(division).itemsize == 96 + 4 * division.steps * (1 + 64)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"head_dim": 20}, "heads of 20 numbers"),
+        ({"heads": 64, "kv_heads": 2}, "32 heads for each head"),
+        ({"forms": (Form(3, 64),) * 5}, "weights of 3 bits"),
+        ({"scales": "float32"}, "scales in float32"),
+        ({"activation": "xielu"}, "the activation xielu"),
+        ({"forms": (Form(),) * 5, "hidden": 400000}, "norms and biases|no ring"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(changed: dict[str, object], why: str) -> None:
+    with pytest.raises(Unfit, match=why):
+        divide(dataclasses.replace(LLAMA_8B, **changed), *HOPPER)  # type: ignore[arg-type]
+
+
+def nvrtc() -> Nvrtc:
+    try:
+        return Nvrtc()
+    except BackendError:
+        pytest.skip("there is no NVRTC here")
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_kernel_compiles(name: str, architecture: str) -> None:
+    division: Division = divide(SHAPES[name], *HOPPER)
+    code, log = nvrtc().compile(division.source, architecture)
+    assert code.startswith(b"\x7fELF") and "Used" in log
+
+
+def test_a_compiled_kernel_is_kept_in_a_private_place(tmp_path: object) -> None:
+    nvrtc()
+    from pathlib import Path
+
+    folder = Path(str(tmp_path)) / "cuda"
+    source = 'extern "C" __global__ void nothing() {}'
+    code = compiled(source, "sm_90a", folder)
+    (file,) = folder.iterdir()
+    assert file.stat().st_mode & 0o077 == 0 and folder.stat().st_mode & 0o077 == 0
+    file.write_bytes(b"kept")
+    assert compiled(source, "sm_90a", folder) == b"kept"
+    # What others may have written is not run.
+    file.chmod(0o666)
+    assert compiled(source, "sm_90a", folder) == code
