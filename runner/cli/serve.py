@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from runner.errors import UsageError, UserFileError
 from runner.local_files import quoted
 
 if TYPE_CHECKING:
+    from runner.language_model import LanguageModel
     from runner.server.limits import Options
 
 KEY = "RUNNER_API_KEY"
@@ -73,6 +75,14 @@ def _texts(value: Any) -> Any:
     if isinstance(value, list):
         return [_texts(each) for each in value]
     return value if isinstance(value, bool) else str(value)
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 6GB, 512MB or a number; raises typer's BadParameter."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", str(text).strip().lower())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no size, such as 6GB or 512MiB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
 
 
 Config = Annotated[
@@ -146,6 +156,15 @@ def serve(
         int | None,
         typer.Option(metavar="N", min=1, help="Hold N tokens, prompt and answer together.", rich_help_panel=HOW),
     ] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE",
+            parser=size,
+            help="Let weights, answers and kept prompts take so much, as 6GB. Default: what this machine allows.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     dtype: DType = None,
     max_queue: Annotated[
         int,
@@ -159,6 +178,14 @@ def serve(
             rich_help_panel=HOW,
         ),
     ] = "refuse",
+    on_engine_failure: Annotated[
+        Literal["exit", "restart"],
+        typer.Option(
+            metavar="exit|restart",
+            help="After an error in the engine exit with 1, for whatever supervises, or begin anew in this process.",
+            rich_help_panel=HOW,
+        ),
+    ] = "exit",
     shutdown_timeout: Annotated[
         float,
         typer.Option(metavar="S", min=1, help="After SIGTERM let answers go on for S seconds.", rich_help_panel=HOW),
@@ -192,6 +219,7 @@ def serve(
         allow_origins=tuple(origin.rstrip("/") for origin in allow_origin or ()),
         max_queue=max_queue,
         unknown_fields=unknown_fields,
+        on_engine_failure=on_engine_failure,
         shutdown_timeout=shutdown_timeout,
         log_level=log_level,
     )
@@ -199,31 +227,44 @@ def serve(
         raise UsageError(f"--host {host} lets other machines in: set a key (--api-key-file or {KEY}), or say --no-auth")
     if no_auth and options.api_key is not None:
         raise UsageError("--no-auth and a key were given: leave one out")
-    run(names, options, _aliases(alias or (), names), dtype, context)
+    run(names, options, _aliases(alias or (), names), dtype, context, memory)
 
 
-def run(names: list[str], options: Options, aliases: dict[str, str], dtype: str | None, context: int | None) -> None:
+def run(
+    names: list[str],
+    options: Options,
+    aliases: dict[str, str],
+    dtype: str | None,
+    context: int | None,
+    memory: int | None,
+) -> None:
     """Load the models and serve them."""
-    from runner.server.backend import LocalBackend
+    from runner.server.backend import Engines, LocalBackend
     from runner.server.model import Served
     from runner.server.process import listening, serve_on
     from runner.server.serving import LOG, Serving
 
     made = listening(options)  # a port that is taken is said before minutes of loading
-    models = []
+    loaded: dict[str, LanguageModel] = {}
     for name in dict.fromkeys(names):
         lm = engine.open_model(name, dtype, None, context)
         shown = lm.name if os.sep in name and Path(name).exists() else name
-        models.append(Served(LocalBackend(lm, shown)))
+        if shown in loaded:
+            raise UsageError(f"two models are called {shown}: name one by another path, or serve it by itself")
+        loaded[shown] = lm
         aliases = {other: shown if model == name else model for other, model in aliases.items()}
         aliases |= {other: shown for other in (name, lm.name) if other not in (shown, *aliases)}
+    shared = Engines(loaded, memory)
+    models = [Served(LocalBackend(lm, name, shared)) for name, lm in loaded.items()]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     for logger in (logging.getLogger(LOG), logging.getLogger("uvicorn.error")):
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(options.log_level.upper() if logger.name == LOG else "ERROR")
     serving = Serving(models, options, {name: shown for name, shown in aliases.items() if name != shown})
-    serve_on(made, serving, lambda address, _end: welcome(address, models[0].name, options.api_key is not None))
+    code = serve_on(made, serving, lambda address, _end: welcome(address, models[0].name, options.api_key is not None))
+    if code:
+        raise typer.Exit(code)
 
 
 def welcome(address: str, model: str, keyed: bool) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from runner.engine.defaults import GenerationDefaults
+from runner.engine.engine import Engine
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.request import Request, Run
 from runner.engine.sampler import Token
@@ -36,6 +37,9 @@ class Order:
         ids: the prompt.
         max_tokens: the most tokens to make.
         choice: which of several answers to the same prompt it is, from 0; another draws other numbers.
+        ends: ids that end the answer.
+        priority: who has a higher one goes first.
+        turns: positions in the prompt where the next one of a conversation may part from it.
         guide: says which tokens may come next; None: all may.
     """
 
@@ -43,6 +47,9 @@ class Order:
     params: SamplingParams
     max_tokens: int
     choice: int = 0
+    ends: Collection[int] = frozenset()
+    priority: int = 0
+    turns: Collection[int] = ()
     guide: Guide | None = None
 
 
@@ -63,12 +70,14 @@ class Status:
         stuck_for: seconds since the last sign of life while an answer is under way; 0 if none is.
         running: answers under way.
         waiting: answers that wait for their first turn.
+        nbytes: bytes of the caches of those under way.
     """
 
     alive: bool = True
     stuck_for: float = 0.0
     running: int = 0
     waiting: int = 0
+    nbytes: int = 0
 
     @property
     def healthy(self) -> bool:
@@ -120,16 +129,40 @@ class Backend(Protocol):
         """How it fares now; answered without the thread that computes."""
         ...
 
+    def restart(self) -> None:
+        """Begin anew after a failure: it was not alive, and is."""
+        ...
+
     def close(self) -> None:
         """Give its memory back."""
         ...
 
 
-class LocalBackend:
-    """A model in this process. Answers that are under way at once take turns, token by token."""
+class Engines:
+    """The one engine of all models of this process, and another in its place once it has failed."""
 
-    def __init__(self, lm: LanguageModel, name: str) -> None:
+    def __init__(self, models: Mapping[str, LanguageModel], memory: int | None = None) -> None:
+        """Make it, for models by their names; `memory` as in `Engine`."""
+        self._models = dict(models)
+        self._memory = memory
+        self.current = self._made()
+
+    def _made(self) -> Engine:
+        return Engine({name: lm.engine for name, lm in self._models.items()}, memory=self._memory)
+
+    def restart(self) -> None:
+        """End all requests, and begin anew with the same models."""
+        self.current.close()
+        self.current = self._made()
+
+
+class LocalBackend:
+    """A model in this process, by an engine that answers many requests at once."""
+
+    def __init__(self, lm: LanguageModel, name: str, engines: Engines) -> None:
+        """Serve `lm` under `name`, by which `engines` has it, too."""
         self.lm = lm
+        self._engines = engines
         self.facts = Facts(
             name=name,
             family=lm.config.model_type,
@@ -140,82 +173,79 @@ class LocalBackend:
             vocab_size=lm.config.vocab_size,
             nbytes=lm.nbytes,
         )
-        self._running = 0
-        self._waiting = 0
-        self._moved = time.monotonic()
+        self._guided = 0
+        self._moved = 0.0
 
     async def tokens(self, order: Order) -> AsyncGenerator[Step, None]:
         """Make an answer, token by token."""
-        params = order.params
-        if params.seed is not None and order.choice:
-            params = params.replace(seed=(params.seed + order.choice * 0x9E3779B97F4A7C15) % (1 << 63))
+        made = self._by_turns(order) if order.guide is not None else self._by_engine(order)
+        async with contextlib.aclosing(made):
+            async for step in made:
+                yield step
+
+    async def _by_engine(self, order: Order) -> AsyncGenerator[Step, None]:
+        ticket = self._engines.current.submit(
+            order.ids,
+            order.params,
+            max_tokens=order.max_tokens,
+            ends=order.ends,
+            choice=order.choice,
+            priority=order.priority,
+            turns=order.turns,
+            model=self.facts.name,
+        )
+        try:
+            async for token in ticket:
+                yield Step(token, ticket.reused)
+        finally:
+            ticket.cancel()
+
+    async def _by_turns(self, order: Order) -> AsyncGenerator[Step, None]:
+        """An answer that a guide leads: by itself, a token between two of the engine's steps."""
         loaded = self.lm.engine
-        request = Request(list(order.ids), params, order.max_tokens, guide=order.guide)
+        request = Request(list(order.ids), order.params, order.max_tokens, guide=order.guide)
         run = Run(loaded, PromptCache(loaded, keeps=False), request)
         steps = self._steps(run)
-        async with self._counted():
-            waiting = True
-            self._waiting += 1
-            try:
-                while True:
-                    token = await loaded.wait(lambda: next(steps, False))
-                    if waiting:
-                        waiting = False
-                        self._waiting -= 1
-                    self._move()
-                    if isinstance(token, Token):
-                        yield Step(token, run.reused)
-                    elif token is False:
-                        return
-            finally:
-                self._waiting -= waiting
-                OWNER.post(steps.close)  # not here: it may be under way on the thread that computes
+        self._guided += 1
+        self._moved = time.monotonic()
+        try:
+            while True:
+                token = await loaded.wait(lambda: next(steps, False))
+                self._moved = time.monotonic()
+                if isinstance(token, Token):
+                    yield Step(token, run.reused)
+                elif token is False:
+                    return
+        finally:
+            self._guided -= 1
+            OWNER.post(steps.close)  # not here: it may be under way on the thread that computes
 
     @staticmethod
     def _steps(run: Run) -> Generator[Token | None, None, None]:
         yield from run
 
-    @contextlib.asynccontextmanager
-    async def _counted(self) -> AsyncIterator[None]:
-        if not self._running:
-            self._move()
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-
-    def _move(self) -> None:
-        self._moved = time.monotonic()
-
     async def score(self, ids: Sequence[int], top: int) -> list[Token]:
-        """Log-probabilities of a prompt's tokens, from one pass."""
-        loaded = self.lm.engine
-
-        def job() -> list[Token]:
-            import mlx.core as mx
-
-            logits = loaded.logits(ids)[:-1]
-            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            picked: Any = mx.take_along_axis(scores, mx.array(list(ids[1:]))[:, None], axis=-1)[:, 0].tolist()
-            if not top:
-                return [Token(index, value) for index, value in zip(ids[1:], picked, strict=True)]
-            best = mx.argsort(-scores, axis=-1)[:, :top]
-            names: Any = best.tolist()
-            likeliest: Any = mx.take_along_axis(scores, best, axis=-1).tolist()
-            rows = zip(ids[1:], picked, names, likeliest, strict=True)
-            return [Token(index, value, list(zip(*pair, strict=True))) for index, value, *pair in rows]
-
-        async with self._counted():
-            result = await loaded.wait(job) if len(ids) > 1 else []
-            self._move()
-        return result
+        """Log-probabilities of a prompt's tokens."""
+        ticket = self._engines.current.submit(ids, max_tokens=0, scores=top, model=self.facts.name)
+        try:
+            async for _ in ticket:
+                pass
+        finally:
+            ticket.cancel()
+        return ticket.scores[1:]
 
     def status(self) -> Status:
         """How it fares."""
-        stuck = time.monotonic() - self._moved if self._running else 0.0
-        return Status(not self.lm.engine.closed, stuck, self._running - self._waiting, self._waiting)
+        state = self._engines.current.status(self.facts.name)
+        quiet = max(state.quiet, time.monotonic() - self._moved if self._guided else 0.0)
+        alive = state.alive and not self.lm.engine.closed
+        return Status(alive, quiet, state.running + self._guided, state.waiting, state.nbytes)
+
+    def restart(self) -> None:
+        """Begin anew after a failure."""
+        self._engines.restart()
 
     def close(self) -> None:
         """Give the memory of the weights back."""
+        self._engines.current.close()
         self.lm.close()

@@ -44,6 +44,7 @@ class Options:
         allow_origins: pages that a browser may send requests from, such as `https://chat.example.org`.
         max_queue: answers that may be under way or waiting; more are refused with 429.
         unknown_fields: whether a field that is not understood is refused, or left out and told.
+        on_engine_failure: what to do once everybody who waited was told.
         shutdown_timeout: seconds that running answers have to end once the server is told to.
     """
 
@@ -57,6 +58,7 @@ class Options:
     max_queue: int = 256
     unknown_fields: Policy = "refuse"
     shutdown_timeout: float = 30.0
+    on_engine_failure: Literal["exit", "restart"] = "exit"
     log_level: Literal["error", "warning", "info", "debug"] = "info"
 
     @property

@@ -26,6 +26,7 @@ class Metrics:
         self._waiting = Gauge("num_requests_waiting", "Answers that wait.", label, registry=self.registry)
         self._prompt = Counter("prompt_tokens", "Tokens of prompts.", label, registry=self.registry)
         self._generated = Counter("generation_tokens", "Tokens of answers.", label, registry=self.registry)
+        self._cache = Gauge("kv_cache_bytes", "Bytes of answers under way.", label, registry=self.registry)
         self._queries = Counter(
             "prefix_cache_queries",
             "Tokens of prompts that were looked for in the cache.",
@@ -70,4 +71,5 @@ class Metrics:
             status = served.backend.status()
             self._running.labels(served.name).set(status.running)
             self._waiting.labels(served.name).set(status.waiting)
+            self._cache.labels(served.name).set(status.nbytes)
         return generate_latest(self.registry)

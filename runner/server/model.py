@@ -41,6 +41,7 @@ class Prepared:
         ids: the prompt.
         text: the prompt as text; "" where it came as ids.
         ends: ids of the tokens that end an answer.
+        turns: positions where the next prompt of a conversation may part from this one.
         guides: for each choice what says which tokens may come next; None: all may.
         ignored: what of the request has no effect with this model.
     """
@@ -54,12 +55,22 @@ class Prepared:
     stops: Sequence[str]
     ends: frozenset[int]
     guides: Sequence[Guide | None] = (None,)
+    turns: Sequence[int] = ()
     ignored: tuple[str, ...] = ()
 
     def order(self, choice: int) -> Order:
         """What the backend is to make for one of the choices."""
         guide = self.guides[choice]
-        return Order(ids=self.ids, params=self.params, max_tokens=self.budget, choice=choice, guide=guide)
+        return Order(
+            ids=self.ids,
+            params=self.params,
+            max_tokens=self.budget,
+            choice=choice,
+            ends=self.ends,
+            priority=self.ask.priority,
+            turns=self.turns,
+            guide=guide,
+        )
 
     def answer_text(self) -> AnswerText:
         """The way of one answer from ids to text."""
@@ -153,7 +164,16 @@ class Served:
         ]
         if ask.ignore_eos:
             ends = frozenset()
-        return Prepared(self, ask, ids, text, params, budget, stops, ends, guides, ignored)
+        turns = [len(ids) - self._opening] if isinstance(ask.prompt, Chat) and len(ids) > self._opening else []
+        return Prepared(self, ask, ids, text, params, budget, stops, ends, guides, turns, ignored)
+
+    @cached_property
+    def _opening(self) -> int:
+        """How many tokens open the assistant's turn, which the next prompt has too but may go on from otherwise."""
+        asked = [{"role": "user", "content": "hi"}]
+        tokenizer = self.backend.facts.tokenizer
+        whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+        return max(0, len(whole) - len(tokenizer.apply_chat_template(asked, add_generation_prompt=False)))
 
     @cached_property
     def grammars(self) -> Grammars:

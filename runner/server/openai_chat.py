@@ -203,6 +203,7 @@ class Body(Common, kw_only=True):
             choices=1 if self.n is None else self.n,
             constraint=constraint_of(self.response_format, self.structured_outputs),
             ignore_eos=bool(self.ignore_eos),
+            priority=self.rank(),
         )
 
     def asked_logprobs(self) -> int | None:

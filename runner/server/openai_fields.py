@@ -43,6 +43,18 @@ class Common(msgspec.Struct, kw_only=True):
     max_tokens: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
+    priority: int | None = None
+
+    def rank(self) -> int:
+        """The priority with the higher one first; in vLLM's field the lower one goes first.
+
+        Raises:
+            ApiError: it is out of range.
+        """
+        wanted = self.priority or 0
+        if abs(wanted) >= 1 << 31:
+            raise invalid("priority must be below 2^31 in size", "priority")
+        return -wanted
 
     def sampling(self, logprobs: int | None) -> dict[str, Any]:
         """The fields of `SamplingParams` that are set."""

@@ -21,6 +21,7 @@ from runner.errors import UsageError
 from runner.server.app import App
 from runner.server.errors import ApiError, openai_form
 from runner.server.limits import HEADER_SECONDS, MAX_HEADERS, Options
+from runner.server.model import Served
 from runner.server.serving import Serving
 
 
@@ -153,8 +154,8 @@ def listening(options: Options) -> socket.socket:
     return made
 
 
-def serve_on(made: socket.socket, serving: Serving, started: Callable[[str, Callable[[], None]], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C.
+def serve_on(made: socket.socket, serving: Serving, started: Callable[[str, Callable[[], None]], None]) -> int:
+    """Serve until SIGTERM or Ctrl-C, or until an engine fails for good; returns the exit code.
 
     Args:
         made: a socket of `listening`.
@@ -177,8 +178,22 @@ def serve_on(made: socket.socket, serving: Serving, started: Callable[[str, Call
     )
     server = Server(config, lambda end: started(address_of(made, options), end))
 
+    failures: list[str] = []
+
+    def failed(served: Served) -> None:
+        if failures and options.on_engine_failure == "exit":
+            return
+        failures.append(served.name)
+        serving.log.error("the engine of %s has failed: %s", served.name, options.on_engine_failure)
+        if options.on_engine_failure == "restart":
+            served.backend.restart()
+        else:  # a supervisor starts the process anew; those who wait are told first
+            server.handle_exit(signal.SIGTERM, None)
+
+    serving.on_failure = failed
     try:
         asyncio.run(server.serve(sockets=[made]))
+        return 1 if failures and options.on_engine_failure == "exit" else 0
     finally:
         for served in serving.models.values():
             served.backend.close()

@@ -88,6 +88,7 @@ class Ask:
         choices: how many answers to give.
         constraint: what the answer must be; None: any text.
         context: how many tokens prompt and answer may have together; None: as many as the model can hold.
+        priority: requests with a higher one go first.
         ignore_eos: whether end tokens are kept from coming, so that an answer has its full length.
     """
 
@@ -98,4 +99,5 @@ class Ask:
     choices: int = 1
     constraint: Constraint | None = None
     context: int | None = None
+    priority: int = 0
     ignore_eos: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -94,6 +94,7 @@ class Serving:
         self.places = Places(options.max_queue)
         self.metrics = Metrics(self)
         self.log = logging.getLogger(LOG)
+        self.on_failure: Callable[[Served], None] = lambda served: None
 
     def model(self, name: str | None) -> Served:
         """The model that a request names; without a name the first.
@@ -139,6 +140,10 @@ class Serving:
         told = of_exception(error)
         if told.status == 500:
             self.log.error("a request failed", exc_info=error)
+        if told.status >= 500:
+            for served in self.models.values():
+                if not served.backend.status().alive:
+                    self.on_failure(served)
         return told
 
     def begin(self, request: Request, *prepared: Prepared) -> Running:

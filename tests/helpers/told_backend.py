@@ -142,6 +142,10 @@ class ToldBackend:
         """How it fares."""
         return Status(alive=not self.dead, running=self.open)
 
+    def restart(self) -> None:
+        """Alive again."""
+        self.dead, self.fails = False, None
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -159,6 +163,7 @@ class Running:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.lines: list[dict[str, Any]] = []
+        self.code: int | None = None
         self._end: Callable[[], None] = lambda: None
 
     def _run(self) -> None:
@@ -166,7 +171,7 @@ class Running:
             self._end = end
             self._ready.set()
 
-        serve_on(self._made, self.serving, started)
+        self.code = serve_on(self._made, self.serving, started)
 
     def __enter__(self) -> Running:
         handler = logging.Handler()

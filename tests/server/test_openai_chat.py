@@ -222,19 +222,46 @@ def test_tokenize_and_back(server: Running) -> None:
     assert httpx2.post(f"{server.url}/detokenize", json={"tokens": made["tokens"]}).json() == {"prompt": text}
 
 
-def test_a_failing_engine_ends_streams_with_an_error_and_is_reported() -> None:
+def test_a_failing_engine_ends_streams_with_an_error_and_begins_anew() -> None:
+    backend = ToldBackend(lambda prompt, order: "Hello there")
+    with Running([backend], on_engine_failure="restart") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        for stream in (True, False):
+            backend.fails = RuntimeError("secret details")
+            with pytest.raises(openai.APIError) as caught:
+                list(client.chat.completions.create(model="told", messages=HELLO, stream=stream))
+            assert "secret" not in caught.value.message
+            assert httpx2.get(f"{server.url}/health").status_code == 200 and not backend.dead
+        assert client.chat.completions.create(model="told", messages=HELLO).choices[0].finish_reason == "stop"
+        assert server.serving.places.taken == 0
+
+
+def test_a_failing_engine_tells_all_and_ends_the_process() -> None:
     backend = ToldBackend(lambda prompt, order: "Hello there")
     with Running([backend]) as server:
-        backend.fails = RuntimeError("secret details")
+        backend.held.clear()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-        with pytest.raises(openai.APIError) as caught:
-            list(client.chat.completions.create(model="told", messages=HELLO, stream=True))
-        assert "secret" not in caught.value.message
+        streams = [iter(client.chat.completions.create(model="told", messages=HELLO, stream=True)) for _ in range(3)]
+        for stream in streams:
+            next(stream)
+        backend.fails = RuntimeError("out of order")
+        backend.held.set()
+        for stream in streams:
+            with pytest.raises(openai.APIError):
+                list(stream)
+    assert server.code == 1
+
+
+def test_a_dead_engine_shows_in_health_and_refuses() -> None:
+    backend = ToldBackend(lambda prompt, order: "Hello there")
+    with Running([backend]) as server:
+        server.serving.on_failure = lambda served: None
+        backend.dead = True
         assert httpx2.get(f"{server.url}/health").status_code == 503
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
         with pytest.raises(openai.InternalServerError) as later:
             client.chat.completions.create(model="told", messages=HELLO)
         assert later.value.status_code == 503 and later.value.code == "engine_failed"
-        assert server.serving.places.taken == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])

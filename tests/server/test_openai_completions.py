@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from places import ROOT
 from told_backend import Running, ToldBackend
 
 import runner
-from runner.server.backend import LocalBackend
+from runner.server.backend import Engines, LocalBackend
 
 FIXTURE = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
 
@@ -91,7 +92,7 @@ def test_refused_by_name(client: openai.OpenAI, extra: dict, named: str) -> None
 @pytest.fixture(scope="module")
 def real() -> Iterator[tuple[openai.OpenAI, runner.LanguageModel]]:
     lm = runner.load(FIXTURE)
-    with Running([LocalBackend(lm, "tiny")]) as running:
+    with Running([LocalBackend(lm, "tiny", Engines({"tiny": lm}))]) as running:
         yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0), lm
 
 
@@ -105,6 +106,21 @@ def test_a_real_model_gives_what_the_library_gives(real: tuple[openai.OpenAI, ru
     drawn = lm.generate("abc", max_tokens=8, temperature=1.0, seed=3)
     same = client.completions.create(model="tiny", prompt="abc", max_tokens=8, temperature=1, seed=3, n=2)
     assert same.choices[0].text == drawn.text != same.choices[1].text
+
+
+def test_the_same_tokens_alone_together_and_again(real: tuple[openai.OpenAI, runner.LanguageModel]) -> None:
+    """Batched, from the cache of an earlier one, and alone: one definition of each sum."""
+    client, lm = real
+    prompts = ["abcabcabc" * count for count in range(1, 9)]
+
+    def ask(prompt: str) -> str:
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=12, temperature=1, seed=9)
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ask, prompts))
+    assert together == [lm.generate(prompt, max_tokens=12, temperature=1.0, seed=9).text for prompt in prompts]
+    assert [ask(prompt) for prompt in prompts] == together
 
 
 def test_echo_and_logprobs_as_lm_eval_reads_them(real: tuple[openai.OpenAI, runner.LanguageModel]) -> None:
