@@ -7,8 +7,9 @@ that computes is; between two of them it does what others ask of it.
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -19,6 +20,7 @@ from runner.engine.loaded import CLOSED, Loaded
 from runner.engine.prefixes import PrefixStats
 from runner.engine.sampling import SamplingParams
 from runner.engine.scheduler import MOST, Scheduler
+from runner.engine.speculation import Guide, Proposer
 from runner.engine.ticket import Ended, Mailbox, Order, Ticket
 from runner.errors import BackendError, UsageError
 from runner.ops.owner import OWNER
@@ -215,6 +217,8 @@ class Engine:
         priority: int = 0,
         timeout: float | None = None,
         turns: Collection[int] = (),
+        guide: Guide | None = None,
+        proposer: Callable[[], Proposer] | None = None,
         scores: int | None = None,
         model: str = "",
     ) -> Ticket:
@@ -229,6 +233,9 @@ class Engine:
             priority: requests with a higher one go first; equals in the order in which they came.
             timeout: seconds after which the answer ends, wherever it is.
             turns: positions in the prompt where the next one of a conversation may part from it.
+            guide: says which tokens may come next; None: all may.
+            proposer: makes what guesses tokens ahead, on the engine's thread; None: nothing does. No token is another
+                for it.
             scores: None, or that the prompt's own log-probabilities are wanted (`Ticket.scores`), with those of so many
                 of the likeliest tokens beside each.
             model: which model answers, by its name.
@@ -244,11 +251,11 @@ class Engine:
         if timeout is not None and not timeout >= 0:
             raise UsageError(f"timeout must be a number of seconds, or None, not {timeout!r}")
         loaded = worker.loaded
-        deadline = {} if timeout is None else {"deadline": time.monotonic() + timeout}
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         order = Order(
             ids=loaded.checked(ids), params=params or SamplingParams(temperature=0.0), budget=max_tokens,
             ends=frozenset(ends), choice=choice, priority=priority, weights=loaded.adapter_weights, turns=turns,
-            scores=scores, **deadline,
+            scores=scores, deadline=deadline, guide=guide, proposer=proposer,
         )  # fmt: skip
         return worker.submit(order)
 

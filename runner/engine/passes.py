@@ -5,6 +5,7 @@ Nothing is waited for: what is returned is being computed, and the next pass can
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,24 +31,33 @@ class Flight:
     Attributes:
         fed: the rows whose known tokens it reads.
         read: how many of these there are.
-        rows: those that it picks a token for.
-        states: of these, at the time.
-        waits: arrays whose end is the end of the pass, where it picks nothing.
+        rows: those that it picks tokens for, and by how many rows of logits.
+        logits: `[R, V]`, until tokens are picked; None where it picks nothing.
+        states: what they are picked by.
+        waits: arrays whose end is the end of the pass, where others would have to wait for it.
     """
 
     fed: list[Row]
     read: int
-    rows: list[Row]
-    states: list[SamplingState]
-    sampled: Sampled | None
-    waits: list[mx.array] = field(default_factory=list)
+    rows: list[tuple[Row, int]]
+    logits: mx.array | None
+    waits: list[mx.array]
+    states: list[SamplingState] = field(default_factory=list)
+    sampled: Sampled | None = None
 
-    def land(self) -> list[Token | NumericsError]:
-        """Wait for the pass, and return what it picked."""
+    @property
+    def plain(self) -> bool:
+        """Whether its tokens can be picked before those of the last pass are known."""
+        return all(row.course is None or row.course.plain for row, _ in self.rows)
+
+    def land(self) -> list[list[Token | NumericsError]]:
+        """Wait for the pass, and return what it picked for each row."""
         if self.waits:
             mx.eval(self.waits)
             self.waits = []  # who holds a cache's buffer keeps it from being written in place
-        return [] if self.sampled is None else self.sampled.read(self.states)
+        picked = [] if self.sampled is None else self.sampled.read(self.states)
+        ends = itertools.accumulate((count for _, count in self.rows), initial=0)
+        return [picked[first:last] for first, last in itertools.pairwise(ends)]
 
 
 class Passes:
@@ -61,25 +71,40 @@ class Passes:
 
     def launch(self, feeds: Sequence[tuple[Row, Feed]]) -> Flight:
         """Begin a pass; the caches of the rows go forward by what they are fed."""
-        picking = [row for row, feed in feeds if feed.picks]
         fed = [row for row, feed in feeds if feed.ids is not None]
         logits = self._step(*feeds[0]) if len(feeds) == 1 and feeds[0][1].ids is None else self._read(feeds)
         # Behind what others wait for: a prompt's last layers have nobody else who asks for their rows.
         waits = [array for row in fed if row.caches is not None for array in row.caches.arrays]
-        states = [row.state for row in picking if row.state is not None]
-        sampled = None if logits is None else self._sampler(logits, states)
-        picks = [] if sampled is None else [array for array in sampled if array is not None]
-        self._ops.schedule(*picks, *waits)
         read = sum(feed.count for _, feed in feeds if feed.ids is not None)
-        flight = Flight(fed, read, picking, states, sampled, waits)
-        for place, row in enumerate(picking):
+        flight = Flight(fed, read, [(row, feed.picks) for row, feed in feeds if feed.picks], logits, waits)
+        if logits is None or not flight.plain:
+            self._ops.schedule(*([] if logits is None else [logits]), *waits)
+        place = 0
+        for row, count in flight.rows:
             row.picked += 1
             row.flight = (flight, place)
+            place += count
         return flight
+
+    def pick(self, flight: Flight) -> None:
+        """Begin to pick the tokens of a pass; those that came before are known, where its rows need that."""
+        if flight.logits is None:
+            return
+        for row, count in flight.rows:
+            assert row.course is not None
+            if row.done or row.course.plain:
+                flight.states += [row.course.state] * count
+                continue
+            if count == 1:
+                row.course.plan(0)
+            flight.states += row.course.rows
+        flight.sampled = self._sampler(flight.logits, flight.states)
+        flight.logits = None
+        self._ops.schedule(*[array for array in flight.sampled if array is not None], *flight.waits)
 
     def _step(self, row: Row, feed: Feed) -> mx.array:
         """Logits `[1, V]` behind the token that was picked last, of a row that is alone."""
-        assert row.caches is not None and feed.picks
+        assert row.caches is not None and feed.picks == 1
         if row.steps is None:
             row.steps = Steps(self._loaded.model, row.caches, self._ops)
         return row.steps(self._picked([row])[None])
@@ -96,13 +121,13 @@ class Passes:
             hidden = model(Batch(ids, rows[0].offset, segments[0].length), rows[0].caches)
         else:
             hidden = model(Batch.of(ids, segments), self._caches(rows, [segment.count for segment in segments]))
-        last, start = [], 0
+        last: list[int] = []
+        start = 0
         for (row, feed), segment in zip(feeds, segments, strict=True):
             if row.order.scores is not None and feed.ids is not None:
                 self._score(row, hidden[:, start : start + segment.count], segment)
             start += segment.count
-            if feed.picks:
-                last.append(start - 1)
+            last += range(start - feed.picks, start)
         if not last:
             return None
         return model.logits(hidden if len(last) == start else mx.take(hidden, mx.array(last), axis=1))[0]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from runner.cache.caches import Caches
 from runner.engine.prefix_tree import Kept
 from runner.engine.replay import Steps
-from runner.engine.sampler import SamplingState, Token
+from runner.engine.sampler import Token
+from runner.engine.speculation import Continuation
 from runner.engine.ticket import Ended, Mailbox, Order, Progress
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ class Feed:
 
     Attributes:
         length: as `Segment.length`.
-        picks: whether a token is picked by the logits behind it.
+        picks: by how many of the last rows of logits a token is picked: 0 within a prompt, 1 behind it and in an
+            answer, more where guesses are read along.
     """
 
     ids: list[int] | None
     length: int | None
-    picks: bool
+    picks: int
 
     @property
     def count(self) -> int:
@@ -47,9 +49,10 @@ class Row:
         picked: tokens of the answer that were picked, those that nobody has read yet included.
         caches: None while it waits.
         kept: what `Prefixes` lent them as; None where nothing is shared.
-        state: None before its first turn.
+        course: how its tokens are picked; None before its first turn.
         steps: its decode steps while it is alone; None after a pass with others.
-        flight: the pass that picked its last token, and at which place among those that it picked.
+        flight: the pass that picked its last token, and at which place among those that it picked; None: that token is
+            read like a prompt's.
         done: whether the caller was told of its end.
     """
 
@@ -62,7 +65,7 @@ class Row:
         self.picked = 0
         self.caches: Caches | None = None
         self.kept: Kept | None = None
-        self.state: SamplingState | None = None
+        self.course: Continuation | None = None
         self.steps: Steps | None = None
         self.flight: tuple[Flight, int] | None = None
         self.done = False
@@ -84,6 +87,11 @@ class Row:
     def length(self) -> int:
         """Tokens of prompt and answer, those that nobody has read yet included."""
         return len(self.order.ids) + self.picked
+
+    @property
+    def unread(self) -> int:
+        """Tokens that were picked, and that nobody has read from the device."""
+        return self.length - len(self.ids)
 
     @property
     def reading(self) -> bool:
@@ -115,19 +123,38 @@ class Row:
             exact: whether frequencies depend on the length: tokens of an answer that is read again go one by one then.
         """
         if not self.reading:
-            return Feed(None, None, picks=self.picked < self.order.budget)
+            return Feed(None, None, picks=1)
         start = self.offset
         prompt = start < self.prompt
         end = min(start + count, len(self.ids))
         if exact:
             end = min(end, self.prompt if prompt else start + 1)
         picks = end == len(self.ids) and self.picked < self.order.budget
-        return Feed(self.ids[start:end], self.prompt if prompt else None, picks)
+        return Feed(self.ids[start:end], self.prompt if prompt else None, int(picks))
+
+    def guessed(self) -> Feed:
+        """The last token, which is known, and the guesses behind it."""
+        assert self.course is not None and self.caches is not None
+        drafts = self.course.plan(self.order.budget - self.picked - 1)
+        if not drafts:
+            return Feed(None, None, picks=1)
+        self.caches.reserve(1 + len(drafts))
+        return Feed([self.ids[-1], *drafts], None, picks=1 + len(drafts))
 
     def take(self, token: Token) -> None:
         """Add a token of the answer, which was read from the device."""
         self.ids.append(token.id)
         self.mailbox.put(token)
+
+    def settle(self, flight: Flight, place: int, right: int, fed: int) -> None:
+        """Of a pass that was fed `fed` tokens, guesses among them, keep the `right` ones; the last is at `place`."""
+        assert self.caches is not None
+        self.picked += right - 1
+        wanted = self.caches.offset - fed + right
+        reached = self.caches.reach(wanted)
+        self.caches.rewind(reached)
+        # Where the caches cannot be there, what they lack is read again.
+        self.flight = (flight, place) if reached == wanted else None
 
     def progressed(self) -> None:
         """Tell how much of the prompt is read."""

@@ -17,6 +17,7 @@ from runner.engine.passes import Flight, Passes
 from runner.engine.rows import Feed, Row
 from runner.engine.sampler import SamplingState, Token
 from runner.engine.sharing import Sharing
+from runner.engine.speculation import Continuation
 from runner.engine.ticket import Mailbox, Order
 from runner.errors import NumericsError, RunnerError
 from runner.ops.memory import Memory
@@ -75,17 +76,27 @@ class Scheduler:
         self._sweep()
         self._admit()
         begun = time.perf_counter()
-        flights = [self._maker.launch(feeds) for feeds in self._planned()]
+        if any(row.course is not None and row.course.waits for row in self.live if row.unread):
+            self._land()  # guesses are read behind tokens that are certain
+        flights = []
+        for feeds in self._planned():
+            flights.append(self._maker.launch(feeds))
+            if flights[-1].plain:
+                self._maker.pick(flights[-1])
         self._land()
-        self._flights = flights
-        if any(flight.fed for flight in flights):
+        for flight in flights:
+            self._maker.pick(flight)
+        self._flights, read = flights, sum(flight.read for flight in flights)
+        if read:
             # A prompt's piece takes long: what follows it is built when it is done, over buffers that nobody holds.
             self._land()
-            self._measure(sum(flight.read for flight in flights), time.perf_counter() - begun)
+        if read >= LEAST:
+            now = (time.perf_counter() - begun) / read
+            self._pace = now if not self._pace else (self._pace + now) / 2
         self.passes += 1
         if self.passes % WEIGHED_EVERY == 0:
             self._relieve()
-        if self.passes % SETTLED_EVERY == 0 or any(flight.fed for flight in flights):
+        if self.passes % SETTLED_EVERY == 0 or read >= LEAST:
             self.memory.settle()
         if self.live or self.waiting or self._flights:
             return True
@@ -158,12 +169,16 @@ class Scheduler:
         return max(0, self.footprint.of(len(row.ids)) - row.caches.nbytes) if row.reading else 0
 
     def _begin(self, row: Row) -> None:
-        loaded = self.loaded
-        if row.state is None:
-            row.state = SamplingState(
-                row.order.params, loaded.config.vocab_size, row.order.ids, choice=row.order.choice
-            )
+        if row.course is None:
+            row.course = self._course(row.order)
         self.sharing.begin(row)
+
+    def _course(self, order: Order) -> Continuation:
+        config = self.loaded.config
+        state = SamplingState(order.params, config.vocab_size, order.ids, choice=order.choice)
+        single = config.rope_depends_on_length
+        proposer = None if single or order.proposer is None else order.proposer()
+        return Continuation(state, order.ids, guide=order.guide, proposer=proposer, single=single)
 
     def _relieve(self) -> None:
         """Where the live rows have grown beyond the budget: kept prefixes go, then the youngest row goes on later."""
@@ -213,7 +228,8 @@ class Scheduler:
         if deciding and self._pace:
             room = min(room, max(LEAST, int(PAUSE / self._pace)))
         exact = self.loaded.config.rope_depends_on_length
-        chosen = [(row, row.feed(1, exact=exact)) for row in deciding]
+        chosen = [(row, self._next(row)) for row in deciding]
+        room -= sum(feed.count - 1 for _, feed in chosen)
         for row in readers:
             if room < 1:
                 break
@@ -225,6 +241,11 @@ class Scheduler:
         for weights, feeds in groups.items():
             self.loaded.use_adapters(dict(weights))
             yield feeds
+
+    def _next(self, row: Row) -> Feed:
+        """What a row that decodes is fed: guesses only behind a token that is certain."""
+        assert row.course is not None
+        return Feed(None, None, 1) if row.course.plain or row.unread else row.guessed()
 
     def _piece(self, row: Row, room: int, *, alone: bool) -> int:
         """How many known tokens of a row to read next."""
@@ -247,25 +268,50 @@ class Scheduler:
         """Read the tokens of the passes under way, and end the rows that they finish."""
         flights, self._flights = self._flights, []
         for flight in flights:
-            for row, token in zip(flight.rows, flight.land(), strict=True):
-                if not row.done:
-                    self._took(row, token)
+            place, landed = 0, flight.land()
             for row in flight.fed:
                 if not row.done:
                     self.sharing.mark(row)
                     row.progressed()
-                    if row.order.budget == 0 and not row.reading:
-                        self._end(row, "length")
+            for (row, count), picked in zip(flight.rows, landed, strict=True):
+                if not row.done:
+                    self._took(row, flight, place, picked)
+                place += count
+            for row in flight.fed:
+                if row.order.budget == 0 and not row.done and not row.reading:
+                    self._end(row, "length")
 
-    def _took(self, row: Row, token: Token | NumericsError) -> None:
-        if isinstance(token, NumericsError):
-            self._end(row, "error", self._explained(row, token))
+    def _took(self, row: Row, flight: Flight, place: int, picked: list[Token | NumericsError]) -> None:
+        """Add to a row what was picked for it at `place` and behind it, as far as guesses were right."""
+        try:
+            tokens = self._certain(row, picked)
+        except NumericsError as error:
+            self._end(row, "error", self._explained(row, error))
             return
-        row.take(token)
-        if token.id in row.order.ends:
-            self._end(row, "stop")
-        elif len(row.ids) == len(row.order.ids) + row.order.budget:
-            self._end(row, "length")
+        except RunnerError as error:  # its grammar has become too much work
+            self._end(row, "error", error)
+            return
+        ended = ""
+        for token in tokens:
+            row.take(token)
+            if token.id in row.order.ends:
+                ended = "stop"
+                break
+        if len(row.ids) == len(row.order.ids) + row.order.budget:
+            ended = ended or "length"
+        if len(picked) > 1:
+            row.settle(flight, place + len(tokens) - 1, len(tokens), len(picked))
+        if ended:
+            self._end(row, ended)
+
+    def _certain(self, row: Row, picked: list[Token | NumericsError]) -> list[Token]:
+        assert row.course is not None
+        if not row.course.plain:
+            return row.course.accept(picked)
+        (token,) = picked
+        if isinstance(token, NumericsError):
+            raise token
+        return [token]
 
     def _explained(self, row: Row, error: NumericsError) -> NumericsError:
         return NumericsError(
@@ -273,9 +319,3 @@ class Scheduler:
             f"({str(self.loaded.dtype).removeprefix('mlx.core.')}); weights or activations are out of the range of "
             "their type (dtype='float32' may help), or a bias or penalty is too large"
         )
-
-    def _measure(self, tokens: int, seconds: float) -> None:
-        """Learn how long a token of a prompt takes."""
-        if tokens >= LEAST:
-            now = seconds / tokens
-            self._pace = now if not self._pace else (self._pace + now) / 2

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
+from runner.engine.speculation import Guide, Proposer
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,6 +33,8 @@ class Order:
         deadline: the `time.monotonic()` at which the answer ends, wherever it is.
         weights: names and weights of the adapters to compute with.
         turns: positions in the prompt where a later one may part from it.
+        guide: says which tokens may come next; None: all may.
+        proposer: makes what guesses tokens ahead, a job of the owner's thread; None: nothing does.
         scores: None, or that the log-probability of each token of the prompt is wanted, and those of so many of the
             likeliest in its place.
     """
@@ -45,6 +48,8 @@ class Order:
     deadline: float = math.inf
     weights: Mapping[str, float] = field(default_factory=dict)
     turns: Collection[int] = ()
+    guide: Guide | None = None
+    proposer: Callable[[], Proposer] | None = None
     scores: int | None = None
 
 

@@ -17,6 +17,7 @@ from places import TESTS
 
 import runner
 from runner.engine.draft import DraftModel
+from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.lookup import PromptLookup
 from runner.engine.prompt_cache import PromptCache
@@ -69,6 +70,28 @@ class Scripted:
         return [token if self.chance.random() >= self.wrong else (token + 1) % 40 for token in right]
 
 
+class Even:
+    """A guide that allows even ids; after a multiple of 6, only the next even one, and the one after that."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.last, self.words = 1, -(-vocab_size // 32) - 1
+
+    def _after(self, token: int) -> Any:
+        return np.array([1 << token + 2 if token % 6 == 0 and token < 24 else 0x55555554, *[0] * self.words], np.uint32)
+
+    def allowed(self) -> Any:
+        return self._after(self.last)
+
+    def add(self, token: int) -> None:
+        self.last = token
+
+    def allowed_after(self, drafts: Sequence[int]) -> list[Any]:
+        return [self._after(token) for token in (self.last, *drafts)]
+
+    def forced(self, most: int) -> list[int]:
+        return [self.last + 2] if self.last % 6 == 0 and self.last < 24 else []
+
+
 class Counted:
     """A model that counts its passes."""
 
@@ -116,6 +139,28 @@ def test_guesses_change_no_token(engine: Loaded, options: dict[str, Any]) -> Non
         for one, other in zip(found, wanted, strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
             assert [i for i, _ in one.top_logprobs or ()] == [i for i, _ in other.top_logprobs or ()]
+
+
+def test_guesses_beside_other_requests(engine: Loaded) -> None:
+    """Some rows with guesses, of which few are right, some without, one held by a guide: each as alone."""
+    plain = [[token.id for token in answer(engine, options, 30)] for options in OPTIONS]
+    with Engine(engine, prefixes=0) as many:
+        asked = [SamplingParams(**options) for options in OPTIONS]
+        alone = many.submit(PROMPT, asked[1], max_tokens=30, guide=Even(engine.config.vocab_size))
+        held = [token.id for token in alone]
+        assert all(token % 2 == 0 for token in held)
+        tickets = [
+            many.submit(
+                PROMPT, params, max_tokens=30, guide=Even(engine.config.vocab_size) if guided else None,
+                proposer=(lambda ids=ids, wrong=wrong: Scripted(PROMPT, ids, wrong)) if wrong is not None else None,
+            )
+            for params, ids in zip(asked, plain, strict=True)
+            for wrong, guided in ((0.0, False), (None, False), (0.4, False))
+        ]  # fmt: skip
+        beside = many.submit(PROMPT, asked[1], max_tokens=30, guide=Even(engine.config.vocab_size))
+        found = [[token.id for token in ticket] for ticket in tickets]
+        assert found == [ids for ids in plain for _ in range(3)]
+        assert [token.id for token in beside] == held
 
 
 def test_an_answer_with_guesses_may_be_left_at_any_token(engine: Loaded) -> None:
