@@ -31,7 +31,7 @@ MOST = 16
 START = 8
 """Guesses in the first pass: a multiplication by many rows costs little more than one by a few."""
 
-PAYS = 0.2
+PAYS = 0.3
 """Share of the guesses that must be right: below it, passes of several tokens cost more than they save."""
 
 MEMORY = 32
@@ -86,7 +86,7 @@ class Depth:
     def note(self, guessed: int, right: int) -> None:
         """Count guesses, in a pass or only for comparison."""
         self._rate += (right / guessed - self._rate) * min(MEMORY, max(MEMORY // 8, guessed)) / MEMORY
-        self._depth = min(MOST, 2 * self._depth) if right >= self._depth else max(2, min(self._depth, 2 * right))
+        self._depth = min(MOST, self._depth + 4) if right >= guessed else max(2, (self._depth + right) // 2)
 
     def none(self) -> None:
         """Count that there was nothing to guess."""

@@ -196,9 +196,9 @@ def test_depth_follows_what_was_right() -> None:
     depth = Depth(free=False)
     assert depth.pays and depth.now() == START
     depth.note(8, 8)
-    assert depth.now() == 2 * START
-    depth.note(16, 2)
-    assert depth.now() == 4
+    assert depth.now() == START + 4
+    depth.note(12, 2)
+    assert depth.now() == 7
     for _ in range(20):
         depth.note(4, 0)
     assert not depth.pays and depth.now() == 2
@@ -209,7 +209,11 @@ def test_depth_follows_what_was_right() -> None:
     free = Depth(free=True)
     assert not free.pays  # until it is seen that they are right
     free.note(8, 8)
+    free.note(8, 8)
     assert free.pays
+    for _ in range(80):
+        free.none()
+    assert not free.pays
 
 
 def test_lookup_goes_on_after_the_longest_repeated_end() -> None:
