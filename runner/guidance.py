@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from runner.constraints import Choice, Constraint, JsonObject, JsonSchema, Lark
 from runner.errors import UsageError
 from runner.installation import install
-from runner.text.blocks import BlockSeparator
-from runner.text.separator import PlainText, Separator
+from runner.text.lead import Lead, lead_of
+from runner.text.separator import Separator
 from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -70,10 +70,17 @@ class Grammars:
             UsageError: llguidance is not installed; the constraint cannot be enforced, or is too large or too slow to
                 compile; the model has no token that ends an answer, or reasons in a form that cannot be told apart.
         """
-        before = self._before_content(separator)
+        lead = lead_of(separator, self._tokenizer, self._piece)
         with self._lock:
             matcher = self._matcher(constraint).deep_copy()
-        return Guide(matcher, -(-self._vocab_size // 32), self._ends, *before)
+        return Guide(matcher, -(-self._vocab_size // 32), self._ends, lead)
+
+    def _piece(self, token: int) -> tuple[str, bool]:
+        """The text of a token, whole characters of it, and whether it is special."""
+        text = self._tokenizer.piece(token) or ""
+        if text in self._tokenizer.special_tokens:
+            return text, True
+        return self._tokenizer.decode([token], skip_special_tokens=False), False
 
     def _matcher(self, constraint: Constraint) -> llguidance.LLMatcher:
         # By its text: a schema may be a dictionary that is changed later.
@@ -99,33 +106,11 @@ class Grammars:
             self._vocabulary = llguidance.LLTokenizer(wrapped, eos_token=list(self._ends))
         return self._vocabulary
 
-    def _before_content(self, separator: Separator) -> tuple[list[int], int | None, bool]:
-        """Tokens that open reasoning before the answer, the one that closes it, and whether it has been opened."""
-        if isinstance(separator, PlainText):
-            return [], None, False
-        if not isinstance(separator, BlockSeparator):
-            raise UsageError("a constraint cannot be kept in this model's format, whose messages have channels")
-        token = self._tokenizer.token_id
-        if separator.opened is not None:
-            closing = token(separator.opened.closing)
-            if closing is None:
-                raise UsageError(
-                    f"the prompt begins a block of reasoning, whose end {separator.opened.closing!r} is no token of "
-                    "this model: a constraint could not tell where the answer starts; turn the reasoning off"
-                )
-            return [], closing, True
-        pairs = [(token(marks.opening), token(marks.closing)) for marks in separator.blocks]
-        closings = {closing for opening, closing in pairs if opening is not None and closing is not None}
-        if len(closings) != 1:  # the model is held to answer at once
-            return [], None, False
-        (closing,) = closings
-        return [opening for opening, end in pairs if opening is not None and end == closing], closing, False
-
 
 class Guide:
     """The way of one answer through a grammar: which tokens may come next, and on with the one that was picked.
 
-    Reasoning before the answer is free: while it lasts, every token but an end is allowed.
+    Reasoning before the content is free: while it lasts, every token but an end is allowed.
     """
 
     def __init__(
@@ -133,24 +118,13 @@ class Guide:
         matcher: llguidance.LLMatcher,
         words: int,
         ends: Sequence[int],
-        openings: Sequence[int] = (),
-        closing: int | None = None,
-        reasons: bool = False,
+        lead: Lead,
     ) -> None:
-        """Begin an answer.
-
-        Args:
-            words: of 32 bits that all masks have.
-            openings: tokens that may begin reasoning instead of the answer.
-            closing: the token that ends the reasoning.
-            reasons: whether the prompt has begun it.
-        """
+        """Begin an answer; `words` of 32 bits are in each mask, and `lead` says what may stand before the content."""
         self._matcher = matcher
         self._words = words
         self._ends = ends
-        self._openings = list(openings)
-        self._closing = closing
-        self._reasons = reasons
+        self._lead = lead
         self._ended = False
         self._now: Bits | None = None  # what `allowed` found
 
@@ -167,72 +141,77 @@ class Guide:
         if self._now is not None:
             return self._now
         bits = self._now = np.zeros(self._words, np.uint32)
-        if self._reasons:
+        lead = self._lead
+        if lead.free:
             bits[:] = 0xFFFFFFFF
             for end in self._ends:
                 bits[end // 32] &= ~np.uint32(1 << end % 32)
             return bits
-        found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        self._check()
-        count = min(len(found), self._words)
-        bits[:count] = found[:count]
-        for opening in self._openings:
-            bits[opening // 32] |= np.uint32(1 << opening % 32)
+        if not lead.only:
+            found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+            self._check()
+            count = min(len(found), self._words)
+            bits[:count] = found[:count]
+        for token in (*lead.only, *lead.also):
+            bits[token // 32] |= np.uint32(1 << token % 32)
         return bits
 
     def add(self, token: int) -> None:
         """Take the token that was picked."""
-        if self._reasons:
-            self._reasons = token != self._closing
-        elif token in self._openings:
-            self._reasons = True
-        elif token in self._ends:
+        self._take(token)
+
+    def _take(self, token: int) -> bool:
+        """Take a token; whether the matcher has taken it."""
+        self._now = None
+        if self._ended or self._lead.add(token):
+            return False
+        if token in self._ends:
             self._ended = True
-        else:
-            self._matcher.consume_token(token)
-            self._check()
-        self._openings, self._now = [], None
+            return False
+        self._matcher.consume_token(token)
+        self._check()
+        return True
 
     def allowed_after(self, drafts: Sequence[int]) -> list[Bits | None]:
         """`allowed()` now and after each of the `drafts`, up to one that is not allowed; it stays where it is."""
         found = [self.allowed()]
-        matched = 0
-        before = self._openings, self._reasons, self._ended, self._now
+        if not drafts:
+            return found
+        before, lead, matched = self._now, self._lead, 0
+        self._lead = lead.copy()
         for token in drafts:
             bits = found[-1]
-            if self._ended or (bits is not None and not bits[token // 32] >> token % 32 & 1):
+            if bits is None or not bits[token // 32] >> token % 32 & 1:
                 break
-            free = self._reasons or token in self._openings or token in self._ends
-            self.add(token)
-            matched += not free
+            matched += self._take(token)
             found.append(self.allowed())
-        if matched:
-            self._matcher.rollback(matched)
-        self._openings, self._reasons, self._ended, self._now = before
+        self._return(matched, lead, before)
         return found
 
     def forced(self, most: int) -> list[int]:
         """The next tokens as long as each is the only one allowed, at most so many; it stays where it is."""
         run: list[int] = []
-        if self._openings or self._reasons or self._ended:
+        if self._ended or most < 1 or self._only() is None:
             return run
-        self.allowed()
-        before = self._now
+        before, lead, matched = self._now, self._lead, 0
+        self._lead = lead.copy()
         while len(run) < most and (token := self._only()) is not None:
             run.append(token)
-            self.add(token)
-            if self._ended:
-                break
-        matched = len(run) - self._ended
+            matched += self._take(token)
+        self._return(matched, lead, before)
+        return run
+
+    def _return(self, matched: int, lead: Lead, now: Bits | None) -> None:
+        """Go back to where `lead` and `now` were, and by as many tokens as the matcher has taken since."""
         if matched:
             self._matcher.rollback(matched)
-        self._ended, self._now = False, before
-        return run
+        self._ended, self._lead, self._now = False, lead, now
 
     def _only(self) -> int | None:
         """The token that is the only one allowed; None where there are several."""
         bits = self.allowed()
-        assert bits is not None
+        if bits is None:
+            return None
         (words,) = bits.nonzero()
         if len(words) != 1:
             return None

@@ -14,10 +14,11 @@ from places import TESTS
 
 import runner
 from runner import Choice, JsonObject, JsonSchema, Lark, Regex, UsageError
-from runner.guidance import Grammars
+from runner.guidance import Grammars, Guide
 from runner.language_model import LanguageModel
 from runner.text.blocks import BlockSeparator
 from runner.text.harmony import HarmonySeparator
+from runner.text.lead import HarmonyLead
 from runner.text.reasoning import BlockFormat, Marks
 from runner.text.separator import PlainText
 
@@ -223,10 +224,42 @@ def test_reasoning_before_the_answer_is_free(lm: LanguageModel) -> None:
         assert guide.allowed() is None
     with pytest.raises(UsageError, match="is no token"):
         grammars.guide(Regex("y"), BlockSeparator(known, opened=Marks("<", "</not a token>")))
-    with pytest.raises(UsageError, match="channels"):
+    with pytest.raises(UsageError, match="is no token of this model"):
         grammars.guide(Regex("y"), HarmonySeparator([]))
     with pytest.raises(UsageError, match="no token that ends"):
         Grammars(lm.tokenizer, [], lm.config.vocab_size).guide(Regex("y"), PlainText())
+
+
+def test_harmonys_messages_before_the_answer(lm: LanguageModel) -> None:
+    """Behind the author's name a channel, in a header and in the analysis anything, then the grammar, then an end."""
+    marks = dict(enumerate(["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"], 40))
+    start, channel, message, end, _ = marks
+    texts = {50: "assistant", 51: "analysis", 52: "final", 53: "Hm"}
+
+    def piece(token: int) -> tuple[str, bool]:
+        return (marks[token], True) if token in marks else (texts[token], False)
+
+    yes = lm.tokenizer.encode("y", add_special_tokens=False)[-1]
+    separator = HarmonySeparator(list(marks.values()), [("<|start|>", True), ("assistant", False)])
+    ends = set(lm.eos_token_ids)
+    plain = Grammars(lm.tokenizer, ends, lm.config.vocab_size).guide(Regex("y+"), PlainText())
+    guide = Guide(plain._matcher, plain._words, sorted(ends), HarmonyLead(separator, piece, channel, start))
+    assert guide.forced(5) == [channel]  # and then anything
+    assert len(guide.allowed_after([channel, 51, message, 53, end, start, 50, channel, 52, message, yes, yes])) == 13
+    for token in (channel, 51, message, 53):
+        guide.add(token)
+        assert allowed(guide) >= set(range(lm.config.vocab_size)) - ends and not allowed(guide) & ends
+    guide.add(end)
+    assert allowed(guide) == {start} and guide.forced(3) == [start]
+    for token in (start, 50):
+        guide.add(token)
+    assert allowed(guide) == {channel}
+    for token in (channel, 52, message):
+        guide.add(token)
+    assert allowed(guide) == {yes}
+    guide.add(yes)
+    assert allowed(guide) == {yes, *ends}
+    assert separator.place == "author"  # the answer's own has not moved
 
 
 @pytest.mark.long

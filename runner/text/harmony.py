@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Literal
 
 from runner.text.separator import Split
 from runner.text.stop import unfinished
@@ -14,6 +15,8 @@ from runner.text.stop import unfinished
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 MARKS = (START, CHANNEL, MESSAGE, "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
 AUTHOR = "assistant"
+
+Place = Literal["author", "header", "reasoning", "content", "between"]
 
 
 def speaks_harmony(named: str, has_token: Callable[[str], bool]) -> bool:
@@ -39,10 +42,20 @@ class HarmonySeparator:
         self._reasons = False
         self._fresh = True  # the present message has no text yet
         self._shown: set[bool] = set()  # whether there was reasoning, content
+        self._between = False  # behind the end of a message
         for text, is_special in prompt:
             self.add(text, is_special)
         # The prompt's own texts, users' messages among them, are no part of the answer.
         self._fresh, self._shown = True, set()
+
+    @property
+    def place(self) -> Place:
+        """Where the next token stands: behind the author's name, in a header, in a message, or between two."""
+        if self._header is not None:
+            return "author" if self._header.strip() == AUTHOR else "header"
+        if self._between:
+            return "between"
+        return "reasoning" if self._reasons else "content"
 
     def add(self, text: str, special: bool) -> Split:
         if special:
@@ -66,6 +79,7 @@ class HarmonySeparator:
         return split
 
     def _mark(self, mark: str) -> Split:
+        self._between = mark in MARKS and mark not in (START, CHANNEL, MESSAGE, "<|constrain|>")
         if mark == START:
             self._header = ""
         elif mark == CHANNEL:
