@@ -15,7 +15,15 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from runner.server import anthropic, ollama, openai_chat, openai_completions, openai_models, operations
+from runner.server import (
+    anthropic,
+    ollama,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    openai_responses,
+    operations,
+)
 from runner.server.errors import ApiError, form_for
 from runner.server.limits import MAX_HEADERS, ClientDisconnect, Door
 from runner.server.operations import Handler
@@ -41,6 +49,7 @@ def routes(serving: Serving) -> list[Route]:
         get("/v1/models/{id:path}", openai_models.model(serving)),
         post("/v1/chat/completions", openai_chat.chat(serving)),
         post("/v1/chat/completions/render", openai_chat.render(serving)),
+        post("/v1/responses", openai_responses.responses(serving)),
         post("/v1/messages", anthropic.messages(serving)),
         post("/v1/messages/count_tokens", anthropic.count_tokens(serving)),
         get("/", ollama.root(serving)),

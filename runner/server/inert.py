@@ -197,3 +197,69 @@ OLLAMA_OPTIONS: Table = {
     "mirostat_tau": Inert("of no effect where mirostat is off"),
 }  # fmt: skip
 """Of the options."""
+
+RESPONSES: Table = {
+    "user": _USER,
+    "safety_identifier": _USER,
+    "metadata": _LABEL,
+    "client_metadata": _LABEL,
+    "store": Inert("nothing is ever stored", (False, None)),
+    "previous_response_id": Inert("unset", (None,)),
+    "conversation": Inert("unset", (None,)),
+    "prompt": Inert("unset", (None,)),
+    "background": Inert("answers come to who asks", (False, None)),
+    "truncation": Inert("nothing is ever cut off a prompt", ("disabled", None)),
+    "service_tier": OPENAI["service_tier"],
+    "prompt_cache_key": OPENAI["prompt_cache_key"],
+    "prompt_cache_retention": OPENAI["prompt_cache_retention"],
+    "include": Inert("reasoning comes in full, and nothing else that can be included is made here"),
+    "top_logprobs": Inert("none are asked for", (0, None)),
+    "max_tool_calls": Inert("tools of a service are counted, and there are none", (None,)),
+    "stream_options": Inert("padding against readers of traffic; this server speaks to its own machine"),
+}
+"""Of OpenAI's responses."""
+
+ITEM: Table = {
+    "id": _LABEL,
+    "status": Inert("an item that comes back is complete"),
+    "phase": Inert("no template tells parts of an answer apart"),
+    "encrypted_content": Inert("reasoning comes and goes in full", (None, "")),
+    "namespace": Inert("functions are called by their names"),
+    "created_by": _LABEL,
+    "internal_chat_message_metadata_passthrough": _LABEL,
+}
+"""Of an item of a response's input."""
+
+RESPONSE_PART: Table = {
+    "annotations": MESSAGE["annotations"],
+    "logprobs": Inert("notes on an earlier answer that no template reads"),
+    "cache_control": _CACHING,
+}
+"""Of a part of an item."""
+
+REASONING: Table = {
+    "summary": Inert("reasoning comes in full", ("auto", "concise", "detailed", None)),
+    "generate_summary": Inert("reasoning comes in full"),
+    "encrypted_content": Inert("reasoning comes in full"),
+}
+"""Of `reasoning`."""
+
+TEXT: Table = {"verbosity": Inert("a wish that no template knows")}
+"""Of `text`."""
+
+RESPONSE_TOOL: Table = {
+    "defer_loading": TOOL["defer_loading"],
+    "output_schema": Inert("tells the model nothing"),
+    "allowed_callers": ANTHROPIC_TOOL["allowed_callers"],
+}
+"""Of a function."""
+
+RESPONSES_HOSTED = (
+    "web_search", "file_search", "code_interpreter", "image_generation", "computer", "mcp", "local_shell", "shell",
+    "apply_patch", "tool_search", "custom",
+)  # fmt: skip
+"""How types of tools begin that OpenAI's own service runs, or that take no JSON: the model is not told of them."""
+
+RESPONSES_DROPPED = ("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call",
+                     "mcp_list_tools", "compaction")  # fmt: skip
+"""Types of items that record what a service did; they are left out of the prompt."""

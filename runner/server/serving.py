@@ -112,13 +112,13 @@ class Serving:
             )
         return found
 
-    async def read(self, request: Request, kind: type[T]) -> T:
-        """The body of a request as a `kind`, its inert fields noted."""
+    async def read(self, request: Request, kind: type[T], change: Callable[[Any], Any] = lambda value: value) -> T:
+        """The body of a request as a `kind`, after a `change` of its plain value; its inert fields are noted."""
         body = await body_of(request)
         value = await asyncio.to_thread(parse, body) if len(body) > 100_000 else parse(body)
         if self.log.isEnabledFor(logging.DEBUG):
             note_of(request).values["request"] = value
-        result, ignored = read(value, kind, self.options.unknown_fields)
+        result, ignored = read(change(value), kind, self.options.unknown_fields)
         note_of(request).ignored += ignored
         return result
 

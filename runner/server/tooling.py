@@ -103,11 +103,12 @@ class Tooling:
             elif self._nine:
                 messages = [_renamed(message) for message in messages]
         if tools and not self.knows_tools:
-            told = ABOUT.format(tools="\n".join(dumped(tool["function"]) for tool in tools))
-            if messages and messages[0]["role"] in ("system", "developer"):
-                first = {"role": messages[0]["role"], "content": f"{text_of(messages[0])}\n\n{told}"}
-                return [first, *messages[1:]]
-            return [{"role": "system", "content": told}, *messages]
+            about = ABOUT.format(tools="\n".join(dumped(tool["function"]) for tool in tools))
+            told = {"role": "system", "content": about}
+            first = 0  # behind the instructions at the start
+            while first < len(messages) and messages[first]["role"] in ("system", "developer"):
+                first += 1
+            return [*messages[:first], told, *messages[first:]]
         return list(messages)
 
 

@@ -1,0 +1,472 @@
+"""OpenAI's `/v1/responses`, without a memory: each request holds the whole conversation, as Codex sends it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, ClassVar, Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runner.constraints import Constraint, JsonObject, JsonSchema
+from runner.server import inert
+from runner.server.answering import Answering, Delta
+from runner.server.errors import invalid
+from runner.server.fields import Policy, read
+from runner.server.inert import Table
+from runner.server.openai_chat import checked_tools, plain_tool
+from runner.server.operations import Handler
+from runner.server.request import Ask, Chat
+from runner.server.serving import Running, Serving, note_of
+from runner.server.streaming import Stream, event, json, while_there
+from runner.server.tool_calls import Call
+
+
+class InputText(msgspec.Struct, tag_field="type", tag="input_text"):
+    """A text of the user's."""
+
+    text: str
+    inert: ClassVar[Table] = inert.RESPONSE_PART
+
+
+class OutputText(msgspec.Struct, tag_field="type", tag="output_text"):
+    """A text of the model's."""
+
+    text: str
+    inert: ClassVar[Table] = inert.RESPONSE_PART
+
+
+class PlainText(msgspec.Struct, tag_field="type", tag="text"):
+    """A text."""
+
+    text: str
+    inert: ClassVar[Table] = inert.RESPONSE_PART
+
+
+class Refusal(msgspec.Struct, tag_field="type", tag="refusal"):
+    """What an assistant refused with."""
+
+    refusal: str
+    inert: ClassVar[Table] = inert.RESPONSE_PART
+
+
+class ReasoningText(msgspec.Struct, tag_field="type", tag="reasoning_text"):
+    """What the model wrote to itself."""
+
+    text: str
+    inert: ClassVar[Table] = inert.RESPONSE_PART
+
+
+class SummaryText(msgspec.Struct, tag_field="type", tag="summary_text"):
+    """A summary of that."""
+
+    text: str
+    inert: ClassVar[Table] = inert.RESPONSE_PART
+
+
+class MessageItem(msgspec.Struct, tag_field="type", tag="message"):
+    """A message."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[InputText | OutputText | PlainText | Refusal]
+    inert: ClassVar[Table] = inert.ITEM
+
+
+class CallItem(msgspec.Struct, tag_field="type", tag="function_call"):
+    """A call of a function."""
+
+    call_id: str
+    name: str
+    arguments: str
+    inert: ClassVar[Table] = inert.ITEM
+
+
+class OutputItem(msgspec.Struct, tag_field="type", tag="function_call_output"):
+    """What a call gave."""
+
+    call_id: str
+    output: str | list[InputText | OutputText | PlainText]
+    inert: ClassVar[Table] = inert.ITEM
+
+
+class ReasoningItem(msgspec.Struct, tag_field="type", tag="reasoning"):
+    """What the model wrote to itself before what follows."""
+
+    summary: list[SummaryText] = []
+    content: list[ReasoningText | PlainText] | None = None
+    inert: ClassVar[Table] = {**inert.ITEM, "encrypted_content": inert.REASONING["encrypted_content"]}
+
+
+Item = MessageItem | CallItem | OutputItem | ReasoningItem
+
+
+class Function(msgspec.Struct):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    type: str = "function"
+    inert: ClassVar[Table] = inert.RESPONSE_TOOL
+
+
+class NamedTool(msgspec.Struct, tag_field="type", tag="function"):
+    """The one function that must be called."""
+
+    name: str
+    inert: ClassVar[Table] = {}
+
+
+class Reasoning(msgspec.Struct):
+    """How much to reason."""
+
+    effort: str | None = None
+    inert: ClassVar[Table] = inert.REASONING
+
+
+class TextFormat(msgspec.Struct, tag_field="type", tag="text"):
+    """Any text."""
+
+    inert: ClassVar[Table] = {}
+
+
+class ObjectFormat(msgspec.Struct, tag_field="type", tag="json_object"):
+    """A JSON object."""
+
+    inert: ClassVar[Table] = {}
+
+
+class SchemaFormat(msgspec.Struct, tag_field="type", tag="json_schema"):
+    """JSON of a schema."""
+
+    schema: dict[str, Any]
+    inert: ClassVar[Table] = inert.SCHEMA
+
+
+class TextConfig(msgspec.Struct):
+    """What the answer must be."""
+
+    format: TextFormat | ObjectFormat | SchemaFormat | None = None
+    inert: ClassVar[Table] = inert.TEXT
+
+    def constraint(self) -> Constraint | None:
+        """The constraint; None: any text."""
+        if isinstance(self.format, SchemaFormat):
+            return JsonSchema(self.format.schema)
+        return JsonObject() if isinstance(self.format, ObjectFormat) else None
+
+
+class Body(msgspec.Struct, kw_only=True):
+    """Body of a request."""
+
+    input: str | list[Item]
+    model: str | None = None
+    instructions: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_output_tokens: int | None = None
+    reasoning: Reasoning | None = None
+    text: TextConfig | None = None
+    inert: ClassVar[Table] = inert.RESPONSES
+
+    def ask(self, functions: Sequence[Function]) -> Ask:
+        """The request, as all APIs make it."""
+        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        messages += _messages(self.input)
+        if not messages:
+            raise invalid("input must not be empty", "input")
+        choice = self.tool_choice
+        chat = Chat(
+            messages=messages,
+            effort=None if self.reasoning is None else self.reasoning.effort,
+            tools=checked_tools(plain_tool(each.name, each.description, each.parameters) for each in functions),
+            choice=choice.name if isinstance(choice, NamedTool) else choice or "auto",
+            strict=any(each.strict for each in functions),
+            parallel=self.parallel_tool_calls is not False,
+        )
+        return Ask(
+            prompt=chat,
+            sampling={"temperature": self.temperature, "top_p": self.top_p},
+            max_tokens=self.max_output_tokens,
+            constraint=None if self.text is None else self.text.constraint(),
+        )
+
+
+def prepared(value: Any, ignored: list[str]) -> Any:
+    """A body whose messages all name their type, without items that record what a service did."""
+    if not isinstance(value, dict) or not isinstance(value.get("input"), list):
+        return value
+    items = []
+    for index, item in enumerate(value["input"]):
+        if isinstance(item, dict):
+            if "type" not in item and "role" in item:
+                item = {"type": "message", **item}
+            if item.get("type") in inert.RESPONSES_DROPPED:
+                ignored.append(f"input[{index}] ({item['type']})")
+                continue
+        items.append(item)
+    return {**value, "input": items}
+
+
+def _messages(given: str | list[Item]) -> list[dict[str, Any]]:
+    """Items as OpenAI's messages: reasoning, text and calls that follow each other are one of the assistant's."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    result: list[dict[str, Any]] = []
+    thought = ""
+
+    def assistant() -> dict[str, Any]:
+        """The assistant's message that goes on, or a new one."""
+        nonlocal thought
+        if not result or result[-1]["role"] != "assistant" or thought:
+            result.append({"role": "assistant", "content": ""})
+        if thought:
+            result[-1]["reasoning_content"], thought = thought, ""
+        return result[-1]
+
+    for item in given:
+        if isinstance(item, ReasoningItem):
+            thought = "".join(part.text for part in item.content or item.summary)
+        elif isinstance(item, CallItem):
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            assistant().setdefault("tool_calls", []).append(call)
+        elif isinstance(item, OutputItem):
+            text = item.output if isinstance(item.output, str) else "".join(part.text for part in item.output)
+            result.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+        else:
+            content = item.content
+            if not isinstance(content, str):
+                content = "".join(part.refusal if isinstance(part, Refusal) else part.text for part in content)
+            if item.role == "assistant" and (thought or not result or "tool_calls" not in result[-1]):
+                message = assistant()
+                message["content"] += content
+            else:
+                result.append({"role": item.role, "content": content})
+    return result
+
+
+def functions_in(tools: Sequence[dict[str, Any]], policy: Policy, ignored: list[str]) -> list[Function]:
+    """The functions among the tools and in their namespaces; tools of a service are added to `ignored`."""
+    result: list[Function] = []
+    for index, tool in enumerate(tools):
+        kind, where = tool.get("type"), f"tools[{index}]"
+        if kind == "namespace" and isinstance(tool.get("tools"), list):
+            inner = [each for each in tool["tools"] if isinstance(each, dict)]
+            result += functions_in(inner, policy, ignored)
+        elif kind == "function":
+            found, left_out = read(tool, Function, policy, where)
+            ignored += left_out
+            result.append(found)
+        elif isinstance(kind, str) and kind.startswith(inert.RESPONSES_HOSTED):
+            ignored.append(f"{where} ({kind[:40]})")
+        else:
+            raise invalid(f"{where}.type: {kind!r:.60} is no kind of tool that is known here", f"{where}.type")
+    return result
+
+
+def responses(serving: Serving) -> Handler:
+    """`POST /v1/responses`."""
+
+    async def answer(request: Request) -> Response:
+        ignored = note_of(request).ignored
+        body = await serving.read(request, Body, lambda value: prepared(value, ignored))
+        served = serving.model(body.model)
+        functions = functions_in(body.tools or (), serving.options.unknown_fields, ignored)
+        ready = await serving.prepare(request, served, body.ask(functions))
+        running = serving.begin(request, ready)
+        reply = Reply(served.name, body, running)
+        if body.stream:
+            return Stream(reply.stream(), done=running.close)
+        with running:
+            return json(await while_there(request, reply.whole()))
+
+    return answer
+
+
+class Reply:
+    """The answer to one request, in the form of responses."""
+
+    def __init__(self, name: str, body: Body, running: Running) -> None:
+        self._running = running
+        self._answering: Answering = running.answers[0]
+        self._body = body
+        self._model = body.model or name
+        self._id = f"resp_{secrets.token_hex(16)}"
+        self._created = int(time.time())
+        self._sequence = 0
+
+    def _response(self, status: str, output: Sequence[Any], error: dict[str, Any] | None = None) -> dict[str, Any]:
+        body, params = self._body, self._answering.prepared.params
+        choice = body.tool_choice
+        ended = status in ("completed", "incomplete")
+        text = msgspec.to_builtins(body.text.format) if body.text is not None and body.text.format else None
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "error": error,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": {},
+            "model": self._model,
+            "output": output,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
+            "store": False,
+            "temperature": params.temperature,
+            "text": {"format": text or {"type": "text"}},
+            "tool_choice": {"type": "function", "name": choice.name}
+            if isinstance(choice, NamedTool)
+            else choice or "auto",
+            "tools": body.tools or [],
+            "top_p": params.top_p,
+            "truncation": "disabled",
+            "usage": self._usage() if ended else None,
+            "user": None,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self._answering.usage
+        return {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        }
+
+    def _event(self, kind: str, value: dict[str, Any]) -> bytes:
+        made = event(kind, {"type": kind, "sequence_number": self._sequence, **value})
+        self._sequence += 1
+        return made
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The events of a stream."""
+        items = Items()
+        try:
+            yield self._event("response.created", {"response": self._response("in_progress", [])})
+            yield self._event("response.in_progress", {"response": self._response("in_progress", [])})
+            async for delta in self._answering.deltas():
+                for kind, value in items.add(delta):
+                    yield self._event(kind, value)
+                if delta.finish is not None:
+                    for kind, value in items.end():
+                        yield self._event(kind, value)
+                    status = "incomplete" if delta.finish == "length" else "completed"
+                    yield self._event(f"response.{status}", {"response": self._response(status, items.done)})
+        except Exception as error:
+            told = self._running.failed(error)
+            why = {"code": told.code or "server_error", "message": told.message}
+            yield self._event("response.failed", {"response": self._response("failed", items.done, why)})
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole response."""
+        items, status = Items(), "completed"
+        async for delta in self._answering.deltas():
+            items.add(delta)
+            if delta.finish == "length":
+                status = "incomplete"
+        items.end()
+        return self._response(status, items.done)
+
+
+Event = tuple[str, dict[str, Any]]
+
+
+class Items:
+    """The items of an output: one is open at a time."""
+
+    def __init__(self) -> None:
+        self.done: list[dict[str, Any]] = []
+        self._kind: str | None = None
+        self._id = ""
+        self._pieces: list[str] = []
+
+    def add(self, delta: Delta) -> list[Event]:
+        """Events of one token."""
+        events: list[Event] = []
+        if delta.reasoning:
+            events += self._begin("reasoning")
+            self._pieces.append(delta.reasoning)
+            events.append(("response.reasoning_text.delta", {**self._place(), "delta": delta.reasoning}))
+        if delta.text:
+            events += self._begin("message")
+            self._pieces.append(delta.text)
+            events.append(("response.output_text.delta", {**self._place(), "delta": delta.text, "logprobs": []}))
+        for call in delta.calls:
+            events += [*self.end(), *self._call(call)]
+        return events
+
+    def end(self) -> list[Event]:
+        """Close the open item."""
+        if self._kind is None:
+            return []
+        text, kind, place = "".join(self._pieces), self._kind, self._place()
+        item = self._item("completed", text)
+        (part,) = item["content"]
+        name = "response.output_text.done" if kind == "message" else "response.reasoning_text.done"
+        events: list[Event] = [
+            (name, {**place, "text": text, **({"logprobs": []} if kind == "message" else {})}),
+            ("response.content_part.done", {**place, "part": part}),
+            ("response.output_item.done", {"output_index": place["output_index"], "item": item}),
+        ]
+        self.done.append(item)
+        self._kind, self._pieces = None, []
+        return events
+
+    def _begin(self, kind: str) -> list[Event]:
+        if self._kind == kind:
+            return []
+        events = self.end()
+        self._kind = kind
+        self._id = f"{'msg' if kind == 'message' else 'rs'}_{secrets.token_hex(12)}"
+        item = self._item("in_progress", "")
+        part = item["content"][0]
+        item["content"] = []
+        return [
+            *events,
+            ("response.output_item.added", {"output_index": len(self.done), "item": item}),
+            ("response.content_part.added", {**self._place(), "part": part}),
+        ]
+
+    def _item(self, status: str, text: str) -> dict[str, Any]:
+        if self._kind == "message":
+            content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
+            return {"id": self._id, "type": "message", "role": "assistant", "status": status, "content": content}
+        content = [{"type": "reasoning_text", "text": text}]
+        return {"id": self._id, "type": "reasoning", "summary": [], "content": content, "status": status}
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._id, "output_index": len(self.done), "content_index": 0}
+
+    def _call(self, call: Call) -> list[Event]:
+        place = {"item_id": f"fc_{secrets.token_hex(12)}", "output_index": len(self.done)}
+        item = {
+            "id": place["item_id"],
+            "type": "function_call",
+            "call_id": call.id,
+            "name": call.name,
+            "arguments": call.arguments,
+            "status": "completed",
+        }
+        self.done.append(item)
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        named = {**place, "name": call.name, "arguments": call.arguments}
+        return [
+            ("response.output_item.added", {"output_index": place["output_index"], "item": begun}),
+            ("response.function_call_arguments.delta", {**place, "delta": call.arguments}),
+            ("response.function_call_arguments.done", named),
+            ("response.output_item.done", {"output_index": place["output_index"], "item": item}),
+        ]
