@@ -9,6 +9,7 @@ lose it here, too, where a grammar begins with one.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import threading
@@ -126,22 +127,69 @@ class Guide:
         self._ends = ends
         self._lead = lead
         self._ended = False
-        self._now: Bits | None = None  # what `allowed` found
+        self._now = self._mask()
 
     def allowed(self) -> Bits | None:
-        """The tokens that may come next, `[words]`: bit j of word i stands for token 32 i + j; None: any.
+        """The tokens that may come next, `[words]`: bit j of word i stands for token 32 i + j; None: any."""
+        return self._now
+
+    def add(self, token: int) -> None:
+        """Take the token that was picked.
 
         Raises:
             UsageError: the grammar has become more work than its limits allow.
         """
+        if self._ended:
+            return
+        if not self._lead.add(token):
+            if token in self._ends:
+                self._ended = True
+            else:
+                self._matcher.consume_token(token)
+                self._check()
+        self._now = self._mask()
+
+    def allowed_after(self, drafts: Sequence[int]) -> list[Bits | None]:
+        """`allowed()` now and after each of the `drafts`, up to one that is not allowed; it stays where it is."""
+        found = [self._now]
+        ahead = self._branch() if drafts else self
+        for token in drafts:
+            bits = found[-1]
+            if bits is None or not bits[token // 32] >> token % 32 & 1 or not ahead._goes_on(token):
+                break
+            found.append(ahead._now)
+        return found
+
+    def forced(self, most: int) -> list[int]:
+        """The next tokens as long as each is the only one allowed, at most so many; it stays where it is."""
+        run: list[int] = []
+        ahead = self if self._only() is None else self._branch()
+        while len(run) < most and (token := ahead._only()) is not None:
+            run.append(token)
+            if not ahead._goes_on(token):
+                break
+        return run
+
+    def _branch(self) -> Guide:
+        """A copy, to look ahead with: a microsecond, most of it is shared."""
+        other = copy.copy(self)
+        other._matcher, other._lead = self._matcher.deep_copy(), self._lead.copy()
+        return other
+
+    def _goes_on(self, token: int) -> bool:
+        """Take a token while looking ahead; false where it becomes too much work, which `add` says once it is real."""
+        try:
+            self.add(token)
+        except UsageError:
+            return False
+        return True
+
+    def _mask(self) -> Bits | None:
         import numpy as np
 
         if self._ended:
             return None
-        if self._now is not None:
-            return self._now
-        bits = self._now = np.zeros(self._words, np.uint32)
-        lead = self._lead
+        bits, lead = np.zeros(self._words, np.uint32), self._lead
         if lead.free:
             bits[:] = 0xFFFFFFFF
             for end in self._ends:
@@ -156,60 +204,9 @@ class Guide:
             bits[token // 32] |= np.uint32(1 << token % 32)
         return bits
 
-    def add(self, token: int) -> None:
-        """Take the token that was picked."""
-        self._take(token)
-
-    def _take(self, token: int) -> bool:
-        """Take a token; whether the matcher has taken it."""
-        self._now = None
-        if self._ended or self._lead.add(token):
-            return False
-        if token in self._ends:
-            self._ended = True
-            return False
-        self._matcher.consume_token(token)
-        self._check()
-        return True
-
-    def allowed_after(self, drafts: Sequence[int]) -> list[Bits | None]:
-        """`allowed()` now and after each of the `drafts`, up to one that is not allowed; it stays where it is."""
-        found = [self.allowed()]
-        if not drafts:
-            return found
-        before, lead, matched = self._now, self._lead, 0
-        self._lead = lead.copy()
-        for token in drafts:
-            bits = found[-1]
-            if bits is None or not bits[token // 32] >> token % 32 & 1:
-                break
-            matched += self._take(token)
-            found.append(self.allowed())
-        self._return(matched, lead, before)
-        return found
-
-    def forced(self, most: int) -> list[int]:
-        """The next tokens as long as each is the only one allowed, at most so many; it stays where it is."""
-        run: list[int] = []
-        if self._ended or most < 1 or self._only() is None:
-            return run
-        before, lead, matched = self._now, self._lead, 0
-        self._lead = lead.copy()
-        while len(run) < most and (token := self._only()) is not None:
-            run.append(token)
-            matched += self._take(token)
-        self._return(matched, lead, before)
-        return run
-
-    def _return(self, matched: int, lead: Lead, now: Bits | None) -> None:
-        """Go back to where `lead` and `now` were, and by as many tokens as the matcher has taken since."""
-        if matched:
-            self._matcher.rollback(matched)
-        self._ended, self._lead, self._now = False, lead, now
-
     def _only(self) -> int | None:
         """The token that is the only one allowed; None where there are several."""
-        bits = self.allowed()
+        bits = self._now
         if bits is None:
             return None
         (words,) = bits.nonzero()

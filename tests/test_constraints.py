@@ -18,7 +18,7 @@ from runner.guidance import Grammars, Guide
 from runner.language_model import LanguageModel
 from runner.text.blocks import BlockSeparator
 from runner.text.harmony import HarmonySeparator
-from runner.text.lead import HarmonyLead
+from runner.text.lead import HarmonyLead, Lead
 from runner.text.reasoning import BlockFormat, Marks
 from runner.text.separator import PlainText
 
@@ -178,6 +178,43 @@ def test_a_hostile_expression_costs_little(lm: LanguageModel, pattern: str) -> N
         assert "constraint" in str(error)
     else:
         assert len(answer.tokens) <= 20
+
+
+class TooMuch:
+    """A matcher that gives up behind some tokens."""
+
+    def __init__(self, inner: Any, left: int) -> None:
+        self.inner, self.left = inner, left
+
+    def deep_copy(self) -> TooMuch:
+        return TooMuch(self.inner.deep_copy(), self.left)
+
+    def compute_bitmask(self) -> bytes:
+        found: bytes = self.inner.compute_bitmask()
+        return found
+
+    def consume_token(self, token: int) -> None:
+        self.left -= 1
+        self.inner.consume_token(token)
+
+    def is_error(self) -> bool:
+        return self.left < 0
+
+    def get_error(self) -> str:
+        return "too complex"
+
+
+def test_a_grammar_that_becomes_too_much_work_ends_its_answer(lm: LanguageModel) -> None:
+    """Where the token is picked, and not where it was only guessed; the next answer is as before."""
+    grammars = Grammars(lm.tokenizer, lm.eos_token_ids, lm.config.vocab_size)
+    (yes,) = lm.tokenizer.encode("y", add_special_tokens=False)[-1:]
+    plain = grammars.guide(Regex("y{9}"), PlainText())
+    guide = Guide(TooMuch(plain._matcher, 3), plain._words, plain._ends, Lead())  # type: ignore[arg-type]
+    assert guide.forced(9) == [yes] * 4 and len(guide.allowed_after([yes] * 6)) == 4
+    for _ in range(3):
+        guide.add(yes)
+    with pytest.raises(UsageError, match="any further: too complex"):
+        guide.add(yes)
 
 
 def test_seeds_and_guesses(lm: LanguageModel) -> None:
