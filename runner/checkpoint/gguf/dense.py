@@ -193,7 +193,7 @@ DENSE: Mapping[str, Architecture] = {
             "ffn_up": "mlp.up_proj",
             "ffn_down": "mlp.down_proj",
         },
-        keys={"attention.layer_norm_epsilon": "norm_eps"},
+        keys={"attention.layer_norm_rms_epsilon": "norm_eps", "attention.layer_norm_epsilon": "norm_eps"},  # the same
         fixed={"hidden_act": "relu2", "partial_rotary_factor": 1.0},
         flags=names.BIASES,
         norms_plus_one=True,

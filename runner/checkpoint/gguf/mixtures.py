@@ -96,7 +96,8 @@ MIXTURES: Mapping[str, Architecture] = {
         whole={"attn_sinks.weight": "self_attn.sinks"},
         window_period=2,
         needed=frozenset({"attention.sliding_window"}),
-        # llama.cpp rounds the bounds of YaRN's ramp to whole dimensions; the model was trained with them as they are.
+        # llama.cpp rounds the bounds of YaRN's ramp to whole dimensions, and has betas of its own, whatever a file says;
+        # the model was trained with the bounds as they are.
         yarn={"truncate": False},
     ),
     "ernie4_5-moe": Architecture(

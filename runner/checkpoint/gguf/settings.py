@@ -312,7 +312,9 @@ class _Metadata:
         if key is None or value is None or rotated is None or key <= rotated:
             raise self.error(f"attention with keys of {key} numbers, {rotated} of them rotated, and values of {value}")
         config |= {"qk_rope_head_dim": rotated, "qk_nope_head_dim": key - rotated, "v_head_dim": value}
-        scores = self.number("expert_gating_func") or 1
+        # Files of GLM-4.7-Flash do not say; only V3's scores come with corrections.
+        corrected = any(name.endswith("exp_probs_b.bias") for name in self.tensors)
+        scores = self.number("expert_gating_func") or (2 if corrected else 1)
         if scores not in (1, 2):
             raise self.error(f"{self.prefix}expert_gating_func is {scores}, expected 1 (softmax) or 2 (sigmoid)")
         if scores == 2:
@@ -326,6 +328,9 @@ class _Metadata:
     def rope(self, config: dict[str, Any]) -> None:
         """Set `rope_theta` and `rope_scaling`: from the file's tables of factors if there are any, else from keys."""
         config["rope_theta"] = float(self.number("rope.freq_base") or self.number("rope.global.freq_base") or 10000.0)
+        local = self.number("rope.freq_base_swa")
+        if local not in (None, config["rope_theta"]) and "rope.freq_base_swa" not in self.architecture.keys:
+            raise self.error(f"{self.prefix}rope.freq_base_swa is {local}, but {config['rope_theta']} without a window")
         tables = [name for name in ROPE_TENSORS if name in self.container.tensors]
         kind, factor = self.get("rope.scaling.type"), self.number("rope.scaling.factor")
         attention = self.number("rope.scaling.attn_factor")

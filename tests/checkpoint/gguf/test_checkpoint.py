@@ -280,6 +280,27 @@ def test_the_query_scale_that_files_leave_out(arch: str, layers: int, scalar: in
     assert found.config["query_pre_attn_scalar"] == scalar
 
 
+@pytest.mark.parametrize(
+    ("fixture", "key", "value"),
+    [
+        ("glm4_moe_lite-base", "deepseek2.expert_gating_func", None),  # as files of GLM-4.7-Flash
+        ("nemotron-base", "nemotron.attention.layer_norm_rms_epsilon", 1e-5),
+        ("olmo3-yarn", "olmo2.rope.freq_base_swa", 500000.0),
+    ],
+)
+def test_what_newer_converters_write_or_leave_out(fixture: str, key: str, value: Any, tmp_path: Path) -> None:
+    path = FAMILY_FIXTURES / fixture
+    config, weights = config_of(path), writer.weights_of(path)
+    metadata = {**writer.metadata_of(config), **vocabulary(config["vocab_size"]), key: value}
+    kept = {name: found for name, found in metadata.items() if found is not None}
+    tensors = writer.tensors_of(config, weights)
+    found = GGUF.open(write(tmp_path / "m.gguf", tensors, **kept)).config
+    assert found == GGUF.open(writer.write_model(tmp_path / "n.gguf", config, weights)).config
+    if "freq_base" in key:
+        with pytest.raises(CheckpointError, match=r"freq_base_swa is 7\.0"):
+            GGUF.open(write(tmp_path / "w.gguf", tensors, **{**kept, key: 7.0}))
+
+
 def test_an_encoder_in_the_same_file_stays_unread(tmp_path: Path) -> None:
     """As Ollama writes a Gemma 3: with its encoder, and with names of its own for RoPE's bases."""
     path = FAMILY_FIXTURES / "gemma3_text-base"
