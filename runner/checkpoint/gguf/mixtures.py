@@ -96,7 +96,7 @@ MIXTURES: Mapping[str, Architecture] = {
         whole={"attn_sinks.weight": "self_attn.sinks"},
         window_period=2,
         needed=frozenset({"attention.sliding_window"}),
-        # llama.cpp rounds the bounds of YaRN's ramp to whole dimensions, and has betas of its own, whatever a file says;
+        # llama.cpp rounds the bounds of YaRN's ramp to whole dimensions, and has its own betas, whatever a file says;
         # the model was trained with the bounds as they are.
         yarn={"truncate": False},
     ),
