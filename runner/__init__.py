@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from runner.errors import UsageError as UsageError
     from runner.language_model import LanguageModel as LanguageModel
     from runner.language_model import load as load
+    from runner.many import Engine as Engine
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Choice": "runner.constraints",
     "Chunk": "runner.answer",
+    "Engine": "runner.many",
     "Generation": "runner.answer",
     "JsonObject": "runner.constraints",
     "JsonSchema": "runner.constraints",
@@ -53,6 +55,7 @@ _LAZY = {
 __all__ = [
     "Choice",
     "Chunk",
+    "Engine",
     "Generation",
     "JsonObject",
     "JsonSchema",

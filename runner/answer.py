@@ -54,10 +54,11 @@ class Chunk:
 
     Attributes:
         text: the text that the token completes, its reasoning left out; often empty.
-        token: its id; -1 for an answer that was cancelled before its first token.
+        token: its id; -1 where an answer was broken off, and this is no token's.
         logprob: its log-probability; None unless asked for.
         top_logprobs: (id, log-probability) of the most likely tokens; None unless asked for.
-        finish_reason: on the last chunk "stop" (end token or stop string), "length" or "cancelled"; else None.
+        finish_reason: on the last chunk "stop" (end token or stop string), "length", "cancelled" or, of an engine,
+            "timeout"; else None.
         timings: on the last chunk; else None.
         reasoning: the text of the model's reasoning that the token completes; "" in an answer to plain text.
     """
@@ -148,6 +149,11 @@ class Answer:
     def cancelled(self) -> Chunk:
         """Make the only chunk of an answer that was cancelled during prefill."""
         return Chunk("", -1, finish_reason="cancelled", timings=self.timings())
+
+    def broken_off(self, reason: str) -> Chunk:
+        """Make the last chunk of an answer that ends for a `reason` that lies in none of its tokens."""
+        tail, _ = self.text.finish()
+        return Chunk(tail.content, -1, finish_reason=reason, timings=self.timings(), reasoning=tail.reasoning)
 
     def timings(self) -> Timings:
         """Timings from the start of the answer to now."""

@@ -41,8 +41,29 @@ from runner.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Given
     from runner.engine.draft import Drafter
-    from runner.engine.speculation import Proposer
+    from runner.engine.speculation import Guide, Proposer
     from runner.guidance import Grammars
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt to answer, checked: what is to be computed, and what its tokens become.
+
+    Attributes:
+        budget: how many tokens may be generated.
+        ends: ids that end the answer.
+        text: turns ids into text.
+        guide: says which tokens may come next; None: all may.
+        proposer: makes what guesses tokens ahead; None: nothing does.
+    """
+
+    ids: list[int]
+    params: SamplingParams
+    budget: int
+    ends: frozenset[int]
+    text: AnswerText
+    guide: Guide | None
+    proposer: Callable[[], Proposer] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,11 +231,15 @@ class LanguageModel:
 
     def _text_steps(self, prompt: str | Sequence[int], **options: Unpack[StreamOptions]) -> Steps:
         """The answer of `stream`, step by step."""
+        return self._start(self.prepare(prompt, **options), options)
+
+    def prepare(self, prompt: str | Sequence[int], **options: Unpack[StreamOptions]) -> Prepared:
+        """Check the arguments of `stream`: what is to be computed, for an engine. Nothing runs yet."""
         self.engine.check_open()
         if isinstance(prompt, str):
             self._check_bytes(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._start(ids, PlainText(), **options)
+        return self._prepared(ids, PlainText(), **options)
 
     def _check_bytes(self, text: str) -> None:
         """Refuse a text that is too long by its bytes alone, since splitting megabytes into tokens takes seconds."""
@@ -224,7 +249,17 @@ class LanguageModel:
         if least >= self.context_length:
             raise ContextLengthError(least, self.context_length, at_least=True)
 
-    def _start(
+    def _start(self, prepared: Prepared, options: StreamOptions) -> Steps:
+        """Begin the answer that was prepared with `options`."""
+        kept, cancelled = options.get("prompt_cache"), options.get("cancelled")
+        request = Request(
+            prepared.ids, prepared.params, prepared.budget, options.get("on_prefill"), cancelled, prepared.guide,
+            prepared.proposer,
+        )  # fmt: skip
+        run = Run(self.engine, PromptCache(self.engine, keeps=False) if kept is None else kept, request)
+        return self._run(run, Answer(prepared.ends, prepared.text, len(prepared.ids), run.memory), cancelled)
+
+    def _prepared(
         self,
         prompt: Sequence[int],
         separator: Separator,
@@ -238,8 +273,8 @@ class LanguageModel:
         lookup: bool | None = None,
         draft: Drafter | None = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> Steps:
-        """Check the arguments of `stream` and begin the answer, whose text goes through `separator`."""
+    ) -> Prepared:
+        """Check the arguments of `stream`; the answer's text goes through `separator`."""
         ids = self.engine.checked(prompt)
         params = self.sampling.replace(**sampling)
         stops = [stop] if isinstance(stop, str) else list(self.defaults.stop if stop is None else stop)
@@ -252,15 +287,12 @@ class LanguageModel:
             max_tokens = self.defaults.budget(len(ids))
         budget = room if max_tokens is None else min(max_tokens, room)
         # Arguments are checked above, in this plain method: a generator would raise only when its first token is read.
-        kept = PromptCache(self.engine, keeps=False) if prompt_cache is None else prompt_cache
         guide = None if constraint is None else self._grammars.guide(constraint, separator)
         proposer = self._proposer(lookup, draft)
-        request = Request(ids, params, budget, on_prefill, cancelled, guide, proposer)
         special = self.tokenizer.special_tokens
         ends = self.eos_token_ids | {special[token] for token in separator.ends if token in special}
         text = AnswerText(self.tokenizer.detokenizer(), StopMatcher(stops), separator)
-        run = Run(self.engine, kept, request)
-        return self._run(run, Answer(ends, text, len(ids), run.memory), cancelled)
+        return Prepared(ids, params, budget, ends, text, guide, proposer)
 
     @functools.cached_property
     def _grammars(self) -> Grammars:
@@ -393,6 +425,21 @@ class LanguageModel:
         **options: Unpack[StreamOptions],
     ) -> Steps:
         """The answer of `chat_stream`, step by step."""
+        return self._start(
+            self.prepare_chat(messages, tools=tools, template=template, template_kwargs=template_kwargs, **options),
+            options,
+        )
+
+    def prepare_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[StreamOptions],
+    ) -> Prepared:
+        """Check the arguments of `chat_stream`: what is to be computed, for an engine. Nothing runs yet."""
         self.engine.check_open()
         variables = self.tokenizer.template_kwargs(template_kwargs)
         ids = self.tokenizer.apply_chat_template(
@@ -400,7 +447,7 @@ class LanguageModel:
             on_rendered=self._check_bytes, **variables,
         )  # fmt: skip
         separator = self.tokenizer.separator(ids, messages, tools=tools, template=template, **variables)
-        return self._start(ids, separator, **options)
+        return self._prepared(ids, separator, **options)
 
     @checked_keywords(ChatOptions)
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Generation:

@@ -27,6 +27,7 @@ RANKS = (
     ("answer", "keywords", "perplexity", "convert"),
     ("asynchronous",),
     ("language_model", "bench"),
+    ("many",),
     ("inspect_model", "server"),
     ("cli",),
 )
