@@ -6,6 +6,7 @@ Plain data; `runner.guidance` compiles it and says which tokens may come next.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,8 @@ class Lark:
 
     def __post_init__(self) -> None:
         _short("grammar", self.grammar)
+        if re.search(r"\[[^\]\n]*\btemperature\s*=", self.grammar):
+            raise UsageError("a rule's temperature cannot be obeyed: pass temperature with the answer's options")
 
 
 @dataclass(frozen=True)

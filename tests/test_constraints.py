@@ -159,6 +159,7 @@ def test_forced_tokens_are_read_in_one_pass(lm: LanguageModel, monkeypatch: pyte
         (lambda: Regex("("), "unclosed"),
         (lambda: Regex(""), "empty"),
         (lambda: Lark("start: nothing"), "nothing"),
+        (lambda: Lark('start[temperature=0.5]: "a"'), "temperature"),
         (lambda: Choice([]), "list of texts"),
         (lambda: Choice("yes"), "list of texts"),
         (lambda: {"type": "object"}, "JsonSchema"),
