@@ -1,7 +1,7 @@
 """Timing of prefill and decode on one model, with repetitions.
 
 Ids are random (with a seed) and go straight into the model: no tokenizer takes part. Decoding is greedy, and no end
-token stops a run. The B sequences of a batch go through the model together.
+token stops a run. Several sequences are requests to a scheduler (`runner.bench.many`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
+from runner.bench.many import Many
 from runner.bench.models import Subject
 from runner.cache.caches import Caches
 from runner.engine.loaded import Loaded
@@ -111,8 +112,29 @@ def run(subject: Subject, wanted: Sequence[Case], *, repetitions: int = 5, seed:
     return (wired(subject.engine, case, repetitions, seed) for case in wanted)
 
 
+def measure_many(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
+    """`measure` for several requests at once."""
+
+    def job() -> Result:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        many = Many(engine, case.batch, case.depth, np.random.default_rng(seed))
+        once = many.read if case.kind == "pp" else many.generate
+        seconds = [once(case.tokens) for _ in range(repetitions + 1)][1:]
+        rates = [case.batch * case.tokens / each for each in seconds]
+        bandwidth = None
+        if case.kind == "tg" and (weights := weight_bytes(engine)) is not None:
+            bandwidth = (weights + many.read_bytes) * case.tokens / statistics.mean(seconds)
+        deviation = statistics.stdev(rates) if repetitions > 1 else 0.0
+        return Result(case, seconds, statistics.mean(rates), deviation, many.memory.look(), peak_rss(), bandwidth)
+
+    return engine.run(job)
+
+
 def wired(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
     """`measure`, with the memory wired that answers have wired."""
+    if case.batch > 1:
+        return measure_many(engine, case, repetitions, seed)
     holder = object()
     engine.run(lambda: engine.wire(holder, case.batch * (case.depth + case.tokens)))
     try:
@@ -122,9 +144,9 @@ def wired(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
 
 
 def measure(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
-    """Measure one case: a warm-up, then the repetitions, each starting from the same depth."""
+    """Measure one case of one sequence: a warm-up, then the repetitions, each starting from the same depth."""
     numbers = np.random.default_rng(seed)
-    ids = numbers.integers(0, engine.config.vocab_size, (case.batch, case.depth + case.tokens), dtype=np.int32)
+    ids = numbers.integers(0, engine.config.vocab_size, (1, case.depth + case.tokens), dtype=np.int32)
     before, after = ids[:, : case.depth], ids[:, case.depth :]
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -141,7 +163,7 @@ def measure(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
         else:
             generate(engine, after[:, :1], caches, case.tokens)
         seconds.append(time.perf_counter() - start)
-    rates = [case.batch * case.tokens / each for each in seconds[1:]]
+    rates = [case.tokens / each for each in seconds[1:]]
     # Over the steps of a repetition the caches grow from depth + 1 to depth + tokens: take the mean length.
     bandwidth = None
     if case.kind == "tg" and (weights := weight_bytes(engine)) is not None:

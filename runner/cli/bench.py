@@ -32,7 +32,7 @@ Generated = Annotated[
 Depths = Annotated[
     str, typer.Option("-d", metavar="N", help="Start with N tokens in the KV cache.", rich_help_panel=TESTS)
 ]
-Batches = Annotated[str, typer.Option("-b", metavar="N", help="Run N sequences in one batch.", rich_help_panel=TESTS)]
+Batches = Annotated[str, typer.Option("-b", metavar="N", help="Answer N requests at once.", rich_help_panel=TESTS)]
 Repetitions = Annotated[int, typer.Option("-r", metavar="N", min=1, help="Repeat each test N times, after a warm-up.")]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the random token ids and weights.")]
 Quantize = Annotated[
