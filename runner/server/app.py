@@ -23,6 +23,7 @@ from runner.server import (
     openai_models,
     openai_responses,
     operations,
+    page_files,
 )
 from runner.server.errors import ApiError, form_for
 from runner.server.limits import MAX_HEADERS, ClientDisconnect, Door
@@ -52,7 +53,8 @@ def routes(serving: Serving) -> list[Route]:
         post("/v1/responses", openai_responses.responses(serving)),
         post("/v1/messages", anthropic.messages(serving)),
         post("/v1/messages/count_tokens", anthropic.count_tokens(serving)),
-        get("/", ollama.root(serving)),
+        get("/", page_files.root(serving)),
+        get("/page/{name}", page_files.asset(serving)),
         post("/api/chat", ollama.chat(serving)),
         post("/api/generate", ollama.generate(serving)),
         get("/api/tags", ollama.tags(serving)),

@@ -29,7 +29,7 @@ HEADER_SECONDS = 15.0
 MAX_HEADERS = 64 << 10
 """Bytes of a request's headers."""
 OPEN = ("/", "/health", "/ping")
-"""Paths that need no key: whether the server lives is no secret."""
+"""Paths that need no key, with the files of the page: neither they nor whether the server lives are secrets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class Door:
                 f"--allow-origin {origin[:100]}",
                 code="origin_not_allowed",
             )
-        if self._key is not None and path not in OPEN:
+        if self._key is not None and path not in OPEN and not path.startswith("/page/"):
             self._check_key(headers)
 
     def _knows(self, host: str) -> bool:

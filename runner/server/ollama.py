@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from runner.constraints import Constraint, JsonObject, JsonSchema
 from runner.server import inert
@@ -433,14 +433,5 @@ def embeddings(_serving: Serving) -> Handler:
 
     async def answer(_request: Request) -> Response:
         raise ApiError(400, "models here generate text and were not made to embed it")
-
-    return answer
-
-
-def root(_serving: Serving) -> Handler:
-    """`GET /`: by this text clients find out whether a server of theirs is there."""
-
-    async def answer(_request: Request) -> Response:
-        return PlainTextResponse("Ollama is running")
 
     return answer
