@@ -5,19 +5,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from runner.engine.defaults import GenerationDefaults
 from runner.engine.engine import Engine
-from runner.engine.prompt_cache import PromptCache
-from runner.engine.request import Request, Run
 from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
-from runner.ops.owner import OWNER
 from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -173,17 +168,9 @@ class LocalBackend:
             vocab_size=lm.config.vocab_size,
             nbytes=lm.nbytes,
         )
-        self._guided = 0
-        self._moved = 0.0
 
     async def tokens(self, order: Order) -> AsyncGenerator[Step, None]:
         """Make an answer, token by token."""
-        made = self._by_turns(order) if order.guide is not None else self._by_engine(order)
-        async with contextlib.aclosing(made):
-            async for step in made:
-                yield step
-
-    async def _by_engine(self, order: Order) -> AsyncGenerator[Step, None]:
         ticket = self._engines.current.submit(
             order.ids,
             order.params,
@@ -192,6 +179,7 @@ class LocalBackend:
             choice=order.choice,
             priority=order.priority,
             turns=order.turns,
+            guide=order.guide,
             model=self.facts.name,
         )
         try:
@@ -199,30 +187,6 @@ class LocalBackend:
                 yield Step(token, ticket.reused)
         finally:
             ticket.cancel()
-
-    async def _by_turns(self, order: Order) -> AsyncGenerator[Step, None]:
-        """An answer that a guide leads: by itself, a token between two of the engine's steps."""
-        loaded = self.lm.engine
-        request = Request(list(order.ids), order.params, order.max_tokens, guide=order.guide)
-        run = Run(loaded, PromptCache(loaded, keeps=False), request)
-        steps = self._steps(run)
-        self._guided += 1
-        self._moved = time.monotonic()
-        try:
-            while True:
-                token = await loaded.wait(lambda: next(steps, False))
-                self._moved = time.monotonic()
-                if isinstance(token, Token):
-                    yield Step(token, run.reused)
-                elif token is False:
-                    return
-        finally:
-            self._guided -= 1
-            OWNER.post(steps.close)  # not here: it may be under way on the thread that computes
-
-    @staticmethod
-    def _steps(run: Run) -> Generator[Token | None, None, None]:
-        yield from run
 
     async def score(self, ids: Sequence[int], top: int) -> list[Token]:
         """Log-probabilities of a prompt's tokens."""
@@ -237,9 +201,8 @@ class LocalBackend:
     def status(self) -> Status:
         """How it fares."""
         state = self._engines.current.status(self.facts.name)
-        quiet = max(state.quiet, time.monotonic() - self._moved if self._guided else 0.0)
         alive = state.alive and not self.lm.engine.closed
-        return Status(alive, quiet, state.running + self._guided, state.waiting, state.nbytes)
+        return Status(alive, state.quiet, state.running, state.waiting, state.nbytes)
 
     def restart(self) -> None:
         """Begin anew after a failure."""

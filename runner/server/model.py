@@ -186,13 +186,14 @@ class Served:
         chat = ask.prompt
         if not isinstance(chat, Chat) or not (chat.offered or chat.forced):
             return ask.constraint
-        marks, token_ids = self.tooling.marks_to_write, self.backend.facts.tokenizer.special_tokens
+        token_ids = self.backend.facts.tokenizer.special_tokens
         if forced := chat.forced:
             if ask.constraint is not None:
                 raise invalid("a form of the answer and a forced call exclude each other", "tool_choice")
-            return calls_of(forced, marks, token_ids, parallel=chat.parallel)
+            return calls_of(forced, self.tooling.marks_to_write, token_ids, parallel=chat.parallel)
         if ask.constraint is None and not chat.strict:
             return None
+        marks = self.tooling.marks_to_write
         return calls_of(chat.tools, marks, token_ids, parallel=chat.parallel, instead=ask.constraint or "text")
 
     def count(self, chat: Chat) -> int:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from runner.errors import TemplateError
+from runner.server.errors import invalid
 from runner.server.roles import Message, text_of
 from runner.server.tool_calls import CallFinder
 from runner.server.tool_formats import GENERIC, HARMONY, INNER, Marks, bare_json, dumped, marks_in
@@ -71,8 +72,15 @@ class Tooling:
 
     @property
     def marks_to_write(self) -> Marks:
-        """The marks that a forced call is written between."""
-        return self.marks[0] if self.marks else Marks("")
+        """The marks that a forced call is written between.
+
+        Raises:
+            ApiError: this model's calls are no JSON between marks.
+        """
+        written = [marks for marks in self.marks if not marks.kept]
+        if self.marks and not written:
+            raise invalid("this model's calls are messages of their own, and cannot be forced", "tool_choice")
+        return written[0] if written else Marks("")
 
     @cached_property
     def _bare(self) -> bool:
