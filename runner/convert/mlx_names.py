@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 SUFFIX = re.compile(r"(\.weight|\.scales|\.biases|\.bias|_blocks|_scales|_bias)$")
 """What follows a layer's name in a tensor's; the suffixes with underscores are gpt-oss's."""
@@ -15,9 +16,22 @@ SUFFIX = re.compile(r"(\.weight|\.scales|\.biases|\.bias|_blocks|_scales|_bias)$
 _DOTTED = {"": ".weight", "_blocks": ".weight", "_scales": ".scales", "_bias": ".bias"}
 _EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(\w+)$")
 _STACKED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_FIRST_AND_SECOND = {"up_proj": "fc1", "down_proj": "fc2"}
+STACKED: Mapping[str, Mapping[str, str]] = {"nemotron_h": _FIRST_AND_SECOND}
+"""By model type: names of a stack's matrices, where they are not those of most."""
+
+WITHOUT_EXPERTS = " without experts"
+"""What the tables below have behind the type of a model that could have experts, but has none."""
+
 
 RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "gpt2": ((r"^(transformer\.)?(?=(wte|wpe|h|ln_f)\b)", "model."),),
+    "lfm2_moe": (
+        (r"(?<=feed_forward)\.w1(?=\.)", ".gate_proj"),
+        (r"(?<=feed_forward)\.w3(?=\.)", ".up_proj"),
+        (r"(?<=feed_forward)\.w2(?=\.)", ".down_proj"),
+    ),
+    "nemotron_h": ((r"^model\.", "backbone."),),
     "gpt_neox": ((r"^gpt_neox\.layers\.", "model.h."), (r"^(gpt_neox\.)?(?=(embed_in|embed_out|final)\w*)", "model.")),
 }
 """By model type: patterns in a tensor's name, and their replacements."""
@@ -31,6 +45,19 @@ SPLIT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "input_linear": ("switch_mlp.gate_proj", "switch_mlp.up_proj"),
         "output_linear": ("switch_mlp.down_proj",),
     },
+    "granitemoehybrid": {
+        "block_sparse_moe.input_linear": (
+            "block_sparse_moe.switch_mlp.gate_proj",
+            "block_sparse_moe.switch_mlp.up_proj",
+        ),
+        "block_sparse_moe.output_linear": ("block_sparse_moe.switch_mlp.down_proj",),
+    },
+    f"granitemoehybrid{WITHOUT_EXPERTS}": {
+        "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
+        "shared_mlp.output_linear": ("mlp.down_proj",),
+    },
+    "lfm2_moe": _FUSED,
+    "nemotron_h": {f"experts.{name}": (f"switch_mlp.{part}",) for name, part in _FIRST_AND_SECOND.items()},
     "qwen3_5_moe_text": _FUSED,
     "qwen3_next": _FUSED,
     "gpt_oss": {"gate_up_proj": ("gate_proj", "up_proj")},
@@ -56,6 +83,11 @@ class Target:
     slot: int | None = None
 
 
+def spelled(raw: Mapping[str, Any]) -> str:
+    """What the tables call the model of a `config.json`: its `model_type`, perhaps without experts."""
+    return str(raw["model_type"]) + (WITHOUT_EXPERTS if raw.get("num_local_experts") == 0 else "")
+
+
 def layer_target(model_type: str, name: str) -> Target:
     """Where a layer's tensor goes: `...experts.3.w1.weight` becomes row 3 of `...switch_mlp.gate_proj.weight`."""
     found = SUFFIX.search(name)
@@ -64,16 +96,18 @@ def layer_target(model_type: str, name: str) -> Target:
     suffix = _DOTTED.get(suffix, suffix)
     expert = _EXPERT.match(stem)
     if expert is not None:
-        stacked = f"{expert[1]}.switch_mlp.{_STACKED.get(expert[3], expert[3])}"
-        return Target((stacked + suffix,), int(expert[2]))
+        own = STACKED.get(model_type, _STACKED)
+        stacked = f"{expert[1]}.switch_mlp.{own.get(expert[3], expert[3])}"
+        return Target((renamed(model_type, stacked + suffix),), int(expert[2]))
     for last, parts in SPLIT.get(model_type, {}).items():
         if stem.endswith(f".{last}"):
-            return Target(tuple(f"{stem.removesuffix(last)}{part}{suffix}" for part in parts))
+            start = stem.removesuffix(last)
+            return Target(tuple(renamed(model_type, f"{start}{part}{suffix}") for part in parts))
     return Target((renamed(model_type, stem + suffix),))
 
 
 def renamed(model_type: str, name: str) -> str:
-    """mlx-lm's name for a tensor that is neither stacked nor split."""
+    """mlx-lm's name for a tensor, once it is stacked or split."""
     for pattern, replacement in RENAMED.get(model_type, ()):
         name, count = re.subn(pattern, replacement, name)
         if count:

@@ -17,7 +17,17 @@ import mlx.core as mx
 from runner.checkpoint.shard_writer import WIDTHS, Planned, bytes_of
 from runner.config.base import readable_keys
 from runner.config.rope_keys import OF_SLIDING, normalise
-from runner.convert.mlx_names import AFFINE_ONLY, RENAMED, SPLIT, SUFFIX, TYPES, Target, layer_target, renamed
+from runner.convert.mlx_names import (
+    AFFINE_ONLY,
+    RENAMED,
+    SPLIT,
+    SUFFIX,
+    TYPES,
+    Target,
+    layer_target,
+    renamed,
+    spelled,
+)
 from runner.convert.quantize import Quantizer
 from runner.engine.dtypes import DTYPES
 from runner.errors import CheckpointError, UsageError, WeightsError
@@ -246,7 +256,7 @@ class _Planner:
         try:
             return self.laid_out(forms, unpackable, rename=packed or foreign)
         except WeightsError:
-            if not packed or self.raw["model_type"] in RENAMED.keys() | SPLIT.keys():
+            if not packed or spelled(self.raw) in RENAMED.keys() | SPLIT.keys():
                 raise
             return self.laid_out(forms, unpackable, rename=False)  # the family's tags read no other names
 
@@ -360,7 +370,7 @@ class _Planner:
 
     def target(self, name: str, *, layer: bool, rename: bool) -> Target:
         """The tensors that `name` is written to."""
-        model_type = str(self.raw["model_type"])
+        model_type = spelled(self.raw)
         if not rename:
             return Target((name,))
         return layer_target(model_type, name) if layer else Target((renamed(model_type, name),))

@@ -161,12 +161,26 @@ MLX_NAMES = {
     "qwen3_moe-base": "layers.0.mlp.switch_mlp.up_proj.biases layers.0.mlp.gate.weight",
     "deepseek_v2-lite": "layers.1.mlp.switch_mlp.up_proj.weight layers.1.mlp.shared_experts.up_proj.scales",
     "granitemoe-base": "layers.0.block_sparse_moe.switch_mlp.up_proj.scales",
+    "granitemoehybrid-base": "layers.1.block_sparse_moe.switch_mlp.gate_proj.weight "
+    "layers.0.block_sparse_moe.switch_mlp.down_proj.weight layers.0.shared_mlp.input_linear.scales",
+    "granitemoehybrid-dense-v5": "layers.1.mlp.gate_proj.scales layers.0.mlp.down_proj.scales",
+    "lfm2_moe-base": "layers.0.feed_forward.gate_proj.scales layers.0.feed_forward.down_proj.scales "
+    "layers.1.feed_forward.switch_mlp.up_proj.scales",
     "gpt_oss-base": "layers.0.mlp.experts.gate_proj.weight layers.0.mlp.experts.up_proj.bias",
     "gpt_oss-mxfp4": "layers.0.mlp.experts.gate_proj.scales layers.0.mlp.experts.down_proj.weight",
     "gpt2-base": "h.0.attn.c_attn.scales wte.weight ln_f.bias",
     "gpt_neox-base": "h.0.attention.query_key_value.scales embed_in.weight embed_out.scales final_layer_norm.bias",
 }
 """Names that mlx-lm writes, without their `model.`."""
+
+
+@pytest.mark.parametrize("name", ["nemotron_h-base", "nemotron_h-latent-v5"])
+def test_nemotrons_packed_experts_have_mlx_lms_names(name: str, tmp_path: Path) -> None:
+    convert(open_files(TESTS / "fixtures" / "families" / name), tmp_path / "out", quantizer=quantizer("8", 32))
+    layer = 1 if name.endswith("base") else 3
+    stem = f"backbone.layers.{layer}.mixer"
+    names = {f"{stem}.switch_mlp.fc1.scales", f"{stem}.switch_mlp.fc2.weight", f"{stem}.shared_experts.up_proj.scales"}
+    assert names <= set(Checkpoint.open(tmp_path / "out").headers)
 
 
 @pytest.mark.parametrize("name", MLX_NAMES)
