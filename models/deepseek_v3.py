@@ -17,6 +17,7 @@ from runner.models import deepseek_v2
 from runner.models.deepseek_v2 import DeepseekV2 as DeepseekV2
 from runner.models.deepseek_v2 import RoutedConfig
 from runner.nn.mla import LatentConfig
+from runner.nn.prediction import Predicting
 from runner.weights.tags import weight
 
 
@@ -47,6 +48,10 @@ class BalancedConfig(RoutedConfig):
     def experts_class(self) -> type:
         return MoE
 
+    @property
+    def prediction_layer(self) -> str:
+        return str(self.num_hidden_layers)
+
     def ignores(self, name: str) -> bool:
         found = re.match(r"model\.layers\.(\d{1,9})\.", name)
         # Compared as numbers: a file can claim any number of further layers.
@@ -68,6 +73,10 @@ class DeepseekV3Config(BalancedConfig, LatentConfig):
     def traditional(self) -> bool:
         return self.rope_interleave
 
+    @property
+    def prediction_class(self) -> type:
+        return PredictingBlock
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListedExpertsConfig(BalancedConfig):
@@ -84,6 +93,11 @@ class ListedExpertsConfig(BalancedConfig):
         return (
             super().sparse if self.mlp_layer_types is None else self.mlp_layer_types[self.layer_index or 0] == "sparse"
         )
+
+
+@dataclass
+class PredictingBlock(deepseek_v2.Block, Predicting):
+    """The layer for multi-token prediction."""
 
 
 @dataclass

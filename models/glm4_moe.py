@@ -15,6 +15,7 @@ from runner.models.deepseek_v3 import BalancedConfig
 from runner.nn import blocks
 from runner.nn.fast import RMSNorm
 from runner.nn.mlp import ConfiguredMLP
+from runner.nn.prediction import Predicting
 from runner.weights.tags import weight
 
 
@@ -37,6 +38,10 @@ class Glm4MoeConfig(BalancedConfig):
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def prediction_class(self) -> type:
+        return PredictingBlock
+
 
 @dataclass
 class Attention(glm.Attention, llama.NormedAttention):
@@ -52,6 +57,11 @@ class Block(blocks.PreNorm):
 
     self_attn: Attention = weight("self_attn")
     mlp: ConfiguredMLP = weight("mlp")
+
+
+@dataclass
+class PredictingBlock(Block, Predicting):
+    """The layer for multi-token prediction."""
 
 
 @dataclass

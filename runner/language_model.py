@@ -319,6 +319,10 @@ class LanguageModel:
                 self._drafts.add(draft)
             draft.engine.check_open()
             return functools.partial(DraftModel, draft.engine, self.config.vocab_size)
+        if not lookup and self.engine.prediction is not None:
+            from runner.engine.prediction import Predicted
+
+            return functools.partial(Predicted, self.engine)
         if not lookup:
             return None
         from runner.engine.lookup import PromptLookup
@@ -471,6 +475,7 @@ def load(
     revision: str | None = None,
     adapters: Given = (),
     context_length: int | None = None,
+    mtp: bool = False,
     progress: bool = False,
 ) -> LanguageModel:
     """Load a model from a directory, a GGUF file, a hub id `org/name[@revision][:Q4_K_M]`, or by a stored one's name.
@@ -484,6 +489,8 @@ def load(
         adapters: adapters in PEFT's format or mlx-lm's, by directory or hub id: a list of "PATH" or "PATH=WEIGHT", or
             a mapping from paths to weights. Their updates add up; the base model's weights stay as they are.
         context_length: how many tokens prompt and answer can have together; None: as many as the model was made for.
+        mtp: read the checkpoint's layer for multi-token prediction too, and guess tokens by it: answers are the same,
+            and come faster where guesses are right (GLM-4.5 to 4.7, DeepSeek V3, Kimi K2).
         progress: show progress bars on stderr for a download, and for reading that takes over a second.
 
     Raises:
@@ -496,6 +503,8 @@ def load(
         raise UsageError(f"model must be a text or a path, not {model!r:.80}")
     if context_length is not None and (type(context_length) is not int or not 1 <= context_length <= LONGEST):
         raise UsageError(f"context_length must be an integer from 1 to {LONGEST}, or None, not {context_length!r}")
+    if not isinstance(mtp, bool):
+        raise UsageError(f"mtp must be true or false, not {mtp!r:.80}")
     files = open_files(resolve(str(model), revision=revision, progress=progress))
     # On the owner's thread as well: what reading a vocabulary has used and freed, reading the weights can use again.
     tokenizer = OWNER.run(files.tokenizer)
@@ -511,7 +520,7 @@ def load(
             bar.update(done, total)
 
         def job() -> Loaded:
-            return assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=update)
+            return assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=update, mtp=mtp)
 
         engine = OWNER.run(job, mx.default_device())
     if engine.adapters is not None:

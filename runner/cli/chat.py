@@ -73,7 +73,7 @@ def chat(
     conversation = Conversation()
     if last is not None:
         conversation.replace(last.messages)
-    lm = engine.open_model(model, dtype, adapter, length.context)
+    lm = engine.open_model(model, dtype, adapter, length.context, mtp=guesses.mtp)
     keywords |= guesses.keywords(dtype)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")

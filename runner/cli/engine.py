@@ -21,7 +21,12 @@ UNTOLD = "balanced"
 
 
 def open_model(
-    model: str, dtype: str | None, adapters: Sequence[str] | None = None, context: int | None = None
+    model: str,
+    dtype: str | None,
+    adapters: Sequence[str] | None = None,
+    context: int | None = None,
+    *,
+    mtp: bool = False,
 ) -> LanguageModel:
     """Load `model` as `runner.load` does, with a progress bar if stderr is a terminal.
 
@@ -41,7 +46,7 @@ def open_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RunnerWarning)
         lm = runner.load(
-            model, dtype=dtype, adapters=adapters or (), context_length=context, progress=sys.stderr.isatty()
+            model, dtype=dtype, adapters=adapters or (), context_length=context, mtp=mtp, progress=sys.stderr.isatty()
         )
     for note in lm.notes:
         _note_once(note)

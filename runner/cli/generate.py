@@ -86,7 +86,7 @@ def generate(
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords()}
     guesses.check()
-    lm = engine.open_model(model, dtype, adapter, length.context)
+    lm = engine.open_model(model, dtype, adapter, length.context, mtp=guesses.mtp)
     keywords |= guesses.keywords(dtype)
     status = terminal.Status()
     output = terminal.Output(wrap=wrap and not as_json)

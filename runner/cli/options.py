@@ -232,10 +232,21 @@ class GuessOptions:
         ),
     ] = None
 
+    mtp: Annotated[
+        bool,
+        typer.Option(
+            "--mtp",
+            help="Guess tokens by the model's own layer for multi-token prediction.",
+            rich_help_panel=GUESSES,
+        ),
+    ] = False
+
     def check(self) -> None:
-        """Refuse both at once, before a model is loaded in vain; raises UsageError."""
-        if self.lookup and self.draft is not None:
-            raise UsageError("--lookup and --draft both guess: leave one out")
+        """Refuse several at once, before a model is loaded in vain; raises UsageError."""
+        ways = {"--lookup": self.lookup, "--draft": self.draft is not None, "--mtp": self.mtp}
+        given = [name for name, used in ways.items() if used]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} guess in different ways: choose one")
 
     def keywords(self, dtype: str | None) -> dict[str, Any]:
         """Make the keyword arguments for `LanguageModel.stream`; loads the draft model as `dtype`."""

@@ -60,6 +60,7 @@ class DraftModel:
     """
 
     free = False
+    watches = False
 
     def __init__(self, draft: Loaded, vocab_size: int) -> None:
         """Begin an empty sequence; `vocab_size` is that of the other model's logits, which may be padded otherwise."""
@@ -74,6 +75,9 @@ class DraftModel:
     def add(self, ids: Sequence[int]) -> None:
         """Append tokens that are certain."""
         self._ids += ids
+
+    def saw(self, hidden: mx.array, position: int) -> None:
+        """The other model's hidden states tell nothing here."""
 
     def propose(self, most: int, state: SamplingState) -> list[int]:
         """Up to `most` tokens, each what the draft model itself would answer."""

@@ -37,11 +37,13 @@ def prefill_passes(
     *,
     chunk: int = PREFILL_CHUNK,
     cuts: Collection[int] = (),
+    show: Callable[[mx.array, int], None] | None = None,
 ) -> Iterator[tuple[int, mx.array | None]]:
     """Run the prompt through the model, one chunk for each item: the tokens done, and after the last one the logits.
 
     The logits are `[V]` and follow the last token; no others are computed. Arguments and errors are `prefill`'s; a
-    chunk also ends at each position of `cuts`.
+    chunk also ends at each position of `cuts`. `show` is given the hidden states `[1, L, H]` of each, and the position
+    of the first.
     """
     if not ids or chunk < 1:
         raise UsageError(
@@ -54,6 +56,8 @@ def prefill_passes(
         end = min([start + chunk, len(ids), *(cut - offset for cut in cuts if cut - offset > start)])
         piece = mx.array([list(ids[start:end])], dtype=mx.int32)
         hidden = model(Batch(piece, offset + start, length), caches)
+        if show is not None:
+            show(hidden, offset + start)
         if end == len(ids):
             # The last chunk stays lazy: it is computed together with the logits.
             yield len(ids), model.logits(hidden[:, -1:])[0, -1]

@@ -22,6 +22,7 @@ from runner.engine.generate import new_caches
 from runner.errors import UsageError
 from runner.families import Model, find
 from runner.nn.batch import Batch
+from runner.nn.prediction import HasPrediction, Prediction
 from runner.ops.device import Device, current
 from runner.ops.memory import capacity
 from runner.ops.metal import LARGE, MARGIN
@@ -58,6 +59,7 @@ class Loaded:
         dtype: dtype of the activations.
         storage: how the KV caches keep their rows: exactly where a dtype was asked for, else in the device's own form.
         adapters: the adapters that were loaded with the model; None without any.
+        prediction: the layer for multi-token prediction; None where it was not asked for.
         closed: whether `close` was called: nothing can be computed any more.
         compiled: the kernel for whole decode steps, on devices that have one.
     """
@@ -69,6 +71,7 @@ class Loaded:
     dtype: mx.Dtype
     storage: Storage
     adapters: Adapters | None = None
+    prediction: Prediction | None = None
     closed: bool = field(init=False, default=False)
     compiled: Compiled = field(init=False, repr=False)
 
@@ -109,7 +112,7 @@ class Loaded:
         def job() -> None:
             self.closed = True
             self.compiled.close()
-            self.model, self.adapters = ClosedModel(), None
+            self.model, self.adapters, self.prediction = ClosedModel(), None, None
             mx.clear_cache()
 
         OWNER.finish(job)
@@ -117,7 +120,7 @@ class Loaded:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in memory."""
-        return loading.nbytes(self.model)
+        return loading.nbytes(self.model) + (0 if self.prediction is None else loading.nbytes(self.prediction))
 
     @property
     def shares_keys(self) -> bool:
@@ -197,10 +200,11 @@ def assemble(
     dtype: str | None = None,
     adapters: Sequence[AdapterFiles] = (),
     progress: Progress | None = None,
+    mtp: bool = False,
 ) -> Loaded:
     """Build the model that `raw` (a parsed `config.json`) describes from the tensors of `source`.
 
-    `runner.load` describes `dtype`, `adapters` and the errors.
+    `runner.load` describes `dtype`, `adapters`, `mtp` and the errors.
     """
     config_class, model_class = find(raw)
     adapted: Adapters | None = None
@@ -218,13 +222,36 @@ def assemble(
     layout = plan(model_class, config, source.headers, provided)
     if adapted is not None:
         layout = adapted.applied(layout, device.ops, dtypes.weights)
-    check_memory(loading.planned_nbytes(layout, source.headers, dtypes.weights), capacity(device.mlx))
+    needed_bytes = loading.planned_nbytes(layout, source.headers, dtypes.weights)
+    ahead = planned_prediction(config, source, provided) if mtp else None
+    if ahead is not None:
+        needed_bytes += loading.planned_nbytes(ahead, source.headers, dtypes.weights)
+    check_memory(needed_bytes, capacity(device.mlx))
     model = loading.build(layout, source, dtype=dtypes.weights, progress=progress)
     # Nothing lazy is shared: what modules computed for themselves (RoPE's frequencies, MLA's matrices) is computed now.
     mx.eval([array for _, array in loading.arrays(model)])
     # Only where no dtype was asked for may the device round the rows of its caches.
     storage = device.storage if dtype is None else device.ops.storage
-    return Loaded(config, model, layout, device, dtypes.activations, storage, adapted)
+    prediction = None if ahead is None else loading.build(ahead, source, dtype=dtypes.weights)
+    if prediction is not None:
+        mx.eval([array for _, array in loading.arrays(prediction)])
+    return Loaded(config, model, layout, device, dtypes.activations, storage, adapted, prediction)
+
+
+def planned_prediction(config: Config, source: Source, provided: Mapping[str, Any]) -> ModulePlan:
+    """The plan of a checkpoint's layer for multi-token prediction.
+
+    Raises:
+        UsageError: the family or the checkpoint has none, or more than one.
+        WeightsError: its tensors do not fit.
+    """
+    if not isinstance(config, HasPrediction):
+        raise UsageError(f"{config.model_type} models have no layer for multi-token prediction that is known here")
+    headers = {name: header for name, header in source.headers.items() if config.ignores(name)}
+    if config.num_nextn_predict_layers != 1 or not headers:
+        count = config.num_nextn_predict_layers if headers else 0
+        raise UsageError(f"one layer for multi-token prediction can be used, and this checkpoint has {count}")
+    return plan(Prediction, config.for_layer(config.num_hidden_layers), headers, provided)
 
 
 def check_memory(weights: int, available: int | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mlx.core as mx
+
 from runner.engine.sampler import SamplingState
 
 LENGTHS = (4, 3, 2)
@@ -14,6 +16,7 @@ class PromptLookup:
     """An index of one sequence's n-grams, kept up token by token."""
 
     free = True
+    watches = False
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -25,6 +28,9 @@ class PromptLookup:
             # What ends here is known from the next token on: the end of the text itself is no place to go on from.
             self._index()
             self._ids.append(token)
+
+    def saw(self, hidden: mx.array, position: int) -> None:
+        """Hidden states tell nothing here."""
 
     def propose(self, most: int, state: SamplingState) -> list[int]:
         """Up to `most` tokens that followed the longest n-gram with which the text ends, where it last occurred."""

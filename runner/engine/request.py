@@ -91,7 +91,7 @@ class Run:
                 # do not go together, so that all is read anew, as transformers does.
                 reused = self._job(functools.partial(self._kept.reuse, ids, self._weights))
                 self.reused = self.reused if made else reused
-                logits = yield from self._prefill(ids, reused, self._request.on_prefill if not made else None)
+                logits = yield from self._prefill(ids, reused, course, self._request.on_prefill if not made else None)
                 border, count = self.engine.config.rope_border, self._request.budget - made
                 if border is not None and len(ids) <= border:
                     count = min(count, border - len(ids) + 1)
@@ -111,14 +111,21 @@ class Run:
         self.engine.wire(self, len(self._request.ids) + self._request.budget)
 
     def _prefill(
-        self, ids: Sequence[int], held: int, on_progress: Callable[[int, int], None] | None
+        self,
+        ids: Sequence[int],
+        held: int,
+        course: Continuation,
+        on_progress: Callable[[int, int], None] | None,
     ) -> Generator[None, None, mx.array]:
         """Read the ids behind the first `held`, yielding after each chunk, and return the logits that follow."""
         cuts = self._kept.cuts()
         chunk = self.engine.device.chunk
         # Layers without keys leave nothing for later tokens: only the last one, whose logits are wanted, passes them.
         last = {len(ids) - 1} if len(ids) - held > ALONE and self.engine.shares_keys else set()
-        passes = prefill_passes(self.engine.model, ids[held:], self._kept.caches, chunk=chunk, cuts=cuts | last)
+        show = course.proposer.saw if course.proposer is not None and course.proposer.watches else None
+        passes = prefill_passes(
+            self.engine.model, ids[held:], self._kept.caches, chunk=chunk, cuts=cuts | last, show=show
+        )
 
         def step() -> tuple[int, mx.array | None]:
             done, logits = next(passes)

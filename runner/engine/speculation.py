@@ -54,12 +54,16 @@ class Proposer(Protocol):
     """Guesses how one sequence goes on.
 
     `add` tells it tokens that are certain; `propose` guesses up to `most` that follow them, to be drawn as `state`
-    would; `free` says whether guesses cost next to nothing.
+    would; `free` says whether guesses cost next to nothing. One that `watches` is shown by `saw` the model's hidden
+    states `[1, L, H]` at certain tokens from a position on, as far as passes have them to show.
     """
 
     @property
     def free(self) -> bool: ...
+    @property
+    def watches(self) -> bool: ...
     def add(self, ids: Sequence[int]) -> None: ...
+    def saw(self, hidden: mx.array, position: int) -> None: ...
     def propose(self, most: int, state: SamplingState) -> list[int]: ...
 
 
@@ -140,6 +144,7 @@ class Continuation:
         self._compared: list[int] = []  # guesses that no pass was made of, to be compared with what comes
         self._met = 0  # how many of them have been right
         self._own = 0  # how many of the drafts are the proposer's
+        self._shown: tuple[mx.array, int] | None = None  # hidden states of the pass under way, and their first position
         if proposer is not None:
             proposer.add(ids)
 
@@ -156,6 +161,15 @@ class Continuation:
         if self.guide is not None and len(self._run()) > 1:
             return True
         return self.proposer is not None and self._depth.pays
+
+    @property
+    def watched(self) -> bool:
+        """Whether passes should show their hidden states."""
+        return self.proposer is not None and self.proposer.watches
+
+    def show(self, hidden: mx.array, position: int) -> None:
+        """Show the hidden states `[1, L, H]` of the pass under way, whose first token is at `position`."""
+        self._shown = hidden, position
 
     def plan(self, most: int) -> list[int]:
         """Choose up to `most` guesses for the next pass, and return them."""
@@ -195,6 +209,9 @@ class Continuation:
             for token in tokens:
                 self.guide.add(token.id)
         if self.proposer is not None:
+            if self._shown is not None:
+                self.proposer.saw(self._shown[0][:, : len(tokens)], self._shown[1])
+                self._shown = None
             self._learn(self.proposer, [token.id for token in tokens])
         self._forced, self.drafts, self.rows = None, [], []
         return tokens
@@ -270,9 +287,13 @@ def continued(
             picked = pick(ahead)
         elif count:
             ids = mx.array([[tokens[-1].id, *course.plan(count - 1)]], mx.int32)
-            if course.drafts:
-                caches.reserve(ids.size)
-                hidden = model(Batch(ids, caches.offset), caches)
+            if course.drafts or course.watched:
+                if course.drafts:
+                    caches.reserve(ids.size)
+                place = caches.offset
+                hidden = model(Batch(ids, place), caches)
+                if course.watched:
+                    course.show(hidden, place)
                 picked = pick(model.logits(hidden)[0])
                 steps.forget()
             else:

@@ -53,6 +53,7 @@ class Scripted:
     """Guesses that are right but for those that chance makes wrong; watches what it is told."""
 
     free = False
+    watches = False
 
     def __init__(self, prompt: Sequence[int], answer: Sequence[int], wrong: float, seed: int = 0) -> None:
         self.text, self.start, self.wrong, self.chance = [*prompt, *answer], len(prompt), wrong, random.Random(seed)
@@ -62,6 +63,9 @@ class Scripted:
     def add(self, ids: Sequence[int]) -> None:
         self.known += ids
         assert self.known == self.text[: len(self.known)]
+
+    def saw(self, hidden: mx.array, position: int) -> None:
+        raise AssertionError("it does not watch")
 
     def propose(self, most: int, state: SamplingState) -> list[int]:
         assert state.position == len(self.known)
