@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from runner.text.tokenizer import Tokenizer
 
 RAW = "Raw text (--raw)"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,10 @@ class AskingOptions:
             terminal.note("(no chat template: the text is continued as it is; --raw asks for that)")
         if not (self.chat or (self.chat is None and templated)):
             return None
+        return self.chat_of(text, earlier)
+
+    def chat_of(self, text: str, earlier: Sequence[Message] = ()) -> list[Message]:
+        """The chat that `text` is asked in, after the `earlier` messages."""
         chat = Conversation()
         chat.replace(list(earlier))
         if self.system is not None:
@@ -99,12 +104,25 @@ class AskingOptions:
         Raises:
             UsageError: an option does not go with the model's template or tokenizer.
         """
+        return self.put(lm, text, messages, thinking, lm.stream, lm.chat_stream, **keywords)
+
+    def put(
+        self,
+        lm: LanguageModel,
+        text: str,
+        messages: Sequence[Message] | None,
+        thinking: str | None,
+        continues: Callable[..., T],
+        answers: Callable[..., T],
+        **keywords: Any,
+    ) -> T:
+        """What `answers` makes of `messages`, or `continues` of `text` where they are None; errors as of `stream`."""
         if messages is None:
-            return lm.stream(self._raw(lm.tokenizer, text), **keywords)
+            return continues(self._raw(lm.tokenizer, text), **keywords)
         variables = template_kwargs(lm.tokenizer, parsed(self.template_arg), thinking)
         if self.system is not None:
             checked_system(lm.tokenizer, self.system, variables, name="--system")
-        return lm.chat_stream(messages, template_kwargs=variables, **keywords)
+        return answers(messages, template_kwargs=variables, **keywords)
 
     def _of_templates(self, others: Mapping[str, Any]) -> list[str]:
         """The options that were given and mean nothing without a template."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from runner.cli import engine, terminal
+from runner.cli import engine, prompt_file, terminal
 from runner.cli.asking import AskingOptions
 from runner.cli.history import History, Resume, keep_last_chat, model_of_last, resumed
 from runner.cli.options import (
+    MANY,
     OUTPUT,
     Adapter,
     DType,
@@ -26,6 +28,7 @@ from runner.cli.options import (
     Verbose,
     Wrap,
     model_and_text,
+    named_model,
 )
 from runner.cli.thinking import AnswerOutput
 from runner.errors import UsageError
@@ -51,6 +54,25 @@ JsonLines = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+File = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Answer the prompts of a file of JSON lines, many at once: texts, or objects with prompt or messages.",
+        show_default=False,
+        rich_help_panel=MANY,
+    ),
+]
+To = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="Write the answers there, a JSON line each, and go on behind those that it has; default: to stdout.",
+        show_default=False,
+        rich_help_panel=MANY,
+    ),
+]
 
 
 def generate(
@@ -72,14 +94,35 @@ def generate(
     thinking: Thinking = None,
     wrap: Wrap = True,
     verbose: Verbose = False,
+    file: File = None,
+    to: To = None,
 ) -> None:
     """Generate text from a prompt and print it as it comes."""
     needing = {"thinking": thinking, "continue": resume or None}
     asking.check(**needing)
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs is printed in the JSON output only: add --json")
+    if file is not None:
+        alone = {"-c": resume, "--json": as_json, "--logprobs": logprobs is not None, "-p": given is not None}
+        for option in (name for name, value in alone.items() if value):
+            raise UsageError(f"{option} is for one prompt: leave it out with --file")
+        if prompt is not None:
+            raise UsageError("the prompts are those of --file: name the model alone")
+    elif to is not None:
+        raise UsageError("--output is for the answers to --file: add it")
     last_chat = resumed(resume, history)
     named = model_of_last((model, prompt), named, last_chat)
+    if file is not None:
+        guesses.check()
+        asked, answers = prompt_file.read(file), prompt_file.Answers(to)
+        answers.open(asked)
+        lm = engine.open_model(named_model(model, named), dtype, adapter, length.context)
+        keywords = {**sampling.keywords(None), **length.keywords(), **guesses.keywords(dtype)}
+        keywords, untold = engine.sampling_of(lm, keywords)
+        if untold is not None:
+            terminal.note(untold)
+        prompt_file.answer_all(lm, asked, answers, asking, thinking, keywords)
+        return
     model, prompt = model_and_text((model, prompt), named, given, option="-p")
     if prompt is None and not terminal.stdin_is_piped():
         no_prompt(model)

@@ -20,6 +20,7 @@ from runner.local_files import quoted
 SAMPLING = "Sampling (default: the model's generation_config.json)"
 LENGTH = "Length"
 OUTPUT = "Output"
+MANY = "Many prompts"
 GUESSES = "Guesses (the answer stays the same)"
 
 DTYPES = {

@@ -1,0 +1,84 @@
+"""`runner generate --file`: prompts of a file, in order, gone on with where the last run was left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import run
+from places import TESTS
+
+import runner
+
+MODEL = str(TESTS / "fixtures" / "llama" / "llama-spm")
+OPTIONS = ("--raw", "--max-tokens", "6", "--temperature", "0.8", "--seed", "3")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines: list[Any] = ["The cat", {"prompt": "Of all", "id": "second"}, {"prompt": "x " * 400}, *map(str, range(9))]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return path
+
+
+def test_answers_are_those_of_single_prompts_in_order(prompts: Path) -> None:
+    done = run("generate", MODEL, "--file", str(prompts), *OPTIONS)
+    assert done.returncode == 1
+    assert "1 of 12 prompts could not be answered" in done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["index"] for line in lines] == list(range(12))
+    assert lines[1]["id"] == "second"
+    assert "128" in lines[2]["error"]
+    lm = runner.load(MODEL)
+    for line, text in zip(lines[3:], map(str, range(9)), strict=True):
+        alone = lm.generate(text, max_tokens=6, temperature=0.8, seed=3)
+        assert (line["text"], line["tokens"]) == (alone.text, len(alone.tokens))
+
+
+def test_a_run_goes_on_where_the_last_one_was_left(prompts: Path, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    assert run("generate", MODEL, "--file", str(prompts), "--output", str(whole), *OPTIONS).returncode == 1
+    text = whole.read_bytes()
+    part.write_bytes(text[: len(text) // 2])
+    done = run("generate", MODEL, "--file", str(prompts), "--output", str(part), *OPTIONS)
+    assert "are answered already" in done.stderr
+    assert part.read_bytes() == text
+    prompts.write_text(json.dumps("another") + "\n")
+    refused = run("generate", MODEL, "--file", str(prompts), "--output", str(part), *OPTIONS)
+    assert refused.returncode == 2 and "answers another prompt" in refused.stderr
+    assert part.read_bytes() == text
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2 is no JSON"),
+        ("[1]", "line 2 must be a text"),
+        ('{"promt": "a"}', "'promt'"),
+        ('{"id": 3}', 'either "prompt" or "messages"'),
+        ('{"prompt": ""}', "not empty"),
+        ('{"messages": "a"}', "must be a list"),
+    ],
+)
+def test_lines_of_another_form_are_named_before_anything_runs(line: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'"fine"\n{line}\n')
+    done = run("generate", "/nowhere", "--file", str(path))
+    assert done.returncode == 2 and words in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--file", "a.jsonl", "--json"], "--json is for one prompt"),
+        (["a prompt", "--file", "a.jsonl"], "the prompts are those of --file"),
+        (["a prompt", "--output", "a.jsonl"], "--output is for the answers to --file"),
+        (["--file", "/nowhere/a.jsonl"], "/nowhere/a.jsonl"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: list[str], words: str) -> None:
+    done = run("generate", MODEL, *arguments)
+    assert done.returncode == 2 and words in done.stderr
