@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +29,7 @@ THREADS = 544
 QUEUED = 2
 """Launches that are given to the GPU before the first of them has ended, so that it never waits for Python."""
 
-LAUNCH_SECONDS = 0.012
+LAUNCH_SECONDS = 0.018
 """What a launch may take: an answer that nobody wants any more ends with the launches under way."""
 
 PATIENCE = 2.0
@@ -127,11 +127,11 @@ class Said(NamedTuple):
 def addresses(arrays: Sequence[mx.array]) -> list[int]:
     """The addresses of arrays on the GPU, which a kernel writes down; the arrays must be contiguous and computed."""
     mx.eval(list(arrays))
-    found: dict[int, int] = {}
     by_type: dict[mx.Dtype, list[mx.array]] = {}
     for array in arrays:
         by_type.setdefault(array.dtype, []).append(array)
     lines = "\n".join(f"out[{i}] = (unsigned long long)a{i};" for i in range(_AT_ONCE))
+    asked: list[tuple[list[mx.array], mx.array]] = []
     for dtype, same in by_type.items():
         kernel: Any = mx.fast.cuda_kernel(
             name=f"runner_addresses_{_AT_ONCE}_{str(dtype).rpartition('.')[2]}",
@@ -142,20 +142,23 @@ def addresses(arrays: Sequence[mx.array]) -> list[int]:
         )
         for start in range(0, len(same), _AT_ONCE):
             group = same[start : start + _AT_ONCE]
-            padded = group + [group[0]] * (_AT_ONCE - len(group))
             (out,) = kernel(
-                inputs=padded,
+                inputs=group + [group[0]] * (_AT_ONCE - len(group)),
                 grid=(1, 1, 1),
                 threadgroup=(1, 1, 1),
                 output_shapes=[(_AT_ONCE,)],
                 output_dtypes=[mx.uint64],
             )
-            values: list[int] = out.tolist()
-            found.update((id(array), value) for array, value in zip(group, values, strict=False))
+            asked.append((group, out))
+    mx.eval([out for _, out in asked])
+    found: dict[int, int] = {}
+    for group, out in asked:
+        values = cast(list[int], out.tolist())
+        found.update((id(array), value) for array, value in zip(group, values, strict=False))
     return [found[id(array)] for array in arrays]
 
 
-_AT_ONCE = 24
+_AT_ONCE = 64
 
 
 class StepDecoder:
@@ -417,7 +420,7 @@ class StepDecoder:
         products, maps = self.division.products, bytearray(len(self._layers) * 4 * 3 * 128)
         for number, entry in enumerate(self._layers):
             for index, product in enumerate(products[:HEAD] if number < len(self._layers) - 1 else products[HEAD:]):
-                boxes = (product.boxes[0], product.boxes[1], product.boxes[1]) if product.mapped else ()
+                boxes = product.boxes if product.mapped else ()
                 for kind, (field, box) in enumerate(zip("wsz", boxes, strict=False)):
                     start = ((number * 4 + index) * 3 + kind) * 128
                     address = int(entry[field][index])

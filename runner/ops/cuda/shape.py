@@ -34,8 +34,11 @@ FLIGHT = 66 * 1024
 PLAIN_STAGE, MOST_STAGE = 32 * 1024, 40 * 1024
 """Bytes of a stage of plain rows, and of packed ones at most."""
 
-CHUNK = 224
-"""Rows whose partial sums a block holds at once."""
+IDLE = 0.7
+"""The share of a product's time that blocks must be busy with tiles of 16 rows, for these to be worth while."""
+
+CHUNK, SLOT = 224, 20
+"""Rows whose partial sums a block holds at once, and the numbers from one row's to the next's."""
 
 NUMBERS = {"float32": 0, "float16": 1, "bfloat16": 2}
 """The kernel's names for types of numbers."""
@@ -141,20 +144,22 @@ class Product:
     norm: bool
     biased: bool
     mapped: bool
+    recip: int
 
     @property
     def stage(self) -> int:
         """Bytes of a stage that holds its rows; 0 where plain rows fill any stage."""
-        return 2 * self.bias_at - self.scale_at if self.bits else 0
+        return 2 * self.bias_at - self.scale_at
 
     @property
-    def boxes(self) -> tuple[Box, Box]:
-        """What tensor maps bring of the matrix, and of scales and biases, at once."""
-        rows = 16 * self.tiles
-        return (
-            Box(128, self.columns * self.bits // 8, rows, self.piece * self.bits // 1024),
-            Box(16, self.columns // self.group * 2, rows, self.piece // self.group // 8),
-        )
+    def boxes(self) -> tuple[Box, ...]:
+        """What tensor maps bring at once: of the matrix, and of scales and biases."""
+        rows, bits = 16 * self.tiles, self.bits or 16
+        weights = Box(128, self.columns * bits // 8, rows, self.piece * bits // 1024)
+        if not self.bits:
+            return (weights,)
+        scales = Box(16, self.columns // self.group * 2, rows, self.piece // self.group // 8)
+        return (weights, scales, scales)
 
 
 class Box(NamedTuple):
@@ -195,7 +200,8 @@ class Division:
         """Words of (value, epoch) that blocks exchange."""
         s = self.shape
         vectors = 2 * s.hidden + s.rows[QKV] + s.heads * s.head_dim + s.intermediate
-        return vectors + self.blocks * (self.group * (s.head_dim + 2) + 4 + 2 * EACH) + 2 + 2
+        parts = self.group * (s.head_dim // 2 + 2)
+        return vectors // 2 + self.blocks * (parts + 4 + 2 * EACH) + 2 + 2
 
     @cached_property
     def source(self) -> str:
@@ -212,7 +218,13 @@ class Division:
             "CT": NUMBERS[s.cache], "EMB_T": NUMBERS[s.table], "EMB_BITS": s.embedding.bits,
             "EMB_G": s.embedding.group, "ACT": ACTIVATIONS[s.activation],
         }  # fmt: skip
-        flags = {"GATED": s.gated, "QKN": s.head_norms, "TRADITIONAL": s.traditional}
+        # What no product needs is left out: code that does not fit the instruction caches is read like weights.
+        flags = {
+            "GATED": s.gated, "QKN": s.head_norms, "TRADITIONAL": s.traditional, "HAS_BIAS": any(s.biased),
+            "HAS_PLAIN": any(not p.bits and not p.mapped for p in self.products),
+            "HAS_MAPPED": any(p.mapped for p in self.products),
+            "HAS_LOOSE": any(p.bits and not p.mapped for p in self.products),
+        }  # fmt: skip
         floats = {
             "EPS": s.norm_eps[0], "EPS_LAST": s.norm_eps[1], "EPS_HEAD": s.norm_eps[2], "ATT_SCALE": s.attention_scale,
             "ATT_CAP": s.attention_cap, "EMB_SCALE": s.embedding_scale, "RES_SCALE": s.residual_scale,
@@ -230,11 +242,13 @@ class Division:
         table = f"__constant__ Product PRODUCTS[5] = {{{fields}}};\n"
         return "\n".join(lines) + "\n" + head + marker + struct + end + table + rest
 
-    def _by_form(self, templates: tuple[str, str]) -> str:
+    def _by_form(self, templates: tuple[str, str, str]) -> str:
         """A call for each form that products have, chosen by the product's own."""
         forms = sorted({(p.bits, p.group, p.mapped) for p in self.products})
         calls = [
-            templates[bits > 0].format(bits=bits, group=group, mapped=str(mapped).lower())
+            templates[2 if bits == 0 and mapped else bits > 0].format(
+                bits=bits, group=group, mapped=str(mapped).lower()
+            )
             for bits, group, mapped in forms
         ]
         text = calls[0]
@@ -244,10 +258,15 @@ class Division:
         return text
 
 
-_STORE = ("if (in) *(float4*)((float*)xs + c) = a;", "store_planes<{bits}, {group}>(xs, xn, c, in, a);")
+_STORE = (
+    "if (in) *(float4*)((float*)xs + c) = a;",
+    "store_planes<{bits}, {group}>(xs, xn, c, in, a);",
+    "store_pairs(xs, c, in, a);",
+)
 _PRODUCT = (
     "plain_product<WT>(rg, p, rows, (const float*)xs, out, warp, lane);",
     "packed_product<{bits}, {group}, {mapped}>(rg, p, rows, xs, xn, out, warp, lane);",
+    "dense_product(rg, p, rows, xs, out, warp, lane);",
 )
 
 
@@ -259,7 +278,9 @@ def divide(shape: StepShape, processors: int, memory: int) -> Division:
     """
     _check(shape)
     packed = [form.bits > 0 for form in shape.forms]
-    units = [16 if p else 1 for p in packed]
+    # Two rows are exchanged in one word. A tensor core takes 16 at once.
+    cores = [_on_cores(shape, index, processors) for index in range(5)]
+    units = [16 if p or core else 2 for p, core in zip(packed, cores, strict=True)]
     units[OUTPUT] = units[DOWN] = max(units[OUTPUT], units[DOWN])  # the same block owns the same rows of both
     shared = [shape.intermediate if i == GATE_UP else rows for i, rows in enumerate(shape.rows)]
     # A block that owned no row at all could fall behind without anybody noticing.
@@ -268,7 +289,7 @@ def divide(shape: StepShape, processors: int, memory: int) -> Division:
         raise Unfit(f"{shape.kv_heads} heads of keys and values, for {blocks} blocks")
     parts = 1 << (min(32, blocks // shape.kv_heads).bit_length() - 1)
     stage = _stage(shape)
-    products = tuple(_product(shape, index, units[index], stage) for index in range(5))
+    products = tuple(_product(shape, index, units[index], stage, cores[index]) for index in range(5))
     stage = _up(max(stage, *(p.stage for p in products)), 1024)
     most = [_most(rows, unit, blocks) for rows, unit in zip(shared, units, strict=True)]
     biases = max([most[i] * (2 if i == GATE_UP and shape.gated else 1) for i in range(5) if shape.biased[i]], default=0)
@@ -277,15 +298,18 @@ def divide(shape: StepShape, processors: int, memory: int) -> Division:
         raise Unfit(f"norms and biases of {auxiliary} bytes, for stages of {stage}")
     width = max(shape.columns)
     planes = 0 if not any(packed) else max(c // 64 * 192 for c, p in zip(shape.columns, packed, strict=True) if p)
-    scales = 0 if not any(packed) else max(c // 32 * 8 for c, p in zip(shape.columns, packed, strict=True) if p)
+    scales = max(
+        (c // (32 if f.group == 32 else 64) * 8 for c, f in zip(shape.columns, shape.forms, strict=True) if f.bits),
+        default=0,
+    )
     plain = 0 if all(packed) else max(4 * c for c, p in zip(shape.columns, packed, strict=True) if not p)
     inputs = _even(max(planes + scales, plain, 4 * min(width, 64)))
     group, dim = shape.heads // shape.kv_heads, shape.head_dim
-    work = _even(max(inputs + max(p.chunk for p in products) * 17 * 4, 4 * (group * dim + 16 * (dim + 2))))
-    steps = max(2, min(MOST_STEPS, 8192 // (4 * shape.ropes * max(2, shape.rope_dims)), 16384 // (8 * dim)))
+    work = _even(max(inputs + max(p.chunk for p in products) * SLOT * 4, 4 * (group * dim + 16 * (dim + 2) + 2 * dim)))
+    steps = max(2, min(MOST_STEPS, 8192 // (4 * shape.ropes * max(2, shape.rope_dims))))
     logits = most[HEAD]
     launch = 96 + 4 * steps * (1 + shape.ropes * max(2, shape.rope_dims))
-    dynamic = _even(work + 4 * (steps * 2 * dim + _even(biases) + _even(logits)) + (shape.layers + 1) * 192 + launch)
+    dynamic = _even(work + 4 * (2 * dim + _even(biases) + _even(logits)) + (shape.layers + 1) * 192 + launch)
     owned = _even(most[OUTPUT])
     static = 4 * (16 + owned + 2 * dim + max(blocks, 16) + 4 * CANDIDATES + 64) + 128 + 16 * 64
     stages = min(24, (memory - SPARE - dynamic - static) // stage)
@@ -306,7 +330,8 @@ def _check(shape: StepShape) -> None:
     if shape.activation not in ACTIVATIONS:
         raise Unfit(f"the activation {shape.activation}")
     for rows, columns, form, biased in zip(shape.rows, shape.columns, shape.forms, shape.biased, strict=True):
-        if columns % 8 or (biased and rows % 8) or (biased and shape.intermediate % 8):
+        odd = rows % 2 and rows != shape.vocab  # two rows are exchanged in one word
+        if columns % 8 or odd or (biased and (rows % 8 or shape.intermediate % 8)):
             raise Unfit(f"a matrix of {rows} x {columns}")
         if form.bits and (form.bits not in (4, 8) or form.group not in (32, 64, 128)):
             raise Unfit(f"weights of {form.bits} bits in groups of {form.group}")
@@ -322,10 +347,32 @@ def _stage(shape: StepShape) -> int:
     return max(plain, shape.hidden * size_of(shape.small) + 4096)
 
 
-def _product(shape: StepShape, index: int, unit: int, stage: int) -> Product:
+def _on_cores(shape: StepShape, index: int, processors: int) -> bool:
+    """Whether plain bfloat16 rows are multiplied by the tensor cores: not where tiles of 16 leave many blocks idle."""
+    # The output and the down projection have the same rows, and so the same answer.
+    if shape.forms[index].bits or shape.weights != "bfloat16" or shape.columns[index] % 64:
+        return False
+    if index in (OUTPUT, DOWN) and any(shape.columns[i] % 64 or shape.forms[i].bits for i in (OUTPUT, DOWN)):
+        return False
+    rows = shape.intermediate if index == GATE_UP else shape.rows[index]
+    tiles = _over(rows, 16)
+    return shape.intermediate % 16 == 0 and tiles >= IDLE * processors * _over(tiles, processors)
+
+
+def _product(shape: StepShape, index: int, unit: int, stage: int, cores: bool) -> Product:
     rows, columns, form = shape.rows[index], shape.columns[index], shape.forms[index]
     pair = 2 if index == GATE_UP and shape.gated else 1
     norm, biased = index in (QKV, GATE_UP, HEAD), shape.biased[index]
+    if cores:
+        piece = min(columns, 64 * WARPS)
+        pieces, shares = _over(columns, piece), _over(piece, 64)
+        tiles = max(1, min(WARPS // shares, MOST_STAGE // (16 * 128 * shares)))
+        end = 16 * tiles * 128 * shares
+        chunk = max(1, CHUNK // (16 * tiles * pair)) * 16 * tiles * pair
+        return Product(
+            rows, columns, 0, 0, unit, piece, pieces, tiles, shares, 128, end, 0, end, chunk, norm, biased, True,
+            _over(256, shares),
+        )  # fmt: skip
     if not form.bits:
         size = size_of(shape.weights)
         tiles = max(1, min(stage // (columns * size), 56))
@@ -334,9 +381,11 @@ def _product(shape: StepShape, index: int, unit: int, stage: int) -> Product:
         shares = 1
         while shares < WARPS and tiles * shares < WARPS and (shares * 256 < columns or pieces > 1):
             shares *= 2
-        chunk = max(1, CHUNK // (tiles * pair)) * tiles * pair
+        even = tiles * pair * (2 if tiles % 2 else 1)
+        chunk = max(1, CHUNK // even) * even
         return Product(
-            rows, columns, 0, 0, unit, piece, pieces, tiles, shares, 0, 0, 0, 0, chunk, norm, biased, False
+            rows, columns, 0, 0, unit, piece, pieces, tiles, shares, 0, 0, 0, 0, chunk, norm, biased, False,
+            shares.bit_length() - 1,
         )  # fmt: skip
     span = 256 if form.bits == 4 else 128
     pieces = _over(columns, span * WARPS)
@@ -359,7 +408,7 @@ def _product(shape: StepShape, index: int, unit: int, stage: int) -> Product:
     chunk = max(1, CHUNK // (16 * tiles * pair)) * 16 * tiles * pair
     return Product(
         rows, columns, form.bits, form.group, unit, piece, pieces, tiles, shares, pitch, scale_at, scale_pitch,
-        scale_at + scale_size, chunk, norm, biased, mapped,
+        scale_at + scale_size, chunk, norm, biased, mapped, _over(256, shares),
     )  # fmt: skip
 
 

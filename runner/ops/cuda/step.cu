@@ -5,6 +5,7 @@
 // shared memory, in the order of its use, and waits for nobody but the ring. Blocks exchange a value together with its
 // epoch in one 8-byte word; who needs it reads until the epoch is right. There is no barrier over the grid.
 typedef unsigned long long u64;
+constexpr int SLOT = 20;  // floats from one row's partial sums to the next: rows' 16-byte reads lie in banks of their own
 #define ALL 0xffffffffu
 #define DI __device__ __forceinline__
 #define NOINLINE __device__ __noinline__
@@ -41,24 +42,12 @@ template <int T> DI float one(const void* p, int i) {
   unsigned short u = ((const unsigned short*)p)[i];
   return T == 1 ? half_of(u) : __uint_as_float((unsigned)u << 16);
 }
-template <int T> DI float uncached(u64 p) {
-  if (T == 0) { float f; asm volatile("ld.global.cg.f32 %0,[%1];" : "=f"(f) : "l"(p) : "memory"); return f; }
-  unsigned short u; asm volatile("ld.global.cg.u16 %0,[%1];" : "=h"(u) : "l"(p) : "memory");
-  return T == 1 ? half_of(u) : __uint_as_float((unsigned)u << 16);
-}
 template <int T> DI void store_one(void* p, long i, float v) {
   if (T == 0) { ((float*)p)[i] = v; return; }
   unsigned short u;
   if (T == 1) asm("cvt.rn.f16.f32 %0,%1;" : "=h"(u) : "f"(v));
   else asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(u) : "f"(v));
   ((unsigned short*)p)[i] = u;
-}
-template <int T> DI float rounded(float v) {
-  if (T == 0) return v;
-  unsigned short u;
-  if (T == 1) { asm("cvt.rn.f16.f32 %0,%1;" : "=h"(u) : "f"(v)); return half_of(u); }
-  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(u) : "f"(v));
-  return __uint_as_float((unsigned)u << 16);
 }
 template <int T> DI void two(unsigned u, float& a, float& b) {
   if (T == 1) { a = half_of((unsigned short)u); b = half_of((unsigned short)(u >> 16)); }
@@ -79,7 +68,7 @@ template <int T> DI void eight(const char* at, float (&v)[8]) {
 struct Shared {
   float red[16], own[OWN], qn[HD], kn[HD], maxima[NB > 16 ? NB : 16];
   float cv[CAND]; int ci[CAND]; float sv[CAND]; int si[CAND];
-  int bad, over, count, picked, id; float threshold, mass, goal;
+  int bad, over, written, ordered, ordered_st, ordered_ph, count, picked, id; float threshold, mass, goal;
   u64 keys[16];
   u64 limit;
   State* state;
@@ -106,6 +95,17 @@ DI void publish(uint2* p, float v, unsigned ep) {
   if (*(volatile int*)&sh.bad) return;
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0],{%1,%2};" ::"l"(p), "r"(__float_as_uint(v)), "r"(ep) : "memory");
 }
+// Two values in one word: 16 bits of mantissa each, and the epoch's lowest 16 bits in the place of the rest.
+DI unsigned cut(float v) {
+  const unsigned u = __float_as_uint(v);
+  return (u & 0x7f800000u) == 0x7f800000u ? u & ~255u : (u + 127u + ((u >> 8) & 1u)) & ~255u;
+}
+DI void publish2(uint2* p, float a, float b, unsigned ep) {
+  if (*(volatile int*)&sh.bad) return;
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0],{%1,%2};" ::"l"(p), "r"(cut(a) | (ep & 255u)), "r"(cut(b) | ((ep >> 8) & 255u)) : "memory");
+}
+DI bool fresh(unsigned a, unsigned b, unsigned ep) { return ((a ^ ep) & 255u) == 0 && ((b ^ (ep >> 8)) & 255u) == 0; }
+DI float value(unsigned u) { return __uint_as_float(u & ~255u); }
 DI uint2 peek(const uint2* p) {
   uint2 u;
   asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1},[%2];" : "=r"(u.x), "=r"(u.y) : "l"(p) : "memory");
@@ -150,22 +150,28 @@ DI void bulk(unsigned d, u64 p, int n, unsigned m, u64 policy) {
 DI void tensor(unsigned d, u64 map, int row, int line, unsigned m, u64 policy) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1,{%2,%3,%4}],[%5],%6;" ::"r"(d), "l"(map), "r"(0), "r"(row), "r"(line), "r"(m), "l"(policy) : "memory");
 }
-// The producer's side of a stage: no more than FLIGHT stages are on order at once, or what blocks exchange waits behind.
-struct Orders { Ring r; int sent; bool quit; };
-DI unsigned order(Orders& o, int bytes, int lane) {
-  const unsigned f = o.r.full + 8 * o.r.st;
-  if (lane == 0) {
-    mwait(o.r.empty + 8 * o.r.st, o.r.ph ^ 1);
-    if (o.sent >= FLIGHT) {
-      int j = o.r.st - FLIGHT; unsigned pj = o.r.ph;
+// The producer's side of a stage: waits until it is free, says how many bytes are to come, and returns its number, or -1
+// where the block gives up or has ended. No more than FLIGHT stages are on order at once, or what blocks exchange waits
+// behind them. Its state is in shared memory, so that there is one copy of this: code that does not fit the instruction
+// caches comes the way of the weights.
+NOINLINE int order(int bytes) {
+  int st = 0, quit = 0;
+  if ((threadIdx.x & 31) == 0) {
+    st = sh.ordered_st;
+    const unsigned ph = sh.ordered_ph, full = sa(sh.full), empty = sa(sh.empty);
+    mwait(empty + 8 * st, ph ^ 1);
+    if (sh.ordered >= FLIGHT) {
+      int j = st - FLIGHT; unsigned pj = ph;
       if (j < 0) { j += NST; pj ^= 1; }
-      mwait(o.r.full + 8 * j, pj);
+      mwait(full + 8 * j, pj);
     }
-    if (!*(volatile int*)&sh.bad) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(f), "r"(bytes) : "memory");
+    quit = *(volatile int*)&sh.bad | *(volatile int*)&sh.over;
+    if (!quit) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(full + 8 * st), "r"(bytes) : "memory");
+    sh.ordered++;
+    if (st + 1 == NST) { sh.ordered_st = 0; sh.ordered_ph = ph ^ 1; } else sh.ordered_st = st + 1;
   }
-  o.sent++;
-  o.quit = __shfl_sync(ALL, *(volatile int*)&sh.bad | *(volatile int*)&sh.over, 0);
-  return f;
+  st = __shfl_sync(ALL, quit ? -1 : st, 0);
+  return st;
 }
 
 DI float warp_sum(float v) {
@@ -185,39 +191,40 @@ struct Product {
   int pitch, scale_at, scale_pitch, bias_at;  // bytes, in a stage
   int chunk;                           // rows whose partial sums are held at once
   int norm, biased, mapped;
+  int recip;                           // to divide a warp's number by `shares`; of plain rows, the logarithm of `shares`
 };
 DI void owned(int n, int unit, int b, int& r0, int& r1) {
-  int u = (n + unit - 1) / unit;
-  r0 = unit * (int)((long)u * b / NB);
-  r1 = min(n, unit * (int)((long)u * (b + 1) / NB));
+  // Units are powers of two, and their number times that of blocks stays below 2^32.
+  const int shift = __ffs(unit) - 1;
+  const unsigned u = (unsigned)(n + unit - 1) >> shift;
+  r0 = (int)(u * (unsigned)b / NB) << shift;
+  r1 = min(n, (int)(u * (unsigned)(b + 1) / NB) << shift);
 }
 
 // The columns of a published vector, 4 to a lane, of which a lane has up to 16 on the way at once. Whole warps call
 // `put(column, whether there is such a column, values)`.
 template <class Put> DI void gather(const uint2* src, unsigned ep, int K, Put put) {
-  const int at = (threadIdx.x >> 5) * 128 + (threadIdx.x & 31) * 4;
+  const int lane4 = (threadIdx.x & 31) * 4, start = (threadIdx.x >> 5) * 128;
+  uint4 a0 = make_uint4(0, 0, 0, 0), a1 = a0, a2 = a0, a3 = a0;
+  const uint2* p = src + (start + lane4) / 2;
+  if (start + lane4 < K) look(p, a0);
+  if (start + lane4 + 2048 < K) look(p + 1024, a1);
+  if (start + lane4 + 4096 < K) look(p + 2048, a2);
+  if (start + lane4 + 6144 < K) look(p + 3072, a3);
 #pragma unroll 1
-  for (int k0 = at - (threadIdx.x & 31) * 4; k0 < K; k0 += 8192) {
-    uint4 a[4], b[4];
-    const int c0 = k0 + (threadIdx.x & 31) * 4;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      a[i] = b[i] = make_uint4(0, ep, 0, ep);
-      if (c0 + i * 2048 < K) { look(src + c0 + i * 2048, a[i]); look(src + c0 + i * 2048 + 2, b[i]); }
+  for (int k = start; k < K; k += 2048, p += 1024) {
+    const int c = k + lane4;
+    const bool in = c < K;
+    Patience w{0, 0};
+    if (in) while (!fresh(a0.x, a0.y, ep) || !fresh(a0.z, a0.w, ep)) {
+      look(p, a0);
+      if (tired(w)) break;
     }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (k0 + i * 2048 < K) {
-        const int c = c0 + i * 2048;
-        Patience w{0, 0};
-        while (a[i].y != ep || a[i].w != ep || b[i].y != ep || b[i].w != ep) {
-          look(src + c, a[i]); look(src + c + 2, b[i]);
-          if (tired(w)) break;
-        }
-        __syncwarp();
-        put(c, c < K, make_float4(__uint_as_float(a[i].x), __uint_as_float(a[i].z), __uint_as_float(b[i].x), __uint_as_float(b[i].z)));
-      }
-    }
+    __syncwarp();
+    const float4 v = in ? make_float4(value(a0.x), value(a0.y), value(a0.z), value(a0.w)) : make_float4(0, 0, 0, 0);
+    a0 = a1; a1 = a2; a2 = a3;
+    if (c + 8192 < K) look(p + 4096, a3);
+    put(c, in, v);
   }
 }
 
@@ -264,7 +271,7 @@ template <int BITS, int G, bool MAPPED> DI void packed_product(Ring& r, const Pr
   constexpr int WORD = BITS == 4 ? (G == 32 ? 4 : 8) : (G == 32 ? 8 : 16);  // bytes of a lane in one load
   constexpr int TILE = BITS * 8;                                          // bytes of 64 columns
   constexpr int GROUPS = SPAN * 64 / G, PER = G == 32 ? 2 : 1;            // groups of the span, and of a block of 64
-  const int g = lane >> 2, t = lane & 3, y = g < 2 ? g : 2, tile = warp / p.shares, share = warp - tile * p.shares;
+  const int g = lane >> 2, t = lane & 3, y = g < 2 ? g : 2, tile = warp * p.recip >> 8, share = warp - tile * p.shares;
   const int rho = !MAPPED ? g : WORD == 16 ? (g >> 1) | ((g & 1) << 2) : g < 4 ? 2 * g : 2 * g - 7;
   // Lane t = 0 holds columns 0 and 1 of the core's result, the higher planes; t = 1 columns 2 and 3, the lowest plane.
   const int ma = t == 0 ? 256 : 0; const float fs = t == 0 ? 256.f : t == 1 ? 1.f : 0.f, fb = t == 0 ? 1.f : 0.f;
@@ -355,15 +362,69 @@ template <int BITS, int G, bool MAPPED> DI void packed_product(Ring& r, const Pr
     A0 = A0 * fs + B0 * fb; A1 = A1 * fs + B1 * fb;
     A0 += __shfl_xor_sync(ALL, A0, 1); A1 += __shfl_xor_sync(ALL, A1, 1);
     if (t == 0 && live) {
-      float* o = slots + (base + line) * 17 + share;
-      o[0] = A0; o[8 * 17] = A1;
+      float* o = slots + (base + line) * SLOT + share;
+      o[0] = A0; o[8 * SLOT] = A1;
+    }
+  }
+}
+
+// bfloat16 rows on the tensor core: a warp takes 64 columns of 16 rows at once, brought in lines of 128 bytes as above. The
+// vector is two planes of bfloat16, columns 0 and 1 of the core's B, stored as ((block of 64 * 2 + y) * 4 + t) * 32 bytes.
+DI void store_pairs(char* xs, int c, bool in, float4 a) {
+  if (!in) return;
+  const int block = c >> 6, s = (c >> 4) & 3, i = c & 15, t = (i >> 1) & 3;
+  const float v[4] = {a.x, a.y, a.z, a.w};
+  unsigned hi[4], lo[4];
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    unsigned short h, l;
+    asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(h) : "f"(v[e]));
+    asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(l) : "f"(v[e] - __uint_as_float((unsigned)h << 16)));
+    hi[e] = h; lo[e] = l;
+  }
+  char* at = xs + (block * 8 + t) * 32 + s * 8 + (i >> 3) * 4;
+  *(unsigned*)at = hi[0] | hi[1] << 16; *(unsigned*)(at + 32) = hi[2] | hi[3] << 16;
+  *(unsigned*)(at + 128) = lo[0] | lo[1] << 16; *(unsigned*)(at + 160) = lo[2] | lo[3] << 16;
+}
+DI void core(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DI void dense_product(Ring& r, const Product& p, int rows, const char* xs, float* slots, const int warp, const int lane) {
+  const int g = lane >> 2, t = lane & 3, y = g < 1 ? 0 : 1, tile = warp / p.shares, share = warp - tile * p.shares, lines = p.tiles * 16;
+  const int line = tile * 16 + (lane & 7) + ((lane >> 3) & 1) * 8;   // whose address this lane gives, for a half of 16 columns
+  const unsigned row0 = (share * lines + line) * 128, x = line & 7, half = lane >> 4;
+  const int per_piece = p.piece >> 6;
+#pragma unroll 1
+  for (int base = 0; base < rows; base += 16 * p.tiles) {
+    float c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    const bool live = tile < p.tiles && base + tile * 16 < rows;
+    int block = share;
+#pragma unroll 1
+    for (int ch = 0; ch < p.pieces; ch++, block += per_piece) {
+      const bool in = live && share < per_piece && block * 64 < p.columns;
+      uint4 f[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+      unsigned a[4][4];
+      if (in) { const uint4* xf = (const uint4*)(xs + ((block * 2 + y) * 4 + t) * 32); f[0] = xf[0]; f[1] = xf[1]; }
+      arrived(r);
+      const unsigned at = r.data + r.st * STAGE + row0;
+      if (in)
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+          asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];" : "=r"(a[s][0]), "=r"(a[s][1]), "=r"(a[s][2]), "=r"(a[s][3]) : "r"(at + (((s * 2 + half) ^ x) << 4)) : "memory");
+      release(r, lane);
+      advance(r);
+      if (in) { core(c[0], a[0], f[0].x, f[0].y); core(c[1], a[1], f[0].z, f[0].w); core(c[0], a[2], f[1].x, f[1].y); core(c[1], a[3], f[1].z, f[1].w); }
+    }
+    if (t == 0 && live) {
+      float* o = slots + (base + tile * 16 + g) * SLOT + share;
+      o[0] = (c[0][0] + c[1][0]) + (c[0][1] + c[1][1]); o[8 * SLOT] = (c[0][2] + c[1][2]) + (c[0][3] + c[1][3]);
     }
   }
 }
 
 template <int T> DI float plain_piece(const char* w, const float* xs, int from, int columns, int step) {
   float a = 0, b = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int c = from; c < columns; c += step) {
     float v[8]; eight<T>(w + c * Size<T>::B, v);
     float4 x0 = *(const float4*)(xs + c), x1 = *(const float4*)(xs + c + 4);
@@ -388,22 +449,33 @@ template <int T> DI void plain_product(Ring& r, const Product& p, int rows, cons
         advance(r);
       }
       a = warp_sum(a);
-      if (lane == 0) slots[base * 17 + warp] = a;
+      if (lane == 0) slots[base * SLOT + warp] = a;
       continue;
     }
     const char* data = sm + r.st * STAGE;
     arrived(r);
 #pragma unroll 1
     for (int u = warp; u < n; u += 16) {
-      const int row = u / p.shares, share = u - row * p.shares;
+      const int row = u >> p.recip, share = u & (p.shares - 1);
       const float a = warp_sum(plain_piece<T>(data + row * p.columns * Size<T>::B, xs, share * 256 + lane * 8, p.columns, p.shares * 256));
-      if (lane == 0) slots[(base + row) * 17 + share] = a;
+      if (lane == 0) slots[(base + row) * SLOT + share] = a;
     }
     release(r, lane);
     advance(r);
   }
 }
 
+// The sum of the first n of a row's partial sums.
+DI float sum_of(const float* q, int n) {
+  float a = 0, b = 0;
+#pragma unroll
+  for (int i = 0; i < 16; i += 4)
+    if (i < n) {
+      const float4 v = *(const float4*)(q + i);
+      a += v.x + (i + 1 < n ? v.y : 0.f); b += (i + 2 < n ? v.z : 0.f) + (i + 3 < n ? v.w : 0.f);
+    }
+  return a + b;
+}
 DI float activation(float v) {
   if (ACT == 0) return v / (1.f + __expf(-v));
   if (ACT == 1) return 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
@@ -430,14 +502,15 @@ DI float block_sum(float v) {  // the same for all consumers, in a fixed order
   if ((threadIdx.x & 31) == 0) sh.red[threadIdx.x >> 5] = v;
   meet();
   float s = 0;
-  for (int i = 0; i < 16; i++) s += sh.red[i];
+  _Pragma("unroll 1") for (int i = 0; i < 16; i++) s += sh.red[i];
   meet();
   return s;
 }
 
-// Where the values that blocks exchange lie, in words of (value, epoch).
-constexpr int X_IN = 0, X_MID = X_IN + D, X_QKV = X_MID + D, X_OUT = X_QKV + QR, X_ACT = X_OUT + H * HD, PART = GH * (HD + 2);
-constexpr int X_PART = X_ACT + F, X_TOP = X_PART + NB * PART, X_MASS = X_TOP + 2 * NB, X_PICK = X_MASS + 2 * NB, X_CAND = X_PICK + 2;
+// Where what blocks exchange lies, in words: vectors two values to a word; a part of the attention as its values, the
+// greatest score and the sum; the others one value to a word.
+constexpr int X_IN = 0, X_MID = X_IN + D / 2, X_QKV = X_MID + D / 2, X_OUT = X_QKV + QR / 2, X_ACT = X_OUT + H * HD / 2;
+constexpr int HALF = HD / 2, PART = GH * (HALF + 2), X_PART = X_ACT + F / 2, X_TOP = X_PART + NB * PART, X_MASS = X_TOP + 2 * NB, X_PICK = X_MASS + 2 * NB, X_CAND = X_PICK + 2;
 
 // A token from the filtered distribution; the same in every block but where `owner` says so. Twin: ops/picking.py.
 NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak, const float* lg, int r0, int r1, bool& unresolved) {
@@ -446,7 +519,7 @@ NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak,
   const int n = r1 - r0;
   const bool filtered = ln->top_k > 0 || top_p < 1.f;
   float mass = 0;
-  for (int i = t; i < n; i += 512) { float s = (lg[i] - peak) * it; if (filtered || s >= least) mass += __expf(s); }
+  _Pragma("unroll 1") for (int i = t; i < n; i += 512) { float s = (lg[i] - peak) * it; if (filtered || s >= least) mass += __expf(s); }
   mass = block_sum(mass);
   if (t == 0) publish(x + X_MASS + 2 * b, mass, ep);
   unresolved = false;
@@ -455,10 +528,10 @@ NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak,
     meet();
     if (t == 0) {
       float total = 0;
-      for (int i = 0; i < NB; i++) total += sh.maxima[i];
+      _Pragma("unroll 1") for (int i = 0; i < NB; i++) total += sh.maxima[i];
       float goal = chance * total, before = 0;
       int at = -1;
-      for (int i = 0; i < NB; i++) {
+      _Pragma("unroll 1") for (int i = 0; i < NB; i++) {
         float w = sh.maxima[i];
         if (w > 0.f && (at < 0 || before <= goal)) { at = i; sh.goal = goal - before; }
         before += w;
@@ -471,14 +544,14 @@ NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak,
       float* part = sh.cv;  // the sums of 512 runs of rows
       const int run = (n + 511) / 512, i0 = min(n, t * run), i1 = min(n, i0 + run);
       float s = 0;
-      for (int i = i0; i < i1; i++) { float e = (lg[i] - peak) * it; if (e >= least) s += __expf(e); }
+      _Pragma("unroll 1") for (int i = i0; i < i1; i++) { float e = (lg[i] - peak) * it; if (e >= least) s += __expf(e); }
       part[t] = s;
       meet();
       if (t == 0) {
         float before = 0; int at = -1; float start = 0;
-        for (int i = 0; i < 512; i++) { if (part[i] > 0.f) { at = i; start = before; } before += part[i]; if (before > sh.goal && at >= 0) break; }
+        _Pragma("unroll 1") for (int i = 0; i < 512; i++) { if (part[i] > 0.f) { at = i; start = before; } before += part[i]; if (before > sh.goal && at >= 0) break; }
         float sum = start; int id = 0;
-        for (int i = at * run; i < min(n, at * run + run); i++) {
+        _Pragma("unroll 1") for (int i = at * run; i < min(n, at * run + run); i++) {
           float e = (lg[i] - peak) * it;
           if (e < least) continue;
           id = i; sum += __expf(e);
@@ -495,13 +568,13 @@ NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak,
   const int want = ln->top_k > 0 ? min(ln->top_k, NB) : min(NB, 64);
   if (t < NB) {
     float m = sh.maxima[t]; int rank = 0;
-    for (int i = 0; i < NB; i++) { float o = sh.maxima[i]; rank += o > m || (o == m && i < t); }
+    _Pragma("unroll 1") for (int i = 0; i < NB; i++) { float o = sh.maxima[i]; rank += o > m || (o == m && i < t); }
     if (rank == want - 1) sh.threshold = m;
   }
   if (t == 0) sh.count = 0;
   meet();
   uint2* mine = x + X_CAND + b * (2 * EACH);
-  for (int i = t; i < n; i += 512)
+  _Pragma("unroll 1") for (int i = t; i < n; i += 512)
     if (lg[i] >= sh.threshold) {
       int at = atomicAdd(&sh.count, 1);
       if (at < EACH) { publish(mine + 2 * at, lg[i], ep); publish(mine + 2 * at + 1, __int_as_float(r0 + i), ep); }
@@ -519,7 +592,7 @@ NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak,
     int c = __float_as_int(v[1]);
     if (c > EACH || c < 0) { sh.picked = 1; c = 0; }
     int at = atomicAdd(&sh.count, c);
-    for (int i = 0; i < c; i++) {
+    _Pragma("unroll 1") for (int i = 0; i < c; i++) {
       const uint2* e = x + X_CAND + t * (2 * EACH) + 2 * i;
       const uint2* q2[2] = {e, e + 1};
       float w[2]; fetch<2>(q2, ep, w);
@@ -531,7 +604,7 @@ NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak,
   if (sh.picked || m > CAND || m < 1) { unresolved = true; return 0; }
   if (t < m) {
     float v = sh.cv[t]; int id = sh.ci[t], rank = 0;
-    for (int i = 0; i < m; i++) { float o = sh.cv[i]; rank += o > v || (o == v && sh.ci[i] < id); }
+    _Pragma("unroll 1") for (int i = 0; i < m; i++) { float o = sh.cv[i]; rank += o > v || (o == v && sh.ci[i] < id); }
     sh.sv[rank] = v; sh.si[rank] = id;
   }
   meet();
@@ -539,7 +612,7 @@ NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak,
   if (t < kept) sh.cv[t] = __expf((sh.sv[t] - peak) * it);
   meet();
   float total = 0, before = 0;
-  for (int i = 0; i < kept; i++) { if (i < t) before += sh.cv[i]; total += sh.cv[i]; }
+  _Pragma("unroll 1") for (int i = 0; i < kept; i++) { if (i < t) before += sh.cv[i]; total += sh.cv[i]; }
   if (ln->top_k == 0 && total < top_p * all * 1.000001f) { unresolved = true; meet(); return 0; }
   const float goal = top_p * (ln->top_k > 0 ? total : all);
   bool stays = t < kept && (t == 0 || top_p >= 1.f || before < goal) && (sh.sv[t] - peak) * it >= least;
@@ -551,7 +624,7 @@ NOINLINE int draw(const Launch* ln, uint2* x, unsigned ep, int step, float peak,
   float sum = 0, upto = 0;
   if (t < kept) {
     const int id = sh.si[t];
-    for (int i = 0; i < kept; i++) { float e = sh.cv[i]; sum += e; if (sh.si[i] <= id) upto += e; }
+    _Pragma("unroll 1") for (int i = 0; i < kept; i++) { float e = sh.cv[i]; sum += e; if (sh.si[i] <= id) upto += e; }
     if (stays && upto > chance * sum) atomicMin(&sh.id, id);
   }
   meet();
@@ -569,8 +642,9 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
   float* slots = (float*)(xs + XBYTES);                           // partial sums
   float* qs = (float*)xs;                                         // attention: queries,
   float* att = qs + GH * HD;                                      // and the partial results of warps
-  float* recent = (float*)(xs + WORK);                            // keys and values of this launch's steps
-  float* bias = recent + STEPS * 2 * HD;
+  float* recent = (float*)(xs + WORK);                            // the key and the value of this step, as the cache has them
+  float* fresh_rows = att + 16 * (HD + 2);                        // the same before they are rounded
+  float* bias = recent + 2 * HD;
   float* lg = bias + BIASES;                                      // this block's logits
   Layer* layers = (Layer*)(lg + LOGITS);
   Launch* ln = (Launch*)(layers + L + 1);                         // a plain load would queue behind the weights
@@ -579,81 +653,84 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
   if (rg.data & 1023) { state->error = 1; if (blockIdx.x == 0 && threadIdx.x == 0) said[launch->serial % SAID] = {0, 0, 2, (unsigned)launch->serial + 1}; return; }  // what tensor maps exchange would not be where it is read
   if (state->stop || state->error) return;  // all blocks alike: nothing writes it while they start
   if (threadIdx.x == 0) {
-    for (int i = 0; i < NST; i++) {
+    _Pragma("unroll 1") for (int i = 0; i < NST; i++) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(rg.full + 8 * i));
       asm volatile("mbarrier.init.shared::cta.b64 [%0],16;" ::"r"(rg.empty + 8 * i));
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    sh.bad = sh.over = 0; sh.limit = launch->limit_ns; sh.state = state;
+    sh.bad = sh.over = sh.written = sh.ordered = sh.ordered_st = sh.ordered_ph = 0; sh.limit = launch->limit_ns; sh.state = state;
   }
-  for (int i = threadIdx.x; i < (L + 1) * (int)sizeof(Layer) / 4; i += blockDim.x) ((int*)layers)[i] = ((const int*)table)[i];
-  for (int i = threadIdx.x; i < (int)sizeof(Launch) / 4; i += blockDim.x) ((int*)ln)[i] = ((const int*)launch)[i];
+  _Pragma("unroll 1") for (int i = threadIdx.x; i < (L + 1) * (int)sizeof(Layer) / 4; i += blockDim.x) ((int*)layers)[i] = ((const int*)table)[i];
+  _Pragma("unroll 1") for (int i = threadIdx.x; i < (int)sizeof(Launch) / 4; i += blockDim.x) ((int*)ln)[i] = ((const int*)launch)[i];
   __syncthreads();
   const int b = blockIdx.x; int t = threadIdx.x; asm volatile("" : "+r"(t)); const int lane = t & 31, warp = t >> 5;
   const int steps = ln->steps, pos0 = ln->pos, kh = b / PARTS, sp = b % PARTS;
   const bool attends = b < KV * PARTS;
-  // Rows of the cache that part `sp` reads: of those from before this launch that the window shows.
+  // Rows of the cache that part `sp` reads: its share of those that were there before this launch and that the window
+  // shows; the last part also those of this launch's earlier steps, which it has written itself.
 #define ROWS(y) \
-  const int n0 = pos0 - y.shift, w_ = y.window, lo_ = w_ > 0 ? max(0, min(n0, n0 + step + 1 - w_)) : 0; \
-  const int j0 = lo_ + (int)((long)(n0 - lo_) * sp / PARTS), j1 = lo_ + (int)((long)(n0 - lo_) * (sp + 1) / PARTS);
+  const int n0 = pos0 - y.shift, w_ = y.window, lo_ = w_ > 0 ? max(0, n0 + step + 1 - w_) : 0, old_ = min(lo_, n0); \
+  const bool newest = sp == PARTS - 1; \
+  const int j0 = max(old_ + (int)((unsigned)(n0 - old_) * sp / PARTS), newest ? lo_ : 0), j1 = newest ? n0 + step : old_ + (int)((unsigned)(n0 - old_) * (sp + 1) / PARTS);
 #define WORK(op) \
   const int l = (op) >> 2, ph = (op) == 4 * L ? 4 : (op) & 3; const Product& p = PRODUCTS[ph]; const Layer& y = layers[l]; \
   const bool pair = GATED && ph == 2; const int n_ = pair ? F : p.rows; int r0, r1; owned(n_, p.unit, b, r0, r1);
   constexpr int KROWS = STAGE / (2 * HD * Size<CT>::B), AB = Size<AT>::B;
   if (warp == 16) {
-    Orders o{rg, 0, false};
+    int st = 0;  // of the stage that was ordered last; -1: no more are wanted
     u64 policy, keep;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(keep));
 #pragma unroll 1
-    for (int step = 0; step < steps && !o.quit; step++)
+    for (int step = 0; step < steps && st >= 0; step++)
 #pragma unroll 1
-      for (int op = 0; op <= 4 * L && !o.quit; op++) {
+      for (int op = 0; op <= 4 * L && st >= 0; op++) {
         WORK(op)
         const int w_i = ph == 4 ? 0 : ph;
         if (r1 > r0 && (p.norm || p.biased)) {
           // The norm's weights, this block's biases (rounded out to 16 bytes), and the norms of heads.
           const u64 nw = ph == 2 ? y.n2 : y.n1;
-          const int a0 = r0 & ~7, an = ((r1 + 7) & ~7) - a0, nb = p.norm ? D * AB : 0, bb = p.biased ? an * AB : 0, hb = QKN && ph == 0 ? HD * AB : 0;
-          const unsigned f = order(o, nb + bb * (pair ? 2 : 1) + 2 * hb, lane), d = rg.data + o.r.st * STAGE;
-          if (lane == 0 && !o.quit) {
+          const int a0 = r0 & ~7, an = ((r1 + 7) & ~7) - a0, nb = p.norm ? D * AB : 0, bb = HAS_BIAS && p.biased ? an * AB : 0, hb = QKN && ph == 0 ? HD * AB : 0;
+          st = order(nb + bb * (pair ? 2 : 1) + 2 * hb);
+          const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
+          if (lane == 0 && st >= 0) {
             if (nb) bulk(d, nw, nb, f, keep);
             if (bb) { bulk(d + nb, y.bias[w_i] + (u64)a0 * AB, bb, f, keep); if (pair) bulk(d + nb + bb, y.bias[w_i] + (u64)(F + a0) * AB, bb, f, keep); }
             if (hb) { bulk(d + nb + bb * (pair ? 2 : 1), y.qn, hb, f, keep); bulk(d + nb + bb * (pair ? 2 : 1) + hb, y.kn, hb, f, keep); }
           }
-          advance(o.r);
         }
         const int chunk = pair ? p.chunk / 2 : p.chunk;
 #pragma unroll 1
-        for (int c0 = r0; c0 < r1 && !o.quit; c0 += chunk)
+        for (int c0 = r0; c0 < r1 && st >= 0; c0 += chunk)
 #pragma unroll 1
           for (int part = 0; part <= (int)pair; part++) {
             const int c1 = min(r1, c0 + chunk);
-            if (p.bits == 0) {
+            if (HAS_PLAIN && p.bits == 0 && !p.mapped) {
 #pragma unroll 1
               for (int s = c0; s < c1; s += p.tiles)
 #pragma unroll 1
                 for (int k0 = 0; k0 < p.columns; k0 += p.piece) {
                   const int bytes = p.pieces > 1 ? min(p.piece, p.columns - k0) * Size<WT>::B : min(p.tiles, c1 - s) * p.columns * Size<WT>::B;
-                  const unsigned f = order(o, bytes, lane);
-                  if (lane == 0 && !o.quit) bulk(rg.data + o.r.st * STAGE, y.w[w_i] + ((u64)(s + part * F) * p.columns + k0) * Size<WT>::B, bytes, f, policy);
-                  advance(o.r);
+                  st = order(bytes);
+                  if (lane == 0 && st >= 0) bulk(rg.data + st * STAGE, y.w[w_i] + ((u64)(s + part * F) * p.columns + k0) * Size<WT>::B, bytes, rg.full + 8 * st, policy);
                 }
-            } else if (p.mapped) {
+            } else if (HAS_MAPPED && p.mapped) {
               const u64 map = maps + (u64)((l * 4 + w_i) * 3) * 128;
 #pragma unroll 1
               for (int s = c0; s < c1; s += 16 * p.tiles)
 #pragma unroll 1
                 for (int ch = 0; ch < p.pieces; ch++) {
-                  const unsigned f = order(o, p.bias_at + (p.bias_at - p.scale_at), lane), d = rg.data + o.r.st * STAGE;
-                  if (lane == 0 && !o.quit) {
-                    tensor(d, map, s + part * F, ch * (p.piece * p.bits / 1024), f, policy);
+                  st = order(2 * p.bias_at - p.scale_at);
+                  const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
+                  if (lane == 0 && st >= 0) {
+                    tensor(d, map, s + part * F, ch * (p.piece * (p.bits ? p.bits : 16) / 1024), f, policy);
+                    if (p.bits) {
                     tensor(d + p.scale_at, map + 128, s + part * F, ch * (p.piece / p.group / 8), f, policy);
                     tensor(d + p.bias_at, map + 256, s + part * F, ch * (p.piece / p.group / 8), f, policy);
+                    }
                   }
-                  advance(o.r);
                 }
-            } else {
+            } else if (HAS_LOOSE) {
               const int line = p.columns / p.group * 2;  // bytes of a row's scales, from anywhere within 16 bytes
 #pragma unroll 1
               for (int s = c0; s < c1; s += 16 * p.tiles) {
@@ -663,36 +740,38 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
                 for (int ch = 0; ch < p.pieces; ch++) {
                   const int k0 = ch * p.piece, kn = min(p.piece, p.columns - k0), wb = kn * p.bits / 8, sb = kn / p.group * 2;
                   unsigned bytes = 0;
-                  for (int i = lane; i < n; i += 32) bytes += wb + 2 * ((((i * line) & 15) + sb + 15) & ~15);
-                  const unsigned f = order(o, __reduce_add_sync(ALL, bytes), lane), d = rg.data + o.r.st * STAGE;
-                  if (!o.quit) {
+                  _Pragma("unroll 1") for (int i = lane; i < n; i += 32) bytes += wb + 2 * ((((i * line) & 15) + sb + 15) & ~15);
+                  st = order(__reduce_add_sync(ALL, bytes));
+                  const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
+                  if (st >= 0) {
                     const u64 w = y.w[w_i] + row * (p.columns * p.bits / 8) + k0 * p.bits / 8, at = row * line + k0 / p.group * 2;
-                    for (int i = lane; i < n; i += 32) bulk(d + i * p.pitch, w + (u64)i * (p.columns * p.bits / 8), wb, f, policy);
-                    for (int i = lane; i < 2 * n; i += 32) {
+                    _Pragma("unroll 1") for (int i = lane; i < n; i += 32) bulk(d + i * p.pitch, w + (u64)i * (p.columns * p.bits / 8), wb, f, policy);
+                    _Pragma("unroll 1") for (int i = lane; i < 2 * n; i += 32) {
                       const int z = i >= n, q = i - z * n, off = (q * line) & 15;
                       bulk(d + (z ? p.bias_at : p.scale_at) + q * p.scale_pitch, (z ? y.z[w_i] : y.s[w_i]) + at + (u64)q * line - off, (off + sb + 15) & ~15, f, policy);
                     }
                   }
                   __syncwarp();
-                  advance(o.r);
                 }
               }
             }
           }
         if (ph == 0 && attends) {
           ROWS(y)
+          if (newest && step > 0 && lane == 0) { Patience w{0, 0}; while (*(volatile int*)&sh.written < (step - 1) * L + l + 1 && !tired(w)); asm volatile("fence.proxy.async;" ::: "memory"); }
+          __syncwarp();
 #pragma unroll 1
-          for (int j = j0; j < j1 && !o.quit; j += KROWS) {
+          for (int j = j0; j < j1 && st >= 0; j += KROWS) {
             const int n = min(KROWS, j1 - j) * HD * Size<CT>::B;
             const u64 at = (((u64)kh * y.cap) + j) * (HD * Size<CT>::B);
-            const unsigned f = order(o, 2 * n, lane), d = rg.data + o.r.st * STAGE;
-            if (lane == 0 && !o.quit) { bulk(d, y.kc + at, n, f, keep); bulk(d + n, y.vc + at, n, f, keep); }
-            advance(o.r);
+            st = order(2 * n);
+            const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
+            if (lane == 0 && st >= 0) { bulk(d, y.kc + at, n, f, keep); bulk(d + n, y.vc + at, n, f, keep); }
           }
         }
       }
     // Nothing may be on its way into the shared memory of a block that has ended.
-    if (o.quit) { u64 since = now(); while (now() - since < 2000000ull); }
+    if (st < 0) { u64 since = now(); while (now() - since < 2000000ull); }
     return;
   }
   int tok = ln->first ? ln->token : state->token;
@@ -703,18 +782,22 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
     const float* rope = ln->rope + step * NROPE * RD;
     {
       int r0, r1; owned(D, PRODUCTS[1].unit, b, r0, r1);
-      for (int i = t; i < r1 - r0; i += 512) {
-        const int c = r0 + i; float v;
-        if (EMB_BITS == 0) v = one<EMB_T>((const char*)emb + (u64)tok * D * Size<EMB_T>::B, c);
-        else {
-          constexpr int PER = 32 / (EMB_BITS ? EMB_BITS : 4), EG = EMB_G ? EMB_G : 64;
-          unsigned w = ((const unsigned*)emb)[((u64)tok * D + c) / PER];
-          float q = (float)((w >> (EMB_BITS * (c % PER))) & ((1u << EMB_BITS) - 1));
-          u64 at = ((u64)tok * D + c) / EG;
-          v = q * one<ST>((const char*)emb_scales + at * 2, 0) + one<ST>((const char*)emb_biases + at * 2, 0);
+      _Pragma("unroll 1") for (int i = 2 * t; i < r1 - r0; i += 1024) {
+        float v[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int c = r0 + i + e;
+          if (EMB_BITS == 0) v[e] = one<EMB_T>((const char*)emb + (u64)tok * D * Size<EMB_T>::B, c);
+          else {
+            constexpr int PER = 32 / (EMB_BITS ? EMB_BITS : 4), EG = EMB_G ? EMB_G : 64;
+            const unsigned w = ((const unsigned*)emb)[((u64)tok * D + c) / PER];
+            const float q = (float)((w >> (EMB_BITS * (c % PER))) & ((1u << EMB_BITS) - 1));
+            const u64 at = ((u64)tok * D + c) / EG;
+            v[e] = q * one<ST>((const char*)emb_scales + at * 2, 0) + one<ST>((const char*)emb_biases + at * 2, 0);
+          }
+          v[e] *= EMB_SCALE; sh.own[i + e] = v[e];
         }
-        v *= EMB_SCALE;
-        sh.own[i] = v; publish(x + X_IN + c, v, e0);
+        publish2(x + X_IN + (r0 + i) / 2, v[0], v[1], e0);
       }
     }
     meet();
@@ -741,12 +824,12 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
         });
         TICK(1)
         if (auxiliary) {
-          const int a0 = r0 & ~7, an = ((r1 + 7) & ~7) - a0, nb = p.norm ? D * AB : 0, bb = p.biased ? an * AB : 0;
-          if (p.biased) for (int i = t; i < (r1 - r0) * (pair ? 2 : 1); i += 512) {
+          const int a0 = r0 & ~7, an = ((r1 + 7) & ~7) - a0, nb = p.norm ? D * AB : 0, bb = HAS_BIAS && p.biased ? an * AB : 0;
+          if (HAS_BIAS && p.biased) _Pragma("unroll 1") for (int i = t; i < (r1 - r0) * (pair ? 2 : 1); i += 512) {
             const int second = i >= r1 - r0, k = i - second * (r1 - r0);
             bias[i] = one<AT>(aux + nb + second * bb, r0 - a0 + k);
           }
-          if (QKN && ph == 0) for (int i = t; i < HD; i += 512) { const char* q = aux + nb + bb; sh.qn[i] = one<AT>(q, i); sh.kn[i] = one<AT>(q + HD * AB, i); }
+          if (QKN && ph == 0) _Pragma("unroll 1") for (int i = t; i < HD; i += 512) { const char* q = aux + nb + bb; sh.qn[i] = one<AT>(q, i); sh.kn[i] = one<AT>(q + HD * AB, i); }
           ss = warp_sum(ss);
           if (lane == 0) sh.red[warp] = ss;
           release(rg, lane); advance(rg);
@@ -754,7 +837,7 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
         meet();
         TICK(2)
         float rs = 1;
-        if (p.norm) { float q = 0; for (int i = 0; i < 16; i++) q += sh.red[i]; rs = rsqrtf(q / D + (ph == 4 ? EPS_LAST : EPS)); }
+        if (p.norm) { float q = 0; _Pragma("unroll") for (int i = 0; i < 16; i++) q += sh.red[i]; rs = rsqrtf(q / D + (ph == 4 ? EPS_LAST : EPS)); }
         const int chunk = pair ? p.chunk / 2 : p.chunk;
 #pragma unroll 1
         for (int c0 = r0; c0 < r1; c0 += chunk) {
@@ -762,44 +845,44 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
           if (c0 > r0) meet();
 #pragma unroll 1
           for (int part = 0; part <= (int)pair; part++) {
-            float* out = slots + part * chunk * 17;
+            float* out = slots + part * chunk * SLOT;
             PRODUCT
           }
           TICK(3)
           meet();
-          for (int r = t; r < rows; r += 512) {
-            const float* q = slots + r * 17;
-            float v = 0;
-            for (int i = 0; i < p.shares; i++) v += q[i];
-            v *= rs;
-            if (p.biased) v += bias[c0 - r0 + r];
-            if (ph == 0) publish(x + X_QKV + c0 + r, v, ep);
-            else if (ph == 2) {
-              v = activation(v);
-              if (GATED) {
-                float u = 0; q += chunk * 17;
-                for (int i = 0; i < p.shares; i++) u += q[i];
-                u *= rs;
-                if (p.biased) u += bias[r1 - r0 + c0 - r0 + r];
-                v *= u;
+#pragma unroll 1
+          for (int r = t; r - lane < rows; r += 512) {
+            float a = 0;
+            if (r < rows) {
+              const float* q = slots + r * SLOT;
+              a = rs * sum_of(q, p.shares);
+              if (HAS_BIAS && p.biased) a += bias[c0 - r0 + r];
+              if (ph == 2) {
+                a = activation(a);
+                if (GATED) {
+                  float u = rs * sum_of(q + chunk * SLOT, p.shares);
+                  if (HAS_BIAS && p.biased) u += bias[r1 - r0 + c0 - r0 + r];
+                  a *= u;
+                }
+              } else if (ph == 1 || ph == 3) { a = a * RES_SCALE + sh.own[c0 - r0 + r]; sh.own[c0 - r0 + r] = a; }
+              else if (ph == 4) {
+                const int id = c0 + r;
+                a *= LOGIT_SCALE;
+                if (LOGIT_CAP > 0.f) a = LOGIT_CAP * tanhf(a * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f)));
+                if (ln->want_logits) logits[id] = a;
+                if (ln->biased) a += logit_bias[id];
+                if (ln->penalised) {
+                  const float c = counts[id];
+                  if (c > 0.f) { if (ln->repetition != 1.f) a = a > 0.f ? a / ln->repetition : a * ln->repetition; a -= ln->presence + c * ln->frequency; }
+                }
+                lg[id - r0] = a;
+                const u64 k = key_of(a, id); best = k > best ? k : best;
               }
-              publish(x + X_ACT + c0 + r, v, ep);
-            } else if (ph == 4) {
-              const int id = c0 + r;
-              v *= LOGIT_SCALE;
-              if (LOGIT_CAP > 0.f) v = LOGIT_CAP * tanhf(v * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f)));
-              if (ln->want_logits) logits[id] = v;
-              if (ln->biased) v += logit_bias[id];
-              if (ln->penalised) {
-                const float c = counts[id];
-                if (c > 0.f) { if (ln->repetition != 1.f) v = v > 0.f ? v / ln->repetition : v * ln->repetition; v -= ln->presence + c * ln->frequency; }
-              }
-              lg[id - r0] = v;
-              const u64 k = key_of(v, id); best = k > best ? k : best;
-            } else {
-              v = v * RES_SCALE + sh.own[c0 - r0 + r]; sh.own[c0 - r0 + r] = v;
-              if (!(ln->fault && step == 1 && l == 0 && ph == 3 && b == 0)) publish(x + (ph == 1 ? X_MID : X_IN) + c0 + r, v, ep + (ph == 3));
             }
+            // Neighbours share a word; there is an even number of rows, but of the head's.
+            const float next = __shfl_down_sync(ALL, a, 1);
+            if (r < rows && ph < 4 && !(lane & 1) && !(ln->fault && step == 1 && l == 0 && ph == 3 && b == 0))
+              publish2(x + (ph == 0 ? X_QKV : ph == 1 ? X_MID : ph == 2 ? X_ACT : X_IN) + (c0 + r) / 2, a, next, ep + (ph == 3));
           }
         }
         meet();
@@ -807,50 +890,56 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
       }
       if (ph == 0 && attends) {  // key-value head kh, part sp of its keys, GH heads of queries
         ROWS(y)
-        const bool newest = sp == PARTS - 1;
         const int row = n0 + step;
-        constexpr int EH = (HD + 31) / 32;
-        if (newest)
-          for (int i = t; i < step * HD; i += 512) {
-            const int k = i / HD, d = i % HD; const u64 at = ((u64)kh * y.cap + n0 + k) * HD + d;
-            recent[k * 2 * HD + d] = uncached<CT>(y.kc + at * Size<CT>::B); recent[(k * 2 + 1) * HD + d] = uncached<CT>(y.vc + at * Size<CT>::B);
-          }
+        constexpr int EH = (HALF + 31) / 32;
 #pragma unroll 1
         for (int h = warp; h < (newest ? GH + 2 : GH); h += 16) {
-          const uint2* src = x + X_QKV + (h < GH ? kh * GH + h : h == GH ? H + kh : H + KV + kh) * HD;
-          float* o = h < GH ? qs + h * HD : recent + (step * 2 + h - GH) * HD;
-          const uint2* q[EH]; float e[EH];
+          const uint2* src = x + X_QKV + (h < GH ? kh * GH + h : h == GH ? H + kh : H + KV + kh) * HALF;
+          float* o = h < GH ? qs + h * HD : fresh_rows + (h - GH) * HD;
+          uint2 u[EH]; float e[2 * EH];
+          Patience w{0, 0};
+          for (;;) {
+            bool ok = true;
 #pragma unroll
-          for (int i = 0; i < EH; i++) q[i] = lane + 32 * i < HD ? src + lane + 32 * i : nullptr;
-          fetch<EH>(q, ep, e);
-          __syncwarp();
-          if (QKN && h <= GH) {
-            float s = 0;
+            for (int i = 0; i < EH; i++) { u[i] = make_uint2(ep & 255u, (ep >> 8) & 255u); if (lane + 32 * i < HALF) u[i] = peek(src + lane + 32 * i); }
 #pragma unroll
-            for (int i = 0; i < EH; i++) s += e[i] * e[i];
-            s = rsqrtf(warp_sum(s) / HD + EPS_HEAD);
-#pragma unroll
-            for (int i = 0; i < EH; i++) if (lane + 32 * i < HD) e[i] *= s * (h < GH ? sh.qn : sh.kn)[lane + 32 * i];
+            for (int i = 0; i < EH; i++) ok = ok && fresh(u[i].x, u[i].y, ep);
+            if (ok || tired(w)) break;
           }
+          __syncwarp();
+          float ssh = 0;
 #pragma unroll
-          for (int i = 0; i < EH; i++) if (lane + 32 * i < HD) o[lane + 32 * i] = e[i];
+          for (int i = 0; i < EH; i++) { e[2 * i] = value(u[i].x); e[2 * i + 1] = value(u[i].y); if (lane + 32 * i >= HALF) e[2 * i] = e[2 * i + 1] = 0; ssh += e[2 * i] * e[2 * i] + e[2 * i + 1] * e[2 * i + 1]; }
+          if (QKN && h <= GH) ssh = rsqrtf(warp_sum(ssh) / HD + EPS_HEAD);
+#pragma unroll
+          for (int i = 0; i < EH; i++) {
+            const int d = 2 * (lane + 32 * i);
+            if (d < HD) {
+              if (QKN && h <= GH) { const float* n = h < GH ? sh.qn : sh.kn; e[2 * i] *= ssh * n[d]; e[2 * i + 1] *= ssh * n[d + 1]; }
+              *(float2*)(o + d) = make_float2(e[2 * i], e[2 * i + 1]);
+            }
+          }
           __syncwarp();
           if (h <= GH && y.rope >= 0) {
             const float* cs = rope + y.rope * RD;
-            for (int i = lane; i < RD / 2; i += 32) {
+            _Pragma("unroll 1") for (int i = lane; i < RD / 2; i += 32) {
               const int a = TRADITIONAL ? 2 * i : i, z = TRADITIONAL ? 2 * i + 1 : i + RD / 2;
-              const float u = o[a], v = o[z], c = cs[2 * i], s = cs[2 * i + 1];
-              o[a] = u * c - v * s; o[z] = u * s + v * c;
+              const float p0 = o[a], p1 = o[z], c = cs[2 * i], sn = cs[2 * i + 1];
+              o[a] = p0 * c - p1 * sn; o[z] = p0 * sn + p1 * c;
             }
             __syncwarp();
           }
-          if (h >= GH)
-            for (int d = lane; d < HD; d += 32) {
-              const float v = rounded<CT>(o[d]); o[d] = v;
-              store_one<CT>((void*)(h == GH ? y.kc : y.vc), ((long)kh * y.cap + row) * HD + d, v);
+          if (h >= GH) {
+            _Pragma("unroll 1") for (int d = lane; d < HD; d += 32) {
+              store_one<CT>((void*)(h == GH ? y.kc : y.vc), ((long)kh * y.cap + row) * HD + d, o[d]);
+              store_one<CT>(recent, (h - GH) * HD + d, o[d]);
             }
+            // The next step's copy, by this block's own producer, must find it.
+            asm volatile("fence.proxy.async;" ::: "memory"); __threadfence();
+          }
         }
         meet();
+        if (newest && t == 0) *(volatile int*)&sh.written = step * L + l + 1;
         TICK(5)
         constexpr int NC = HD / 8, LK = NC % 8 == 0 ? 8 : NC % 4 == 0 ? 4 : NC % 2 == 0 ? 2 : 1, KW = 32 / LK, CL = NC / LK, WK = 16 / GH;
         const int g = warp % GH, w0 = warp / GH, sl = lane % LK, kk = lane / LK;
@@ -870,20 +959,17 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
           if (__any_sync(ALL, mn > m)) { const float a = __expf(m - mn); s *= a; _Pragma("unroll") for (int e = 0; e < CL * 8; e++) o[e] *= a; m = mn; } \
           const float pr = (ok) ? __expf(d - m) : 0.f; s += pr; \
           _Pragma("unroll") for (int c = 0; c < CL; c++) { eight<T>(vp + (sl + LK * c) * 8 * Size<T>::B, v8); _Pragma("unroll") for (int e = 0; e < 8; e++) o[c * 8 + e] += pr * v8[e]; } }
+bool own = newest;  // whether the row of this step, which lies in `recent`, is still to be looked at
 #pragma unroll 1
-        for (int j = j0; j < j1; j += KROWS) {
-          const int n = min(KROWS, j1 - j);
-          const char *kp = sm + rg.st * STAGE, *vp = kp + n * HD * Size<CT>::B;
-          arrived(rg);
+        for (int j = j0; j < j1 || own;) {
+          const bool old = j < j1;
+          const int n = old ? min(KROWS, j1 - j) : 1;
+          const char *kp = old ? sm + rg.st * STAGE : (const char*)recent, *vp = kp + n * HD * Size<CT>::B;
+          if (old) arrived(rg);
           if (warp < GH * WK)
 #pragma unroll 1
-            for (int i = w0 * KW; i < n; i += WK * KW) { const int r = min(i + kk, n - 1); SCORE(CT, kp + r * HD * Size<CT>::B, vp + r * HD * Size<CT>::B, i + kk < n) }
-          release(rg, lane); advance(rg);
-        }
-        if (newest && warp < GH * WK) {
-          const int first = w_ > 0 ? max(0, step + 1 - w_) : 0;
-#pragma unroll 1
-          for (int i = first + w0 * KW; i <= step; i += WK * KW) { const int r = min(i + kk, step); const char* kp = (const char*)(recent + r * 2 * HD); SCORE(0, kp, kp + HD * 4, i + kk <= step) }
+            for (int i = w0 * KW; i < n; i += WK * KW) { const int r = min(i + kk, n - 1) * HD * Size<CT>::B; SCORE(CT, kp + r, vp + r, i + kk < n) }
+          if (old) { release(rg, lane); advance(rg); j += KROWS; } else own = false;
         }
         if (warp < GH * WK) {
           float M = m;
@@ -904,29 +990,33 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
         }
         meet();
         TICK(6)
-        for (int i = t; i < GH * HD; i += 512) {
-          const int g2 = i / HD, d = i % HD; float M = -1e30f, A = 0, B = 0;
-          for (int w = 0; w < WK; w++) M = fmaxf(M, att[(w * GH + g2) * (HD + 2) + HD]);
-          for (int w = 0; w < WK; w++) { const float* a = att + (w * GH + g2) * (HD + 2); const float f = __expf(a[HD] - M); A += f * a[d]; B += f * a[HD + 1]; }
-          uint2* pp = x + X_PART + b * PART + g2 * (HD + 2);
-          publish(pp + d, A, ep); if (d == 0) { publish(pp + HD, M, ep); publish(pp + HD + 1, B, ep); }
+        _Pragma("unroll 1") for (int i = t; i < GH * HALF; i += 512) {
+          const int g2 = i / HALF, d = i % HALF; float M = -1e30f, A0 = 0, A1 = 0, B = 0;
+          _Pragma("unroll 1") for (int w = 0; w < WK; w++) M = fmaxf(M, att[(w * GH + g2) * (HD + 2) + HD]);
+          _Pragma("unroll 1") for (int w = 0; w < WK; w++) { const float* a = att + (w * GH + g2) * (HD + 2); const float f = __expf(a[HD] - M); A0 += f * a[2 * d]; A1 += f * a[2 * d + 1]; B += f * a[HD + 1]; }
+          uint2* pp = x + X_PART + b * PART + g2 * (HALF + 2);
+          publish2(pp + d, A0, A1, ep); if (d == 0) { publish(pp + HALF, M, ep); publish(pp + HALF + 1, B, ep); }
         }
         // Each part merges its share of the dims over all parts: lane w of a group of PARTS holds part w.
-        constexpr int DIMS = (GH * HD + PARTS - 1) / PARTS, ALLD = (DIMS * PARTS + 31) / 32 * 32;
+        constexpr int DIMS = (GH * HALF + PARTS - 1) / PARTS, ALLD = (DIMS * PARTS + 31) / 32 * 32;
 #pragma unroll 1
         for (int i = t; i < ALLD; i += 512) {
-          const int w = i % PARTS, dd = sp + PARTS * (i / PARTS); const bool in = dd < GH * HD; const int g3 = in ? dd / HD : 0, d = dd % HD;
-          const uint2* pp = x + X_PART + (kh * PARTS + w) * PART + g3 * (HD + 2);
-          const uint2* f3[3] = {in ? pp + HD : nullptr, in ? pp + HD + 1 : nullptr, in ? pp + d : nullptr};
-          float v[3]; fetch<3>(f3, ep, v);
+          const int w = i % PARTS, dd = sp + PARTS * (i / PARTS); const bool in = dd < GH * HALF; const int g3 = in ? dd / HALF : 0, d = dd % HALF;
+          const uint2* pp = x + X_PART + (kh * PARTS + w) * PART + g3 * (HALF + 2);
+          uint2 um, ub, ua;
+          Patience pt{0, 0};
+          if (in) for (;;) {
+            um = peek(pp + HALF); ub = peek(pp + HALF + 1); ua = peek(pp + d);
+            if ((um.y == ep && ub.y == ep && fresh(ua.x, ua.y, ep)) || tired(pt)) break;
+          }
           __syncwarp();
-          float M = v[0];
+          float M = in ? __uint_as_float(um.x) : -1e30f; const float m0 = M;
 #pragma unroll
           for (int k = PARTS / 2; k; k >>= 1) M = fmaxf(M, __shfl_xor_sync(ALL, M, k));
-          const float a = __expf(v[0] - M); float A = v[2] * a, B = v[1] * a;
+          const float f = in ? __expf(m0 - M) : 0.f; float A0 = in ? value(ua.x) * f : 0.f, A1 = in ? value(ua.y) * f : 0.f, B = in ? __uint_as_float(ub.x) * f : 0.f;
 #pragma unroll
-          for (int k = PARTS / 2; k; k >>= 1) { A += __shfl_xor_sync(ALL, A, k); B += __shfl_xor_sync(ALL, B, k); }
-          if (w == 0 && in) publish(x + X_OUT + kh * GH * HD + dd, A / B, ep);
+          for (int k = PARTS / 2; k; k >>= 1) { A0 += __shfl_xor_sync(ALL, A0, k); A1 += __shfl_xor_sync(ALL, A1, k); B += __shfl_xor_sync(ALL, B, k); }
+          if (w == 0 && in) publish2(x + X_OUT + kh * GH * HALF + dd, A0 / B, A1 / B, ep);
         }
         meet();
         TICK(7)
@@ -941,7 +1031,7 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
       best = warp_max(lane < 16 ? sh.keys[lane] : 0);
       if (lane < 2) publish(x + X_TOP + 2 * b + lane, __uint_as_float(lane ? (unsigned)best : (unsigned)(best >> 32)), ep);
       best = 0;
-      for (int i = lane; i < NB; i += 32) {
+      _Pragma("unroll 1") for (int i = lane; i < NB; i += 32) {
         const uint2* q[2] = {x + X_TOP + 2 * i, x + X_TOP + 2 * i + 1}; float v[2]; fetch<2>(q, ep, v);
         const u64 k = ((u64)__float_as_uint(v[0]) << 32) | __float_as_uint(v[1]);
         sh.maxima[i] = peak_of(k); best = k > best ? k : best;

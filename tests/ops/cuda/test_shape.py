@@ -27,7 +27,8 @@ QWEN = dataclasses.replace(
     biased=(True, False, False, False, False),
 )  # fmt: skip
 MIXED = dataclasses.replace(LLAMA_8B, forms=(PACKED, PACKED, PACKED, PACKED, Form()), head_norms=True, gated=False)
-SHAPES = {"8b": LLAMA_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED}
+PLAIN_8B = dataclasses.replace(LLAMA_8B, forms=(Form(),) * 5, embedding=Form())
+SHAPES = {"8b": LLAMA_8B, "plain 8b": PLAIN_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED}
 
 
 def owned(rows: int, unit: int, block: int, blocks: int) -> range:
@@ -57,12 +58,24 @@ def test_what_a_block_needs_fits(name: str) -> None:
     for product in division.products:
         assert product.stage <= division.stage and product.chunk % product.tiles == 0
         assert product.piece * (product.pieces - 1) < product.columns <= product.piece * product.pieces
-        # Warps that share a row take all of a piece, and none of another row.
+        # The kernel divides a warp's number by those that share a row with a multiplication.
+        divides = product.mapped or product.bits
+        assert all((warp * product.recip >> 8) == warp // product.shares for warp in range(16)) or not divides
+        assert divides or 1 << product.recip == product.shares
         assert product.shares * product.tiles <= 16 or not product.bits
         if product.mapped:
-            lines, scales = product.boxes
-            assert lines.lines * lines.width * 8 // product.bits == product.piece == scales.lines * 8 * product.group
+            lines, *others = product.boxes
+            assert lines.lines * lines.width * 8 // (product.bits or 16) == product.piece
             assert lines.rows <= 256 and lines.lines <= 256
+            assert all(scales.lines * 8 * product.group == product.piece for scales in others)
+
+
+def test_which_rows_the_tensor_cores_take() -> None:
+    mapped = [product.mapped for product in divide(PLAIN_8B, *HOPPER).products]
+    assert all(mapped)
+    # Tiles of 16 rows would leave most blocks without any.
+    assert [p.mapped for p in divide(SMOLLM2, *HOPPER).products] == [False, False, True, False, True]
+    assert not any(p.mapped for p in divide(dataclasses.replace(PLAIN_8B, weights="float16"), *HOPPER).products)
 
 
 def test_the_layouts_that_both_sides_read() -> None:
