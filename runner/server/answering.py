@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from runner.engine.sampler import Token
 from runner.server.model import Prepared
-from runner.server.tool_calls import SPECIAL, Call
+from runner.server.tool_calls import SPECIAL, Call, CallPart
 from runner.text.separator import Split
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Delta:
     reasoning: str = ""
     token: Token | None = None
     finish: str | None = None
-    calls: Sequence[Call] = ()
+    calls: Sequence[Call | CallPart] = ()
     stopped_by: str | None = None
 
 
@@ -102,13 +102,13 @@ class Answering:
                     tail, stopped = text.finish()
                     split, reason = split + tail, "stop" if stopped else reason
                 content = split.content
-                calls: list[Call] = []
+                calls: list[Call | CallPart] = []
                 if finder is not None:
                     content, calls = finder.add(content)
                     if reason is not None:
                         rest, more = finder.flush()
                         content, calls = content + rest, calls + more
-                    if calls and not prepared.parallel:
+                    if calls and not prepared.parallel and not prepared.led:
                         calls, reason = calls[:1], reason or "stop"
                     called = called or bool(calls)
                     if called and reason == "stop":

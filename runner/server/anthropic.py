@@ -25,7 +25,7 @@ from runner.server.operations import Handler
 from runner.server.request import Ask, Chat
 from runner.server.serving import Running, Serving, note_of
 from runner.server.streaming import Stream, event, json, while_there
-from runner.server.tool_calls import Call
+from runner.server.tool_calls import Call, CallPart, arguments_of, gathered
 
 PING = event("ping", {"type": "ping"})
 BILLING = "x-anthropic-billing-header:"
@@ -110,7 +110,7 @@ class Thinking(msgspec.Struct):
     """Whether the model reasons, and whether its reasoning is shown."""
 
     type: Literal["enabled", "adaptive", "disabled"]
-    display: Literal["summarized", "omitted"] | None = None
+    display: Literal["summarized", "omitted", "updates"] | None = None
     inert: ClassVar[Table] = inert.ANTHROPIC_THINKING
 
 
@@ -372,7 +372,7 @@ class Reply:
         """The whole response."""
         texts: list[str] = []
         thoughts: list[str] = []
-        calls: list[Call] = []
+        calls: list[Call | CallPart] = []
         last: Delta | None = None
         async for delta in self._answering.deltas():
             texts.append(delta.text)
@@ -386,8 +386,8 @@ class Reply:
         if text := "".join(texts):
             content.append({"type": "text", "text": text})
         content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": msgspec.json.decode(call.arguments)}
-            for call in calls
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments_of(call)}
+            for call in gathered(calls)
         ]
         return self._message(content, last)
 
@@ -424,9 +424,13 @@ class Blocks:
             events += self._begin("text", {"text": ""})
             events.append(self._delta({"type": "text_delta", "text": delta.text}))
         for call in delta.calls:
+            if isinstance(call, CallPart):
+                events.append(self._delta({"type": "input_json_delta", "partial_json": call.text}))
+                continue
             events += self.end()
             events += self._begin("tool_use", {"id": call.id, "name": call.name, "input": {}})
-            events.append(self._delta({"type": "input_json_delta", "partial_json": call.arguments}))
+            if call.arguments:
+                events.append(self._delta({"type": "input_json_delta", "partial_json": call.arguments}))
         return events
 
     def end(self) -> list[Event]:

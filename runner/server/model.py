@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runner import resources
 from runner.constraints import Constraint
 from runner.engine.sampling import LARGEST, SamplingParams
-from runner.errors import ContextLengthError, TemplateError
+from runner.errors import ContextLengthError, TemplateError, UsageError
 from runner.guidance import Grammars
 from runner.server.backend import Backend, Order
 from runner.server.errors import invalid
@@ -81,7 +81,14 @@ class Prepared:
     def finder(self) -> CallFinder | None:
         """What finds calls in one answer; None where no function can be called."""
         prompt = self.ask.prompt
-        return self.served.tooling.finder(prompt.tools) if isinstance(prompt, Chat) and prompt.offered else None
+        if not isinstance(prompt, Chat) or not prompt.offered:
+            return None
+        return self.served.tooling.finder(prompt.tools, led=self.led)
+
+    @property
+    def led(self) -> bool:
+        """Whether a grammar leads the answer."""
+        return self.guides[0] is not None
 
     @property
     def parallel(self) -> bool:
@@ -156,12 +163,16 @@ class Served:
         special = facts.tokenizer.special_tokens
         separator = self._plain_separator(ids, ask.prompt)
         ends = facts.eos_token_ids | {special[token] for token in separator.ends if token in special}
-        constraint = self._constraint(ask)
+        constraint, asked = self._constraint(ask)
         if constraint is not None and ask.ignore_eos:
             raise invalid("ignore_eos: a form that the answer must have decides where it ends", "ignore_eos")
-        guides = [
-            None if constraint is None else self.grammars.guide(constraint, separator) for _ in range(ask.choices)
-        ]
+        guides: list[Guide | None] = [None] * ask.choices
+        if constraint is not None:
+            try:
+                guides = [self.grammars.guide(constraint, separator) for _ in range(ask.choices)]
+            except UsageError:
+                if asked:  # else the model calls as it likes: nobody asked for a form
+                    raise
         if ask.ignore_eos:
             ends = frozenset()
         turns = [len(ids) - self._opening] if isinstance(ask.prompt, Chat) and len(ids) > self._opening else []
@@ -181,20 +192,22 @@ class Served:
         facts = self.backend.facts
         return Grammars(facts.tokenizer, facts.eos_token_ids, facts.vocab_size)
 
-    def _constraint(self, ask: Ask) -> Constraint | None:
-        """What the answer must be: of its own form, or calls of functions."""
+    def _constraint(self, ask: Ask) -> tuple[Constraint | None, bool]:
+        """What the answer must be, of its own form or calls of functions; and whether that was asked for."""
         chat = ask.prompt
         if not isinstance(chat, Chat) or not (chat.offered or chat.forced):
-            return ask.constraint
+            return ask.constraint, True
         token_ids = self.backend.facts.tokenizer.special_tokens
         if forced := chat.forced:
             if ask.constraint is not None:
                 raise invalid("a form of the answer and a forced call exclude each other", "tool_choice")
-            return calls_of(forced, self.tooling.marks_to_write, token_ids, parallel=chat.parallel)
-        if ask.constraint is None and not chat.strict:
-            return None
+            return calls_of(forced, self.tooling.marks_to_write, token_ids, parallel=chat.parallel), True
+        if ask.constraint is None and not chat.strict and not self.tooling.json_between_marks:
+            return None, False
         marks = self.tooling.marks_to_write
-        return calls_of(chat.tools, marks, token_ids, parallel=chat.parallel, instead=ask.constraint or "text")
+        return calls_of(chat.tools, marks, token_ids, parallel=chat.parallel, instead=ask.constraint or "text"), (
+            ask.constraint is not None or chat.strict
+        )
 
     def count(self, chat: Chat) -> int:
         """The number of tokens of a conversation's prompt, whether it fits the context or not."""

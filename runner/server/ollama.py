@@ -23,7 +23,7 @@ from runner.server.operations import Handler, version_of
 from runner.server.request import Ask, Chat, Text
 from runner.server.serving import Running, Serving
 from runner.server.streaming import LINES, Stream, json, line, while_there
-from runner.server.tool_calls import Call
+from runner.server.tool_calls import Call, CallPart, arguments_of, gathered
 
 NOT_DONE = (
     "models are given to this server when it is started, and not by its clients: nothing is fetched, made or deleted"
@@ -270,7 +270,7 @@ class Reply:
                 {
                     "id": call.id,
                     "function": {
-                        "index": call.index, "name": call.name, "arguments": msgspec.json.decode(call.arguments)
+                        "index": call.index, "name": call.name, "arguments": arguments_of(call)
                     },
                 }
                 for call in calls
@@ -294,9 +294,12 @@ class Reply:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The lines of a stream."""
         try:
+            calls: list[Call | CallPart] = []  # arguments are an object here: calls are passed on whole, at the end
             async for delta in self._answering.deltas():
-                if delta.text or delta.reasoning or delta.calls:
-                    yield line(self._frame(delta.text, delta.reasoning, list(delta.calls)))
+                calls += delta.calls
+                whole = gathered(calls) if delta.finish is not None else []
+                if delta.text or delta.reasoning or whole:
+                    yield line(self._frame(delta.text, delta.reasoning, whole))
                 if delta.finish is not None:
                     yield line({**self._frame("", "", []), **self._end(delta)})
         except Exception as error:
@@ -306,7 +309,7 @@ class Reply:
         """The whole response."""
         texts: list[str] = []
         thoughts: list[str] = []
-        calls: list[Call] = []
+        calls: list[Call | CallPart] = []
         last: Delta | None = None
         async for delta in self._answering.deltas():
             texts.append(delta.text)
@@ -314,7 +317,7 @@ class Reply:
             calls += delta.calls
             last = delta
         assert last is not None
-        return {**self._frame("".join(texts), "".join(thoughts), calls), **self._end(last)}
+        return {**self._frame("".join(texts), "".join(thoughts), gathered(calls)), **self._end(last)}
 
 
 def _card(served: Served, name: str) -> dict[str, Any]:

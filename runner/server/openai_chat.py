@@ -24,7 +24,7 @@ from runner.server.serving import Running, Serving
 from runner.server.streaming import Stream, data, json, while_there
 from runner.server.structure import Format, StructuredOutputs, constraint_of
 from runner.server.token_texts import TokenTexts, entry
-from runner.server.tool_calls import Call
+from runner.server.tool_calls import Call, CallPart, gathered
 
 
 class TextPart(msgspec.Struct, tag_field="type", tag="text"):
@@ -244,17 +244,17 @@ def render(serving: Serving) -> Handler:
     return answer
 
 
-def called(calls: Sequence[Call], *, streamed: bool) -> list[dict[str, Any]]:
+def called(calls: Sequence[Call | CallPart], *, streamed: bool) -> list[dict[str, Any]]:
     """Calls in OpenAI's form; in a stream each has its place among those of the message."""
-    return [
-        {
-            **({"index": call.index} if streamed else {}),
-            "id": call.id,
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for call in calls
-    ]
+    made: list[dict[str, Any]] = []
+    for call in calls if streamed else gathered(calls):
+        place = {"index": call.index} if streamed else {}
+        if isinstance(call, CallPart):
+            made.append({**place, "function": {"arguments": call.text}})
+        else:
+            function = {"name": call.name, "arguments": call.arguments}
+            made.append({**place, "id": call.id, "type": "function", "function": function})
+    return made
 
 
 class Reply:
@@ -332,7 +332,7 @@ class Reply:
         texts: list[list[str]] = [[] for _ in range(count)]
         thoughts: list[list[str]] = [[] for _ in range(count)]
         tokens: list[list[Token]] = [[] for _ in range(count)]
-        calls: list[list[Call]] = [[] for _ in range(count)]
+        calls: list[list[Call | CallPart]] = [[] for _ in range(count)]
         reasons = [""] * count
         async for delta in self._answering.deltas():
             texts[delta.choice].append(delta.text)

@@ -391,6 +391,7 @@ class Items:
     def __init__(self) -> None:
         self.done: list[dict[str, Any]] = []
         self._kind: str | None = None
+        self._call: Call | None = None
         self._id = ""
         self._pieces: list[str] = []
 
@@ -406,13 +407,21 @@ class Items:
             self._pieces.append(delta.text)
             events.append(("response.output_text.delta", {**self._place(), "delta": delta.text, "logprobs": []}))
         for call in delta.calls:
-            events += [*self.end(), *self._call(call)]
+            if isinstance(call, Call):
+                events += [*self.end(), *self._begin_call(call)]
+            text = call.arguments if isinstance(call, Call) else call.text
+            if text:
+                self._pieces.append(text)
+                place = {"item_id": self._id, "output_index": len(self.done)}
+                events.append(("response.function_call_arguments.delta", {**place, "delta": text}))
         return events
 
     def end(self) -> list[Event]:
         """Close the open item."""
         if self._kind is None:
             return []
+        if self._call is not None:
+            return self._end_call(self._call)
         text, kind, place = "".join(self._pieces), self._kind, self._place()
         item = self._item("completed", text)
         (part,) = item["content"]
@@ -451,22 +460,29 @@ class Items:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._id, "output_index": len(self.done), "content_index": 0}
 
-    def _call(self, call: Call) -> list[Event]:
-        place = {"item_id": f"fc_{secrets.token_hex(12)}", "output_index": len(self.done)}
-        item = {
-            "id": place["item_id"],
+    def _call_item(self, call: Call, status: str, arguments: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
             "type": "function_call",
             "call_id": call.id,
             "name": call.name,
-            "arguments": call.arguments,
-            "status": "completed",
+            "arguments": arguments,
+            "status": status,
         }
+
+    def _begin_call(self, call: Call) -> list[Event]:
+        self._kind, self._call, self._id = "call", call, f"fc_{secrets.token_hex(12)}"
+        item = self._call_item(call, "in_progress", "")
+        return [("response.output_item.added", {"output_index": len(self.done), "item": item})]
+
+    def _end_call(self, call: Call) -> list[Event]:
+        arguments = "".join(self._pieces)
+        item = self._call_item(call, "completed", arguments)
+        place = {"item_id": self._id, "output_index": len(self.done)}
         self.done.append(item)
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        named = {**place, "name": call.name, "arguments": call.arguments}
+        self._kind, self._call, self._pieces = None, None, []
+        named = {**place, "name": call.name, "arguments": arguments}
         return [
-            ("response.output_item.added", {"output_index": place["output_index"], "item": begun}),
-            ("response.function_call_arguments.delta", {**place, "delta": call.arguments}),
             ("response.function_call_arguments.done", named),
             ("response.output_item.done", {"output_index": place["output_index"], "item": item}),
         ]

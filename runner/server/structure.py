@@ -145,12 +145,13 @@ def calls_of(
         raise invalid(
             "with tools only JSON can be asked for: leave structured_outputs or tools out", "structured_outputs"
         )
-    # A text up to the first mark, and what follows it; or a text without one.
+    # Texts, each up to a mark and the call behind it, and a last one without.
     if marks.opening in token_ids:
-        first = "first: TEXT call"
+        led = "led: TEXT call"
     else:
-        first = f'lead[lazy]: TEXT {json.dumps(marks.opening)}\nfirst: lead "\\n" body {closing}'
-    return Lark("\n".join([f"start: first {more} | TEXT", first, "TEXT: /(.|\\n)*/", *lines]))
+        led = f'lead[lazy]: TEXT {json.dumps(marks.opening)}\nled: lead "\\n" body {closing}'
+    start = "start: led* rest" if parallel and marks.closing else "start: led | rest"
+    return Lark("\n".join([start, led, "rest: TEXT", "TEXT: /(.|\\n)*/", *lines]))
 
 
 def spaced(parameters: Any) -> dict[str, Any]:

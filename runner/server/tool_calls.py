@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
 import string
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.server.tool_formats import Called, Marks, read_calls
@@ -37,12 +39,72 @@ class KeepMarks:
 
 @dataclass(frozen=True)
 class Call:
-    """A call that was found: its place among those of the answer, and the id by which its result comes back."""
+    """A call that was found: its place among those of the answer, and the id by which its result comes back.
+
+    `arguments` are whole, or where a call is passed on as it is made "", and parts follow.
+    """
 
     index: int
     id: str
     name: str
     arguments: str
+
+
+@dataclass(frozen=True)
+class CallPart:
+    """More of the arguments of a call that is passed on as it is made."""
+
+    index: int
+    text: str
+
+
+def gathered(calls: Sequence[Call | CallPart]) -> list[Call]:
+    """Calls and parts as whole calls."""
+    made: dict[int, Call] = {}
+    for each in calls:
+        if isinstance(each, CallPart):
+            made[each.index] = replace(made[each.index], arguments=made[each.index].arguments + each.text)
+        else:
+            made[each.index] = each
+    return list(made.values())
+
+
+def arguments_of(call: Call) -> dict[str, Any]:
+    """The arguments as an object; {} where the length cut them off."""
+    try:
+        value = json.loads(call.arguments)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class ValueEnd:
+    """Finds the end of a JSON object in text that comes in pieces and is known to be valid."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._quoted = False
+        self._escaped = False
+
+    def take(self, text: str) -> tuple[int, bool]:
+        """How many characters of `text` belong to the object, and whether it ends there."""
+        for place, letter in enumerate(text):
+            if self._quoted:
+                self._quoted = self._escaped or letter != '"'
+                self._escaped = letter == "\\" and not self._escaped
+            elif letter == '"':
+                self._quoted = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    return place + 1, True
+        return len(text), False
+
+
+HEAD = re.compile(r'\s*\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
+"""How a call begins that a grammar leads."""
 
 
 def new_id(nine: bool = False) -> str:
@@ -63,6 +125,7 @@ class CallFinder:
         special: Collection[str] = (),
         bare: bool = False,
         nine: bool = False,
+        led: bool = False,
     ) -> None:
         """Begin an answer.
 
@@ -72,7 +135,11 @@ class CallFinder:
             special: which of the marks' texts are special tokens, passed on by `KeepMarks`.
             bare: whether an answer that is nothing but the JSON of calls is one.
             nine: whether ids have nine letters and digits.
+            led: whether a grammar leads the calls: they are passed on as they are made, since they will be valid.
         """
+        self._led = led
+        self._value: ValueEnd | None = None
+        self._begun = False  # whether the call that is open was passed on
         self._schemas = schemas
         self._special = special
         self._nine = nine
@@ -87,11 +154,11 @@ class CallFinder:
     def _spelled(self, text: str) -> str:
         return f"{SPECIAL}{text}{SPECIAL}" if text in self._special else text
 
-    def add(self, text: str) -> tuple[str, list[Call]]:
+    def add(self, text: str) -> tuple[str, list[Call | CallPart]]:
         """Take the next piece; return text to show, and the calls that it completes."""
         self._held += text
         shown = ""
-        calls: list[Call] = []
+        calls: list[Call | CallPart] = []
         while True:
             if self._inside is None:
                 more, found = self._outside()
@@ -101,17 +168,19 @@ class CallFinder:
             if not found:
                 return shown, calls
 
-    def flush(self) -> tuple[str, list[Call]]:
+    def flush(self) -> tuple[str, list[Call | CallPart]]:
         """Take the end of the answer."""
         text, self._held = self._held, ""
         if self._inside is None:
             return "" if self._count and not text.strip() else self._plain(text), []
         marks, self._inside = self._inside, None
+        if self._begun:  # what comes behind the arguments is of no use, and cut arguments were passed on
+            return "", []
         found = read_calls(self._plain(text), self._schemas)
         # A bare answer is a call only if there is such a function: people talk in JSON, too.
         if found is None or (not marks.opening and any(call.name not in self._schemas for call in found)):
             return ("" if marks.kept else marks.opening) + self._plain(text), []
-        return "", self._numbered(found)
+        return "", list(self._numbered(found))
 
     def _outside(self) -> tuple[str, bool]:
         """Text before the next call, and whether one begins."""
@@ -135,12 +204,29 @@ class CallFinder:
         self._held = self._held[place if self._inside.kept else place + len(opening) :]
         return self._plain(before), True
 
-    def _within(self, calls: list[Call]) -> bool:
+    def _within(self, calls: list[Call | CallPart]) -> bool:
         """Whether the call that has begun is complete; then it is added to `calls`."""
         assert self._inside is not None
+        if self._led and not self._begun and (head := HEAD.match(self._held)):
+            self._held, self._value, self._begun = self._held[head.end() :], ValueEnd(), True
+            calls.append(Call(self._count, new_id(self._nine), json.loads(head[1]), ""))
+            self._count += 1
+        if self._value is not None:
+            count, ended = self._value.take(self._held)
+            if count:
+                calls.append(CallPart(self._count - 1, self._held[:count]))
+            self._held = self._held[count:]
+            if not ended:
+                return False
+            self._value, self._searched = None, 0
         closing = self._spelled(self._inside.closing)
         if not closing:
             return False
+        if self._begun:
+            behind = self._held.find(closing)
+            if behind >= 0:
+                self._held, self._inside, self._begun = self._held[behind + len(closing) :].lstrip(), None, False
+            return behind >= 0
         while (place := self._held.find(closing, self._searched)) >= 0:
             end = place + len(closing)
             body = self._held[: end if self._inside.kept else place]

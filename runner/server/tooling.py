@@ -70,6 +70,15 @@ class Tooling:
         found = marks_in(self._source)
         return found if found or self._bare else (GENERIC,)
 
+    @cached_property
+    def json_between_marks(self) -> bool:
+        """Whether the form that the template has for calls is JSON between two marks: a grammar can lead such calls."""
+        if not self.knows_tools:
+            return True
+        other = any(sign in self._source for sign in ("<function=", "<arg_key>", "<invoke", "<parameter"))
+        named = '"name"' in self._source and '"arguments"' in self._source
+        return named and not other and bool(self.marks) and self.marks[0] == GENERIC
+
     @property
     def marks_to_write(self) -> Marks:
         """The marks that a forced call is written between.
@@ -97,10 +106,10 @@ class Tooling:
         """Whether the template wants ids of nine letters and digits."""
         return "length != 9" in self._source or "length == 9" in self._source
 
-    def finder(self, tools: Sequence[Mapping[str, Any]]) -> CallFinder:
-        """What finds calls in one answer."""
+    def finder(self, tools: Sequence[Mapping[str, Any]], *, led: bool) -> CallFinder:
+        """What finds calls in one answer, which a grammar leads or not."""
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-        return CallFinder(self.marks, schemas, special=self.special, bare=self._bare, nine=self._nine)
+        return CallFinder(self.marks, schemas, special=self.special, bare=self._bare, nine=self._nine, led=led)
 
     def fit(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
         """The messages with calls and results as the template knows them, and with the tools where it knows none."""

@@ -175,7 +175,7 @@ def claude_code(**more: Any) -> dict[str, Any]:
             {"role": "system", "content": [{**text, "text": "Tools are deferred."}]},
         ],
         "tools": [TOOLS[0]],
-        "thinking": {"type": "adaptive", "display": "omitted"},
+        "thinking": {"type": "adaptive", "display": "updates"},
         "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         "output_config": {"effort": "high"},
         "metadata": {"user_id": "{}"},

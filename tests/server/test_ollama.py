@@ -23,7 +23,7 @@ THINKING = (
 
 def script(prompt: str, _order: object) -> str:
     if "<tools>" in prompt and "<tool_response>\n" not in prompt:
-        return '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+        return '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     return "Hello!" if prompt.endswith("</think>") else "<think>Greet.</think>Hello!"
 
 

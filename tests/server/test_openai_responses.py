@@ -23,14 +23,14 @@ TOOL: Any = {
     "parameters": {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"]},
     "strict": False,
 }
-CALL = '<tool_call>{"name": "exec_command", "arguments": {"cmd": "ls"}}</tool_call>'
+CALL = '<tool_call>\n{"name": "exec_command", "arguments": {"cmd": "ls"}}\n</tool_call>'
 
 
 def script(prompt: str, _order: object) -> str:
     if "<tool_response>\n" in prompt:
         return "Two files."
     if "exec_command" in prompt:
-        return f"<think>Look.</think>I look.{CALL}{CALL}"
+        return f"<think>Look.</think>I look.{CALL}\n{CALL}"
     return "<think>Greet.</think>Hello!"
 
 
