@@ -72,7 +72,9 @@ class Passes:
     def launch(self, feeds: Sequence[tuple[Row, Feed]]) -> Flight:
         """Begin a pass; the caches of the rows go forward by what they are fed."""
         fed = [row for row, feed in feeds if feed.ids is not None]
-        logits = self._step(*feeds[0]) if len(feeds) == 1 and feeds[0][1].ids is None else self._read(feeds)
+        first, feed = feeds[0]
+        alone = len(feeds) == 1 and feed.ids is None and not (first.course is not None and first.course.watched)
+        logits = self._step(first, feed) if alone else self._read(feeds)
         # Behind what others wait for: a prompt's last layers have nobody else who asks for their rows.
         waits = [array for row in fed if row.caches is not None for array in row.caches.arrays]
         read = sum(feed.count for _, feed in feeds if feed.ids is not None)
@@ -126,6 +128,10 @@ class Passes:
         for (row, feed), segment in zip(feeds, segments, strict=True):
             if row.order.scores is not None and feed.ids is not None:
                 self._score(row, hidden[:, start : start + segment.count], segment)
+            if row.course is not None and row.course.watched:
+                certain = feed.ids is not None and feed.picks < 2
+                shows = row.course.saw if certain else row.course.show
+                shows(hidden[:, start : start + segment.count], segment.offset)
             start += segment.count
             last += range(start - feed.picks, start)
         if not last:

@@ -38,6 +38,7 @@ class Predicted:
         assert isinstance(loaded.model, BaseDecoder)
         self._model = loaded.model
         self._layer = loaded.prediction.layer
+        self._config = loaded.config
         self._caches = prediction_caches(loaded.config)
         self._sampler = Sampler(loaded.device.ops)
         self._ids: list[int] = []  # certain
@@ -50,6 +51,8 @@ class Predicted:
 
     def saw(self, hidden: mx.array, position: int) -> None:
         """Take the model's hidden states `[1, L, H]` at tokens from `position` on, all of them certain."""
+        if position < self._at:  # the text is read anew
+            self._caches, self._hidden, self._at = prediction_caches(self._config), None, position
         if self._hidden is not None and self._at + self._hidden.shape[1] == position:
             hidden, position = mx.concatenate([self._hidden, hidden], axis=1), self._at
         self._hidden, self._at = hidden, position

@@ -122,7 +122,7 @@ class Run:
         chunk = self.engine.device.chunk
         # Layers without keys leave nothing for later tokens: only the last one, whose logits are wanted, passes them.
         last = {len(ids) - 1} if len(ids) - held > ALONE and self.engine.shares_keys else set()
-        show = course.proposer.saw if course.proposer is not None and course.proposer.watches else None
+        show = course.saw if course.watched else None
         passes = prefill_passes(
             self.engine.model, ids[held:], self._kept.caches, chunk=chunk, cuts=cuts | last, show=show
         )

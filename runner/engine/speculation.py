@@ -167,8 +167,13 @@ class Continuation:
         """Whether passes should show their hidden states."""
         return self.proposer is not None and self.proposer.watches
 
+    def saw(self, hidden: mx.array, position: int) -> None:
+        """Show the hidden states `[1, L, H]` of a part of the prompt, whose first token is at `position`."""
+        if self.proposer is not None:
+            self.proposer.saw(hidden, position)
+
     def show(self, hidden: mx.array, position: int) -> None:
-        """Show the hidden states `[1, L, H]` of the pass under way, whose first token is at `position`."""
+        """The same of the pass under way: those of guesses are not shown unless they turn out to be right."""
         self._shown = hidden, position
 
     def plan(self, most: int) -> list[int]:

@@ -17,6 +17,7 @@ from references import TOLERANCE, error
 
 import runner
 from runner.checkpoint.model_files import open_files
+from runner.engine.engine import Engine
 from runner.engine.generate import prefill_passes
 from runner.engine.loaded import Loaded, assemble
 from runner.engine.prediction import Predicted, prediction_caches
@@ -144,7 +145,28 @@ def test_right_guesses_are_taken(loaded: Loaded, monkeypatch: pytest.MonkeyPatch
     asked = Request(prompt, SamplingParams(temperature=0), 30, proposer=lambda: Predicted(loaded))
     found = [token.id for token in Run(loaded, PromptCache(loaded, keeps=False), asked) if token is not None]
     assert found == script
-    assert sum(count > 1 for count in passes) >= 2 and len([count for count in passes if count > 1]) < 8
+    assert 2 <= sum(count > 1 for count in passes) < 8
+    passes.clear()
+    with Engine(loaded, prefixes=0) as engine:
+        ticket = engine.submit(prompt, max_tokens=30, proposer=lambda: Predicted(loaded))
+        assert [token.id for token in ticket] == script
+    assert 2 <= sum(count > 1 for count in passes) < 8
+
+
+def test_in_a_batch(case: Path, loaded: Loaded) -> None:
+    """Beside others, some of which have guesses too, each answer is as alone."""
+    prompts = [expected(case)[0][: 5 + 3 * index] for index in range(4)]
+    params = [SamplingParams(temperature=0.8, seed=index) for index in range(4)]
+    with Engine(loaded, prefixes=0) as engine:
+        alone = [
+            [token.id for token in engine.submit(prompt, each, max_tokens=40)]
+            for prompt, each in zip(prompts, params, strict=True)
+        ]
+        tickets = [
+            engine.submit(prompt, each, max_tokens=40, proposer=(lambda: Predicted(loaded)) if index < 3 else None)
+            for index, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+        ]
+        assert [[token.id for token in ticket] for ticket in tickets] == alone
 
 
 def test_what_has_no_such_layer_says_so(case: Path) -> None:
