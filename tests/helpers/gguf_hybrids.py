@@ -7,9 +7,11 @@ the same fixtures were read with the same logits. Independent of `runner.checkpo
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import gguf
@@ -22,7 +24,7 @@ from gguf_bytes import Metadata, file_bytes, vocabulary
 ARCHITECTURES = {
     "granitemoehybrid": "GRANITE_HYBRID", "falcon_h1": "FALCON_H1", "mamba": "MAMBA", "falcon_mamba": "MAMBA",
     "gpt2": "GPT2", "gpt_bigcode": "STARCODER", "gpt_neox": "GPTNEOX", "bloom": "BLOOM", "afmoe": "AFMOE",
-    "exaone_moe": "EXAONE_MOE", "hunyuan_v1_moe": "HUNYUAN_MOE", "minicpm3": "MINICPM3",
+    "exaone_moe": "EXAONE_MOE", "hunyuan_v1_moe": "HUNYUAN_MOE", "minicpm3": "MINICPM3", "gemma3n_text": "GEMMA3N",
     "mamba2": "MAMBA2", "jamba": "JAMBA", "qwen3_next": "QWEN3NEXT", "gemma4_text": "GEMMA4", "llama4_text": "LLAMA4",
 }  # fmt: skip
 Weights = Mapping[str, np.ndarray]
@@ -121,6 +123,8 @@ def keys_of(config: Metadata) -> dict[str, Any]:
         }  # fmt: skip
     elif family == "gemma4_text":
         keys |= gemma4(config)
+    elif family == "gemma3n_text":
+        keys |= gemma3n(config)
     else:
         keys |= others(config)
     name = gguf.MODEL_ARCH_NAMES[architecture(config)]
@@ -208,11 +212,30 @@ def gemma4(config: Metadata) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def gemma3n(config: Metadata) -> dict[str, Any]:
+    """`Gemma3NModel.set_gguf_parameters`."""
+    shares = config["activation_sparsity_pattern"]
+    return {
+        "feed_forward_length": config["intermediate_size"], "rope.freq_base_swa": config["rope_local_base_freq"],
+        "attention.sliding_window": config["sliding_window"],
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+        "attention.shared_kv_layers": config["num_kv_shared_layers"], "altup.active_idx": config["altup_active_idx"],
+        "altup.num_inputs": config["altup_num_inputs"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "activation_sparsity_scale": [NormalDist().inv_cdf(one) if one else -math.inf for one in shares],
+        "final_logit_softcapping": config["final_logit_softcapping"],
+    }  # fmt: skip
+
+
 def stacked(weights: Weights) -> dict[str, np.ndarray]:
     """All experts' matrices of a layer as one tensor."""
     found: dict[str, np.ndarray] = {}
     stacks: dict[str, dict[int, np.ndarray]] = {}
     for name, array in weights.items():
+        stream = re.fullmatch(r"(model\.altup_\w*projections)\.(\d+)\.weight", name)
+        if stream is not None:
+            stacks.setdefault(f"{stream[1]}.weight", {})[int(stream[2])] = array
+            continue
         expert = re.fullmatch(r"(?:model|backbone)(\.layers\.\d+)\.\w+\.experts\.(\d+)\.(\w+\.weight)", name)
         if expert is None:
             found[name] = array
@@ -256,6 +279,8 @@ def split(name: str, array: np.ndarray, config: Metadata) -> dict[str, np.ndarra
         return {name.removeprefix("transformer."): by_head.swapaxes(0, 1).reshape(array.shape)}
     if name.endswith("expert_bias"):
         return {f"{name}.bias": array}
+    if name.endswith("correct_output_scale"):
+        return {f"{name}.weight": array}
     if family == "gemma4_text" and (name.endswith("layer_scalar") or ".experts." in name):
         return {f"{name}.weight": array}
     if "conv1d.weight" in name:

@@ -47,6 +47,10 @@ class Reader(Protocol):
         """An integer from 0 on, or a flag as 0 or 1, for each layer, from a list or from one for all; None: no key."""
         ...
 
+    def floats(self, key: str) -> Sequence[float] | None:
+        """A number for each layer, which may be infinite; None where there is no such list."""
+        ...
+
     def truth(self, key: str) -> bool:
         """A boolean, false where the key is missing."""
         ...
@@ -97,6 +101,7 @@ class Architecture:
         with_experts: the architecture of files that have experts, under the same name.
         flattened: matrices of one row that are stored as vectors.
         folded: vectors that are stored as matrices.
+        piled: tensors outside layers that hold several matrices -> what these are called, before a dot and a number.
         grouped: matrices of all heads' queries, then keys, then values, which transformers has head by head.
         prefix: where transformers has the layers.
         renames: keys of config.json that this family calls otherwise, or (None) does not have.
@@ -139,6 +144,7 @@ class Architecture:
     with_experts: Architecture | None = None
     flattened: frozenset[str] = frozenset()
     folded: frozenset[str] = frozenset()
+    piled: Mapping[str, str] = field(default_factory=dict)
     grouped: frozenset[str] = frozenset()
     prefix: str = "model.layers"
     renames: Mapping[str, str | None] = field(default_factory=dict)

@@ -27,6 +27,7 @@ from runner.text.tokenizer import Tokenizer
 
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_][a-z_0-9.]*)\.(weight|bias)")
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(.+)")
+_MOST_PILED = 64
 _TOP = re.compile(r"([a-z_]+)\.(weight|bias)")
 
 
@@ -43,6 +44,7 @@ class Part:
         plus_one: llama.cpp added 1 to the stored numbers, which `GGUF.read` subtracts.
         negated_exp: the stored numbers are minus the exponentials of those that `GGUF.read` returns.
         heads: how llama.cpp sorted heads, which `GGUF.read` undoes; None: it did not.
+        place: which of the tensor's matrices it is; None: the tensor is one array.
     """
 
     entry: Entry
@@ -53,6 +55,7 @@ class Part:
     plus_one: bool = False
     negated_exp: bool = False
     heads: ValueHeads | GroupedHeads | None = None
+    place: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +144,10 @@ class GGUF:
                 raise CheckpointError(f"{entry.file}: tensor {quoted(entry.name)}: {error}") from error
             done += len(rows)
         for each, made in wanted.items():
-            array = mx.array(filled.pop(each).reshape(made.shape))
+            numbers = filled.pop(each)
+            if made.place is not None:
+                numbers = numbers.reshape(-1, *made.shape)[made.place]
+            array = mx.array(numbers.reshape(made.shape))
             self.beside[each] = array.view(mx.bfloat16) if made.dtype == "BF16" else array
         return self.beside.pop(name)
 
@@ -195,6 +201,12 @@ def _parts(container: Container, architecture: Architecture, config: Mapping[str
         layer = _LAYER.fullmatch(entry.name)
         if architecture.predicts and layer is not None and int(layer[1]) >= config["num_hidden_layers"]:
             continue  # of multi-token prediction: the count of all layers was checked against what predicts
+        pile = architecture.piled.get(entry.name.removesuffix(".weight"))
+        if pile is not None and len(entry.shape) == 3 and entry.shape[0] <= _MOST_PILED:
+            for place in range(entry.shape[0]):
+                for suffix, (dtype, shape) in entry.format.parts(entry.shape[1:]).items():
+                    parts[f"{pile}.{place}{suffix or '.weight'}"] = Part(entry, suffix, dtype, shape, place=place)
+            continue
         name, block = _hub_name(container, architecture, entry.name)
         # Query and key rows of some architectures are reordered head by head, so they must divide into even heads.
         head_rows = None

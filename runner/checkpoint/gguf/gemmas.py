@@ -1,8 +1,10 @@
-"""GGUF's architecture of Gemma 4, whose layers differ in nearly every size."""
+"""GGUF's architectures of Gemma 3n and Gemma 4, whose layers have inputs and sizes of their own."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 from runner.checkpoint.gguf import block_names as names
@@ -67,6 +69,29 @@ def gemma4(reader: Reader) -> dict[str, Any]:
     return config
 
 
+def gemma3n(reader: Reader) -> dict[str, Any]:
+    """The settings of Gemma 3n; how many gates are cut off is stored as a quantile of the normal distribution."""
+    first, table = (reader.tensors.get(f"{name}.weight") for name in ("blk.0.laurel_l", "per_layer_token_embd"))
+    if first is None or table is None:
+        raise reader.error("no tensor blk.0.laurel_l.weight or per_layer_token_embd.weight")
+    shared, active = (reader.number(key) or 0 for key in ("attention.shared_kv_layers", "altup.active_idx"))
+    quantiles = reader.floats("activation_sparsity_scale") or [-math.inf] * reader.layers
+    streams = reader.needs("altup.num_inputs")
+    if not isinstance(shared, int) or not 0 <= shared < reader.layers or active not in range(streams):
+        raise reader.error(f"{shared} of {reader.layers} layers without keys, stream {active} of {streams}")
+    return {
+        "num_kv_shared_layers": shared,
+        "altup_active_idx": active,
+        "altup_num_inputs": streams,
+        "altup_correct_scale": True,
+        "hidden_size_per_layer_input": reader.needs("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": table.shape[0],
+        "laurel_rank": first.shape[0],
+        # As many digits as float32 has: 0.95, not 0.9499999.
+        "activation_sparsity_pattern": [float(f"{NormalDist().cdf(one):.6g}") for one in quantiles],
+    }
+
+
 def rotations(reader: Reader) -> dict[str, Any]:
     """RoPE of both types of layers: in full attention, only the first pairs turn, which a table of divisors says."""
     scaling: dict[str, Any] = {"rope_type": "proportional", "partial_rotary_factor": 1.0}
@@ -83,16 +108,59 @@ def rotations(reader: Reader) -> dict[str, Any]:
     }
 
 
+LAYER_INPUT = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+LAYER_INPUTS = {
+    **TOP,
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
+
 GEMMAS: Mapping[str, Architecture] = {
+    "gemma3n": Architecture(
+        model_type="gemma3n_text",
+        class_name="Gemma3nForCausalLM",
+        blocks={
+            **names.SANDWICH,
+            **names.QK_NORMS,
+            **LAYER_INPUT,
+            "altup_correct_coef": "altup.correction_coefs",
+            "altup_predict_coef": "altup.prediction_coefs",
+            "altup_router": "altup.modality_router",
+            "altup_router_norm": "altup.router_norm",
+            "laurel_l": "laurel.linear_left",
+            "laurel_r": "laurel.linear_right",
+            "laurel_post_norm": "laurel.post_laurel_norm",
+        },
+        keys={
+            **names.RMS,
+            **names.WINDOW,
+            "final_logit_softcapping": "final_logit_softcapping",
+            "rope.freq_base_swa": "rope_local_base_freq",
+        },
+        fixed={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_local_base_freq": 10000.0,
+            "final_logit_softcapping": 30.0,
+        },
+        whole={"altup_correct_scale.weight": "altup.correct_output_scale"},
+        piled={"altup_proj": "model.altup_projections", "altup_unembd_proj": "model.altup_unembed_projections"},
+        top=LAYER_INPUTS,
+        needed=frozenset({"attention.sliding_window"}),
+        window_period=5,
+        own=gemma3n,
+    ),
     "gemma4": Architecture(
         model_type="gemma4_text",
         class_name="Gemma4ForCausalLM",
         blocks={
             **names.SANDWICH,
             **names.QK_NORMS,
-            "inp_gate": "per_layer_input_gate",
-            "proj": "per_layer_projection",
-            "post_norm": "post_per_layer_input_norm",
+            **LAYER_INPUT,
             "ffn_gate_inp": "router.proj",
             "ffn_gate_up_exps": "experts.gate_up_proj",
             "ffn_gate_exps": "experts.switch_glu.gate_proj",
@@ -104,12 +172,7 @@ GEMMAS: Mapping[str, Architecture] = {
         },
         keys={**names.RMS, **names.WINDOW, "final_logit_softcapping": "final_logit_softcapping"},
         fixed={"hidden_activation": "gelu_pytorch_tanh", "final_logit_softcapping": None},
-        top={
-            **TOP,
-            "per_layer_token_embd": "model.embed_tokens_per_layer",
-            "per_layer_model_proj": "model.per_layer_model_projection",
-            "per_layer_proj_norm": "model.per_layer_projection_norm",
-        },
+        top=LAYER_INPUTS,
         whole={
             "layer_output_scale.weight": "layer_scalar",
             "ffn_gate_inp.scale": "router.scale",

@@ -134,6 +134,16 @@ class _Metadata:
             raise self.error(f"{self.prefix}{key} is missing")
         return value
 
+    def floats(self, key: str) -> Sequence[float] | None:
+        """A number for each layer, which may be infinite; None where there is no such list."""
+        self.read.add(key)
+        values, layers = self.values.get(key), self.layers
+        if values is None:
+            return None
+        if not isinstance(values, np.ndarray) or len(values) < layers or values.dtype.kind != "f":
+            raise self.error(f"{self.prefix}{key} is {brief(values)}, expected a number for each of {layers} layers")
+        return [float(value) for value in values[:layers]]
+
     def truth(self, key: str) -> bool:
         """A boolean, false where the key is missing."""
         value = self.get(key)

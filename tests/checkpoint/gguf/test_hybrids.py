@@ -24,7 +24,7 @@ IDS = [1, 5, 17, 9, 33, 2, 40, 8, 8, 25, 31, 12, 3, 44, 20, 6, 19, 28, 11, 37]
 WHOLE = (
     "granitemoehybrid-base", "mamba-base", "mamba-v5", "falcon_mamba-base", "mamba2-base", "jamba-base",
     "qwen3_next-base", "gemma4_text-base", "gemma4_text-large", "gemma4_text-moe", "gpt2-base", "gpt_bigcode-base",
-    "gpt_neox-base", "gpt_neox-sequential", "bloom-base",
+    "gpt_neox-base", "gpt_neox-sequential", "bloom-base", "gemma3n_text-base",
 )  # fmt: skip
 CUT: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h-base", [0, 2, 3, 4], {"hybrid_override_pattern": "M*M-"}),
@@ -81,6 +81,8 @@ def test_logits_are_those_from_safetensors(name: str, tmp_path: Path) -> None:
         ("gemma4_text-base", "gemma4.feed_forward_length", [32, 32, 32, 64, 64, 64], "expected one number for all"),
         ("gemma4_text-base", "gemma4.feed_forward_length", [32, 32, 32, 32, 48, 48], "the same or twice as much"),
         ("gemma4_text-base", "gemma4.attention.sliding_window_pattern", None, "is missing"),
+        ("gemma3n_text-base", "gemma3n.altup.active_idx", 3, "stream 3 of 3"),
+        ("gemma3n_text-base", "gemma3n.activation_sparsity_scale", [1.0], "expected a number for each of 5 layers"),
         ("gpt_bigcode-base", "starcoder.attention.head_count_kv", 2, "2 keys for 4 heads"),
         ("gpt_neox-base", "gptneox.attention.head_count", 5, "96 rows do not divide into 5 heads"),
     ],
