@@ -11,7 +11,7 @@ import mlx.core as mx
 from runner.cache.kv import ChunkedKVCache, History, JoinedKVCache, KVCache, RotatingKVCache
 from runner.cache.mark import Edge, Mark
 from runner.cache.recurrent import StateCache
-from runner.cache.storage import PLAIN, Storage, capacity, cut, gathered
+from runner.cache.storage import PLAIN, Powers, Storage, capacity, cut, gathered
 from runner.config.memory import Memory, Rows, Shared, State
 
 Cache = KVCache | StateCache
@@ -61,8 +61,13 @@ class Caches(Sequence[Cache]):
         return f"Caches({len(self._caches)} caches, {self.offset} tokens, {self.nbytes / 1e6:.1f} MB)"
 
     @classmethod
-    def of(cls, memories: Sequence[Sequence[Memory]], storage: Storage = PLAIN) -> Caches:
-        """Empty caches for what each layer remembers, rows kept by `storage`."""
+    def of(
+        cls,
+        memories: Sequence[Sequence[Memory]],
+        storage: Storage = PLAIN,
+        powers: Sequence[Powers | None] | None = None,
+    ) -> Caches:
+        """Empty caches for what each layer remembers, rows kept by `storage` with the channels' `powers` of each."""
         caches: list[Cache] = []
         layers: list[Any] = []
         rows: dict[int, KVCache] = {}
@@ -72,7 +77,7 @@ class Caches(Sequence[Cache]):
                 if isinstance(memory, Shared):
                     found.append(SharedCache(rows[memory.layer]))
                     continue
-                cache = _cache(memory, storage)
+                cache = _cache(memory, storage, powers[len(caches)] if powers else None)
                 if isinstance(cache, KVCache):
                     rows.setdefault(index, cache)
                 caches.append(cache)
@@ -240,11 +245,11 @@ def _copied(given: Any, copies: Mapping[int, Cache]) -> Any:
     return copies[id(given)]
 
 
-def _cache(memory: Rows | State, storage: Storage) -> Cache:
+def _cache(memory: Rows | State, storage: Storage, powers: Powers | None) -> Cache:
     if isinstance(memory, State):
         return StateCache(memory)
     if memory.window is not None:
-        return RotatingKVCache(memory.window, storage)
+        return RotatingKVCache(memory.window, storage, powers)
     if memory.chunk is not None:
-        return ChunkedKVCache(memory.chunk, storage)
-    return JoinedKVCache(storage) if memory.joined and storage.joins else KVCache(storage)
+        return ChunkedKVCache(memory.chunk, storage, powers)
+    return JoinedKVCache(storage) if memory.joined and storage.joins else KVCache(storage, powers)

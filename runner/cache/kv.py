@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from runner.cache.mark import Mark
-from runner.cache.storage import PLAIN, Storage, capacity, cut, fill, gathered
+from runner.cache.storage import PLAIN, Powers, Storage, capacity, cut, fill, gathered
 from runner.errors import UsageError
 
 STEP = 256
@@ -19,7 +19,8 @@ STEP = 256
 class History(NamedTuple):
     """What attention sees: the first `length` rows of the buffers, the newest last, and the window to apply to them.
 
-    With `chunk`, row 0 is the first of a chunk of so many, and a query sees the rows of its own chunk only.
+    Row 0 has the position `start`. With `chunk`, it is the first of a chunk of so many, and a query sees the rows of
+    its own chunk only.
     With `split`, a row of `stored_keys` is a key of so many numbers and then a value; `stored_values` has no columns.
     """
 
@@ -30,6 +31,7 @@ class History(NamedTuple):
     storage: Storage = PLAIN
     split: int | None = None
     chunk: int | None = None
+    start: int = 0
 
     @property
     def each(self) -> tuple[History]:
@@ -59,14 +61,17 @@ class History(NamedTuple):
         """The newest `count` rows of these, or all where there are fewer."""
         first = max(0, self.length - count)
         keys, values = (cut(buffer, first, self.length) for buffer in (self.stored_keys, self.stored_values))
-        return self._replace(stored_keys=keys, stored_values=values, length=self.length - first)
+        return self._replace(
+            stored_keys=keys, stored_values=values, length=self.length - first, start=self.start + first
+        )
 
 
 class KVCache:
     """A cache that keeps every token. Buffers grow in steps and are written in place, so nothing else may hold them."""
 
-    def __init__(self, storage: Storage = PLAIN) -> None:
+    def __init__(self, storage: Storage = PLAIN, powers: Powers | None = None) -> None:
         self.storage = storage
+        self._powers = powers or (None, None)
         self.offset = 0
         self._start = 0  # position of the buffer's first token
         self._keys: mx.array | None = None
@@ -87,6 +92,11 @@ class KVCache:
     @property
     def window(self) -> int | None:
         """How many tokens attention looks back, the newest included; None: to the first token."""
+        return None
+
+    @property
+    def chunk(self) -> int | None:
+        """Into how many tokens positions are divided, to whose start attention looks back; None: they are not."""
         return None
 
     @property
@@ -112,16 +122,25 @@ class KVCache:
     def append(self, keys: mx.array, values: mx.array) -> History:
         """Add keys and values `[B, KV, L, D]` of the next L tokens; returns what those tokens may attend to."""
         count = keys.shape[2]
+        buffers, stored = self.place(keys, values, count)
+        return self.placed(self.storage.write(*buffers, keys, values, stored), count)
+
+    def place(self, keys: mx.array, values: mx.array, count: int) -> tuple[tuple[mx.array, mx.array], int]:
+        """Buffers with room for `count` rows like those of `keys` and `values`, and the row of the first of them."""
         # Rows in the buffer, whose first need not be position 0 under a sliding window.
         stored = self.offset - self._start
         full = self._keys is None or stored + count > capacity(self._keys)
         if full or self._values is None or self._outlived():
-            stored = self._make_room(keys, values, stored)
+            stored = self._make_room(keys, values, stored, count)
         assert self._keys is not None and self._values is not None
-        end = stored + count
-        self._keys, self._values = self.storage.write(self._keys, self._values, keys, values, stored)
+        return (self._keys, self._values), stored
+
+    def placed(self, buffers: tuple[mx.array, mx.array], count: int) -> History:
+        """Take the buffers of `place` back with the next `count` tokens in them; returns what those may attend to."""
+        self._keys, self._values = buffers
         self.offset += count
-        self._history = History(self._keys, self._values, end, self.window, self.storage)
+        end = self.offset - self._start
+        self._history = History(*buffers, end, self.window, self.storage, chunk=self.chunk, start=self._start)
         return self._history
 
     @property
@@ -140,7 +159,7 @@ class KVCache:
             raise UsageError("an empty cache does not know what its rows are like")
         if self.room < count:
             new = [mx.zeros((*b.shape[:2], count, b.shape[3]), dtype=b.dtype) for b in (self._keys, self._values)]
-            self._make_room(new[0], new[1], self.offset - self._start)
+            self._make_room(new[0], new[1], self.offset - self._start, count)
 
     def ahead(self, count: int) -> KVCache:
         """A copy with `count` more tokens (at most `room`) over the same buffers, to build later steps' graphs with."""
@@ -197,7 +216,7 @@ class KVCache:
         """Hold copies of the rows in `pieces`, one piece after another, the last of which ends at token `offset`."""
         stored = sum(capacity(piece["keys"]) for piece in pieces)
         self._keys, self._values = (
-            gathered(buffers, self.storage.empty(buffers[0][..., :0, :], room_for(stored) - stored))
+            gathered(buffers, self.storage.empty(buffers[0][..., :0, :], room_for(stored) - stored, None))
             for buffers in ([piece[name] for piece in pieces] for name in ("keys", "values"))
         )
         self._history = None
@@ -228,22 +247,24 @@ class KVCache:
         """Whether the buffers must be reallocated, although there is room: they begin with tokens not needed."""
         return False
 
-    def _make_room(self, keys: mx.array, values: mx.array, stored: int) -> int:
-        """Reallocate the buffers for the tokens kept and the new ones; returns how many are kept."""
+    def _make_room(self, keys: mx.array, values: mx.array, stored: int, count: int) -> int:
+        """Reallocate the buffers for the tokens kept and `count` new ones; returns how many are kept."""
         kept = self._kept(stored)
-        need = kept + keys.shape[2]
-        room = room_for(need)
-        self._keys = self._moved(self._keys, keys, stored, kept, room)
-        self._values = self._moved(self._values, values, stored, kept, room)
+        room = room_for(kept + count)
+        for_keys, for_values = (
+            self.storage.empty(*new) for new in zip((keys, values), (room, room), self._powers, strict=True)
+        )
+        self._keys = _moved(self._keys, for_keys, stored, kept)
+        self._values = _moved(self._values, for_values, stored, kept)
         self._start = self.offset - kept
         return kept
 
-    def _moved(self, old: mx.array | None, like: mx.array, stored: int, kept: int, room: int) -> mx.array:
-        """A new buffer for rows like `like`, with the last `kept` of the rows stored in `old` at its front."""
-        buffer = self.storage.empty(like, room)
-        if old is not None and kept:
-            fill(buffer, old, stored - kept, stored)
-        return buffer
+
+def _moved(old: mx.array | None, new: mx.array, stored: int, kept: int) -> mx.array:
+    """The buffer `new` with the last `kept` of the rows stored in `old` at its front."""
+    if old is not None and kept:
+        fill(new, old, stored - kept, stored)
+    return new
 
 
 def room_for(need: int) -> int:
@@ -262,7 +283,7 @@ class JoinedKVCache(KVCache):
         stored = self.offset - self._start
         if self._keys is None or stored + count > capacity(self._keys):
             rows = mx.concatenate([keys, values], axis=-1)
-            stored = self._make_room(rows, rows[..., :0], stored)
+            stored = self._make_room(rows, rows[..., :0], stored, count)
         assert self._keys is not None and self._values is not None
         # Each part into its columns: to join them first would write the row twice.
         end = stored + count
@@ -280,8 +301,8 @@ class RotatingKVCache(KVCache):
     margin costs less than wrapped-around indices would, and the history stays sorted by position.
     """
 
-    def __init__(self, window: int, storage: Storage = PLAIN) -> None:
-        super().__init__(storage)
+    def __init__(self, window: int, storage: Storage = PLAIN, powers: Powers | None = None) -> None:
+        super().__init__(storage, powers)
         self._window = window
 
     @property
@@ -311,8 +332,8 @@ class ChunkedKVCache(KVCache):
     query sees all there is. A pass may run over the end of its chunk: the rows of both are kept until the next one.
     """
 
-    def __init__(self, chunk: int, storage: Storage = PLAIN) -> None:
-        super().__init__(storage)
+    def __init__(self, chunk: int, storage: Storage = PLAIN, powers: Powers | None = None) -> None:
+        super().__init__(storage, powers)
         self._chunk = chunk
 
     @property
@@ -327,9 +348,9 @@ class ChunkedKVCache(KVCache):
     def bytes_read(self, length: float) -> float:
         return super().bytes_read(length % self._chunk)
 
-    def append(self, keys: mx.array, values: mx.array) -> History:
-        self._history = super().append(keys, values)._replace(chunk=self._chunk)
-        return self._history
+    @property
+    def chunk(self) -> int | None:
+        return self._chunk
 
     @property
     def room(self) -> int:

@@ -34,9 +34,15 @@ class SeveralKV:
 
     def append(self, keys: mx.array, values: mx.array) -> Histories:
         """Add keys and values `[1, KV, T, D]` of the pass' tokens; returns what each request's may attend to."""
-        ends = list(itertools.accumulate(self.counts[:-1]))
-        parts = zip(self.each, mx.split(keys, ends, 2), mx.split(values, ends, 2), strict=True)
-        return Histories(tuple(cache.append(k, v) for cache, k, v in parts), self.counts)
+        write = self.each[0].storage.write_rows
+        if write is None:
+            ends = list(itertools.accumulate(self.counts[:-1]))
+            parts = zip(self.each, mx.split(keys, ends, 2), mx.split(values, ends, 2), strict=True)
+            return Histories(tuple(cache.append(k, v) for cache, k, v in parts), self.counts)
+        each = list(zip(self.each, self.counts, strict=True))
+        buffers, at = zip(*(cache.place(keys, values, count) for cache, count in each), strict=True)
+        written = zip(each, write(buffers, keys, values, at, self.counts), strict=True)
+        return Histories(tuple(cache.placed(pair, count) for (cache, count), pair in written), self.counts)
 
     @property
     def history(self) -> Histories:

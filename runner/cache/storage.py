@@ -13,27 +13,38 @@ SCALE_COLUMNS = 2
 HEADER_ROWS = 1
 """Rows at the end of an int16 buffer that hold no token but the D channels' powers: value = code * scale * 2^power."""
 
+Powers = tuple[mx.array, mx.array]
+"""The powers of the channels of keys and of values, int16 `[KV, D]` each: the same in all caches of a layer."""
+
 
 @dataclass(frozen=True)
 class Storage:
     """Makes, fills and reads a cache's buffers `[B, KV, capacity, width]` (one more row where they are int16).
 
     Attributes:
-        empty: `empty(rows, capacity)` makes a buffer for rows like `rows` `[B, KV, L, D]`.
+        empty: `empty(rows, capacity, powers)` makes a buffer for rows like `rows` `[B, KV, L, D]`, with its channels'
+            powers, int16 `[KV, D]` (None: all 0), where it has any.
         write: `write(keys, values, k, v, at)` returns both buffers with `k` and `v` `[B, KV, L, D]` in the rows from
             `at` on; the old buffers must not be used again, as the new ones may share their memory.
+        write_rows: `write_rows(buffers, k, v, at, counts)` does so for pairs of buffers of several sequences at once:
+            the i-th `counts[i]` rows of `k` and `v` `[1, KV, T, D]` go to the i-th pair, from row `at[i]` on. None:
+            they are written one by one.
         read: `read(buffer, length)` returns the first `length` rows as numbers `[B, KV, length, D]`.
         joins: whether a token's key and value may share a row: not where each row has a scale, which the larger of
             the two would set for both.
+        powers: `powers(keys, values)` are the channels' powers for rows like these numbers `[B, KV, L, D]`, of any
+            tokens; None: this storage has none.
     """
 
-    empty: Callable[[mx.array, int], mx.array]
+    empty: Callable[[mx.array, int, mx.array | None], mx.array]
     write: Callable[[mx.array, mx.array, mx.array, mx.array, int], tuple[mx.array, mx.array]]
     read: Callable[[mx.array, int], mx.array]
     joins: bool = False
+    powers: Callable[[mx.array, mx.array], Powers] | None = None
+    write_rows: Callable[..., Sequence[tuple[mx.array, mx.array]]] | None = None
 
 
-def _empty(rows: mx.array, capacity: int) -> mx.array:
+def _empty(rows: mx.array, capacity: int, powers: mx.array | None = None) -> mx.array:
     return mx.zeros((*rows.shape[:2], capacity, rows.shape[3]), dtype=rows.dtype)
 
 

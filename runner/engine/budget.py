@@ -48,7 +48,7 @@ def _row(memory: Rows, storage: Storage, dtype: mx.Dtype) -> int:
     total = 0
     for size in sizes or [memory.key_size, memory.value_size]:
         like = mx.zeros((1, memory.heads, 0, size), dtype)
-        total += storage.empty(like, 2).nbytes - storage.empty(like, 1).nbytes
+        total += storage.empty(like, 2, None).nbytes - storage.empty(like, 1, None).nbytes
     return total
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import mlx.core as mx
 
 from runner.cache.caches import Caches
-from runner.cache.storage import PLAIN, Storage
+from runner.cache.storage import PLAIN, Powers, Storage
 from runner.config.base import Config
 from runner.engine.replay import Steps
 from runner.errors import UsageError
@@ -21,9 +21,9 @@ Step = TypeVar("Step", bound=tuple[mx.array | None, ...])
 """What sampling makes of a row of logits: lazy arrays, the first of which is the token."""
 
 
-def new_caches(config: Config, storage: Storage = PLAIN) -> Caches:
+def new_caches(config: Config, storage: Storage = PLAIN, powers: Sequence[Powers | None] | None = None) -> Caches:
     """Make empty caches for what the layers of `config` remember, rows kept by `storage`."""
-    return Caches.of([config.memory(index) for index in range(config.num_hidden_layers)], storage)
+    return Caches.of([config.memory(index) for index in range(config.num_hidden_layers)], storage, powers)
 
 
 class Cancelled(Exception):

@@ -12,10 +12,11 @@ import mlx.core as mx
 
 from runner.cache.caches import Caches
 from runner.cache.several import Memories
-from runner.cache.storage import Storage
+from runner.cache.storage import Powers, Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
 from runner.config.memory import Shared, needed
+from runner.engine.calibration import channel_powers
 from runner.engine.compiled import Compiled
 from runner.engine.dtypes import choose
 from runner.engine.generate import new_caches
@@ -59,6 +60,7 @@ class Loaded:
         dtype: dtype of the activations.
         storage: how the KV caches keep their rows: exactly where a dtype was asked for, else in the device's own form.
         adapters: the adapters that were loaded with the model; None without any.
+        powers: the powers of the channels that `storage` keeps, for each cache; None where it keeps none.
         prediction: the layer for multi-token prediction; None where it was not asked for.
         closed: whether `close` was called: nothing can be computed any more.
         compiled: the kernel for whole decode steps, on devices that have one.
@@ -71,6 +73,7 @@ class Loaded:
     dtype: mx.Dtype
     storage: Storage
     adapters: Adapters | None = None
+    powers: Sequence[Powers | None] | None = None
     prediction: Prediction | None = None
     closed: bool = field(init=False, default=False)
     compiled: Compiled = field(init=False, repr=False)
@@ -158,7 +161,7 @@ class Loaded:
 
     def new_caches(self) -> Caches:
         """Make empty caches for a new sequence."""
-        return new_caches(self.config, self.storage)
+        return new_caches(self.config, self.storage, self.powers)
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Logits at every position, `[T, V]` float32, from one forward pass whose KV caches are discarded.
@@ -235,7 +238,8 @@ def assemble(
     prediction = None if ahead is None else loading.build(ahead, source, dtype=dtypes.weights)
     if prediction is not None:
         mx.eval([array for _, array in loading.arrays(prediction)])
-    return Loaded(config, model, layout, device, dtypes.activations, storage, adapted, prediction)
+    powers = channel_powers(model, config, storage, device.ops.storage)
+    return Loaded(config, model, layout, device, dtypes.activations, storage, adapted, powers, prediction)
 
 
 def planned_prediction(config: Config, source: Source, provided: Mapping[str, Any]) -> ModulePlan:

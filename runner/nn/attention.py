@@ -78,6 +78,7 @@ class Attend(Module):
             length=history.length,
             sinks=sinks,
             softcap=self.softcap,
+            start=history.start,
             ops=self.ops,
         )
 

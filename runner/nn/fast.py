@@ -41,6 +41,7 @@ def scaled_dot_product_attention(
     sinks: mx.array | None = None,
     length: int | None = None,
     softcap: float | None = None,
+    start: int = 0,
     ops: Ops = PORTABLE,
 ) -> mx.array:
     """softmax(scale * query key^T + mask) value, with grouped queries and without repeating keys or values.
@@ -56,6 +57,8 @@ def scaled_dot_product_attention(
         sinks: `[H]` extra logits that take part in the softmax but have no value.
         length: S, if `key` and `value` are a cache's buffers with room for more.
         softcap: scores pass `softcap * tanh(score / softcap)` (Gemma 2, arXiv:2408.00118) before the mask.
+        start: position of the first key in its sequence. Devices that add up keys in blocks begin these at fixed
+            positions, so that a query gets the same bits whatever rows a cache has dropped.
 
     Returns:
         `[B, H, L, Dv]` in `query`'s dtype.

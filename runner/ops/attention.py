@@ -25,8 +25,12 @@ def attention(
     sinks: mx.array | None,
     length: int | None = None,
     softcap: float | None = None,
+    start: int = 0,
 ) -> mx.array:
-    """`Ops.attention` for a device that computes functions element by element with `fused`."""
+    """`Ops.attention` for a device that computes functions element by element with `fused`.
+
+    What it returns does not depend on `start` but within rounding.
+    """
     keys = key.shape[2] if length is None else length
     first = 0
     if window is not None and window < keys:

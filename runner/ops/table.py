@@ -54,6 +54,10 @@ def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
+def _linear_each(x: mx.array, weight: mx.array) -> mx.array:
+    return x @ weight.swapaxes(-1, -2)
+
+
 def _quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
     weight, scales, biases, group_size, bits, mode = matrix
     y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
@@ -271,23 +275,28 @@ def _no_step(*arguments: Any) -> Stepped | None:
 class Ops:
     """The operations for a device. Each entry has the signature of `PORTABLE`'s and, within rounding, the same result.
 
-    `glu(gate_up, activation)` and `activate(x, activation)` take `hidden_act`'s names; `attention` gets `mask` as an
-    array, "causal" (aligned to the last key) or None for all keys, may read `key` and `value` where they lie, and takes
-    their first `length` rows (None: all), in whatever form `storage` keeps them; `softcap` c makes a score
-    `c * tanh(score / c)` before the mask. `attention_rows` and `append_rows` are attention and a cache's `write` for
-    the newest tokens of several sequences side by side (`runner.ops.side_by_side`); `rope` takes a tuple of T positions
-    for their queries and keys `[1, H, T, D]`, one for each token. `schedule(*arrays)` starts computing the arrays, as
-    `mx.async_eval` does. `fused(function, *arguments)` is `function(*arguments)`, where the device can
-    in one kernel: the function stands at the top of a module and works element by element. `window_mask` makes the
-    array that `attention` gets as the mask of several queries under a window; None: it gets the window and no array.
-    `short_conv(x, rows, weight, bias, activation)` convolves each channel of `x` `[B, L, C]`, behind `rows`
-    `[B, taps - 1, C]`, with its `weight` `[taps, C]`, in float32. `state_space(mixed, dt, dynamics, state)` is the
-    recurrence of Mamba 2 over x, B and C side by side, `mixed` `[B, L, H * P + 2 * groups * N]`, and steps `dt`
-    `[B, L, H]`, from a state `[B, H, P, N]` in float32. `gated_delta(q, k, v, gates, state)` applies the
-    gated delta rule to queries and keys `[B, L, key heads, dk]` of any length, values `[B, L, heads, dv]` and `gates`,
-    from a state `[B, heads, dv, dk]` in float32. `gated_norm(x, gate, weight, eps, groups, gate_first)` normalizes
-    `groups` parts of `x` `[B, L, C]`, each by itself, and multiplies by SiLU of the gate before or after that.
-    `gate(x, gate)` is `x` times the sigmoid of its gate, both `[B, H, L, D]`.
+    `glu(gate_up, activation)` and `activate(x, activation)` take `hidden_act`'s names; `attention` gets `mask` as
+    an array, "causal" (aligned to the last key) or None for all keys, may read `key` and `value` where they lie,
+    and takes their first `length` rows (None: all), the first of which has the position `start`, in whatever form
+    `storage` keeps them; `softcap` c makes a score `c * tanh(score / c)` before the mask. `attention_rows` and
+    `append_rows` are attention and a cache's `write` for the newest tokens of several sequences side by side
+    (`runner.ops.side_by_side`); `rope` takes a tuple of T positions for their queries and keys `[1, H, T, D]`, one
+    for each token. `schedule(*arrays)` starts computing the arrays, as `mx.async_eval` does. `fused(function,
+    *arguments)` is `function(*arguments)`, where the device can in one kernel: the function stands at the top of a
+    module and works element by element. `window_mask` makes the array that `attention` gets as the mask of several
+    queries under a window; None: it gets the window and no array. `short_conv(x, rows, weight, bias, activation)`
+    convolves each channel of `x` `[B, L, C]`, behind `rows` `[B, taps - 1, C]`, with its `weight` `[taps, C]`, in
+    float32. `state_space(mixed, dt, dynamics, state)` is the recurrence of Mamba 2 over x, B and C side by side,
+    `mixed` `[B, L, H * P + 2 * groups * N]`, and steps `dt` `[B, L, H]`, from a state `[B, H, P, N]` in float32.
+    `gated_delta(q, k, v, gates, state)` applies the gated delta rule to queries and keys `[B, L, key heads, dk]` of
+    any length, values `[B, L, heads, dv]` and `gates`, from a state `[B, heads, dv, dk]` in float32. `gated_norm(x,
+    gate, weight, eps, groups, gate_first)` normalizes `groups` parts of `x` `[B, L, C]`, each by itself, and
+    multiplies by SiLU of the gate before or after that. `gate(x, gate)` is `x` times the sigmoid of its gate, both
+    `[B, H, L, D]`.
+
+    `linear_each(x, weight)` is a product for each of G groups, of x `[G, M, K]` and weight `[G, N, K]`: `[G, M, N]`.
+    With `one_form`, what a token gets is the same bits however many tokens stand beside it: layers that could compute
+    it in several ways must take one of them for any number of tokens.
 
     A step moves one token's states in place: `delta_step(slots, at, mixed, taps, gates, key_heads)` convolves and then
     applies the delta rule, with the states before token `at` in slot `at % 2` of the buffers "conv" and "delta" that
@@ -298,6 +307,7 @@ class Ops:
 
     name: str
     linear: Callable[[mx.array, mx.array, mx.array | None], mx.array] = _linear
+    linear_each: Callable[[mx.array, mx.array], mx.array] = _linear_each
     quantized_linear: Callable[[mx.array, QuantizedWeight, mx.array | None], mx.array] = _quantized_linear
     embed: Callable[[mx.array, mx.array, mx.Dtype | None], mx.array] = _embed
     quantized_embed: Callable[[mx.array, QuantizedWeight, mx.Dtype | None], mx.array] = _quantized_embed
@@ -327,6 +337,7 @@ class Ops:
     masked: Callable[[mx.array, mx.array], mx.array] = picking.masked
     schedule: Callable[..., None] = mx.async_eval
     recorder: Recorder | None = None
+    one_form: bool = False
     gather_linear: Callable[..., mx.array] = _gather_linear
     gather_quantized_linear: Callable[..., mx.array] = _gather_quantized_linear
     storage: Storage = PLAIN

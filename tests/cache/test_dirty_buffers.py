@@ -27,9 +27,12 @@ FIXTURES = {
 def dirty(storage: Storage) -> Storage:
     """`storage` whose buffers are full of NaN, or of codes and scales that are none."""
 
-    def empty(rows: mx.array, capacity: int) -> mx.array:
-        made = storage.empty(rows, capacity)
-        return mx.full(made.shape, -1 if made.dtype == mx.int16 else mx.nan, dtype=made.dtype)
+    def empty(rows: mx.array, capacity: int, powers: mx.array | None = None) -> mx.array:
+        made = storage.empty(rows, capacity, powers)
+        if made.dtype != mx.int16:
+            return mx.full(made.shape, mx.nan, dtype=made.dtype)
+        made[..., :capacity, :] = -1  # the powers stay
+        return made
 
     return dataclasses.replace(storage, empty=empty)
 

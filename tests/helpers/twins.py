@@ -98,10 +98,14 @@ def rope(x: Any, offsets: Any, dims: int, traditional: bool, freqs: Any, scale: 
     return out
 
 
-def attention(q: Any, k: Any, v: Any, *, scale: float, visible: Any, added: Any = 0.0, sinks: Any = None) -> Any:
+def attention(
+    q: Any, k: Any, v: Any, *, scale: float, visible: Any, added: Any = 0.0, sinks: Any = None, softcap: Any = None
+) -> Any:
     repeats = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, repeats, axis=1).astype(np.float64), np.repeat(v, repeats, axis=1).astype(np.float64)
-    scores = np.where(visible, q.astype(np.float64) @ k.swapaxes(2, 3) * scale + added, -np.inf)
+    scores = q.astype(np.float64) @ k.swapaxes(2, 3) * scale
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    scores = np.where(visible, scores + added, -np.inf)
     if sinks is not None:
         column = np.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
         scores = np.concatenate([scores, column], axis=-1)

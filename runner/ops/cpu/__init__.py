@@ -26,8 +26,10 @@ __all__ = [
     "activate",
     "add_rms_norm",
     "append",
+    "append_rows",
     "argmax",
     "attention",
+    "attention_rows",
     "draw",
     "embed",
     "empty",
@@ -39,6 +41,7 @@ __all__ = [
     "isa",
     "layer_norm",
     "linear",
+    "linear_each",
     "log_probabilities",
     "masked",
     "num_threads",
@@ -96,6 +99,11 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.ar
     x float [..., in]; weight float [out, in]; bias float [out]. Returns [..., out] of x's type.
     """
     return _C.linear(x, weight, bias)
+
+
+def linear_each(x: mx.array, weight: mx.array) -> mx.array:
+    """A product for each of G groups: x float [G, M, K] @ weight float [G, N, K].T is [G, M, N], of x's type."""
+    return _C.linear_each(x, weight)
 
 
 def quantized_linear(
@@ -170,7 +178,7 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array | None, eps: 
 
 def rope(
     x: mx.array,
-    offset: int | mx.array,
+    offset: int | mx.array | tuple[int, ...],
     *,
     dims: int,
     traditional: bool = False,
@@ -180,10 +188,10 @@ def rope(
 ) -> mx.array:
     """Rotary position embedding with the meaning of `mx.fast.rope`.
 
-    x float [B, H, L, D], any strides; offset: position of the first of the L, one for all or an integer array [B]. The
-    first `dims` values are rotated in pairs, pair i by the angle (offset + l) * scale / freqs[i], with freqs [dims / 2]
-    or base^(2 i / dims). Pairs are (i, i + dims / 2), or (2 i, 2 i + 1) if `traditional`. Returns [B, H, L, D],
-    contiguous.
+    x float [B, H, L, D], any strides; offset: position of the first of the L, one for all or an integer array [B]; or,
+    for a B of 1, a tuple with the position of each of the L. The first `dims` values are rotated in pairs, pair i by
+    the angle (offset + l) * scale / freqs[i], with freqs [dims / 2] or base^(2 i / dims). Pairs are (i, i + dims / 2),
+    or (2 i, 2 i + 1) if `traditional`. Returns [B, H, L, D], contiguous.
     """
     return _C.rope(x, offset, dims=dims, traditional=traditional, base=base, scale=scale, freqs=freqs)
 
@@ -198,6 +206,8 @@ def attention(
     window: int | None = None,
     sinks: mx.array | None = None,
     length: int | None = None,
+    softcap: float | None = None,
+    start: int = 0,
 ) -> mx.array:
     """Softmax attention with grouped heads; builds no L x S matrix and reads k and v where they lie.
 
@@ -206,31 +216,61 @@ def attention(
     `length` is S where there are more rows. Query l has the position of key S - L + l: "causal" hides the keys after
     it, `window` also those before the last `window` keys up to it. An array mask broadcasts to [B, H, L, S]: bool
     (True = visible) or float (added to the scores). sinks float [H]: one more score per head, which takes its share of
-    the softmax and adds nothing. A query that sees no key gives zeros. Returns [B, H, L, DV] of q's type.
+    the softmax and adds nothing; softcap c makes a score c * tanh(score / c) before the mask. A query that sees no key
+    gives zeros. Returns [B, H, L, DV] of q's type.
+
+    What a query gets depends on itself, on the keys and values that it sees and on their positions alone, `start` being
+    that of the first key: the same bits however many queries a call has, and whatever stands in rows that are hidden.
     """
-    return _C.attention(q, k, v, mask, scale=scale, window=window, sinks=sinks, length=length)
+    return _C.attention(
+        q, k, v, mask, scale=scale, window=window, sinks=sinks, length=length, softcap=softcap, start=start
+    )
 
 
-def empty(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+def empty(shape: Sequence[int], dtype: mx.Dtype, powers: mx.array | None = None) -> mx.array:
     """Take memory for an array of `shape` whose numbers are whatever was there: for buffers that `append` fills.
 
+    With `powers`, int16 [KV, D], they are put into the last row of a buffer int16 [B, KV, C + 1, D + 2].
+
     Raises:
-        ValueError: a size is negative.
+        ValueError: a size is negative, or the powers don't fit.
     """
-    return _C.empty(shape, dtype)
+    return _C.empty(shape, dtype, powers)
 
 
 def append(keys: mx.array, values: mx.array, k: mx.array, v: mx.array, at: int) -> tuple[mx.array, mx.array]:
     """Write k and v float [B, KV, L, D] into the rows from `at` on of keys and values [B, KV, C, ..], in place.
 
     A buffer is float [.., C, D], or int16 [.., C + 1, D + 2]: codes and, in the bytes of the last two, a float32 scale
-    for the row's largest magnitude (NaN where the row holds NaN or infinity); value = code * scale * 2^power.
-    The powers of the D channels lie in the last row. They are chosen when `at` is 0, by the rows written then: a
-    channel of more than twice the median channel's magnitude is divided down to that, and keys' channel i + D / 2, into
-    which RoPE may turn it, by half that power at least. The results share the buffers' memory, even where others still
-    hold the buffers: rows before `at` stay as they are.
+    for the row's largest magnitude (NaN where the row holds NaN or infinity); value = code * scale * 2^power, with the
+    powers of the D channels from the last row. A row's codes depend on nothing but itself and the powers. The results
+    share the buffers' memory, even where others still hold the buffers: rows before `at` stay as they are.
     """
     return _C.append(keys, values, k, v, at)
+
+
+def append_rows(
+    buffers: Sequence[tuple[mx.array, mx.array]], k: mx.array, v: mx.array, at: Sequence[int], counts: Sequence[int]
+) -> list[tuple[mx.array, mx.array]]:
+    """`append` to several pairs of buffers: the i-th counts[i] rows of k and v to the i-th, from row at[i] on."""
+    return _C.append_rows(buffers, k, v, at, counts)
+
+
+def attention_rows(
+    q: mx.array,
+    histories: Sequence[tuple[mx.array, mx.array, int, int, int, int]],
+    counts: Sequence[int],
+    *,
+    scale: float,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+) -> mx.array:
+    """Causal attention of several sequences side by side: q float [1, H, T, D], the next counts[i] of the T for each.
+
+    A history is (k, v, length, window, chunk, start) with what `attention` takes, 0 for no window or chunk; its queries
+    have the last positions of its `length` keys. Returns [1, H, T, DV], the same bits as each gets alone.
+    """
+    return _C.attention_rows(q, histories, counts, scale=scale, sinks=sinks, softcap=softcap)
 
 
 def short_conv(

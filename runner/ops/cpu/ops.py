@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from runner.cache.storage import HEADER_ROWS, SCALE_COLUMNS, Storage, capacity, unpacked
+from runner.cache.kv import History
+from runner.cache.storage import HEADER_ROWS, SCALE_COLUMNS, Powers, Storage, unpacked
 from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
 from runner.ops import per_expert as per_expert
-from runner.ops import side_by_side
-from runner.ops.attention import MaskRule
 from runner.ops.cpu import _C
 from runner.ops.quantized import QuantizedWeight
-from runner.ops.side_by_side import Buffers
 from runner.ops.table import PORTABLE, Ops, Recorder, Slots, Stepped, Taps
 
 if TYPE_CHECKING:
@@ -49,42 +47,65 @@ def _quantized_embed(ids: mx.array, table: QuantizedWeight, dtype: mx.Dtype | No
     return PORTABLE.quantized_embed(ids, table, dtype)
 
 
-def _empty(rows: mx.array, capacity: int) -> mx.array:
+def _empty(rows: mx.array, capacity: int, powers: mx.array | None = None) -> mx.array:
     """Make a buffer for rows of the same dtype, without the zeros that nothing reads: 35 MB for 512 of SmolLM2-135M."""
     return _C.empty((*rows.shape[:2], capacity, rows.shape[3]), rows.dtype)
 
 
-def _dense(rows: mx.array, capacity: int) -> mx.array:
+def _dense(rows: mx.array, capacity: int, powers: mx.array | None = None) -> mx.array:
     """Make a buffer that keeps float32 rows as int16 with a scale each: half the bytes that every later token reads.
 
     The error is at most 2^-16 of a row's largest magnitude, after channels that stand out are divided down to the
-    others (see `kernels.append`). float16 would be off by up to 2^-11 of each value, which on SmolLM2-135M moves logits
-    by 2e-3 of their standard deviation.
+    others by their powers. float16 would be off by up to 2^-11 of each value, which on SmolLM2-135M moves logits by
+    2e-3 of their standard deviation.
     """
     if rows.dtype != mx.float32:
         return _empty(rows, capacity)
-    return _C.empty((*rows.shape[:2], capacity + HEADER_ROWS, rows.shape[3] + SCALE_COLUMNS), mx.int16)
+    batch, heads, _, width = rows.shape
+    header = mx.zeros((heads, width), dtype=mx.int16) if powers is None else powers
+    return _C.empty((batch, heads, capacity + HEADER_ROWS, width + SCALE_COLUMNS), mx.int16, header)
 
 
-def _attention(
-    query: mx.array, key: mx.array, value: mx.array, mask: MaskRule, *, softcap: float | None = None, **rest: Any
+def _powers(keys: mx.array, values: mx.array) -> Powers:
+    """0 but for channels of more than twice the median channel's magnitude, which are divided down to that.
+
+    So these few don't take the codes of all others. RoPE may turn a key's channel that stands out into the other half
+    of its pair later, or never: half its power costs little there in either case.
+    """
+    found = _standing_out(keys)
+    halves = (mx.roll(found, found.shape[1] // 2, 1) + 1) // 2
+    return mx.maximum(found, halves).astype(mx.int16), _standing_out(values).astype(mx.int16)
+
+
+def _standing_out(rows: mx.array) -> mx.array:
+    """Int32 `[KV, D]`: how often each channel's largest magnitude must be halved to be at most twice the median one."""
+    size = mx.abs(rows.astype(mx.float32))
+    most = mx.max(mx.where(size < mx.inf, size, 0), axis=(0, 2))
+    limit = 2 * mx.sort(most, axis=-1)[:, most.shape[1] // 2, None]
+    halvings = mx.ceil(mx.log2(most / mx.maximum(limit, 1e-30)))
+    return mx.where(limit > 0, mx.clip(halvings, 0, MOST_HALVINGS), 0).astype(mx.int32)
+
+
+MOST_HALVINGS = 60
+"""The largest power of a channel: its square still is a float32."""
+
+
+def _attention_rows(
+    query: mx.array,
+    histories: Sequence[History],
+    counts: Sequence[int],
+    *,
+    scale: float,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
 ) -> mx.array:
-    if softcap is None:
-        return _C.attention(query, key, value, mask, **rest)
-    key, value = (unpacked(buffer, capacity(buffer)) for buffer in (key, value))
-    return PORTABLE.attention(query, key, value, mask, softcap=softcap, **rest)
-
-
-def _rope(x: mx.array, offset: int | mx.array | tuple[int, ...], **rest: Any) -> mx.array:
-    if isinstance(offset, tuple):
-        return side_by_side.rope(_C.rope, x, offset, **rest)
-    return _C.rope(x, offset, **rest)
-
-
-def _append_rows(
-    buffers: Sequence[Buffers], keys: mx.array, values: mx.array, at: Sequence[int], counts: Sequence[int]
-) -> list[Buffers]:
-    return side_by_side.append_rows(buffers, keys, values, at, counts, write=_C.append)
+    seen = [
+        (h.stored_keys, h.stored_values, h.length, h.window or 0, h.chunk or 0, h.start)
+        if h.split is None
+        else (h.keys, h.values, h.length, h.window or 0, h.chunk or 0, h.start)
+        for h in histories
+    ]
+    return _C.attention_rows(query, seen, list(counts), scale=scale, sinks=sinks, softcap=softcap)
 
 
 _ACTIVATIONS: dict[str, kernels.Activation] = {
@@ -188,15 +209,17 @@ def _wide(*arrays: mx.array) -> bool:
 KERNELS = Ops(
     name="cpu kernels",
     linear=_C.linear,
+    linear_each=_C.linear_each,
     quantized_linear=_quantized_linear,
     embed=_embed,
     quantized_embed=_quantized_embed,
     rms_norm=_C.rms_norm,
     add_rms_norm=_C.add_rms_norm,
     layer_norm=_C.layer_norm,
-    rope=_rope,
-    append_rows=_append_rows,
-    attention=_attention,
+    rope=_C.rope,
+    attention_rows=_attention_rows,
+    append_rows=_C.append_rows,
+    attention=_C.attention,
     glu=_glu,
     activate=_activate,
     short_conv=_short_conv,
@@ -215,13 +238,14 @@ KERNELS = Ops(
     masked=_masked,
     schedule=kernels.schedule,
     recorder=Recorder(_C.slot, _C.record),
+    one_form=True,
     gather_linear=per_expert.gather_linear(_C.linear),
     gather_quantized_linear=per_expert.gather_quantized_linear(_quantized_linear),
-    storage=Storage(_empty, _C.append, unpacked),
+    storage=Storage(_empty, _C.append, unpacked, write_rows=_C.append_rows),
 )
 """The operations over `runner.ops.cpu`; those without a kernel are plain MLX."""
 
-DENSE = Storage(_dense, _C.append, unpacked)
+DENSE = Storage(_dense, _C.append, unpacked, powers=_powers, write_rows=_C.append_rows)
 """Storage that halves float32 caches; logits move by less than 1e-3 of their standard deviation.
 
 Measured on SmolLM2-135M, over all logits of 300 tokens: 1.0e-4 in the root mean square, 7.6e-4 at worst, and the same

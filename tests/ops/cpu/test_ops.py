@@ -298,6 +298,7 @@ def attention_case(draw: Any) -> dict[str, Any]:
         "dv": draw(st.sampled_from([0, 0, 24])),
         "kind": draw(st.sampled_from(["all", "causal", "window", "bool", "additive"])),
         "sinks": draw(st.booleans()),
+        "softcap": draw(st.sampled_from([None, None, 0.7, 30.0])),
         "types": (draw(FLOATS), draw(FLOATS)),
         "layout": draw(Layout),
         "seed": draw(SEEDS),
@@ -330,7 +331,8 @@ def test_attention(ops: Ops, case: dict[str, Any]) -> None:
     elif case["kind"] == "additive":
         added = numpy(rand(b, 1, length, keys, seed=seed + 4, dtype=qt))
         mask, visible = mx.array(added).astype(qt), np.ones((length, keys), bool)
-    found = ops.attention(q, k, v, mask, scale=0.3, window=window, sinks=sinks)
+    softcap = case["softcap"]
+    found = ops.attention(q, k, v, mask, scale=0.3, window=window, sinks=sinks, softcap=softcap)
     assert found.dtype == qt
     expected = twins.attention(
         numpy(q),
@@ -340,6 +342,7 @@ def test_attention(ops: Ops, case: dict[str, Any]) -> None:
         visible=visible,
         added=added,
         sinks=None if sinks is None else numpy(sinks),
+        softcap=softcap,
     )
     # Relative to the values, not to their mean, which goes to zero as the keys grow in number.
     error = np.abs(numpy(found) - expected).max()

@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
@@ -48,6 +49,7 @@ NB_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) { return runner::select_isa(name.c_str()); }, "name"_a);
 
   m.def("linear", &runner::linear_op, "x"_a, "weight"_a, "bias"_a = nb::none());
+  m.def("linear_each", &runner::linear_each_op, "x"_a, "weight"_a);
   m.def("quantized_linear", &runner::quantized_linear_op, "x"_a, "weight"_a, "scales"_a, "biases"_a,
         "bias"_a = nb::none(), "group_size"_a, "bits"_a);
   m.def("small_float_linear", &runner::small_float_linear_op, "x"_a, "weight"_a, "scales"_a, "bias"_a.none(), "mode"_a);
@@ -70,9 +72,28 @@ NB_MODULE(_C, m) {
   m.def("rope", &runner::rope_op, "x"_a, "offset"_a, nb::kw_only(), "dims"_a, "traditional"_a, "base"_a.none(), "scale"_a,
         "freqs"_a.none());
   m.def("attention", &runner::attention_op, "query"_a, "key"_a, "value"_a, "mask"_a.none(), nb::kw_only(), "scale"_a,
-        "window"_a.none(), "sinks"_a.none(), "length"_a.none() = nb::none());
-  m.def("empty", &runner::empty_op, "shape"_a, "dtype"_a);
-  m.def("append", &runner::append_op, "keys"_a, "values"_a, "k"_a, "v"_a, "at"_a);
+        "window"_a.none(), "sinks"_a.none(), "length"_a.none() = nb::none(), "softcap"_a.none() = nb::none(), "start"_a = 0);
+  m.def("attention_rows", &runner::attention_rows_op, "query"_a, "histories"_a, "counts"_a, nb::kw_only(), "scale"_a,
+        "sinks"_a.none(), "softcap"_a.none());
+  m.def("empty", &runner::empty_op, "shape"_a, "dtype"_a, "powers"_a.none() = nb::none());
+  m.def(
+      "append",
+      [](const mlx::core::array& keys, const mlx::core::array& values, const mlx::core::array& k,
+         const mlx::core::array& v, int at) {
+        auto found = runner::append_op({{keys, values}}, k, v, {at}, {k.ndim() == 4 ? k.shape(2) : 0});
+        return std::pair{found[0], found[1]};
+      },
+      "keys"_a, "values"_a, "k"_a, "v"_a, "at"_a);
+  m.def(
+      "append_rows",
+      [](const std::vector<std::pair<mlx::core::array, mlx::core::array>>& buffers, const mlx::core::array& k,
+         const mlx::core::array& v, const std::vector<int>& at, const std::vector<int>& counts) {
+        auto found = runner::append_op(buffers, k, v, at, counts);
+        std::vector<std::pair<mlx::core::array, mlx::core::array>> pairs;
+        for (size_t i = 0; i < found.size(); i += 2) pairs.emplace_back(found[i], found[i + 1]);
+        return pairs;
+      },
+      "buffers"_a, "keys"_a, "values"_a, "at"_a, "counts"_a);
   m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
   m.def("activate", &runner::activate_op, "x"_a, "activation"_a);
   m.def("short_conv", &runner::short_conv_op, "x"_a, "rows"_a, "weight"_a, "bias"_a.none(), "activation"_a.none());

@@ -20,7 +20,7 @@ struct Int {
 #include "quantised_gemm.h"
 #endif
 #include "attention.h"
-#include "attention_panels.h"
+#include "attention_jobs.h"
 #include "elementwise.h"
 #include "picking.h"
 #include "cache_rows.h"

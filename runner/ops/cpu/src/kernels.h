@@ -60,8 +60,8 @@ struct RopeArgs {
   bool traditional;
 };
 
-// q[B, H, L, D], k[B, KV, S, D], v[B, KV, S, DV], last dimension contiguous, other strides free; out [B, H, L, DV]
-// contiguous. Type i16: row `header` of k and v holds the powers of their channels, see AppendArgs.
+// q[B, H, L, D], k[B, KV, S, D], v[B, KV, S, DV], out [B, H, L, DV]: last dimension contiguous, other strides free.
+// Query l has the position of key S - L + l; key 0 has position `start` in its sequence. Type i16: row `header` of k and v holds the powers of their channels, see AppendArgs.
 struct AttentionArgs {
   const void *q, *k, *v;
   void* out;
@@ -70,9 +70,11 @@ struct AttentionArgs {
   int64_t qb, qh, ql;
   int64_t kb, kh, ks;
   int64_t vb, vh, vs;
-  int64_t header;
-  float scale;
+  int64_t ob, oh, ol;
+  int64_t header, start;
+  float scale, softcap;    // softcap 0: none; else score = softcap * tanh(score / softcap)
   bool causal;
+  int64_t chunk;           // 0: none; else only keys of the query's own chunk of so many positions
   int64_t window;          // 0: none; else the last `window` keys up to the query's own position
   const void* mask;        // null, or bool (mask_kind 1) / additive of type mt (mask_kind 2)
   int mask_kind;
@@ -84,8 +86,7 @@ struct AttentionArgs {
 
 // Rows of k or v [B, KV, L, D], any strides but the last, into a cache's buffer [B, KV, capacity, width] from row `at`.
 // Type i16: width D + 2, D codes and then a float32 scale in the bytes of the last two. The last row of the capacity is
-// no token's: its first D numbers are the powers of the channels; value = code * scale * 2^power. They are chosen when
-// row 0 is written, by all the rows written with it.
+// no token's: its first D numbers are the powers of the channels, read here; value = code * scale * 2^power.
 struct AppendArgs {
   const void* x;
   void* to;
@@ -93,7 +94,6 @@ struct AppendArgs {
   int64_t b, h, l, d;
   int64_t sb, sh, sl;
   int64_t at, capacity;
-  bool paired;  // the halves of a row may turn into each other: keys under RoPE
 };
 
 enum class Activation : uint8_t { silu, gelu, gelu_approx, relu, relu2 };
@@ -191,7 +191,7 @@ struct Kernels {
   void (*embed)(const LinearArgs&);  // out[m, k] = rows of w by the numbers x, int32; NaN where there is no such row
   void (*norm)(const NormArgs&);
   void (*rope)(const RopeArgs&);
-  void (*attention)(const AttentionArgs&);
+  void (*attention)(const AttentionArgs* list, int count);  // of several sequences
   void (*append)(const AppendArgs&);
   void (*glu)(const GluArgs&);
   void (*argmax)(const ArgmaxArgs&);

@@ -143,6 +143,15 @@ class CpuPrimitive : public mx::Primitive {
   }
 };
 
+// Whether places of several sequences differ by the same number: all are as far behind the others' as the first is.
+inline bool same_steps(const std::vector<int>& a, const std::vector<int>& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 1; i < a.size(); ++i) {
+    if (a[i] - a[0] != b[i] - b[0]) return false;
+  }
+  return true;
+}
+
 inline int64_t position_of(const mx::array& a) {
   auto* ours = dynamic_cast<const CpuPrimitive*>(&a.primitive());
   return ours ? ours->position() : 0;

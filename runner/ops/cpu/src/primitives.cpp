@@ -5,6 +5,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
+#include "pool.h"
 #include "primitive_base.h"
 #include "rope_table.h"
 
@@ -57,6 +58,39 @@ class Linear : public CpuPrimitive {
   int group_, bits_;
   Format format_;
   bool has_bias_;
+};
+
+// A product with a matrix of its own for each of several groups of rows.
+class LinearEach : public CpuPrimitive {
+ public:
+  using CpuPrimitive::CpuPrimitive;
+  const char* name() const override { return "runner::LinearEach"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+
+  // inputs: x [G, M, K], weight [G, N, K]
+  void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
+    auto& out = d.allocate(outputs[0]);
+    LinearArgs a{};
+    a.xt = type_of(inputs[0]);
+    a.wt = type_of(inputs[1]);
+    a.m = inputs[0].shape(1), a.k = inputs[0].shape(2), a.n = inputs[1].shape(1);
+    a.x = d.contiguous(inputs[0]);
+    a.w = d.contiguous(inputs[1]);
+    a.out = out.data<void>();
+    if (out.size() == 0) return;
+    d.run([a, groups = inputs[0].shape(0)] {
+      auto one = [&](int g) {
+        LinearArgs own = a;
+        own.x = static_cast<const char*>(a.x) + g * a.m * a.k * size_of(a.xt);
+        own.w = static_cast<const char*>(a.w) + g * a.n * a.k * size_of(a.wt);
+        own.out = static_cast<char*>(a.out) + g * a.m * a.n * size_of(a.xt);
+        kernels().linear(own);
+      };
+      // Few products are divided among the threads each by itself, many as they are.
+      if (groups >= 2 * Pool::get().size()) return Pool::get().parallel_for(groups, one);
+      for (int g = 0; g < groups; ++g) one(g);
+    });
+  }
 };
 
 // ---- embedding
@@ -146,16 +180,17 @@ class Norm : public CpuPrimitive {
 
 class Rope : public CpuPrimitive {
  public:
-  Rope(mx::Stream stream, const RopeSpec& spec, bool has_freqs, std::optional<int> offset)
-      : CpuPrimitive(stream), spec_(spec), has_freqs_(has_freqs), offset_(offset) {}
+  // places: the position of the first of the L tokens, or one for each of them; none where they are an input
+  Rope(mx::Stream stream, const RopeSpec& spec, bool has_freqs, std::vector<int> places)
+      : CpuPrimitive(stream), spec_(spec), has_freqs_(has_freqs), places_(std::move(places)) {}
   const char* name() const override { return "runner::Rope"; }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return same_but_position(other) && offset_ == static_cast<const Rope&>(other).offset_;
+    return same_but_position(other) && places_ == static_cast<const Rope&>(other).places_;
   }
-  int64_t position() const override { return offset_.value_or(0); }
+  int64_t position() const override { return places_.empty() ? 0 : places_[0]; }
   bool same_but_position(const mx::Primitive& other) const override {
     auto& o = static_cast<const Rope&>(other);
-    return spec_ == o.spec_ && has_freqs_ == o.has_freqs_ && offset_.has_value() == o.offset_.has_value();
+    return spec_ == o.spec_ && has_freqs_ == o.has_freqs_ && same_steps(places_, o.places_);
   }
 
   // inputs: x [B, H, L, D], (offset int32, one or B, where it is no number), (freqs float32 [dims / 2])
@@ -170,13 +205,15 @@ class Rope : public CpuPrimitive {
     a.dims = spec_.dims;
     a.traditional = spec_.traditional;
     if (outputs[0].size() == 0) return;
-    auto offsets = offset_ ? nullptr : static_cast<const int32_t*>(d.contiguous(inputs[1]));
-    int64_t count = offset_ ? 1 : static_cast<int64_t>(inputs[1].size());
+    auto offsets = places_.empty() ? static_cast<const int32_t*>(d.contiguous(inputs[1])) : nullptr;
+    const int64_t count = offsets ? static_cast<int64_t>(inputs[1].size()) : static_cast<int64_t>(places_.size());
     auto freqs = has_freqs_ ? static_cast<const float*>(d.contiguous(inputs.back())) : nullptr;
-    a.table_per_batch = count > 1;
-    d.run([a, spec = spec_, offsets, start = offset_.value_or(0), count, freqs](int64_t ahead) mutable {
-      const int32_t number = start + static_cast<int32_t>(ahead);
-      const RopeTable& table = rope_table(spec, offsets ? offsets : &number, count, a.l, freqs);
+    a.table_per_batch = offsets && count > 1;
+    const int64_t run = count == 1 || offsets ? a.l : 1;  // tokens behind each place
+    d.run([a, spec = spec_, offsets, places = places_, count, run, freqs](int64_t ahead) mutable {
+      std::vector<int32_t> here(places.begin(), places.end());
+      for (int32_t& place : here) place += static_cast<int32_t>(ahead);
+      const RopeTable& table = rope_table(spec, offsets ? offsets : here.data(), count, run, freqs);
       a.cos = table.cos.data();
       a.sin = table.sin.data();
       kernels().rope(a);
@@ -186,7 +223,7 @@ class Rope : public CpuPrimitive {
  private:
   RopeSpec spec_;
   bool has_freqs_;
-  std::optional<int> offset_;
+  std::vector<int> places_;
 };
 
 // ---- gated activation and argmax
@@ -280,6 +317,18 @@ int64_t need_affine(const char* op, const mx::array& weight, const mx::array& sc
            "; expected one type and shape ", expected);
   }
   return in;
+}
+
+mx::array linear_each_op(const mx::array& x, const mx::array& weight) {
+  for (auto& [what, array] : {std::pair{"x", x}, std::pair{"weight", weight}}) {
+    need_float("linear_each", what, array);
+    need_dims("linear_each", what, array, 3);
+  }
+  if (x.shape(0) != weight.shape(0) || x.shape(2) != weight.shape(2)) {
+    refuse("linear_each: x has shape ", x.shape(), ", weight ", weight.shape(),
+           "; expected [G, M, K] and [G, N, K]");
+  }
+  return mx::array(with_last(x, weight.shape(1)), x.dtype(), std::make_shared<LinearEach>(cpu_stream()), {x, weight});
 }
 
 mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
@@ -385,7 +434,7 @@ std::pair<mx::array, mx::array> add_rms_norm_op(const mx::array& x, const mx::ar
   return {out[0], out[1]};
 }
 
-mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset, int dims, bool traditional,
+mx::array rope_op(const mx::array& x, const std::variant<int, mx::array, std::vector<int>>& offset, int dims, bool traditional,
                   const std::optional<float>& base, float scale, const MaybeArray& freqs) {
   need_float("rope", "x", x);
   need_dims("rope", "x", x, 4);
@@ -395,22 +444,27 @@ mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset
   if (freqs.has_value() == base.has_value()) refuse("rope: give either freqs or base");
   auto stream = cpu_stream();
   std::vector<mx::array> inputs{x};
-  std::optional<int> number;
+  std::vector<int> places;
   if (auto* start = std::get_if<mx::array>(&offset)) {
     if (start->ndim() > 1 || (start->ndim() == 1 && start->shape(0) != 1 && start->shape(0) != x.shape(0))) {
       refuse("rope: offset has shape ", start->shape(), "; expected one number or one for each of ", x.shape(0),
              " rows");
     }
     inputs.push_back(start->dtype() == mx::int32 ? *start : mx::astype(*start, mx::int32, stream));
+  } else if (auto* each = std::get_if<std::vector<int>>(&offset)) {
+    if (x.shape(0) != 1 || static_cast<size_t>(x.shape(2)) != each->size() || each->empty()) {
+      refuse("rope: ", each->size(), " positions, one for each token of a single row, for x ", x.shape());
+    }
+    places = *each;
   } else {
-    number = std::get<int>(offset);
+    places = {std::get<int>(offset)};
   }
   if (freqs) {
     need_vector("rope", "freqs", *freqs, dims / 2);
     inputs.push_back(freqs->dtype() == mx::float32 ? *freqs : mx::astype(*freqs, mx::float32, stream));
   }
   RopeSpec spec{dims, traditional, base.value_or(0.0f), scale};
-  auto primitive = std::make_shared<Rope>(stream, spec, freqs.has_value(), number);
+  auto primitive = std::make_shared<Rope>(stream, spec, freqs.has_value(), std::move(places));
   return mx::array(x.shape(), x.dtype(), std::move(primitive), std::move(inputs));
 }
 

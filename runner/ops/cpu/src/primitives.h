@@ -17,6 +17,7 @@ namespace mx = mlx::core;
 using MaybeArray = std::optional<mx::array>;
 
 mx::array linear_op(const mx::array& x, const mx::array& weight, const MaybeArray& bias);
+mx::array linear_each_op(const mx::array& x, const mx::array& weight);
 mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
                               const mx::array& biases, const MaybeArray& bias, int group_size, int bits);
 mx::array small_float_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
@@ -27,14 +28,20 @@ mx::array quantized_embed_op(const mx::array& ids, const mx::array& weight, cons
 mx::array norm_op(const mx::array& x, const MaybeArray& weight, const MaybeArray& shift, float eps, bool mean);
 std::pair<mx::array, mx::array> add_rms_norm_op(const mx::array& x, const mx::array& residual,
                                                 const MaybeArray& weight, float eps);
-mx::array rope_op(const mx::array& x, const std::variant<int, mx::array>& offset, int dims, bool traditional,
+mx::array rope_op(const mx::array& x, const std::variant<int, mx::array, std::vector<int>>& offset, int dims, bool traditional,
                   const std::optional<float>& base, float scale, const MaybeArray& freqs);
 mx::array attention_op(const mx::array& q, const mx::array& k, const mx::array& v,
                        const std::variant<std::monostate, std::string, mx::array>& mask, float scale,
-                       const std::optional<int>& window, const MaybeArray& sinks, const std::optional<int>& length);
-mx::array empty_op(const std::vector<int>& shape, mx::Dtype dtype);
-std::pair<mx::array, mx::array> append_op(const mx::array& keys, const mx::array& values, const mx::array& k,
-                                          const mx::array& v, int at);
+                       const std::optional<int>& window, const MaybeArray& sinks, const std::optional<int>& length,
+                       const std::optional<float>& softcap, int start);
+// Keys and values, how many rows of them are there, the window and the chunk (0: none), and the first row's position.
+using KeysAndValues = std::tuple<mx::array, mx::array, int, int, int, int>;
+mx::array attention_rows_op(const mx::array& q, const std::vector<KeysAndValues>& histories,
+                            const std::vector<int>& counts, float scale, const MaybeArray& sinks,
+                            const std::optional<float>& softcap);
+mx::array empty_op(const std::vector<int>& shape, mx::Dtype dtype, const MaybeArray& powers);
+std::vector<mx::array> append_op(const std::vector<std::pair<mx::array, mx::array>>& buffers, const mx::array& k,
+                                 const mx::array& v, const std::vector<int>& at, const std::vector<int>& counts);
 mx::array glu_op(const mx::array& gate_up, const std::string& activation);
 mx::array activate_op(const mx::array& x, const std::string& activation);
 mx::array short_conv_op(const mx::array& x, const mx::array& rows, const mx::array& weight, const MaybeArray& bias,

@@ -114,6 +114,7 @@ constexpr int W = 4;
 constexpr int kRegisters = 16;
 typedef float VF __attribute__((vector_size(16)));
 typedef int32_t VI __attribute__((vector_size(16)));
+typedef uint32_t VU __attribute__((vector_size(16)));
 RUNNER_INLINE VF set1(float x) { return VF{x, x, x, x}; }
 RUNNER_INLINE VF zero() { return set1(0.0f); }
 RUNNER_INLINE VF load(const float* p) {
@@ -204,11 +205,36 @@ RUNNER_INLINE VF load_f16(const uint16_t* p) {
 }
 #endif
 
+// ---- pairs of 16-bit numbers in lanes of 32 bits: the lower and the upper one, as floats
+
+#if RUNNER_ISA == 512
+RUNNER_INLINE VF low_i16(VF v) {
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_castps_si512(v), 16), 16));
+}
+RUNNER_INLINE VF high_i16(VF v) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_castps_si512(v), 16)); }
+RUNNER_INLINE VF low_bf16(VF v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16)); }
+RUNNER_INLINE VF high_bf16(VF v) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(-65536)));
+}
+#elif RUNNER_ISA == 2
+RUNNER_INLINE VF low_i16(VF v) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(_mm256_castps_si256(v), 16), 16));
+}
+RUNNER_INLINE VF high_i16(VF v) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_castps_si256(v), 16)); }
+RUNNER_INLINE VF low_bf16(VF v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16)); }
+RUNNER_INLINE VF high_bf16(VF v) { return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(-65536))); }
+#else
+RUNNER_INLINE VF low_i16(VF v) { return __builtin_convertvector((VI)((VU)(VI)v << 16) >> 16, VF); }
+RUNNER_INLINE VF high_i16(VF v) { return __builtin_convertvector((VI)v >> 16, VF); }
+RUNNER_INLINE VF low_bf16(VF v) { return (VF)((VU)(VI)v << 16); }
+RUNNER_INLINE VF high_bf16(VF v) { return (VF)((VI)v & -65536); }
+#endif
+
 // ---- the three element types behind one spelling: T::S is what lies in memory
 
 struct F32 {
   using S = float;
-  static constexpr bool kCodes = false;
+  static constexpr bool kCodes = false, kPairs = false;
   static RUNNER_INLINE VF load_v(const S* p) { return load(p); }
   static RUNNER_INLINE void store_v(S* p, VF v) { store(p, v); }
   static RUNNER_INLINE float to(S x) { return x; }
@@ -216,7 +242,9 @@ struct F32 {
 };
 struct BF16 {
   using S = uint16_t;
-  static constexpr bool kCodes = false;
+  static constexpr bool kCodes = false, kPairs = true;
+  static RUNNER_INLINE VF low(VF pairs) { return low_bf16(pairs); }
+  static RUNNER_INLINE VF high(VF pairs) { return high_bf16(pairs); }
   static RUNNER_INLINE VF load_v(const S* p) { return load_bf16(p); }
   static RUNNER_INLINE void store_v(S* p, VF v) { store_bf16(p, v); }
   static RUNNER_INLINE float to(S x) { return bf16_to_float(x); }
@@ -224,7 +252,7 @@ struct BF16 {
 };
 struct F16 {
   using S = uint16_t;
-  static constexpr bool kCodes = false;
+  static constexpr bool kCodes = false, kPairs = false;
   static RUNNER_INLINE VF load_v(const S* p) { return load_f16(p); }
   static RUNNER_INLINE void store_v(S* p, VF v) { store_f16(p, v); }
   static RUNNER_INLINE float to(S x) { return f16_to_float(x); }
@@ -234,7 +262,9 @@ struct F16 {
 // Codes of a cache's rows: their scale lies at the end of the row and is applied by the reader.
 struct I16 {
   using S = int16_t;
-  static constexpr bool kCodes = true;
+  static constexpr bool kCodes = true, kPairs = true;
+  static RUNNER_INLINE VF low(VF pairs) { return low_i16(pairs); }
+  static RUNNER_INLINE VF high(VF pairs) { return high_i16(pairs); }
   static RUNNER_INLINE VF load_v(const S* p) { return load_i16(p); }
   static RUNNER_INLINE float to(S x) { return (float)x; }
 };
@@ -308,12 +338,10 @@ RUNNER_INLINE VF vexp(VF x) {
   return select_lt(set1(88.72f), x, set1(__builtin_inff()), p);
 }
 
-// Transposes a W x W block of 32-bit values: dst[j * ldd + i] = src[i * lds + j].
-RUNNER_INLINE void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
+// Turns a W x W block of 32-bit values around, whatever they are: lane i of r[j] becomes lane j of r[i].
+RUNNER_INLINE void turn(VF r[W]) {
 #if RUNNER_ISA == 512
-  __m512 r[16], t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(src + i * lds);
+  __m512 t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
@@ -321,6 +349,7 @@ RUNNER_INLINE void transpose_block(const float* src, int64_t lds, float* dst, in
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
       r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
@@ -336,15 +365,13 @@ RUNNER_INLINE void transpose_block(const float* src, int64_t lds, float* dst, in
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_ps(dst + i * ldd, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_ps(dst + (i + 8) * ldd, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
-    _mm512_storeu_ps(dst + (i + 4) * ldd, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_storeu_ps(dst + (i + 12) * ldd, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd));
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
   }
 #elif RUNNER_ISA == 2
-  __m256 r[8], t[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * lds);
+  __m256 t[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -358,15 +385,83 @@ RUNNER_INLINE void transpose_block(const float* src, int64_t lds, float* dst, in
     r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
 #pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) t[i] = r[i], t[i + 4] = r[i + 4];
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(dst + i * ldd, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(dst + (i + 4) * ldd, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
   }
 #else
-  for (int i = 0; i < W; ++i) {
-    for (int j = 0; j < W; ++j) memcpy(dst + j * ldd + i, src + i * lds + j, 4);
-  }
+  const VF a = r[0], b = r[1], c = r[2], d = r[3];
+  r[0] = VF{a[0], b[0], c[0], d[0]};
+  r[1] = VF{a[1], b[1], c[1], d[1]};
+  r[2] = VF{a[2], b[2], c[2], d[2]};
+  r[3] = VF{a[3], b[3], c[3], d[3]};
 #endif
+}
+
+// The same of rows in memory, W values of 32 bits at the place `at` of each: parts of rows are put side by side as they are
+// loaded, which takes half of the shuffles.
+template <class S>
+RUNNER_INLINE void turn_rows(const S* const rows[W], int64_t at, VF r[W]) {
+#if RUNNER_ISA == 512
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    __m512 t[4], u[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      auto part = [&](int j) { return _mm_loadu_ps((const float*)(rows[j] + at) + 4 * c); };
+      t[i] = _mm512_castps128_ps512(part(i));
+      t[i] = _mm512_insertf32x4(t[i], part(i + 4), 1);
+      t[i] = _mm512_insertf32x4(t[i], part(i + 8), 2);
+      t[i] = _mm512_insertf32x4(t[i], part(i + 12), 3);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+      u[i] = _mm512_unpacklo_ps(t[i], t[i + 1]);
+      u[i + 1] = _mm512_unpackhi_ps(t[i], t[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      __m512d x = _mm512_castps_pd(u[j]), y = _mm512_castps_pd(u[j + 2]);
+      r[4 * c + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      r[4 * c + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  }
+#elif RUNNER_ISA == 2
+#pragma GCC unroll 2
+  for (int c = 0; c < 2; ++c) {
+    __m256 t[4], u[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      auto part = [&](int j) { return _mm_loadu_ps((const float*)(rows[j] + at) + 4 * c); };
+      t[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(part(i)), part(i + 4), 1);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+      u[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
+      u[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      r[4 * c + 2 * j] = _mm256_shuffle_ps(u[j], u[j + 2], 0x44);
+      r[4 * c + 2 * j + 1] = _mm256_shuffle_ps(u[j], u[j + 2], 0xee);
+    }
+  }
+#else
+  for (int i = 0; i < W; ++i) memcpy(r + i, rows[i] + at, sizeof(VF));
+  turn(r);
+#endif
+}
+
+// Transposes a W x W block of 32-bit values: dst[j * ldd + i] = src[i * lds + j].
+RUNNER_INLINE void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  VF r[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) r[i] = load(src + i * lds);
+  turn(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(dst + i * ldd, r[i]);
 }
 
 // Lane i of the result is the sum over acc[i]: a third of the instructions of W calls of hsum.
