@@ -94,4 +94,4 @@ class Attention(LatentAttention):
             return self.indexer(x, latent, batch, keys)
 
         chosen = batch.once((Indexer, self.indexed_by), choose)
-        return self.attended(self.queries.q_b_proj(latent), x, batch, rows, narrowing(chosen))
+        return self.attended(self.queries.q_b_proj(latent), x, batch, rows, narrowing(chosen, self.attend.ops))

@@ -15,9 +15,10 @@ import mlx.core as mx
 from runner.cache.kv import History, KVCache
 from runner.nn.attention import split_heads
 from runner.nn.batch import Batch
-from runner.nn.fast import LayerNorm, RoPE
+from runner.nn.fast import LayerNorm, RoPE, provided_ops
 from runner.nn.linear import HIDDEN, Linear
 from runner.ops.attention import window_mask
+from runner.ops.table import Ops
 from runner.weights.module import Module
 from runner.weights.tags import setting, weight
 
@@ -53,6 +54,7 @@ class Indexer(Module):
     index_head_dim: int = setting()
     index_topk: int = setting()
     qk_rope_head_dim: int = setting()
+    ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, latent: mx.array, batch: Batch, cache: KVCache) -> Chosen:
         """What each part of the batch looks at. `x` is `[B, L, hidden_size]`, `latent` `[B, L, q_lora_rank]`."""
@@ -75,13 +77,22 @@ class Indexer(Module):
         if stored.length <= self.index_topk:
             return None
         batches, _, length, _ = queries.shape
-        keys = stored.rows.astype(mx.float32).swapaxes(-1, -2)
+        keys = stored.rows.astype(mx.float32)
         scores = mx.zeros((batches, length, stored.length))
         for first in range(0, queries.shape[1], AT_ONCE):
             heads = slice(first, first + AT_ONCE)
-            scores = scores + mx.sum(mx.maximum(queries[:, heads] @ keys, 0) * weights[:, heads], axis=1)
+            scores = scores + mx.sum(
+                mx.maximum(products(queries[:, heads], keys, self.ops), 0) * weights[:, heads], axis=1
+            )
         scores = mx.where(causal(batch, length, stored.length), scores, -mx.inf)
         return mx.argpartition(scores, kth=-self.index_topk, axis=-1)[..., -self.index_topk :]
+
+
+def products(queries: mx.array, keys: mx.array, ops: Ops) -> mx.array:
+    """Products of queries `[B, heads, L, D]` with keys `[B, 1, S, D]` of all heads: `[B, heads, L, S]`."""
+    if not ops.one_form:
+        return queries @ keys.swapaxes(-1, -2)
+    return ops.linear_each(queries.flatten(1, 2), keys[:, 0]).reshape(*queries.shape[:3], -1)
 
 
 def causal(batch: Batch, queries: int, keys: int) -> mx.array:
@@ -92,14 +103,17 @@ def causal(batch: Batch, queries: int, keys: int) -> mx.array:
     return mask[:, 0] if mask.ndim == 4 else mask
 
 
-def narrowing(choices: Chosen) -> Callable[[int, History, Batch], tuple[History, Batch]]:
-    """What leaves the rows out that a part did not choose: one query reads k rows, several have a mask."""
+def narrowing(choices: Chosen, ops: Ops) -> Callable[[int, History, Batch], tuple[History, Batch]]:
+    """What leaves the rows out that a part did not choose: one query reads k rows, several have a mask.
+
+    Devices of `one_form` always have a mask.
+    """
 
     def narrow(index: int, stored: History, batch: Batch) -> tuple[History, Batch]:
         chosen = choices[index]
         if chosen is None:
             return stored, batch
-        if chosen.shape[1] == 1 and batch.mask is None:
+        if chosen.shape[1] == 1 and batch.mask is None and not ops.one_form:
             rows = chosen[:, :, :, None]
             keys, values = (mx.take_along_axis(part, rows, axis=2) for part in (stored.keys, stored.values))
             return History(keys, values, chosen.shape[2]), batch

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from runner.cache.kv import History, KVCache
+from runner.cache.several import Histories
 from runner.config.base import Config, key
 from runner.config.decoder import DecoderConfig
 from runner.config.memory import Memory, Rows
@@ -21,6 +22,7 @@ from runner.nn.batch import Batch, together
 from runner.nn.fast import RMSNorm, RoPE
 from runner.nn.linear import Linear
 from runner.nn.moe import ExpertLinear
+from runner.ops.table import PORTABLE, Ops
 from runner.weights.module import Module
 from runner.weights.tags import Choice, Chooses, Header, setting, weight
 from runner.weights.tree import Size, Tree, leaves
@@ -172,7 +174,7 @@ class LatentAttention(Module):
 
     The expanded form makes each head's keys and values from the latents with `kv_b_proj`, then attends as usual. With
     few queries it is cheaper to absorb `kv_b_proj`: queries are projected into the latent space, all heads attend to
-    the latents themselves, and the result is projected to values.
+    the latents themselves, and the result is projected to values. Devices of `one_form` have that form only.
     """
 
     rope: RoPE
@@ -194,7 +196,10 @@ class LatentAttention(Module):
     def __post_init__(self) -> None:
         # Unpacked once, here: layers are shared by threads, so that nothing in them may change while they compute.
         if not self.kv_b_proj.changeable:
-            self.kept = self.matrices()
+            to_keys, to_values = self.matrices()
+            if self.attend.ops.one_form:  # lying in memory as `linear_each` reads it, not to be copied for each token
+                to_keys = mx.contiguous(to_keys.swapaxes(-1, -2)).swapaxes(-1, -2)
+            self.kept = to_keys, to_values
 
     def __call__(self, x: mx.array, batch: Batch, cache: KVCache) -> mx.array:
         return self.attended(self.project(x, batch), x, batch, cache)
@@ -212,6 +217,8 @@ class LatentAttention(Module):
         latent, key = mx.split(self.kv_a_proj(x)[:, None], [self.kv_lora_rank], axis=-1)  # [B, 1, L, ...]
         key = self.rope(key, batch.offset, batch.length, once=batch.once)
         stored = cache.append(self.kv_a_layernorm(latent, NORM_EPS), key)
+        if self.attend.ops.one_form and narrow is None and not batch.masked:
+            return self.o_proj(merge_heads(self.absorbed(q, rotary, stored, batch)))
         # The form is chosen, and rows are left out, for each request by itself.
         heads = []
         pieces = zip(batch.parts, stored.each, batch.split(q, 2), batch.split(rotary, 2), strict=True)
@@ -228,6 +235,8 @@ class LatentAttention(Module):
 
     def absorbs(self, queries: int, keys: int) -> bool:
         """Whether the absorbed form needs fewer multiplications, per head, than the expanded one."""
+        if self.attend.ops.one_form:
+            return True
         # Per form: projections by kv_b_proj, then scores and weighted sums.
         both = self.qk_nope_head_dim + self.v_head_dim
         expanded = keys * self.kv_lora_rank * both + queries * keys * (both + self.qk_rope_head_dim)
@@ -243,14 +252,19 @@ class LatentAttention(Module):
         history = History(mx.concatenate([k, shared], axis=-1), v, stored.length)
         return self.attend(mx.concatenate([q, rotary], axis=-1), history, batch)
 
-    def absorbed(self, q: mx.array, rotary: mx.array, stored: History, batch: Batch) -> mx.array:
+    def absorbed(self, q: mx.array, rotary: mx.array, stored: History | Histories, batch: Batch) -> mx.array:
         """Absorbed form of `expanded`: a token's row in the cache serves as key and value of all heads."""
         to_keys, to_values = self.matrices() if self.kept is None else self.kept
-        # Keys are whole rows [latent, rotated key], values only their latents.
+        latents = [self.latents(history) for history in stored.each]
+        history = Histories(tuple(latents), stored.counts) if isinstance(stored, Histories) else latents[0]
+        ops = self.attend.ops
+        gathered = self.attend(mx.concatenate([by_head(q, to_keys, ops), rotary], axis=-1), history, batch)
+        return by_head(gathered, to_values.swapaxes(-1, -2), ops)
+
+    def latents(self, stored: History) -> History:
+        """Keys that are whole rows, a latent and a rotated key, and values that are only the latents."""
         rows = stored.rows
-        history = History(rows, rows[..., : self.kv_lora_rank], stored.length)
-        gathered = self.attend(mx.concatenate([by_head(q, to_keys), rotary], axis=-1), history, batch)
-        return by_head(gathered, to_values.swapaxes(-1, -2))
+        return History(rows, rows[..., : self.kv_lora_rank], stored.length)
 
     def matrices(self) -> tuple[mx.array, mx.array]:
         """The parts of `kv_b_proj` that make keys and values, `[H, qk_nope_head_dim, kv_lora_rank]` and
@@ -261,8 +275,13 @@ class LatentAttention(Module):
         return matrix[:, : self.qk_nope_head_dim], matrix[:, self.qk_nope_head_dim :]
 
 
-def by_head(x: mx.array, matrices: mx.array) -> mx.array:
+def by_head(x: mx.array, matrices: mx.array, ops: Ops = PORTABLE) -> mx.array:
     """Each head's `x` `[B, H, L, D]` times its matrix of `[H, D, E]`: `[B, H, L, E]`."""
+    if ops.one_form:
+        batch, heads, length, size = x.shape
+        rows = x.swapaxes(0, 1).reshape(heads, batch * length, size)
+        found = ops.linear_each(rows, matrices.swapaxes(-1, -2))
+        return found.reshape(heads, batch, length, -1).swapaxes(0, 1)
     if x.shape[0] > 1:
         return x @ matrices
     # With as many dimensions as the matrices have: MLX copies what it broadcasts, all heads' matrices for each token.
