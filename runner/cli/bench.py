@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,6 +56,70 @@ Output = Annotated[
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot t/s against depth or batch, as .png or .svg.")]
 
 
+SERVER = "A server (--url)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Options for a server under load, in vLLM's words. None: not given."""
+
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Measure the server at this address instead, by completions of MODEL, or of its first one. A key "
+            "comes from RUNNER_API_KEY.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None
+    num_prompts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Ask N times; default: 64.", rich_help_panel=SERVER)
+    ] = None
+    max_concurrency: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Keep N requests open at once; default: all.", rich_help_panel=SERVER),
+    ] = None
+    request_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Ask X times a second, with exponential gaps (Poisson).", rich_help_panel=SERVER
+        ),
+    ] = None
+    random_input_len: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens of a prompt; default: 256.", rich_help_panel=SERVER)
+    ] = None
+    random_output_len: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens of an answer; default: 64.", rich_help_panel=SERVER)
+    ] = None
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:MS",
+            help="Count the requests that keep within so many ms: ttft, tpot or e2el; may be repeated.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse the others without a server; raises UsageError."""
+        for name, value in vars(self).items():
+            if name != "url" and value is not None and self.url is None:
+                raise UsageError(f"--{name.replace('_', '-')} needs a server: --url http://127.0.0.1:8080")
+
+    def goals(self) -> dict[str, float]:
+        """The goals by their names; raises UsageError."""
+        found: dict[str, float] = {}
+        for each in self.goodput or ():
+            name, _, limit = each.partition(":")
+            try:
+                found[name] = float(limit)
+            except ValueError:
+                name = ""
+            if name not in ("ttft", "tpot", "e2el"):
+                raise UsageError(f"--goodput takes ttft:MS, tpot:MS or e2el:MS, not {each!r}")
+        return found
+
+
 def bench(
     model: Model = None,
     *,
@@ -68,8 +135,13 @@ def bench(
     dtype: DType = None,
     output: Output = "table",
     plot: Plot = None,
+    load: LoadOptions,
 ) -> None:
     """Measure tokens per second. Tests are named as in llama-bench: pp512 prefills, tg128 generates."""
+    load.check()
+    if load.url is not None:
+        ask(load, model if named is None else named, seed, output)
+        return
     from runner.ops import backend
 
     model = named_model(model, named)
@@ -98,6 +170,34 @@ def bench(
         say(written.end())  # after Ctrl-C too: the rows that are there are whole
     if plot is not None and axis is not None:
         report.plot(plot, axis, subject, results)
+
+
+def ask(options: LoadOptions, model: str | None, seed: int, output: str) -> None:
+    """Measure a server."""
+    import asyncio
+
+    from runner.bench.serving import Load, measure, table
+
+    if output not in ("table", "json"):
+        raise UsageError(f"-o {output}: what is measured of a server comes as table or json")
+    if options.request_rate is not None and not 0 < options.request_rate < 1e6:
+        raise UsageError(f"--request-rate must be above 0, not {options.request_rate}")
+    load = Load(
+        str(options.url),
+        model,
+        options.num_prompts or 64,
+        options.max_concurrency,
+        options.request_rate,
+        options.random_input_len or 256,
+        options.random_output_len or 64,
+        seed,
+        os.environ.get("RUNNER_API_KEY"),
+        options.goals(),
+    )
+    result = asyncio.run(measure(load))
+    say(json.dumps(result, indent=2) + "\n" if output == "json" else table(result))
+    if not result["completed"]:
+        raise typer.Exit(1)
 
 
 def say(text: str) -> None:
