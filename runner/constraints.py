@@ -45,9 +45,10 @@ class JsonSchema:
         if isinstance(self.schema, str):
             return _short("JSON schema", self.schema)
         try:
-            return _short("JSON schema", json.dumps(self.schema))
+            text = json.dumps(self.schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"the JSON schema holds what JSON has not: {error}") from error
+        return _short("JSON schema", text)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ lose it here, too, where a grammar begins with one.
 from __future__ import annotations
 
 import copy
-import json
 import re
 import threading
 from collections import OrderedDict
@@ -72,9 +71,7 @@ class Grammars:
                 compile; the model has no token that ends an answer, or reasons in a form that cannot be told apart.
         """
         lead = lead_of(separator, self._tokenizer, self._piece)
-        with self._lock:
-            matcher = self._matcher(constraint).deep_copy()
-        return Guide(matcher, -(-self._vocab_size // 32), self._ends, lead)
+        return Guide(self._matcher(constraint), -(-self._vocab_size // 32), self._ends, lead)
 
     def _piece(self, token: int) -> tuple[str, bool]:
         """The text of a token, whole characters of it, and whether it is special."""
@@ -84,16 +81,20 @@ class Grammars:
         return self._tokenizer.decode([token], skip_special_tokens=False), False
 
     def _matcher(self, constraint: Constraint) -> llguidance.LLMatcher:
+        """A matcher at the start of the constraint's grammar, which is compiled unless it is kept."""
         # By its text: a schema may be a dictionary that is changed later.
         key = constraint.text if isinstance(constraint, JsonSchema) else constraint
-        found = self._compiled.pop(key, None)
-        if found is None:
+        with self._lock:
             vocabulary = self._read()
-            found = _within(SECONDS, lambda: _compile(constraint, vocabulary))
-        self._compiled[key] = found
-        if len(self._compiled) > KEPT:
-            self._compiled.popitem(last=False)
-        return found
+            kept = self._compiled.get(key)
+        if kept is None:  # not under the lock: others need not wait for a grammar that takes its time
+            kept = _within(SECONDS, lambda: _compile(constraint, vocabulary))
+        with self._lock:
+            self._compiled[key] = kept
+            self._compiled.move_to_end(key)
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+            return kept.deep_copy()
 
     def _read(self) -> llguidance.LLTokenizer:
         if self._vocabulary is None:
@@ -265,7 +266,9 @@ def _compile(constraint: Constraint, vocabulary: llguidance.LLTokenizer) -> llgu
         text = constraint.text if isinstance(constraint, JsonSchema) else '{"type": "object"}'
         grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
     elif isinstance(constraint, Choice):
-        grammar = llguidance.LLMatcher.grammar_from_lark(f"start: {' | '.join(map(json.dumps, constraint.options))}")
+        # One expression, and not a rule: a parser would follow each option by itself.
+        pattern = "|".join(re.sub(r"[\\.+*?()|\[\]{}^$#&~-]", r"\\\g<0>", option) for option in constraint.options)
+        grammar = llguidance.LLMatcher.grammar_from_regex(pattern)
     elif isinstance(constraint, Lark):
         grammar = llguidance.LLMatcher.grammar_from_lark(constraint.grammar)
     else:
