@@ -20,11 +20,13 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf_bytes import Metadata, file_bytes, vocabulary
+from gguf_families import latents
 
 ARCHITECTURES = {
     "granitemoehybrid": "GRANITE_HYBRID", "falcon_h1": "FALCON_H1", "mamba": "MAMBA", "falcon_mamba": "MAMBA",
     "gpt2": "GPT2", "gpt_bigcode": "STARCODER", "gpt_neox": "GPTNEOX", "bloom": "BLOOM", "afmoe": "AFMOE",
     "exaone_moe": "EXAONE_MOE", "hunyuan_v1_moe": "HUNYUAN_MOE", "minicpm3": "MINICPM3", "gemma3n_text": "GEMMA3N",
+    "jais2": "JAIS2", "mellum": "QWEN3MOE", "glm_moe_dsa": "GLM_DSA",
     "mamba2": "MAMBA2", "jamba": "JAMBA", "qwen3_next": "QWEN3NEXT", "gemma4_text": "GEMMA4", "llama4_text": "LLAMA4",
 }  # fmt: skip
 Weights = Mapping[str, np.ndarray]
@@ -127,7 +129,8 @@ def keys_of(config: Metadata) -> dict[str, Any]:
         keys |= gemma3n(config)
     else:
         keys |= others(config)
-    name = gguf.MODEL_ARCH_NAMES[architecture(config)]
+    # The package knows no Mellum yet, whose tensors have Qwen 3 MoE's names.
+    name = family if family == "mellum" else gguf.MODEL_ARCH_NAMES[architecture(config)]
     return {
         "general.architecture": name,
         **{f"{name}.{key}": found for key, found in keys.items() if found is not None},
@@ -167,6 +170,24 @@ def others(config: Metadata) -> dict[str, Any]:
             "expert_used_count": config["moe_topk"][0], "expert_shared_count": config["num_shared_expert"][0],
             "expert_feed_forward_length": config["moe_intermediate_size"][0],
             "expert_shared_feed_forward_length": config["intermediate_size"],
+        }  # fmt: skip
+    if family == "mellum":
+        full, local = (config["rope_parameters"][f"{kind}_attention"] for kind in ("full", "sliding"))
+        return {
+            "attention.sliding_window": config["sliding_window"],
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+            "rope.freq_base": full["rope_theta"], "rope.freq_base_swa": local["rope_theta"],
+            "rope.scaling.type": "yarn", "rope.scaling.factor": full["factor"],
+            "rope.scaling.original_context_length": full["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": full["beta_fast"], "rope.scaling.yarn_beta_slow": full["beta_slow"],
+        }  # fmt: skip
+    if family == "jais2":
+        return {"attention.layer_norm_epsilon": config["layer_norm_eps"], "rope.dimension_count": config["head_dim"]}
+    if family == "glm_moe_dsa":
+        sizes = {"head_count": "index_n_heads", "key_length": "index_head_dim", "top_k": "index_topk"}
+        return {
+            **latents(config), **{f"attention.indexer.{key}": config[name] for key, name in sizes.items()},
+            "attention.indexer.types": [True] * config["num_hidden_layers"],
         }  # fmt: skip
     if family not in ("afmoe", "exaone_moe"):
         return {}
@@ -279,6 +300,10 @@ def split(name: str, array: np.ndarray, config: Metadata) -> dict[str, np.ndarra
         return {name.removeprefix("transformer."): by_head.swapaxes(0, 1).reshape(array.shape)}
     if name.endswith("expert_bias"):
         return {f"{name}.bias": array}
+    if family == "glm_moe_dsa" and name.endswith("kv_b_proj.weight"):
+        heads = array.reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
+        keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
+        return {name.replace("kv_b", "k_b"): keys.swapaxes(1, 2), name.replace("kv_b", "v_b"): values}
     if name.endswith("correct_output_scale"):
         return {f"{name}.weight": array}
     if family == "gemma4_text" and (name.endswith("layer_scalar") or ".experts." in name):
@@ -332,8 +357,11 @@ def write(path: Path, config: Metadata, weights: Weights, **changes: Any) -> Pat
             else:
                 found = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if found is None:
-                assert name.startswith("mtp.") or name.endswith(
-                    (".attn.bias", "attention.bias", "masked_bias", "inv_freq")
+                beyond = re.match(r"model\.layers\.(\d+)\.", name)
+                assert (
+                    name.startswith("mtp.")
+                    or (beyond and int(beyond[1]) >= layers_of(config))
+                    or name.endswith((".attn.bias", "attention.bias", "masked_bias", "inv_freq"))
                 ), name
                 continue
             tensors[found] = (np.ascontiguousarray(array, np.float32), Type.F32)

@@ -108,6 +108,7 @@ class Architecture:
         attends: some layers attend, so that there are heads.
         sized: the sizes of heads are read as most architectures have them; otherwise, `own` reads them.
         rotates: RoPE is read as most architectures have it; otherwise, `own` reads it, or there is none.
+        rope_by_type: layers with a window have a base of their own, and RoPE that nothing stretches.
         own: settings that are worked out of several keys, or of the tensors; they are read before all others.
         predicts: files may have layers for multi-token prediction behind the others, which are left unread.
         rstrip: where not None, control tokens take the white space after them, except these tokens (as in the family's
@@ -151,6 +152,7 @@ class Architecture:
     attends: bool = True
     sized: bool = True
     rotates: bool = True
+    rope_by_type: bool = False
     own: Callable[[Reader], dict[str, Any]] | None = None
     predicts: bool = False
     rstrip: tuple[str, ...] | None = None

@@ -198,6 +198,19 @@ DENSE: Mapping[str, Architecture] = {
         flags=names.BIASES,
         norms_plus_one=True,
     ),
+    "jais2": Architecture(
+        model_type="jais2",
+        class_name="Jais2ForCausalLM",
+        blocks={
+            **names.ATTENTION,
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        keys=names.LAYER_NORM,
+        fixed={"hidden_act": "relu2"},
+        flags=names.BIASES,
+    ),
     "phi2": Architecture(
         model_type="phi",
         class_name="PhiForCausalLM",

@@ -18,6 +18,15 @@ def llama4(reader: Reader) -> dict[str, Any]:
     }
 
 
+def indexed(reader: Reader) -> dict[str, Any]:
+    """Which layers of a GLM-5 have an indexer of their own: in older files, which do not say, all but in GLM-5.2."""
+    flags = reader.each("attention.indexer.types")
+    if flags is None and (reader.number("context_length") or 0) >= 1 << 20:
+        raise reader.error("attention.indexer.types is missing in a file of GLM-5.2")
+    flags = [1] * reader.layers if flags is None else flags
+    return {"indexer_types": ["full" if flag else "shared" for flag in flags]}
+
+
 def minicpm3(reader: Reader) -> dict[str, Any]:
     """The sizes of MiniCPM 3's latent attention; values have a head's share of the hidden size."""
     key, rotated = reader.needs("attention.key_length"), reader.needs("rope.dimension_count")
@@ -268,11 +277,7 @@ MIXTURES: Mapping[str, Architecture] = {
         model_type="minicpm3",
         class_name="MiniCPM3ForCausalLM",
         blocks={**names.LATENTS, **names.GATED},
-        keys={
-            **names.RMS,
-            "attention.kv_lora_rank": "kv_lora_rank",
-            "attention.q_lora_rank": "q_lora_rank",
-        },
+        keys={**names.RMS, **names.LATENT_RANKS},
         # What llama.cpp has for all files.
         fixed={"hidden_act": "silu", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
         sized=False,
@@ -375,6 +380,37 @@ MIXTURES: Mapping[str, Architecture] = {
         whole={"exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias"},
         only=names.SIGMOID,
     ),
+    "mellum": Architecture(
+        model_type="mellum",
+        class_name="MellumForCausalLM",
+        blocks={**names.ATTENTION, **names.QK_NORMS, **names.EXPERTS, "ffn_norm": "post_attention_layernorm"},
+        keys={
+            **names.RMS,
+            **names.CHOSEN,
+            **names.WINDOW,
+            "expert_count": "num_experts",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        fixed={"hidden_act": "silu", "norm_topk_prob": True},
+        flags={"attention_bias": "blk.0.attn_q.bias"},
+        needed=frozenset({"attention.sliding_window"}),
+        window_period=1,
+        rope_by_type=True,
+    ),
+    "glm-dsa": Architecture(
+        model_type="glm_moe_dsa",
+        class_name="GlmMoeDsaForCausalLM",
+        blocks={**names.LATENTS, **names.GATED, **names.EXPERTS, **names.SHARED_EXPERTS, **names.INDEXER},
+        keys={**names.RMS, **names.BALANCED, **names.LATENT_RANKS, **names.INDEXER_SIZES},
+        fixed={"hidden_act": "silu", "num_nextn_predict_layers": 0},
+        whole=names.CORRECTION,
+        truths=names.NORMALIZED,
+        needed=frozenset({"expert_gating_func", "attention.kv_lora_rank", "rope.dimension_count"}),
+        head_dim=False,
+        latent=True,
+        predicts=True,
+        own=indexed,
+    ),
     "deepseek2": Architecture(
         model_type="deepseek_v2",
         class_name="DeepseekV2ForCausalLM",
@@ -382,8 +418,7 @@ MIXTURES: Mapping[str, Architecture] = {
         keys={
             **names.RMS,
             **names.BALANCED,
-            "attention.kv_lora_rank": "kv_lora_rank",
-            "attention.q_lora_rank": "q_lora_rank",
+            **names.LATENT_RANKS,
         },
         fixed={
             "hidden_act": "silu",

@@ -214,6 +214,13 @@ class _Metadata:
             self.heads(config)
         if table.rotates:
             self.rope(config)
+        if table.rope_by_type:
+            base, scaling = config.pop("rope_theta"), config.pop("rope_scaling", None) or {"rope_type": "default"}
+            windowed = float(self.number("rope.freq_base_swa") or base)
+            config["rope_parameters"] = {
+                "full_attention": {**scaling, "rope_theta": base},
+                "sliding_attention": {"rope_type": "default", "rope_theta": windowed},
+            }
         for name, other in table.renames.items():
             value = config.pop(name, None)
             if other is not None and value is not None:
@@ -328,7 +335,8 @@ class _Metadata:
         if scores not in (1, 2):
             raise self.error(f"{self.prefix}expert_gating_func is {scores}, expected 1 (softmax) or 2 (sigmoid)")
         if scores == 2:
-            config |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+            if self.architecture.model_type == "deepseek_v2":
+                config |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
             if "n_group" not in config or "topk_group" not in config:
                 # Files from before 2025-11, of which nobody can tell whether the model has groups.
                 raise self.error(f"{self.prefix}expert_group_count is missing; a newer converter writes it")
@@ -339,7 +347,8 @@ class _Metadata:
         """Set `rope_theta` and `rope_scaling`: from the file's tables of factors if there are any, else from keys."""
         config["rope_theta"] = float(self.number("rope.freq_base") or self.number("rope.global.freq_base") or 10000.0)
         local = self.number("rope.freq_base_swa")
-        if local not in (None, config["rope_theta"]) and "rope.freq_base_swa" not in self.architecture.keys:
+        read = self.architecture.rope_by_type or "rope.freq_base_swa" in self.architecture.keys
+        if local not in (None, config["rope_theta"]) and not read:
             raise self.error(f"{self.prefix}rope.freq_base_swa is {local}, but {config['rope_theta']} without a window")
         tables = [name for name in ROPE_TENSORS if name in self.container.tensors]
         kind, factor = self.get("rope.scaling.type"), self.number("rope.scaling.factor")

@@ -25,6 +25,7 @@ WHOLE = (
     "granitemoehybrid-base", "mamba-base", "mamba-v5", "falcon_mamba-base", "mamba2-base", "jamba-base",
     "qwen3_next-base", "gemma4_text-base", "gemma4_text-large", "gemma4_text-moe", "gpt2-base", "gpt_bigcode-base",
     "gpt_neox-base", "gpt_neox-sequential", "bloom-base", "gemma3n_text-base",
+    "jais2-base", "glm_moe_dsa-base", "mellum-base",
 )  # fmt: skip
 CUT: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h-base", [0, 2, 3, 4], {"hybrid_override_pattern": "M*M-"}),
@@ -67,6 +68,9 @@ def test_logits_are_those_from_safetensors(name: str, tmp_path: Path) -> None:
     assert error(open_loaded(tmp_path / "out", dtype="float32").logits(IDS), wanted) < TOLERANCE
 
 
+TYPES = "glm-dsa.attention.indexer.types"
+
+
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
@@ -83,6 +87,7 @@ def test_logits_are_those_from_safetensors(name: str, tmp_path: Path) -> None:
         ("gemma4_text-base", "gemma4.attention.sliding_window_pattern", None, "is missing"),
         ("gemma3n_text-base", "gemma3n.altup.active_idx", 3, "stream 3 of 3"),
         ("gemma3n_text-base", "gemma3n.activation_sparsity_scale", [1.0], "expected a number for each of 5 layers"),
+        ("glm_moe_dsa-base", "glm-dsa.context_length", 1 << 20, "indexer.types is missing"),
         ("gpt_bigcode-base", "starcoder.attention.head_count_kv", 2, "2 keys for 4 heads"),
         ("gpt_neox-base", "gptneox.attention.head_count", 5, "96 rows do not divide into 5 heads"),
     ],
@@ -90,7 +95,7 @@ def test_logits_are_those_from_safetensors(name: str, tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(name: str, key: str, value: Any, message: str, tmp_path: Path) -> None:
     config, weights = Checkpoint.open(FAMILIES / name).config, writer.weights_of(FAMILIES / name)
     with pytest.raises(CheckpointError, match=message):
-        GGUF.open(hybrids.write(tmp_path / "m.gguf", config, weights, **{key: value}))
+        GGUF.open(hybrids.write(tmp_path / "m.gguf", config, weights, **{key: value, TYPES: None}))
 
 
 def test_the_kinds_of_a_nemotrons_layers(tmp_path: Path) -> None:
