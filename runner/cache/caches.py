@@ -220,6 +220,17 @@ def copied(edge: Edge) -> Edge:
     return edge._replace(rows=tuple({name: gathered([array]) for name, array in r.items()} for r in edge.rows))
 
 
+def joined(edges: Sequence[Edge]) -> Edge:
+    """One edge of those that follow on each other, all of which have the same powers: a copy."""
+    first, last = edges[0], edges[-1]
+    rows = zip(*(edge.rows for edge in edges), strict=True)
+    return Edge(
+        first.first,
+        last.last,
+        tuple({name: gathered([one[name] for one in each]) for name in each[0]} for each in rows),
+    )
+
+
 def agreeing(edges: Sequence[Edge]) -> int:
     """How many of the first `edges` can be held together: those whose channels have the first one's powers.
 

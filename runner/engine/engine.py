@@ -6,11 +6,11 @@ that computes is; between two of them it does what others ask of it.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
@@ -20,10 +20,14 @@ from runner.engine.loaded import CLOSED, Loaded
 from runner.engine.prefixes import PrefixStats
 from runner.engine.sampling import SamplingParams
 from runner.engine.scheduler import MOST, Scheduler
+from runner.engine.sharing import Disk
 from runner.engine.speculation import Guide, Proposer
 from runner.engine.ticket import Ended, Mailbox, Order, Ticket
 from runner.errors import BackendError, UsageError
 from runner.ops.owner import OWNER
+
+DISK = 8 << 30
+"""Bytes of kept prefixes on disk, where a directory for them is given and nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Status:
 class Worker:
     """One model's scheduler, and what makes it move."""
 
-    def __init__(self, loaded: Loaded, budget: Budget, rows: int, prefixes: int) -> None:
+    def __init__(self, loaded: Loaded, budget: Budget, rows: int, prefixes: int, disk: Disk | None) -> None:
         self.loaded = loaded
         self.budget = budget
         self.error: BaseException | None = None
@@ -64,7 +68,7 @@ class Worker:
         self._moved = time.monotonic()
 
         def job() -> tuple[Scheduler, Footprint]:
-            scheduler = Scheduler(loaded, budget, rows=rows, prefixes=prefixes)
+            scheduler = Scheduler(loaded, budget, rows=rows, prefixes=prefixes, disk=disk)
             return scheduler, scheduler.footprint
 
         self._scheduler, self.footprint = loaded.run(job)
@@ -101,7 +105,15 @@ class Worker:
 
     def close(self, error: BaseException) -> None:
         """End every request with `error`, once the step under way has ended."""
-        OWNER.finish(functools.partial(self._fail, error))
+
+        def job() -> None:
+            try:
+                if self.error is None:
+                    self._scheduler.keep()
+            finally:
+                self._fail(error)
+
+        OWNER.finish(job)
 
     def _poke(self) -> None:
         """Have the scheduler look at its requests, from any thread."""
@@ -161,6 +173,8 @@ class Engine:
         memory: int | None = None,
         rows: int = MOST,
         prefixes: int | None = None,
+        cache_dir: Path | None = None,
+        cache_size: int = DISK,
     ) -> None:
         """Make one that has no requests yet.
 
@@ -172,9 +186,13 @@ class Engine:
             prefixes: bytes of it, for each model, that what was computed for earlier requests may take beside those
                 under way, for later ones that begin alike; 0: none; None: half of what the weights leave. They go
                 first where requests need the memory.
+            cache_dir: a directory, of your own alone, for kept prefixes that memory has no room for, and for all there
+                are at the end; another engine over the same models finds them there. None: they are let go.
+            cache_size: bytes of all files in it at most; those that were used longest ago go first.
 
         Raises:
-            UsageError: there is no model, a number is out of range, or the weights alone need more memory.
+            UsageError: there is no model, a number is out of range, the weights alone need more memory, or others may
+                write into `cache_dir`.
         """
         named = {"": models} if isinstance(models, Loaded) else dict(models)
         if not named:
@@ -185,6 +203,9 @@ class Engine:
             raise UsageError(f"memory must be a number of bytes, or None, not {memory!r}")
         if prefixes is not None and (type(prefixes) is not int or prefixes < 0):
             raise UsageError(f"prefixes must be a number of bytes, or None, not {prefixes!r}")
+        if type(cache_size) is not int or cache_size < 1:
+            raise UsageError(f"cache_size must be a number of bytes, not {cache_size!r}")
+        disk = None if cache_dir is None else Disk(Path(cache_dir), cache_size)
         device = next(iter(named.values())).device.mlx
         self.budget = Budget.of_machine(device) if memory is None else Budget(memory)
         self.budget.weights = sum(loaded.nbytes for loaded in named.values())
@@ -193,7 +214,7 @@ class Engine:
                 f"the weights take {self.budget.weights / 1e6:.1f} MB, and {self.budget.limit / 1e6:.1f} MB are allowed"
             )
         kept = self.budget.room // 2 if prefixes is None else prefixes
-        self._workers = {name: Worker(loaded, self.budget, rows, kept) for name, loaded in named.items()}
+        self._workers = {name: Worker(loaded, self.budget, rows, kept, disk) for name, loaded in named.items()}
 
     def __repr__(self) -> str:
         states = [self.status(name) for name in self._workers]

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from runner.cache.caches import Caches, Marks, copied, part
 from runner.cache.mark import Edge
+
+if TYPE_CHECKING:
+    from runner.engine.prefix_files import Stored
 
 
 class Node:
@@ -23,11 +26,12 @@ class Node:
         edge: a copy of the rows; None while the caches of a sequence hold them, or where nothing keeps rows.
         marks: what windows and states need to be at `end`; None: only its sequences' own caches can be there, if at
             all.
+        file: where on disk its rows are, and perhaps its marks; rows of other nodes may lie in the same file.
         used: when a request last came by, as a count of events.
         marked: when `marks` were made or last come back to.
     """
 
-    __slots__ = ("_edge", "_marks", "_sizes", "children", "ids", "lines", "marked", "parent", "start", "used")
+    __slots__ = ("_edge", "_marks", "_sizes", "children", "file", "ids", "lines", "marked", "parent", "start", "used")
 
     def __init__(self, ids: Sequence[int] = (), parent: Node | None = None) -> None:
         self.parent = parent
@@ -37,6 +41,7 @@ class Node:
         self.lines: set[Kept] = set()
         self._edge: Edge | None = None
         self._marks: Marks | None = None
+        self.file: Stored | None = None
         self._sizes = [0, 0]  # their bytes: looked at after every change of the tree, while adding up takes a while
         self.used = self.marked = 0
         if parent is not None:
@@ -75,6 +80,21 @@ class Node:
     def nbytes(self) -> int:
         """Bytes of the copied rows and the marks."""
         return self._sizes[0] + self._sizes[1]
+
+    @property
+    def marked_on_disk(self) -> bool:
+        """Whether `file` has the marks of this node's end."""
+        return self.file is not None and self.file.marked and self.file.last == self.end
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether windows and states can be brought to its end."""
+        return self._marks is not None or self.marked_on_disk
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether memory is held for it."""
+        return bool(self.lines) or self.nbytes > 0
 
     def up(self) -> Iterator[Node]:
         """This node and those above it, without the root."""
@@ -121,7 +141,7 @@ class Node:
         """Cut after the first `count` tokens: they become a node of their own, above this one, which is returned."""
         assert self.parent is not None and 0 < count < len(self.ids)
         upper = Node(self.ids[:count], self.parent)  # takes this one's place among the parent's children
-        upper.lines, upper.used = set(self.lines), self.used
+        upper.lines, upper.used, upper.file = set(self.lines), self.used, self.file
         if self.edge is not None:
             middle = upper.end
             upper.edge = copied(part(self.edge, self.start, middle))

@@ -8,14 +8,19 @@ that owns the device, between two passes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches, Marks, agreeing, copied, part
+from runner.cache.caches import Caches, Marks, agreeing, copied, joined, part
 from runner.cache.mark import Edge
 from runner.engine.prefix_tree import Found, Kept, Node, alike
+
+if TYPE_CHECKING:  # read by who keeps prefixes on disk
+    from runner.engine.prefix_files import Listed, PrefixFiles, Stored
 
 SPACING = 4096
 """Tokens of a long prompt between two marks."""
@@ -32,6 +37,8 @@ class PrefixStats:
         evicted: tokens that were let go, to hold the byte budget or to make room.
         nbytes: bytes held now, beside what requests use.
         budget: the most bytes that are held.
+        restored: tokens of those reused that were read from disk.
+        note: why nothing more is written to disk; None where it is, or was not asked for.
     """
 
     requests: int
@@ -40,6 +47,8 @@ class PrefixStats:
     evicted: int
     nbytes: int
     budget: int
+    restored: int = 0
+    note: str | None = None
 
     @property
     def read(self) -> int:
@@ -54,12 +63,13 @@ class Prefixes:
     In between they are its own, and others can still begin with the part of its prompt that was read.
     """
 
-    def __init__(self, new_caches: Callable[[], Caches], budget: int) -> None:
-        """Keep nothing yet.
+    def __init__(self, new_caches: Callable[[], Caches], budget: int, files: PrefixFiles | None = None) -> None:
+        """Keep nothing yet but what lies on disk.
 
         Args:
             new_caches: makes empty caches of the model.
             budget: the most bytes to hold beside what requests use; 0: nothing is kept.
+            files: where to put what memory has no room for, and what is there at the end.
         """
         empty = new_caches()
         self.budget = budget
@@ -69,8 +79,15 @@ class Prefixes:
         self._roots: dict[Hashable, Node] = {}
         self._lent: set[Kept] = set()
         self._idle: set[Kept] = set()
+        self._files = files
         self._events = 0
-        self._requests = self._tokens = self._reused = self._evicted = self._nbytes = 0
+        self._requests = self._tokens = self._reused = self._evicted = self._nbytes = self._restored = 0
+        if files is not None:
+            listed = list(enumerate(files.listed(), 1))
+            self._events = len(listed)
+            for used, one in sorted(listed, key=lambda pair: pair[1].stored.first):
+                if not self._enter(one, used):
+                    files.remove(one.stored)
 
     def __repr__(self) -> str:
         held = f"{self._nbytes / 1e6:.1f} MB of {self.budget / 1e6:.1f} MB"
@@ -79,7 +96,8 @@ class Prefixes:
     @property
     def stats(self) -> PrefixStats:
         """What was done so far, as of the last call that ended: callable from any thread."""
-        return PrefixStats(self._requests, self._tokens, self._reused, self._evicted, self._nbytes, self.budget)
+        counts = (self._requests, self._tokens, self._reused, self._evicted, self._nbytes, self.budget, self._restored)
+        return PrefixStats(*counts, note=None if self._files is None else self._files.note)
 
     @property
     def nbytes(self) -> int:
@@ -184,8 +202,10 @@ class Prefixes:
         return before - self._nbytes
 
     def clear(self) -> None:
-        """Let go of all that no request uses."""
+        """Let go of all in memory that no request uses."""
+        files, self._files = self._files, None
         self.evict(self._held() + 1)
+        self._files = files
 
     # ---- taking
 
@@ -225,6 +245,10 @@ class Prefixes:
         while place := self._buildable(found):
             found = found.until(place)
             pieces = self._pieces(found)
+            if pieces is None:  # a file was gone, and with it part of the tree
+                ids = [token for node in found.nodes() for token in node.ids][:place]
+                found = root.find(ids)
+                continue
             if (count := agreeing(pieces)) == len(pieces):
                 break
             found = found.until(pieces[count].first)
@@ -242,21 +266,29 @@ class Prefixes:
         """The furthest place that new caches can be brought to."""
         if not self._needs_marks:
             return found.common
-        return max((node.end for node in found.path if node.marks is not None), default=0)
+        return max((node.end for node in found.path if node.has_marks), default=0)
 
-    def _pieces(self, found: Found) -> list[Edge]:
-        """The rows of the tokens that were found: views."""
-        if not self._keeps_rows:
-            return [self._new_caches().rows(0, found.common)]
+    def _pieces(self, found: Found) -> list[Edge] | None:
+        """The rows of the tokens that were found: views. The marks at the end are in memory then. None: try again."""
         pieces: list[Edge] = []
-        for node in reversed(found.nodes()):
+        nodes = found.nodes()
+        read: dict[Stored, Edge] = {}
+        if self._needs_marks and nodes[-1].marks is None:
+            if self._restore(nodes[-1], read) is None:
+                return None
+            self._restored += 0 if self._keeps_rows else found.common
+        for node in reversed(nodes if self._keeps_rows else ()):
             last = min(node.end, found.common)
             if node.lines:  # a sequence's caches hold everything from the first token on
                 pieces.append(next(iter(node.lines)).caches.rows(0, last))
                 break
-            assert node.edge is not None
-            pieces.append(part(node.edge, node.start, last))
-        return pieces[::-1]
+            edge = node.edge
+            if edge is None:
+                if (edge := self._restore(node, read)) is None:
+                    return None
+                self._restored += last - node.start
+            pieces.append(part(edge, node.start, last))
+        return pieces[::-1] or [self._new_caches().rows(0, found.common)]
 
     def _places(self, kept: Kept, parted: int, turns: Collection[int]) -> frozenset[int]:
         if not self._needs_marks or not self.budget:
@@ -304,7 +336,7 @@ class Prefixes:
 
     def _covered(self, node: Node) -> bool:
         """Whether the rows of a node are held somewhere."""
-        return bool(node.lines) or node.edge is not None or not self._keeps_rows
+        return bool(node.lines) or node.edge is not None or node.file is not None or not self._keeps_rows
 
     def _grow(self, kept: Kept, ids: Sequence[int]) -> None:
         """Let the tree know what the caches of a sequence hold by now; `ids` are its tokens."""
@@ -334,8 +366,8 @@ class Prefixes:
             kept.node = node.parent
             node.lines.discard(kept)
             # Where marks are needed, there is no way to tokens behind the last one.
-            own = node.marks is not None if self._needs_marks else wanted
-            if not (node.children or node.lines or (own and (wanted or not self._keeps_rows))):
+            own = node.has_marks if self._needs_marks else wanted
+            if not (node.children or node.lines or node.file or (own and (wanted or not self._keeps_rows))):
                 self._remove(node)
             elif not self._covered(node):
                 node.edge = copied(kept.caches.rows(node.start, node.end))
@@ -357,7 +389,7 @@ class Prefixes:
     def _prune(self, node: Node | None) -> None:
         """Remove a node, and those above it, that lead nowhere any more."""
         while node is not None and node.parent is not None and not node.children and not node.lines:
-            if self._covered(node) and not (self._needs_marks and node.marks is None):
+            if self._covered(node) and not (self._needs_marks and not node.has_marks):
                 return
             node = self._remove(node)
 
@@ -385,16 +417,141 @@ class Prefixes:
     def _drop_oldest(self) -> bool:
         """Let go of the marks or the end of a sequence that were used longest ago."""
         marked = [(n.marked, False, n) for n in self._nodes() if n.marks is not None and (n.children or n.lines)]
-        ends = [(n.used, True, n) for n in self._nodes() if not n.children and not any(one.lent for one in n.lines)]
+        ends = [(n.used, True, n) for n in self._ends() if not any(one.lent for one in n.lines)]
         if not marked and not ends:
             return False
         _, end, node = min([*marked, *ends], key=lambda one: one[:2])
         if not end:
             node.marks = None
             return True
+        self._write(node)
         for kept in list(node.lines):
             self._leave(kept, 0, wanted=False)
             self._idle.discard(kept)
-        if node.attached:
+        if node.file is not None:
+            node.edge = node.marks = None
+        elif node.attached:
             self._prune(self._remove(node))
+        return True
+
+    def _ends(self) -> list[Node]:
+        """The nodes that memory is held for, but none for what follows them."""
+        holding = [node for node in self._nodes() if node.in_memory]
+        inner = {above for node in holding for above in node.up() if above is not node}
+        return [node for node in holding if node not in inner]
+
+    # ---- on disk
+
+    def flush(self) -> None:
+        """Put on disk what memory holds, as far as there is room, and let go of it."""
+        if self._files is not None:
+            room = self._files.limit
+            written: list[Stored] = []
+            for node in sorted(self._ends(), key=lambda one: one.used, reverse=True):
+                made = self._write(node, room)
+                room -= sum(stored.nbytes for stored in made)
+                written += made
+            for stored in reversed(written):  # what was used last is the last to go
+                self._files.touch(stored)
+        self.clear()
+
+    def _write(self, node: Node, room: int | None = None) -> list[Stored]:
+        """Put on disk what only memory holds of the way to the end of `node`; returns the new files.
+
+        One file reaches from a marked place to the next one, or where other files begin.
+        """
+        files = self._files
+        made: list[Stored] = []
+        if files is None or files.note is not None:
+            return made
+        if self._needs_marks and node.marks is None and any(kept.node is node for kept in node.lines - self._lent):
+            self._mark(next(kept for kept in node.lines - self._lent if kept.node is node))
+        if self._needs_marks and not node.has_marks:
+            return made
+        key = next(key for key, root in self._roots.items() if root is node.root)
+        path = list(node.up())[::-1]
+        ids: list[int] = []
+        run: list[Node] = []
+        for above, following in itertools.zip_longest(path, path[1:]):
+            ids += above.ids
+            if above.file is None or (above.marks is not None and not above.marked_on_disk):
+                run.append(above)
+            if run and (following is None or above.marks is not None or following.file is not None):
+                rows = self._rows(run)
+                stored = None if rows is None else files.write(key, ids, rows, above.marks, room)
+                if stored is None:
+                    break
+                for one in run:
+                    one.file = stored
+                made.append(stored)
+                room, run = None if room is None else room - stored.nbytes, []
+        return made
+
+    def _rows(self, run: Sequence[Node]) -> Edge | None:
+        """The rows of nodes that follow on each other, in memory all of them; None: they cannot be held together."""
+        if not self._keeps_rows:
+            return self._new_caches().rows(run[0].start, run[-1].end)
+        if run[-1].lines:
+            return next(iter(run[-1].lines)).caches.rows(run[0].start, run[-1].end)
+        edges: list[Edge] = []
+        for node in run:
+            if node.lines:
+                edges.append(next(iter(node.lines)).caches.rows(node.start, node.end))
+            elif node.edge is not None:
+                edges.append(node.edge)
+        if sum(edge.last - edge.first for edge in edges) != run[-1].end - run[0].start or agreeing(edges) < len(edges):
+            return None
+        return joined(edges)
+
+    def _restore(self, node: Node, read: dict[Stored, Edge]) -> Edge | None:
+        """The rows of a file, and its marks to memory; None: it was lost, and with it part of the tree."""
+        assert self._files is not None and node.file is not None
+        stored = node.file
+        if stored not in read:
+            if (found := self._files.read(stored)) is None:
+                self._lose(stored)
+                return None
+            read[stored], marks = found
+            if marks is not None and node.end == stored.last:
+                node.marks, node.marked = marks, self._now()
+        return read[stored]
+
+    def _lose(self, stored: Stored) -> None:
+        """Forget a file, and what follows on it alone."""
+        assert self._files is not None
+        nodes = list(self._nodes())
+        files = {node.file for node in nodes if node.file is not None}
+        for node in nodes:
+            if node.file is stored:
+                node.file = None
+                if not self._covered(node) and node.attached:
+                    self._remove(node)
+        for node in list(self._nodes()):
+            if node.attached:
+                self._prune(node)
+        for lost in files - {node.file for node in self._nodes()}:
+            self._files.remove(lost)
+
+    def _enter(self, listed: Listed, used: int) -> bool:
+        """Take a file that was found into the tree; false: what it follows on is not there."""
+        ids, stored = listed.ids, listed.stored
+        root = self._roots.setdefault(listed.key, Node())
+        found = root.find(ids[: stored.first])
+        if found.common < stored.first:
+            return False
+        node = found.path[-1] if found.path else root
+        if found.partly is not None:
+            node = found.partly.split(stored.first - found.partly.start)
+        while node.end < stored.last:
+            child = node.children.get(ids[node.end])
+            if child is None:
+                child = Node(ids[node.end :], node)
+            elif (count := alike(child.ids, ids, node.end)) < len(child.ids):
+                child = child.split(count)
+            if child.file is None or (child.end == stored.last and stored.marked):
+                child.file = stored
+            node = child
+        for above in node.up():
+            above.used = max(above.used, used)
+        self._prune(node)
         return True

@@ -16,7 +16,7 @@ from runner.engine.loaded import Loaded
 from runner.engine.passes import Flight, Passes
 from runner.engine.rows import Feed, Row
 from runner.engine.sampler import SamplingState, Token
-from runner.engine.sharing import Sharing
+from runner.engine.sharing import Disk, Sharing
 from runner.engine.speculation import Continuation
 from runner.engine.ticket import Mailbox, Order
 from runner.errors import NumericsError, RunnerError
@@ -45,12 +45,15 @@ SETTLED_EVERY = 256
 class Scheduler:
     """The requests to one model: those that wait, and the rows that are computed."""
 
-    def __init__(self, loaded: Loaded, budget: Budget, *, rows: int = MOST, prefixes: int = 0) -> None:
+    def __init__(
+        self, loaded: Loaded, budget: Budget, *, rows: int = MOST, prefixes: int = 0, disk: Disk | None = None
+    ) -> None:
         """Begin with none; a job of the owner's thread.
 
         Args:
             rows: how many sequences are computed at once at most.
             prefixes: bytes of prefixes to keep for later requests at most.
+            disk: where to keep those that memory has no room for.
         """
         self.loaded = loaded
         self.budget = budget
@@ -61,7 +64,7 @@ class Scheduler:
         self.passes = 0
         self.held = 0  # bytes of their caches, when these were last weighed
         self.memory = Memory(loaded.device.clears)
-        self.sharing = Sharing(loaded, prefixes)
+        self.sharing = Sharing(loaded, prefixes, disk)
         budget.holders += [self, self.sharing.prefixes]
         self._maker = Passes(loaded)
         self._flights: list[Flight] = []
@@ -104,6 +107,13 @@ class Scheduler:
         self.loaded.unwire(self)
         self.held = 0
         return False
+
+    def keep(self) -> None:
+        """Before the end: put what was computed on disk, where there is one."""
+        self._land()
+        for row in self.live:
+            self.sharing.leave(row)
+        self.sharing.prefixes.flush()
 
     def fail(self, error: BaseException) -> None:
         """End every request with `error`."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from runner.engine.loaded import Loaded
 from runner.engine.prefix_tree import alike
@@ -13,13 +15,30 @@ WORTH = 32
 """Tokens of a prompt that another row is about to read, from which on it is waited for: about what a pass costs."""
 
 
+@dataclass(frozen=True)
+class Disk:
+    """A directory to keep prefixes in, and the bytes of all its files at most."""
+
+    directory: Path
+    limit: int
+
+
 class Sharing:
     """The kept prefixes of one model, as its scheduler uses them. A part of the thread that owns the device."""
 
-    def __init__(self, loaded: Loaded, budget: int) -> None:
-        """Keep `budget` bytes of prefixes at most; 0: none."""
+    def __init__(self, loaded: Loaded, budget: int, disk: Disk | None = None) -> None:
+        """Keep `budget` bytes of prefixes in memory at most; 0: none.
+
+        Raises:
+            UsageError: the directory cannot be used.
+        """
         self._loaded = loaded
-        self.prefixes = Prefixes(loaded.new_caches, budget)
+        files = None
+        if disk is not None:
+            from runner.engine.prefix_files import PrefixFiles, fingerprint  # and NumPy, which not every answer needs
+
+            files = PrefixFiles(disk.directory, disk.limit, fingerprint(loaded), loaded.new_caches())
+        self.prefixes = Prefixes(loaded.new_caches, budget, files)
 
     def begin(self, row: Row) -> None:
         """Give a row caches, which hold as much of its ids as there is."""

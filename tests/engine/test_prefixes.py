@@ -6,7 +6,10 @@ The twin of every sequence is the list of its ids, read by empty caches.
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -23,6 +26,7 @@ from hypothesis.stateful import (
 from toy_memories import KINDS, feed, fresh, shown
 
 from runner.cache.caches import Caches
+from runner.engine.prefix_files import PrefixFiles
 from runner.engine.prefix_tree import Kept, Node, alike
 from runner.engine.prefixes import Prefixes
 from runner.ops.device import current
@@ -48,12 +52,18 @@ class Chats(RuleBasedStateMachine):
 
     kind = "rows"
 
-    @initialize(budget=st.sampled_from([900, 20_000, 1 << 30]))
-    def start(self, budget: int) -> None:
-        self.memories, self.budget = KINDS[self.kind], budget
+    @initialize(budget=st.sampled_from([900, 20_000, 1 << 30]), disk=st.sampled_from([None, None, 40_000, 1 << 30]))
+    def start(self, budget: int, disk: int | None) -> None:
+        self.memories, self.budget, self.disk = KINDS[self.kind], budget, disk
+        self.directory = tempfile.TemporaryDirectory()
+        self.open()
+
+    def open(self) -> None:
         # The device's own operation writes in place, whoever else holds the buffer.
-        storage = current().ops.storage
-        self.prefixes = Prefixes(lambda: Caches.of(self.memories, storage), self.budget)
+        new = functools.partial(Caches.of, self.memories, current().ops.storage)
+        place = Path(self.directory.name) / "kept"
+        files = None if self.disk is None else PrefixFiles(place, self.disk, "0" * 64, new())
+        self.prefixes = Prefixes(new, self.budget, files)
         self.holders: list[Holder] = []
         self.said: list[list[int]] = [[]]
         self.kept_ids: list[list[int]] = []  # that were given back
@@ -73,7 +83,9 @@ class Chats(RuleBasedStateMachine):
         ids = [token + 10 * (key == "b") for token in ids]
         kept = self.prefixes.take(ids, key, turns)
         assert kept.reused == kept.caches.offset < len(ids)
-        if not kept.caches.needs_marks and self.budget > 1 << 16:  # all that was ever read, but for what failed
+        if (
+            not kept.caches.needs_marks and self.budget > 1 << 16 and self.disk is None
+        ):  # all that was ever read, but for what failed
             others = [*self.kept_ids, *(holder.ids[: min(holder.fed, holder.prompt)] for holder in self.holders)]
             assert kept.reused == max(alike(other, ids[:-1], 0) for other in [[], *others])
         self.holders.append(Holder(kept, ids, len(ids)))
@@ -124,6 +136,38 @@ class Chats(RuleBasedStateMachine):
         assert freed >= min(nbytes, held) or self.holders
         assert self.prefixes.stats.nbytes == held - freed
 
+    @precondition(lambda self: self.disk is not None and not self.holders)
+    @rule()
+    def restart(self) -> None:
+        self.prefixes.flush()
+        assert self.prefixes.stats.nbytes == 0 and self.prefixes.stats.note is None
+        self.kept_ids, self.read = [], 0
+        self.open()
+
+    @precondition(lambda self: self.disk is not None and self.budget < 1 << 16)
+    @rule(data=st.data())
+    def break_a_file(self, data: st.DataObject) -> None:
+        paths = sorted(Path(self.directory.name).glob("kept/*.safetensors"))
+        if paths:
+            path = data.draw(st.sampled_from(paths))
+            size = path.stat().st_size
+            how = data.draw(st.sampled_from(["gone", "cut", "changed"]))
+            at = data.draw(st.integers(0, size - 1))
+            if how == "gone":
+                path.unlink()
+            elif how == "cut":
+                os.truncate(path, at)
+            else:
+                content = bytearray(path.read_bytes())
+                content[at] ^= 1 << data.draw(st.integers(0, 7))
+                path.write_bytes(content)
+
+    @invariant()
+    def disk_is_within_its_limit(self) -> None:
+        if self.disk is not None:
+            sizes = [path.stat().st_size for path in Path(self.directory.name).glob("kept/*")]
+            assert sum(sizes) <= self.disk
+
     @invariant()
     def tree_is_sound(self) -> None:
         prefixes = self.prefixes
@@ -134,10 +178,11 @@ class Chats(RuleBasedStateMachine):
         for node in nodes:
             assert node.ids and node.attached and node.start == (node.parent.end if node.parent else 0)
             assert prefixes._covered(node)
-            assert node.children or node.lines or node.marks or not prefixes._needs_marks
+            assert node.children or node.lines or node.has_marks or not prefixes._needs_marks
             assert all(child.lines <= node.lines for child in node.children.values())
             assert node.edge is None or (node.edge.first, node.edge.last) == (node.start, node.end)
             assert node.marks is None or node.marks.offset == node.end
+            assert node.file is None or node.file.first <= node.start < node.end <= node.file.last
         for kept in prefixes._lent | prefixes._idle:
             assert kept.caches.offset >= kept.node.end and all(kept in node.lines for node in kept.node.up())
             assert kept.lent or kept.caches.offset == kept.node.end
@@ -150,7 +195,9 @@ class Chats(RuleBasedStateMachine):
         for holder in list(self.holders):
             self.prefixes.give(holder.kept, holder.ids)
         self.prefixes.clear()
-        assert self.prefixes.stats.nbytes == 0 and not self.prefixes._roots and not self.prefixes._idle
+        assert self.prefixes.stats.nbytes == 0 and not self.prefixes._idle
+        assert not self.prefixes._roots or self.disk is not None
+        self.directory.cleanup()
 
 
 @pytest.mark.parametrize("kind", KINDS)
