@@ -167,6 +167,25 @@ def test_guesses_beside_other_requests(engine: Loaded) -> None:
         assert [token.id for token in beside] == held
 
 
+class Late(Scripted):
+    """Free guesses that are right in the middle of an answer only: steps are recorded before, and after."""
+
+    free = True
+
+    def propose(self, most: int, state: SamplingState) -> list[int]:
+        made = len(self.known) - self.start
+        self.asked += 1
+        right = self.text[len(self.known) :][:most]
+        return right if 30 < made < 60 else [(token + 1) % 40 for token in right]
+
+
+def test_guesses_come_and_go_between_recorded_steps(engine: Loaded) -> None:
+    for options in OPTIONS[:2]:
+        ids = [token.id for token in answer(engine, options, 110)]
+        proposer = Late(PROMPT, ids, 0.0)
+        assert [token.id for token in answer(engine, options, 110, proposer)] == ids
+
+
 def test_an_answer_with_guesses_may_be_left_at_any_token(engine: Loaded) -> None:
     """What was guessed beyond it is taken back, or what is read again."""
     ids = [token.id for token in answer(engine, OPTIONS[0], 24)]
