@@ -79,6 +79,7 @@ class ToldBackend:
         self.orders: list[Order] = []
         self.open = 0
         self.made = 0
+        self.moments: list[float] = []
         self.fails: Exception | None = None
         self.dead = False
         self.pause = 0.0
@@ -105,6 +106,7 @@ class ToldBackend:
                 if count == order.max_tokens:
                     return
                 self.made += 1
+                self.moments.append(time.perf_counter())
                 top = order.params.logprobs
                 if top is None:
                     yield Step(Token(token), 0)
