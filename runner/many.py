@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from runner.answer import Answer, Chunk
+from runner.engine.engine import DISK, Status
 from runner.engine.engine import Engine as IdEngine
-from runner.engine.engine import Status
 from runner.engine.scheduler import MOST
 from runner.engine.ticket import Ticket
 from runner.errors import TemplateError, UsageError
@@ -109,6 +110,8 @@ class Engine:
         *,
         memory: int | None = None,
         prefixes: int | None = None,
+        cache_dir: str | Path | None = None,
+        cache_size: int = DISK,
         rows: int = MOST,
     ) -> None:
         """Make one that has no requests yet.
@@ -119,15 +122,27 @@ class Engine:
                 or the control group that it runs in, allows.
             prefixes: bytes of it, for each model, for what earlier answers have computed; None: half of what the
                 weights leave. They go first where answers need the memory.
+            cache_dir: a directory, of your own alone, for kept prefixes that memory has no room for, and for all there
+                are when the engine is closed: another one over the same models begins with them. None: they are let
+                go. All weights are read once more at the start, to know them again.
+            cache_size: bytes of all files in it at most; those that were used longest ago go first.
             rows: how many answers of a model are computed at once at most.
 
         Raises:
-            UsageError: there is no model, one was closed, a number is out of range, or the weights need more memory.
+            UsageError: there is no model, one was closed, a number is out of range, the weights need more memory, or
+                others may write into `cache_dir`.
         """
         self._models = {"": models} if isinstance(models, LanguageModel) else dict(models)
         self._openings: dict[str, int] = {}
         loaded = {name: lm.engine for name, lm in self._models.items()}
-        self._engine = IdEngine(loaded, memory=memory, prefixes=prefixes, rows=rows)
+        self._engine = IdEngine(
+            loaded,
+            memory=memory,
+            rows=rows,
+            prefixes=prefixes,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_size=cache_size,
+        )
 
     def __repr__(self) -> str:
         return repr(self._engine)

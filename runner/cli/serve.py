@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -83,6 +84,15 @@ def size(text: str) -> int:
     if found is None:
         raise typer.BadParameter(f"{text!r} is no size, such as 6GB or 512MiB")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where what was computed is kept: bytes of memory in all, and a directory and the bytes of its files."""
+
+    memory: int | None
+    directory: Path | None
+    size: int | None
 
 
 Config = Annotated[
@@ -165,6 +175,23 @@ def serve(
             rich_help_panel=HOW,
         ),
     ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep what was computed for prompts here, for those that begin alike after a restart.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    cache_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE",
+            parser=size,
+            help="Let the files there take so much; those used longest ago go first. Default: 8GiB.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     dtype: DType = None,
     max_queue: Annotated[
         int,
@@ -227,7 +254,10 @@ def serve(
         raise UsageError(f"--host {host} lets other machines in: set a key (--api-key-file or {KEY}), or say --no-auth")
     if no_auth and options.api_key is not None:
         raise UsageError("--no-auth and a key were given: leave one out")
-    run(names, options, _aliases(alias or (), names), dtype, context, memory)
+    if cache_size is not None and cache_dir is None:
+        raise UsageError("--cache-size is of no use without --cache-dir")
+    kept = Kept(memory, cache_dir, cache_size)
+    run(names, options, _aliases(alias or (), names), dtype, context, kept)
 
 
 def run(
@@ -236,7 +266,7 @@ def run(
     aliases: dict[str, str],
     dtype: str | None,
     context: int | None,
-    memory: int | None,
+    kept: Kept,
 ) -> None:
     """Load the models and serve them."""
     from runner.server.backend import Engines, LocalBackend
@@ -254,7 +284,7 @@ def run(
         loaded[shown] = lm
         aliases = {other: shown if model == name else model for other, model in aliases.items()}
         aliases |= {other: shown for other in (name, lm.name) if other not in (shown, *aliases)}
-    shared = Engines(loaded, memory)
+    shared = Engines(loaded, kept.memory, kept.directory, kept.size)
     models = [Served(LocalBackend(lm, name, shared)) for name, lm in loaded.items()]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

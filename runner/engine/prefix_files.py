@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -323,6 +324,7 @@ class PrefixFiles:
         """Write no more from now on."""
         why = error.strerror or str(error)
         self.note = f"{self.directory}: cannot be written, so that no more prefixes are kept there: {why}"
+        logging.getLogger(__name__).warning(self.note)
 
     def _remove(self, path: Path) -> None:
         with contextlib.suppress(OSError):

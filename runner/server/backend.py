@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from runner.engine.defaults import GenerationDefaults
-from runner.engine.engine import Engine
+from runner.engine.engine import DISK, Engine
 from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
 from runner.text.tokenizer import Tokenizer
@@ -136,14 +137,22 @@ class Backend(Protocol):
 class Engines:
     """The one engine of all models of this process, and another in its place once it has failed."""
 
-    def __init__(self, models: Mapping[str, LanguageModel], memory: int | None = None) -> None:
-        """Make it, for models by their names; `memory` as in `Engine`."""
+    def __init__(
+        self,
+        models: Mapping[str, LanguageModel],
+        memory: int | None = None,
+        cache_dir: Path | None = None,
+        cache_size: int | None = None,
+    ) -> None:
+        """Make it, for models by their names; the rest as in `Engine`."""
         self._models = dict(models)
         self._memory = memory
+        self._cache_dir, self._cache_size = cache_dir, cache_size or DISK
         self.current = self._made()
 
     def _made(self) -> Engine:
-        return Engine({name: lm.engine for name, lm in self._models.items()}, memory=self._memory)
+        models = {name: lm.engine for name, lm in self._models.items()}
+        return Engine(models, memory=self._memory, cache_dir=self._cache_dir, cache_size=self._cache_size)
 
     def restart(self) -> None:
         """End all requests, and begin anew with the same models."""

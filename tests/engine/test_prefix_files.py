@@ -189,7 +189,9 @@ def test_a_broken_file_is_not_used(how: str, when: str, kind: str, tmp_path: Pat
     assert told(opened_at(directory, kind), [*FIRST, 50, 51, 52, 53, 54], kind) == 44 or how == "a directory"
 
 
-def test_a_full_disk_turns_writing_off_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_turns_writing_off_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = tmp_path / "kept"
     prefixes = opened_at(directory)
     told(prefixes, FIRST)
@@ -205,7 +207,7 @@ def test_a_full_disk_turns_writing_off_and_nothing_else(tmp_path: Path, monkeypa
     told(prefixes, [*FIRST[:10], 60])
     prefixes.evict(1 << 40)
     note = prefixes.stats.note
-    assert note is not None and "No space left" in note
+    assert note is not None and "No space left" in note and caplog.messages == [note]
     assert files(directory) == before and not list(directory.glob(".*.tmp"))
     monkeypatch.undo()
     assert told(prefixes, [*FIRST, 50]) == 40  # what is there is still read

@@ -89,6 +89,7 @@ def test_a_socket_for_this_account_alone(tmp_path: Path) -> None:
     ("words", "named"),
     [
         (["--host", "0.0.0.0"], "--no-auth"),
+        (["--cache-size", "1GB"], "--cache-dir"),
         (["--api-key", "x"], "--api-key"),
         (["--alias", "x"], "NAME=MODEL"),
         (["--alias", "x=other"], "other"),
@@ -127,3 +128,23 @@ def test_other_commands_import_none_of_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_was_computed_outlives_the_server(tmp_path: Path) -> None:
+    """SIGTERM puts it on disk, that of an answer under way included; the next server gives the same text from there."""
+    words = (str(FIXTURE), "--port", "0", "--cache-dir", str(tmp_path / "kept"))
+    body = {"prompt": [1, *range(20, 60)], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    long = body | {"prompt": [1, *range(30, 60)], "max_tokens": 60, "stream": True}
+    found = []
+    for _ in range(2):
+        with served(*words) as (process, address, _lines):
+            answer = httpx2.post(f"{address}/v1/completions", json=body, timeout=30).json()
+            found.append((answer["choices"][0]["text"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]))
+            with httpx2.stream("POST", f"{address}/v1/completions", json=long, timeout=30) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                assert list(lines)[-2] == "data: [DONE]"
+            assert process.wait(30) == 0
+    assert found == [(found[0][0], 0), (found[0][0], 40)]
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
