@@ -43,14 +43,18 @@ std::vector<float> everything() {
   auto k = values(kKv * kKeys * kDim, 4);
   for (int l : {1, 30}) {
     auto query = values(kHeads * l * kDim, 5);
-    std::vector<float> out(query.size());
+    std::vector<float> out(query.size()), alone(query.size());
     AttentionArgs a{};
     a.q = query.data(), a.k = a.v = k.data(), a.out = out.data();
     a.b = 1, a.h = kHeads, a.kv = kKv, a.l = l, a.s = kKeys, a.d = a.dv = kDim;
     a.qh = l * kDim, a.ql = kDim, a.kh = a.vh = kKeys * kDim, a.ks = a.vs = kDim;
+    a.oh = l * kDim, a.ol = kDim;
     a.scale = 0.1f, a.causal = true;
-    kernels().attention(a);
+    AttentionArgs two[] = {a, a};  // as two sequences side by side
+    two[1].out = alone.data(), two[1].s = kKeys / 2 + l;
+    kernels().attention(two, 2);
     all.insert(all.end(), out.begin(), out.end());
+    all.insert(all.end(), alone.begin(), alone.end());
   }
   std::vector<int16_t> rows(kKv * (kKeys + 1) * (kDim + 2));
   AppendArgs append{};

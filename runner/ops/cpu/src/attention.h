@@ -367,18 +367,44 @@ struct Work {
   float added[kLanes], key_scale[kLanes], value_scale[kLanes];
 };
 
-// The lanes of a block, whose lane 0 is row `row` of the buffer (perhaps before its first), that row r sees.
-RUNNER_INLINE uint64_t lanes_seen(const AttentionArgs& a, int64_t b, int64_t kv, int64_t r, int64_t row) {
-  const int64_t group = a.h / a.kv, l = r / group;
-  const KeyRange keys = visible(a, l);
-  uint64_t seen = bits_between(keys.first - row, keys.last - row);
-  if (a.mask) {
-    for (uint64_t left = seen; left; left &= left - 1) {
-      const int64_t i = __builtin_ctzll(left);
-      if (mask_at(a, b, kv * group + r % group, l, row + i) == kMinusInf) seen &= ~(uint64_t(1) << i);
-    }
+// Those of the lanes `seen` that the mask leaves to position l of head h; lane 0 is row `row` of the buffer.
+RUNNER_INLINE uint64_t unmasked(const AttentionArgs& a, int64_t b, int64_t h, int64_t l, int64_t row, uint64_t seen) {
+  for (uint64_t left = seen; left; left &= left - 1) {
+    const int64_t i = __builtin_ctzll(left);
+    if (mask_at(a, b, h, l, row + i) == kMinusInf) seen &= ~(uint64_t(1) << i);
   }
   return seen;
+}
+
+// w.seen: the lanes of a block, whose lane 0 is row `row` of the buffer (perhaps before its first), that each of n rows
+// sees. Returns those that any of them sees.
+RUNNER_INLINE uint64_t see(const AttentionArgs& a, int64_t b, int64_t kv, int64_t r0, int n, int64_t row, Work& w) {
+  const int64_t group = a.h / a.kv;
+  int64_t l = r0 / group, g = r0 % group;
+  uint64_t any = 0;
+  for (int r = 0; r < n; ++l, g = 0) {
+    const KeyRange keys = visible(a, l);
+    const uint64_t seen = bits_between(keys.first - row, keys.last - row);
+    for (; g < group && r < n; ++g, ++r) {
+      any |= w.seen[r] = a.mask ? unmasked(a, b, kv * group + g, l, row, seen) : seen;
+    }
+  }
+  return any;
+}
+
+// Lane i: x where bit i is set, else y.
+RUNNER_INLINE VF select_bits(uint64_t bits, VF x, VF y) {
+#if RUNNER_ISA == 512
+  return _mm512_mask_blend_ps((__mmask16)bits, y, x);
+#elif RUNNER_ISA == 2
+  const __m256i places = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)(bits & 255)), places);
+  return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, places)));
+#else
+  const int one = (int)bits;
+  const VI set = VI{one, one, one, one} & VI{1, 2, 4, 8};
+  return set != 0 ? x : y;
+#endif
 }
 
 // e^x for x <= 0, to about 1 ulp: as vexp, with fewer steps. NaN stays, minus infinity gives 0.
@@ -396,11 +422,6 @@ RUNNER_INLINE VF vexp_falling(VF x) {
   return select_lt(x, set1(-87.3f), zero(), p * pow2(n));
 }
 
-// p[i] = to where the row sees no key
-RUNNER_INLINE void hide(uint64_t seen, float to, float* p) {
-  for (uint64_t hidden = ~seen; hidden; hidden &= hidden - 1) p[__builtin_ctzll(hidden)] = to;
-}
-
 // Products of a row become its scores, minus infinity where it sees no key. Returns the greatest.
 RUNNER_INLINE float score_row(const AttentionArgs& a, bool codes, const Work& w, bool added, uint64_t seen, float* p) {
   if (codes || a.softcap != 0.0f || added) {
@@ -414,8 +435,11 @@ RUNNER_INLINE float score_row(const AttentionArgs& a, bool codes, const Work& w,
       store(p + i, s);
     }
   }
-  if (~seen) hide(seen, kMinusInf, p);
   VF m = set1(kMinusInf);
+  if (~seen) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes; i += W) store(p + i, select_bits(seen >> i, load(p + i), set1(kMinusInf)));
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes; i += W) m = vmax(load(p + i), m);
   return hmax(m);
@@ -431,7 +455,10 @@ RUNNER_INLINE float weigh_row(bool codes, const Work& w, uint64_t seen, float mo
     sum = sum + e;
     store(p + i, codes ? e * load(w.value_scale + i) : e);
   }
-  if (codes && ~seen) hide(seen, 0.0f, p);  // a scale that is NaN must not reach those who do not see its row
+  if (codes && ~seen) {  // a scale that is NaN must not reach those who do not see its row
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes; i += W) store(p + i, select_bits(seen >> i, load(p + i), zero()));
+  }
   return hsum(sum);
 }
 
@@ -467,8 +494,7 @@ Lines<F32> copied(const typename T::S* rows, int64_t stride, int64_t d, int64_t 
 // Softmax over the block whose lane 0 is row `row`, for rows [r0, r0 + n) of a pair, to w.block; false: none sees any.
 template <class T>
 bool attend_block(const AttentionArgs& a, int64_t b, int64_t kv, int64_t r0, int n, int64_t row, Work& w) {
-  uint64_t any = 0;
-  for (int r = 0; r < n; ++r) any |= w.seen[r] = lanes_seen(a, b, kv, r0 + r, row);
+  const uint64_t any = see(a, b, kv, r0, n, row, w);
   if (!any) return false;
   const int64_t first = __builtin_ctzll(any), last = 64 - __builtin_clzll(any), group = a.h / a.kv;
   const auto *k = key_row<T>(a, b, kv, row), *v = value_row<T>(a, b, kv, row);
