@@ -75,7 +75,32 @@ class SeveralCaches:
 
     def __init__(self, each: Sequence[Caches], counts: Sequence[int]) -> None:
         self.each = tuple(each)
+        self.counts = tuple(counts)
         self.layers = [_several(given, tuple(counts)) for given in zip(*(one.layers for one in each), strict=True)]
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Tokens that each of them has seen."""
+        return tuple(caches.offset for caches in self.each)
+
+    @property
+    def room(self) -> int:
+        """How many more steps of a token each a recorded one is valid for."""
+        return min(caches.room for caches in self.each)
+
+    def make_room(self, count: int) -> None:
+        """Reallocate rows, where needed, so that `room` is at least `count`."""
+        for caches in self.each:
+            caches.make_room(count)
+
+    def ahead(self, count: int) -> SeveralCaches:
+        """A copy with `count` more tokens of each (at most `room`), to build later steps' graphs with."""
+        return SeveralCaches([caches.ahead(count) for caches in self.each], self.counts)
+
+    def advance(self) -> None:
+        """Count one more token of each, which a recorded step has written into the buffers."""
+        for caches in self.each:
+            caches.advance()
 
     @property
     def arrays(self) -> list[mx.array]:

@@ -67,14 +67,13 @@ class Passes:
         self._loaded = loaded
         self._ops = loaded.device.ops
         self._sampler = Sampler(self._ops)
-        self._several: SeveralCaches | None = None  # of the last pass of single tokens
+        self._several: tuple[SeveralCaches, Steps] | None = None  # of the last passes, while the rows are the same
 
     def launch(self, feeds: Sequence[tuple[Row, Feed]]) -> Flight:
         """Begin a pass; the caches of the rows go forward by what they are fed."""
         fed = [row for row, feed in feeds if feed.ids is not None]
-        first, feed = feeds[0]
-        alone = len(feeds) == 1 and feed.ids is None and not (first.course is not None and first.course.watched)
-        logits = self._step(first, feed) if alone else self._read(feeds)
+        watched = any(row.course is not None and row.course.watched for row, _ in feeds)
+        logits = self._read(feeds) if fed or watched else self._step([row for row, _ in feeds])
         # Behind what others wait for: a prompt's last layers have nobody else who asks for their rows.
         waits = [array for row in fed if row.caches is not None for array in row.caches.arrays]
         read = sum(feed.count for _, feed in feeds if feed.ids is not None)
@@ -104,25 +103,32 @@ class Passes:
         flight.logits = None
         self._ops.schedule(*[array for array in flight.sampled if array is not None], *flight.waits)
 
-    def _step(self, row: Row, feed: Feed) -> mx.array:
-        """Logits `[1, V]` behind the token that was picked last, of a row that is alone."""
-        assert row.caches is not None and feed.picks == 1
-        if row.steps is None:
-            row.steps = Steps(self._loaded.model, row.caches, self._ops)
-        return row.steps(self._picked([row])[None])
+    def _step(self, rows: list[Row]) -> mx.array:
+        """Logits `[R, V]` behind the tokens that were picked last."""
+        each = [row.caches for row in rows if row.caches is not None]
+        if len(each) == 1:
+            if rows[0].steps is None:
+                rows[0].steps = Steps(self._loaded.model, each[0], self._ops)
+            return rows[0].steps(self._picked(rows)[None])
+        if self._several is None or not _same(self._several[0].each, each):
+            caches = SeveralCaches(each, [1] * len(each))
+            self._several = (caches, Steps(self._loaded.model, caches, self._ops))
+        return self._several[1](self._picked(rows)[None])
 
     def _read(self, feeds: Sequence[tuple[Row, Feed]]) -> mx.array | None:
         """Logits `[R, V]` of the rows that pick a token; None: there are none."""
         model, rows = self._loaded.model, [row for row, _ in feeds]
         for row in rows:
             row.steps = None
+        self.forget()
         segments = [Segment(feed.count, row.offset, feed.length) for row, feed in feeds]
         ids = self._ids(feeds)
         if len(feeds) == 1:
             assert rows[0].caches is not None
             hidden = model(Batch(ids, rows[0].offset, segments[0].length), rows[0].caches)
         else:
-            hidden = model(Batch.of(ids, segments), self._caches(rows, [segment.count for segment in segments]))
+            each = [row.caches for row in rows if row.caches is not None]
+            hidden = model(Batch.of(ids, segments), SeveralCaches(each, [segment.count for segment in segments]))
         last: list[int] = []
         start = 0
         for (row, feed), segment in zip(feeds, segments, strict=True):
@@ -169,16 +175,6 @@ class Passes:
                 of = one[0]
                 places.append(one[1])
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-    def _caches(self, rows: list[Row], counts: list[int]) -> SeveralCaches:
-        """What the layers are given; kept from one pass of single tokens to the next, while the rows are the same."""
-        each = [row.caches for row in rows if row.caches is not None]
-        single = all(count == 1 for count in counts)
-        if single and self._several is not None and _same(self._several.each, each):
-            return self._several
-        made = SeveralCaches(each, counts)
-        self._several = made if single else None
-        return made
 
     def forget(self) -> None:
         """Let go of the caches of rows that have ended."""

@@ -21,6 +21,7 @@ from runner.engine.scheduler import Scheduler
 from runner.engine.ticket import Ticket
 from runner.errors import BackendError, NumericsError, UsageError
 from runner.nn.batch import Batch
+from runner.ops.device import current
 
 
 @pytest.fixture
@@ -305,3 +306,16 @@ def test_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_arguments(engine: Engine, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         engine.submit(**{"max_tokens": 1, **arguments})
+
+
+@pytest.mark.skipif(current().ops.recorder is None, reason="this device records nothing")
+def test_steps_of_several_rows_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nobody joins or leaves; and what is replayed is what is built."""
+    loaded = opened("rows")
+    gate = Gate(loaded, monkeypatch)
+    gate.opened.set()
+    asked = prompts(loaded, (5, 9, 2))
+    with Engine(loaded) as engine:
+        found = [ids(ticket) for ticket in [engine.submit(p, max_tokens=100) for p in asked]]
+    assert gate.passes < 60
+    assert found == [naive(loaded, p, 100) for p in asked]

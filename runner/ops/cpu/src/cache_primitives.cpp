@@ -34,7 +34,7 @@ AttentionArgs attention_args(const mx::array& q, const mx::array& k, const mx::a
   a.qb = sq[0], a.qh = sq[1], a.ql = sq[2];
   a.kb = sk[0], a.kh = sk[1], a.ks = sk[2];
   a.vb = sv[0], a.vh = sv[1], a.vs = sv[2];
-  a.ol = a.dv, a.oh = out.shape(2) * a.dv, a.ob = a.h * a.oh;
+  a.ob = out.strides(0), a.oh = out.strides(1), a.ol = out.strides(2);
   a.header = k.shape(2) - 1;
   a.start = is.start;
   a.scale = is.scale, a.softcap = is.softcap;
@@ -59,7 +59,7 @@ class Attention : public CpuPrimitive {
 
   // inputs: q, k, v, (mask [B, H, L, S]), (sinks [H])
   void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
-    mx::array& out = d.allocate(outputs[0]);
+    mx::array& out = d.allocate_by_position(outputs[0]);
     AttentionArgs a = attention_args(inputs[0], inputs[1], inputs[2], out, is_, length_, d);
     size_t next = 3;
     if (is_.mask_kind) {
@@ -114,7 +114,7 @@ class AttentionRows : public CpuPrimitive {
 
   // inputs: q, (sinks [H]), keys and values of each segment
   void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
-    mx::array& out = d.allocate(outputs[0]);
+    mx::array& out = d.allocate_by_position(outputs[0]);
     std::vector<AttentionArgs> list;
     const void* sinks = segments_[0].is.sinks ? d.contiguous(inputs[1]) : nullptr;
     int64_t first = 0;

@@ -67,6 +67,15 @@ class Dispatcher {
     return out;
   }
 
+  // As allocate(), of [B, H, L, D]: in memory a position's heads lie side by side, as the next layer's matrix reads them.
+  mx::array& allocate_by_position(mx::array& out) {
+    const int64_t h = out.shape(1), l = out.shape(2), d = out.shape(3);
+    if (h == 1 || l == 1 || out.size() == 0) return allocate(out);
+    mx::Strides strides{h * l * d, d, h * d, 1};
+    out.set_data(mx::allocator::malloc(out.nbytes()), out.size(), strides, {true, false, false});
+    return out;
+  }
+
   const void* contiguous(const mx::array& a) {
     if (a.flags().row_contiguous) return a.data<void>();
     return copied(a);
