@@ -95,6 +95,7 @@ class DraftModel:
         for index in range(most):
             token = self._sampler(self._fitted(logits), [later]).tokens
             tokens.append(token)
+            self._draft.device.ops.schedule(token)  # before the next step, which may be a recorded one
             if index + 1 < most:
                 logits = self._steps(token.reshape(1, 1))
         guesses: list[int] = mx.concatenate(tokens).tolist()  # type: ignore[assignment]
