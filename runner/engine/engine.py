@@ -6,6 +6,7 @@ that computes is; between two of them it does what others ask of it.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -106,14 +107,17 @@ class Worker:
     def close(self, error: BaseException) -> None:
         """End every request with `error`, once the step under way has ended."""
 
-        def job() -> None:
-            try:
-                if self.error is None:
-                    self._scheduler.keep()
-            finally:
-                self._fail(error)
+        try:
+            # Not by `finish`: where no job runs any more, in a forked child too, nothing can be computed.
+            OWNER.run(self._keep, self.loaded.device.mlx)
+        except BackendError:
+            pass
+        finally:
+            OWNER.finish(functools.partial(self._fail, error))
 
-        OWNER.finish(job)
+    def _keep(self) -> None:
+        if self.error is None:
+            self._scheduler.keep()
 
     def _poke(self) -> None:
         """Have the scheduler look at its requests, from any thread."""

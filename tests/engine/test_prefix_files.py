@@ -279,3 +279,22 @@ def test_a_directory_that_cannot_be_used_is_said_at_once(tmp_path: Path) -> None
     for wrong in (0, -1, 2.5):
         with pytest.raises(UsageError, match="cache_size"):
             Engine(opened("rows"), cache_dir=tmp_path / "kept", cache_size=wrong)  # type: ignore[arg-type]
+
+
+def test_a_forked_child_that_closes_an_engine_ends(tmp_path: Path) -> None:
+    """Nothing can be computed there, nothing is written: it would wait for threads that it does not have."""
+    script = (
+        "import os, signal, sys, pathlib, runner\n"
+        "engine = runner.Engine(runner.load(sys.argv[1]), cache_dir=sys.argv[2])\n"
+        "list(engine.submit([1, 2, 3], max_tokens=2))\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(20)\n"
+        "    engine.close()\n"
+        "    os._exit(3)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3\n"
+        "assert not list(pathlib.Path(sys.argv[2]).glob('*.safetensors'))\n"
+        "engine.close()\n"
+        "assert list(pathlib.Path(sys.argv[2]).glob('*.safetensors'))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, MODELS["rows"], tmp_path / "kept"], cwd=ROOT, check=True)
