@@ -42,3 +42,19 @@ def test_every_path_is_told() -> None:
     for path in paths(Serving([], Options())):
         shown = path.replace(":path", "")
         assert shown in TEXT or path == "/ping", path
+
+
+def test_every_test_that_is_named_is_there() -> None:
+    page = (ROOT / "docs" / "serving_tests.md").read_text(encoding="utf-8")
+    there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "server").glob("*.py"))
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) > 50
+    assert [name for name in named if f"def {name}(" not in there] == []
+
+
+def test_the_clients_are_those_of_the_lock_file() -> None:
+    page = (ROOT / "docs" / "serving_tests.md").read_text(encoding="utf-8")
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    for client in ("openai", "anthropic", "ollama"):
+        (version,) = [line.partition("==")[2] for line in lock if line.startswith(f"{client}==")]
+        assert re.search(rf"{client}\s{re.escape(version)}", page), client
