@@ -102,7 +102,9 @@ class Worker:
         scheduler = self._scheduler
         running, waiting = len(scheduler.live), len(scheduler.waiting) + self._inbox.qsize()
         quiet = time.monotonic() - self._moved if running or waiting else 0.0
-        return Status(self.error, running, waiting, quiet, scheduler.held, scheduler.sharing.prefixes.stats)
+        return Status(
+            self.error, running, waiting, quiet, scheduler.held if running else 0, scheduler.sharing.prefixes.stats
+        )
 
     def close(self, error: BaseException) -> None:
         """End every request with `error`, once the step under way has ended."""
