@@ -27,8 +27,12 @@ ARCHITECTURES = {
     "gpt2": "GPT2", "gpt_bigcode": "STARCODER", "gpt_neox": "GPTNEOX", "bloom": "BLOOM", "afmoe": "AFMOE",
     "exaone_moe": "EXAONE_MOE", "hunyuan_v1_moe": "HUNYUAN_MOE", "minicpm3": "MINICPM3", "gemma3n_text": "GEMMA3N",
     "jais2": "JAIS2", "mellum": "QWEN3MOE", "glm_moe_dsa": "GLM_DSA",
+    "deepseek_v32": "GLM_DSA",
     "mamba2": "MAMBA2", "jamba": "JAMBA", "qwen3_next": "QWEN3NEXT", "gemma4_text": "GEMMA4", "llama4_text": "LLAMA4",
 }  # fmt: skip
+NEWER = {"mellum": "mellum", "deepseek_v32": "deepseek32"}
+"""Architectures that the package does not know yet, whose tensors have the names of those above."""
+
 Weights = Mapping[str, np.ndarray]
 
 
@@ -129,8 +133,7 @@ def keys_of(config: Metadata) -> dict[str, Any]:
         keys |= gemma3n(config)
     else:
         keys |= others(config)
-    # The package knows no Mellum yet, whose tensors have Qwen 3 MoE's names.
-    name = family if family == "mellum" else gguf.MODEL_ARCH_NAMES[architecture(config)]
+    name = NEWER.get(family) or gguf.MODEL_ARCH_NAMES[architecture(config)]
     return {
         "general.architecture": name,
         **{f"{name}.{key}": found for key, found in keys.items() if found is not None},
@@ -183,11 +186,11 @@ def others(config: Metadata) -> dict[str, Any]:
         }  # fmt: skip
     if family == "jais2":
         return {"attention.layer_norm_epsilon": config["layer_norm_eps"], "rope.dimension_count": config["head_dim"]}
-    if family == "glm_moe_dsa":
+    if family in ("glm_moe_dsa", "deepseek_v32"):
         sizes = {"head_count": "index_n_heads", "key_length": "index_head_dim", "top_k": "index_topk"}
         return {
             **latents(config), **{f"attention.indexer.{key}": config[name] for key, name in sizes.items()},
-            "attention.indexer.types": [True] * config["num_hidden_layers"],
+            "attention.indexer.types": [True, True] if family == "glm_moe_dsa" else None,
         }  # fmt: skip
     if family not in ("afmoe", "exaone_moe"):
         return {}
@@ -300,7 +303,7 @@ def split(name: str, array: np.ndarray, config: Metadata) -> dict[str, np.ndarra
         return {name.removeprefix("transformer."): by_head.swapaxes(0, 1).reshape(array.shape)}
     if name.endswith("expert_bias"):
         return {f"{name}.bias": array}
-    if family == "glm_moe_dsa" and name.endswith("kv_b_proj.weight"):
+    if family in ("glm_moe_dsa", "deepseek_v32") and name.endswith("kv_b_proj.weight"):
         heads = array.reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
         keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
         return {name.replace("kv_b", "k_b"): keys.swapaxes(1, 2), name.replace("kv_b", "v_b"): values}

@@ -25,7 +25,7 @@ WHOLE = (
     "granitemoehybrid-base", "mamba-base", "mamba-v5", "falcon_mamba-base", "mamba2-base", "jamba-base",
     "qwen3_next-base", "gemma4_text-base", "gemma4_text-large", "gemma4_text-moe", "gpt2-base", "gpt_bigcode-base",
     "gpt_neox-base", "gpt_neox-sequential", "bloom-base", "gemma3n_text-base",
-    "jais2-base", "glm_moe_dsa-base", "mellum-base",
+    "jais2-base", "glm_moe_dsa-base", "mellum-base", "deepseek_v32-base",
 )  # fmt: skip
 CUT: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h-base", [0, 2, 3, 4], {"hybrid_override_pattern": "M*M-"}),
