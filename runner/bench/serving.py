@@ -116,14 +116,19 @@ class Server:
         reader, writer = await self.open(method, path, body)
         try:
             status = await status_of(reader)
-            chunked = False
+            chunked, length = False, None
             while (line := (await reader.readline()).strip().lower()) != b"":
-                chunked = chunked or line == b"transfer-encoding: chunked"
+                name, _, given = line.partition(b":")
+                chunked = chunked or (name == b"transfer-encoding" and given.strip() == b"chunked")
+                if name == b"content-length":
+                    length = int(given)
             data = b""
             if chunked:
                 while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
                     data += await reader.readexactly(size)
                     await reader.readline()
+            elif length is not None:  # some servers keep the connection open, whatever they are asked
+                data = await reader.readexactly(length)
             else:
                 data = await reader.read()
         finally:
