@@ -6,7 +6,7 @@ Source: arXiv:2412.06464, and `Qwen3NextGatedDeltaNet` in transformers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from runner.cache.recurrent import StateCache
 from runner.config import layer_types
+from runner.config.base import Config
 from runner.config.hybrid import HybridConfig
 from runner.config.memory import State
 from runner.errors import ConfigError
@@ -25,7 +26,9 @@ from runner.nn.short_conv import ShortConv
 from runner.ops.delta_rule import Gates, Recurrence
 from runner.ops.table import Ops
 from runner.weights.module import Module
-from runner.weights.tags import setting, weight
+from runner.weights.tags import Choice, Header, setting, weight
+from runner.weights.transforms import permute_rows
+from runner.weights.tree import Join, Size, Tree
 
 CHANNELS, HEADS = "linear_channels", "linear_num_value_heads"
 KEYS, VALUES = "linear_num_key_heads*linear_key_head_dim", f"{HEADS}*linear_value_head_dim"
@@ -168,3 +171,33 @@ def each_token(ops: Ops, q: mx.array, k: mx.array, v: mx.array, gates: Gates, st
         outputs.append(output)
         states.append(state)
     return mx.concatenate(outputs, axis=1), mx.stack(states)
+
+
+class ByKeyHead(Linear):
+    """A matrix whose rows are sorted by key head: each one's parts one after the other.
+
+    Reading puts the parts in order, each with the rows of all heads: queries, keys, values, z; or b, a. Parts that are
+    stored apart (GGUF: z, and the three others) are in order.
+    """
+
+    @classmethod
+    def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
+        assert isinstance(config, DeltaNetConfig)
+        choice, heads, parts = Linear.choose(tree, shape, headers, config), config.linear_num_key_heads, shape[0]
+        assert isinstance(parts, tuple)
+        if isinstance(tree, Join):
+            return choice
+        if parts[0] == config.linear_channels:
+            keys = heads * config.linear_key_head_dim
+            parts = (keys, keys, parts[0] - 2 * keys, parts[1])
+        order = permute_rows(f"{parts} of {heads} heads", lambda rows: by_part(parts, heads))
+        return Choice(choice.cls, {**choice.scope, "transform": order})
+
+
+def by_part(parts: Sequence[int], heads: int) -> list[int]:
+    """The stored row of each row of the parts, whose rows lie head by head: a share of each part in every head."""
+    shares = [part // heads for part in parts]
+    starts = [sum(shares[:index]) for index in range(len(parts))]
+    head = sum(shares)
+    places = [(h * head + start, share) for start, share in zip(starts, shares, strict=True) for h in range(heads)]
+    return [first + i for first, share in places for i in range(share)]

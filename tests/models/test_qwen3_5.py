@@ -22,7 +22,7 @@ from runner.convert.plan import plan_conversion
 from runner.convert.quantize import QUANTIZATIONS, Quantizer
 from runner.engine.loaded import assemble, open_loaded
 from runner.errors import ConfigError, WeightsError
-from runner.models.qwen3_next import by_part
+from runner.nn.delta_rule import by_part
 
 FAMILIES = TESTS / "fixtures" / "families"
 ADDED = (
