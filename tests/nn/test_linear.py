@@ -63,7 +63,8 @@ def test_a_matrix_of_mixed_dtypes_is_converted(tmp_path: Path) -> None:
     mixed = open_files(rewritten(tmp_path / "mixed", "llama-mlx-4bit", ending(".biases", mx.float32)))
     convert(mixed, tmp_path / "out", dtype="float32")
     found, wanted = (runner.load(path, dtype="float32").logits([5, 6]) for path in (tmp_path / "out", mixed.path))
-    assert mx.allclose(found, wanted, atol=1e-4)
+    # Packed matrices are multiplied with rows of 16 bits.
+    assert mx.allclose(found, wanted, atol=5e-4)
 
 
 @pytest.mark.parametrize("part, dtype", [(".scales", mx.uint8), (".biases", mx.int32)])

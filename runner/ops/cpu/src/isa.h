@@ -11,13 +11,13 @@ struct Int {
 };
 
 #include "simd.h"
-#include "panel.h"
 #include "linear.h"
 #if RUNNER_ISA > 0
+#include "activations.h"
+#include "weight_tile.h"
+#include "quantised_tiles.h"
+#include "quantised_rows.h"
 #include "quantised.h"
-#endif
-#if RUNNER_ISA == 512
-#include "quantised_gemm.h"
 #endif
 #include "attention.h"
 #include "attention_jobs.h"
@@ -29,12 +29,8 @@ struct Int {
 inline void linear(const LinearArgs& a) {
   if (a.m == 0 || a.n == 0) return;
 #if RUNNER_ISA > 0
-  bool layout = a.bits > 0 && (a.group == 32 || a.group == 64 || a.group == 128);
-  if (a.format == Format::mxfp8 || a.format == Format::nvfp4) layout = false;
-  if (layout && a.m <= kFewRows && quant_gemv(a)) return;
-#endif
-#if RUNNER_ISA == 512
-  if (layout && a.format == Format::affine && (a.bits == 4 || a.bits == 8) && a.m > kFewRows && quant_gemm(a)) return;
+  const bool integers = a.format == Format::affine || a.format == Format::mxfp4;
+  if (a.bits && integers && (a.group == 32 || a.group == 64 || a.group == 128)) return quantised_linear(a);
 #endif
   linear_float(a);
 }

@@ -2,9 +2,9 @@
 // ISA namespace. Weights become float32 a tile at a time; nothing of the size of the weights is ever allocated.
 
 constexpr int kFewRows = RUNNER_ISA == 2 ? 8 : 16;  // up to here each weight is read once, for all rows of x in registers
-constexpr int kTileRows = 48;   // weight rows of a tile: a multiple of kRows on every ISA
+constexpr int kTileRows = 48;   // rows of w in a tile
 constexpr int kTileDepth = 512;
-constexpr int kTileCols = 256;  // rows of x of a tile
+constexpr int kTileCols = 64;   // rows of x of a tile
 constexpr int64_t kChunkBytes = 16 << 10;  // weight bytes below which a piece is not worth its claim
 
 // Pieces for n rows of `row_bytes` each; depends on the shape alone, so results do not depend on the thread count.
@@ -174,40 +174,39 @@ RUNNER_INLINE const char* ahead(const void* w, int64_t row_bytes, int r, int64_t
   return (const char*)w + r * row_bytes + line * 64 + kAhead / R;
 }
 
-// acc[r][m] = dot(w row r, x row m), R rows of weights against M rows of x.
+// A result is W sums that run beside each other, value k in sum k % W, and then `sums`: for any number of rows.
+constexpr int kDotRows = 4;             // rows of w whose products are computed together,
+constexpr int kDotColumns = W / 4;      // with so many rows of x
+
+// acc[r * kDotColumns + m] += over k values of R rows of w and M of x, `ldw` and `ldx` apart.
 template <class T, int R, int M>
-RUNNER_INLINE void dot_rows(const typename T::S* w, int64_t ldw, const float* x, int64_t ldx, int64_t k,
-                            float out[R][M]) {
+RUNNER_INLINE void add_dots(const typename T::S* w, int64_t ldw, const float* x, int64_t ldx, int64_t k, bool far, VF acc[W]) {
   constexpr int64_t kItem = sizeof(typename T::S);
-  VF acc[R][M];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) acc[r][m] = zero();
-  }
   int64_t i = 0;
   for (; i + W <= k; i += W) {
     VF wv[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       wv[r] = T::load_v(w + r * ldw + i);
-      if (i * kItem % 64 == 0) prefetch(ahead<R>(w, ldw * kItem, r, i * kItem / 64));
+      if (far && i * kItem % 64 == 0) prefetch(ahead<R>(w, ldw * kItem, r, i * kItem / 64));
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       VF xv = load(x + m * ldx + i);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][m] = fma(wv[r], xv, acc[r][m]);
+      for (int r = 0; r < R; ++r) acc[r * kDotColumns + m] = fma(wv[r], xv, acc[r * kDotColumns + m]);
     }
   }
+  if (i == k) return;
+  alignas(64) float wt[R][W] = {}, xt[M][W] = {};  // zeros fill up the last values
+  for (int64_t j = i; j < k; ++j) {
+    for (int r = 0; r < R; ++r) wt[r][j - i] = T::to(w[r * ldw + j]);
+    for (int m = 0; m < M; ++m) xt[m][j - i] = x[m * ldx + j];
+  }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      float sum = hsum(acc[r][m]);
-      for (int64_t j = i; j < k; ++j) sum += T::to(w[r * ldw + j]) * x[m * ldx + j];
-      out[r][m] = sum;
-    }
+    for (int r = 0; r < R; ++r) acc[r * kDotColumns + m] = fma(load(wt[r]), load(xt[m]), acc[r * kDotColumns + m]);
   }
 }
 
@@ -220,29 +219,27 @@ RUNNER_INLINE void store_out(const LinearArgs& a, int64_t m, int64_t n, float va
   with_type(a.xt, [&](auto t) { store_out<decltype(t)>(a, m, n, value); });
 }
 
-// W results of the first row of x.
-RUNNER_INLINE void store_outs(const LinearArgs& a, int64_t n, VF values) {
-  if (a.bias) with_type(a.bt, [&](auto t) { values = values + decltype(t)::load_v((const typename decltype(t)::S*)a.bias + n); });
-  with_type(a.xt, [&](auto t) { decltype(t)::store_v((typename decltype(t)::S*)a.out + n, values); });
-}
-
-// Rows [n, n + R) of w against all of x (few rows, float32, contiguous).
+// Rows [n, n + R) of w against all of x: few rows, float32, contiguous.
 template <class T, int R>
-RUNNER_INLINE void few_rows(const LinearArgs& a, const typename T::S* w, const float* x, int64_t n) {
-  constexpr int kStep = kRegisters == 32 ? 4 : 2;
+RUNNER_INLINE void few_rows(const LinearArgs& a, const typename T::S* w, const float* x, int64_t n, bool far) {
   int64_t m = 0;
   auto step = [&](auto count) {
     constexpr int M = decltype(count)::value;
     for (; m + M <= a.m; m += M) {
-      float out[R][M];
-      dot_rows<T, R, M>(w, a.k, x + m * a.k, a.k, a.k, out);
+      VF acc[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) acc[i] = zero();
+      add_dots<T, R, M>(w, a.k, x + m * a.k, a.k, a.k, far && m == 0, acc);
+      alignas(64) float out[W];
+      store(out, sums(acc));
       for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < M; ++j) store_out(a, m + j, n + r, out[r][j]);
+        for (int j = 0; j < M; ++j) store_out(a, m + j, n + r, out[r * kDotColumns + j]);
       }
     }
   };
-  step(Int<kStep>{});
-  step(Int<1>{});
+  step(Int<kDotColumns>{});
+  if (kDotColumns > 2) step(Int<2>{});
+  if (kDotColumns > 1) step(Int<1>{});
 }
 
 // x as float32 rows: itself, or a converted copy in this thread's scratch.
@@ -289,7 +286,7 @@ inline void gemv(const LinearArgs& a) {
         constexpr int R = decltype(count)::value;
         for (; n + R <= end; n += R) {
           for (int r = 0; r < R; ++r) weight_row(a, n + r, 0, a.k, w + r * a.k);
-          few_rows<F32, R>(a, w, x, n);
+          few_rows<F32, R>(a, w, x, n, false);
         }
       };
       rows(Int<4>{});
@@ -299,81 +296,85 @@ inline void gemv(const LinearArgs& a) {
     with_type(a.wt, [&](auto t) {
       using T = decltype(t);
       const auto* w = (const typename T::S*)a.w;
-      for (; n + 4 <= end; n += 4) few_rows<T, 4>(a, w + n * a.k, x, n);
-      for (; n < end; ++n) few_rows<T, 1>(a, w + n * a.k, x, n);
+      for (; n + 4 <= end; n += 4) few_rows<T, 4>(a, w + n * a.k, x, n, true);
+      for (; n < end; ++n) few_rows<T, 1>(a, w + n * a.k, x, n, true);
     });
   });
 }
 
-// Packs rows [p * kPanel, ...) of x into panel p: dst[k][kPanel] as float32, zeros past the last row.
-inline void pack_panel(const LinearArgs& a, int64_t p, float* dst) {
-  int64_t first = p * kPanel, rows = a.m - first < kPanel ? a.m - first : kPanel;
-  if (rows < kPanel) memset(dst, 0, (size_t)(a.k * kPanel * 4));
-  if (a.xt == DType::f32) {
-    transpose((const float*)a.x + first * a.k, a.k, rows, a.k, dst, kPanel);
-    return;
-  }
-  float* x = (float*)scratch(Slot::row, W * a.k * 4);
-  with_type(a.xt, [&](auto t) {
-    using T = decltype(t);
-    for (int64_t r = 0; r < rows; r += W) {
-      int64_t some = rows - r < W ? rows - r : W;
-      to_float<T>((const typename T::S*)a.x + (first + r) * a.k, x, some * a.k);
-      transpose(x, a.k, some, a.k, dst + r, kPanel);
+// Rows [n, n + rows) of w against rows [m, m + cols) of x, float32 at `x`. The sums of all of them, W each, wait for the
+// next piece of k: so the weights are unpacked once for all the rows of a tile.
+inline void dot_tile(const LinearArgs& a, const float* x, int64_t n, int64_t rows, int64_t m, int64_t cols) {
+  float* t = (float*)scratch(Slot::partial, kTileRows * kTileCols * W * 4);
+  float* w = (float*)scratch(Slot::tile, kTileRows * kTileDepth * 4);
+  constexpr int64_t kBlock = W;  // vectors of sums of kDotRows rows and kDotColumns columns
+  memset(t, 0, kTileRows * kTileCols * W * 4);
+  for (int64_t k = 0; k < a.k; k += kTileDepth) {
+    const int64_t depth = a.k - k < kTileDepth ? a.k - k : kTileDepth;
+    for (int64_t r = 0; r < kTileRows; ++r) {  // what there is not repeats the last row, and is not stored
+      weight_row(a, n + (r < rows ? r : rows - 1), k, depth, w + r * kTileDepth);
     }
-  });
-}
-
-// out[m0 + i][n0 + j] = t[j][i] + bias, for a finished tile.
-inline void store_tile(const LinearArgs& a, const float* t, int64_t n0, int64_t rows, int64_t m0, int64_t cols) {
-  float bias[kTileRows], line[W * kTileRows];
-  for (int64_t j = 0; j < rows; ++j) bias[j] = bias_at(a, n0 + j);
-  with_type(a.xt, [&](auto type) {
-    using T = decltype(type);
-    for (int64_t i = 0; i < cols; i += W) {
-      int64_t some = cols - i < W ? cols - i : W;
-      if constexpr (sizeof(typename T::S) == 4) {
-        if (!a.bias) {
-          transpose(t + i, kTileCols, rows, some, (float*)a.out + (m0 + i) * a.n + n0, a.n);
+    for (int64_t i = 0; i < cols; i += kDotColumns) {
+      for (int64_t r = 0; r < rows; r += kDotRows) {
+        float* at = t + (i / kDotColumns * (kTileRows / kDotRows) + r / kDotRows) * kBlock * W;
+        VF acc[W];
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) acc[j] = load(at + j * W);
+        const float *wk = w + r * kTileDepth, *xk = x + (m + i) * a.k + k;
+        if (i + kDotColumns <= cols) {
+          add_dots<F32, kDotRows, kDotColumns>(wk, kTileDepth, xk, a.k, depth, false, acc);
+        } else if constexpr (kDotColumns > 1) {
+          for (int64_t j = 0; j < cols - i; ++j) {
+            VF one[W];
+#pragma GCC unroll 4
+            for (int s = 0; s < kDotRows; ++s) one[s * kDotColumns] = load(at + (s * kDotColumns + j) * W);
+            add_dots<F32, kDotRows, 1>(wk, kTileDepth, xk + j * a.k, a.k, depth, false, one);
+#pragma GCC unroll 4
+            for (int s = 0; s < kDotRows; ++s) store(at + (s * kDotColumns + j) * W, one[s * kDotColumns]);
+          }
           continue;
         }
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) store(at + j * W, acc[j]);
       }
-      transpose(t + i, kTileCols, rows, some, line, kTileRows);
-      for (int64_t m = 0; m < some; ++m) {
-        float* row = line + m * kTileRows;
-        if (a.bias) {
-          for (int64_t j = 0; j < rows; ++j) row[j] += bias[j];
-        }
-        from_float<T>(row, (typename T::S*)a.out + (m0 + i + m) * a.n + n0, rows);
-      }
-    }
-  });
-}
-
-inline void gemm_tile(const LinearArgs& a, const float* packed, int64_t n0, int64_t m0) {
-  int64_t rows = a.n - n0 < kTileRows ? a.n - n0 : kTileRows;
-  int64_t cols = a.m - m0 < kTileCols ? a.m - m0 : kTileCols;
-  float* t = (float*)scratch(Slot::partial, kTileRows * kTileCols * 4);
-  float* w = (float*)scratch(Slot::tile, kTileRows * kTileDepth * 4);
-  for (int64_t k0 = 0; k0 < a.k; k0 += kTileDepth) {
-    int64_t depth = a.k - k0 < kTileDepth ? a.k - k0 : kTileDepth;
-    for (int64_t r = 0; r < rows; ++r) weight_row(a, n0 + r, k0, depth, w + r * kTileDepth);
-    for (int64_t m = 0; m < cols; m += kPanel) {
-      const float* x = packed + (m0 + m) * a.k + k0 * kPanel;
-      panel_product(w, kTileDepth, 1, rows, x, depth, (int)(cols - m), t + m, kTileCols, k0 > 0);
     }
   }
-  store_tile(a, t, n0, rows, m0, cols);
+  for (int64_t i = 0; i < cols; ++i) {
+    alignas(64) float line[kTileRows];
+    for (int64_t r = 0; r < rows; r += kDotRows) {
+      const float* at = t + (i / kDotColumns * (kTileRows / kDotRows) + r / kDotRows) * kBlock * W;
+      VF acc[W];
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) acc[j] = load(at + j * W);
+      alignas(64) float out[W];
+      store(out, sums(acc));
+      for (int s = 0; s < kDotRows; ++s) line[r + s] = out[s * kDotColumns + i % kDotColumns];
+    }
+    for (int64_t r = 0; r < rows; ++r) line[r] += bias_at(a, n + r);
+    with_type(a.xt, [&](auto type) {
+      using T = decltype(type);
+      from_float<T>(line, (typename T::S*)a.out + (m + i) * a.n + n, rows);
+    });
+  }
 }
 
 inline void gemm(const LinearArgs& a) {
-  int64_t panels = (a.m + kPanel - 1) / kPanel;
-  float* packed = (float*)scratch(Slot::packed, panels * kPanel * a.k * 4);
+  const float* x = (const float*)a.x;
   Pool& pool = Pool::get();
-  pool.parallel_for((int)panels, [&](int p) { pack_panel(a, p, packed + p * kPanel * a.k); });
-  int64_t across = (a.n + kTileRows - 1) / kTileRows, down = (a.m + kTileCols - 1) / kTileCols;
+  if (a.xt != DType::f32) {
+    float* copy = (float*)scratch(Slot::packed, a.m * a.k * 4);
+    pool.parallel_for((int)a.m, [&](int m) {
+      with_type(a.xt, [&](auto t) {
+        using T = decltype(t);
+        to_float<T>((const typename T::S*)a.x + m * a.k, copy + m * a.k, a.k);
+      });
+    });
+    x = copy;
+  }
+  const int64_t across = (a.n + kTileRows - 1) / kTileRows, down = (a.m + kTileCols - 1) / kTileCols;
   pool.parallel_for((int)(across * down), [&](int i) {
-    gemm_tile(a, packed, i % across * kTileRows, i / across * kTileCols);
+    const int64_t n = i % across * kTileRows, m = i / across * kTileCols;
+    dot_tile(a, x, n, a.n - n < kTileRows ? a.n - n : kTileRows, m, a.m - m < kTileCols ? a.m - m : kTileCols);
   });
 }
 

@@ -1,0 +1,152 @@
+// Products of packed weights, unpacked into tiles, with several rows of x. Included inside an x86 ISA namespace, after
+// weight_tile.h.
+//
+// One definition for any number of rows: with I = sum(code of w * code of x) of a group, an exact integer,
+//   s[g % 4] = s[g % 4] + shift * sum + I * scale_w * scale_x + (rest, where the row's group has one)
+// group by group in float32, and (s[0] + s[2]) + (s[1] + s[3]) is the result. How many rows of x there are, and how the
+// matrix is cut, changes only what is computed when. Two ways lead there:
+// - tiles: a lane is a row of the matrix (weight_tile.h), so that sums of a group need no adding across lanes. To turn
+//   weights around costs as much as to multiply them with two rows of x.
+// - one row of the matrix after the other, for one row of x or two: a lane is a group, whose sum is added up across the
+//   lanes of several vectors at once. Weights are read as they lie, which is what memory is fastest at.
+
+RUNNER_INLINE VI32 multiply_add(VI32 acc, VI32 w, VI32 x) {
+#if RUNNER_ISA == 512
+  // In assembler, because GCC 12 surrounds the intrinsic with copies and spills.
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+#else
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+#endif
+}
+
+#if RUNNER_ISA == 512
+RUNNER_INLINE VI32 no_sum() { return _mm512_setzero_si512(); }
+RUNNER_INLINE VI32 repeated(const int32_t* p) { return _mm512_set1_epi32(*p); }
+RUNNER_INLINE VI32 load_step(const int32_t* p) { return _mm512_load_si512(p); }
+RUNNER_INLINE VI32 next_plane(VI32 v) { return _mm512_slli_epi32(v, 8); }
+RUNNER_INLINE VI32 plus(VI32 a, VI32 b) { return _mm512_add_epi32(a, b); }
+RUNNER_INLINE VF as_float(VI32 v) { return _mm512_cvtepi32_ps(v); }
+#else
+RUNNER_INLINE VI32 no_sum() { return _mm256_setzero_si256(); }
+RUNNER_INLINE VI32 repeated(const int32_t* p) { return _mm256_set1_epi32(*p); }
+RUNNER_INLINE VI32 load_step(const int32_t* p) { return _mm256_load_si256((const __m256i*)p); }
+RUNNER_INLINE VI32 next_plane(VI32 v) { return v; }
+RUNNER_INLINE VI32 plus(VI32 a, VI32 b) { return _mm256_add_epi32(a, b); }
+RUNNER_INLINE VF as_float(VI32 v) { return _mm256_cvtepi32_ps(v); }
+#endif
+
+// Sums of one row that are added to in turns, so that few rows do not wait for each multiply_add before the next.
+template <int N, int M>
+constexpr int kTurns = RUNNER_ISA != 512 || N * M >= 8 ? 1 : N * M >= 4 ? 2 : 4;
+
+// acc[s][m] += over `steps` of a plane, for N strips and M of x's rows, which are `width` side by side.
+template <int N, int M>
+RUNNER_INLINE void add_steps(const int32_t* w, const int32_t* x, int width, int steps, VI32 acc[N][M]) {
+  constexpr int T = kTurns<N, M>;
+  VI32 more[T][N][M];
+#pragma GCC unroll 4
+  for (int t = 1; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int s = 0; s < N; ++s) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) more[t][s][m] = no_sum();
+    }
+  }
+  for (int i = 0; i < steps; i += T) {
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      VI32 wv[N];
+#pragma GCC unroll 4
+      for (int s = 0; s < N; ++s) wv[s] = load_step(w + (s * (kTileValues / kStep) + i + t) * W);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        VI32 xv = repeated(x + (i + t) * width + m);
+#pragma GCC unroll 4
+        for (int s = 0; s < N; ++s) {
+          VI32& sum = t ? more[t][s][m] : acc[s][m];
+          sum = multiply_add(sum, wv[s], xv);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 1; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int s = 0; s < N; ++s) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) acc[s][m] = plus(acc[s][m], more[t][s][m]);
+    }
+  }
+}
+
+// t[m][g % 4][s] += over the groups of a tile, for N strips and the M rows of a panel; x begins at the tile's first
+// column, whose group's number is a multiple of four.
+template <int N, int M>
+void add_tile(const Tile& w, const Panel& x, int groups, int group, float* t) {
+  const int steps = group / kStep;
+  for (int g = 0; g < groups; ++g) {
+    const int32_t *wq = w.q + g * steps * W, *xq = x.q + g * steps * M;
+    VI32 acc[N][M];
+#pragma GCC unroll 4
+    for (int s = 0; s < N; ++s) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) acc[s][m] = no_sum();
+    }
+    add_steps<N, M>(wq, xq, M, steps, acc);
+    if constexpr (kPlanes == 2) {
+#pragma GCC unroll 4
+      for (int s = 0; s < N; ++s) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) acc[s][m] = next_plane(acc[s][m]);
+      }
+      add_steps<N, M>(wq, xq + x.steps * M, M, steps, acc);
+    }
+    VF scale[N], shift[N];
+#pragma GCC unroll 4
+    for (int s = 0; s < N; ++s) {
+      scale[s] = load(w.scale + (s * kTileGroups + g) * W);
+      shift[s] = load(w.shift + (s * kTileGroups + g) * W);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      VF sx = set1(x.scale[g * M + m]), sum = set1(x.sum[g * M + m]);
+#pragma GCC unroll 4
+      for (int s = 0; s < N; ++s) {
+        float* at = t + ((m * kRunning + g % kRunning) * kStrips + s) * W;
+        store(at, fma(as_float(acc[s][m]), scale[s] * sx, fma(shift[s], sum, load(at))));
+      }
+    }
+    for (unsigned fine = x.fine[g]; fine; fine &= fine - 1) {
+      const int m = __builtin_ctz(fine);
+      VI32 rest[N][1];
+#pragma GCC unroll 4
+      for (int s = 0; s < N; ++s) rest[s][0] = no_sum();
+      add_steps<N, 1>(wq, x.rest + g * steps * M + m, M, steps, rest);
+      VF sx = set1(x.scale[g * M + m] * (1.0f / 256.0f));
+#pragma GCC unroll 4
+      for (int s = 0; s < N; ++s) {
+        float* at = t + ((m * kRunning + g % kRunning) * kStrips + s) * W;
+        store(at, fma(as_float(rest[s][0]), scale[s] * sx, load(at)));
+      }
+    }
+  }
+}
+
+template <int M = kPanelRows>
+RUNNER_INLINE void add_tile_of(const Tile& w, const Panel& x, int groups, int group, int strips, float* t) {
+  if constexpr (M > kRowsApart) {
+    if (x.rows < M) return add_tile_of<M - 1>(w, x, groups, group, strips, t);
+    if (strips == 1) return add_tile<1, M>(w, x, groups, group, t);
+    add_tile<kStrips, M>(w, x, groups, group, t);
+  }
+}
+
+RUNNER_INLINE Panel from_column(const LinearArgs& a, Panel x, int64_t k) {
+  x.q += k / kStep * x.rows;
+  x.rest += k / kStep * x.rows;
+  x.scale += k / a.group * x.rows;
+  x.sum += k / a.group * x.rows;
+  x.fine += k / a.group;
+  return x;
+}
