@@ -120,9 +120,9 @@ def quantized_linear(
 
     x float [..., in]; weight uint32 [out, in * bits / 32]; scales and biases (the shifts) one float type,
     [out, in / group_size]; bias float [out]; bits 2 to 6 or 8; group_size 32, 64 or 128. Returns [..., out] of
-    x's type. On x86, x is rounded to integers of 16 bits with a scale per group, of 24 bits where a value stands out (over
-    four times the row's root mean square); rows with NaN or infinity, and other CPUs, use floats. A row of the result
-    depends on that row of x alone, as in `linear`: it has the same bits whatever stands beside it.
+    x's type. On x86, x is rounded to integers of 16 bits with a scale per group, of 24 bits where a value stands out
+    (over four times the row's root mean square); rows with NaN or infinity, and other CPUs, use floats. A row of the
+    result depends on that row of x alone, as in `linear`: it has the same bits whatever stands beside it.
     """
     return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
 
