@@ -109,13 +109,18 @@ RUNNER_INLINE void four_by_four(const void* const rows[4], int64_t i, int64_t co
     }
   }
   if constexpr (sizeof(S) == 2) {
+#if RUNNER_ISA == 512
+    auto pair = [](const S* low, const S* high) {
+      return _mm_castpd_si128(_mm_loadh_pd(_mm_load_sd((const double*)low), (const double*)high));
+    };
+    __m256i rows_of_four = _mm256_inserti128_si256(_mm256_castsi128_si256(pair(p[0], p[1])), pair(p[2], p[3]), 1);
+    const __m256i turned = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m256i all = _mm256_permutexvar_epi16(turned, rows_of_four);
+    to[0] = T::load_v((const uint16_t*)&all);
+#else
     __m128i a = _mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p[0]), _mm_loadl_epi64((const __m128i*)p[1]));
     __m128i b = _mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p[2]), _mm_loadl_epi64((const __m128i*)p[3]));
     __m128i low = _mm_unpacklo_epi32(a, b), high = _mm_unpackhi_epi32(a, b);
-#if RUNNER_ISA == 512
-    __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-    to[0] = T::load_v((const uint16_t*)&both);
-#else
     to[0] = T::load_v((const uint16_t*)&low);
     to[1] = T::load_v((const uint16_t*)&high);
 #endif
@@ -149,9 +154,9 @@ RUNNER_INLINE void scales_of(DType t, const void* const rows[4], int64_t i, int6
 
 // Four rows of the matrix against M rows of x: w[j] are the rows' codes, of which whole vectors can be read, or the
 // first `left` bytes of each.
-template <int BITS, int G, bool FP4, int M>
+template <int BITS, int G, bool FP4, int M, bool NEAR_END>
 RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine, const uint8_t* const w[4], int64_t left,
-                             const void* const scales[4], const void* const shifts[4], bool near_end, int64_t ahead,
+                             const void* const scales[4], const void* const shifts[4], int64_t ahead,
                              __m128 out[M]) {
   using L = Layout<BITS, G>;
   constexpr int U = L::kGroupVectors, S = kLaneSteps<BITS>, V = L::kGroupLanes * 4 / W;
@@ -184,7 +189,7 @@ RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine,
           for (int u = 0; u < U; ++u) {
             const uint8_t* from = w[j] + at + u * kVectorBytes;
             if (kVectorBytes == 64 || (l * U + u) % 2 == 0) prefetch(from + ahead);
-            if (__builtin_expect(at + (u + 1) * kVectorBytes > left, 0)) {
+            if (NEAR_END && at + (u + 1) * kVectorBytes > left) {
               alignas(64) uint8_t some[kVectorBytes] = {};
               for (int64_t i = 0; i < left - at - u * kVectorBytes; ++i) some[i] = from[i];
               spread<BITS, FP4>(as_integers(load((const float*)some)), wv[u]);
@@ -216,8 +221,8 @@ RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine,
     const bool fine = any_fine && (x.fine[g] | x.fine[g + 1] | x.fine[g + 2] | x.fine[g + 3]);
     if (__builtin_expect(fine, 0)) sums_over(kPlanes, Int<1>{}, rests);
     VF scale[kSumVectors], shift[kSumVectors];
-    scales_of<FP4>(a.st, scales, g, groups - g, near_end, scale);
-    if constexpr (!FP4) scales_of<false>(a.st, shifts, g, groups - g, near_end, shift);
+    scales_of<FP4>(a.st, scales, g, groups - g, NEAR_END, scale);
+    if constexpr (!FP4) scales_of<false>(a.st, shifts, g, groups - g, NEAR_END, shift);
 #pragma GCC unroll 2
     for (int k = 0; k < kSumVectors; ++k) {
       if constexpr (FP4) {
@@ -269,8 +274,12 @@ void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t en
     const int64_t behind = a.n - n - 4;
     const bool near_end = behind * row_bytes < 64 || behind * numbers < 16;
     __m128 out[M];
-    const int64_t left = near_end && !codes ? row_bytes : INT64_MAX;
-    four_rows<BITS, G, FP4, M>(a, x, any_fine, w, left, scales, shifts, near_end, ahead, out);
+    if (near_end) {
+      const int64_t left = codes ? INT64_MAX : row_bytes;
+      four_rows<BITS, G, FP4, M, true>(a, x, any_fine, w, left, scales, shifts, ahead, out);
+    } else {
+      four_rows<BITS, G, FP4, M, false>(a, x, any_fine, w, 0, scales, shifts, ahead, out);
+    }
     alignas(16) float line[4];
     for (int m = 0; m < M; ++m) {
       _mm_store_ps(line, out[m]);
