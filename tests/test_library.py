@@ -215,8 +215,8 @@ def test_mypy_sees_options(tmp_path: Path) -> None:
 
 # --- what a library keeps to itself -----------------------------------------------------------------------------------
 
-SPEAKS = {"cli", "progress.py", "__main__.py"}
-"""The command line, and the progress bars that `load(progress=True)` asks for."""
+SPEAKS = {"cli", "server", "progress.py", "__main__.py"}
+"""The command line, the server, which is a process of its own, and the bars that `load(progress=True)` asks for."""
 
 
 def test_the_library_never_prints_and_never_touches_signals() -> None:

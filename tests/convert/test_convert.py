@@ -98,7 +98,8 @@ def test_each_family_comes_back_in_its_own_order(path: Path, tmp_path: Path) -> 
     report = convert(files_of(raw, source), tmp_path / "packed", quantizer=quantizer("mxfp4"))
     packed = open_loaded(tmp_path / "packed", dtype="float32")
     plain = assemble(raw, source, dtype="float32")
-    assert error(logits(packed), logits(plain)) < QUANTISED
+    # Another order would be off by a deviation; Gemma 4's tiny model makes 1e-2 of activations of 16 bits.
+    assert error(logits(packed), logits(plain)) < 2e-2
     assert not report.unpackable and report.forms["4-bit mxfp4 g32"] > 5
     assert set(report.forms) <= {"4-bit mxfp4 g32", "plain"}
     assert (report.forms.get("plain", 0) > 0) == routed(raw)  # routers stay as they are

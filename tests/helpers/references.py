@@ -20,8 +20,8 @@ FIXTURES = sorted(
 TOLERANCE = 2e-4
 """Of the logits' standard deviation; ten times finer than promised, since 2e-3 cannot tell gelu from its tanh form."""
 
-QUANTISED = 1e-3
-"""CPU kernels multiply packed weights with activations of 16 bits: this is the error they are allowed."""
+QUANTISED = 2e-3
+"""CPU kernels multiply packed weights with activations of 16 bits: the error that tiny random models make of it."""
 
 
 def expected(path: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def expected(path: Path) -> dict[str, Any]:
 
 
 def tolerance(path: Path) -> float:
-    return QUANTISED if "-mlx-" in path.name else TOLERANCE
+    return QUANTISED if "-mlx-" in path.name or "mxfp4" in path.name else TOLERANCE
 
 
 def error(found: mx.array, wanted: mx.array) -> float:
