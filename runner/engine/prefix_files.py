@@ -143,7 +143,7 @@ class PrefixFiles:
             ids = np.frombuffer(file.read(info.nbytes), np.int32).tolist()
         if not 0 <= first < len(ids) or path.name != self._name(key, first, ids):
             raise ValueError("under another name")
-        marked = any(name.startswith("mark.") for name in header.tensors)
+        marked = header.metadata["marked"] == "yes"
         held = _hashable(json.loads(key))
         hash(held)
         return Listed(held, ids, Stored(path, first, len(ids), marked, header.stamp.size))
@@ -234,6 +234,7 @@ class PrefixFiles:
             checksum.update(buffer)
         about = {
             "format": FORMAT, "fingerprint": self._fingerprint, "key": told, "first": str(edge.first),
+            "marked": "no" if marks is None else "yes",  # a mark where a chunk begins holds nothing
             "sha256": checksum.hexdigest(),
         }  # fmt: skip
         header = _encoded(arrays, about)
@@ -248,8 +249,7 @@ class PrefixFiles:
         except OSError as error:
             self._give_up(error)
             return None
-        marked = any(name.startswith("mark.") for name in arrays)
-        return Stored(path, edge.first, edge.last, marked, nbytes)
+        return Stored(path, edge.first, edge.last, marks is not None, nbytes)
 
     def _write(self, path: Path, buffers: Sequence[memoryview]) -> None:
         """Put a file in its place; a crash at any moment leaves all of it or nothing."""
