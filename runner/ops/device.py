@@ -93,12 +93,12 @@ def current() -> Device:
     )
 
 
-FEW, MANY = 8, 32
-"""Rows for which MLX 0.32.4 has its fastest product with packed weights on CUDA, and from which it is not called.
+MANY = 4
+"""Rows from which packed matrices are unpacked and multiplied on CUDA.
 
-Measured on an H200 (28672 x 4096 in 4 bits, ms): 1 row 0.116, 2 rows 0.148, 4 rows 0.276, 8 rows 0.073, 16 rows 0.086;
-from 32 rows on a kernel that takes 50 seconds to compile at its first call, and 512 rows 1.02, where unpacking the
-matrix and multiplying takes 0.45, of 2048 rows 0.86 against 3.94.
+Measured on an H200 with MLX 0.32.4 (28672 x 4096 in 4 bits, ms): packed 0.116 for 1 row, 0.148 for 2, 0.276 for 4;
+unpacked 0.3 for 4 to 16 rows, 0.45 for 512 and 0.86 for 2048, where packed takes 1.02 and 3.94. From 8 rows on MLX has
+kernels that take 40 seconds and more to compile at their first call: nobody waits for those.
 """
 
 
@@ -109,12 +109,8 @@ def _cuda_quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array 
         return _unpacked_linear(x, matrix, bias)
     # Rows lie flat: `[8, 1, K]` would be eight products of one row.
     rows = x.reshape(-1, x.shape[-1])
-    count = rows.shape[0]
-    if count >= MANY:
+    if rows.shape[0] >= MANY:
         y = PORTABLE.linear(rows, matrix.dequantize().astype(x.dtype), bias)
-    elif 1 < count < FEW:
-        padded = mx.concatenate([rows, mx.zeros((FEW - count, rows.shape[1]), rows.dtype)])
-        y = PORTABLE.quantized_linear(padded, matrix, bias)[:count]
     else:
         y = PORTABLE.quantized_linear(rows, matrix, bias)
     return y.reshape(*x.shape[:-1], outputs)
