@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
 from runner.cache.caches import Caches
 from runner.engine.chance import chance
+from runner.engine.replay import Steps
 from runner.engine.sampler import Sampler, SamplingState, Token
 from runner.engine.sampling import SMALLEST
 from runner.errors import BackendError, NumericsError
@@ -39,6 +40,7 @@ class Compiled:
         self._dtype = dtype
         self._decoder: StepDecoder | None = None
         self._busy = False
+        self.holder: object | None = None  # a mark of whose caches the kernel knows
         self.refused = refused
 
     @property
@@ -58,6 +60,18 @@ class Compiled:
             except (Unfit, BackendError) as error:
                 self.refused = f"the model has {error}" if isinstance(error, Unfit) else str(error)
         return self._decoder is not None and not self._busy
+
+    @property
+    def decoder(self) -> StepDecoder:
+        """The kernel, after a `prepare` that returned True."""
+        assert self._decoder is not None
+        return self._decoder
+
+    def give_up(self, error: Exception) -> None:
+        """Use the kernel no more, if it failed, or not for these caches."""
+        self.holder = None
+        if isinstance(error, BackendError):
+            self._decoder, self.refused = None, str(error)
 
     def close(self) -> None:
         """Give the kernel's memory back, and let go of the model. A job of the owner's thread."""
@@ -84,7 +98,7 @@ class Compiled:
         decoder, made = self._decoder, 0
         if decoder is None or self._busy:
             raise Broken
-        self._busy = True
+        self._busy, self.holder = True, None
         last = token if isinstance(token, int) else token.id
         try:
             decoder.refresh()
@@ -98,12 +112,55 @@ class Compiled:
         except Unfit as error:
             raise Broken from error
         except BackendError as error:
-            self._decoder, self.refused = None, str(error)
+            self.give_up(error)
             raise Broken from error
         finally:
             if self._decoder is not None:
                 decoder.finish()
             self._busy = False
+
+
+class SingleSteps:
+    """What `Steps` does for one sequence, by the kernel where it is free: a step at a time, logits for operations.
+
+    Each call maps tokens `[1, 1]` to logits `[1, V]` and appends keys and values to the caches. They may change between
+    two calls only by these calls.
+    """
+
+    def __init__(self, compiled: Compiled, caches: Caches, steps: Steps) -> None:
+        self._compiled = compiled
+        self._caches = caches
+        self._steps = steps  # by operations
+        self._mark = object()
+
+    def __call__(self, token: mx.array) -> mx.array:
+        if token.size == 1 and self._compiled.prepare():
+            try:
+                return self._logits(token)
+            except (Unfit, BackendError) as error:
+                self._compiled.give_up(error)
+        self._compiled.holder = None  # operations may put the rows elsewhere
+        return self._steps(token)
+
+    def _logits(self, token: mx.array) -> mx.array:
+        from runner.engine.step_shape import rows_of
+        from runner.ops.cuda.decoder import GREEDY
+
+        compiled, caches = self._compiled, self._caches
+        decoder = compiled.decoder
+        (known,) = cast(list[int], token.reshape(-1).tolist())
+        mx.synchronize()  # whoever reads the last step's logits has done so
+        if compiled.holder is not self._mark or not caches.room:
+            compiled.holder = None
+            caches.make_room(1)
+            decoder.refresh()
+            decoder.bind(rows_of(caches))
+            compiled.holder = self._mark
+        decoder.launch(1, caches.offset, known, GREEDY, (), keep=True)
+        decoder.read()
+        decoder.settle()
+        caches.advance()
+        return decoder.logits[None]
 
 
 class _Session:

@@ -17,9 +17,10 @@ from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
 from runner.config.memory import Shared, needed
 from runner.engine.calibration import channel_powers
-from runner.engine.compiled import Compiled
+from runner.engine.compiled import Compiled, SingleSteps
 from runner.engine.dtypes import choose
 from runner.engine.generate import new_caches
+from runner.engine.replay import Steps
 from runner.errors import UsageError
 from runner.families import Model, find
 from runner.nn.batch import Batch
@@ -162,6 +163,11 @@ class Loaded:
     def new_caches(self) -> Caches:
         """Make empty caches for a new sequence."""
         return new_caches(self.config, self.storage, self.powers)
+
+    def steps(self, caches: Caches) -> Steps | SingleSteps:
+        """Decode steps over `caches`, by one kernel each where the device has one; a job of the owner's thread."""
+        steps = Steps(self.model, caches, self.device.ops)
+        return SingleSteps(self.compiled, caches, steps) if self.device.compiles else steps
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Logits at every position, `[T, V]` float32, from one forward pass whose KV caches are discarded.

@@ -108,7 +108,7 @@ class Passes:
         each = [row.caches for row in rows if row.caches is not None]
         if len(each) == 1:
             if rows[0].steps is None:
-                rows[0].steps = Steps(self._loaded.model, each[0], self._ops)
+                rows[0].steps = self._loaded.steps(each[0])
             return rows[0].steps(self._picked(rows)[None])
         if self._several is None or not _same(self._several[0].each, each):
             caches = SeveralCaches(each, [1] * len(each))

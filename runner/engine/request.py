@@ -181,20 +181,25 @@ class Run:
         def sample(row: mx.array) -> Sampled:
             return sampler(row[None], [course.state])
 
-        if self.engine.compiled.prepare():
+        compiled = self.engine.compiled
+        if compiled.refused is None:
+            # The first token comes of the prompt's logits: it does not wait for a kernel that must be made first.
             (token,) = sample(logits).read([course.state])
             yield [_picked(token)]
-            rest = self.engine.compiled.decode(caches, _picked(token), count - 1, course.state)
+            count -= 1
             try:
-                for token in rest:
-                    count -= 1
-                    yield [_picked(token)]
-                return
+                if compiled.prepare():
+                    following = compiled.decode(caches, _picked(token), count, course.state)
+                    for token in following:
+                        count -= 1
+                        yield [_picked(token)]
+                    return
             except Broken:
                 # What came before is right, caches included: operations go on behind it.
                 sampler = Sampler(ops)
+            if not count:
+                return
             logits = Steps(model, caches, ops)(mx.array([[_picked(token).id]], mx.int32))[0]
-            count -= 1
         for picked in decode(model, logits, caches, sample, count, ops):
             (token,) = picked.read([course.state])
             yield [_picked(token)]

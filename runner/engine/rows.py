@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runner.cache.caches import Caches
+from runner.engine.compiled import SingleSteps
 from runner.engine.prefix_tree import Kept
 from runner.engine.replay import Steps
 from runner.engine.sampler import Token
@@ -66,7 +67,7 @@ class Row:
         self.caches: Caches | None = None
         self.kept: Kept | None = None
         self.course: Continuation | None = None
-        self.steps: Steps | None = None
+        self.steps: Steps | SingleSteps | None = None
         self.flight: tuple[Flight, int] | None = None
         self.done = False
 

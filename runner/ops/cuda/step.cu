@@ -881,7 +881,7 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
             }
             // Neighbours share a word; there is an even number of rows, but of the head's.
             const float next = __shfl_down_sync(ALL, a, 1);
-            if (r < rows && ph < 4 && !(lane & 1) && !(ln->fault && step == 1 && l == 0 && ph == 3 && b == 0))
+            if (r < rows && ph < 4 && !(lane & 1) && !(ln->fault && step == 1 && l == 0 && ph == 3 && c0 + r == 0))
               publish2(x + (ph == 0 ? X_QKV : ph == 1 ? X_MID : ph == 2 ? X_ACT : X_IN) + (c0 + r) / 2, a, next, ep + (ph == 3));
           }
         }
