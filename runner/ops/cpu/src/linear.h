@@ -1,10 +1,7 @@
-// Float linear layers: row by row for few rows of x, packed panels for more. Included inside an
-// ISA namespace. Weights become float32 a tile at a time; nothing of the size of the weights is ever allocated.
+// Float linear layers. Included inside an ISA namespace. Weights that are not float32 become it in registers for few rows
+// of x, else a tile at a time; nothing of the size of the weights is ever allocated.
 
-constexpr int kFewRows = RUNNER_ISA == 2 ? 8 : 16;  // up to here each weight is read once, for all rows of x in registers
-constexpr int kTileRows = 48;   // rows of w in a tile
-constexpr int kTileDepth = 512;
-constexpr int kTileCols = 64;   // rows of x of a tile
+constexpr int kFewRows = RUNNER_ISA == 2 ? 8 : 16;  // up to here weights are converted for each kDotColumns rows anew
 constexpr int64_t kChunkBytes = 16 << 10;  // weight bytes below which a piece is not worth its claim
 
 // Pieces for n rows of `row_bytes` each; depends on the shape alone, so results do not depend on the thread count.
@@ -219,27 +216,31 @@ RUNNER_INLINE void store_out(const LinearArgs& a, int64_t m, int64_t n, float va
   with_type(a.xt, [&](auto t) { store_out<decltype(t)>(a, m, n, value); });
 }
 
+// add_dots for `cols` rows of x, at most M.
+template <class T, int R, int M = kDotColumns>
+RUNNER_INLINE void add_dots_of(const typename T::S* w, int64_t ldw, const float* x, int64_t ldx, int64_t k, int64_t cols,
+                               bool far, VF acc[W]) {
+  if constexpr (M > 1) {
+    if (cols < M) return add_dots_of<T, R, M - 1>(w, ldw, x, ldx, k, cols, far, acc);
+  }
+  add_dots<T, R, M>(w, ldw, x, ldx, k, far, acc);
+}
+
 // Rows [n, n + R) of w against all of x: few rows, float32, contiguous.
 template <class T, int R>
 RUNNER_INLINE void few_rows(const LinearArgs& a, const typename T::S* w, const float* x, int64_t n, bool far) {
-  int64_t m = 0;
-  auto step = [&](auto count) {
-    constexpr int M = decltype(count)::value;
-    for (; m + M <= a.m; m += M) {
-      VF acc[W];
+  for (int64_t m = 0; m < a.m; m += kDotColumns) {
+    const int64_t cols = a.m - m < kDotColumns ? a.m - m : kDotColumns;
+    VF acc[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) acc[i] = zero();
-      add_dots<T, R, M>(w, a.k, x + m * a.k, a.k, a.k, far && m == 0, acc);
-      alignas(64) float out[W];
-      store(out, sums(acc));
-      for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < M; ++j) store_out(a, m + j, n + r, out[r * kDotColumns + j]);
-      }
+    for (int i = 0; i < W; ++i) acc[i] = zero();
+    add_dots_of<T, R>(w, a.k, x + m * a.k, a.k, a.k, cols, far && m == 0, acc);
+    alignas(64) float out[W];
+    store(out, sums(acc));
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < cols; ++j) store_out(a, m + j, n + r, out[r * kDotColumns + j]);
     }
-  };
-  step(Int<kDotColumns>{});
-  if (kDotColumns > 2) step(Int<2>{});
-  if (kDotColumns > 1) step(Int<1>{});
+  }
 }
 
 // x as float32 rows: itself, or a converted copy in this thread's scratch.
@@ -302,79 +303,131 @@ inline void gemv(const LinearArgs& a) {
   });
 }
 
-// Rows [n, n + rows) of w against rows [m, m + cols) of x, float32 at `x`. The sums of all of them, W each, wait for the
-// next piece of k: so the weights are unpacked once for all the rows of a tile.
-inline void dot_tile(const LinearArgs& a, const float* x, int64_t n, int64_t rows, int64_t m, int64_t cols) {
-  float* t = (float*)scratch(Slot::partial, kTileRows * kTileCols * W * 4);
-  float* w = (float*)scratch(Slot::tile, kTileRows * kTileDepth * 4);
-  constexpr int64_t kBlock = W;  // vectors of sums of kDotRows rows and kDotColumns columns
-  memset(t, 0, kTileRows * kTileCols * W * 4);
-  for (int64_t k = 0; k < a.k; k += kTileDepth) {
-    const int64_t depth = a.k - k < kTileDepth ? a.k - k : kTileDepth;
-    for (int64_t r = 0; r < kTileRows; ++r) {  // what there is not repeats the last row, and is not stored
-      weight_row(a, n + (r < rows ? r : rows - 1), k, depth, w + r * kTileDepth);
-    }
-    for (int64_t i = 0; i < cols; i += kDotColumns) {
-      for (int64_t r = 0; r < rows; r += kDotRows) {
-        float* at = t + (i / kDotColumns * (kTileRows / kDotRows) + r / kDotRows) * kBlock * W;
-        VF acc[W];
-#pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) acc[j] = load(at + j * W);
-        const float *wk = w + r * kTileDepth, *xk = x + (m + i) * a.k + k;
-        if (i + kDotColumns <= cols) {
-          add_dots<F32, kDotRows, kDotColumns>(wk, kTileDepth, xk, a.k, depth, false, acc);
-        } else if constexpr (kDotColumns > 1) {
-          for (int64_t j = 0; j < cols - i; ++j) {
-            VF one[W];
-#pragma GCC unroll 4
-            for (int s = 0; s < kDotRows; ++s) one[s * kDotColumns] = load(at + (s * kDotColumns + j) * W);
-            add_dots<F32, kDotRows, 1>(wk, kTileDepth, xk + j * a.k, a.k, depth, false, one);
-#pragma GCC unroll 4
-            for (int s = 0; s < kDotRows; ++s) store(at + (s * kDotColumns + j) * W, one[s * kDotColumns]);
-          }
-          continue;
-        }
-#pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) store(at + j * W, acc[j]);
+// ---- many rows of x: panels of kPanelWidth of them, turned around, so that a lane is a row of x
+
+constexpr int kPanelWidth = 2 * W;
+constexpr int kMicroRows = RUNNER_ISA == 512 ? 12 : RUNNER_ISA == 2 ? 6 : 4;  // of w: two vectors of results each, in registers
+constexpr int64_t kPieceDepth = 768;  // values of k that are added up at a time, at most: rows of w then fit the first cache
+constexpr int64_t kPanelsAtOnce = 16;  // that share unpacked rows of w
+
+// How k is divided: into equal pieces, whose lines of a panel lie in the order of their use, which is not that of k: those
+// of sum 0 one after the other, then those of sum 1, ...
+struct Pieces {
+  int64_t depth, all;  // of a piece, and of k filled up with zeros: multiples of W
+  RUNNER_INLINE explicit Pieces(int64_t k) : all((k + W - 1) / W * W) {
+    const int64_t count = (all + kPieceDepth - 1) / kPieceDepth;
+    depth = (all / W + count - 1) / count * W;
+  }
+  RUNNER_INLINE int64_t at(int64_t k) const { return all - k < depth ? all - k : depth; }
+};
+
+// Rows [p * kPanelWidth, ...) of x into panel p, as float32, zeros past the last row and the last value.
+inline void pack_panel(const LinearArgs& a, int64_t p, float* dst) {
+  const Pieces pieces(a.k);
+  const int64_t first = p * kPanelWidth, rows = a.m - first < kPanelWidth ? a.m - first : kPanelWidth;
+  if (rows < kPanelWidth || a.k % W) memset(dst, 0, (size_t)(pieces.all * kPanelWidth * 4));
+  float* copy = a.xt == DType::f32 ? nullptr : (float*)scratch(Slot::row, W * a.k * 4);
+  with_type(a.xt, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t r = 0; r < rows; r += W) {
+      const int64_t some = rows - r < W ? rows - r : W;
+      const auto* x = (const typename T::S*)a.x + (first + r) * a.k;
+      if (copy) to_float<T>(x, copy, some * a.k);
+      const float* from = copy ? copy : (const float*)x;
+      for (int64_t k = 0; k < a.k; k += W) {
+        const int64_t piece = k / pieces.depth * pieces.depth;
+        float* to = dst + (piece + (k - piece) / W) * kPanelWidth + r;
+        transpose(from + k, a.k, some, a.k - k < W ? a.k - k : W, to, pieces.at(piece) / W * kPanelWidth);
       }
     }
-  }
-  for (int64_t i = 0; i < cols; ++i) {
-    alignas(64) float line[kTileRows];
-    for (int64_t r = 0; r < rows; r += kDotRows) {
-      const float* at = t + (i / kDotColumns * (kTileRows / kDotRows) + r / kDotRows) * kBlock * W;
-      VF acc[W];
-#pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) acc[j] = load(at + j * W);
-      alignas(64) float out[W];
-      store(out, sums(acc));
-      for (int s = 0; s < kDotRows; ++s) line[r + s] = out[s * kDotColumns + i % kDotColumns];
+  });
+}
+
+// t[lane][row][kPanelWidth] += what sum `lane` of each result gets of `depth` values of k, or = that with FIRST; rows of w
+// are `ldw` apart.
+template <bool FIRST>
+RUNNER_INLINE void add_lanes(const float* w, int64_t ldw, const float* x, int64_t depth, float* t) {
+  for (int lane = 0; lane < W; ++lane, t += kMicroRows * kPanelWidth) {
+    VF acc[kMicroRows][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < kMicroRows; ++r) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) acc[r][j] = FIRST ? zero() : load(t + r * kPanelWidth + j * W);
     }
-    for (int64_t r = 0; r < rows; ++r) line[r] += bias_at(a, n + r);
+    for (int64_t i = lane; i < depth; i += W, x += kPanelWidth) {
+      VF x0 = load(x), x1 = load(x + W);
+#pragma GCC unroll 12
+      for (int r = 0; r < kMicroRows; ++r) {
+        VF b = set1(w[r * ldw + i]);
+        acc[r][0] = fma(b, x0, acc[r][0]);
+        acc[r][1] = fma(b, x1, acc[r][1]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kMicroRows; ++r) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) store(t + r * kPanelWidth + j * W, acc[r][j]);
+    }
+  }
+}
+
+// The W sums of each result, `stride` apart, added up in the order of `sums`.
+RUNNER_INLINE VF sum_of_lanes(const float* t, int64_t stride) {
+  VF quarter[W / 4];
+#pragma GCC unroll 4
+  for (int q = 0; q < W / 4; ++q, t += 4 * stride) {
+    quarter[q] = (load(t) + load(t + 2 * stride)) + (load(t + stride) + load(t + 3 * stride));
+  }
+  if constexpr (W == 4) return quarter[0];
+  if constexpr (W == 8) return quarter[0] + quarter[W / 8];
+  return (quarter[0] + quarter[1 % (W / 4)]) + (quarter[2 % (W / 4)] + quarter[3 % (W / 4)]);
+}
+
+// Rows [n, n + rows) of w, at most kMicroRows, against the panels [p, end) of x.
+inline void panel_dots(const LinearArgs& a, const float* packed, int64_t n, int64_t rows, int64_t p, int64_t end) {
+  const Pieces pieces(a.k);
+  constexpr int64_t kStride = kMicroRows * kPanelWidth;
+  const int64_t ldw = pieces.all + W;  // not a power of two: or all rows' lines would have the same place in the cache
+  float* t = (float*)scratch(Slot::partial, W * kStride * 4);
+  float* w = (float*)scratch(Slot::tile, kMicroRows * ldw * 4);
+  float bias[kMicroRows];
+  for (int64_t r = 0; r < kMicroRows; ++r) {  // what there is not repeats the last row, and is not stored
+    const int64_t row = n + (r < rows ? r : rows - 1);
+    weight_row(a, row, 0, a.k, w + r * ldw);
+    for (int64_t i = a.k; i < pieces.all; ++i) w[r * ldw + i] = 0.0f;
+    bias[r] = bias_at(a, row);
+  }
+  for (; p < end; ++p) {
+    const int64_t m = p * kPanelWidth, cols = a.m - m < kPanelWidth ? a.m - m : kPanelWidth;
+    const float* x = packed + m * pieces.all;
+    add_lanes<true>(w, ldw, x, pieces.at(0), t);
+    for (int64_t k = pieces.depth; k < pieces.all; k += pieces.depth) {
+      add_lanes<false>(w + k, ldw, x + k * kPanelWidth, pieces.at(k), t);
+    }
+    float total[kStride], line[kStride];
+    for (int64_t i = 0; i < kStride; i += W) {
+      store(total + i, sum_of_lanes(t + i, kStride) + set1(bias[i / kPanelWidth]));
+    }
+    transpose(total, kPanelWidth, rows, cols, line, kMicroRows);
     with_type(a.xt, [&](auto type) {
       using T = decltype(type);
-      from_float<T>(line, (typename T::S*)a.out + (m + i) * a.n + n, rows);
+      for (int64_t j = 0; j < cols; ++j) {
+        from_float<T>(line + j * kMicroRows, (typename T::S*)a.out + (m + j) * a.n + n, rows);
+      }
     });
   }
 }
 
 inline void gemm(const LinearArgs& a) {
-  const float* x = (const float*)a.x;
+  const int64_t panels = (a.m + kPanelWidth - 1) / kPanelWidth, across = (a.n + kMicroRows - 1) / kMicroRows;
+  const int64_t parts = (panels + kPanelsAtOnce - 1) / kPanelsAtOnce, size = kPanelWidth * Pieces(a.k).all;
+  float* packed = (float*)scratch(Slot::packed, panels * size * 4);
   Pool& pool = Pool::get();
-  if (a.xt != DType::f32) {
-    float* copy = (float*)scratch(Slot::packed, a.m * a.k * 4);
-    pool.parallel_for((int)a.m, [&](int m) {
-      with_type(a.xt, [&](auto t) {
-        using T = decltype(t);
-        to_float<T>((const typename T::S*)a.x + m * a.k, copy + m * a.k, a.k);
-      });
-    });
-    x = copy;
-  }
-  const int64_t across = (a.n + kTileRows - 1) / kTileRows, down = (a.m + kTileCols - 1) / kTileCols;
-  pool.parallel_for((int)(across * down), [&](int i) {
-    const int64_t n = i % across * kTileRows, m = i / across * kTileCols;
-    dot_tile(a, x, n, a.n - n < kTileRows ? a.n - n : kTileRows, m, a.m - m < kTileCols ? a.m - m : kTileCols);
+  pool.parallel_for((int)panels, [&](int p) { pack_panel(a, p, packed + p * size); });
+  pool.parallel_for((int)(across * parts), [&](int i) {
+    const int64_t n = i % across * kMicroRows, p = i / across * kPanelsAtOnce;
+    const int64_t rows = a.n - n < kMicroRows ? a.n - n : kMicroRows;
+    panel_dots(a, packed, n, rows, p, p + kPanelsAtOnce < panels ? p + kPanelsAtOnce : panels);
   });
 }
 

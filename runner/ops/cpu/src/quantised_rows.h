@@ -9,39 +9,17 @@ struct Layout {
   static constexpr int kGroupLanes = G / kLaneValues / kGroupVectors;
 };
 
-RUNNER_INLINE VI32 pairs_low(VI32 a, VI32 b) {
-#if RUNNER_ISA == 512
-  return _mm512_unpacklo_epi32(a, b);
-#else
-  return _mm256_unpacklo_epi32(a, b);
-#endif
-}
-RUNNER_INLINE VI32 pairs_high(VI32 a, VI32 b) {
-#if RUNNER_ISA == 512
-  return _mm512_unpackhi_epi32(a, b);
-#else
-  return _mm256_unpackhi_epi32(a, b);
-#endif
-}
-RUNNER_INLINE VI32 halves_low(VI32 a, VI32 b) {
-#if RUNNER_ISA == 512
-  return _mm512_unpacklo_epi64(a, b);
-#else
-  return _mm256_unpacklo_epi64(a, b);
-#endif
-}
-RUNNER_INLINE VI32 halves_high(VI32 a, VI32 b) {
-#if RUNNER_ISA == 512
-  return _mm512_unpackhi_epi64(a, b);
-#else
-  return _mm256_unpackhi_epi64(a, b);
-#endif
-}
-
 // Sums over each four lanes of four vectors; lane 4 i + j of the result is that of lanes 4 i to 4 i + 3 of v[j].
 RUNNER_INLINE VI32 sums_of_four(const VI32 v[4]) {
-  VI32 a = plus(pairs_low(v[0], v[1]), pairs_high(v[0], v[1])), b = plus(pairs_low(v[2], v[3]), pairs_high(v[2], v[3]));
-  return plus(halves_low(a, b), halves_high(a, b));
+#if RUNNER_ISA == 512
+  VI32 a = plus(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+  VI32 b = plus(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+  return plus(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+#else
+  VI32 a = plus(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+  VI32 b = plus(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+  return plus(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+#endif
 }
 
 // Four rows' sums of four groups each are kSumVectors vectors: lane 4 i + j of them is group i of row j.
@@ -54,28 +32,27 @@ RUNNER_INLINE VI32 half_sums(VI32 a, VI32 b) {
 }
 #endif
 
-// v[l][j] is the l-th vector of lanes of row j, of which each group has L lanes.
+// They are made of parts[l] = sums_of_four of the l-th vectors of lanes of four rows, a group having L lanes.
 template <int L>
-RUNNER_INLINE void group_sums(const VI32 v[L * 4 / W][4], VI32 sums[kSumVectors]) {
+RUNNER_INLINE void group_sums(const VI32 parts[L * 4 / W], VI32 sums[kSumVectors]) {
 #if RUNNER_ISA == 512
   if constexpr (L == 4) {
-    sums[0] = sums_of_four(v[0]);
+    sums[0] = parts[0];
   } else if constexpr (L == 8) {
-    sums[0] = half_sums(sums_of_four(v[0]), sums_of_four(v[1]));
+    sums[0] = half_sums(parts[0], parts[1]);
   } else {
     static_assert(L == 16);
-    sums[0] = half_sums(half_sums(sums_of_four(v[0]), sums_of_four(v[1])), half_sums(sums_of_four(v[2]), sums_of_four(v[3])));
+    sums[0] = half_sums(half_sums(parts[0], parts[1]), half_sums(parts[2], parts[3]));
   }
 #else
-  if constexpr (L == 4) {
-    sums[0] = sums_of_four(v[0]);
-    sums[1] = sums_of_four(v[1]);
-  } else {
-    static_assert(L == 8);
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      __m256i a = sums_of_four(v[2 * i]), b = sums_of_four(v[2 * i + 1]);
-      sums[i] = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (L == 4) {
+      sums[i] = parts[i];
+    } else {
+      static_assert(L == 8);
+      const VI32 a = parts[2 * i], b = parts[2 * i + 1];
+      sums[i] = plus(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
     }
   }
 #endif
@@ -170,18 +147,16 @@ RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine,
   for (int64_t g = 0, c = 0; g < groups; g += 4, c += V * U * kVectorBytes) {
     // Sums over `planes` of x's planes, from the first one on.
     auto sums_over = [&](int64_t first, auto planes, VI32 sums[M][kSumVectors]) {
-      VI32 v[M][V][4];
+      VI32 parts[M][V];
 #pragma GCC unroll 4
       for (int l = 0; l < V; ++l) {
         const int64_t at = c + l * U * kVectorBytes;
         if (l && at >= row_bytes) {  // there are not four more groups
 #pragma GCC unroll 2
-          for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) v[m][l][j] = no_sum();
-          }
+          for (int m = 0; m < M; ++m) parts[m][l] = no_sum();
           continue;
         }
+        VI32 v[M][4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
           VI32 wv[U][S];
@@ -209,12 +184,14 @@ RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine,
                 sum = multiply_add(sum, wv[i / S][i % S], as_integers(load((const float*)(q + p * x.steps + i * W))));
               }
             }
-            v[m][l][j] = sum;
+            v[m][j] = sum;
           }
         }
+#pragma GCC unroll 2
+        for (int m = 0; m < M; ++m) parts[m][l] = sums_of_four(v[m]);
       }
 #pragma GCC unroll 2
-      for (int m = 0; m < M; ++m) group_sums<L::kGroupLanes>(v[m], sums[m]);
+      for (int m = 0; m < M; ++m) group_sums<L::kGroupLanes>(parts[m], sums[m]);
     };
     VI32 sums[M][kSumVectors], rests[M][kSumVectors];
     sums_over(0, Int<kPlanes>{}, sums);
