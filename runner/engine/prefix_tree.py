@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from runner.engine.prefix_files import Stored
 
 
+class Tally:
+    """The bytes that all nodes of one tree hold: counted where they change, as trees are large and changes many."""
+
+    __slots__ = ("nbytes",)
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+
 class Node:
     """Some tokens of every sequence that comes by here, from token `start` up to `end`.
 
@@ -29,12 +38,16 @@ class Node:
         file: where on disk its rows are, and perhaps its marks; rows of other nodes may lie in the same file.
         used: when a request last came by, as a count of events.
         marked: when `marks` were made or last come back to.
+        tally: of the tree that it is in.
     """
 
-    __slots__ = ("_edge", "_marks", "_sizes", "children", "file", "ids", "lines", "marked", "parent", "start", "used")
+    __slots__ = (
+        "_edge", "_marks", "_sizes", "children", "file", "ids", "lines", "marked", "parent", "start", "tally", "used"
+    )  # fmt: skip
 
     def __init__(self, ids: Sequence[int] = (), parent: Node | None = None) -> None:
         self.parent = parent
+        self.tally: Tally = Tally() if parent is None else parent.tally
         self.ids = list(ids)
         self.start = 0 if parent is None else parent.end
         self.children: dict[int, Node] = {}
@@ -42,7 +55,7 @@ class Node:
         self._edge: Edge | None = None
         self._marks: Marks | None = None
         self.file: Stored | None = None
-        self._sizes = [0, 0]  # their bytes: looked at after every change of the tree, while adding up takes a while
+        self._sizes = [0, 0]  # their bytes, which are in `tally`, too
         self.used = self.marked = 0
         if parent is not None:
             parent.children[self.ids[0]] = self
@@ -64,7 +77,7 @@ class Node:
     @edge.setter
     def edge(self, edge: Edge | None) -> None:
         self._edge = edge
-        self._sizes[0] = 0 if edge is None else edge.nbytes
+        self._resize(0, 0 if edge is None else edge.nbytes)
 
     @property
     def marks(self) -> Marks | None:
@@ -74,7 +87,11 @@ class Node:
     @marks.setter
     def marks(self, marks: Marks | None) -> None:
         self._marks = marks
-        self._sizes[1] = 0 if marks is None else marks.nbytes
+        self._resize(1, 0 if marks is None else marks.nbytes)
+
+    def _resize(self, which: int, nbytes: int) -> None:
+        self.tally.nbytes += nbytes - self._sizes[which]
+        self._sizes[which] = nbytes
 
     @property
     def nbytes(self) -> int:
@@ -154,6 +171,11 @@ class Node:
         """Take this node, and all below it, out of the tree."""
         assert self.parent is not None
         del self.parent.children[self.ids[0]]
+        away = Tally()
+        for node in (self, *self.below()):
+            node.tally.nbytes -= node.nbytes
+            node.tally = away
+            away.nbytes += node.nbytes
 
 
 class Found(NamedTuple):
@@ -164,7 +186,7 @@ class Found(NamedTuple):
     common: int
 
     def until(self, place: int) -> Found:
-        """The same for the first `place` of the tokens that were found."""
+        """How far the first `place` of the tokens that were found go."""
         path = [node for node in self.path if node.end <= place]
         partly = next((node for node in (*self.path, self.partly) if node and node.start < place < node.end), None)
         return Found(path, partly, place)

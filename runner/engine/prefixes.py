@@ -8,8 +8,9 @@ that owns the device, between two passes.
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,7 @@ class Prefixes:
         self._roots: dict[Hashable, Node] = {}
         self._lent: set[Kept] = set()
         self._idle: set[Kept] = set()
+        self._idle_bytes = 0  # of their caches
         self._files = files
         self._events = 0
         self._requests = self._tokens = self._reused = self._evicted = self._nbytes = self._restored = 0
@@ -138,7 +140,7 @@ class Prefixes:
         kept = self._moved(found) or self._built(root, found) or Kept(self._new_caches(), root)
         kept.ids, kept.reused, kept.lent = list(ids), kept.caches.offset, True
         kept.places = self._places(kept, found.common, turns)
-        self._idle.discard(kept)
+        self._rouse(kept)
         self._lent.add(kept)
         self._touch(kept.node)
         self._requests += 1
@@ -169,9 +171,10 @@ class Prefixes:
         self._lent.discard(kept)
         if kept.caches.offset:
             kept.lent, kept.ids = False, ()
-            self._idle.add(kept)
             mx.eval(kept.caches.arrays)  # or the graph of the last pass would be held as well
             kept.nbytes = kept.caches.nbytes
+            self._idle.add(kept)
+            self._idle_bytes += kept.nbytes
             self._touch(kept.node)
             for node in kept.node.up():
                 node.edge = None  # its own caches hold these rows
@@ -195,8 +198,15 @@ class Prefixes:
         """
         before = self._held()
         self._dedupe()
-        while before - self._held() < nbytes and (self._compact() or self._drop_oldest()):
-            pass
+        # What a sequence shares with others only shrinks from here on: each is looked at once.
+        for kept in sorted(self._idle, key=lambda one: one.node.used) if self._keeps_rows else ():
+            if before - self._held() >= nbytes:
+                break
+            self._compact(kept)
+        if before - self._held() < nbytes:
+            oldest = Oldest(self._nodes())
+            while before - self._held() < nbytes and (found := oldest.pop()) is not None:
+                self._let_go(*found, oldest)
         self._nbytes = self._held()
         self._roots = {key: root for key, root in self._roots.items() if root.children or self._used(root)}
         return before - self._nbytes
@@ -306,7 +316,7 @@ class Prefixes:
             yield from root.below()
 
     def _held(self) -> int:
-        return sum(node.nbytes for node in self._nodes()) + sum(kept.nbytes for kept in self._idle)
+        return sum(root.tally.nbytes for root in self._roots.values()) + self._idle_bytes
 
     def _settle(self) -> None:
         """The end of what changed the tree: the budget is held."""
@@ -378,7 +388,13 @@ class Prefixes:
         """Count no longer on the caches of `kept`."""
         for node in kept.node.up():
             node.lines.discard(kept)
-        self._idle.discard(kept)
+        self._rouse(kept)
+
+    def _rouse(self, kept: Kept) -> None:
+        """Count `kept` no longer among those that no request uses."""
+        if kept in self._idle:
+            self._idle.remove(kept)
+            self._idle_bytes -= kept.nbytes
 
     def _remove(self, node: Node) -> Node | None:
         """Take a node, and all below it, out of the tree; returns the node above."""
@@ -401,38 +417,32 @@ class Prefixes:
             if node.lines:
                 node.edge = None
 
-    def _compact(self) -> bool:
-        """Let go of the caches of a sequence at least half of which is held elsewhere, and copy the rest."""
-        for kept in sorted(self._idle, key=lambda one: one.node.used) if self._keeps_rows else ():
-            shared = next((node.end for node in kept.node.up() if len(node.lines) > 1), 0)
-            if shared * 2 >= kept.caches.offset:
-                if self._needs_marks and kept.node.marks is None:
-                    self._mark(kept)
-                self._leave(kept, shared)
-                self._forget(kept)
-                self._prune(kept.node)
-                return True
-        return False
+    def _compact(self, kept: Kept) -> None:
+        """Let go of the caches of a sequence, if at least half of them is held elsewhere, and copy the rest."""
+        shared = next((node.end for node in kept.node.up() if len(node.lines) > 1), 0)
+        if shared * 2 >= kept.caches.offset:
+            if self._needs_marks and kept.node.marks is None:
+                self._mark(kept)
+            self._leave(kept, shared)
+            self._forget(kept)
+            self._prune(kept.node)
 
-    def _drop_oldest(self) -> bool:
-        """Let go of the marks or the end of a sequence that were used longest ago."""
-        marked = [(n.marked, False, n) for n in self._nodes() if n.marks is not None and (n.children or n.lines)]
-        ends = [(n.used, True, n) for n in self._ends() if not any(one.lent for one in n.lines)]
-        if not marked and not ends:
-            return False
-        _, end, node = min([*marked, *ends], key=lambda one: one[:2])
-        if not end:
+    def _let_go(self, node: Node, end: bool, oldest: Oldest) -> None:
+        """Let go of the marks of a node or, at the end of a sequence, of all that it holds."""
+        path = list(node.up())
+        if end:
+            self._write(node)
+            for kept in list(node.lines):
+                self._leave(kept, 0, wanted=False)
+                self._rouse(kept)
+            if node.file is not None:
+                node.edge = node.marks = None
+            elif node.attached:
+                self._prune(self._remove(node))
+        else:
             node.marks = None
-            return True
-        self._write(node)
-        for kept in list(node.lines):
-            self._leave(kept, 0, wanted=False)
-            self._idle.discard(kept)
-        if node.file is not None:
-            node.edge = node.marks = None
-        elif node.attached:
-            self._prune(self._remove(node))
-        return True
+        for above in path:  # nothing else has changed
+            oldest.push(above)
 
     def _ends(self) -> list[Node]:
         """The nodes that memory is held for, but none for what follows them."""
@@ -555,3 +565,48 @@ class Prefixes:
             above.used = max(above.used, used)
         self._prune(node)
         return True
+
+
+class Oldest:
+    """Marks, and ends of sequences that no request uses, by when they were used last.
+
+    Looked at when their turn comes: what is not to be let go yet comes in again when something below it has gone.
+    """
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._heap: list[tuple[int, bool, int, Node]] = []
+        self._queued: set[tuple[Node, bool]] = set()
+        self._count = itertools.count()  # nodes cannot be compared
+        for node in nodes:
+            self.push(node)
+
+    def push(self, node: Node) -> None:
+        """Look at a node again, if it is in the tree and memory is held for it."""
+        for end, held in ((False, node.marks is not None), (True, node.in_memory)):
+            if held and node.attached and (node, end) not in self._queued:
+                self._queued.add((node, end))
+                heapq.heappush(self._heap, (_age(node, end), end, next(self._count), node))
+
+    def pop(self) -> tuple[Node, bool] | None:
+        """The node to let go next, and whether all of it goes or just its marks; None: nothing is left."""
+        while self._heap:
+            age, end, _, node = heapq.heappop(self._heap)
+            self._queued.remove((node, end))
+            if not node.attached:
+                continue
+            if age != _age(node, end):
+                self.push(node)
+            elif _is_end(node) if end else node.marks is not None and (node.children or node.lines):
+                return node, end
+        return None
+
+
+def _age(node: Node, end: bool) -> int:
+    return node.used if end else node.marked
+
+
+def _is_end(node: Node) -> bool:
+    """Whether memory that no request uses is held for a node, and none for what follows it."""
+    return (
+        node.in_memory and not any(kept.lent for kept in node.lines) and not any(one.in_memory for one in node.below())
+    )
