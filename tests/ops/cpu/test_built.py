@@ -212,8 +212,8 @@ def test_attention_over_a_cache_is_attention_over_its_numbers(
     found = kernels.attention(q, keys, values, scale=0.3, mask="causal", window=window, length=size)
     plain = [unpacked(buffer, size) for buffer in (keys, values)]
     wanted = kernels.attention(q, *plain, scale=0.3, mask="causal", window=window)
-    # Scores are scaled before or after their sum, which is 1e-6 of a weight. Where one channel of the values is 100 times
-    # the others, that is up to 4e-5 of what an average over hundreds of keys leaves of them.
+    # Scores are scaled before or after their sum, which is 1e-6 of a weight. Where one channel of the values is 100
+    # times the others, that is up to 4e-5 of what an average over hundreds of keys leaves of them.
     assert_close(found, numpy(wanted), rounded_to=mx.float32, tolerance=1e-4)
     _C.set_isa(best)
 
