@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import mlx.core as mx
@@ -68,12 +69,16 @@ class Budget:
     Attributes:
         limit: bytes in all.
         weights: bytes of the models' weights.
+        loose: bytes of those among them that can be let go of where others need the memory.
+        unload: lets go of such weights that nobody uses now, of so many bytes if it can; a job of the owner's thread.
         holders: who else holds some.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.weights = 0
+        self.loose = 0
+        self.unload: Callable[[int], object] | None = None
         self.holders: list[Holder] = []
 
     def __repr__(self) -> str:
@@ -101,20 +106,27 @@ class Budget:
         return any(holder.busy for holder in self.holders)
 
     def press(self, nbytes: int) -> None:
-        """Let go of kept prefixes of at least so many bytes, or of all there are."""
+        """Let go of kept prefixes of at least so many bytes, or of all there are and of weights that nobody uses."""
         for holder in self.holders:
             if nbytes > 0:
                 nbytes -= holder.evict(nbytes)
+        if nbytes > 0 and self.unload is not None:
+            self.unload(nbytes)
 
-    def check(self, needed: int, tokens: int) -> None:
+    def check(self, needed: int, tokens: int, own: int = 0) -> None:
         """Refuse what could not be computed if nothing else were.
 
+        Args:
+            needed: bytes for prompt and answer, of `tokens` together.
+            own: bytes of loose weights that they are computed by, and which have to stay.
+
         Raises:
-            UsageError: so many bytes are needed for prompt and answer, of `tokens` together, and there are fewer.
+            UsageError: so many bytes are needed, and there are fewer, whatever else is let go of.
         """
-        if needed > self.room:
+        room = self.room + self.loose - own
+        if needed > room:
             raise UsageError(
                 f"prompt and answer of {tokens} tokens need {needed / 1e6:.1f} MB, and there are "
-                f"{max(self.room, 0) / 1e6:.1f} MB beside the weights: shorten the prompt, ask for fewer tokens, "
+                f"{max(room, 0) / 1e6:.1f} MB beside the weights: shorten the prompt, ask for fewer tokens, "
                 "or allow more memory"
             )

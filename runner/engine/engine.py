@@ -60,9 +60,13 @@ class Status:
 class Worker:
     """One model's scheduler, and what makes it move."""
 
-    def __init__(self, loaded: Loaded, budget: Budget, rows: int, prefixes: int, disk: Disk | None) -> None:
+    def __init__(
+        self, loaded: Loaded, budget: Budget, rows: int, prefixes: int, disk: Disk | None, *, loose: bool = False
+    ) -> None:
         self.loaded = loaded
         self.budget = budget
+        self.weights = loaded.nbytes
+        self.loose = self.weights if loose else 0
         self.error: BaseException | None = None
         self._inbox: SimpleQueue[tuple[Order, Mailbox]] = SimpleQueue()
         self._turning = False  # whether a step is among the owner's jobs
@@ -84,7 +88,7 @@ class Worker:
         self._check()
         OWNER.start()
         tokens = len(order.ids) + order.budget
-        self.budget.check(self.footprint.of(tokens), tokens)
+        self.budget.check(self.footprint.of(tokens), tokens, self.loose)
         mailbox = Mailbox()
         self._inbox.put((order, mailbox))
         self._poke()
@@ -116,6 +120,12 @@ class Worker:
             pass
         finally:
             OWNER.finish(functools.partial(self._fail, error))
+
+    def leave(self) -> None:
+        """Give back what the budget has lent, once closed; a job of the owner's thread."""
+        self.budget.weights -= self.weights
+        self.budget.loose -= self.loose
+        self._scheduler.leave()
 
     def _keep(self) -> None:
         if self.error is None:
@@ -185,7 +195,7 @@ class Engine:
         """Make one that has no requests yet.
 
         Args:
-            models: a model, or several by the names to ask for them by.
+            models: a model, or several by the names to ask for them by; none where all come by `add`.
             memory: bytes that weights, live sequences and kept prefixes may take together; None: what this machine,
                 or the control group that it runs in, allows.
             rows: how many sequences of a model are computed at once at most.
@@ -197,12 +207,12 @@ class Engine:
             cache_size: bytes of all files in it at most; those that were used longest ago go first.
 
         Raises:
-            UsageError: there is no model, a number is out of range, the weights alone need more memory, or others may
-                write into `cache_dir`.
+            UsageError: there is no model and no `memory`, a number is out of range, the weights alone need more memory,
+                or others may write into `cache_dir`.
         """
         named = {"": models} if isinstance(models, Loaded) else dict(models)
-        if not named:
-            raise UsageError("an engine needs a model")
+        if not named and memory is None:
+            raise UsageError("an engine needs a model, or to be told how much memory those of `add` may take")
         if type(rows) is not int or rows < 1:
             raise UsageError(f"rows must be an integer of at least 1, not {rows!r}")
         if memory is not None and (type(memory) is not int or memory < 1):
@@ -211,16 +221,18 @@ class Engine:
             raise UsageError(f"prefixes must be a number of bytes, or None, not {prefixes!r}")
         if type(cache_size) is not int or cache_size < 1:
             raise UsageError(f"cache_size must be a number of bytes, not {cache_size!r}")
-        disk = None if cache_dir is None else Disk(Path(cache_dir), cache_size)
-        device = next(iter(named.values())).device.mlx
-        self.budget = Budget.of_machine(device) if memory is None else Budget(memory)
+        self._disk = None if cache_dir is None else Disk(Path(cache_dir), cache_size)
+        self._rows, self._prefixes = rows, prefixes
+        if memory is None:
+            self.budget = Budget.of_machine(next(iter(named.values())).device.mlx)
+        else:
+            self.budget = Budget(memory)
         self.budget.weights = sum(loaded.nbytes for loaded in named.values())
         if self.budget.room <= 0:
             raise UsageError(
                 f"the weights take {self.budget.weights / 1e6:.1f} MB, and {self.budget.limit / 1e6:.1f} MB are allowed"
             )
-        kept = self.budget.room // 2 if prefixes is None else prefixes
-        self._workers = {name: Worker(loaded, self.budget, rows, kept, disk) for name, loaded in named.items()}
+        self._workers = {name: self._worker_of(loaded, self.budget.room) for name, loaded in named.items()}
 
     def __repr__(self) -> str:
         states = [self.status(name) for name in self._workers]
@@ -285,6 +297,47 @@ class Engine:
             scores=scores, deadline=deadline, guide=guide, proposer=proposer,
         )  # fmt: skip
         return worker.submit(order)
+
+    def add(self, name: str, loaded: Loaded, *, loose: bool = False) -> None:
+        """Answer with one more model; kept prefixes of others make way for its weights.
+
+        Args:
+            loose: whether it may be removed where another model needs the memory (`budget.unload`).
+
+        Raises:
+            UsageError: a model has the name, or its weights need more memory than there is beside those of the others.
+        """
+        if name in self._workers:
+            raise UsageError(f"a model is called {name!r} already")
+
+        def job() -> Worker:
+            budget, weights = self.budget, loaded.nbytes
+            if weights >= budget.room:
+                raise UsageError(
+                    f"the weights of {name!r} take {weights / 1e6:.1f} MB, and {max(budget.room, 0) / 1e6:.1f} MB of "
+                    f"{budget.limit / 1e6:.1f} MB are free"
+                )
+            worker = self._worker_of(loaded, budget.room - weights, loose=loose)
+            budget.weights += weights
+            budget.loose += worker.loose
+            for holder in budget.holders:
+                if (over := budget.used - budget.room) > 0:
+                    holder.evict(over)
+            return worker
+
+        self._workers = {**self._workers, name: loaded.run(job)}
+
+    def remove(self, name: str) -> None:
+        """End a model's requests with a UsageError, and forget it; the model stays loaded."""
+        worker = self._worker(name)
+        worker.close(UsageError(f"the model {name!r} was removed"))
+        OWNER.finish(worker.leave)
+        self._workers = {other: one for other, one in self._workers.items() if other != name}
+
+    def _worker_of(self, loaded: Loaded, room: int, *, loose: bool = False) -> Worker:
+        """What computes with a model beside whose weights there are `room` bytes."""
+        kept = room // 2 if self._prefixes is None else self._prefixes
+        return Worker(loaded, self.budget, self._rows, kept, self._disk, loose=loose)
 
     def status(self, model: str = "") -> Status:
         """How a model fares, as of its last step: answered at once, whatever the engine does."""

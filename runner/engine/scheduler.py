@@ -126,6 +126,12 @@ class Scheduler:
         self._maker.forget()
         self.loaded.unwire(self)
 
+    def leave(self) -> None:
+        """Take no more part in the budget, once every request has ended and no prefix is kept."""
+        self.budget.holders = [
+            one for one in self.budget.holders if one is not self and one is not self.sharing.prefixes
+        ]
+
     @property
     def busy(self) -> bool:
         """Whether any row is computed."""

@@ -293,6 +293,38 @@ def test_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
             engine.submit([1], max_tokens=1, model="other")
 
 
+def test_models_come_and_go() -> None:
+    """Kept prefixes of others make way for a model's weights, loose weights for answers; none leaves a byte behind."""
+    rows, other = opened("rows"), opened("Mamba")
+    limit = rows.nbytes + other.nbytes + 1_000_000
+    with Engine({}, memory=limit) as engine:
+        engine.add("a", rows)
+        (prompt,) = prompts(rows, (40,))
+        assert ids(engine.submit(prompt, max_tokens=9, model="a")) == naive(rows, prompt, 9)
+        idle(engine, "a")
+        assert engine.status("a").prefixes.nbytes > 0
+        with pytest.raises(UsageError, match="called 'a' already"):
+            engine.add("a", other)
+        engine.budget.limit = rows.nbytes + other.nbytes + 12_000
+        engine.add("b", other, loose=True)
+        assert engine.status("a").prefixes.nbytes == 0
+        assert ids(engine.submit([5, 6], max_tokens=9, model="b")) == naive(other, [5, 6], 9)
+        engine.budget.unload = lambda _nbytes: engine.remove("b")
+        assert ids(engine.submit(prompt, max_tokens=9, model="a")) == naive(rows, prompt, 9)
+        with pytest.raises(UsageError, match="no model is called 'b'"):
+            engine.submit([1], max_tokens=1, model="b")
+        with pytest.raises(UsageError, match=r"take .* MB, and .* MB of .* MB are free"):
+            engine.budget.limit = rows.nbytes + other.nbytes
+            engine.add("b", other)
+        assert (engine.budget.weights, engine.budget.loose, len(engine.budget.holders)) == (rows.nbytes, 0, 2)
+        engine.budget.limit = limit
+        waiting = engine.submit(prompt, max_tokens=1000, model="a")
+        engine.remove("a")
+        with pytest.raises(UsageError, match="'a' was removed"):
+            ids(waiting)
+    assert engine.budget.used == engine.budget.weights == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -65,10 +65,10 @@ def ids(ticket: Ticket) -> list[int]:
     return [token.id for token in ticket]
 
 
-def idle(engine: Engine) -> None:
+def idle(engine: Engine, model: str = "") -> None:
     """Wait until there are no requests."""
     for _ in range(2000):
-        if not engine.status().running and not engine.status().waiting:
+        if not engine.status(model).running and not engine.status(model).waiting:
             return
         time.sleep(0.005)
     raise AssertionError("there are requests still")
