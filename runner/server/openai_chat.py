@@ -163,6 +163,7 @@ class Body(Common, kw_only=True):
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     response_format: Format | None = None
     structured_outputs: StructuredOutputs | None = None
     tools: list[Tool] | None = None
@@ -176,15 +177,11 @@ class Body(Common, kw_only=True):
             raise invalid("messages must not be empty", "messages")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise invalid("max_tokens and max_completion_tokens differ: leave one out", "max_tokens")
-        last = self.messages[-1]
-        may_continue = last.role == "assistant" and not last.tool_calls
-        if self.continue_final_message and not may_continue:
-            raise invalid("continue_final_message: the last message is not the assistant's", "continue_final_message")
         chat = Chat(
             messages=[message.plain() for message in self.messages],
             variables=self.chat_template_kwargs or {},
             effort=self.reasoning_effort,
-            continues=may_continue and self.continue_final_message is not False,
+            continues=self.continues(),
             tools=checked_tools(
                 plain_tool(tool.function.name, tool.function.description, tool.function.parameters)
                 for tool in self.tools or ()
@@ -205,6 +202,24 @@ class Body(Common, kw_only=True):
             ignore_eos=bool(self.ignore_eos),
             priority=self.rank(),
         )
+
+    def continues(self) -> bool:
+        """Whether the answer goes on with the last message; two fields say so, vLLM's, or else who wrote it."""
+        last = self.messages[-1]
+        may_continue = last.role == "assistant" and not last.tool_calls
+        asked, new = self.continue_final_message, self.add_generation_prompt
+        if asked and not may_continue:
+            raise invalid("continue_final_message: the last message is not the assistant's", "continue_final_message")
+        if asked and new:
+            raise invalid(
+                "add_generation_prompt and continue_final_message exclude each other", "add_generation_prompt"
+            )
+        continues = may_continue and asked is not False and not new
+        if new is False and not continues:
+            raise invalid(
+                "add_generation_prompt: an answer that continues no message begins one", "add_generation_prompt"
+            )
+        return continues
 
     def asked_logprobs(self) -> int | None:
         """How many of the likeliest tokens are wanted beside each; None: no log-probabilities."""

@@ -136,6 +136,23 @@ def test_content_as_parts_and_prefill(told: ToldBackend, client: openai.OpenAI) 
     assert prompt == "<|im_start|>user\nOne two<|im_end|>\n<|im_start|>assistant\nWell"
 
 
+def test_two_fields_say_whether_a_message_is_continued(server: Running) -> None:
+    asked, begun = {"role": "user", "content": "x"}, {"role": "assistant", "content": "Well"}
+
+    def prompt(messages: list[dict[str, str]], **fields: bool) -> str:
+        sent = httpx2.post(f"{server.url}/v1/chat/completions/render", json={"messages": messages, **fields})
+        return str(sent.json()["prompt"] if sent.status_code == 200 else sent.json()["error"]["param"])
+
+    for fields in ({}, {"continue_final_message": True, "add_generation_prompt": False}):
+        assert prompt([asked, begun], **fields).endswith("assistant\nWell")
+    for fields in ({"continue_final_message": False}, {"add_generation_prompt": True}):
+        assert prompt([asked, begun], **fields).endswith("Well<|im_end|>\n<|im_start|>assistant\n")
+    for messages in ([asked], [asked, begun]):
+        assert prompt(messages, continue_final_message=False, add_generation_prompt=False) == "add_generation_prompt"
+    assert prompt([asked, begun], continue_final_message=True, add_generation_prompt=True) == "add_generation_prompt"
+    assert prompt([asked], continue_final_message=True) == "continue_final_message"
+
+
 def test_render_gives_the_prompt_of_the_same_chat(told: ToldBackend, server: Running, client: openai.OpenAI) -> None:
     shown = httpx2.post(f"{server.url}/v1/chat/completions/render", json={"messages": HELLO}).json()
     client.chat.completions.create(model="told", messages=HELLO)
