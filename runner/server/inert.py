@@ -64,6 +64,7 @@ MESSAGE: Table = {
     "cache_control": Inert("prompts share what they have in common without it"),
     "id": _LABEL,
     "provider_specific_fields": Inert("what a client's own proxy wrote down"),
+    "reasoning_details": Inert("another service's record of reasoning; its text is in the fields beside it"),
 }
 """Of a message in OpenAI's chat."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Literal
 
@@ -43,13 +43,13 @@ class MadeCall(msgspec.Struct):
 
     function: CalledFunction
     id: str | None = None
-    inert: ClassVar[Table] = {"type": inert.TOOL["type"]}
+    inert: ClassVar[Table] = {"type": inert.TOOL["type"], "index": inert.CALL["index"]}
 
 
 class Message(msgspec.Struct):
-    """One message."""
+    """One message; one of the role "thinking" is what the assistant thought before its next one (Continue's form)."""
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Literal["system", "user", "assistant", "tool", "thinking"]
     content: str = ""
     thinking: str | None = None
     tool_calls: list[MadeCall] | None = None
@@ -137,7 +137,7 @@ class ChatBody(Common, kw_only=True):
     def chat(self) -> Chat:
         """The conversation in OpenAI's shapes."""
         messages = []
-        for message in self.messages:
+        for message in _with_thoughts(self.messages):
             made: dict[str, Any] = {"role": message.role, "content": message.content}
             if message.thinking:
                 made["reasoning_content"] = message.thinking
@@ -166,6 +166,22 @@ class ChatBody(Common, kw_only=True):
             tools=tools,
             strict=any(tool.function.strict for tool in self.tools or ()),
         )
+
+
+def _with_thoughts(messages: Iterable[Message]) -> list[Message]:
+    """The messages, those of the role "thinking" joined to the answer that follows, or empty answers of their own."""
+    result: list[Message] = []
+    before = ""
+    for message in messages:
+        if message.role == "thinking":
+            result.append(Message(role="assistant", thinking=message.content))
+        elif message.role == "assistant" and before == "thinking":
+            thoughts = result.pop().thinking
+            result.append(msgspec.structs.replace(message, thinking=message.thinking or thoughts))
+        else:
+            result.append(message)
+        before = message.role
+    return result
 
 
 class GenerateBody(Common, kw_only=True):

@@ -170,3 +170,21 @@ def test_every_api_gives_the_same_prompt(told: ToldBackend, server: Running) -> 
         prompts.append(list(told.orders[-1].ids))
     assert prompts[0] == prompts[1] == prompts[2]
     assert len(routes(server.serving)) > 20
+
+
+def test_thoughts_as_messages_of_their_own() -> None:
+    template = (
+        "{%- for m in messages -%}{{ '[' + m.role + '|' + (m.reasoning_content or '') + '|' + m.content + ']' }}"
+        "{%- endfor -%}"
+    )
+    told = ToldBackend(lambda prompt, order: "x", facts=tokenizer(template))
+    thought, answer, asked = ({"role": role, "content": role[0]} for role in ("thinking", "assistant", "user"))
+    with Running([told]) as server:
+        for messages, prompt in (
+            ([asked, thought, answer, asked], "[user||u][assistant|t|a][user||u]"),
+            ([asked, thought, asked], "[user||u][assistant|t|][user||u]"),
+            ([asked, thought, {**answer, "thinking": "own"}, asked], "[user||u][assistant|own|a][user||u]"),
+        ):
+            sent = httpx2.post(f"{server.url}/api/chat", json={"messages": messages, "stream": False})
+            assert sent.status_code == 200, sent.text
+            assert prompt_of(told) == prompt
