@@ -101,6 +101,11 @@ class Budget:
         return sum(holder.nbytes for holder in self.holders)
 
     @property
+    def live(self) -> int:
+        """Bytes of it that answers under way take; what else is taken can make way."""
+        return sum(holder.nbytes for holder in self.holders if holder.busy)
+
+    @property
     def busy(self) -> bool:
         """Whether anything is computed, so that what does not fit now may fit later."""
         return any(holder.busy for holder in self.holders)

@@ -295,7 +295,7 @@ def messages(serving: Serving) -> Handler:
         served = serving.model(body.model)
         ask = body.ask(serving.options.unknown_fields, note_of(request).ignored)
         prepared = await serving.prepare(request, served, ask)
-        running = serving.begin(request, prepared)
+        running = await serving.begin(request, prepared)
         omitted = body.thinking is not None and body.thinking.display == "omitted"
         reply = Reply(body.model or served.name, running, omitted)
         if body.stream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as plain_json
 import logging
 import secrets
 import time
@@ -27,6 +26,7 @@ from runner.server import (
 )
 from runner.server.errors import ApiError, form_for
 from runner.server.limits import MAX_HEADERS, ClientDisconnect, Door
+from runner.server.log import say
 from runner.server.operations import Handler
 from runner.server.serving import Note, Serving
 from runner.server.streaming import Gone, json
@@ -188,7 +188,6 @@ class App:
 
     def _log(self, scope: Scope, note: Note, status: int, seconds: float) -> None:
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request_id": note.request_id,
             "method": scope["method"],
             "path": scope["path"][:200],
@@ -200,7 +199,7 @@ class App:
             line["ignored"] = note.ignored
         quiet = scope["path"] in ("/health", "/ping", "/metrics")
         level = logging.DEBUG if quiet else logging.INFO if status < 500 else logging.ERROR
-        self.serving.log.log(level, "%s", plain_json.dumps(line, ensure_ascii=True))
+        say(level, **line)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:

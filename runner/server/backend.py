@@ -1,24 +1,23 @@
 """What the server needs from whatever computes: tokens for an order, log-probabilities of a prompt, and how it fares.
 
-`LocalBackend` gives it over a loaded model; the tests have another, whose answers are written down.
+`runner.server.local` gives it over models of this machine; the tests have another, whose answers are written down.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+import math
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from runner.engine.defaults import GenerationDefaults
-from runner.engine.engine import DISK, Engine
 from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
 from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runner.engine.speculation import Guide
-    from runner.language_model import LanguageModel
+    from runner.server.pool import Lease
 
 STUCK = 300.0
 """Seconds without a sign of life, while an answer is under way, after which the engine counts as stuck. A part of a
@@ -67,6 +66,8 @@ class Status:
         running: answers under way.
         waiting: answers that wait for their first turn.
         nbytes: bytes of the caches of those under way.
+        loaded: whether its weights are in memory.
+        expires_in: seconds after which they go if nobody asks; endless: when others need their memory, or never.
     """
 
     alive: bool = True
@@ -74,6 +75,8 @@ class Status:
     running: int = 0
     waiting: int = 0
     nbytes: int = 0
+    loaded: bool = True
+    expires_in: float = math.inf
 
     @property
     def healthy(self) -> bool:
@@ -83,7 +86,7 @@ class Status:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a model without computing.
+    """What is known of a model without computing, and without its weights.
 
     Attributes:
         family: its `model_type`.
@@ -113,6 +116,16 @@ class Backend(Protocol):
         """What is known of the model."""
         ...
 
+    async def hold(self, keep: float | None = None) -> Lease:
+        """Load it where it is not, and have it stay until the lease is released, and for `keep` seconds then.
+
+        `tokens` and `score` are for those who hold it. None: it stays as the server's options say.
+
+        Raises:
+            ApiError: it cannot be loaded, or there is no memory for it.
+        """
+        ...
+
     def tokens(self, order: Order) -> AsyncGenerator[Step, None]:
         """Make an answer, token by token, up to an end token or the order's length; closing it frees its place."""
         ...
@@ -132,92 +145,3 @@ class Backend(Protocol):
     def close(self) -> None:
         """Give its memory back."""
         ...
-
-
-class Engines:
-    """The one engine of all models of this process, and another in its place once it has failed."""
-
-    def __init__(
-        self,
-        models: Mapping[str, LanguageModel],
-        memory: int | None = None,
-        cache_dir: Path | None = None,
-        cache_size: int | None = None,
-    ) -> None:
-        """Make it, for models by their names; the rest as in `Engine`."""
-        self._models = dict(models)
-        self._memory = memory
-        self._cache_dir, self._cache_size = cache_dir, cache_size or DISK
-        self.current = self._made()
-
-    def _made(self) -> Engine:
-        models = {name: lm.engine for name, lm in self._models.items()}
-        return Engine(models, memory=self._memory, cache_dir=self._cache_dir, cache_size=self._cache_size)
-
-    def restart(self) -> None:
-        """End all requests, and begin anew with the same models."""
-        self.current.close()
-        self.current = self._made()
-
-
-class LocalBackend:
-    """A model in this process, by an engine that answers many requests at once."""
-
-    def __init__(self, lm: LanguageModel, name: str, engines: Engines) -> None:
-        """Serve `lm` under `name`, by which `engines` has it, too."""
-        self.lm = lm
-        self._engines = engines
-        self.facts = Facts(
-            name=name,
-            family=lm.config.model_type,
-            tokenizer=lm.tokenizer,
-            defaults=lm.defaults,
-            eos_token_ids=lm.eos_token_ids,
-            context_length=lm.context_length,
-            vocab_size=lm.config.vocab_size,
-            nbytes=lm.nbytes,
-        )
-
-    async def tokens(self, order: Order) -> AsyncGenerator[Step, None]:
-        """Make an answer, token by token."""
-        ticket = self._engines.current.submit(
-            order.ids,
-            order.params,
-            max_tokens=order.max_tokens,
-            ends=order.ends,
-            choice=order.choice,
-            priority=order.priority,
-            turns=order.turns,
-            guide=order.guide,
-            model=self.facts.name,
-        )
-        try:
-            async for token in ticket:
-                yield Step(token, ticket.reused)
-        finally:
-            ticket.cancel()
-
-    async def score(self, ids: Sequence[int], top: int) -> list[Token]:
-        """Log-probabilities of a prompt's tokens."""
-        ticket = self._engines.current.submit(ids, max_tokens=0, scores=top, model=self.facts.name)
-        try:
-            async for _ in ticket:
-                pass
-        finally:
-            ticket.cancel()
-        return ticket.scores[1:]
-
-    def status(self) -> Status:
-        """How it fares."""
-        state = self._engines.current.status(self.facts.name)
-        alive = state.alive and not self.lm.engine.closed
-        return Status(alive, state.quiet, state.running, state.waiting, state.nbytes)
-
-    def restart(self) -> None:
-        """Begin anew after a failure."""
-        self._engines.restart()
-
-    def close(self) -> None:
-        """Give the memory of the weights back."""
-        self._engines.current.close()
-        self.lm.close()

@@ -164,7 +164,6 @@ STRUCTURED: Table = {
 """Of vLLM's structured_outputs."""
 
 OLLAMA: Table = {
-    "keep_alive": Inert("the models that were named at the start stay loaded"),
     "truncate": Inert("nothing is ever cut off a prompt"),
     "shift": Inert("an answer ends where the context is full", (False, None)),
     "images": Inert("none are sent", ([], None)),

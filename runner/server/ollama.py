@@ -15,16 +15,20 @@ from starlette.responses import Response
 from runner.constraints import Constraint, JsonObject, JsonSchema
 from runner.server import inert
 from runner.server.answering import Answering, Delta
+from runner.server.durations import seconds_of
 from runner.server.errors import ApiError, invalid, ollama_form
 from runner.server.inert import Table
 from runner.server.model import Served
 from runner.server.openai_chat import Tool, checked_tools, plain_tool
 from runner.server.operations import Handler, version_of
+from runner.server.pool import Lease
 from runner.server.request import Ask, Chat, Text
 from runner.server.serving import Running, Serving
 from runner.server.streaming import LINES, Stream, json, line, while_there
 from runner.server.tool_calls import Call, CallPart, arguments_of, gathered
 
+NEVER = 36500 * 86400.0
+"""Seconds until a model goes that stays: a hundred years."""
 NOT_DONE = (
     "models are given to this server when it is started, and not by its clients: nothing is fetched, made or deleted"
 )
@@ -97,7 +101,19 @@ class Common(msgspec.Struct, kw_only=True):
     options: Options | None = None
     stream: bool | None = None
     think: bool | str | None = None
+    keep_alive: float | str | None = None
     inert: ClassVar[Table] = inert.OLLAMA
+
+    def keep(self) -> float | None:
+        """Seconds for which the model stays loaded afterwards; None: the request does not say.
+
+        Raises:
+            ApiError: it is no duration.
+        """
+        try:
+            return None if self.keep_alive is None else seconds_of(self.keep_alive)
+        except ValueError as error:
+            raise invalid(f"keep_alive: {error}", "keep_alive") from error
 
     def ask(self, prompt: Chat | Text) -> Ask:
         """The request, as all APIs make it."""
@@ -214,7 +230,7 @@ def chat(serving: Serving) -> Handler:
         body = await serving.read(request, ChatBody)
         served = found(serving, body.model)
         if not body.messages:  # Ollama's way to have a model loaded
-            return _loaded(served, body.model, chat=True)
+            return await _loaded(serving, request, served, body, chat=True)
         return await _answer(serving, request, served, body, body.ask(body.chat()), chat=True)
 
     return answer
@@ -227,7 +243,7 @@ def generate(serving: Serving) -> Handler:
         body = await serving.read(request, GenerateBody)
         served = found(serving, body.model)
         if not body.prompt:
-            return _loaded(served, body.model, chat=False)
+            return await _loaded(serving, request, served, body, chat=False)
         if body.raw:
             if body.system or body.think is not None:
                 raise invalid("raw: the text goes to the model as it is, without system and think", "raw")
@@ -244,8 +260,9 @@ def generate(serving: Serving) -> Handler:
 async def _answer(
     serving: Serving, request: Request, served: Served, body: Common, ask: Ask, *, chat: bool
 ) -> Response:
+    keep = body.keep()
     prepared = await serving.prepare(request, served, ask)
-    running = serving.begin(request, prepared)
+    running = await serving.begin(request, prepared, keep=keep)
     reply = Reply(body.model or served.name, running, chat=chat)
     if body.stream is not False:
         return Stream(reply.stream(), LINES, ping=b"", done=running.close)
@@ -253,14 +270,27 @@ async def _answer(
         return json(await while_there(request, reply.whole()))
 
 
+def _told(moment: datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")
+
+
 def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    return _told(datetime.now(UTC))
 
 
-def _loaded(served: Served, model: str | None, *, chat: bool) -> Response:
+async def _loaded(serving: Serving, request: Request, served: Served, body: Common, *, chat: bool) -> Response:
+    """Ollama's way to have a model loaded, or unloaded."""
+    keep = body.keep()
+    serving.check_alive(served)
+    if keep == 0 and not served.backend.status().loaded:
+        lease = Lease()
+    else:
+        lease = await while_there(request, served.backend.hold(keep))
+    lease.release()
     said: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
+    reason = "unload" if keep == 0 else "load"
     return json(
-        {"model": model or served.name, "created_at": _now(), **said, "done": True, "done_reason": "load"},
+        {"model": body.model or served.name, "created_at": _now(), **said, "done": True, "done_reason": reason},
         {"content-type": LINES},
     )
 
@@ -300,7 +330,7 @@ class Reply:
             "done": True,
             "done_reason": "length" if last.finish == "length" else "stop",
             "total_duration": round((time.perf_counter() - self._began) * 1e9),
-            "load_duration": 0,
+            "load_duration": round(self._running.lease.seconds * 1e9),
             "prompt_eval_count": usage.prompt_tokens,
             "prompt_eval_duration": round((first - answering.started) * 1e9),
             "eval_count": usage.completion_tokens,
@@ -341,7 +371,7 @@ def _card(served: Served, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "model": name,
-        "modified_at": datetime.fromtimestamp(served.created, UTC).isoformat().replace("+00:00", "Z"),
+        "modified_at": _told(datetime.fromtimestamp(served.created, UTC)),
         "size": facts.nbytes,
         "digest": hashlib.sha256(f"{served.name}\n{facts.family}\n{facts.nbytes}".encode()).hexdigest(),
         "details": _details(served),
@@ -374,19 +404,22 @@ def tags(serving: Serving) -> Handler:
 
 
 def ps(serving: Serving) -> Handler:
-    """`GET /api/ps`."""
+    """`GET /api/ps`: the models that are loaded, and until when."""
 
     async def answer(_request: Request) -> Response:
-        never = (datetime.now(UTC) + timedelta(days=36500)).isoformat().replace("+00:00", "Z")
-        loaded = [
-            {
-                **_card(served, name),
-                "size_vram": served.backend.facts.nbytes,
-                "expires_at": never,
-                "context_length": served.backend.facts.context_length,
-            }
-            for name, served in serving.models.items()
-        ]
+        loaded = []
+        for name, served in serving.models.items():
+            status = served.backend.status()
+            if status.loaded:
+                until = datetime.now(UTC) + timedelta(seconds=min(max(status.expires_in, 0.0), NEVER))
+                loaded.append(
+                    {
+                        **_card(served, name),
+                        "size_vram": served.backend.facts.nbytes,
+                        "expires_at": _told(until),
+                        "context_length": served.backend.facts.context_length,
+                    }
+                )
         return json({"models": loaded})
 
     return answer

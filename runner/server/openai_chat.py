@@ -238,7 +238,7 @@ def chat(serving: Serving) -> Handler:
         usage_asked = body.usage_asked()
         served = serving.model(body.model)
         prepared = await serving.prepare(request, served, body.ask())
-        running = serving.begin(request, prepared)
+        running = await serving.begin(request, prepared)
         reply = Reply(served.name if body.model is None else body.model, running, bool(body.logprobs))
         if body.stream:
             return Stream(reply.stream(*usage_asked), done=running.close)

@@ -84,7 +84,7 @@ def completions(serving: Serving) -> Handler:
         prepared = [await serving.prepare(request, served, ask) for ask in body.asks()]
         if body.echo and body.stream and body.logprobs is not None:
             raise invalid("echo with logprobs is not streamed: leave stream out", "echo")
-        running = serving.begin(request, *prepared)
+        running = await serving.begin(request, *prepared)
         reply = Reply(served, served.name if body.model is None else body.model, running, body)
         if body.stream:
             return Stream(reply.stream(*usage_asked), done=running.close)

@@ -49,6 +49,7 @@ def card(served: Served, name: str) -> dict[str, object]:
         "root": served.name,
         "parent": None,
         "max_model_len": served.backend.facts.context_length,
+        "loaded": served.backend.status().loaded,
     }
 
 

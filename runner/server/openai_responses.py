@@ -282,7 +282,7 @@ def responses(serving: Serving) -> Handler:
         served = serving.model(body.model)
         functions = functions_in(body.tools or (), serving.options.unknown_fields, ignored)
         ready = await serving.prepare(request, served, body.ask(functions))
-        running = serving.begin(request, ready)
+        running = await serving.begin(request, ready)
         reply = Reply(served.name, body, running)
         if body.stream:
             return Stream(reply.stream(), done=running.close)

@@ -24,6 +24,8 @@ def health(serving: Serving) -> Handler:
             status = served.backend.status()
             healthy = healthy and status.healthy
             state = "ok" if status.healthy else "stuck" if status.alive else "dead"
+            if not status.loaded:
+                state = "not loaded"
             models[served.name] = {"status": state, "running": status.running, "waiting": status.waiting}
         return json({"status": "ok" if healthy else "error", "models": models}, status=200 if healthy else 503)
 

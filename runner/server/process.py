@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -21,6 +22,7 @@ from runner.errors import UsageError
 from runner.server.app import App
 from runner.server.errors import ApiError, openai_form
 from runner.server.limits import HEADER_SECONDS, MAX_HEADERS, Options
+from runner.server.log import say
 from runner.server.model import Served
 from runner.server.serving import Serving
 
@@ -184,7 +186,7 @@ def serve_on(made: socket.socket, serving: Serving, started: Callable[[str, Call
         if failures and options.on_engine_failure == "exit":
             return
         failures.append(served.name)
-        serving.log.error("the engine of %s has failed: %s", served.name, options.on_engine_failure)
+        say(logging.ERROR, event="engine failed", model=served.name, then=options.on_engine_failure)
         if options.on_engine_failure == "restart":
             served.backend.restart()
         else:  # a supervisor starts the process anew; those who wait are told first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -14,14 +15,17 @@ from runner.server.answering import Answering
 from runner.server.errors import ApiError, of_exception
 from runner.server.fields import parse, read
 from runner.server.limits import Options, Places, body_of
+from runner.server.log import LOG
 from runner.server.metrics import Metrics
 from runner.server.model import Prepared, Served
+from runner.server.pool import Lease
 from runner.server.request import Ask
 from runner.server.streaming import while_there
 
 T = TypeVar("T")
 
-LOG = "runner.server"
+LONG_LOAD = 0.01
+"""Seconds of waiting for a model from which on the log tells of them."""
 
 
 class Note:
@@ -40,12 +44,17 @@ def note_of(request: Request) -> Note:
 
 
 class Running:
-    """A request's answers while they are under way: they hold places, which `close` gives back."""
+    """A request's answers while they are under way: they hold places and the model, which `close` gives back.
+
+    Attributes:
+        lease: the hold on the model, once it is loaded.
+    """
 
     def __init__(self, serving: Serving, note: Note, answers: Sequence[Answering]) -> None:
         self._serving = serving
         self._note = note
         self.answers = answers
+        self.lease = Lease()
         self._count = sum(each.prepared.ask.choices for each in answers)
         serving.places.take(self._count)
         self._open = True
@@ -69,6 +78,7 @@ class Running:
         if not self._open:
             return
         self._open = False
+        self.lease.release()
         self._serving.places.leave(self._count)
         for answer in self.answers:
             self._serving.metrics.finished(answer)
@@ -82,6 +92,8 @@ class Running:
             "finish": [reason for answer in self.answers for _, reason in sorted(answer.finished.items())],
             "ttft": round(min(first), 4) if first else None,
         }
+        if self.lease.seconds >= LONG_LOAD:
+            self._note.values["load_seconds"] = round(self.lease.seconds, 3)
 
 
 class Serving:
@@ -138,7 +150,7 @@ class Serving:
     def told(self, error: Exception) -> ApiError:
         """What a client hears of an exception; one that nobody foresaw goes to the log with its traceback."""
         told = of_exception(error)
-        if told.status == 500:
+        if told.status == 500 and not isinstance(error, ApiError):
             self.log.error("a request failed", exc_info=error)
         if told.status >= 500:
             for served in self.models.values():
@@ -146,10 +158,23 @@ class Serving:
                     self.on_failure(served)
         return told
 
-    def begin(self, request: Request, *prepared: Prepared) -> Running:
-        """Take places for the answers to prepared prompts.
+    async def begin(self, request: Request, *prepared: Prepared, keep: float | None = None) -> Running:
+        """Take places for the answers to prepared prompts of one model, and have it loaded.
+
+        Args:
+            keep: seconds for which the model stays loaded afterwards; None: as the server's options say.
 
         Raises:
-            ApiError: there are too few.
+            ApiError: there are too few places, or the model cannot be loaded.
+            Gone: the client has left.
         """
-        return Running(self, note_of(request), [Answering(each) for each in prepared])
+        running = Running(self, note_of(request), [Answering(each) for each in prepared])
+        try:
+            backend = prepared[0].served.backend
+            running.lease = await while_there(request, backend.hold(keep))
+            for answer in running.answers:
+                answer.started = time.perf_counter()
+        except BaseException:
+            running.close()
+            raise
+        return running

@@ -21,11 +21,15 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from runner.engine.defaults import GenerationDefaults
 from runner.engine.sampler import Token
+from runner.language_model import LanguageModel
 from runner.server.backend import Facts, Order, Status, Step
 from runner.server.limits import Options
+from runner.server.local import LocalBackend, facts_of
+from runner.server.log import LOG
 from runner.server.model import Served
+from runner.server.pool import Lease, Pool
 from runner.server.process import address_of, listening, serve_on
-from runner.server.serving import LOG, Serving
+from runner.server.serving import Serving
 from runner.text.tokenizer import Tokenizer
 
 END = "<|im_end|>"
@@ -63,6 +67,8 @@ class ToldBackend:
         orders: what was ordered, in order.
         begun: answers that have begun.
         open: answers under way.
+        held_by: requests that hold it.
+        kept: for how long each wanted it to stay.
         fails: raised by the next token; the backend is dead then.
         pause: seconds before each token.
         gate: where it is set, no token comes before it is set to true.
@@ -78,6 +84,8 @@ class ToldBackend:
         )  # fmt: skip
         self.orders: list[Order] = []
         self.open = 0
+        self.held_by = 0
+        self.kept: list[float | None] = []
         self.made = 0
         self.moments: list[float] = []
         self.fails: Exception | None = None
@@ -85,6 +93,16 @@ class ToldBackend:
         self.pause = 0.0
         self.held = threading.Event()
         self.held.set()
+
+    async def hold(self, keep: float | None = None) -> Lease:
+        """It is there."""
+        self.held_by += 1
+        self.kept.append(keep)
+
+        def release() -> None:
+            self.held_by -= 1
+
+        return Lease(release)
 
     async def tokens(self, order: Order) -> AsyncGenerator[Step, None]:
         """Tell the answer."""
@@ -150,6 +168,14 @@ class ToldBackend:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def local(lm: LanguageModel, name: str, *, memory: int = 1 << 40) -> LocalBackend:
+    """A loaded model behind an engine, as the server has it."""
+    pool = Pool(memory)
+    slot = pool.add(name, lm.nbytes, lambda: lm)
+    pool.load(slot)
+    return LocalBackend(facts_of(name, lm), slot, pool)
 
 
 class Running:

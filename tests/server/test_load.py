@@ -12,10 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 from places import ROOT
-from told_backend import Running, ToldBackend, waited
+from told_backend import Running, ToldBackend, local, waited
 
 import runner
-from runner.server.backend import Engines, LocalBackend
 
 FIXTURE = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
 TOKENS = 16
@@ -24,8 +23,7 @@ TOKENS = 16
 @pytest.fixture
 def server() -> Iterator[Running]:
     lm = runner.load(FIXTURE)
-    engines = Engines({"tiny": lm}, memory=64 << 20)
-    with Running([LocalBackend(lm, "tiny", engines)], log_level="error") as running:
+    with Running([local(lm, "tiny", memory=64 << 20)], log_level="error") as running:
         yield running
 
 

@@ -11,10 +11,9 @@ import mlx.core as mx
 import openai
 import pytest
 from places import ROOT
-from told_backend import Running, ToldBackend
+from told_backend import Running, ToldBackend, local
 
 import runner
-from runner.server.backend import Engines, LocalBackend
 
 FIXTURE = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
 
@@ -92,7 +91,7 @@ def test_refused_by_name(client: openai.OpenAI, extra: dict, named: str) -> None
 @pytest.fixture(scope="module")
 def real() -> Iterator[tuple[openai.OpenAI, runner.LanguageModel]]:
     lm = runner.load(FIXTURE)
-    with Running([LocalBackend(lm, "tiny", Engines({"tiny": lm}))]) as running:
+    with Running([local(lm, "tiny")]) as running:
         yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0), lm
 
 

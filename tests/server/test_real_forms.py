@@ -11,10 +11,9 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from told_backend import Running
+from told_backend import Running, local
 
 import runner
-from runner.server.backend import Engines, LocalBackend
 
 pytestmark = [
     pytest.mark.real,
@@ -51,7 +50,7 @@ SCHEMAS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def client() -> Iterator[openai.OpenAI]:
     lm = runner.load(os.environ["RUNNER_DEMO_MODEL"])
-    with Running([LocalBackend(lm, "demo", Engines({"demo": lm}))]) as server:
+    with Running([local(lm, "demo")]) as server:
         yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=600)
 
 

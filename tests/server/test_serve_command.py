@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from places import ROOT
+from told_backend import waited
 
 from runner.cli import main
 
@@ -94,6 +95,9 @@ def test_a_socket_for_this_account_alone(tmp_path: Path) -> None:
         (["--alias", "x"], "NAME=MODEL"),
         (["--alias", "x=other"], "other"),
         (["--root-path", "x"], "--root-path"),
+        (["--pin", "other"], "--pin other"),
+        (["--keep-alive", "soon"], "no duration"),
+        (["--memory", "10kB"], "0.0 MB are allowed"),
         (["--api-key-file", "/nonexistent"], "/nonexistent"),
         (["--config", "/nonexistent.toml"], "/nonexistent.toml"),
         (["--host", "999.1.1.1", "--no-auth"], "999.1.1.1"),
@@ -119,6 +123,24 @@ def test_config_files_that_do_not_go(text: str, named: str, tmp_path: Path, caps
     (tmp_path / "c.toml").write_text(text)
     assert main(["serve", str(FIXTURE), "--config", str(tmp_path / "c.toml")]) != 0
     assert named in capsys.readouterr().err
+
+
+def test_several_models_in_one_memory(tmp_path: Path) -> None:
+    """The first and those that are pinned are loaded at the start, others when they are asked for."""
+    others = [tmp_path / name for name in ("second", "third")]
+    for other in others:
+        other.symlink_to(FIXTURE)
+    words = (str(FIXTURE), *map(str, others), "--pin", str(others[1]), "--port", "0", "--keep-alive", "0.1s")
+    with served(*words) as (_process, address, lines):
+
+        def loaded() -> list[str]:
+            return [each["id"] for each in httpx2.get(f"{address}/v1/models").json()["data"] if each["loaded"]]
+
+        assert {"llama-gqa", "third"} <= set(loaded()) and "second" not in loaded()
+        body = {"model": "second", "prompt": "abc", "max_tokens": 2}
+        assert httpx2.post(f"{address}/v1/completions", json=body).status_code == 200
+        assert waited(lambda: "second" not in loaded() and "third" in loaded())
+    assert any('"event": "unloaded", "model": "second"' in line for line in lines)
 
 
 def test_other_commands_import_none_of_it() -> None:
