@@ -54,6 +54,18 @@ class Adapters:
         Raises:
             UsageError: a name is unknown or a weight not allowed; nothing is changed then.
         """
+        self.weights.update(self._changed(weights))
+
+    def only(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """All weights where the named adapters have these, and the others are off.
+
+        Raises:
+            UsageError: as `set_weights`.
+        """
+        return self.weights | self._changed({**dict.fromkeys(self.weights.keys() - self.fixed, 0.0), **weights})
+
+    def _changed(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """`weights`, once they were checked beside those of the other adapters."""
         changed = {name: checked_weight(name, weight) for name, weight in weights.items()}
         unknown = [name for name in changed if name not in self.weights]
         if unknown:
@@ -66,7 +78,23 @@ class Adapters:
                 )
         # Check before anything changes, so that a refused call leaves the weights as they were.
         self.check(self.weights | changed)
-        self.weights.update(changed)
+        return changed
+
+    def check_switches(self) -> None:
+        """Refuse adapters that cannot be turned on and off while the model is loaded.
+
+        Raises:
+            UsageError: one replaces whole tensors, or was left out because its vocabulary is not the model's.
+        """
+        there = {item.adapter for items in self.parts.factors.values() for item in items}
+        there |= {item.adapter for items in self.parts.stacked.values() for item in items}
+        there |= {item.adapter for items in self.parts.rows.values() for item in items}
+        for name in self.weights:
+            if name in self.fixed or name not in there:
+                why = "replaces whole tensors" if name in self.fixed else "has a vocabulary of its own"
+                raise UsageError(
+                    f"adapter {name} {why}, and cannot share its base: merge it ('runner convert --adapter')"
+                )
 
     def use(self, weights: Mapping[str, float]) -> None:
         """Let the layers compute with `weights`, which were checked when they were set."""

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,7 @@ import typer
 from runner.cli import completion, terminal
 from runner.cli.options import DType, named_model
 from runner.cli.serve_config import Config
-from runner.cli.serve_options import AnswerOptions, ModelOptions, WhereOptions, WhoOptions
+from runner.cli.serve_options import AnswerOptions, ModelOptions, WhereOptions, WhoOptions, pair
 from runner.errors import RunnerWarning, UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def serve(
 
     made = listening(options)  # a port that is taken is said before minutes of loading
     local = local_models(models, dtype)
-    shown, words = add_models(local, names, models.pin or ())
+    shown, words = add_models(local, names, models)
     others = {**words, **{alias: shown[name] for alias, name in aliases.items()}}
     others = {other: model for other, model in others.items() if other not in local.served}
     log_to_stderr(options.log_level)
@@ -87,9 +87,7 @@ def local_models(models: ModelOptions, dtype: str | None) -> LocalModels:
     return LocalModels(pool, dtype=dtype, context=models.context)
 
 
-def add_models(
-    local: LocalModels, names: Sequence[str], pinned: Sequence[str]
-) -> tuple[dict[str, str], dict[str, str]]:
+def add_models(local: LocalModels, names: Sequence[str], models: ModelOptions) -> tuple[dict[str, str], dict[str, str]]:
     """Add the models of the command line, and load the first one and those that are pinned.
 
     Returns the name that clients are shown for each (a path is not for their eyes), and what else they may say for it:
@@ -103,18 +101,55 @@ def add_models(
 
     warnings.simplefilter("ignore", RunnerWarning)  # the same sentences are notes here
     local.progress = sys.stderr.isatty()
-    slots, shown, others = {}, {}, {}
-    for name in names:
-        path = resolve(name, progress=local.progress)
-        shown[name] = name_of(path) if os.sep in name and Path(name).exists() else name
-        slots[name] = local.add(shown[name], path, pinned=name in pinned)
-        others |= {name: shown[name], name_of(path): others.get(name_of(path), shown[name])}
+    paths = {name: resolve(name, progress=local.progress) for name in names}
+    own = {name: name_of(path) for name, path in paths.items()}
+    shown = {name: own[name] if os.sep in name and Path(name).exists() else name for name in names}
+    adapters = adapters_of(models, names, own, local.progress)
+    pinned = models.pin or ()
+    slots = {
+        name: local.add(shown[name], path, pinned=name in pinned, adapters=adapters[name])
+        for name, path in paths.items()
+    }
     for note in local.notes:
         terminal.note(note, "yellow")
     for name in dict.fromkeys([*pinned, names[0]]):
         local.pool.load(slots[name])
     local.progress = False
+    others = {other: shown[name] for name in reversed(names) for other in (own[name], name)}
     return shown, others
+
+
+def adapters_of(
+    models: ModelOptions, names: Sequence[str], own: Mapping[str, str], progress: bool
+) -> dict[str, dict[str, Path]]:
+    """For each model the directories of its adapters, by the names that they are served under.
+
+    Raises:
+        UsageError: an adapter's name is taken, or its config does not say which of several models it is for.
+    """
+    from runner.adapters.files import CONFIG
+    from runner.checkpoint.hub import resolve_adapter
+    from runner.local_files import path_in, quoted, read_json
+
+    found: dict[str, dict[str, Path]] = {name: {} for name in names}
+    for each in models.adapter or ():
+        called, spec = pair(each, "--adapter", "NAME=PATH")
+        path = resolve_adapter(spec, progress=progress)
+        bases = list(names)
+        if len(bases) > 1:
+            config = read_json(path_in(path, CONFIG))
+            base = str(config.get("base_model_name_or_path") or config.get("model") or "")
+            bases = [name for name in names if base and base.rpartition("/")[2] in (own[name], name.rpartition("/")[2])]
+            if len(bases) != 1:
+                raise UsageError(
+                    f"--adapter {each}: its config names {quoted(base)} as its base, which is "
+                    f"{'several' if bases else 'none'} of the models that are served ({', '.join(names)})"
+                )
+        taken = [*names, *own.values(), *(other for one in found.values() for other in one)]
+        if called in taken or path in found[bases[0]].values():
+            raise UsageError(f"--adapter {each}: {called!r} is taken, or the adapter has another name already")
+        found[bases[0]][called] = path
+    return found
 
 
 def log_to_stderr(level: str) -> None:

@@ -114,6 +114,14 @@ class ModelOptions:
             metavar="NAME=MODEL", help="Call a model by another name, too; may be repeated.", rich_help_panel=WHAT
         ),
     ] = None
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Serve a LoRA adapter on its base under a name of its own; may be repeated.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None
     pin: Annotated[
         list[str] | None,
         typer.Option(

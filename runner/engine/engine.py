@@ -259,6 +259,7 @@ class Engine:
         guide: Guide | None = None,
         proposer: Callable[[], Proposer] | None = None,
         scores: int | None = None,
+        adapters: Mapping[str, float] | None = None,
         model: str = "",
     ) -> Ticket:
         """Begin to answer a prompt; returns at once, with what its tokens are iterated over.
@@ -277,6 +278,8 @@ class Engine:
                 for it.
             scores: None, or that the prompt's own log-probabilities are wanted (`Ticket.scores`), with those of so many
                 of the likeliest tokens beside each.
+            adapters: adapters that the model was loaded with, and their weights for this request; others are off. None:
+                as `set_adapters` has left them.
             model: which model answers, by its name.
 
         Raises:
@@ -290,10 +293,11 @@ class Engine:
         if timeout is not None and not timeout >= 0:
             raise UsageError(f"timeout must be a number of seconds, or None, not {timeout!r}")
         loaded = worker.loaded
+        weights = loaded.adapter_weights if adapters is None else loaded.weights_of(adapters)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         order = Order(
             ids=loaded.checked(ids), params=params or SamplingParams(temperature=0.0), budget=max_tokens,
-            ends=frozenset(ends), choice=choice, priority=priority, weights=loaded.adapter_weights, turns=turns,
+            ends=frozenset(ends), choice=choice, priority=priority, weights=weights, turns=turns,
             scores=scores, deadline=deadline, guide=guide, proposer=proposer,
         )  # fmt: skip
         return worker.submit(order)

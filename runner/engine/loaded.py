@@ -155,6 +155,18 @@ class Loaded:
         """Names and weights of the adapters, as the next answer will use them."""
         return {} if self.adapters is None else dict(self.adapters.weights)
 
+    def weights_of(self, adapters: Mapping[str, float]) -> dict[str, float]:
+        """Names and weights of all adapters where these have such weights, and the others are off.
+
+        Raises:
+            UsageError: the model has no such adapter, or it cannot have the weight.
+        """
+        if self.adapters is None:
+            if adapters:
+                raise UsageError("this model was loaded without adapters")
+            return {}
+        return self.adapters.only(adapters)
+
     def use_adapters(self, weights: Mapping[str, float]) -> None:
         """Let the layers compute with these weights from now on; called before each pass."""
         if self.adapters is not None:

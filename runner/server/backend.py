@@ -94,6 +94,7 @@ class Facts:
         nbytes: bytes of its weights in memory.
         parameters: how many numbers it has; 0 where that is not known.
         quantization: how they are packed, for people.
+        parent: the name of the model whose weights it shares, where it is an adapter's.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Facts:
     nbytes: int = 0
     parameters: int = 0
     quantization: str = ""
+    parent: str | None = None
 
 
 class Backend(Protocol):

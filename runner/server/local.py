@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import runner
-from runner.checkpoint.model_files import open_files
+from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.engine.defaults import GenerationDefaults
-from runner.engine.engine import Engine
 from runner.engine.loaded import planned_nbytes
 from runner.engine.sampler import Token
+from runner.engine.sampling import SamplingParams
+from runner.engine.ticket import Ticket
 from runner.errors import UsageError
 from runner.families import find
 from runner.language_model import LanguageModel, chosen_context, end_tokens
@@ -22,6 +24,10 @@ from runner.server.backend import Facts, Order, Status, Step
 from runner.server.log import say
 from runner.server.model import Served
 from runner.server.pool import Lease, Pool, Slot
+from runner.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from runner.adapters import AdapterFiles
 
 
 class LocalModels:
@@ -42,15 +48,19 @@ class LocalModels:
         self._dtype = dtype
         self._context = context
 
-    def add(self, name: str, path: Path, *, pinned: bool = False) -> Slot:
+    def add(self, name: str, path: Path, *, pinned: bool = False, adapters: Mapping[str, Path] | None = None) -> Slot:
         """Serve the model at `path` under `name`: config, tokenizer and headers are read, and no weights.
+
+        Args:
+            adapters: directories of adapters on it, by the names that they are served under.
 
         Raises:
             RunnerError: as `runner.load`, but for what only the weights can show.
-            UsageError: there is not memory enough for it, or the name is taken.
+            UsageError: there is not memory enough for it, a name is taken, or an adapter cannot share its base.
         """
-        if name in self.served:
-            raise UsageError(f"two models are called {name}: name one by another path, or serve it by itself")
+        for each in (name, *(adapters or ())):
+            if each in self.served:
+                raise UsageError(f"two models are called {each}: name one by another path, or serve it by itself")
         files = open_files(path)
         config = find(files.config)[0].from_dict(files.config)
         context, doubts = chosen_context(config, self._context)
@@ -66,12 +76,38 @@ class LocalModels:
             vocab_size=config.vocab_size,
             nbytes=OWNER.run(lambda: planned_nbytes(files.config, files.source, dtype=self._dtype)),
         )
-        slot = self.pool.add(name, facts.nbytes, lambda: self._load(path, facts), pinned=pinned)
-        self.served[name] = Served(LocalBackend(facts, slot, self.pool))
+        opened = self._opened(files, tokenizer, adapters or {})
+        nbytes = facts.nbytes + sum(header.nbytes for one in opened for header in one.source.headers.values())
+        specs = {str(path): 0.0 for path in (adapters or {}).values()}
+        slot = self.pool.add(name, nbytes, lambda: self._load(path, facts, specs), pinned=pinned)
+        shared = bool(adapters)
+        self.served[name] = Served(LocalBackend(facts, slot, self.pool, shared=shared))
+        for called, one in zip(adapters or (), opened, strict=True):
+            own = dataclasses.replace(facts, name=called, parent=name)
+            self.served[called] = Served(LocalBackend(own, slot, self.pool, shared=shared, adapter=one.name))
         return slot
 
-    def _load(self, path: Path, facts: Facts) -> LanguageModel:
-        lm = runner.load(path, dtype=self._dtype, context_length=self._context, progress=self.progress)
+    def _opened(self, files: ModelFiles, tokenizer: Tokenizer, adapters: Mapping[str, Path]) -> Sequence[AdapterFiles]:
+        """The files of adapters, checked against the model's; raises as `add`."""
+        if not adapters:
+            return ()
+        from runner.adapters import fit, open_adapters
+
+        opened = open_adapters({str(path): 0.0 for path in adapters.values()}, Path)
+        OWNER.run(lambda: fit(files.config, find(files.config), files.source, opened)).check_switches()
+        for one in opened:
+            beside = one.source.directory
+            if Tokenizer.is_in(beside) and Tokenizer.from_directory(beside).vocab_size > tokenizer.vocab_size:
+                raise UsageError(
+                    f"adapter {one.name} has tokens of its own, and cannot share its base: merge it "
+                    "('runner convert --adapter')"
+                )
+        return opened
+
+    def _load(self, path: Path, facts: Facts, adapters: Mapping[str, float]) -> LanguageModel:
+        lm = runner.load(
+            path, dtype=self._dtype, adapters=adapters, context_length=self._context, progress=self.progress
+        )
         for note in lm.notes:
             if note not in self.notes:
                 say(logging.WARNING, event="note", model=facts.name, note=note)
@@ -95,42 +131,54 @@ def facts_of(name: str, lm: LanguageModel) -> Facts:
 class LocalBackend:
     """A model in this process, by an engine that answers many requests at once."""
 
-    def __init__(self, facts: Facts, slot: Slot, pool: Pool) -> None:
-        """Serve the model of `slot` in the words of `facts`."""
+    def __init__(
+        self, facts: Facts, slot: Slot, pool: Pool, *, shared: bool = False, adapter: str | None = None
+    ) -> None:
+        """Serve the model of `slot` in the words of `facts`.
+
+        Args:
+            shared: whether others serve it under other names, with other adapters.
+            adapter: the adapter that it computes with, by the name that it was loaded with.
+        """
         self.facts = facts
         self._slot = slot
         self._pool = pool
-
-    @property
-    def _engine(self) -> Engine:
-        return self._pool.engine
+        self._shared = shared
+        self._adapters = {} if adapter is None else {adapter: 1.0}
+        self._tickets: set[Ticket] = set()  # under way
 
     async def hold(self, keep: float | None = None) -> Lease:
         """Have it loaded until the lease is released."""
         return await self._pool.hold(self._slot, keep)
 
+    def _submit(self, ids: Sequence[int], params: SamplingParams | None, max_tokens: int, **more: Any) -> Ticket:
+        adapters = self._adapters if self._shared else None
+        engine, name = self._pool.engine, self._slot.name
+        return engine.submit(ids, params, max_tokens=max_tokens, adapters=adapters, model=name, **more)
+
     async def tokens(self, order: Order) -> AsyncGenerator[Step, None]:
         """Make an answer, token by token."""
-        ticket = self._engine.submit(
+        ticket = self._submit(
             order.ids,
             order.params,
-            max_tokens=order.max_tokens,
+            order.max_tokens,
             ends=order.ends,
             choice=order.choice,
             priority=order.priority,
             turns=order.turns,
             guide=order.guide,
-            model=self._slot.name,
         )
+        self._tickets.add(ticket)
         try:
             async for token in ticket:
                 yield Step(token, ticket.reused)
         finally:
+            self._tickets.discard(ticket)
             ticket.cancel()
 
     async def score(self, ids: Sequence[int], top: int) -> list[Token]:
         """Log-probabilities of a prompt's tokens."""
-        ticket = self._engine.submit(ids, max_tokens=0, scores=top, model=self._slot.name)
+        ticket = self._submit(ids, None, 0, scores=top)
         try:
             async for _ in ticket:
                 pass
@@ -144,12 +192,17 @@ class LocalBackend:
         state = self._pool.status(slot)
         if state is None:
             return Status(loaded=False)
+        running, waiting, nbytes = state.running, state.waiting, state.nbytes
+        if self._shared:  # the engine's numbers are those of all names together
+            running = sum(1 for ticket in self._tickets if ticket.read or ticket.reused)
+            waiting = len(self._tickets) - running
+            nbytes = 0 if self._adapters else nbytes
         return Status(
             alive=state.alive,
             stuck_for=state.quiet,
-            running=state.running,
-            waiting=state.waiting,
-            nbytes=state.nbytes,
+            running=running,
+            waiting=waiting,
+            nbytes=nbytes,
             expires_in=slot.expires - time.monotonic(),
         )
 

@@ -381,7 +381,7 @@ def _card(served: Served, name: str) -> dict[str, Any]:
 def _details(served: Served) -> dict[str, Any]:
     facts = served.backend.facts
     return {
-        "parent_model": "",
+        "parent_model": facts.parent or "",
         "format": "mlx",
         "family": facts.family,
         "families": [facts.family],

@@ -46,8 +46,8 @@ def card(served: Served, name: str) -> dict[str, object]:
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(served.created)),
         "created": served.created,
         "owned_by": "runner",
-        "root": served.name,
-        "parent": None,
+        "root": served.backend.facts.parent or served.name,
+        "parent": served.backend.facts.parent,
         "max_model_len": served.backend.facts.context_length,
         "loaded": served.backend.status().loaded,
     }

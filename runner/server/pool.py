@@ -382,8 +382,8 @@ class Pool:
             return None
 
     def restart(self, slot: Slot) -> None:
-        """Begin anew with a model whose engine has failed."""
-        if slot.lm is not None:
+        """Begin anew with a model whose engine has failed; with several names it may have begun already."""
+        if slot.lm is not None and not self.engine.status(slot.name).alive:
             self.engine.remove(slot.name)
             self.engine.add(slot.name, slot.lm.engine, loose=not slot.pinned)
 
