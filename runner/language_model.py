@@ -22,11 +22,11 @@ from runner.config.base import Config
 from runner.config.rope import LONGEST
 from runner.constraints import Constraint
 from runner.engine.defaults import GenerationDefaults
-from runner.engine.generate import Cancelled
 from runner.engine.loaded import Loaded, assemble
 from runner.engine.prompt_cache import PromptCache
-from runner.engine.request import Request, Run
+from runner.engine.request import Cancelled, Run
 from runner.engine.sampling import SamplingOptions, SamplingParams
+from runner.engine.ticket import Order
 from runner.errors import ConfigError, ContextLengthError, RunnerWarning, UsageError
 from runner.families import Model, family_of
 from runner.keywords import ChatOptions, StreamOptions, checked_keywords
@@ -252,11 +252,13 @@ class LanguageModel:
     def _start(self, prepared: Prepared, options: StreamOptions) -> Steps:
         """Begin the answer that was prepared with `options`."""
         kept, cancelled = options.get("prompt_cache"), options.get("cancelled")
-        request = Request(
-            prepared.ids, prepared.params, prepared.budget, options.get("on_prefill"), cancelled, prepared.guide,
-            prepared.proposer,
+        # Adapters as they are weighted now, whatever `set_adapters` does while the answer is under way.
+        order = Order(
+            ids=prepared.ids, params=prepared.params, budget=prepared.budget, ends=prepared.ends, guide=prepared.guide,
+            proposer=prepared.proposer, weights=self.engine.adapter_weights,
         )  # fmt: skip
-        run = Run(self.engine, PromptCache(self.engine, keeps=False) if kept is None else kept, request)
+        kept = PromptCache(self.engine, keeps=False) if kept is None else kept
+        run = Run(self.engine, kept, order, options.get("on_prefill"), cancelled)
         return self._run(run, Answer(prepared.ends, prepared.text, len(prepared.ids), run.memory), cancelled)
 
     def _prepared(

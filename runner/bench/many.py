@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from runner.engine.budget import Budget
 from runner.engine.loaded import Loaded
 from runner.engine.sampling import SamplingParams
 from runner.engine.scheduler import Scheduler
+from runner.engine.sharing import Sharing
 from runner.engine.ticket import Mailbox, Order
 from runner.ops.memory import Memory
 from runner.ops.owner import OWNER
@@ -30,7 +30,7 @@ class Many:
         """Read what each of them begins with: `depth` tokens of its own."""
         self._loaded = loaded
         self._numbers = numbers
-        self._scheduler = Scheduler(loaded, Budget(UNBOUNDED), rows=batch, prefixes=UNBOUNDED if depth else 0)
+        self._scheduler = Scheduler(loaded, Sharing(loaded, UNBOUNDED if depth else 0), rows=batch)
         self._before = [self._ids(depth) for _ in range(batch)]
         self.read_bytes = 0.0  # of the caches of all, at their mean length in the last answers
         if depth:

@@ -28,6 +28,7 @@ from runner.errors import UsageError
 from runner.nn.batch import Batch
 from runner.nn.linear import Embedding
 from runner.ops.memory import Memory
+from runner.ops.owner import OWNER
 from runner.weights import loading
 
 EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
@@ -140,7 +141,7 @@ def wired(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
     try:
         return measure(engine, case, repetitions, seed)
     finally:
-        engine.unwire(holder)
+        OWNER.post(lambda: engine.unwire(holder))
 
 
 def measure(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:

@@ -7,7 +7,7 @@ import mlx.core as mx
 from runner.cache.kv import KVCache
 from runner.cache.storage import Powers, Storage
 from runner.config.base import Config
-from runner.engine.generate import new_caches
+from runner.engine.prefill import new_caches
 from runner.families import Model
 from runner.nn.batch import Batch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
@@ -83,7 +83,7 @@ class Compiled:
 
     def decode(
         self, caches: Caches, token: int | Token, count: int, state: SamplingState | None
-    ) -> Iterator[Token | NumericsError]:
+    ) -> Generator[Token | NumericsError]:
         """Yield up to `count` tokens that follow `token`, after a `prepare` that returned True.
 
         Args:

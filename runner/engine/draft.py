@@ -10,8 +10,8 @@ from typing import Protocol
 import mlx.core as mx
 
 from runner.cache.kv import KVCache
-from runner.engine.generate import prefill
 from runner.engine.loaded import Loaded
+from runner.engine.prefill import prefill
 from runner.engine.replay import Steps
 from runner.engine.sampler import Sampler, SamplingState
 from runner.errors import UsageError

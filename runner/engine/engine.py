@@ -16,12 +16,12 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from runner.engine.budget import Budget, Footprint
+from runner.engine.budget import Budget
 from runner.engine.loaded import CLOSED, Loaded
 from runner.engine.prefixes import PrefixStats
 from runner.engine.sampling import SamplingParams
 from runner.engine.scheduler import MOST, Scheduler
-from runner.engine.sharing import Disk
+from runner.engine.sharing import Disk, Sharing
 from runner.engine.speculation import Guide, Proposer
 from runner.engine.ticket import Ended, Mailbox, Order, Ticket
 from runner.errors import BackendError, UsageError
@@ -72,11 +72,14 @@ class Worker:
         self._turning = False  # whether a step is among the owner's jobs
         self._moved = time.monotonic()
 
-        def job() -> tuple[Scheduler, Footprint]:
-            scheduler = Scheduler(loaded, budget, rows=rows, prefixes=prefixes, disk=disk)
-            return scheduler, scheduler.footprint
+        def job() -> Sharing:
+            sharing = Sharing(loaded, prefixes, disk)
+            self._scheduler = Scheduler(loaded, sharing, rows=rows, budget=budget)
+            self._holders = (self._scheduler, sharing.prefixes)
+            budget.holders += self._holders
+            return sharing
 
-        self._scheduler, self.footprint = loaded.run(job)
+        self._sharing = loaded.run(job)
 
     def submit(self, order: Order) -> Ticket:
         """Begin to answer.
@@ -88,7 +91,7 @@ class Worker:
         self._check()
         OWNER.start()
         tokens = len(order.ids) + order.budget
-        self.budget.check(self.footprint.of(tokens), tokens, self.loose)
+        self.budget.check(self.loaded.footprint.of(tokens), tokens, self.loose)
         mailbox = Mailbox()
         self._inbox.put((order, mailbox))
         self._poke()
@@ -107,7 +110,7 @@ class Worker:
         running, waiting = len(scheduler.live), len(scheduler.waiting) + self._inbox.qsize()
         quiet = time.monotonic() - self._moved if running or waiting else 0.0
         return Status(
-            self.error, running, waiting, quiet, scheduler.held if running else 0, scheduler.sharing.prefixes.stats
+            self.error, running, waiting, quiet, scheduler.held if running else 0, self._sharing.prefixes.stats
         )
 
     def close(self, error: BaseException) -> None:
@@ -115,7 +118,7 @@ class Worker:
 
         try:
             # Not by `finish`: where no job runs any more, in a forked child too, nothing can be computed.
-            OWNER.run(self._keep, self.loaded.device.mlx)
+            OWNER.run(lambda: self._keep(error), self.loaded.device.mlx)
         except BackendError:
             pass
         finally:
@@ -125,11 +128,13 @@ class Worker:
         """Give back what the budget has lent, once closed; a job of the owner's thread."""
         self.budget.weights -= self.weights
         self.budget.loose -= self.loose
-        self._scheduler.leave()
+        self.budget.holders = [one for one in self.budget.holders if one not in self._holders]
 
-    def _keep(self) -> None:
+    def _keep(self, error: BaseException) -> None:
         if self.error is None:
             self._scheduler.keep()
+            self._sharing.prefixes.flush()
+            self._fail(error)  # in the same job: rows have no caches any more
 
     def _poke(self) -> None:
         """Have the scheduler look at its requests, from any thread."""

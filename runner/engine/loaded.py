@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from runner.config.memory import Shared, needed
 from runner.engine.calibration import channel_powers
 from runner.engine.compiled import Compiled, SingleSteps
 from runner.engine.dtypes import choose
-from runner.engine.generate import new_caches
+from runner.engine.prefill import new_caches
 from runner.engine.replay import Steps
 from runner.errors import UsageError
 from runner.families import Model, find
@@ -36,6 +37,7 @@ from runner.weights.tags import Source
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Adapters
+    from runner.engine.budget import Footprint
 
 T = TypeVar("T")
 
@@ -146,9 +148,9 @@ class Loaded:
         OWNER.wired.hold(holder, metal, max(weights, mx.get_active_memory()) + cache + MARGIN)
 
     def unwire(self, holder: object) -> None:
-        """The end of what `wire` began, soon and without waiting for it: callable from anywhere, at any time."""
+        """The end of what `wire` began; a job of the owner's thread."""
         if (metal := self.device.metal) is not None:
-            OWNER.post(lambda: OWNER.wired.release(holder, metal))
+            OWNER.wired.release(holder, metal)
 
     @property
     def adapter_weights(self) -> dict[str, float]:
@@ -171,6 +173,13 @@ class Loaded:
         """Let the layers compute with these weights from now on; called before each pass."""
         if self.adapters is not None:
             self.adapters.use(weights)
+
+    @functools.cached_property
+    def footprint(self) -> Footprint:
+        """Bytes that the caches of a sequence take."""
+        from runner.engine.budget import Footprint
+
+        return Footprint(self.config, self.storage, self.dtype)
 
     def new_caches(self) -> Caches:
         """Make empty caches for a new sequence."""

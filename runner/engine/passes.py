@@ -6,13 +6,14 @@ Nothing is waited for: what is returned is being computed, and the next pass can
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
 from runner.cache.several import SeveralCaches
+from runner.engine.compiled import Broken
 from runner.engine.loaded import Loaded
 from runner.engine.replay import Steps
 from runner.engine.rows import Feed, Row
@@ -35,6 +36,7 @@ class Flight:
         logits: `[R, V]`, until tokens are picked; None where it picks nothing.
         states: what they are picked by.
         waits: arrays whose end is the end of the pass, where others would have to wait for it.
+        session: a kernel's tokens, where it computes and picks them, ahead of what is read; the next one is this pass'.
     """
 
     fed: list[Row]
@@ -44,6 +46,7 @@ class Flight:
     waits: list[mx.array]
     states: list[SamplingState] = field(default_factory=list)
     sampled: Sampled | None = None
+    session: Generator[Token | NumericsError] | None = None
 
     @property
     def plain(self) -> bool:
@@ -51,7 +54,12 @@ class Flight:
         return all(row.course is None or row.course.plain for row, _ in self.rows)
 
     def land(self) -> list[list[Token | NumericsError]]:
-        """Wait for the pass, and return what it picked for each row."""
+        """Wait for the pass, and return what it picked for each row: nothing where its kernel has failed."""
+        if self.session is not None:
+            try:
+                return [[next(self.session)]]
+            except Broken:
+                return [[]]
         if self.waits:
             mx.eval(self.waits)
             self.waits = []  # who holds a cache's buffer keeps it from being written in place
@@ -69,8 +77,20 @@ class Passes:
         self._sampler = Sampler(self._ops)
         self._several: tuple[SeveralCaches, Steps] | None = None  # of the last passes, while the rows are the same
 
+    def waits(self, row: Row, *, alone: bool) -> bool:
+        """Whether the next pass of a row is made only when the token before it is known.
+
+        Guesses are read behind tokens that are certain; so do a kernel's steps begin, for one that is `alone`.
+        """
+        assert row.course is not None
+        return row.course.waits or (alone and self._fits_kernel(row))
+
     def launch(self, feeds: Sequence[tuple[Row, Feed]]) -> Flight:
         """Begin a pass; the caches of the rows go forward by what they are fed."""
+        if len(feeds) == 1 and (session := self._session(*feeds[0])) is not None:
+            row = feeds[0][0]
+            row.picked, row.flight = row.picked + 1, None
+            return Flight([], 0, [(row, 1)], None, [], session=session)
         fed = [row for row, feed in feeds if feed.ids is not None]
         watched = any(row.course is not None and row.course.watched for row, _ in feeds)
         logits = self._read(feeds) if fed or watched else self._step([row for row, _ in feeds])
@@ -102,6 +122,18 @@ class Passes:
         flight.sampled = self._sampler(flight.logits, flight.states)
         flight.logits = None
         self._ops.schedule(*[array for array in flight.sampled if array is not None], *flight.waits)
+
+    def _session(self, row: Row, feed: Feed) -> Generator[Token | NumericsError] | None:
+        """The tokens of a row that is alone, by one kernel for whole steps; None where it is none for that."""
+        if row.session is None and feed.ids is None and not row.unread and self._fits_kernel(row):
+            assert row.course is not None and row.caches is not None
+            count = row.order.budget - row.picked
+            row.session = self._loaded.compiled.decode(row.caches, row.ids[-1], count, row.course.state)
+        return row.session
+
+    def _fits_kernel(self, row: Row) -> bool:
+        assert row.course is not None
+        return not row.broken and row.course.plain and self._loaded.compiled.prepare()
 
     def _step(self, rows: list[Row]) -> mx.array:
         """Logits `[R, V]` behind the tokens that were picked last."""

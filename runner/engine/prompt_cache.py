@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
@@ -13,7 +13,8 @@ from runner.cache.caches import Marks
 from runner.engine.loaded import Loaded
 from runner.errors import UsageError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from runner.engine.rows import Row
 
 BUDGET = 512 << 20
 """Bytes of marks in one prompt cache. A mark holds recurrent states and windows: 64 MB in a Qwen 3.5 35B-A3B."""
@@ -44,7 +45,7 @@ class PromptCache:
         self._engine = engine
         self._keeps = keeps
         self._user: weakref.ref[User] | None = None
-        self._weights: dict[str, float] = {}
+        self._weights: Mapping[str, float] = {}
         self.clear()
 
     def __repr__(self) -> str:
@@ -56,6 +57,7 @@ class PromptCache:
         self._ids: list[int] = []
         self._marks: list[Marks] = []
         self._parted = 0
+        self._places: frozenset[int] = frozenset()
 
     def lend(self, user: User) -> None:
         """Give the caches to one answer, until its `active` is false or it is gone. A job of the owner's thread.
@@ -74,19 +76,35 @@ class PromptCache:
             )
         self._user = weakref.ref(user)
 
-    def whole(self, work: Callable[[], T]) -> T:
-        """Return `work()`, passes over the caches; if it raises, forget everything: layers may have come apart."""
-        try:
-            return work()
-        except BaseException:
-            self.clear()
-            raise
+    def begin(self, row: Row) -> None:
+        """Give a row the caches, which hold as much of the beginning of its ids as there is."""
+        place = self._reuse(row.ids, row.order.weights)
+        if not row.picked and not row.mailbox.read:
+            row.mailbox.reused = place
+        self._places = self._cuts()
+        row.begin(self.caches)
 
-    def reuse(self, ids: Sequence[int], weights: dict[str, float]) -> int:
+    def stop(self, row: Row) -> int | None:
+        """The next position at which the reading of a row should pause for `mark`."""
+        return min((place for place in self._places if place > row.offset), default=None)
+
+    def leave(self, row: Row, *, sound: bool = True) -> None:
+        """Keep what the caches hold; not `sound`, after a pass that failed, forget it: layers may have come apart."""
+        if not sound:
+            self.clear()
+
+    def offered(self, row: Row) -> int:
+        """Bytes that a row takes over: it is the only one, and nobody counts."""
+        return self.caches.nbytes
+
+    def awaits(self, row: Row, live: Sequence[Row]) -> bool:
+        """There is nobody to wait for."""
+        return False
+
+    def _reuse(self, ids: list[int], weights: Mapping[str, float]) -> int:
         """Make the caches hold a prefix of `ids` and return its length; at least one token is left to prefill.
 
-        Args:
-            weights: names and weights of the adapters that the answer is computed with.
+        `ids` grow by the tokens of the answer; `weights` are those of the adapters that it is computed with.
         """
         # The last token of an answer may not have been fed back, so the caches can hold one id less than `_ids`; an
         # answer that was interrupted may have fed back tokens that nobody has read: then they hold more.
@@ -101,11 +119,11 @@ class PromptCache:
             self._marks = [marks for marks in self._marks if marks.offset <= common]
         else:
             self.clear()
-        self._ids, self._weights, self._parted = list(ids), weights, common
+        self._ids, self._weights, self._parted = ids, weights, common
         return place
 
-    def cuts(self) -> frozenset[int]:
-        """Places at which the prefill of the ids given to `reuse` should pause for a `mark`."""
+    def _cuts(self) -> frozenset[int]:
+        """Places at which the reading of `_ids` should pause for a `mark`."""
         if not self._keeps or not self.caches.needs_marks:
             return frozenset()
         # Where this prompt parts from the last one the next may part too; at its end but one token, as one must be
@@ -113,14 +131,12 @@ class PromptCache:
         last = len(self._ids) - 1
         return frozenset(place for place in (self._parted, *range(SPACING, last, SPACING), last) if 0 < place <= last)
 
-    def mark(self) -> None:
-        """Keep what is needed to come back to where the caches are; the oldest marks go first, within `BUDGET`."""
+    def mark(self, row: Row) -> None:
+        """Where the reading has paused for it, keep what is needed to come back; the oldest marks go, over `BUDGET`."""
+        if row.offset not in self._places:
+            return
         marks = self.caches.mark()
         mx.eval(marks.arrays)
         self._marks = [other for other in self._marks if other.offset != marks.offset] + [marks]
         while len(self._marks) > 1 and sum(other.nbytes for other in self._marks) > BUDGET:
             del self._marks[0]
-
-    def add(self, token: int) -> None:
-        """Append a token of the answer; the caches hold it already, or will once it is fed back."""
-        self._ids.append(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from runner.engine.replay import Steps
 from runner.engine.sampler import Token
 from runner.engine.speculation import Continuation
 from runner.engine.ticket import Ended, Mailbox, Order, Progress
+from runner.errors import NumericsError
 
 if TYPE_CHECKING:
     from runner.engine.passes import Flight
@@ -54,6 +56,8 @@ class Row:
         steps: its decode steps while it is alone; None after a pass with others.
         flight: the pass that picked its last token, and at which place among those that it picked; None: that token is
             read like a prompt's.
+        session: its tokens by a kernel for whole steps, while it is alone; the last one of them is read already.
+        broken: whether that has failed, so that operations compute the rest.
         done: whether the caller was told of its end.
     """
 
@@ -69,6 +73,8 @@ class Row:
         self.course: Continuation | None = None
         self.steps: Steps | SingleSteps | None = None
         self.flight: tuple[Flight, int] | None = None
+        self.session: Generator[Token | NumericsError] | None = None
+        self.broken = False
         self.done = False
 
     def __repr__(self) -> str:
@@ -97,7 +103,7 @@ class Row:
     @property
     def reading(self) -> bool:
         """Whether more than the token that was picked last is to be read: a prompt, as a rule."""
-        return self.offset < self.length - (self.flight is not None)
+        return self.offset < self.length - (self.flight is not None or self.session is not None)
 
     @property
     def finished(self) -> bool:
@@ -108,8 +114,15 @@ class Row:
         """Take up `caches`, which hold the beginning of the ids."""
         self.caches = caches
 
+    def end_session(self) -> None:
+        """Leave the kernel: it computes no further ahead, and the last token is read like a prompt's."""
+        session, self.session = self.session, None
+        if session is not None:
+            session.close()
+
     def leave(self) -> None:
         """Let go of the caches: what they hold is read again, if the row goes on."""
+        self.end_session()
         self.caches, self.steps, self.flight = None, None, None
 
     def anew(self) -> None:
@@ -146,6 +159,11 @@ class Row:
         """Add a token of the answer, which was read from the device."""
         self.ids.append(token.id)
         self.mailbox.put(token)
+
+    def lose(self) -> None:
+        """Go on without the token that the kernel has failed to pick."""
+        self.end_session()
+        self.picked, self.broken = self.picked - 1, True
 
     def settle(self, flight: Flight, place: int, right: int, fed: int) -> None:
         """Of a pass that was fed `fed` tokens, guesses among them, keep the `right` ones; the last is at `place`."""

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
-from runner.engine.budget import ALLOWANCE, Budget, Footprint
 from runner.engine.loaded import Loaded
 from runner.engine.passes import Flight, Passes
 from runner.engine.rows import Feed, Row
 from runner.engine.sampler import SamplingState, Token
-from runner.engine.sharing import Disk, Sharing
 from runner.engine.speculation import Continuation
 from runner.engine.ticket import Mailbox, Order
 from runner.errors import NumericsError, RunnerError
 from runner.ops.memory import Memory
+
+if TYPE_CHECKING:
+    from runner.engine.budget import Budget
 
 MOST = 64
 """Rows at once, where nothing else is said."""
@@ -42,30 +44,51 @@ SETTLED_EVERY = 256
 """Passes after which freed buffers are given back, on devices where they pile up."""
 
 
+class Keeper(Protocol):
+    """Gives rows the caches that they begin with, and keeps what these hold at the end: for whoever begins alike.
+
+    `runner.engine.sharing.Sharing` does so for many requests, `runner.engine.prompt_cache.PromptCache` for the turns of
+    one conversation.
+    """
+
+    def begin(self, row: Row) -> None: ...
+    def stop(self, row: Row) -> int | None: ...
+    def mark(self, row: Row) -> None: ...
+    def leave(self, row: Row, *, sound: bool = True) -> None: ...
+    def offered(self, row: Row) -> int: ...
+    def awaits(self, row: Row, live: Sequence[Row]) -> bool: ...
+    def clear(self) -> None: ...
+
+
 class Scheduler:
     """The requests to one model: those that wait, and the rows that are computed."""
 
     def __init__(
-        self, loaded: Loaded, budget: Budget, *, rows: int = MOST, prefixes: int = 0, disk: Disk | None = None
+        self,
+        loaded: Loaded,
+        keeper: Keeper,
+        *,
+        rows: int = MOST,
+        budget: Budget | None = None,
+        memory: Memory | None = None,
     ) -> None:
         """Begin with none; a job of the owner's thread.
 
         Args:
+            keeper: where caches come from, and what becomes of them.
             rows: how many sequences are computed at once at most.
-            prefixes: bytes of prefixes to keep for later requests at most.
-            disk: where to keep those that memory has no room for.
+            budget: the bytes that they may take; None: as many as there are.
+            memory: watches what is held; None: nobody asks.
         """
         self.loaded = loaded
         self.budget = budget
         self.rows = rows
-        self.footprint = Footprint(loaded.config, loaded.storage, loaded.dtype)
         self.waiting: list[Row] = []  # by rank, as `live` is
         self.live: list[Row] = []
         self.passes = 0
         self.held = 0  # bytes of their caches, when these were last weighed
-        self.memory = Memory(loaded.device.clears)
-        self.sharing = Sharing(loaded, prefixes, disk)
-        budget.holders += [self, self.sharing.prefixes]
+        self.memory = memory or Memory(loaded.device.clears)
+        self.keeper = keeper
         self._maker = Passes(loaded)
         self._flights: list[Flight] = []
         self._pace = 0.0  # seconds for a token of a prompt, beside decoding rows; 0: not known yet
@@ -79,8 +102,8 @@ class Scheduler:
         self._sweep()
         self._admit()
         begun = time.perf_counter()
-        if any(row.course is not None and row.course.waits for row in self.live if row.unread):
-            self._land()  # guesses are read behind tokens that are certain
+        if any(self._maker.waits(row, alone=len(self.live) == 1) for row in self.live if row.unread):
+            self._land()
         flights = []
         for feeds in self._planned():
             flights.append(self._maker.launch(feeds))
@@ -90,8 +113,9 @@ class Scheduler:
         for flight in flights:
             self._maker.pick(flight)
         self._flights, read = flights, sum(flight.read for flight in flights)
-        if read:
-            # A prompt's piece takes long: what follows it is built when it is done, over buffers that nobody holds.
+        if read or any(flight.session for flight in flights):
+            # A prompt's piece takes long: what follows it is built when it is done, over buffers that nobody holds. And
+            # a kernel for whole steps is ahead by itself.
             self._land()
         if read >= LEAST:
             now = (time.perf_counter() - begun) / read
@@ -109,28 +133,33 @@ class Scheduler:
         return False
 
     def keep(self) -> None:
-        """Before the end: put what was computed on disk, where there is one."""
+        """Before the end: let what was computed be kept."""
         self._land()
         for row in self.live:
-            self.sharing.leave(row)
-        self.sharing.prefixes.flush()
+            self._part(row)
+
+    def safe_step(self) -> bool:
+        """`step`; where it raises, every request has ended with its error, and nothing it computed is kept."""
+        try:
+            return self.step()
+        except BaseException as error:
+            self.fail(error)
+            raise
 
     def fail(self, error: BaseException) -> None:
         """End every request with `error`."""
         rows, self.live, self.waiting, self._flights = [*self.live, *self.waiting], [], [], []
         for row in rows:
             row.end("error", error)
-            self.sharing.leave(row, sound=False)
-            row.leave()
-        self.sharing.prefixes.clear()
+            self._part(row, sound=False)
+        self.keeper.clear()
         self._maker.forget()
         self.loaded.unwire(self)
 
-    def leave(self) -> None:
-        """Take no more part in the budget, once every request has ended and no prefix is kept."""
-        self.budget.holders = [
-            one for one in self.budget.holders if one is not self and one is not self.sharing.prefixes
-        ]
+    @property
+    def starting(self) -> bool:
+        """Whether a prompt is still to be read, and no token was made of it."""
+        return any(row.reading and not row.picked for row in (*self.live, *self.waiting))
 
     @property
     def busy(self) -> bool:
@@ -162,13 +191,9 @@ class Scheduler:
         for row in list(self.waiting):
             if len(self.live) >= self.rows:
                 return
-            if self.sharing.awaits(row, self.live):
+            if self.live and self.keeper.awaits(row, self.live):
                 continue
-            tokens = min(len(row.ids) + ALLOWANCE, row.length + row.order.budget)
-            growth = sum(self._promised(other) for other in self.live)
-            needed = growth + max(0, self.footprint.of(tokens) - self.sharing.offered(row))
-            self.budget.press(self.budget.used + needed - self.budget.room)
-            if self.budget.busy and self.budget.used + needed > self.budget.room:
+            if self.budget is not None and not self._fits(row, self.budget):
                 return
             self.waiting.remove(row)
             try:
@@ -179,15 +204,23 @@ class Scheduler:
             bisect.insort(self.live, row, key=lambda row: row.rank)
             self.loaded.wire(self, sum(len(other.order.ids) + other.order.budget for other in self.live))
 
-    def _promised(self, row: Row) -> int:
-        """Bytes that a live row will take beyond what it has, to read its prompt."""
-        assert row.caches is not None
-        return max(0, self.footprint.of(len(row.ids)) - row.caches.nbytes) if row.reading else 0
+    def _fits(self, row: Row, budget: Budget) -> bool:
+        """Whether there are bytes for a row to begin now; kept prefixes make room for it."""
+        from runner.engine.budget import ALLOWANCE
+
+        size = self.loaded.footprint.of
+        tokens = min(len(row.ids) + ALLOWANCE, row.length + row.order.budget)
+        # Those that are reading their prompts will take more than they have.
+        reading = [(other, other.caches) for other in self.live if other.caches is not None and other.reading]
+        growth = sum(max(0, size(len(other.ids)) - caches.nbytes) for other, caches in reading)
+        needed = growth + max(0, size(tokens) - self.keeper.offered(row))
+        budget.press(budget.used + needed - budget.room)
+        return not budget.busy or budget.used + needed <= budget.room
 
     def _begin(self, row: Row) -> None:
         if row.course is None:
             row.course = self._course(row.order)
-        self.sharing.begin(row)
+        self.keeper.begin(row)
 
     def _course(self, order: Order) -> Continuation:
         config = self.loaded.config
@@ -199,19 +232,20 @@ class Scheduler:
     def _relieve(self) -> None:
         """Where the live rows have grown beyond the budget: kept prefixes go, then the youngest row goes on later."""
         self.held = self.nbytes
-        self.budget.press(self.budget.used - self.budget.room)
-        while len(self.live) > 1 and self.budget.used > self.budget.room:
+        if (budget := self.budget) is None:
+            return
+        budget.press(budget.used - budget.room)
+        while len(self.live) > 1 and budget.used > budget.room:
             self._land()
             if len(self.live) < 2:
                 return
             self._pause(self.live[-1])
-            self.budget.press(self.budget.used - self.budget.room)
+            budget.press(budget.used - budget.room)
 
     def _pause(self, row: Row) -> None:
         """Put a row back among those that wait; what its caches held is read again, if it has to go."""
         self.live.remove(row)
-        self.sharing.leave(row)
-        row.leave()
+        self._part(row)
         self._maker.forget()
         bisect.insort(self.waiting, row, key=lambda row: row.rank)
 
@@ -220,9 +254,14 @@ class Scheduler:
         for rows in (self.live, self.waiting):
             if row in rows:
                 rows.remove(row)
-        self.sharing.leave(row, sound=error is None)
-        row.leave()
+        self._part(row, sound=error is None)
         self._maker.forget()
+
+    def _part(self, row: Row, *, sound: bool = True) -> None:
+        """Take the caches from a row; not `sound`: after a pass that failed."""
+        row.end_session()  # first: the kernel may write ahead of them
+        self.keeper.leave(row, sound=sound)
+        row.leave()
 
     # ---- what they are fed
 
@@ -231,14 +270,17 @@ class Scheduler:
         room = self.loaded.device.chunk
         groups: dict[tuple[tuple[str, float], ...], list[tuple[Row, Feed]]] = {}
         ready = [row for row in self.live if not row.finished]
+        if len(ready) > 1:
+            for row in ready:
+                row.end_session()
         turned = [row for row in ready if not row.reading and self._crosses(row)]
         deciding = [row for row in ready if not row.reading and row not in turned]
         readers = [row for row in ready if row.reading]
         for row in turned:
             if row.length == len(row.ids):  # all of it is read from the device
-                self.sharing.leave(row)
+                self._part(row)
                 row.anew()
-                self.sharing.begin(row)
+                self.keeper.begin(row)
                 readers.append(row)
         room = max(1, room - len(deciding))
         if deciding and self._pace:
@@ -266,7 +308,7 @@ class Scheduler:
     def _piece(self, row: Row, room: int, *, alone: bool) -> int:
         """How many known tokens of a row to read next."""
         left = len(row.ids) - row.offset
-        if (stop := self.sharing.stop(row)) is not None:
+        if (stop := self.keeper.stop(row)) is not None:
             room = min(room, stop - row.offset)
         # Layers without keys leave nothing for later tokens: only the last one, whose logits are wanted, passes them.
         if alone and ALONE < left <= room and self.loaded.shares_keys and row.order.scores is None:
@@ -287,10 +329,12 @@ class Scheduler:
             place, landed = 0, flight.land()
             for row in flight.fed:
                 if not row.done:
-                    self.sharing.mark(row)
+                    self.keeper.mark(row)
                     row.progressed()
             for (row, count), picked in zip(flight.rows, landed, strict=True):
-                if not row.done:
+                if not picked:
+                    row.lose()
+                elif not row.done:
                     self._took(row, flight, place, picked)
                 place += count
             for row in flight.fed:

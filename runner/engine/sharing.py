@@ -40,6 +40,10 @@ class Sharing:
             files = PrefixFiles(disk.directory, disk.limit, fingerprint(loaded), loaded.new_caches())
         self.prefixes = Prefixes(loaded.new_caches, budget, files)
 
+    def clear(self) -> None:
+        """Let go of all in memory that no request uses."""
+        self.prefixes.clear()
+
     def begin(self, row: Row) -> None:
         """Give a row caches, which hold as much of its ids as there is."""
         key = self._key(row)

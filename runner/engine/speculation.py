@@ -6,18 +6,13 @@ token: it is right, or the pass has already computed what is right in its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches
-from runner.engine.replay import Steps
-from runner.engine.sampler import Sampled, Sampler, SamplingState, Token
+from runner.engine.sampler import SamplingState, Token
 from runner.errors import NumericsError
-from runner.families import Model
-from runner.nn.batch import Batch
-from runner.ops.table import Ops
 
 if TYPE_CHECKING:
     import numpy as np
@@ -248,61 +243,3 @@ class Continuation:
             self._compared, self._met = [], 0
         if not self._compared and not self._single:
             self._compared = proposer.propose(START, self.state)
-
-
-def continued(
-    model: Model,
-    logits: mx.array,
-    caches: Caches,
-    sampler: Sampler,
-    course: Continuation,
-    count: int,
-    ops: Ops,
-) -> Iterator[list[Token]]:
-    """Yield the next `count` tokens after logits `[V]`, several at once where guesses were right.
-
-    As in `decode`, the pass behind a token is computed while the caller has it. If the caller stops before the last,
-    the caches hold that pass's guesses, too.
-
-    Raises:
-        NumericsError: no token can be picked from the logits.
-        UsageError: the guide's grammar has become too much work.
-    """
-    steps = Steps(model, caches, ops)
-
-    def pick(row: mx.array) -> Sampled:
-        found = sampler(row, course.rows)
-        ops.schedule(*(array for array in found if array is not None))
-        return found
-
-    course.plan(0)
-    picked = pick(logits[None])
-    while True:
-        ahead: mx.array | None = None
-        if count > 1 and not course.drafts and not course.waits:
-            ahead = steps(picked.tokens.reshape(1, 1))
-            ops.schedule(ahead)
-        before = caches.offset - len(course.drafts)  # what the caches hold if only the first row's token is certain
-        tokens = course.accept(picked.read(course.rows))
-        count -= len(tokens)
-        if ahead is None and caches.offset > (place := before + len(tokens) - 1):
-            caches.rewind(caches.reach(place))
-        if ahead is not None:
-            course.plan(0)
-            picked = pick(ahead)
-        elif count:
-            ids = mx.array([[tokens[-1].id, *course.plan(count - 1)]], mx.int32)
-            if course.drafts or course.watched:
-                if course.drafts:
-                    caches.reserve(ids.size)
-                place = caches.offset
-                hidden = model(Batch(ids, place), caches)
-                if course.watched:
-                    course.show(hidden, place)
-                picked = pick(model.logits(hidden)[0])
-                steps.forget()
-            else:
-                picked = pick(steps(ids))
-        yield tokens
-        if not count:
-            return

@@ -368,12 +368,13 @@ def answer(engine: Any, prompt: int, tokens: int) -> Iterator[int]:
     import numpy as np
 
     from runner.engine.prompt_cache import PromptCache
-    from runner.engine.request import Request, Run
+    from runner.engine.request import Run
     from runner.engine.sampling import SamplingParams
+    from runner.engine.ticket import Order
 
     ids = np.random.default_rng(SEED).integers(0, engine.config.vocab_size, prompt).tolist()
-    request = Request(ids, SamplingParams(temperature=0.0), tokens)
-    run = Run(engine, PromptCache(engine, keeps=False), request)
+    order = Order(ids=ids, params=SamplingParams(temperature=0.0), budget=tokens)
+    run = Run(engine, PromptCache(engine, keeps=False), order)
     return (token.id for token in run if token is not None)
 
 

@@ -27,8 +27,8 @@ from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert, merged
-from runner.engine.generate import new_caches, prefill
 from runner.engine.loaded import Loaded, assemble, open_loaded
+from runner.engine.prefill import new_caches, prefill
 from runner.engine.prompt_cache import PromptCache
 from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.families import find

@@ -7,11 +7,12 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
+from decoding import decode
 from places import TESTS
 
 from runner.cache.storage import Storage
-from runner.engine.generate import decode, new_caches, prefill
 from runner.engine.loaded import open_loaded
+from runner.engine.prefill import new_caches, prefill
 from runner.ops.device import current
 
 FAMILIES = TESTS / "fixtures" / "families"

@@ -220,7 +220,7 @@ def test_what_does_not_fit_now_waits_and_what_has_grown_is_paused(kind: str, mon
     real = Scheduler._pause
     monkeypatch.setattr(Scheduler, "_pause", lambda self, row: (pauses.append(row), real(self, row))[1])
     with Engine(loaded) as probe:
-        one = probe._workers[""].footprint.of(600)
+        one = probe._workers[""].loaded.footprint.of(600)
     with Engine(loaded, memory=loaded.nbytes + 2 * one - 1) as engine:
         tickets = [engine.submit(p, DRAWN, max_tokens=400) for p in asked]
         found = [ids(ticket) for ticket in tickets]

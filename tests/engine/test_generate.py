@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,8 +16,6 @@ from places import TESTS
 
 import runner
 from runner.cache.kv import KVCache
-from runner.engine.generate import Cancelled, decode, prefill
-from runner.engine.loaded import open_loaded
 from runner.engine.prompt_cache import PromptCache
 from runner.errors import RunnerError, UsageError
 from runner.families import Model
@@ -55,25 +54,32 @@ def lm(request: pytest.FixtureRequest) -> Iterator[LanguageModel]:
     yield runner.load(FIXTURES / request.param, dtype="float32")
 
 
+def watched(lm: LanguageModel, chunk: int = 8) -> tuple[Watched, LanguageModel]:
+    """The same model, watched, with prompts in chunks."""
+    device = dataclasses.replace(lm.device, chunk=chunk)
+    seen = Watched(lm.model)
+    return seen, dataclasses.replace(lm, engine=dataclasses.replace(lm.engine, device=device, model=seen))
+
+
 def test_the_head_sees_the_last_row_and_decoding_is_one_token_ahead() -> None:
-    engine = open_loaded(FIXTURES / "llama-gqa")
-    watched, caches = Watched(engine.model), engine.new_caches()
+    seen, lm = watched(runner.load(FIXTURES / "llama-gqa"))
     done: list[tuple[int, int]] = []
-    logits = prefill(watched, PROMPT, caches, chunk=8, on_progress=lambda *steps: done.append(steps))
-    assert (watched.passes, watched.rows) == ([8, 8, 4], [1])
-    assert done == [(8, 20), (16, 20), (20, 20)] and logits.ndim == 1
-    steps = decode(watched, logits, caches, lambda row: (mx.argmax(row),), 3)
-    for ahead in (4, 5, 5):  # when a token is read, the pass after it has been started; the last one starts none
-        next(steps)
-        assert len(watched.passes) == ahead
+    bias = dict.fromkeys(lm.eos_token_ids, -1e9)
+    chunks = lm.stream(PROMPT, max_tokens=4, logit_bias=bias, on_prefill=lambda *steps: done.append(steps))
+    next(chunks)
+    assert (seen.passes, seen.rows) == ([8, 8, 4], [1])
+    assert done == [(8, 20), (16, 20), (20, 20)]
+    for ahead in (5, 6, 6):  # when a token is read, the pass after it has been started; the last one starts none
+        next(chunks)
+        assert len(seen.passes) == ahead
 
 
 def test_a_prompt_is_cancelled_between_chunks() -> None:
-    engine = open_loaded(FIXTURES / "llama-gqa")
-    watched, asked = Watched(engine.model), iter([False, False, True])
-    with pytest.raises(Cancelled):
-        prefill(watched, PROMPT, engine.new_caches(), chunk=8, cancelled=lambda: next(asked))
-    assert (watched.passes, watched.rows) == ([8, 8], [])
+    seen, lm = watched(runner.load(FIXTURES / "llama-gqa"))
+    asked = iter([False, False, True])
+    (chunk,) = lm.stream(PROMPT, cancelled=lambda: next(asked))
+    assert chunk.finish_reason == "cancelled" and chunk.token == -1
+    assert (seen.passes, seen.rows) == ([8, 8], [])
 
 
 @pytest.mark.parametrize("beyond", [-1, 0, 1, 16])

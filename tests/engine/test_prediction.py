@@ -18,13 +18,13 @@ from references import TOLERANCE, error
 import runner
 from runner.checkpoint.model_files import open_files
 from runner.engine.engine import Engine
-from runner.engine.generate import prefill_passes
 from runner.engine.loaded import Loaded, assemble
 from runner.engine.prediction import Predicted, prediction_caches
 from runner.engine.prompt_cache import PromptCache
-from runner.engine.request import Request, Run
+from runner.engine.request import Run
 from runner.engine.sampler import SamplingState
 from runner.engine.sampling import SamplingParams
+from runner.engine.ticket import Order
 from runner.errors import UsageError
 from runner.nn.batch import Batch
 
@@ -92,8 +92,10 @@ def test_a_prompt_in_any_chunks_gives_the_same_guess(case: Path, loaded: Loaded,
     for known in (8, len(prompt) - 1):
         proposer = Predicted(loaded)
         proposer.add(prompt[:known])
-        for _ in prefill_passes(loaded.model, prompt[:known], loaded.new_caches(), chunk=chunk, show=proposer.saw):
-            pass
+        caches = loaded.new_caches()
+        for start in range(0, known, chunk):
+            ids = mx.array([prompt[start : min(start + chunk, known)]])
+            proposer.saw(loaded.model(Batch(ids, start), caches), start)
         proposer.add([prompt[known]])
         state = SamplingState(SamplingParams(temperature=0), loaded.config.vocab_size, prompt[: known + 1])
         guesses = proposer.propose(3, state)
@@ -109,7 +111,7 @@ def test_guesses_change_no_token(case: Path, loaded: Loaded, options: dict[str, 
 
     def answer(guesses: bool) -> list[int]:
         make = (lambda: Predicted(loaded)) if guesses else None
-        asked = Request(prompt, SamplingParams(**options), 60, proposer=make)
+        asked = Order(ids=prompt, params=SamplingParams(**options), budget=60, proposer=make)
         return [token.id for token in Run(loaded, PromptCache(loaded, keeps=False), asked) if token is not None]
 
     assert answer(True) == answer(False)
@@ -142,7 +144,7 @@ def test_right_guesses_are_taken(loaded: Loaded, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(loaded.model), "logits", scripted)
     monkeypatch.setattr(type(loaded.model), "__call__", numbered)
     monkeypatch.setattr(layer, "predict", next_one)
-    asked = Request(prompt, SamplingParams(temperature=0), 30, proposer=lambda: Predicted(loaded))
+    asked = Order(ids=prompt, params=SamplingParams(temperature=0), budget=30, proposer=lambda: Predicted(loaded))
     found = [token.id for token in Run(loaded, PromptCache(loaded, keeps=False), asked) if token is not None]
     assert found == script
     assert 2 <= sum(count > 1 for count in passes) < 8

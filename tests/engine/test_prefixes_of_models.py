@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from places import TESTS
 
-from runner.engine.generate import prefill, prefill_passes
 from runner.engine.loaded import Loaded, open_loaded
+from runner.engine.prefill import prefill
 from runner.engine.prefix_files import PrefixFiles
 from runner.engine.prefixes import Prefixes
 from runner.ops import cpu as kernels
@@ -39,10 +39,10 @@ def answer(loaded: Loaded, prefixes: Prefixes, ids: list[int], pick: random.Rand
     """Read a prompt and answer it by a few ids picked at random; every row of logits is that of a cold start."""
     kept = prefixes.take(ids)
     logits: mx.array | None = None
-    passes = prefill_passes(loaded.model, ids[kept.reused :], kept.caches, chunk=pick.randint(3, 16), cuts=kept.places)
-    for done, found in passes:
-        logits = found
-        if kept.reused + done in kept.places:
+    chunk = pick.randint(3, 16)
+    for cut in sorted({*kept.places, len(ids)}):
+        logits = prefill(loaded.model, ids[kept.caches.offset : cut], kept.caches, chunk=chunk)
+        if cut in kept.places:
             prefixes.mark(kept)
     ids = list(ids)
     for _ in range(pick.randint(0, 5)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -9,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -44,16 +46,25 @@ PARAMS = [
 class Requests(RuleBasedStateMachine):
     """An engine over a model of one kind of memory, and the requests that it works on."""
 
-    @initialize(kind=st.sampled_from(sorted(KINDS)), rows=st.integers(1, 5), kept=st.booleans(), tight=st.booleans())
-    def start(self, kind: str, rows: int, kept: bool, tight: bool) -> None:
+    @initialize(
+        kind=st.sampled_from(sorted(KINDS)),
+        rows=st.integers(1, 5),
+        kept=st.sampled_from(["no", "memory", "disk", "disk"]),
+        tight=st.booleans(),
+    )
+    def start(self, kind: str, rows: int, kept: str, tight: bool) -> None:
         self.loaded: Loaded = dataclasses.replace(
             opened(kind), device=dataclasses.replace(opened(kind).device, chunk=16)
         )
         with Engine(self.loaded) as probe:
-            one = probe._workers[""].footprint.of(60 + 128)
-            self.footprint = probe._workers[""].footprint.of
+            one = probe._workers[""].loaded.footprint.of(60 + 128)
+            self.footprint = probe._workers[""].loaded.footprint.of
         memory = self.loaded.nbytes + (one + one // 2 if tight else 12 * one)
-        self.engine = Engine(self.loaded, memory=memory, rows=rows, prefixes=None if kept else 0)
+        self.files = tempfile.TemporaryDirectory() if kept == "disk" else None
+        self.options: dict[str, Any] = {"memory": memory, "rows": rows, "prefixes": 0 if kept == "no" else None}
+        if self.files is not None:
+            self.options |= {"cache_dir": Path(self.files.name), "cache_size": 6 * one}
+        self.engine = Engine(self.loaded, **self.options)
         self.open: list[tuple[Ticket, list[int], int, SamplingParams | None]] = []
         self.texts = prompts(self.loaded, (40, 25))
         self.answers: dict[Any, list[int]] = {}
@@ -93,6 +104,25 @@ class Requests(RuleBasedStateMachine):
     def finish(self, which: int) -> None:
         self.check(which)
 
+    @rule(nbytes=st.integers(1, 1 << 18))
+    def evict(self, nbytes: int) -> None:
+        self.loaded.run(lambda: self.engine.budget.press(nbytes))
+
+    @precondition(lambda self: self.files is not None)
+    @rule(finish=st.booleans())
+    def start_anew(self, finish: bool) -> None:
+        """With requests under way, which end with the engine; what was kept lies on disk."""
+        while finish and self.open:
+            self.check(0)
+        open_ones, self.open = self.open, []
+        self.engine.close()
+        for ticket, prompt, _, params in open_ones:
+            found: list[int] = []
+            with contextlib.suppress(UsageError):
+                found += (token.id for token in ticket)
+            assert found == self.wanted(prompt, params)[: len(found)]
+        self.engine = Engine(self.loaded, **self.options)
+
     def check(self, which: int, cancelled: bool = False) -> None:
         ticket, prompt, count, params = self.open.pop(which % len(self.open))
         if cancelled:
@@ -123,7 +153,10 @@ class Requests(RuleBasedStateMachine):
         idle(self.engine)
         status = self.engine.status()
         assert status.nbytes == 0 and status.prefixes.nbytes <= self.engine.budget.room
+        assert status.prefixes.note is None
         self.engine.close()
+        if self.files is not None:
+            self.files.cleanup()
 
 
 def test_requests_at_random() -> None:
@@ -138,6 +171,7 @@ def test_requests_at_random_for_an_hour() -> None:
     while time.monotonic() < ends:
         run(examples=50, steps=40)
         seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+        print(f"{time.monotonic() - ends + 60 * minutes:.0f} s: {seen[-1] / 1e6:.1f} MB", flush=True)
     half = len(seen) // 2
     assert max(seen[half:]) < 1.05 * max(seen[: half + 1]), seen
 

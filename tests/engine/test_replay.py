@@ -9,12 +9,13 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
+from decoding import decode
 from places import TESTS
 
 from runner.cache.caches import Caches
 from runner.cache.kv import ChunkedKVCache, KVCache
-from runner.engine.generate import decode, prefill
 from runner.engine.loaded import Loaded, open_loaded
+from runner.engine.prefill import prefill
 from runner.engine.replay import LEAST, PATIENCE, Steps
 from runner.errors import RunnerError
 from runner.families import Model

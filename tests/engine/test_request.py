@@ -93,7 +93,8 @@ def test_an_answer_that_raises_puts_the_limit_back(monkeypatch: pytest.MonkeyPat
 
 def test_a_cancelled_prompt_puts_the_limit_back() -> None:
     limit = Limit()
-    (chunk,) = answer(mac(limit), cancelled=lambda: True)
+    asked = iter([False, True])  # before the first of two chunks, and before the second
+    (chunk,) = answer(mac(limit, chunk=2), cancelled=lambda: next(asked))
     assert chunk.finish_reason == "cancelled"
     assert settled(limit) == 0 and len(limit.said) == 2
 
@@ -128,7 +129,8 @@ def test_the_tokens_are_those_of_another_device() -> None:
 def test_a_prompt_is_read_in_the_devices_chunks_and_buffers_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     settles: list[int] = []
     monkeypatch.setattr(Memory, "settle", lambda self: settles.append(self.clears))
-    monkeypatch.setattr("runner.engine.request.SETTLED_EVERY", 8)
+    monkeypatch.setattr("runner.engine.scheduler.SETTLED_EVERY", 8)
+    monkeypatch.setattr("runner.engine.scheduler.LEAST", 3)
     seen: list[tuple[int, int]] = []
     lm = mac(Limit(), chunk=5)
     bias = dict.fromkeys(lm.eos_token_ids, -1e9)

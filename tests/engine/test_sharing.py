@@ -77,7 +77,7 @@ def small() -> Iterator[tuple[Loaded, Engine]]:
     """An engine in whose memory two sequences of 200 tokens have room."""
     loaded = opened("rows")
     with Engine(loaded) as probe:
-        one = probe._workers[""].footprint.of(200 + 128)
+        one = probe._workers[""].loaded.footprint.of(200 + 128)
     with Engine(loaded, memory=loaded.nbytes + 2 * one + 1000, prefixes=1 << 40) as engine:
         yield loaded, engine
 
@@ -187,7 +187,7 @@ def test_many_conversations_side_by_side(kind: str, monkeypatch: pytest.MonkeyPa
     chunked(monkeypatch, loaded, 16)
     monkeypatch.setattr("runner.cache.kv.STEP", 8)
     with Engine(loaded) as probe:
-        room = probe._workers[""].footprint.of(150) * 4
+        room = probe._workers[""].loaded.footprint.of(150) * 4
     pick = random.Random(kind)
     talks = [prompts(loaded, (25,))[0]]
     with Engine(loaded, memory=loaded.nbytes + room, rows=3) as engine:

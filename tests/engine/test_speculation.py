@@ -21,10 +21,11 @@ from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.lookup import PromptLookup
 from runner.engine.prompt_cache import PromptCache
-from runner.engine.request import Request, Run
+from runner.engine.request import Run
 from runner.engine.sampler import SamplingState, Token
 from runner.engine.sampling import SamplingParams
 from runner.engine.speculation import PAUSE, START, Depth, Proposer
+from runner.engine.ticket import Order
 from runner.errors import UsageError
 
 LLAMA = TESTS / "fixtures" / "llama"
@@ -126,8 +127,8 @@ def answer(
     prompt: list[int] = PROMPT,
 ) -> list[Token]:
     make = None if proposer is None else lambda: proposer
-    request = Request(prompt, SamplingParams(**options), count, proposer=make)
-    run = Run(engine, PromptCache(engine, keeps=False) if kept is None else kept, request)
+    order = Order(ids=prompt, params=SamplingParams(**options), budget=count, proposer=make)
+    run = Run(engine, PromptCache(engine, keeps=False) if kept is None else kept, order)
     return [token for token in run if token is not None]
 
 
@@ -191,8 +192,10 @@ def test_an_answer_with_guesses_may_be_left_at_any_token(engine: Loaded) -> None
     ids = [token.id for token in answer(engine, OPTIONS[0], 24)]
     for left in (1, 2, 5, 9):
         kept = PromptCache(engine)
-        request = Request(PROMPT, SamplingParams(temperature=0), 24, proposer=lambda: Scripted(PROMPT, ids, 0.2))
-        run = iter(Run(engine, kept, request))
+        order = Order(
+            ids=PROMPT, params=SamplingParams(temperature=0), budget=24, proposer=lambda: Scripted(PROMPT, ids, 0.2)
+        )
+        run = iter(Run(engine, kept, order))
         said = [token.id for token in (next(run) for _ in range(left)) if token is not None]
         run.close()  # type: ignore[attr-defined]
         assert said == ids[: len(said)]
@@ -364,10 +367,11 @@ def test_a_guide_and_its_forced_runs(options: dict[str, Any]) -> None:
     found = {}
     for kind in (Sieve, Unforced):
         for lookup in (False, True):
-            request = Request(
-                PROMPT, SamplingParams(**options), 50, guide=kind(), proposer=PromptLookup if lookup else None
-            )
-            run = Run(engine, PromptCache(engine, keeps=False), request)
+            order = Order(
+                ids=PROMPT, params=SamplingParams(**options), budget=50, guide=kind(),
+                proposer=PromptLookup if lookup else None,
+            )  # fmt: skip
+            run = Run(engine, PromptCache(engine, keeps=False), order)
             found[kind, lookup] = [token.id for token in run if token is not None]
     assert len({tuple(ids) for ids in found.values()}) == 1
     sieve = Sieve()

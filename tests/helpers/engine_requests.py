@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence
 
 import pytest
+from decoding import decode
 from places import TESTS
 
 from runner.engine.engine import Engine
-from runner.engine.generate import decode, prefill
 from runner.engine.loaded import Loaded, open_loaded
+from runner.engine.prefill import prefill
 from runner.engine.sampler import Sampler, SamplingState
 from runner.engine.sampling import SamplingParams
 from runner.engine.ticket import Ticket

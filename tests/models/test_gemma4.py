@@ -19,8 +19,8 @@ from sources import Arrays
 import runner
 from runner.bench.models import random_weights
 from runner.config.memory import Rows, Shared
-from runner.engine.generate import new_caches, prefill
 from runner.engine.loaded import assemble, open_loaded
+from runner.engine.prefill import new_caches, prefill
 from runner.errors import ConfigError, WeightsError
 from runner.families import find
 

@@ -10,8 +10,8 @@ import pytest
 from references import FIXTURES, error, expected, routed, tolerance
 
 from runner.checkpoint.directory import Checkpoint
-from runner.engine.generate import new_caches, prefill
 from runner.engine.loaded import open_loaded
+from runner.engine.prefill import new_caches, prefill
 from runner.families import find
 from runner.nn.batch import Batch
 from runner.weights import loading

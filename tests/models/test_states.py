@@ -13,8 +13,8 @@ from references import FIXTURES, TOLERANCE, error
 import runner
 from runner.answer import Chunk
 from runner.config.memory import State
-from runner.engine.generate import new_caches, prefill
 from runner.engine.loaded import open_loaded
+from runner.engine.prefill import new_caches, prefill
 from runner.engine.prompt_cache import PromptCache
 from runner.families import find
 from runner.language_model import LanguageModel

@@ -14,8 +14,8 @@ from recurrent_twins import Inputs, delta, delta_inputs
 from twins import assert_close, numpy, rand
 
 from runner.cache.recurrent import StateCache
-from runner.engine.generate import new_caches
 from runner.engine.loaded import Loaded, open_loaded
+from runner.engine.prefill import new_caches
 from runner.nn.batch import Batch
 from runner.nn.delta_rule import each_token
 from runner.ops.delta_rule import unit_lower_inverse
