@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runner.cli import completion, terminal
+from runner.cli import completion, engine, terminal
 from runner.cli.options import DType, named_model
 from runner.cli.serve_config import Config
 from runner.cli.serve_options import AnswerOptions, ModelOptions, WhereOptions, WhoOptions, pair
@@ -72,7 +72,7 @@ def serve(
 
 
 def local_models(models: ModelOptions, dtype: str | None) -> LocalModels:
-    """What is to hold the models; there are none yet."""
+    """What is to hold the models; only the draft model is loaded yet."""
     from runner.config.rope import LONGEST
     from runner.ops import backend
 
@@ -84,7 +84,8 @@ def local_models(models: ModelOptions, dtype: str | None) -> LocalModels:
 
     keep = math.inf if models.keep_alive is None else models.keep_alive
     pool = Pool(models.memory, keep=keep, cache_dir=models.cache_dir, cache_size=models.cache_size)
-    return LocalModels(pool, dtype=dtype, context=models.context)
+    draft = None if models.draft is None else engine.open_model(models.draft, dtype)
+    return LocalModels(pool, dtype=dtype, context=models.context, draft=draft)
 
 
 def add_models(local: LocalModels, names: Sequence[str], models: ModelOptions) -> tuple[dict[str, str], dict[str, str]]:

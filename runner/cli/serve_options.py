@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from runner.cli import completion
 from runner.errors import UsageError, UserFileError
 from runner.server.durations import seconds_of
 
@@ -119,6 +120,15 @@ class ModelOptions:
         typer.Option(
             metavar="NAME=PATH",
             help="Serve a LoRA adapter on its base under a name of its own; may be repeated.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            autocompletion=completion.models,
+            help="Guess tokens by a smaller model with the same vocabulary; answers stay the same.",
             rich_help_panel=WHAT,
         ),
     ] = None

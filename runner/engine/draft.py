@@ -18,16 +18,21 @@ from runner.errors import UsageError
 from runner.text.tokenizer import Tokenizer
 
 
-class Drafter(Protocol):
-    """A model with its tokenizer, as `runner.load` makes it."""
+class Worded(Protocol):
+    """What has a tokenizer."""
 
-    @property
-    def engine(self) -> Loaded: ...
     @property
     def tokenizer(self) -> Tokenizer: ...
 
 
-def check_draft(draft: Drafter, model: Drafter) -> None:
+class Drafter(Worded, Protocol):
+    """A model with its tokenizer, as `runner.load` makes it."""
+
+    @property
+    def engine(self) -> Loaded: ...
+
+
+def check_draft(draft: Drafter, model: Worded) -> None:
     """Refuse a draft model that cannot guess for `model`.
 
     Raises:

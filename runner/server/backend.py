@@ -17,6 +17,7 @@ from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runner.engine.speculation import Guide
+    from runner.server.guessing import Guesses
     from runner.server.pool import Lease
 
 STUCK = 300.0
@@ -68,6 +69,7 @@ class Status:
         nbytes: bytes of the caches of those under way.
         loaded: whether its weights are in memory.
         expires_in: seconds after which they go if nobody asks; endless: when others need their memory, or never.
+        guesses: counts of a draft model's guesses; None: there is none.
     """
 
     alive: bool = True
@@ -77,6 +79,7 @@ class Status:
     nbytes: int = 0
     loaded: bool = True
     expires_in: float = math.inf
+    guesses: Guesses | None = None
 
     @property
     def healthy(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import runner
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.engine.defaults import GenerationDefaults
+from runner.engine.draft import check_draft
 from runner.engine.loaded import planned_nbytes
 from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
@@ -21,6 +22,7 @@ from runner.families import find
 from runner.language_model import LanguageModel, chosen_context, end_tokens
 from runner.ops.owner import OWNER
 from runner.server.backend import Facts, Order, Status, Step
+from runner.server.guessing import Guesses
 from runner.server.log import say
 from runner.server.model import Served
 from runner.server.pool import Lease, Pool, Slot
@@ -39,14 +41,29 @@ class LocalModels:
         progress: whether a bar on stderr shows how weights are read.
     """
 
-    def __init__(self, pool: Pool, *, dtype: str | None = None, context: int | None = None) -> None:
-        """Begin without any; `dtype` and `context` are those of `runner.load`, for all."""
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        dtype: str | None = None,
+        context: int | None = None,
+        draft: LanguageModel | None = None,
+    ) -> None:
+        """Begin without any.
+
+        Args:
+            dtype: that of `runner.load`, for all models, like `context`.
+            draft: a model that guesses tokens for all of them; it stays loaded.
+        """
         self.pool = pool
         self.served: dict[str, Served] = {}
         self.notes: list[str] = []
         self.progress = False
         self._dtype = dtype
         self._context = context
+        self.draft = draft
+        if draft is not None:
+            pool.fix(draft.nbytes)
 
     def add(self, name: str, path: Path, *, pinned: bool = False, adapters: Mapping[str, Path] | None = None) -> Slot:
         """Serve the model at `path` under `name`: config, tokenizer and headers are read, and no weights.
@@ -56,7 +73,8 @@ class LocalModels:
 
         Raises:
             RunnerError: as `runner.load`, but for what only the weights can show.
-            UsageError: there is not memory enough for it, a name is taken, or an adapter cannot share its base.
+            UsageError: there is not memory enough for it, a name is taken, an adapter cannot share its base, or the
+                draft model's vocabulary is another.
         """
         for each in (name, *(adapters or ())):
             if each in self.served:
@@ -76,15 +94,21 @@ class LocalModels:
             vocab_size=config.vocab_size,
             nbytes=OWNER.run(lambda: planned_nbytes(files.config, files.source, dtype=self._dtype)),
         )
+        if self.draft is not None:
+            try:
+                check_draft(self.draft, facts)
+            except UsageError as error:
+                raise UsageError(f"{self.draft.name} cannot guess for {name}: {error}") from error
         opened = self._opened(files, tokenizer, adapters or {})
         nbytes = facts.nbytes + sum(header.nbytes for one in opened for header in one.source.headers.values())
         specs = {str(path): 0.0 for path in (adapters or {}).values()}
         slot = self.pool.add(name, nbytes, lambda: self._load(path, facts, specs), pinned=pinned)
         shared = bool(adapters)
-        self.served[name] = Served(LocalBackend(facts, slot, self.pool, shared=shared))
+        self.served[name] = Served(LocalBackend(facts, slot, self.pool, shared=shared, draft=self.draft))
         for called, one in zip(adapters or (), opened, strict=True):
             own = dataclasses.replace(facts, name=called, parent=name)
-            self.served[called] = Served(LocalBackend(own, slot, self.pool, shared=shared, adapter=one.name))
+            backend = LocalBackend(own, slot, self.pool, shared=shared, adapter=one.name, draft=self.draft)
+            self.served[called] = Served(backend)
         return slot
 
     def _opened(self, files: ModelFiles, tokenizer: Tokenizer, adapters: Mapping[str, Path]) -> Sequence[AdapterFiles]:
@@ -132,11 +156,19 @@ class LocalBackend:
     """A model in this process, by an engine that answers many requests at once."""
 
     def __init__(
-        self, facts: Facts, slot: Slot, pool: Pool, *, shared: bool = False, adapter: str | None = None
+        self,
+        facts: Facts,
+        slot: Slot,
+        pool: Pool,
+        *,
+        shared: bool = False,
+        adapter: str | None = None,
+        draft: LanguageModel | None = None,
     ) -> None:
         """Serve the model of `slot` in the words of `facts`.
 
         Args:
+            draft: a loaded model that guesses tokens.
             shared: whether others serve it under other names, with other adapters.
             adapter: the adapter that it computes with, by the name that it was loaded with.
         """
@@ -146,6 +178,7 @@ class LocalBackend:
         self._shared = shared
         self._adapters = {} if adapter is None else {adapter: 1.0}
         self._tickets: set[Ticket] = set()  # under way
+        self._guesses = None if draft is None else Guesses(draft.engine, facts.vocab_size)
 
     async def hold(self, keep: float | None = None) -> Lease:
         """Have it loaded until the lease is released."""
@@ -167,6 +200,7 @@ class LocalBackend:
             priority=order.priority,
             turns=order.turns,
             guide=order.guide,
+            proposer=None if self._guesses is None else self._guesses.proposer,
         )
         self._tickets.add(ticket)
         try:
@@ -191,7 +225,7 @@ class LocalBackend:
         slot = self._slot
         state = self._pool.status(slot)
         if state is None:
-            return Status(loaded=False)
+            return Status(loaded=False, guesses=self._guesses)
         running, waiting, nbytes = state.running, state.waiting, state.nbytes
         if self._shared:  # the engine's numbers are those of all names together
             running = sum(1 for ticket in self._tickets if ticket.read or ticket.reused)
@@ -204,6 +238,7 @@ class LocalBackend:
             waiting=waiting,
             nbytes=nbytes,
             expires_in=slot.expires - time.monotonic(),
+            guesses=self._guesses,
         )
 
     def restart(self) -> None:

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 if TYPE_CHECKING:
     from runner.server.answering import Answering
+    from runner.server.guessing import Guesses
     from runner.server.serving import Serving
 
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -47,6 +48,16 @@ class Metrics:
             "e2e_request_latency_seconds", "Until the last token.", label, buckets=_WHOLE, registry=self.registry
         )
 
+        self._guesses = {
+            name: Counter(f"spec_decode_num_{name}", told, label, registry=self.registry)
+            for name, told in (
+                ("drafts", "Times that the draft model has guessed."),
+                ("draft_tokens", "Tokens that it has guessed."),
+                ("accepted_tokens", "Tokens that it has guessed right."),
+            )
+        }
+        self._guessed: dict[tuple[str, str], int] = {}  # counted so far
+
     def finished(self, answer: Answering) -> None:
         """Count a request that has ended, or was ended."""
         name, usage = answer.prepared.served.name, answer.usage
@@ -72,4 +83,12 @@ class Metrics:
             self._running.labels(served.name).set(status.running)
             self._waiting.labels(served.name).set(status.waiting)
             self._cache.labels(served.name).set(status.nbytes)
+            if status.guesses is not None:
+                self._count_guesses(served.name, status.guesses)
         return generate_latest(self.registry)
+
+    def _count_guesses(self, name: str, guesses: Guesses) -> None:
+        found = {"drafts": guesses.rounds, "draft_tokens": guesses.tokens, "accepted_tokens": guesses.right}
+        for what, count in found.items():
+            self._guesses[what].labels(name).inc(count - self._guessed.get((name, what), 0))
+            self._guessed[name, what] = count
