@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 
 from runner.errors import HubError
 from runner.local_files import quoted
-from runner.progress import ProgressBar
+from runner.progress import ProgressBar, Watched
 
 AT_ONCE = 4
 """Files that are downloaded side by side."""
@@ -58,7 +58,7 @@ class _Blob:
         return min(self.partial.stat().st_size, self.size) if self.partial.exists() else 0
 
 
-def fetch_weights(repo: str, commit: str, files: Sequence[str], cache: Path, *, progress: bool) -> None:
+def fetch_weights(repo: str, commit: str, files: Sequence[str], cache: Path, *, progress: Watched) -> None:
     """Download the blobs of `files`, and go on with those that an earlier run began.
 
     Files that the hub describes in another way than by hash and size, or that plain HTTP cannot give for their size,
@@ -66,7 +66,7 @@ def fetch_weights(repo: str, commit: str, files: Sequence[str], cache: Path, *, 
 
     Args:
         cache: the hub's cache; blobs come into `models--org--name/blobs` there.
-        progress: show a bar with the rate and the time left on stderr.
+        progress: show a bar with the rate and the time left on stderr; or what is told of it.
 
     Raises:
         HubError: the disk has no room for them, or a file that was gone on with is not the hub's.

@@ -28,6 +28,7 @@ from runner.checkpoint.safetensors_header import INDEX, SINGLE, read_index
 from runner.checkpoint.weight_files import choose
 from runner.errors import CheckpointError, HubError, UsageError
 from runner.local_files import is_gguf, path_in, quoted
+from runner.progress import Watched
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -114,8 +115,11 @@ def resolve_adapter(adapter: str, *, progress: bool = True, tokenizer: bool = Fa
     return _fetch_adapter(repo, revision, progress, tokenizer)
 
 
-def pull(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
+def pull(model: str, *, revision: str | None = None, progress: Watched = True) -> Path:
     """Fetch a model, or bring the cached one up to date with its branch, and return its directory.
+
+    Args:
+        progress: whether a bar on stderr shows how weights come; or what is told of it, from several threads.
 
     Raises:
         HubError: for the same reasons as in `resolve`.
@@ -227,7 +231,7 @@ def _size(snapshot: Path, files: Collection[str]) -> int:
 # --- fetching ---------------------------------------------------------------------------------------------------------
 
 
-def _fetch(wanted: HubId, progress: bool) -> Path:
+def _fetch(wanted: HubId, progress: Watched) -> Path:
     """Download a model into the cache and return its path; when offline, accept a cached one without tokenizer."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
@@ -261,7 +265,7 @@ def _fetch(wanted: HubId, progress: bool) -> Path:
     return path
 
 
-def _fetch_safetensors(wanted: HubId, commit: str, files: list[str], progress: bool) -> Path:
+def _fetch_safetensors(wanted: HubId, commit: str, files: list[str], progress: Watched) -> Path:
     """Download what is read of a directory of safetensors; returns the snapshot."""
     # All files by commit, not by branch, so that they belong together even if the branch moves meanwhile.
     # The weights come last: a snapshot that has them is complete.
@@ -280,7 +284,7 @@ def _fetch_safetensors(wanted: HubId, commit: str, files: list[str], progress: b
     return snapshot
 
 
-def _fetch_gguf(wanted: HubId, commit: str, files: list[str], progress: bool) -> tuple[Path, str]:
+def _fetch_gguf(wanted: HubId, commit: str, files: list[str], progress: Watched) -> tuple[Path, str]:
     """Download the GGUF file that `wanted` means, or all its shards; returns the first's path, here and there."""
     chosen = choose_gguf(wanted.repo, files, wanted.gguf)
     known = _snapshot(wanted.repo, commit)
@@ -345,7 +349,7 @@ def _is_small(name: str) -> bool:
     return base.endswith((".json", ".jinja")) or base in ("tokenizer.model", "merges.txt")
 
 
-def _download_weights(repo: str, commit: str, files: Sequence[str], progress: bool) -> Path:
+def _download_weights(repo: str, commit: str, files: Sequence[str], progress: Watched) -> Path:
     """Download files of weights, and return the snapshot directory."""
     snapshot = _snapshot(repo, commit)
     missing = [file for file in files if snapshot is None or not (snapshot / file).is_file()]

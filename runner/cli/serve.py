@@ -64,7 +64,8 @@ def serve(
     others = {**words, **{alias: shown[name] for alias, name in aliases.items()}}
     others = {other: model for other, model in others.items() if other not in local.served}
     log_to_stderr(options.log_level)
-    serving = Serving(list(local.served.values()), options, others)
+    pull = local.pull if models.allow_pull else None
+    serving = Serving(list(local.served.values()), options, others, pull)
     first = shown[names[0]]
     code = serve_on(made, serving, lambda address, _end: welcome(address, first, options.api_key is not None))
     if code:

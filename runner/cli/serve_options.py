@@ -132,6 +132,14 @@ class ModelOptions:
             rich_help_panel=WHAT,
         ),
     ] = None
+    allow_pull: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pull",
+            help="Let clients have models fetched from the hub, by Ollama's /api/pull.",
+            rich_help_panel=WHAT,
+        ),
+    ] = False
     pin: Annotated[
         list[str] | None,
         typer.Option(

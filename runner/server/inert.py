@@ -177,6 +177,11 @@ OLLAMA: Table = {
 }
 """Of Ollama's requests."""
 
+OLLAMA_PULL: Table = {
+    "insecure": Inert("models are fetched from the hub alone, by the way that its client is set to", (False, None)),
+}
+"""Of Ollama's /api/pull."""
+
 OLLAMA_MESSAGE: Table = {
     "images": OLLAMA["images"],
     "tool_calls": Inert("none were made", ([], None)),

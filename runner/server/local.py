@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import runner
+from runner.checkpoint.hub import pull
+from runner.checkpoint.hub_ids import parse
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.engine.defaults import GenerationDefaults
 from runner.engine.draft import check_draft
@@ -110,6 +112,21 @@ class LocalModels:
             backend = LocalBackend(own, slot, self.pool, shared=shared, adapter=one.name, draft=self.draft)
             self.served[called] = Served(backend)
         return slot
+
+    def pull(self, model: str, told: Callable[[int, int], None]) -> Served:
+        """Fetch a model of the hub by its id, or bring it up to date, and serve it under that name.
+
+        A model that is served already stays as it was opened.
+
+        Raises:
+            HubError: it is no hub id, or the hub lacks it, refuses access, or cannot be reached.
+            RunnerError: as `add`.
+        """
+        name = str(parse(model))
+        path = pull(name, progress=told)
+        if name not in self.served:
+            self.add(name, path)
+        return self.served[name]
 
     def _opened(self, files: ModelFiles, tokenizer: Tokenizer, adapters: Mapping[str, Path]) -> Sequence[AdapterFiles]:
         """The files of adapters, checked against the model's; raises as `add`."""

@@ -29,9 +29,6 @@ from runner.server.tool_calls import Call, CallPart, arguments_of, gathered
 
 NEVER = 36500 * 86400.0
 """Seconds until a model goes that stays: a hundred years."""
-NOT_DONE = (
-    "models are given to this server when it is started, and not by its clients: nothing is fetched, made or deleted"
-)
 
 
 class CalledFunction(msgspec.Struct):
@@ -467,15 +464,6 @@ def version(_serving: Serving) -> Handler:
 
     async def answer(_request: Request) -> Response:
         return json({"version": version_of()})
-
-    return answer
-
-
-def forbidden(_serving: Serving) -> Handler:
-    """What would change the models that are here."""
-
-    async def answer(_request: Request) -> Response:
-        raise ApiError(403, NOT_DONE)
 
     return answer
 

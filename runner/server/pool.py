@@ -125,7 +125,8 @@ class Pool:
         """
         slot = Slot(name, nbytes, load, self.keep, pinned=pinned)
         self._check(slot)
-        self.slots.append(slot)
+        with self._lock:
+            self.slots.append(slot)
         return slot
 
     def load(self, slot: Slot) -> None:

@@ -96,10 +96,27 @@ class Running:
             self._note.values["load_seconds"] = round(self.lease.seconds, 3)
 
 
-class Serving:
-    """The state of a server."""
+Pull = Callable[[str, Callable[[int, int], None]], Served]
+"""Fetches a model of the hub, and serves it from then on: told its id, and what is to hear how many bytes have come."""
 
-    def __init__(self, models: Sequence[Served], options: Options, aliases: Mapping[str, str] | None = None) -> None:
+
+class Serving:
+    """The state of a server.
+
+    Attributes:
+        models: what is served, by name.
+        aliases: further names of theirs.
+        pull: fetches a model that a client asks for; None: clients may not have models fetched.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Served],
+        options: Options,
+        aliases: Mapping[str, str] | None = None,
+        pull: Pull | None = None,
+    ) -> None:
+        self.pull = pull
         self.models = {served.name: served for served in models}
         self.aliases = dict(aliases or {})
         self.options = options

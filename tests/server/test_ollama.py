@@ -127,7 +127,7 @@ def test_what_is_not_done(client: ollama.Client, server: Running) -> None:
         lambda: client.create("x", from_="told"),
         lambda: client.push("told"),
     ):
-        with pytest.raises(ollama.ResponseError, match="not by its clients") as caught:
+        with pytest.raises(ollama.ResponseError, match="models are given to this server when it is started") as caught:
             ask()
         assert caught.value.status_code == 403
     with pytest.raises(ollama.ResponseError) as missing:
