@@ -191,7 +191,7 @@ def _cut(engine: Loaded, ids: Sequence[int], bos: int | None, chunk: int, chunks
 def _judged(engine: Loaded, ids: list[int]) -> Iterator[tuple[mx.array, mx.array]]:
     """Yield float32 logits `[N, V]` of a chunk's second half and the ids `[N]` that follow, N at most `ROWS`."""
     first, last = len(ids) // 2, len(ids) - 1
-    engine.use_adapters(engine.adapter_weights)
+    engine.use_adapters((1, engine.adapter_weights))
     caches = engine.new_caches()
     for start in range(0, last, engine.device.chunk):
         piece = ids[start : min(start + engine.device.chunk, last)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ from runner.adapters.base import Base
 from runner.adapters.layers import AdaptedEmbedding, AdaptedExperts, AdaptedLinear, Delta, Magnitude, TokenRows
 from runner.adapters.parts import AllExperts, Factors, Parts, SavedRows
 from runner.adapters.sites import Rows, Stack, in_field_order, kind_of, pieces_of, row_order, width_of
+from runner.adapters.used import Used
 from runner.nn.linear import Embedding, Linear
 from runner.nn.moe import ExpertLinear
 from runner.ops.table import Ops
@@ -24,9 +25,10 @@ class Applying:
     """Rewrites a model's plan, with adapted layers in place of the fields that adapters change."""
 
     def __init__(
-        self, base: Base, parts: Parts, weights: Mapping[str, float], ops: Ops, dtype: mx.Dtype | None
+        self, base: Base, parts: Parts, names: Collection[str], used: Used, ops: Ops, dtype: mx.Dtype | None
     ) -> None:
-        self.parts, self.weights = parts, weights
+        """`names` are those of all adapters, in the order in which they add up; `used` is what all layers share."""
+        self.parts, self.names, self.used = parts, names, used
         self.ops, self.dtype = ops, dtype
         self.by_leaf = {(site.leaf, site.kind): name for name, site in base.sites.items()}
         self.by_path = {stack.path: stack for stack in base.stacks.values()}
@@ -62,7 +64,7 @@ class Applying:
         # One delta per adapter, in the order the adapters were given.
         deltas: list[Delta] = []
         magnitudes: list[Magnitude] = []
-        for adapter in self.weights:
+        for adapter in self.names:
             if adapter not in found:
                 continue
             # Factors for all experts at once are kept apart from those of single experts' matrices.
@@ -79,7 +81,7 @@ class Applying:
         fields: dict[str, Any] = {
             "base": item,
             "deltas": Value(deltas),
-            "weights": Value(self.weights),
+            "used": Value(self.used),
             "ops": Value(self.ops),
         }
         if kind is Linear:

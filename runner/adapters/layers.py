@@ -6,11 +6,11 @@ the norm of each row is computed once, when the layer is made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from runner.adapters.used import Used, Weights
 from runner.nn.linear import Embedding, Linear
 from runner.nn.moe import ExpertLinear
 from runner.ops.table import PORTABLE, Ops
@@ -82,7 +82,7 @@ class Magnitude(Module):
 class AdaptedLinear(Linear):
     """A linear layer with adapters.
 
-    All layers of a model share one `weights` object, so a change to it takes effect at the next call. A weight of 0
+    All layers of a model share one `used` object, so a change to it takes effect at the next call. A weight of 0
     turns its adapter off. An adapter with magnitudes or token rows has weight 0 or 1, and no other adapter changes the
     same stored matrix.
     """
@@ -91,7 +91,7 @@ class AdaptedLinear(Linear):
     deltas: list[Delta]
     tokens: list[TokenRows]
     magnitudes: list[Magnitude]
-    weights: Mapping[str, float]
+    used: Used
     ops: Ops = PORTABLE
 
     def __post_init__(self) -> None:
@@ -107,9 +107,11 @@ class AdaptedLinear(Linear):
         self.magnitudes = []  # the factors in `gains` replace them
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.base(x)
+        return self.used.added(_names(self.deltas, self.tokens), x, self.base(x), self._added)
+
+    def _added(self, weights: Weights, x: mx.array, y: mx.array) -> mx.array:
         for delta in self.deltas:
-            weight = self.weights[delta.adapter]
+            weight = weights[delta.adapter]
             if not weight:
                 continue
             # Scaled between the two products, where there are R values and not `out`.
@@ -124,7 +126,7 @@ class AdaptedLinear(Linear):
                 y = y + more.astype(y.dtype)
         # Token rows replace what the head computed for them, so they come last.
         for rows in self.tokens:
-            y = rows.scored(x, y, self.ops) if self.weights[rows.adapter] else y
+            y = rows.scored(x, y, self.ops) if weights[rows.adapter] else y
         return y
 
     @property
@@ -133,16 +135,17 @@ class AdaptedLinear(Linear):
 
     def matrix(self) -> mx.array:
         """W `[out, in]` in float32, with the adapters added."""
+        weights = self.used.same(_names(self.deltas, self.tokens))
         result = self.base.matrix().astype(mx.float32)
         for delta in self.deltas:
-            weight = self.weights[delta.adapter]
+            weight = weights[delta.adapter]
             if weight:
                 up = delta.up.astype(mx.float32) * (delta.scale * weight)
                 result = result + up @ delta.down.astype(mx.float32)
                 if delta.adapter in self.gains:
                     result = self.gains[delta.adapter][0][:, None] * result
         for rows in self.tokens:
-            if self.weights[rows.adapter]:
+            if weights[rows.adapter]:
                 result[rows.tokens] = rows.rows.astype(mx.float32)
         return result
 
@@ -153,13 +156,14 @@ class AdaptedExperts(ExpertLinear):
 
     base: ExpertLinear
     deltas: list[Delta]
-    weights: Mapping[str, float]
+    used: Used
     ops: Ops = PORTABLE
 
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
+        weights = self.used.same(_names(self.deltas))  # tokens come in the order of their experts
         y = self.base(x, experts, sorted_indices=sorted_indices)
         for delta in self.deltas:
-            weight = self.weights[delta.adapter]
+            weight = weights[delta.adapter]
             if weight:
                 lows = self.ops.gather_linear(x, delta.down, experts, sorted_indices=sorted_indices) * (
                     delta.scale * weight
@@ -169,10 +173,11 @@ class AdaptedExperts(ExpertLinear):
 
     def matrices(self) -> mx.array:
         """The experts' matrices `[E, out, in]` in float32, with the adapters added."""
+        weights = self.used.same(_names(self.deltas))
         result = self.base.matrices().astype(mx.float32)
         for delta in self.deltas:
-            if self.weights[delta.adapter]:
-                up = delta.up.astype(mx.float32) * (delta.scale * self.weights[delta.adapter])
+            if weights[delta.adapter]:
+                up = delta.up.astype(mx.float32) * (delta.scale * weights[delta.adapter])
                 result = result + up @ delta.down.astype(mx.float32)
         return result
 
@@ -188,16 +193,23 @@ class AdaptedEmbedding(Embedding):
     base: Embedding
     deltas: list[Delta]
     tokens: list[TokenRows]
-    weights: Mapping[str, float]
+    used: Used
     ops: Ops = PORTABLE
 
     def __call__(self, ids: mx.array) -> mx.array:
-        y = self.base(ids)
+        return self.used.added(_names(self.deltas, self.tokens), ids, self.base(ids), self._added)
+
+    def _added(self, weights: Weights, ids: mx.array, y: mx.array) -> mx.array:
         for delta in self.deltas:
-            weight = self.weights[delta.adapter]
+            weight = weights[delta.adapter]
             if weight:
                 lows = delta.down[ids] * (delta.scale * weight)
                 y = y + self.ops.linear(lows, delta.up, None).astype(y.dtype)
         for rows in self.tokens:
-            y = rows.looked_up(ids, y) if self.weights[rows.adapter] else y
+            y = rows.looked_up(ids, y) if weights[rows.adapter] else y
         return y
+
+
+def _names(deltas: list[Delta], tokens: list[TokenRows] | tuple[()] = ()) -> set[str]:
+    """The adapters that a layer has something of."""
+    return {delta.adapter for delta in deltas} | {rows.adapter for rows in tokens}

@@ -20,6 +20,7 @@ from runner.adapters.mlx_config import MlxConfig
 from runner.adapters.mlx_matching import MlxMatching
 from runner.adapters.parts import Matched, Parts
 from runner.adapters.target import Target
+from runner.adapters.used import Used, Weights
 from runner.checkpoint.overlay import Change
 from runner.config.base import Config
 from runner.errors import UsageError
@@ -36,7 +37,7 @@ class Adapters:
         base: the model, with the whole tensors that adapters bring in place of its own.
         parts: the factors and the rows for single tokens.
         weights: each adapter's weight by name, as the next answer will use it; `set_weights` changes it.
-        used: the same as the layers read it, at every call; `use` changes it.
+        used: what the layers read at every call; `use` changes it.
         fixed: names of adapters that bring whole tensors: their weights cannot change after loading.
         vocabulary: the adapters that change embeddings or head: a tokenizer beside them may have tokens of theirs.
     """
@@ -44,7 +45,7 @@ class Adapters:
     base: Base
     parts: Parts
     weights: dict[str, float]
-    used: dict[str, float]
+    used: Used
     fixed: frozenset[str]
     vocabulary: tuple[AdapterFiles, ...]
 
@@ -96,10 +97,9 @@ class Adapters:
                     f"adapter {name} {why}, and cannot share its base: merge it ('runner convert --adapter')"
                 )
 
-    def use(self, weights: Mapping[str, float]) -> None:
-        """Let the layers compute with `weights`, which were checked when they were set."""
-        if self.used != weights:
-            self.used.update(weights)
+    def use(self, *runs: tuple[int, Weights]) -> None:
+        """Let the layers compute with these weights, which were checked when they were set: of so many tokens each."""
+        self.used.set(runs)
 
     def check(self, weights: Mapping[str, float]) -> None:
         """Check that DoRA and rows for single tokens have a defined result.
@@ -120,7 +120,7 @@ class Adapters:
 
     def applied(self, layout: ModulePlan, ops: Ops, dtype: mx.Dtype | None) -> ModulePlan:
         """The plan `layout` of `base` with adapted layers where adapters change it; `dtype` as in `build`."""
-        return Applying(self.base, self.parts, self.used, ops, dtype).module(layout)
+        return Applying(self.base, self.parts, self.weights, self.used, ops, dtype).module(layout)
 
     def merged(self) -> Base:
         """The model with the adapters merged into its tensors."""
@@ -184,7 +184,7 @@ def fit(
     weights = {adapter.name: adapter.weight for adapter in adapters}
     model = Base(target.raw, target.source, target.sites, target.stacks, target.head, target.tied)
     model = model.changed(changes, untied)
-    result = Adapters(model, parts, weights, dict(weights), frozenset(fixed), tuple(vocabulary))
+    result = Adapters(model, parts, weights, Used(weights), frozenset(fixed), tuple(vocabulary))
     result.check(weights)
     return result
 

@@ -66,6 +66,7 @@ class Loaded:
         powers: the powers of the channels that `storage` keeps, for each cache; None where it keeps none.
         prediction: the layer for multi-token prediction; None where it was not asked for.
         closed: whether `close` was called: nothing can be computed any more.
+        mixes: whether requests with different adapters share passes; not once a layer could not tell them apart.
         compiled: the kernel for whole decode steps, on devices that have one.
     """
 
@@ -79,6 +80,7 @@ class Loaded:
     powers: Sequence[Powers | None] | None = None
     prediction: Prediction | None = None
     closed: bool = field(init=False, default=False)
+    mixes: bool = field(init=False, default=True)
     compiled: Compiled = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -169,10 +171,10 @@ class Loaded:
             return {}
         return self.adapters.only(adapters)
 
-    def use_adapters(self, weights: Mapping[str, float]) -> None:
-        """Let the layers compute with these weights from now on; called before each pass."""
+    def use_adapters(self, *runs: tuple[int, Mapping[str, float]]) -> None:
+        """Let the layers compute with these weights from now on, of so many tokens each; called before each pass."""
         if self.adapters is not None:
-            self.adapters.use(weights)
+            self.adapters.use(*runs)
 
     @functools.cached_property
     def footprint(self) -> Footprint:
@@ -196,7 +198,7 @@ class Loaded:
         Raises:
             UsageError: `ids` is empty, or an id is not an integer or is outside the vocabulary.
         """
-        self.use_adapters(self.adapter_weights)
+        self.use_adapters((len(ids), self.adapter_weights))
         hidden = self.model(Batch(mx.array([self.checked(ids)], dtype=mx.int32)), self.new_caches())
         return self.model.logits(hidden)[0].astype(mx.float32)
 

@@ -6,7 +6,7 @@ Nothing is waited for: what is returned is being computed, and the next pass can
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,7 @@ class Passes:
     def _step(self, rows: list[Row]) -> mx.array:
         """Logits `[R, V]` behind the tokens that were picked last."""
         each = [row.caches for row in rows if row.caches is not None]
+        self._use([(row, 1) for row in rows])
         if len(each) == 1:
             if rows[0].steps is None:
                 rows[0].steps = self._loaded.steps(each[0])
@@ -155,6 +156,7 @@ class Passes:
         self.forget()
         segments = [Segment(feed.count, row.offset, feed.length) for row, feed in feeds]
         ids = self._ids(feeds)
+        self._use([(row, feed.count) for row, feed in feeds])
         if len(feeds) == 1:
             assert rows[0].caches is not None
             hidden = model(Batch(ids, rows[0].offset, segments[0].length), rows[0].caches)
@@ -164,6 +166,7 @@ class Passes:
         last: list[int] = []
         start = 0
         for (row, feed), segment in zip(feeds, segments, strict=True):
+            self._use([(row, 1)])
             if row.order.scores is not None and feed.ids is not None:
                 self._score(row, hidden[:, start : start + segment.count], segment)
             if row.course is not None and row.course.watched:
@@ -174,7 +177,20 @@ class Passes:
             last += range(start - feed.picks, start)
         if not last:
             return None
+        self._use([(row, feed.picks) for row, feed in feeds])
         return model.logits(hidden if len(last) == start else mx.take(hidden, mx.array(last), axis=1))[0]
+
+    def _use(self, counts: Sequence[tuple[Row, int]]) -> None:
+        """Let layers compute with the adapters of these rows, which have so many tokens each."""
+        if self._loaded.adapters is None:
+            return
+        runs: list[tuple[int, Mapping[str, float]]] = []
+        for row, count in counts:
+            if runs and runs[-1][1] == row.order.weights:
+                runs[-1] = (runs[-1][0] + count, row.order.weights)
+            elif count:
+                runs.append((count, row.order.weights))
+        self._loaded.use_adapters(*runs)
 
     def _ids(self, feeds: Sequence[tuple[Row, Feed]]) -> mx.array:
         """The ids `[1, T]` of a pass; those of single tokens may still be computed."""

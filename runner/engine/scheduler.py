@@ -8,8 +8,9 @@ happens on the thread that owns the device.
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from runner.engine.loaded import Loaded
@@ -19,6 +20,7 @@ from runner.engine.sampler import SamplingState, Token
 from runner.engine.speculation import Continuation
 from runner.engine.ticket import Mailbox, Order
 from runner.errors import NumericsError, RunnerError
+from runner.nn.batch import Apart
 from runner.ops.memory import Memory
 
 if TYPE_CHECKING:
@@ -105,10 +107,13 @@ class Scheduler:
         if any(self._maker.waits(row, alone=len(self.live) == 1) for row in self.live if row.unread):
             self._land()
         flights = []
-        for feeds in self._planned():
-            flights.append(self._maker.launch(feeds))
-            if flights[-1].plain:
-                self._maker.pick(flights[-1])
+        try:
+            for feeds in self._planned():
+                flights.append(self._maker.launch(feeds))
+                if flights[-1].plain:
+                    self._maker.pick(flights[-1])
+        except Apart:
+            self._separate()
         self._land()
         for flight in flights:
             self._maker.pick(flight)
@@ -242,10 +247,10 @@ class Scheduler:
             self._pause(self.live[-1])
             budget.press(budget.used - budget.room)
 
-    def _pause(self, row: Row) -> None:
+    def _pause(self, row: Row, *, sound: bool = True) -> None:
         """Put a row back among those that wait; what its caches held is read again, if it has to go."""
         self.live.remove(row)
-        self._part(row)
+        self._part(row, sound=sound)
         self._maker.forget()
         bisect.insort(self.waiting, row, key=lambda row: row.rank)
 
@@ -265,10 +270,9 @@ class Scheduler:
 
     # ---- what they are fed
 
-    def _planned(self) -> Iterable[list[tuple[Row, Feed]]]:
-        """What the rows put into the next passes: one for all rows that have the same weights of adapters."""
+    def _planned(self) -> list[list[tuple[Row, Feed]]]:
+        """What the rows put into the next pass; into several, where adapters differ and layers cannot share one."""
         room = self.loaded.device.chunk
-        groups: dict[tuple[tuple[str, float], ...], list[tuple[Row, Feed]]] = {}
         ready = [row for row in self.live if not row.finished]
         if len(ready) > 1:
             for row in ready:
@@ -294,16 +298,29 @@ class Scheduler:
             feed = row.feed(self._piece(row, room, alone=not chosen), exact=exact)
             chosen.append((row, feed))
             room -= feed.count
-        for row, feed in chosen:
-            groups.setdefault(tuple(sorted(row.order.weights.items())), []).append((row, feed))
-        for weights, feeds in groups.items():
-            self.loaded.use_adapters(dict(weights))
-            yield feeds
+        if self.loaded.adapters is not None:  # neighbours that have the same are computed together
+            chosen.sort(key=lambda one: _adapters(one[0]))
+        if self.loaded.adapters is None or self.loaded.mixes:
+            return [chosen] if chosen else []
+        return [list(feeds) for _, feeds in itertools.groupby(chosen, lambda one: _adapters(one[0]))]
+
+    def _separate(self) -> None:
+        """A layer could not tell the rows apart in one pass: from now on each set of adapters has its own.
+
+        The layers before it may have gone forward, so that all rows begin anew, from prefixes that were kept.
+        """
+        self._land()
+        self.loaded.mixes = False
+        for row in list(self.live):
+            self._pause(row, sound=False)
 
     def _next(self, row: Row) -> Feed:
         """What a row that decodes is fed: guesses only behind a token that is certain."""
         assert row.course is not None
-        return Feed(None, None, 1) if row.course.plain or row.unread else row.guessed()
+        if row.course.plain or row.unread:
+            return Feed(None, None, 1)
+        self.loaded.use_adapters((1, row.order.weights))  # the model's own layers may take part in guessing
+        return row.guessed()
 
     def _piece(self, row: Row, room: int, *, alone: bool) -> int:
         """How many known tokens of a row to read next."""
@@ -367,6 +384,7 @@ class Scheduler:
     def _certain(self, row: Row, picked: list[Token | NumericsError]) -> list[Token]:
         assert row.course is not None
         if not row.course.plain:
+            self.loaded.use_adapters((1, row.order.weights))
             return row.course.accept(picked)
         (token,) = picked
         if isinstance(token, NumericsError):
@@ -379,3 +397,8 @@ class Scheduler:
             f"({str(self.loaded.dtype).removeprefix('mlx.core.')}); weights or activations are out of the range of "
             "their type (dtype='float32' may help), or a bias or penalty is too large"
         )
+
+
+def _adapters(row: Row) -> list[tuple[str, float]]:
+    """Which adapters a row has, in an order."""
+    return sorted(row.order.weights.items())

@@ -12,6 +12,10 @@ import mlx.core as mx
 T = TypeVar("T")
 
 
+class Apart(Exception):
+    """Raised where a layer would have to tell the requests of a shared pass apart, and cannot: each needs its own."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """The tokens of one request in a pass that is shared by several.

@@ -293,7 +293,7 @@ def test_adapters_add_up() -> None:
     assert engine.adapters is not None
     for name, (first, second) in alone.items():
         engine.adapters.set_weights({"first": first, "second": second})
-        engine.use_adapters(engine.adapter_weights)
+        engine.use_adapters((1, engine.adapter_weights))
         matrices[name] = engine.model.layers[0].self_attn.qkv_proj.matrix()
     total = matrices["first"] + matrices["second"] - matrices["none"]
     assert mx.allclose(matrices["both"], total, atol=1e-6)

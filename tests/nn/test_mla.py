@@ -10,6 +10,7 @@ import pytest
 from operations import forget, operations
 
 from runner.adapters.layers import AdaptedLinear, Delta
+from runner.adapters.used import Used
 from runner.cache.caches import Caches
 from runner.cache.kv import History, JoinedKVCache, KVCache
 from runner.cache.storage import PLAIN, Storage
@@ -77,16 +78,16 @@ def test_the_absorbed_form_is_the_expanded_one(
 
 @by_table
 def test_the_absorbed_form_follows_an_adapter_whose_weight_changes(ops: Ops) -> None:
-    layer, weights = attention(ops), {"a": 1.0}
+    layer, used = attention(ops), Used({"a": 1.0})
     out = HEADS * (NOPE + VALUES)
     delta = Delta("a", rand(2, RANK, seed=10), rand(out, 2, seed=11), 2.0)
     base = PlainLinear(rand(out, RANK, seed=1), ops=ops)
-    adapted = JoinedKeysAndValues(AdaptedLinear(base, [delta], [], [], weights, ops))
+    adapted = JoinedKeysAndValues(AdaptedLinear(base, [delta], [], [], used, ops))
     layer = dataclasses.replace(layer, kv_b_proj=adapted)
     batch = Batch(mx.zeros((2, 1), dtype=mx.int32), 39)
     found = []
     for weight in (1.0, 0.5, 0.0):
-        weights["a"] = weight
+        used.set([(0, {"a": weight})])
         found.append(layer.absorbed(*inputs(1, 40), batch))
         wanted = layer.expanded(*inputs(1, 40), batch)
         assert float(mx.max(mx.abs(found[-1] - wanted))) < 1e-5 * float(mx.max(mx.abs(wanted)))
