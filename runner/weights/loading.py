@@ -212,9 +212,12 @@ def arrays(module: object, path: str = "") -> Iterator[tuple[str, mx.array]]:
 def planned_nbytes(plan: ModulePlan, headers: Mapping[str, Header], dtype: mx.Dtype | None) -> int:
     """Bytes that a model's arrays will take once they are read and brought to `dtype` (None: as stored)."""
     total = 0
-    trees = {array.tree: array for array in plan.arrays() if array.same_as is None}
-    for tree, array in trees.items():
-        kept = mx.float32 if array.exact and dtype is not None else dtype
+    # As `_Builder.tree` shares them.
+    trees = {(a.tree, a.transform.name, a.exact): a for a in plan.arrays() if a.same_as is None}
+    for (tree, _, _), array in trees.items():
+        kept = (
+            mx.float32 if (array.exact and dtype is not None) or (array.transform.widens and dtype is None) else dtype
+        )
         for name in {leaf.name for leaf in leaves(tree)}:
             header = headers[name]
             floats = kept is not None and header.dtype in STORED
@@ -225,6 +228,11 @@ def planned_nbytes(plan: ModulePlan, headers: Mapping[str, Header], dtype: mx.Dt
 def nbytes(module: object) -> int:
     """Bytes that a model's arrays take, shared ones counted once."""
     return sum({id(array): array.nbytes for _, array in arrays(module)}.values())
+
+
+def read_nbytes(module: object, plan: ModulePlan) -> int:
+    """Bytes of the arrays that were read for a model by `plan`, shared ones counted once and computed ones not."""
+    return sum({id(value): value.nbytes for _, value in _pairs(module, plan)}.values())
 
 
 STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}

@@ -10,12 +10,16 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class Transform:
-    """A named, invertible change of an array; `shape` maps the field's shape to the stored one."""
+    """A named, invertible change of an array; `shape` maps the field's shape to the stored one.
+
+    `widens` says that it gives float32, whatever is stored.
+    """
 
     name: str
     apply: Callable[[mx.array], mx.array]
     invert: Callable[[mx.array], mx.array]
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    widens: bool = False
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the file, given the field's `shape`."""
@@ -30,6 +34,7 @@ class Transform:
             lambda array: other.apply(self.apply(array)),
             lambda array: self.invert(other.invert(array)),
             lambda shape: self.shape(other.shape(shape)),  # from the field's shape back: the last transform first
+            self.widens or other.widens,
         )
 
 
@@ -76,6 +81,7 @@ PLUS_ONE = Transform(
     lambda array: (array.astype(mx.float32) + 1).astype(mx.float32),
     lambda array: array - 1,
     lambda shape: shape,
+    widens=True,
 )
 """Norm weights stored as the difference from one (Gemma); kept in float32, where adding one loses next to nothing."""
 
