@@ -41,6 +41,7 @@ from runner.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Given
     from runner.engine.draft import Drafter
+    from runner.engine.part import Part
     from runner.engine.speculation import Guide, Proposer
     from runner.guidance import Grammars
 
@@ -479,6 +480,7 @@ def load(
     context_length: int | None = None,
     mtp: bool = False,
     progress: bool = False,
+    part: Part | None = None,
 ) -> LanguageModel:
     """Load a model from a directory, a GGUF file, a hub id `org/name[@revision][:Q4_K_M]`, or by a stored one's name.
 
@@ -494,6 +496,7 @@ def load(
         mtp: read the checkpoint's layer for multi-token prediction too, and guess tokens by it: answers are the same,
             and come faster where guesses are right (GLM-4.5 to 4.7, DeepSeek V3, Kimi K2).
         progress: show progress bars on stderr for a download, and for reading that takes over a second.
+        part: this process's part, if `runner launch` shares the model out over several; None: all of it.
 
     Raises:
         RunnerError: a subclass that says what is missing, unknown or inconsistent.
@@ -522,7 +525,9 @@ def load(
             bar.update(done, total)
 
         def job() -> Loaded:
-            return assemble(files.config, files.source, dtype=dtype, adapters=opened, progress=update, mtp=mtp)
+            return assemble(
+                files.config, files.source, dtype=dtype, adapters=opened, progress=update, mtp=mtp, part=part
+            )
 
         engine = OWNER.run(job, mx.default_device())
     if engine.adapters is not None:

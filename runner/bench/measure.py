@@ -232,11 +232,12 @@ def generate(engine: Loaded, first: np.ndarray, caches: Caches, count: int) -> N
 
 
 def weight_bytes(engine: Loaded) -> int | None:
-    """Bytes of weights that one decode step reads; None for a model with experts, which reads only some of them.
+    """Bytes of weights that one decode step reads; None for a model with experts, which reads only some of them, and
+    for one that is shared out over processes, whose memories read at different times.
 
     A step reads only a few rows of an embedding that is not also the head: it is left out.
     """
-    if any(item.name in EXPERTS for item in dataclasses.fields(engine.config)):
+    if engine.part is not None or any(item.name in EXPERTS for item in dataclasses.fields(engine.config)):
         return None
     # An array that occurs twice in the model is tied: the head reads all of it.
     uses = Counter(id(array) for _, array in loading.arrays(engine.model))

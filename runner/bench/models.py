@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -28,6 +28,9 @@ from runner.nn.moe import ExpertLinear
 from runner.weights import loading
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
 from runner.weights.tree import Leaf, leaf_shapes, leaves
+
+if TYPE_CHECKING:
+    from runner.engine.part import Part
 
 SHAPE = "shape:"
 """What a published shape's name may begin with, to be told from a model's."""
@@ -119,7 +122,13 @@ class Subject:
 
 
 def open_subject(
-    model: str, *, quantize: str | None = None, group_size: int | None = None, dtype: str | None = None, seed: int = 0
+    model: str,
+    *,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    part: Part | None = None,
 ) -> Subject:
     """Open the checkpoint that `runner.load` finds by the name `model`, or the published shape of that name.
 
@@ -129,6 +138,7 @@ def open_subject(
         group_size: weights per scale, for affine quantization.
         dtype: "float32", "float16" or "bfloat16", whatever the checkpoint or shape says.
         seed: seed of a shape's random weights.
+        part: this process's part of the model; see `runner.load`.
 
     Raises:
         UsageError: an option does not apply to this model or has an unknown value, or the model's name is ambiguous.
@@ -143,7 +153,7 @@ def open_subject(
         if form is not None and group_size is not None:
             form = dataclasses.replace(form, group_size=group_size)
         raw = resources.read("shapes", shape)
-        engine = assemble(raw, random_weights(raw, form=form, dtype=dtype, seed=seed), dtype=dtype)
+        engine = assemble(raw, random_weights(raw, form=form, dtype=dtype, seed=seed), dtype=dtype, part=part)
         return describe(shape, engine)
     if quantize is not None:
         raise UsageError(
@@ -151,7 +161,7 @@ def open_subject(
             "quantize a checkpoint with 'runner convert' first"
         )
     files = open_files(names.resolve(model))
-    return describe(name_of(files.path), assemble(files.config, files.source, dtype=dtype))
+    return describe(name_of(files.path), assemble(files.config, files.source, dtype=dtype, part=part))
 
 
 def published(model: str) -> str | None:
@@ -239,8 +249,9 @@ def _packed(name: str, shape: tuple[int, ...], form: Quantization, stored: str) 
 
 
 def describe(name: str, engine: Loaded) -> Subject:
-    """Gather what a row of the results says about a model."""
-    stored = Counter(_forms(engine.layout))
+    """Gather what a row of the results says about a model, all of it where it is shared out over processes."""
+    whole = engine.layout if engine.part is None else engine.part.whole or engine.layout
+    stored = Counter(_forms(whole))
     stored.update(
         str(array.dtype).removeprefix("mlx.core.")
         for path, array in loading.arrays(engine.model)
@@ -250,8 +261,8 @@ def describe(name: str, engine: Loaded) -> Subject:
     return Subject(
         name=name,
         engine=engine,
-        size=engine.nbytes,
-        parameters=count_parameters(engine.layout),
+        size=engine.nbytes + (0 if engine.part is None else engine.part.elsewhere),
+        parameters=count_parameters(whole),
         quantization=" + ".join(words),
         dtype=str(engine.dtype).removeprefix("mlx.core."),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from runner.errors import RunnerWarning, UsageError
 
 if TYPE_CHECKING:
     from runner.answer import Chunk, Timings
+    from runner.engine.part import Part
     from runner.language_model import LanguageModel
 
 
@@ -43,16 +45,32 @@ def open_model(
     if context is not None and context > LONGEST:
         raise UsageError(f"--context must be at most {LONGEST}, not {context}")
     # The same sentences as warnings would come with this file's name and line.
+    part = leading(model=model, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RunnerWarning)
         lm = runner.load(
-            model, dtype=dtype, adapters=adapters or (), context_length=context, mtp=mtp, progress=sys.stderr.isatty()
-        )
+            model, dtype=dtype, adapters=adapters or (), context_length=context, mtp=mtp, progress=sys.stderr.isatty(),
+            part=part,
+        )  # fmt: skip
     for note in lm.notes:
         _note_once(note)
     if lm.device.notice is not None:
         _note_once(f"{lm.device.notice} ('runner doctor' says more)")
     return lm
+
+
+def leading(**what: Any) -> Part | None:
+    """This process's part of the model that `what` describes, if `runner launch` has started it; else None.
+
+    Raises:
+        BackendError: another rank has not come, or has other versions.
+        UsageError: the run has a model already.
+    """
+    if "RUNNER_RANKS" not in os.environ:
+        return None
+    from runner.cli import rank  # only for those who are one of several
+
+    return rank.lead(what)
 
 
 def sampling_of(lm: LanguageModel, given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

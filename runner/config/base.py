@@ -217,6 +217,11 @@ class Config:
         return self.max_position_embeddings
 
     @property
+    def stream_width(self) -> int:
+        """Numbers of a token's hidden state between two layers."""
+        return self.hidden_size
+
+    @property
     def position_table(self) -> int | None:
         """Number of positions with a learned embedding, which no setting can exceed; None: no such table."""
         return None

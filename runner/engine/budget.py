@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import mlx.core as mx
 
 from runner.cache.kv import STEP, room_for
 from runner.cache.storage import Storage
-from runner.config.base import Config
-from runner.config.memory import Rows, State
+from runner.config.memory import Memory, Rows, State
 from runner.errors import UsageError
 from runner.ops.memory import capacity
 
@@ -24,8 +23,9 @@ ALLOWANCE = 128
 class Footprint:
     """Bytes that the caches of one model take for a sequence."""
 
-    def __init__(self, config: Config, storage: Storage, dtype: mx.Dtype) -> None:
-        memories = [memory for index in range(config.num_hidden_layers) for memory in config.memory(index)]
+    def __init__(self, layers: Sequence[Sequence[Memory]], storage: Storage, dtype: mx.Dtype) -> None:
+        """`layers` is what each layer remembers."""
+        memories = [memory for layer in layers for memory in layer]
         self._states = sum(memory.nbytes(dtype.size) for memory in memories if isinstance(memory, State))
         self._rows: dict[tuple[int | None, int], int] = {}  # bytes of a row, by the most tokens that are kept
         for memory in memories:

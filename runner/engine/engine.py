@@ -63,6 +63,8 @@ class Worker:
     def __init__(
         self, loaded: Loaded, budget: Budget, rows: int, prefixes: int, disk: Disk | None, *, loose: bool = False
     ) -> None:
+        if loaded.part is not None:
+            raise UsageError("a model that is shared out over processes answers one request at a time")
         self.loaded = loaded
         self.budget = budget
         self.weights = loaded.nbytes

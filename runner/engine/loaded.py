@@ -16,11 +16,10 @@ from runner.cache.several import Memories
 from runner.cache.storage import Powers, Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
-from runner.config.memory import Shared, needed
+from runner.config.memory import Memory, Shared, needed
 from runner.engine.calibration import channel_powers
 from runner.engine.compiled import Compiled, SingleSteps
 from runner.engine.dtypes import choose
-from runner.engine.prefill import new_caches
 from runner.engine.replay import Steps
 from runner.errors import UsageError
 from runner.families import Model, find
@@ -38,6 +37,7 @@ from runner.weights.tags import Source
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Adapters
     from runner.engine.budget import Footprint
+    from runner.engine.part import Part
 
 T = TypeVar("T")
 
@@ -65,6 +65,8 @@ class Loaded:
         adapters: the adapters that were loaded with the model; None without any.
         powers: the powers of the channels that `storage` keeps, for each cache; None where it keeps none.
         prediction: the layer for multi-token prediction; None where it was not asked for.
+        memories: what each layer remembers; () for one that another process computes.
+        part: this process's part of a model that is shared out over several; None: it has all of it.
         closed: whether `close` was called: nothing can be computed any more.
         mixes: whether requests with different adapters share passes; not once a layer could not tell them apart.
         compiled: the kernel for whole decode steps, on devices that have one.
@@ -79,11 +81,14 @@ class Loaded:
     adapters: Adapters | None = None
     powers: Sequence[Powers | None] | None = None
     prediction: Prediction | None = None
+    memories: Sequence[tuple[Memory, ...]] = ()
+    part: Part | None = None
     closed: bool = field(init=False, default=False)
     mixes: bool = field(init=False, default=True)
     compiled: Compiled = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.memories = self.memories or _memories(self.config)
         refused = None
         if not self.device.compiles:
             refused = "this device has no other way"
@@ -127,14 +132,13 @@ class Loaded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights in memory."""
+        """Bytes of the weights in memory: in this process, if the model is shared out over several."""
         return loading.nbytes(self.model) + (0 if self.prediction is None else loading.nbytes(self.prediction))
 
     @property
     def shares_keys(self) -> bool:
         """Whether some layers have no keys of their own, so that a token passes through them for its logits only."""
-        memories = (self.config.memory(index) for index in range(self.config.num_hidden_layers))
-        return any(isinstance(memory, Shared) for layer in memories for memory in layer)
+        return any(isinstance(memory, Shared) for layer in _memories(self.config) for memory in layer)
 
     def wire(self, holder: object, tokens: int) -> None:
         """Let macOS leave weights and a cache of `tokens` where they are, until `unwire`; a job of the owner's thread.
@@ -144,8 +148,7 @@ class Loaded:
         metal = self.device.metal
         if metal is None or (weights := self.nbytes) < LARGE:
             return
-        memories = (memory for index in range(self.config.num_hidden_layers) for memory in self.config.memory(index))
-        cache = needed(memories, tokens, self.dtype.size)
+        cache = needed((memory for layer in self.memories for memory in layer), tokens, self.dtype.size)
         # What else is held, by another model or conversation, could be wired in their place: there is room for all.
         OWNER.wired.hold(holder, metal, max(weights, mx.get_active_memory()) + cache + MARGIN)
 
@@ -181,11 +184,12 @@ class Loaded:
         """Bytes that the caches of a sequence take."""
         from runner.engine.budget import Footprint
 
-        return Footprint(self.config, self.storage, self.dtype)
+        return Footprint(self.memories, self.storage, self.dtype)
 
     def new_caches(self) -> Caches:
         """Make empty caches for a new sequence."""
-        return new_caches(self.config, self.storage, self.powers)
+        caches = Caches.of(self.memories, self.storage, self.powers)
+        return caches if self.part is None else self.part.caches(caches, _memories(self.config))
 
     def steps(self, caches: Caches) -> Steps | SingleSteps:
         """Decode steps over `caches`, by one kernel each where the device has one; a job of the owner's thread."""
@@ -225,6 +229,11 @@ class Loaded:
         return ids
 
 
+def _memories(config: Config) -> list[tuple[Memory, ...]]:
+    """What each layer of a model remembers."""
+    return [config.memory(index) for index in range(config.num_hidden_layers)]
+
+
 def assemble(
     raw: Mapping[str, Any],
     source: Source,
@@ -233,11 +242,15 @@ def assemble(
     adapters: Sequence[AdapterFiles] = (),
     progress: Progress | None = None,
     mtp: bool = False,
+    part: Part | None = None,
 ) -> Loaded:
     """Build the model that `raw` (a parsed `config.json`) describes from the tensors of `source`.
 
-    `runner.load` describes `dtype`, `adapters`, `mtp` and the errors.
+    `runner.load` describes `dtype`, `adapters`, `mtp` and the errors. With a `part`, only what this process holds is
+    read, once all processes have agreed.
     """
+    if part is not None and (adapters or mtp):
+        raise UsageError("a model that is shared out over processes takes neither adapters nor --mtp")
     config_class, model_class = find(raw)
     adapted: Adapters | None = None
     if adapters:
@@ -247,18 +260,25 @@ def assemble(
         adapted = fit(raw, (config_class, model_class), source, adapters)
         raw, source = adapted.base.raw, adapted.base.source
     config = config_class.from_dict(raw)
-    device = current()
+    device = current() if part is None else part.suited(current())
     dtypes = choose(dtype, device, raw, source.headers)
     # What the plan fills in for fields that no tensor stores: the device's ops and the dtype of activations.
     provided = {"ops": device.ops, "activations": dtypes.activations}
     layout = plan(model_class, config, source.headers, provided)
     if adapted is not None:
         layout = adapted.applied(layout, device.ops, dtypes.weights)
+    memories = _memories(config)
+    if part is not None:
+        layout, held = part.own(layout, config, source.headers, dtypes.activations, dtypes.weights)
+        memories = list(held)
     needed_bytes = loading.planned_nbytes(layout, source.headers, dtypes.weights)
     ahead = planned_prediction(config, source, provided) if mtp else None
     if ahead is not None:
         needed_bytes += loading.planned_nbytes(ahead, source.headers, dtypes.weights)
-    check_memory(needed_bytes, capacity(device.mlx))
+    if part is None:
+        check_memory(needed_bytes, capacity(device.mlx))
+    else:
+        part.agree(raw, source.headers, needed_bytes, capacity(device.mlx))
     model = loading.build(layout, source, dtype=dtypes.weights, progress=progress)
     # Nothing lazy is shared: what modules computed for themselves (RoPE's frequencies, MLA's matrices) is computed now.
     mx.eval([array for _, array in loading.arrays(model)])
@@ -267,8 +287,11 @@ def assemble(
     prediction = None if ahead is None else loading.build(ahead, source, dtype=dtypes.weights)
     if prediction is not None:
         mx.eval([array for _, array in loading.arrays(prediction)])
-    powers = channel_powers(model, config, storage, device.ops.storage)
-    return Loaded(config, model, layout, device, dtypes.activations, storage, adapted, powers, prediction)
+    powers = channel_powers(model, config.vocab_size, memories, storage, device.ops.storage)
+    model = model if part is None else part.led(model)
+    return Loaded(
+        config, model, layout, device, dtypes.activations, storage, adapted, powers, prediction, memories, part
+    )
 
 
 def planned_nbytes(raw: Mapping[str, Any], source: Source, *, dtype: str | None = None) -> int:

@@ -23,6 +23,7 @@ RANKS = (
     ("checkpoint",),
     ("adapters",),
     ("engine", "constraints"),
+    ("ranks",),
     ("guidance",),
     ("answer", "keywords", "perplexity", "convert"),
     ("asynchronous",),

@@ -1,0 +1,227 @@
+"""Starting the processes of a run by `mlx.launch`, and seeing to it that all of them end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from runner.errors import BackendError, UsageError
+from runner.ranks.settings import LAUNCHER, VARIABLE, Settings
+
+PORT = 32323
+"""The first port of a hostfile's addresses, as of `mlx.launch`. On one machine, free ones are looked for."""
+
+LEAVE = 3.0
+"""Seconds that the other processes have to end after rank 0."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the processes run.
+
+    Attributes:
+        options: what `mlx.launch` is told of it.
+        host: rank 0's address.
+        port: the first port that is used.
+        size: how many processes there are.
+        local: whether all are on this machine.
+    """
+
+    options: tuple[str, ...]
+    host: str
+    port: int
+    size: int
+    local: bool
+
+
+def here(processes: int, port: int | None) -> Place:
+    """So many processes on this machine."""
+    first = free_ports(processes + 1) if port is None else port
+    options = ("--hosts", "127.0.0.1", "-n", str(processes), "--starting-port", str(first))
+    return Place(options, "127.0.0.1", first, processes, True)
+
+
+def new_token() -> str:
+    """A word that tells a run from others. Users of the machines can see it: it is no secret from them."""
+    return secrets.token_hex(16)
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody listens at now."""
+    for _ in range(100):
+        first = 20000 + secrets.randbelow(12000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise BackendError(f"there are no {count} free ports in a row on this machine")
+
+
+def on_hosts(path: Path, port: int | None) -> Place:
+    """The machines of a hostfile: `[{"ssh": NAME, "ips": [ADDRESS]}, ...]`, or an object with that under `hosts`.
+
+    Raises:
+        UsageError: it cannot be read, a host has no address, or the first one is not this machine.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        hosts = data["hosts"] if isinstance(data, dict) else data
+        names = [(str(host["ssh"]), [str(address) for address in host.get("ips", [])]) for host in hosts]
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'{path} is no hostfile of mlx.launch: [{{"ssh": NAME, "ips": [ADDRESS]}}, ...]') from error
+    for name, addresses in names:
+        if len(addresses) != 1:
+            raise UsageError(f"{path}: host {name!r} has {len(addresses)} ips: it needs the one to listen at")
+    if not names or names[0][0] != "127.0.0.1":
+        raise UsageError(
+            f"{path}: the first host speaks to the user, so it must be this machine, as "
+            '{"ssh": "127.0.0.1", "ips": [ADDRESS]} with the address that the others find it at'
+        )
+    first = PORT if port is None else port
+    local = all(name == "127.0.0.1" for name, _ in names)
+    options = ("--hostfile", str(path), "--starting-port", str(first))
+    return Place(options, names[0][1][0], first, len(names), local)
+
+
+def supervise(place: Place, settings: Settings, command: list[str]) -> int:
+    """Start the processes, lend rank 0 this terminal, and return its exit code once all have ended."""
+    tool = Path(sysconfig.get_path("scripts")) / "mlx.launch"
+    if not tool.exists():
+        raise BackendError(f"{tool} is missing, which comes with MLX: install mlx again")
+    with tempfile.TemporaryDirectory(prefix="runner-") as directory, socket.socket(socket.AF_UNIX) as server:
+        # Only this user may enter the directory, so nobody else can take rank 0's place.
+        path = os.path.join(directory, "rank0")
+        server.bind(path)
+        server.listen(1)
+        arguments = [
+            str(tool), *place.options, "--backend", "ring", "--env", f"{VARIABLE}={settings.to_json()}",
+            "--env", f"{LAUNCHER}={path}", *environment(), "--", sys.executable, "-m", "runner.cli.rank", *command,
+        ]  # fmt: skip
+        with tempfile.TemporaryFile() as said, terminal_kept():
+            # Deaf to Ctrl-C, which a terminal sends to all: rank 0 decides what it ends.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=said, stderr=said)
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            try:
+                if place.local and process.stdin is not None:
+                    feed(process.stdin)
+                code = attend(server, process, settings.wait)
+            finally:
+                end(process)
+                signal.signal(signal.SIGINT, before)
+            if code is None:
+                raise BackendError(first_to_end(said) + own_words(said))
+            if code == 1 and (words := own_words(said)):
+                print(f"what other processes said{words}", file=sys.stderr)
+            return code
+
+
+def first_to_end(said: IO[bytes]) -> str:
+    """Which process ended first, and took the others with it, as `mlx.launch` tells."""
+    said.seek(0)
+    found = re.search(r"Node with rank (\d+) exited with code (-?\d+)", said.read().decode(errors="replace"))
+    if found is None:
+        return "the processes were not started in time"
+    if found[1] == "0":
+        return f"rank 0 has ended with code {found[2]}"
+    return f"rank {found[1]} has ended with code {found[2]}: its host cannot be reached, or has no runner to start"
+
+
+def own_words(said: IO[bytes]) -> str:
+    """The last lines that the processes other than rank 0 have printed, but for what tells that they have ended."""
+    said.seek(0)
+    lines = said.read()[-8000:].decode(errors="replace").splitlines()
+    found = [line for line in lines if line.strip() and "[ring]" not in line and "[WARN]" not in line]
+    return ":\n  " + "\n  ".join(found[-5:]) if found else ""
+
+
+def feed(stdin: Any) -> None:
+    """Fill the standard input of all processes, which none of them reads.
+
+    `mlx.launch` waits in one call for output and for room to write, and where there is always room it never rests: it
+    would take a processor of its own. Where pipes are full, it sleeps.
+    """
+    os.set_blocking(stdin.fileno(), False)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(stdin.fileno(), bytes(4096))
+
+
+def environment() -> list[str]:
+    """Options of `mlx.launch` that give the processes this one's variables of ours, and Python's path."""
+    names = [name for name in os.environ if name.startswith("RUNNER_") or name == "PYTHONPATH"]
+    return [word for name in sorted(names) for word in ("--env", f"{name}={os.environ[name]}")]
+
+
+@contextlib.contextmanager
+def terminal_kept() -> Iterator[None]:
+    """Leave the terminal as it was, however a process that used it has ended."""
+    try:
+        import termios
+    except ImportError:
+        yield
+        return
+    try:
+        mode = termios.tcgetattr(0)
+    except (termios.error, ValueError, OSError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSADRAIN, mode)
+
+
+def attend(server: socket.socket, process: subprocess.Popen[bytes], wait: float) -> int | None:
+    """Lend rank 0 this process's files, and return its exit code; None if it ended without one."""
+    end_of_wait = time.monotonic() + wait
+    server.settimeout(0.2)
+    while True:
+        try:
+            connection, _ = server.accept()
+            break
+        except TimeoutError:
+            if process.poll() is not None or time.monotonic() > end_of_wait:
+                return None
+    with connection:
+        connection.settimeout(None)
+        socket.send_fds(connection, [b"f"], [0, 1, 2])
+        code = connection.recv(1)
+        return code[0] if code else None
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Let the processes end by themselves, and end those that do not."""
+    limit = time.monotonic() + LEAVE
+    while time.monotonic() < limit and children(process.pid):
+        time.sleep(0.05)
+    for child in children(process.pid):
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+    # `mlx.launch` itself takes up to a second to see that they have ended, and has nothing more to do.
+    process.kill()
+    process.wait()
+
+
+def children(parent: int) -> list[int]:
+    """The processes that `parent` has started and that have not ended."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=False).stdout
+    rows = (line.split() for line in listed.splitlines())
+    return [int(row[0]) for row in rows if len(row) == 3 and int(row[1]) == parent and row[2][0] != "Z"]

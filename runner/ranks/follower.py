@@ -1,0 +1,217 @@
+"""The ranks after 0: each holds its part of the model, and computes what rank 0 says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from runner.cache.caches import Caches, Marks
+from runner.cache.several import Memories as Given
+from runner.cache.several import SeveralCaches
+from runner.config.base import Config
+from runner.engine.loaded import Loaded
+from runner.engine.part import Memories
+from runner.engine.prompt_cache import BUDGET
+from runner.errors import RunnerError
+from runner.families import Model
+from runner.nn.batch import Batch, Segment
+from runner.ops.device import Device
+from runner.ops.exchange import Exchange
+from runner.ops.owner import OWNER
+from runner.ranks.link import ENDED, Link, Message
+from runner.ranks.part import Held, fingerprint, held, without_recording
+from runner.ranks.settings import Settings
+from runner.weights.loading import read_nbytes
+from runner.weights.plan import ModulePlan
+from runner.weights.tags import Header
+
+SETTLED_EVERY = 256
+"""Passes after which freed buffers are given back, on devices where they pile up."""
+
+WIRED = 8192
+"""Tokens of a cache that macOS is told of beside the weights, as the longest answer is not known here."""
+
+
+class Follower:
+    """The side of a rank after 0: a `Part` of the model."""
+
+    elsewhere = 0
+    whole: ModulePlan | None = None
+
+    def __init__(self, settings: Settings, rank: int, versions: Mapping[str, str]) -> None:
+        """Find rank 0. Where it is lost, this process ends."""
+        self.settings = settings
+        self.exchange = Exchange(rank, settings.size)
+        self.link = Link(_connected(settings), _end)
+        self._held: Held | None = None
+        self._fingerprint: dict[str, str] = {}
+        self.link.send(token=settings.token, rank=rank, pid=os.getpid(), versions=dict(versions))
+        self.link.start()
+
+    def follow(self, load: Callable[[Message, Follower], Loaded]) -> None:
+        """Load what rank 0 says, by `load`, and compute what it says; does not return."""
+        message = self.link.receive()
+        try:
+            while True:
+                self.exchange.reset()
+                engine = load(message, self)
+                self.link.send(loaded=read_nbytes(engine.model, engine.layout))
+                message = engine.run(_Passes(self, engine).run)
+                engine.close()
+        except (RunnerError, OSError) as error:
+            self._give_up(str(error))
+        except MemoryError:
+            self._give_up("out of memory")
+        except Exception as error:
+            self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+    def _give_up(self, why: str) -> None:
+        self.link.send(do="end", why=why)
+        time.sleep(2)  # rank 0 ends the run meanwhile; ended at once, this process would look as if it had died
+        os._exit(1)
+
+    # What loading asks: `runner.engine.part.Part`.
+
+    def own(
+        self,
+        layout: ModulePlan,
+        config: Config,
+        headers: Mapping[str, Header],
+        activations: mx.Dtype,
+        weights: mx.Dtype | None,
+    ) -> tuple[ModulePlan, Memories]:
+        """See `Part.own`."""
+        self._held = held(
+            layout, config, headers, self.settings, self.exchange, activations=activations, weights=weights
+        )
+        self._fingerprint = {"activations": str(activations), "dtype of weights": str(weights)}
+        return self._held.plan, self._held.memories
+
+    def suited(self, device: Device) -> Device:
+        """See `Part.suited`."""
+        return without_recording(device)
+
+    def agree(self, raw: Mapping[str, Any], headers: Mapping[str, Header], needed: int, available: int | None) -> None:
+        """See `Part.agree`: tells rank 0 what is here, and waits until it says go."""
+        found = fingerprint(raw, headers, **self._fingerprint)
+        self.link.send(fingerprint=found, needed=needed, available=available)
+        self.link.receive()
+        self.exchange.open()
+
+    def led(self, model: Model) -> Model:
+        """See `Part.led`."""
+        return model
+
+    def caches(self, caches: Caches, memories: Memories) -> Caches:
+        """See `Part.caches`."""
+        return caches
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether this rank needs the ids of tokens."""
+        return self._held is not None and self._held.reads_ids
+
+
+class _Passes:
+    """Does what rank 0 says, message by message; a job of the thread that owns the device."""
+
+    def __init__(self, follower: Follower, engine: Loaded) -> None:
+        self._follower = follower
+        self._engine = engine
+        self._caches: dict[int, Caches] = {}
+        self._marks: dict[int, list[Marks]] = {}
+        self._done = 0
+
+    def run(self) -> Message:
+        """Compute until another model is to be loaded; returns the message that says so."""
+        self._engine.wire(self, WIRED)
+        while (message := self._follower.link.receive())["do"] != "load":
+            self._do(message)
+        return message
+
+    def _do(self, message: Message) -> None:
+        do = message["do"]
+        if do == "pass":
+            self._pass(message)
+        elif do == "sent":
+            self._follower.link.send(sent=self._follower.exchange.sent)
+        elif do == "new":
+            self._caches[message["caches"]] = self._engine.new_caches()
+            self._marks[message["caches"]] = []
+        elif do == "drop":
+            for handle in message["caches"]:
+                self._caches.pop(handle, None)  # those of an earlier model went with it
+                self._marks.pop(handle, None)
+        else:
+            self._move(do, self._caches[message["caches"]], self._marks[message["caches"]], message)
+
+    def _move(self, do: str, caches: Caches, marks: list[Marks], message: Message) -> None:
+        """What is done to caches between passes."""
+        if do == "reserve":
+            caches.reserve(message["count"])
+        elif do == "mark":
+            made = caches.mark()
+            mx.eval(made.arrays)
+            marks[:] = [other for other in marks if other.offset != made.offset] + [made]
+            # As rank 0 does: the oldest go first. Where its have less, both can still say where they can be.
+            while len(marks) > 1 and sum(other.nbytes for other in marks) > BUDGET:
+                del marks[0]
+        elif do == "reach":
+            self._follower.link.send(offset=caches.reach(message["offset"], marks))
+        elif do == "rewind":
+            if message["offset"]:
+                caches.rewind(message["offset"], marks)
+            else:
+                caches.clear()
+        else:
+            raise ValueError(f"rank 0 says {do!r}, which means nothing here")
+
+    def _pass(self, message: Message) -> None:
+        each = [self._caches[handle] for handle in message["caches"]]
+        counts, shape = message["counts"], tuple(message["shape"])
+        caches: Given = each[0] if counts is None else SeveralCaches(each, counts)
+        # Only their shape counts, unless layers look ids up themselves.
+        ids = mx.zeros(shape, mx.int32)
+        if self._follower.reads_ids:
+            ids = self._follower.exchange.from_first(ids)
+        if message["segments"]:
+            batch = Batch.of(ids, [Segment(*segment) for segment in message["segments"]])
+        else:
+            batch = Batch(ids, message["offset"], message["length"])
+        hidden = self._engine.model(batch, caches)
+        arrays = caches.arrays
+        # A chunk's activations are not to be held beside the next one's; a token's may be.
+        (mx.eval if shape[1] > len(each) else mx.async_eval)(hidden, arrays)
+        del arrays, hidden
+        self._done += 1
+        if self._engine.device.clears and (shape[1] > len(each) or self._done % SETTLED_EVERY == 0):
+            mx.clear_cache()
+
+
+def _connected(settings: Settings) -> socket.socket:
+    """A connection to rank 0, which may still be starting; the process ends where it does not come."""
+    end = time.monotonic() + settings.wait
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            return socket.create_connection((settings.host, settings.port), timeout=2)
+        time.sleep(0.1)
+    os._exit(1)
+
+
+def _end(reason: str) -> None:
+    """The end of the connection to rank 0 is the end of this process, whatever it is waiting for."""
+    os._exit(0 if reason == ENDED else 1)
+
+
+def run_follower(
+    settings: Settings, rank: int, versions: Mapping[str, str], load: Callable[[Message, Follower], Loaded]
+) -> None:
+    """Be a rank after 0 until the run is over; does not return."""
+    OWNER.start()
+    Follower(settings, rank, versions).follow(load)

@@ -1,0 +1,346 @@
+"""Rank 0: speaks to the user, draws the tokens, and tells the other ranks what to compute.
+
+Whatever a command does with a model comes down to two things: calling it, and going back in its caches. Both are told
+to the other ranks before they are done here, so that generation, scoring and measuring need not know of them.
+"""
+
+from __future__ import annotations
+
+import hmac
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from runner.cache.caches import Caches, Marks
+from runner.cache.mark import Edge
+from runner.cache.several import Memories as Given
+from runner.cache.several import SeveralCaches
+from runner.config.base import Config
+from runner.config.memory import Rows, State
+from runner.engine.part import Memories
+from runner.errors import BackendError, UsageError
+from runner.families import Model
+from runner.nn.batch import Batch
+from runner.ops.device import Device
+from runner.ops.exchange import Exchange
+from runner.ranks.link import ENDED, GONE, Link, Lost, Message, read_message
+from runner.ranks.part import Held, difference, fingerprint, flat, held, without_recording
+from runner.ranks.settings import Settings
+from runner.weights.module import Module
+from runner.weights.plan import ModulePlan
+from runner.weights.tags import Header
+
+GRACE = 0.7
+"""Seconds after the first sign of a failure until it is told: the rank that died is named, not those that it took down.
+"""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another rank: where it runs, and the connection to it."""
+
+    rank: int
+    host: str
+    pid: int
+    link: Link
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+class Leader:
+    """Rank 0's side of a run: a `Part` of the model, and the one that the others follow."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        versions: Mapping[str, str],
+        fail: Callable[[str], None],
+        warned: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Wait for the other ranks.
+
+        Args:
+            versions: what must be the same in all processes, by name.
+            fail: called once, on any thread, if a rank is lost: tells the user, and ends this process.
+            warned: whether a process has ended already, so that there is nobody to wait for.
+
+        Raises:
+            BackendError: not all came in time, or one has other versions; the message names it.
+            OSError: nobody can be waited for at the address of `settings`.
+        """
+        self.settings = settings
+        self.exchange = Exchange(0, settings.size)
+        self.elsewhere = 0
+        self.whole: ModulePlan | None = None
+        self.loaded: list[int] = []  # bytes of weights that each other rank has read
+        self._fail = fail
+        self._versions = versions
+        self._losses: list[tuple[Peer, str]] = []
+        self._telling = threading.Lock()
+        self._closed = False
+        self._held: Held | None = None
+        self._fingerprint: dict[str, str] = {}
+        self._caches = 0  # how many there have been
+        self._known: weakref.WeakKeyDictionary[Caches, int] = weakref.WeakKeyDictionary()
+        self._dropped: list[int] = []
+        self._peers: list[Peer] = []
+        with socket.create_server((settings.host, settings.port), backlog=settings.size) as server:
+            self._gather(server, warned)
+
+    def _gather(self, server: socket.socket, warned: Callable[[], bool]) -> None:
+        found: dict[int, Peer] = {}
+        end = time.monotonic() + self.settings.wait
+        while len(found) < self.settings.size - 1:
+            server.settimeout(0.2)
+            try:
+                connection, address = server.accept()
+                connection.settimeout(2)
+                peer = self._greeted(connection, str(address[0]))
+            except TimeoutError:
+                if time.monotonic() < end and not warned():
+                    continue
+                missing = ", ".join(str(rank) for rank in range(1, self.settings.size) if rank not in found)
+                if warned():
+                    raise BackendError(f"a process has ended before all had come; missing: rank {missing}") from None
+                raise BackendError(
+                    f"rank {missing} of {self.settings.size} has not come within {self.settings.wait:.0f} seconds: "
+                    "its host cannot be reached, or has no runner to start (see --wait)"
+                ) from None
+            if peer is not None:
+                found[peer.rank] = peer
+        self._peers = [found[rank] for rank in sorted(found)]
+        for peer in self._peers:
+            peer.link.start()
+
+    def _greeted(self, connection: socket.socket, host: str) -> Peer | None:
+        """The rank that has connected; None if it is no rank of this run."""
+        with connection.makefile("rb", buffering=0) as lines:
+            try:
+                hello = read_message(lines)
+                token, rank, pid = str(hello["token"]), int(hello["rank"]), int(hello["pid"])
+            except (Lost, OSError, KeyError, ValueError, TypeError):
+                connection.close()
+                return None
+        if not hmac.compare_digest(token, self.settings.token) or not 0 < rank < self.settings.size:
+            connection.close()
+            return None
+        link = Link(connection, lambda reason: self._lost(peer, reason))
+        peer = Peer(rank, host, pid, link)
+        other = difference(self._versions, hello["versions"] if isinstance(hello.get("versions"), dict) else {})
+        if other is not None:
+            link.send(do="end", why=ENDED)
+            raise BackendError(f"{peer}: {other}: all ranks need the same")
+        return peer
+
+    def _lost(self, peer: Peer, reason: str) -> None:
+        """A rank is lost: tell so, and end. The first to go takes others with it, which are not to be blamed."""
+        if self._closed:
+            return
+        self._losses.append((peer, reason))
+        time.sleep(GRACE)
+        with self._telling:
+            if self._closed:
+                return
+            self._closed = True
+            blamed, why = min(self._losses, key=lambda loss: ("[ring]" in loss[1], loss[1] != GONE))
+            for other in self._peers:
+                other.link.send(do="end", why=f"{blamed} was lost")
+            self._fail(f"{blamed}: {why}; the run is over")
+
+    @property
+    def local(self) -> list[int]:
+        """Processes of other ranks on this machine."""
+        return [peer.pid for peer in self._peers if peer.host in ("127.0.0.1", self.settings.host)]
+
+    def close(self) -> None:
+        """Tell the others that all is done. Closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            for peer in self._peers:
+                peer.link.send(do="end", why=ENDED)
+
+    def tell(self, **message: Any) -> None:
+        """Send a message to all other ranks.
+
+        Raises:
+            BackendError: the run is over.
+        """
+        if self._closed:
+            raise BackendError("the run of several processes is over: nothing can be computed any more")
+        for peer in self._peers:
+            peer.link.send(**message)
+
+    def answers(self) -> list[Message]:
+        """The next message of each other rank."""
+        return [peer.link.receive() for peer in self._peers]
+
+    def sent(self) -> list[int]:
+        """Bytes that each rank has sent for the model, from rank 0 on."""
+        self.tell(do="sent")
+        return [self.exchange.sent, *(answer["sent"] for answer in self.answers())]
+
+    # What loading asks: `runner.engine.part.Part`.
+
+    def begin(self, **what: Any) -> None:
+        """Make the others open the model that `what` describes, in place of the one that they had, if any."""
+        self.elsewhere = 0
+        self.exchange.reset()
+        self.tell(do="load", **what)
+
+    def own(
+        self,
+        layout: ModulePlan,
+        config: Config,
+        headers: Mapping[str, Header],
+        activations: mx.Dtype,
+        weights: mx.Dtype | None,
+    ) -> tuple[ModulePlan, Memories]:
+        """See `Part.own`."""
+        self.whole = layout
+        self._held = held(
+            layout, config, headers, self.settings, self.exchange, activations=activations, weights=weights
+        )
+        self._fingerprint = {"activations": str(activations), "dtype of weights": str(weights)}
+        return self._held.plan, self._held.memories
+
+    def suited(self, device: Device) -> Device:
+        """See `Part.suited`."""
+        return without_recording(device)
+
+    def agree(self, raw: Mapping[str, Any], headers: Mapping[str, Header], needed: int, available: int | None) -> None:
+        """See `Part.agree`: compares what the others have found, lets all read, and connects."""
+        mine = fingerprint(raw, headers, **self._fingerprint)
+        short = [("rank 0", needed, available)]
+        for peer, answer in zip(self._peers, self.answers(), strict=True):
+            other = difference(mine, answer["fingerprint"])
+            if other is not None:
+                raise UsageError(f"{peer}: {other}")
+            short.append((str(peer), answer["needed"], answer["available"]))
+            self.elsewhere += answer["needed"]
+        for name, wanted, there in short:
+            if there is not None and wanted > there:
+                raise UsageError(
+                    f"{name} would hold {wanted / 1e9:.1f} GB of weights, and has {there / 1e9:.1f} GB of memory: it "
+                    "needs a smaller --share, or the run more ranks"
+                )
+        self.tell(do="go")
+        self.exchange.open()
+
+    def led(self, model: Model) -> Model:
+        """See `Part.led`: waits until all have read their parts."""
+        self.loaded = [answer["loaded"] for answer in self.answers()]
+        return Led(model, self)
+
+    def caches(self, caches: Caches, memories: Memories) -> Caches:
+        """See `Part.caches`."""
+        return LedCaches(caches, memories, self)
+
+    # What a model and its caches do.
+
+    def handle(self, caches: Caches) -> int:
+        """The number by which all ranks know these caches; told with the first message that names it."""
+        if caches not in self._known:
+            self._caches += 1
+            self._known[caches] = self._caches
+            weakref.finalize(caches, self._dropped.append, self._caches)
+            self.tell(do="new", caches=self._caches)
+        return self._known[caches]
+
+    def passed(self, batch: Batch, caches: Given) -> Batch:
+        """Tell the others of a pass, and return it with the ids that all have."""
+        if batch.mask is not None or isinstance(batch.offset, mx.array):
+            raise UsageError("a batch with a mask or with offsets of its own cannot be shared out over processes")
+        dropped, self._dropped[:] = list(self._dropped), []
+        if dropped:
+            self.tell(do="drop", caches=dropped)
+        several = isinstance(caches, SeveralCaches)
+        self.tell(
+            do="pass",
+            caches=[self.handle(each) for each in caches.each],
+            counts=list(caches.counts) if isinstance(caches, SeveralCaches) else None,
+            shape=list(batch.ids.shape),
+            offset=None if several else batch.offset,
+            length=None if several else batch.length,
+            segments=[[s.count, s.offset, s.length] for s in batch.segments],
+        )
+        assert self._held is not None
+        return replace(batch, ids=self.exchange.from_first(batch.ids)) if self._held.reads_ids else batch
+
+
+@dataclass(repr=False)
+class Led(Module):
+    """A model whose other parts are elsewhere: what it is asked, the other ranks are told."""
+
+    model: Model
+    leader: Leader
+
+    def __call__(self, batch: Batch, caches: Given) -> mx.array:
+        hidden = self.model(self.leader.passed(batch, caches), caches)
+        # Begun at once: the others have begun, too, and wait for what this rank sends.
+        mx.async_eval(hidden)
+        return hidden
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        return self.model.logits(hidden)
+
+
+class LedCaches(Caches):
+    """Caches of rank 0's layers; those of the other ranks go forward and back with them."""
+
+    def __init__(self, own: Caches, memories: Memories, leader: Leader) -> None:
+        super().__init__(own.layers, list(own))
+        self._leader = leader
+        every = flat(memories)
+        endless = [isinstance(m, Rows) and m.window is None and m.chunk is None for m in every]
+        self._forgets = any(isinstance(m, State | Rows) and not e for m, e in zip(every, endless, strict=True))
+        self._endless = any(endless)
+
+    def _told(self, do: str, **message: Any) -> None:
+        self._leader.tell(do=do, caches=self._leader.handle(self), **message)
+
+    @property
+    def needs_marks(self) -> bool:
+        return self._forgets
+
+    @property
+    def keeps_rows(self) -> bool:
+        return self._endless
+
+    def reserve(self, count: int) -> None:
+        self._told("reserve", count=count)
+        super().reserve(count)
+
+    def mark(self) -> Marks:
+        self._told("mark")
+        return super().mark()
+
+    def reach(self, offset: int, marks: Sequence[Marks] = ()) -> int:
+        place = super().reach(offset, marks)
+        while place:
+            self._told("reach", offset=place)
+            lower = min(answer["offset"] for answer in self._leader.answers())
+            if lower >= place:
+                break
+            place = super().reach(lower, marks)
+        return place
+
+    def rewind(self, offset: int, marks: Sequence[Marks] = ()) -> None:
+        self._told("rewind", offset=offset)
+        super().rewind(offset, marks)
+
+    def clear(self) -> None:
+        self._told("rewind", offset=0)
+        super().clear()
+
+    def rows(self, first: int, last: int) -> Edge:
+        raise UsageError("rows of caches that are shared out over processes cannot be kept apart from them")
+
+    def hold(self, edges: Sequence[Edge], marks: Marks | None = None) -> None:
+        raise UsageError("caches that are shared out over processes cannot take over rows")

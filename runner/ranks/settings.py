@@ -1,0 +1,55 @@
+"""What all ranks of a run are told by the environment, before they can talk to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Self
+
+from runner.errors import UsageError
+
+VARIABLE = "RUNNER_RANKS"
+"""The environment variable that makes a process one of several; its value is `Settings` as JSON."""
+
+LAUNCHER = "RUNNER_LAUNCHER"
+"""The environment variable with the path of the socket at which `runner launch` waits for rank 0."""
+
+PIPELINE, TENSOR = "pipeline", "tensor"
+MODES = (PIPELINE, TENSOR)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run of several processes is laid out.
+
+    Attributes:
+        size: how many processes there are.
+        mode: what is shared out: `pipeline` (layers) or `tensor` (each layer's matrices).
+        share: how much each rank of a pipeline may hold, in any unit; () for equal shares.
+        host: the address that rank 0 waits at for the others.
+        port: its port.
+        token: a word that tells this run from others.
+        wait: seconds in which all ranks must have come.
+    """
+
+    size: int
+    mode: str
+    share: tuple[float, ...]
+    host: str
+    port: int
+    token: str
+    wait: float
+
+    def to_json(self) -> str:
+        """The value of `VARIABLE`."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the value of `VARIABLE`; raises UsageError if this is not what `runner launch` has written."""
+        try:
+            values = json.loads(text)
+            return cls(**{**values, "share": tuple(values["share"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{VARIABLE} is set by 'runner launch' alone; it holds {text[:80]!r}") from error

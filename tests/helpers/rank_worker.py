@@ -1,0 +1,131 @@
+"""One process of a run over every fixture: rank 0 compares what all compute together with what it computes alone.
+
+    python rank_worker.py RESULTS TOKENS FIXTURE ...
+
+with `RUNNER_RANKS`, `MLX_RANK` and `MLX_HOSTFILE` in the environment. Rank 0 writes a line of JSON for each fixture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from runner.checkpoint.model_files import open_files
+from runner.cli.rank import follow, versions
+from runner.engine.dtypes import choose
+from runner.engine.loaded import Loaded, assemble, open_loaded
+from runner.engine.prefill import prefill
+from runner.engine.replay import Steps
+from runner.errors import UsageError
+from runner.families import find
+from runner.ops.device import current
+from runner.ops.exchange import Exchange
+from runner.ops.owner import OWNER
+from runner.ranks.leader import Leader
+from runner.ranks.part import Held, held
+from runner.ranks.settings import VARIABLE, Settings
+from runner.weights.loading import read_nbytes
+from runner.weights.plan import plan
+
+PROMPT = [1 + i % 30 for i in range(12)]
+CHUNK = 5
+
+
+def answered(engine: Loaded, tokens: int) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens behind a prompt that is read in chunks, and the logits of each."""
+    caches, ops = engine.new_caches(), engine.device.ops
+    logits = prefill(engine.model, PROMPT, caches, chunk=CHUNK)
+    steps, found, rows = Steps(engine.model, caches, ops), [], []
+    for index in range(tokens):
+        token = ops.argmax(logits)
+        ops.schedule(token)
+        # As an answer is computed: the next step is built before the last one's token is read.
+        following = steps(token.reshape(1, 1))[0] if index + 1 < tokens else logits
+        found.append(int(token.item()))
+        rows.append(np.array(logits.astype(mx.float32)))
+        logits = following
+    return found, np.stack(rows)
+
+
+def expected(path: Path, settings: Settings) -> list[Held]:
+    """What each rank should hold and send, from headers alone."""
+    files = open_files(path)
+    config_class, model_class = find(files.config)
+    config = config_class.from_dict(files.config)
+    device = current()
+    dtypes = choose(None, device, files.config, files.source.headers)
+    layout = plan(model_class, config, files.source.headers, {"ops": device.ops, "activations": dtypes.activations})
+    return [
+        held(
+            layout,
+            config,
+            files.source.headers,
+            settings,
+            Exchange(rank, settings.size),
+            activations=dtypes.activations,
+            weights=dtypes.weights,
+        )
+        for rank in range(settings.size)
+    ]
+
+
+def compared(path: Path, leader: Leader, tokens: int) -> dict[str, Any]:
+    """What comes of one fixture."""
+    try:
+        wanted = expected(path, leader.settings)
+    except UsageError as error:
+        return {"refused": str(error)}
+    alone_tokens, alone = answered(open_loaded(path), tokens)
+    leader.begin(model=str(path), dtype=None)
+    files = open_files(path)
+    engine = assemble(files.config, files.source, part=leader)
+    before = leader.sent()  # on loading, models look at how large keys are
+    found_tokens, found = answered(engine, tokens)
+    deviation = float(np.std(alone)) or 1.0
+    passes = len(PROMPT) + tokens - 1
+    # Of a table and a head that are stored apart, the files alone do not say whether they are equal and so one.
+    twins = any(array.same_as is not None for array in engine.part.whole.arrays())
+    return {
+        "twins": twins,
+        "tokens": found_tokens == alone_tokens,
+        "equal": bool(np.array_equal(found, alone)),
+        "error": float(np.abs(found - alone).max()) / deviation,
+        "held": [read_nbytes(engine.model.model, engine.layout), *leader.loaded],
+        "held_said": [each.nbytes for each in wanted],
+        "sent": [after - there for after, there in zip(leader.sent(), before, strict=True)],
+        "sent_said": [each.sends * passes for each in wanted],
+    }
+
+
+def main() -> None:
+    settings, rank = Settings.from_json(os.environ[VARIABLE]), int(os.environ["MLX_RANK"])
+    if rank:
+        follow(settings, rank)
+    results, tokens, *fixtures = sys.argv[1:]
+
+    def fail(message: str) -> None:
+        with Path(results).open("a") as lost:
+            lost.write(json.dumps({"lost": message}) + "\n")
+        os._exit(1)
+
+    leader = Leader(settings, versions(), fail)
+    with Path(results).open("w") as lines:
+        for fixture in fixtures:
+            path = Path(fixture)
+            try:
+                found = OWNER.run(lambda path=path: compared(path, leader, int(tokens)))
+            except Exception as error:
+                found = {"raised": f"{type(error).__name__}: {error}"}
+            lines.write(json.dumps({"path": path.name, **found}) + "\n")
+            lines.flush()
+    leader.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Runs of several processes over fixtures, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from places import ROOT, TESTS
+
+from runner.cli.launching import free_ports
+from runner.ranks.settings import VARIABLE, Settings
+
+WORKER = TESTS / "helpers" / "rank_worker.py"
+
+
+def over_fixtures(
+    folder: Path, fixtures: Sequence[Path], *, size: int, mode: str, tokens: int, share: tuple[float, ...] = ()
+) -> list[dict[str, Any]]:
+    """What `rank_worker` finds for each fixture, with `size` processes."""
+    first = free_ports(size + 1)
+    settings = Settings(size, mode, share, "127.0.0.1", first + size, secrets.token_hex(8), 60)
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(size)]))
+    results = folder / "results.jsonl"
+    environment = {
+        **os.environ,
+        VARIABLE: settings.to_json(),
+        "MLX_HOSTFILE": str(hosts),
+        "PYTHONPATH": str(ROOT),
+    }
+    arguments = [sys.executable, str(WORKER), str(results), str(tokens), *map(str, fixtures)]
+    processes = [
+        subprocess.Popen(arguments, env={**environment, "MLX_RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(size)
+    ]
+    errors = [process.communicate()[1].decode() for process in processes]
+    found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    assert [process.returncode for process in processes] == [0] * size, (errors, found[-1:])
+    return found
