@@ -87,6 +87,10 @@ class Gemma3nConfig(Gemma3Config, SharingConfig):
         return self.altup_num_inputs - 1
 
     @property
+    def stream_width(self) -> int:
+        return self.altup_num_inputs * self.hidden_size
+
+    @property
     def attention_class(self) -> type:
         return SharedAttention if self.shares else Attention
 

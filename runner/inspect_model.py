@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.checkpoint.model_files import open_files
 from runner.checkpoint.names import resolve
-from runner.config.memory import Memory
+from runner.config.memory import Memory, needed
 from runner.engine.defaults import GenerationDefaults
 from runner.families import find
 from runner.language_model import end_tokens
 from runner.weights.plan import ArrayPlan, count_parameters, plan
 from runner.weights.tags import Source
 from runner.weights.tree import leaves
+
+if TYPE_CHECKING:
+    from runner.ranks.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,51 @@ def inspect(model: str | Path) -> ModelReport:
         context_length=config.context_length,
         notes=(*config.notes, *files.notes),
     )
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one of several processes would hold of a model, and send.
+
+    Attributes:
+        layers: the layers that it computes.
+        nbytes: bytes of its weights, in the dtypes that this machine would compute in.
+        per_token: bytes that its layers remember of each token, where rows are as wide as activations.
+        sends: bytes that it sends for each token.
+    """
+
+    rank: int
+    layers: range
+    nbytes: int
+    per_token: int
+    sends: int
+
+
+def inspect_ranks(model: str | Path, settings: Settings, *, dtype: str | None = None) -> list[RankReport]:
+    """Say what each process of a run would hold and send; nothing is loaded. Errors as of `runner.load`."""
+    from runner.engine.dtypes import choose
+    from runner.ops.device import current
+    from runner.ops.exchange import Exchange
+    from runner.ranks.part import held
+
+    files = open_files(resolve(str(model)))
+    headers = files.source.headers
+    config_class, model_class = find(files.config)
+    config = config_class.from_dict(files.config)
+    device = current()
+    dtypes = choose(dtype, device, files.config, headers)
+    layout = plan(model_class, config, headers, {"ops": device.ops, "activations": dtypes.activations})
+    reports = []
+    for rank in range(settings.size):
+        exchange = Exchange(rank, settings.size)
+        found = held(
+            layout, config, headers, settings, exchange, activations=dtypes.activations, weights=dtypes.weights
+        )
+        memories = [memory for layer in found.memories for memory in layer]
+        width = dtypes.activations.size
+        row = needed(memories, 1, width) - needed(memories, 0, width)
+        reports.append(RankReport(rank, found.layers, found.nbytes, row, found.sends))
+    return reports
 
 
 def _generation(defaults: GenerationDefaults) -> dict[str, Any]:

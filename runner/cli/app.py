@@ -22,6 +22,7 @@ from runner.cli.generate import generate
 from runner.cli.helptext import ALIASES, Command, Group
 from runner.cli.hub import alias, list_models, pull, rm
 from runner.cli.inspect import inspect
+from runner.cli.launch import launch
 from runner.cli.options import spread
 from runner.cli.perplexity import perplexity
 from runner.cli.serve import serve
@@ -34,11 +35,15 @@ INTERRUPTED = 130  # 128 + SIGINT
 
 @dataclass(frozen=True)
 class Entry:
-    """One command: its name, the function that runs it, and the example at the end of its help."""
+    """One command: its name, the function that runs it, and the example at the end of its help.
+
+    With `wraps`, what stands behind its first argument belongs to another command, options too.
+    """
 
     name: str
     function: Callable[..., None]
     example: str
+    wraps: bool = False
 
 
 COMMANDS: tuple[Entry, ...] = (
@@ -50,6 +55,12 @@ COMMANDS: tuple[Entry, ...] = (
     Entry("alias", alias, "runner alias small HuggingFaceTB/SmolLM2-135M-Instruct"),
     Entry("rm", rm, "runner rm smollm2"),
     Entry("serve", serve, "runner serve HuggingFaceTB/SmolLM2-135M-Instruct --port 8080"),
+    Entry(
+        "launch",
+        launch,
+        "runner launch -n 2 generate HuggingFaceTB/SmolLM2-135M-Instruct 'What is a fjord?'",
+        wraps=True,
+    ),
     Entry("bench", bench, "runner bench Llama-3.2-1B --quantize 4 -p 512 -n 128"),
     Entry("doctor", doctor, "runner doctor"),
     Entry("convert", convert, "runner convert HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-4bit --quantize 4"),
@@ -73,7 +84,9 @@ def build() -> typer.Typer:
     )
     application.callback(invoke_without_command=True)(root)
     for entry in COMMANDS:
-        command = application.command(entry.name, cls=Command, epilog=f"Example:\n  {entry.example}")
+        settings = {"allow_interspersed_args": not entry.wraps}
+        epilog = f"Example:\n  {entry.example}"
+        command = application.command(entry.name, cls=Command, epilog=epilog, context_settings=settings)
         command(spread(entry.function))
     return application
 

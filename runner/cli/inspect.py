@@ -13,25 +13,43 @@ import typer
 from runner.cli import terminal
 from runner.cli.folding import Row, fold
 from runner.cli.options import AsJson, Model, NamedModel, named_model
+from runner.cli.sharing_options import SharingOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from runner.config.memory import Memory
     from runner.inspect_model import ModelReport
+    from runner.ranks.settings import Settings
 
 All = Annotated[bool, typer.Option("--all", help="List every layer by itself, instead of folding equal ones.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=2, help="Show what each of N processes of 'runner launch' would hold and send."),
+]
 LONGEST_VALUE = 100  # characters of a config value before it is cut (never in --json)
 MOST_SPANS = 3  # spans of layers in a line of the memory
 HALF = 2  # bytes of a number in 16 bits
 MOST_UNUSED = 20  # names of unused tensors before the rest is counted (never in --json)
 
 
-def inspect(model: Model = None, *, named: NamedModel = None, unfold: All = False, as_json: AsJson = False) -> None:
+def inspect(
+    model: Model = None,
+    *,
+    named: NamedModel = None,
+    unfold: All = False,
+    ranks: Ranks = None,
+    sharing: SharingOptions,
+    as_json: AsJson = False,
+) -> None:
     """Show a model's config, tokenizer, sampling defaults, tensors and memory."""
     from runner.checkpoint.model_files import name_of
     from runner.inspect_model import inspect as inspect_model
 
+    if ranks is not None:
+        show_ranks(named_model(model, named), sharing.settings(ranks), as_json)
+        return
+    sharing.refuse("--ranks")
     report = inspect_model(named_model(model, named))
     if as_json:
         terminal.Output().line(json.dumps(as_dict(report), indent=2, default=str))
@@ -52,6 +70,23 @@ def inspect(model: Model = None, *, named: NamedModel = None, unfold: All = Fals
     )
     for note in report.notes:
         terminal.note(note, "yellow")
+
+
+def show_ranks(model: str, settings: Settings, as_json: bool) -> None:
+    """Print what each process of a run would hold and send."""
+    from runner.cli import tables
+    from runner.inspect_model import inspect_ranks
+
+    reports = inspect_ranks(model, settings)
+    if as_json:
+        rows = [{**vars(report), "layers": list(report.layers)} for report in reports]
+        terminal.Output().line(json.dumps({"mode": settings.mode, "ranks": rows}, indent=2))
+        return
+    table = tables.columns(">rank", "layers", ">weights", ">keys and values a token", ">sends a token", gap=2)
+    for report in reports:
+        sizes = (tables.cell(tables.size(each)) for each in (report.nbytes, report.per_token, report.sends))
+        table.add_row(tables.cell(str(report.rank)), tables.cell(spans(report.layers)), *sizes)
+    tables.show(*tables.section(f"{settings.size} processes, {settings.mode}", table))
 
 
 def pairs(values: dict[str, Any]) -> Table:

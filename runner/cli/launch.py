@@ -1,0 +1,54 @@
+"""`runner launch`: one command on several processes that share a model out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runner.cli.sharing_options import SharingOptions
+from runner.errors import UsageError
+
+COMMANDS = ("generate", "chat", "run", "bench", "perplexity")
+"""Commands that can be shared out."""
+
+Processes = Annotated[int, typer.Option("-n", "--processes", metavar="N", min=1, help="Processes on this machine.")]
+HostFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A hostfile of mlx.launch: the machines, this one first.", show_default=False),
+]
+Wait = Annotated[float, typer.Option(metavar="SECONDS", min=1, help="How long the processes have to come.")]
+StartingPort = Annotated[
+    int | None,
+    typer.Option(metavar="PORT", min=1024, max=65000, help="First of the ports; default: free ones, or 32323 on."),
+]
+Rest = Annotated[
+    list[str], typer.Argument(metavar="COMMAND...", help=f"The command to run: {', '.join(COMMANDS)}, and its options.")
+]
+
+
+def launch(
+    rest: Rest,
+    *,
+    processes: Processes = 1,
+    hostfile: HostFile = None,
+    sharing: SharingOptions,
+    wait: Wait = 10.0,
+    port: StartingPort = None,
+) -> None:
+    """Run a command with a model shared out over several processes or machines, by mlx.launch."""
+    if rest[0] not in COMMANDS:
+        raise UsageError(f"launch runs {', '.join(COMMANDS)}, not {rest[0]!r}")
+    if hostfile is not None and processes != 1:
+        raise UsageError("the processes are those of --hostfile: leave -n out")
+    if hostfile is None and processes == 1:
+        raise UsageError("there is one process only: -n says how many, --hostfile where")
+    from runner.cli.launching import here, new_token, on_hosts, supervise
+    from runner.ops import backend
+
+    backend.require()
+    place = here(processes, port) if hostfile is None else on_hosts(hostfile, port)
+    # Each rank has a port for the ring; rank 0 another one, for what is said beside it.
+    settings = sharing.settings(place.size, host=place.host, port=place.port + place.size, token=new_token(), wait=wait)
+    raise typer.Exit(supervise(place, settings, rest))

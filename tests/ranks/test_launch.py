@@ -1,0 +1,162 @@
+"""`runner launch`: the same answers, and what becomes of a run in which something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import own, run
+from places import TESTS
+
+from runner.cli.launching import children
+
+MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
+PROMPT = ["abc", "--raw", "--temp", "0", "--max-tokens", "8"]
+FOREVER = ("-r", "1000000")
+IN_TIME = 10
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which rank a process is, /proc tells")
+
+
+def test_the_answer_is_that_of_one_process() -> None:
+    alone, together = (run(*how, "generate", MODEL, *PROMPT) for how in ((), ("launch", "-n", "2")))
+    assert (together.returncode, own(together.stderr)) == (alone.returncode, own(alone.stderr)) == (0, "")
+    assert together.stdout == alone.stdout != ""
+
+
+def test_what_cannot_be_started_is_refused_by_name() -> None:
+    for arguments, words in (
+        (("-n", "2", "inspect", MODEL), "not 'inspect'"),
+        (("generate", MODEL, *PROMPT), "-n says how many"),
+        (("-n", "2", "--share", "1", "generate", MODEL), "2 positive numbers"),
+        (("-n", "2", "--share", "1,nan", "generate", MODEL), "2 positive numbers"),
+    ):
+        done = run("launch", *arguments)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+class Started:
+    """A run that measures until it is ended."""
+
+    def __init__(self, *options: str, model: str = MODEL, wait: bool = True) -> None:
+        arguments = [sys.executable, "-m", "runner", "launch", *options, "bench", model]
+        self.process = subprocess.Popen(
+            [*arguments, "-p", "64", "-n", "32", *FOREVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.ranks: list[int] = []
+        assert not wait or self.process.stdout is not None
+        end = time.monotonic() + 30
+        while time.monotonic() < end and list(map(rank_of, self.ranks)) != list(range(int(options[1]))):
+            (launcher,) = children(self.process.pid)[:1] or [0]
+            self.ranks = sorted(children(launcher), key=rank_of) if launcher else []
+            time.sleep(0.05)
+        if wait:
+            assert self.process.stdout is not None
+            self.process.stdout.readline()  # the table begins: all have loaded
+
+    def ended(self) -> str:
+        """Wait for the end, and return what stderr says; nothing is left of it."""
+        begun = time.monotonic()
+        _, errors = self.process.communicate(timeout=3 * IN_TIME)
+        assert time.monotonic() - begun < IN_TIME
+        alive = [pid for pid in self.ranks if running(pid)]
+        assert not alive
+        return errors
+
+
+def rank_of(pid: int) -> int:
+    """Which rank a process is; -1 before it is one."""
+    try:
+        found = re.search(rb"(?:^|\0)MLX_RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())
+    except OSError:
+        return -1
+    return -1 if found is None else int(found[1])
+
+
+def running(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+@linux
+@pytest.mark.long
+def test_a_rank_that_is_killed_ends_the_run_by_name() -> None:
+    started = Started("-n", "2")
+    os.kill(started.ranks[1], signal.SIGKILL)
+    errors = started.ended()
+    assert started.process.returncode == 1
+    assert f"rank 1 (process {started.ranks[1]} on 127.0.0.1): its process has ended" in errors, errors
+
+
+@linux
+@pytest.mark.long
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.6, 1.0, 1.5, 2.5])
+def test_a_rank_that_is_killed_while_it_starts_and_loads(delay: float) -> None:
+    started = Started("-n", "2", wait=False)
+    time.sleep(delay)
+    os.kill(started.ranks[1], signal.SIGKILL)
+    errors = started.ended()
+    assert started.process.returncode == 1 and "rank 1" in errors, errors
+
+
+@linux
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_each_of_three_that_is_killed(rank: int) -> None:
+    started = Started("-n", "3", model=str(TESTS / "fixtures" / "families" / "gemma2-base"))
+    os.kill(started.ranks[rank], signal.SIGKILL)
+    errors = started.ended()
+    assert started.process.returncode == 1
+    assert (f"rank {rank} " in errors) if rank else ("rank 0 has ended with code -9" in errors), errors
+
+
+@linux
+@pytest.mark.long
+def test_a_rank_that_is_stopped_ends_the_run_by_name() -> None:
+    started = Started("-n", "2")
+    os.kill(started.ranks[1], signal.SIGSTOP)
+    errors = started.ended()
+    assert started.process.returncode == 1
+    assert "rank 1" in errors and "no sign of life" in errors, errors
+
+
+@linux
+@pytest.mark.long
+def test_one_interrupt_ends_all() -> None:
+    started = Started("-n", "2")
+    for pid in (started.process.pid, *started.ranks):  # as a terminal does
+        os.kill(pid, signal.SIGINT)
+    started.ended()
+    assert started.process.returncode == 130
+
+
+@linux
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_where_the_launcher_is_ended(number: int) -> None:
+    started = Started("-n", "2")
+    started.process.send_signal(number)
+    started.process.wait(IN_TIME)
+    end = time.monotonic() + IN_TIME
+    while time.monotonic() < end and any(map(running, started.ranks)):
+        time.sleep(0.1)
+    assert not any(map(running, started.ranks))
+
+
+@pytest.mark.long
+def test_a_host_that_is_dead(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(
+        json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}, {"ssh": "no.such.host.invalid", "ips": ["192.0.2.1"]}])
+    )
+    begun = time.monotonic()
+    done = run("launch", "--hostfile", str(hosts), "generate", MODEL, *PROMPT)
+    assert done.returncode == 1 and time.monotonic() - begun < 2 * IN_TIME
+    assert "rank 1" in done.stderr, done.stderr
