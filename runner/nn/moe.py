@@ -1,7 +1,6 @@
 """Mixtures of experts: a router picks a few feed-forward layers (experts) per token; their matrices are stacked.
 
-Sources: Mixtral arXiv:2401.04088, Qwen-MoE, and their code in transformers. Top-k of the logits, then softmax (Granite)
-equals softmax, top-k, then normalization to a sum of one (Mixtral), so there is only the second form here.
+Sources: Mixtral arXiv:2401.04088, Qwen-MoE, and their code in transformers; `runner.ops.routing`: how they are chosen.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from runner.errors import WeightsError
 from runner.nn.fast import provided_ops
 from runner.nn.linear import Linear, QuantizedFields, stored_quantization
 from runner.nn.mlp import GLU
+from runner.ops.routing import Routing
 from runner.ops.table import Ops
 from runner.weights.module import Module
 from runner.weights.tags import Choice, Chooses, Header, setting, tensor
@@ -68,9 +68,7 @@ class PlainExperts(ExpertLinear):
     ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
-        return _biased(
-            self.ops.gather_linear(x, self.weight, experts, sorted_indices=sorted_indices), self.bias, experts
-        )
+        return self.ops.gather_linear(x, self.weight, experts, self.bias, sorted_indices=sorted_indices)
 
     def matrices(self) -> mx.array:
         return self.weight
@@ -91,16 +89,10 @@ class QuantizedExperts(QuantizedFields, ExpertLinear):
     ops: Ops = provided_ops()
 
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
-        y = self.ops.gather_quantized_linear(x, self.quantized, experts, sorted_indices=sorted_indices)
-        return _biased(y, self.bias, experts)
+        return self.ops.gather_quantized_linear(x, self.quantized, experts, self.bias, sorted_indices=sorted_indices)
 
     def matrices(self) -> mx.array:
         return self.quantized.dequantize()
-
-
-def _biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:
-    """Add to y `[..., 1, out]` the bias of the expert that computed it."""
-    return y if bias is None else y + bias[experts][..., None, :].astype(y.dtype)
 
 
 @dataclass
@@ -133,21 +125,21 @@ class MoE(Module):
         Where MLX multiplies in TF32 (NVIDIA, M5), numbers of 16 bits are multiplied exactly all the same: they have no
         more bits of mantissa than TF32's 10. Only a router that is stored in float32 is rounded there, for prompts.
         """
-        logits = self.logits(x)
-        scores = mx.sigmoid(logits) if self.scoring_func == "sigmoid" else mx.softmax(logits, axis=-1)
-        # Ranks choose the experts; the scores without correction weigh them.
-        ranks = scores if self.correction is None else scores + self.correction
-        ranks = in_top_groups(ranks, self.n_group, self.topk_group, self.group_members)
-        experts = top_k(ranks, self.num_experts_per_tok)
-        routing_weights = mx.take_along_axis(scores, experts, axis=-1)
-        if self.norm_topk_prob:
-            total = mx.sum(routing_weights, axis=-1, keepdims=True)
-            return experts, self.ops.fused(
-                normalized, routing_weights, total, self.norm_topk_eps, self.routed_scaling_factor
-            )
-        if self.routed_scaling_factor != 1.0:
-            routing_weights = routing_weights * self.routed_scaling_factor
-        return experts, routing_weights
+        return self.ops.route(self.logits(x), self.correction, self.routing)
+
+    @property
+    def routing(self) -> Routing:
+        """How experts are chosen by the router's logits, as plain data."""
+        return Routing(
+            chosen=self.num_experts_per_tok,
+            scoring=self.scoring_func,
+            normalized=self.norm_topk_prob,
+            eps=self.norm_topk_eps,
+            factor=self.routed_scaling_factor,
+            groups=self.n_group,
+            kept=self.topk_group,
+            members=self.group_members,
+        )
 
     def logits(self, x: mx.array) -> mx.array:
         """What the router makes of `x`, `[B, L, E]` in float32, before it is turned into scores."""
@@ -159,13 +151,14 @@ class MoE(Module):
 
     def mixed(self, x: mx.array, experts: mx.array, routing_weights: mx.array) -> mx.array:
         """The outputs of `experts` `[B, L, K]` for `x`, weighed and added."""
-        return mx.sum(self.ops.fused(weighed, self.outputs(x, experts), routing_weights[..., None]), axis=2)
+        return self.ops.mixture(self.outputs(x, experts), routing_weights)
 
     def outputs(self, x: mx.array, experts: mx.array) -> mx.array:
         """What each token's `experts` `[B, L, K]` make of it, `[B, L, K, hidden_size]`."""
         # With few rows each one gathers its experts' matrices; with many, sorting them reads each matrix once.
-        outputs = self.sorted(x, experts) if experts.size >= SORTED_FROM else self.feed(x[:, :, None, None], experts)
-        return outputs[..., 0, :]
+        sorts = experts.size >= SORTED_FROM and not self.ops.gathers_by_expert
+        outputs = self.sorted(x, experts) if sorts else self.feed(mx.expand_dims(x, (2, 3)), experts)
+        return mx.squeeze(outputs, -2)
 
     def feed(self, rows: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
         """Outputs `[..., 1, hidden_size]` of `experts` `[...]` for `rows` `[..., 1, hidden_size]`."""
@@ -202,32 +195,3 @@ class SwitchMoE(MoE):
         "hidden_size",
         EXPERT,
     )
-
-
-def normalized(routing_weights: mx.array, total: mx.array, eps: float, factor: float) -> mx.array:
-    """Routing weights that add up to `factor`, but for `eps`, from some that add up to `total`."""
-    return routing_weights / (total + eps) * factor
-
-
-def weighed(outputs: mx.array, routing_weights: mx.array) -> mx.array:
-    """Outputs times their routing weights, in the dtype of the outputs."""
-    return outputs * routing_weights.astype(outputs.dtype)
-
-
-def top_k(scores: mx.array, count: int) -> mx.array:
-    """Indices `[..., count]` of the largest scores `[..., E]`, in any order."""
-    first = scores.shape[-1] - count
-    return mx.argpartition(scores, kth=first, axis=-1)[..., first:]
-
-
-def in_top_groups(scores: mx.array, groups: int, kept: int, members: int) -> mx.array:
-    """Scores `[..., E]` with minus infinity outside the `kept` best of `groups` equal groups.
-
-    A group's rank is the sum of its `members` best scores (DeepSeek V2 arXiv:2405.04434: 1; V3 arXiv:2412.19437: 2).
-    """
-    if groups == kept:
-        return scores
-    grouped = scores.reshape(*scores.shape[:-1], groups, -1)
-    ranks = mx.sum(mx.topk(grouped, members, axis=-1), axis=-1)
-    lowest = mx.argpartition(ranks, kth=groups - kept, axis=-1)[..., : groups - kept, None]
-    return mx.put_along_axis(grouped, lowest, mx.array(-mx.inf, grouped.dtype), axis=-2).reshape(scores.shape)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from runner.config.activations import ACTIVATIONS as NAMES
-from runner.ops import attention, side_by_side
+from runner.ops import attention, routing, side_by_side
 from runner.ops.table import ACTIVATIONS, GATES, Ops, convolved, unpacked_rows
 
 if TYPE_CHECKING:
@@ -96,5 +96,7 @@ def fusing(ops: Ops, *, delta_kernel: bool) -> Ops:
         gated_delta=fusion.gated_delta,
         gated_norm=fusion.gated_norm,
         gate=fusion.gate,
+        route=functools.partial(routing.route, fusion),
+        mixture=functools.partial(routing.mixture, fusion),
         quantized_embed=unpacked_rows,
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from runner.ops.quantized import QuantizedWeight
+from runner.ops.table import biased
 
 
 def by_expert(
@@ -47,11 +48,13 @@ def matrix(stacked: mx.array, expert: int) -> mx.array:
 def gather_linear(linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """Make `Ops.gather_linear` from a device's `Ops.linear`."""
 
-    def gather(x: mx.array, weight: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
+    def gather(
+        x: mx.array, weight: mx.array, experts: mx.array, bias: mx.array | None = None, *, sorted_indices: bool = False
+    ) -> mx.array:
         def multiply(rows: mx.array, expert: int) -> mx.array:
             return linear(rows, matrix(weight, expert), None)
 
-        return by_expert(x, experts, multiply, sorted_indices=sorted_indices)
+        return biased(by_expert(x, experts, multiply, sorted_indices=sorted_indices), bias, experts)
 
     return gather
 
@@ -59,12 +62,19 @@ def gather_linear(linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
 def gather_quantized_linear(quantized_linear: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """Make `Ops.gather_quantized_linear` from a device's `Ops.quantized_linear`."""
 
-    def gather(x: mx.array, matrices: QuantizedWeight, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
+    def gather(
+        x: mx.array,
+        matrices: QuantizedWeight,
+        experts: mx.array,
+        bias: mx.array | None = None,
+        *,
+        sorted_indices: bool = False,
+    ) -> mx.array:
         def multiply(rows: mx.array, expert: int) -> mx.array:
             biases = None if matrices.biases is None else matrix(matrices.biases, expert)
             weight, scales = matrix(matrices.weight, expert), matrix(matrices.scales, expert)
             return quantized_linear(rows, matrices._replace(weight=weight, scales=scales, biases=biases), None)
 
-        return by_expert(x, experts, multiply, sorted_indices=sorted_indices)
+        return biased(by_expert(x, experts, multiply, sorted_indices=sorted_indices), bias, experts)
 
     return gather

@@ -16,9 +16,10 @@ import mlx.core as mx
 from runner.cache.storage import PLAIN, Storage
 from runner.config.activations import ACTIVATIONS as NAMES
 from runner.ops import attention as attending
-from runner.ops import picking, side_by_side
+from runner.ops import picking, routing, side_by_side
 from runner.ops.picking import Draw
 from runner.ops.quantized import QuantizedWeight
+from runner.ops.routing import Routing
 
 if TYPE_CHECKING:
     from runner.ops.delta_rule import Gates, Recurrence
@@ -205,16 +206,23 @@ def tapped_from(bias: mx.array, *inputs_and_weights: mx.array) -> mx.array:
     return tapped(*inputs_and_weights) + bias
 
 
-def _gather_linear(x: mx.array, weight: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
+def _gather_linear(
+    x: mx.array, weight: mx.array, experts: mx.array, bias: mx.array | None = None, *, sorted_indices: bool = False
+) -> mx.array:
     matrices = weight.swapaxes(-1, -2).astype(x.dtype)
-    return mx.gather_mm(x, matrices, rhs_indices=experts, sorted_indices=sorted_indices)
+    return biased(mx.gather_mm(x, matrices, rhs_indices=experts, sorted_indices=sorted_indices), bias, experts)
 
 
 def _gather_quantized_linear(
-    x: mx.array, matrices: QuantizedWeight, experts: mx.array, *, sorted_indices: bool = False
+    x: mx.array,
+    matrices: QuantizedWeight,
+    experts: mx.array,
+    bias: mx.array | None = None,
+    *,
+    sorted_indices: bool = False,
 ) -> mx.array:
     weight, scales, biases, group_size, bits, mode = matrices
-    return mx.gather_qmm(
+    y = mx.gather_qmm(
         x,
         weight,
         scales,
@@ -226,6 +234,16 @@ def _gather_quantized_linear(
         bits=bits,
         mode=mode,
     )
+    return biased(y, bias, experts)
+
+
+def biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:
+    """Products y `[..., 1, out]` with matrices of `experts` `[...]`, plus the experts' bias `[E, out]`."""
+    return y if bias is None else y + bias[experts][..., None, :].astype(y.dtype)
+
+
+_route = functools.partial(routing.route, _fused)
+_mixture = functools.partial(routing.mixture, _fused)
 
 
 def _argmax(x: mx.array) -> mx.array:
@@ -298,6 +316,14 @@ class Ops:
     With `one_form`, what a token gets is the same bits however many tokens stand beside it: layers that could compute
     it in several ways must take one of them for any number of tokens.
 
+    `gather_linear(x, weight, experts, bias, sorted_indices=False)` and `gather_quantized_linear`, whose `weight` is a
+    `QuantizedWeight`, are products with a matrix of a stack `[E, out, in]` for each row: x `[..., 1, in]`, whose
+    leading dimensions broadcast to those of `experts` `[...]`, to `[..., 1, out]`, with a bias `[E, out]`. With
+    `gathers_by_expert` they bring the rows of an expert together by themselves, so that nobody needs to sort them.
+    `route(logits, correction, how)` chooses experts `[..., count]` by the router's logits `[..., E]` and a correction
+    `[E]` of their scores, in float32, and gives them routing weights (`runner.ops.routing`); `mixture(outputs,
+    weights)` is the weighted sum of outputs `[..., count, D]`.
+
     A step moves one token's states in place: `delta_step(slots, at, mixed, taps, gates, key_heads)` convolves and then
     applies the delta rule, with the states before token `at` in slot `at % 2` of the buffers "conv" and "delta" that
     `slots()` makes. It returns what is put out, and both buffers; None where the device has no such step. In the same
@@ -340,6 +366,9 @@ class Ops:
     one_form: bool = False
     gather_linear: Callable[..., mx.array] = _gather_linear
     gather_quantized_linear: Callable[..., mx.array] = _gather_quantized_linear
+    gathers_by_expert: bool = False
+    route: Callable[[mx.array, mx.array | None, Routing], tuple[mx.array, mx.array]] = _route
+    mixture: Callable[[mx.array, mx.array], mx.array] = _mixture
     storage: Storage = PLAIN
 
     def __repr__(self) -> str:

@@ -91,9 +91,11 @@ def test_four_positions_speak_for_all(path: str) -> None:
 
 
 REPLAYED = """
-    arcee bamba codegen cohere cohere2 cwm ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt_neox gptj
-    granite granitemoehybrid helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 lfm2 llama mamba2 mimo
-    mistral nanochat nemotron olmo persimmon phi phi3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 stablelm starcoder2
+    afmoe arcee bamba codegen cohere cohere2 cohere2_moe cwm dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon
+    gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_neox gptj granite granitemoe granitemoehybrid helium
+    hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 lfm2 lfm2_moe llama mamba2 mellum mimo
+    mistral mixtral nanochat nemotron nemotron_h olmo persimmon phi phi3 qwen2 qwen3 qwen3_5_text qwen3_moe seed_oss
+    smollm3 solar_open stablelm starcoder2
 """
 
 

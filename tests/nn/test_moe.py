@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from runner.nn.fast import NO_MASK, scaled_dot_product_attention
 from runner.nn.linear import PlainLinear
 from runner.nn.mlp import GLU
-from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts, in_top_groups
+from runner.nn.moe import SORTED_FROM, ExpertLinear, MoE, PlainExperts, QuantizedExperts
 from runner.ops.device import CPU_WITHOUT_KERNELS, METAL, current
 from runner.ops.quantized import QuantizedWeight
+from runner.ops.routing import in_top_groups
 from runner.ops.table import PORTABLE, Ops
 
 TABLES = list({ops.name: ops for ops in (PORTABLE, CPU_WITHOUT_KERNELS, current().ops)}.values())

@@ -25,6 +25,31 @@ def quantized_linear(
 def small_float_linear(
     x: mx.array, weight: mx.array, scales: mx.array, bias: mx.array | None, mode: str
 ) -> mx.array: ...
+def gather_linear(x: mx.array, weight: mx.array, experts: mx.array, bias: mx.array | None = None) -> mx.array: ...
+def gather_quantized_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    experts: mx.array,
+    bias: mx.array | None,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array: ...
+def route(
+    logits: mx.array,
+    correction: mx.array | None,
+    count: int,
+    sigmoid: bool,
+    groups: int,
+    kept: int,
+    members: int,
+    normalized: bool,
+    eps: float,
+    factor: float,
+) -> tuple[mx.array, mx.array]: ...
+def mixture(outputs: mx.array, weights: mx.array) -> mx.array: ...
 def embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype) -> mx.array: ...
 def quantized_embed(
     ids: mx.array,

@@ -36,6 +36,8 @@ __all__ = [
     "gate",
     "gated_delta",
     "gated_norm",
+    "gather_linear",
+    "gather_quantized_linear",
     "glu",
     "greatest",
     "isa",
@@ -44,12 +46,14 @@ __all__ = [
     "linear_each",
     "log_probabilities",
     "masked",
+    "mixture",
     "num_threads",
     "quantized_embed",
     "quantized_linear",
     "read_seconds",
     "rms_norm",
     "rope",
+    "route",
     "schedule",
     "short_conv",
     "small_float_linear",
@@ -137,6 +141,56 @@ def small_float_linear(
     `quantized_linear` does.
     """
     return _C.small_float_linear(x, weight, scales, bias, mode)
+
+
+def gather_linear(x: mx.array, weight: mx.array, experts: mx.array, bias: mx.array | None = None) -> mx.array:
+    """`linear` with a matrix of a stack for each row, which `experts` chooses: the same bits of each row.
+
+    x float [..., 1, in], whose leading dimensions broadcast to those of `experts`, int32 or uint32; weight float
+    [E, out, in]; bias float [E, out]. Returns [..., 1, out] of x's type: NaN where an expert is not one of the E.
+    """
+    return _C.gather_linear(x, weight, experts, bias)
+
+
+def gather_quantized_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    experts: mx.array,
+    bias: mx.array | None = None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str = "affine",
+) -> mx.array:
+    """`gather_linear` for stacks [E, ..] of what `quantized_linear` ("affine") and `small_float_linear` take."""
+    return _C.gather_quantized_linear(x, weight, scales, biases, experts, bias, group_size, bits, mode)
+
+
+def route(
+    logits: mx.array,
+    correction: mx.array | None,
+    *,
+    count: int,
+    sigmoid: bool = False,
+    groups: int = 1,
+    kept: int = 1,
+    members: int = 1,
+    normalized: bool = False,
+    eps: float = 0.0,
+    factor: float = 1.0,
+) -> tuple[mx.array, mx.array]:
+    """Choose experts by the router's logits: `runner.ops.routing.route`, the best first, the lower index on a tie.
+
+    logits float32 [..., E]; correction float [E]. Returns uint32 and float32 [..., count]. A NaN counts as the best.
+    """
+    return _C.route(logits, correction, count, sigmoid, groups, kept, members, normalized, eps, factor)
+
+
+def mixture(outputs: mx.array, weights: mx.array) -> mx.array:
+    """Sum of outputs float [..., count, D] times weights float32 [..., count], one after the other: [..., D]."""
+    return _C.mixture(outputs, weights)
 
 
 def embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -11,9 +11,9 @@ from runner.cache.kv import History
 from runner.cache.storage import HEADER_ROWS, SCALE_COLUMNS, Powers, Storage, unpacked
 from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
-from runner.ops import per_expert as per_expert
 from runner.ops.cpu import _C
 from runner.ops.quantized import QuantizedWeight
+from runner.ops.routing import Routing
 from runner.ops.table import PORTABLE, Ops, Recorder, Slots, Stepped, Taps
 
 if TYPE_CHECKING:
@@ -34,6 +34,32 @@ def _quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | Non
     if _SMALL_FLOATS.get(mode) == (bits, group_size) and biases is None:
         return _C.small_float_linear(x, weight, scales, bias, mode)
     return _C.linear(x, matrix.dequantize(), bias)
+
+
+def _gather_linear(
+    x: mx.array, weight: mx.array, experts: mx.array, bias: mx.array | None = None, *, sorted_indices: bool = False
+) -> mx.array:
+    return _C.gather_linear(x, weight, experts, bias)
+
+
+def _gather_quantized_linear(
+    x: mx.array,
+    matrices: QuantizedWeight,
+    experts: mx.array,
+    bias: mx.array | None = None,
+    *,
+    sorted_indices: bool = False,
+) -> mx.array:
+    weight, scales, biases, group_size, bits, mode = matrices
+    return _C.gather_quantized_linear(x, weight, scales, biases, experts, bias, group_size, bits, mode)
+
+
+def _route(logits: mx.array, correction: mx.array | None, how: Routing) -> tuple[mx.array, mx.array]:
+    correction = None if correction is None else correction.reshape(-1)
+    return _C.route(
+        logits, correction, how.chosen, how.scoring == "sigmoid", how.groups, how.kept, how.members, how.normalized,
+        how.eps, how.factor,
+    )  # fmt: skip
 
 
 def _embed(ids: mx.array, weight: mx.array, dtype: mx.Dtype | None) -> mx.array:
@@ -239,8 +265,11 @@ KERNELS = Ops(
     schedule=kernels.schedule,
     recorder=Recorder(_C.slot, _C.record),
     one_form=True,
-    gather_linear=per_expert.gather_linear(_C.linear),
-    gather_quantized_linear=per_expert.gather_quantized_linear(_quantized_linear),
+    gather_linear=_gather_linear,
+    gather_quantized_linear=_gather_quantized_linear,
+    gathers_by_expert=True,
+    route=_route,
+    mixture=_C.mixture,
     storage=Storage(_empty, _C.append, unpacked, write_rows=_C.append_rows),
 )
 """The operations over `runner.ops.cpu`; those without a kernel are plain MLX."""

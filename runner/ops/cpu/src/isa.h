@@ -19,9 +19,18 @@ struct Int {
 #include "quantised_rows.h"
 #include "quantised.h"
 #endif
+
+// Whether a layer's weights are multiplied as integers.
+inline bool in_integers(const LinearArgs& a) {
+  const bool integers = a.format == Format::affine || a.format == Format::mxfp4;
+  return RUNNER_ISA > 0 && a.bits && integers && (a.group == 32 || a.group == 64 || a.group == 128);
+}
+
+#include "experts.h"
 #include "attention.h"
 #include "attention_jobs.h"
 #include "elementwise.h"
+#include "routing.h"
 #include "picking.h"
 #include "cache_rows.h"
 #include "recurrence.h"
@@ -29,13 +38,12 @@ struct Int {
 inline void linear(const LinearArgs& a) {
   if (a.m == 0 || a.n == 0) return;
 #if RUNNER_ISA > 0
-  const bool integers = a.format == Format::affine || a.format == Format::mxfp4;
-  if (a.bits && integers && (a.group == 32 || a.group == 64 || a.group == 128)) return quantised_linear(a);
+  if (in_integers(a)) return quantised_linear(a);
 #endif
   linear_float(a);
 }
 
-const Kernels kTable = {RUNNER_ISA_NAME, linear, embed, norm, rope, attention, append,
+const Kernels kTable = {RUNNER_ISA_NAME, linear, embed, gather, route, mixture, norm, rope, attention, append,
                          glu, argmax, simple, conv, recurrence, gated_norm, gate, peak, weigh, keep, weights_from, between};
 
 }  // namespace RUNNER_NS

@@ -31,6 +31,37 @@ struct LinearArgs {
   DType bt;
 };
 
+// out[p] = x[p / per] @ w^T + bias for `pairs` of a row of x and an expert, experts[p], whose w and bias they are: one of
+// `count` that lie one behind the other, from those of `matrix` on (whose x and out are all rows). NaN where there is none.
+struct GatherArgs {
+  LinearArgs matrix;
+  const int32_t* experts;
+  int64_t pairs, per, count;
+};
+
+// The `count` experts of each row of logits[rows, experts] with the largest scores (+ correction), the largest first, and
+// their scores as weights, or these divided by their sum + eps; times `factor`. With kept < groups, only experts of the
+// `kept` groups with the largest sums of `members` best scores are chosen from.
+struct RouteArgs {
+  const float* logits;
+  const void* correction;            // null, or [experts]
+  DType ct;
+  uint32_t* chosen;                  // [rows, count]
+  float* weights;                    // [rows, count]
+  int64_t rows, experts, count, groups, kept, members;
+  bool sigmoid, normalized;  // scores: sigmoid, or softmax
+  float eps, factor;
+};
+
+// out[rows, dim] = sum over k of x[rows, count, dim] * weights[rows, count]
+struct MixtureArgs {
+  const void* x;
+  const float* weights;
+  void* out;
+  DType xt;
+  int64_t rows, count, dim;
+};
+
 // out[r, :] = normalise(x[r, :] (+ residual[r, :])) * weight (+ shift). mean == true: layer norm.
 struct NormArgs {
   const void* x;
@@ -189,6 +220,9 @@ struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
   void (*embed)(const LinearArgs&);  // out[m, k] = rows of w by the numbers x, int32; NaN where there is no such row
+  void (*gather)(const GatherArgs&);
+  void (*route)(const RouteArgs&);
+  void (*mixture)(const MixtureArgs&);
   void (*norm)(const NormArgs&);
   void (*rope)(const RopeArgs&);
   void (*attention)(const AttentionArgs* list, int count);  // of several sequences
