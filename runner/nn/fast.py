@@ -91,7 +91,9 @@ def scaled_dot_product_attention(
         raise UsageError("attention: NO_MASK and a window exclude each other")
     else:
         rule = None
-    return ops.attention(query, key, value, rule, scale=scale, window=window, sinks=sinks, length=keys, softcap=softcap)
+    return ops.attention(
+        query, key, value, rule, scale=scale, window=window, sinks=sinks, length=keys, softcap=softcap, start=start
+    )
 
 
 def _shapes(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> str:

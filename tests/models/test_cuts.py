@@ -28,17 +28,18 @@ FEW = [
 ]  # fmt: skip
 """One of each kind: windows, soft-capping, latents, sinks, chunks, experts, the delta rule, Mamba, ALiBi, AltUp."""
 
-PROMPT = [1 + (7 * i + i // 5) % 30 for i in range(37)]
+LONG = [1 + (7 * i + i // 5) % 30 for i in range(100)]
+PROMPT = LONG[:37]
 
 pytestmark = pytest.mark.skipif(kernels.unavailable() is not None, reason="a promise of the kernels")
 
 
-def read(engine: Loaded, cuts: list[int]) -> tuple[mx.array, Caches]:
+def read(engine: Loaded, cuts: list[int], prompt: list[int] = PROMPT) -> tuple[mx.array, Caches]:
     """Logits `[T, V]` of the prompt read in pieces of these sizes, and the caches behind it."""
     caches, rows = engine.new_caches(), []
     for count in cuts:
         start = caches.offset
-        hidden = engine.model(Batch(mx.array([PROMPT[start : start + count]], dtype=mx.int32), start), caches)
+        hidden = engine.model(Batch(mx.array([prompt[start : start + count]], dtype=mx.int32), start), caches)
         rows.append(engine.model.logits(hidden)[0])
         mx.eval(rows[-1], *caches.arrays)
     return mx.concatenate(rows), caches
@@ -87,6 +88,16 @@ def check(path: Path) -> None:
 @pytest.mark.parametrize("family", FEW)
 def test_a_token_is_the_same_bits_however_it_is_read(family: str) -> None:
     check(FAMILIES[family])
+
+
+@pytest.mark.parametrize("family", ["llama4_text-base", "mixtral-window"])
+def test_rows_that_a_cache_has_dropped_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind position 64 there are several blocks of keys: they begin where they would with all rows there."""
+    monkeypatch.setattr("runner.cache.kv.STEP", 4)
+    engine = open_loaded(FAMILIES[family])
+    whole, _ = read(engine, [100], LONG)
+    for cuts in ([50, 50], [7] * 14 + [2]):
+        assert mx.array_equal(read(engine, cuts, LONG)[0], whole), cuts
 
 
 @pytest.mark.long
