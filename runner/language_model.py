@@ -40,6 +40,7 @@ from runner.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles, Given
+    from runner.engine.budget import Footprint
     from runner.engine.draft import Drafter
     from runner.engine.part import Part
     from runner.engine.speculation import Guide, Proposer
@@ -56,6 +57,7 @@ class Prepared:
         text: turns ids into text.
         guide: says which tokens may come next; None: all may.
         proposer: makes what guesses tokens ahead; None: nothing does.
+        beside: bytes that its caches take, beside the model's own; None: it has none.
     """
 
     ids: list[int]
@@ -65,6 +67,7 @@ class Prepared:
     text: AnswerText
     guide: Guide | None
     proposer: Callable[[], Proposer] | None
+    beside: Footprint | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +259,7 @@ class LanguageModel:
         # Adapters as they are weighted now, whatever `set_adapters` does while the answer is under way.
         order = Order(
             ids=prepared.ids, params=prepared.params, budget=prepared.budget, ends=prepared.ends, guide=prepared.guide,
-            proposer=prepared.proposer, weights=self.engine.adapter_weights,
+            proposer=prepared.proposer, beside=prepared.beside, weights=self.engine.adapter_weights,
         )  # fmt: skip
         kept = PromptCache(self.engine, keeps=False) if kept is None else kept
         run = Run(self.engine, kept, order, options.get("on_prefill"), cancelled)
@@ -291,11 +294,11 @@ class LanguageModel:
         budget = room if max_tokens is None else min(max_tokens, room)
         # Arguments are checked above, in this plain method: a generator would raise only when its first token is read.
         guide = None if constraint is None else self._grammars.guide(constraint, separator)
-        proposer = self._proposer(lookup, draft)
+        proposer, beside = self._proposer(lookup, draft)
         special = self.tokenizer.special_tokens
         ends = self.eos_token_ids | {special[token] for token in separator.ends if token in special}
         text = AnswerText(self.tokenizer.detokenizer(), StopMatcher(stops), separator)
-        return Prepared(ids, params, budget, ends, text, guide, proposer)
+        return Prepared(ids, params, budget, ends, text, guide, proposer, beside)
 
     @functools.cached_property
     def _grammars(self) -> Grammars:
@@ -308,8 +311,10 @@ class LanguageModel:
         """Models that may guess for this one: comparing vocabularies takes a tenth of a second."""
         return weakref.WeakSet()
 
-    def _proposer(self, lookup: bool | None, draft: Drafter | None) -> Callable[[], Proposer] | None:
-        """Makes what guesses tokens ahead; None: nothing does."""
+    def _proposer(
+        self, lookup: bool | None, draft: Drafter | None
+    ) -> tuple[Callable[[], Proposer] | None, Footprint | None]:
+        """What makes that which guesses tokens ahead, and the bytes that its caches take; None: nothing does."""
         if draft is not None:
             if lookup:
                 raise UsageError("tokens are guessed by lookup or by a draft model, not by both: leave one out")
@@ -321,16 +326,16 @@ class LanguageModel:
                 check_draft(draft, self)
                 self._drafts.add(draft)
             draft.engine.check_open()
-            return functools.partial(DraftModel, draft.engine, self.config.vocab_size)
+            return functools.partial(DraftModel, draft.engine, self.config.vocab_size), draft.engine.footprint
         if not lookup and self.engine.prediction is not None:
             from runner.engine.prediction import Predicted
 
-            return functools.partial(Predicted, self.engine)
+            return functools.partial(Predicted, self.engine), self.engine.prediction_footprint
         if not lookup:
-            return None
+            return None, None
         from runner.engine.lookup import PromptLookup
 
-        return PromptLookup
+        return PromptLookup, None
 
     def _run(self, run: Run, answer: Answer, cancelled: Callable[[], bool] | None) -> Steps:
         made = 0

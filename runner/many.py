@@ -236,6 +236,7 @@ class Engine:
             turns=(turn,) if 0 < turn < len(prepared.ids) else (),
             guide=prepared.guide,
             proposer=prepared.proposer,
+            beside=prepared.beside,
             model=model,
         )
         answer = Answer(prepared.ends, prepared.text, len(prepared.ids), Memory(clears=False))

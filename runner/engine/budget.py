@@ -24,7 +24,7 @@ class Footprint:
     """Bytes that the caches of one model take for a sequence."""
 
     def __init__(self, layers: Sequence[Sequence[Memory]], storage: Storage, dtype: mx.Dtype) -> None:
-        """`layers` is what each layer remembers."""
+        """`layers` is what each layer remembers; a job of the owner's thread."""
         memories = [memory for layer in layers for memory in layer]
         self._states = sum(memory.nbytes(dtype.size) for memory in memories if isinstance(memory, State))
         self._rows: dict[tuple[int | None, int], int] = {}  # bytes of a row, by the most tokens that are kept

@@ -71,10 +71,19 @@ class DraftModel:
         """Begin an empty sequence; `vocab_size` is that of the other model's logits, which may be padded otherwise."""
         self._vocab_size = vocab_size
         self._draft = draft
-        self._caches = draft.new_caches()
-        self._steps = Steps(draft.model, self._caches, draft.device.ops)
         self._sampler = Sampler(draft.device.ops)
         self._ids: list[int] = []  # certain
+        self.rest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sequence's caches."""
+        return self._caches.nbytes
+
+    def rest(self) -> None:
+        """Let go of the caches: the sequence is read again by the next `propose`."""
+        self._caches = self._draft.new_caches()
+        self._steps = Steps(self._draft.model, self._caches, self._draft.device.ops)
         self._fed: list[int] = []  # in the caches
 
     def add(self, ids: Sequence[int]) -> None:

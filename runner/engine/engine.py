@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from runner.engine.budget import Budget
+from runner.engine.budget import Budget, Footprint
 from runner.engine.loaded import CLOSED, Loaded
 from runner.engine.prefixes import PrefixStats
 from runner.engine.sampling import SamplingParams
@@ -75,6 +75,7 @@ class Worker:
         self._moved = time.monotonic()
 
         def job() -> Sharing:
+            assert loaded.footprint  # made here, for any thread
             sharing = Sharing(loaded, prefixes, disk)
             self._scheduler = Scheduler(loaded, sharing, rows=rows, budget=budget)
             self._holders = (self._scheduler, sharing.prefixes)
@@ -93,7 +94,8 @@ class Worker:
         self._check()
         OWNER.start()
         tokens = len(order.ids) + order.budget
-        self.budget.check(self.loaded.footprint.of(tokens), tokens, self.loose)
+        beside = 0 if order.beside is None else order.beside.of(tokens)
+        self.budget.check(self.loaded.footprint.of(tokens) + beside, tokens, self.loose)
         mailbox = Mailbox()
         self._inbox.put((order, mailbox))
         self._poke()
@@ -265,6 +267,7 @@ class Engine:
         turns: Collection[int] = (),
         guide: Guide | None = None,
         proposer: Callable[[], Proposer] | None = None,
+        beside: Footprint | None = None,
         scores: int | None = None,
         adapters: Mapping[str, float] | None = None,
         model: str = "",
@@ -283,6 +286,7 @@ class Engine:
             guide: says which tokens may come next; None: all may.
             proposer: makes what guesses tokens ahead, on the engine's thread; None: nothing does. No token is another
                 for it.
+            beside: bytes that the proposer's own caches take; None: it has none.
             scores: None, or that the prompt's own log-probabilities are wanted (`Ticket.scores`), with those of so many
                 of the likeliest tokens beside each.
             adapters: adapters that the model was loaded with, and their weights for this request; others are off. None:
@@ -305,7 +309,7 @@ class Engine:
         order = Order(
             ids=loaded.checked(ids), params=params or SamplingParams(temperature=0.0), budget=max_tokens,
             ends=frozenset(ends), choice=choice, priority=priority, weights=weights, turns=turns,
-            scores=scores, deadline=deadline, guide=guide, proposer=proposer,
+            scores=scores, deadline=deadline, guide=guide, proposer=proposer, beside=beside,
         )  # fmt: skip
         return worker.submit(order)
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from runner.cache.caches import Caches
 from runner.cache.several import Memories
-from runner.cache.storage import Powers, Storage
+from runner.cache.storage import PLAIN, Powers, Storage
 from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
 from runner.config.memory import Memory, Shared, needed
@@ -186,6 +186,13 @@ class Loaded:
 
         return Footprint(self.memories, self.storage, self.dtype)
 
+    @functools.cached_property
+    def prediction_footprint(self) -> Footprint:
+        """Bytes that the layer for multi-token prediction remembers of a sequence: what the last layer does."""
+        from runner.engine.budget import Footprint
+
+        return Footprint([self.config.memory(self.config.num_hidden_layers - 1)], PLAIN, self.dtype)
+
     def new_caches(self) -> Caches:
         """Make empty caches for a new sequence."""
         caches = Caches.of(self.memories, self.storage, self.powers)
@@ -289,9 +296,12 @@ def assemble(
         mx.eval([array for _, array in loading.arrays(prediction)])
     powers = channel_powers(model, config.vocab_size, memories, storage, device.ops.storage)
     model = model if part is None else part.led(model)
-    return Loaded(
+    loaded = Loaded(
         config, model, layout, device, dtypes.activations, storage, adapted, powers, prediction, memories, part
     )
+    # Here, on the owner's thread: any thread may ask for them.
+    assert loaded.footprint and loaded.prediction_footprint
+    return loaded
 
 
 def planned_nbytes(raw: Mapping[str, Any], source: Source, *, dtype: str | None = None) -> int:

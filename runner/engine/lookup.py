@@ -17,6 +17,7 @@ class PromptLookup:
 
     free = True
     watches = False
+    nbytes = 0
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -28,6 +29,9 @@ class PromptLookup:
             # What ends here is known from the next token on: the end of the text itself is no place to go on from.
             self._index()
             self._ids.append(token)
+
+    def rest(self) -> None:
+        """There are no caches to let go of."""
 
     def saw(self, hidden: mx.array, position: int) -> None:
         """Hidden states tell nothing here."""

@@ -39,9 +39,18 @@ class Predicted:
         self._model = loaded.model
         self._layer = loaded.prediction.layer
         self._config = loaded.config
-        self._caches = prediction_caches(loaded.config)
         self._sampler = Sampler(loaded.device.ops)
         self._ids: list[int] = []  # certain
+        self.rest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layer's cache, and of the hidden states that it has not been fed."""
+        return self._caches.nbytes + (0 if self._hidden is None else self._hidden.nbytes)
+
+    def rest(self) -> None:
+        """Let go of all that was computed: the next guesses know less of what came before."""
+        self._caches = prediction_caches(self._config)
         self._hidden: mx.array | None = None  # `[1, n, H]`, those that the layer has not been fed
         self._at = 0  # position of the first of them
 

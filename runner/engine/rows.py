@@ -91,6 +91,13 @@ class Row:
         return 0 if self.caches is None else self.caches.offset
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its caches, and of those of what guesses for it."""
+        proposer = None if self.course is None else self.course.proposer
+        beside = 0 if proposer is None else proposer.nbytes
+        return beside + (0 if self.caches is None else self.caches.nbytes)
+
+    @property
     def length(self) -> int:
         """Tokens of prompt and answer, those that nobody has read yet included."""
         return len(self.order.ids) + self.picked
@@ -123,6 +130,8 @@ class Row:
     def leave(self) -> None:
         """Let go of the caches: what they hold is read again, if the row goes on."""
         self.end_session()
+        if self.course is not None and self.course.proposer is not None:
+            self.course.proposer.rest()
         self.caches, self.steps, self.flight = None, None, None
 
     def anew(self) -> None:

@@ -173,8 +173,8 @@ class Scheduler:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the caches of all rows."""
-        return sum(row.caches.nbytes for row in self.live if row.caches is not None)
+        """Bytes of the caches of all rows, and of what guesses for them."""
+        return sum(row.nbytes for row in self.live)
 
     def evict(self, nbytes: int) -> int:
         """Nothing of live rows goes as long as there are prefixes: see `_relieve`."""
@@ -213,14 +213,17 @@ class Scheduler:
         """Whether there are bytes for a row to begin now; kept prefixes make room for it."""
         from runner.engine.budget import ALLOWANCE
 
-        size = self.loaded.footprint.of
         tokens = min(len(row.ids) + ALLOWANCE, row.length + row.order.budget)
         # Those that are reading their prompts will take more than they have.
-        reading = [(other, other.caches) for other in self.live if other.caches is not None and other.reading]
-        growth = sum(max(0, size(len(other.ids)) - caches.nbytes) for other, caches in reading)
-        needed = growth + max(0, size(tokens) - self.keeper.offered(row))
+        growth = sum(max(0, self._size(one, len(one.ids)) - one.nbytes) for one in self.live if one.reading)
+        needed = growth + max(0, self._size(row, tokens) - self.keeper.offered(row))
         budget.press(budget.used + needed - budget.room)
         return not budget.busy or budget.used + needed <= budget.room
+
+    def _size(self, row: Row, tokens: int) -> int:
+        """Bytes that a row's caches, and those of what guesses for it, have at so many tokens."""
+        beside = row.order.beside
+        return self.loaded.footprint.of(tokens) + (0 if beside is None else beside.of(tokens))
 
     def _begin(self, row: Row) -> None:
         if row.course is None:

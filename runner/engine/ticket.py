@@ -19,6 +19,8 @@ from runner.engine.speculation import Guide, Proposer
 if TYPE_CHECKING:
     import asyncio
 
+    from runner.engine.budget import Footprint
+
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
@@ -35,6 +37,7 @@ class Order:
         turns: positions in the prompt where a later one may part from it.
         guide: says which tokens may come next; None: all may.
         proposer: makes what guesses tokens ahead, a job of the owner's thread; None: nothing does.
+        beside: bytes that its caches take, which are none of the model's; None: it has none.
         scores: None, or that the log-probability of each token of the prompt is wanted, and those of so many of the
             likeliest in its place.
     """
@@ -50,6 +53,7 @@ class Order:
     turns: Collection[int] = ()
     guide: Guide | None = None
     proposer: Callable[[], Proposer] | None = None
+    beside: Footprint | None = None
     scores: int | None = None
 
 

@@ -12,6 +12,7 @@ from runner.engine.speculation import Proposer
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from runner.engine.budget import Footprint
     from runner.engine.loaded import Loaded
     from runner.engine.sampler import SamplingState
 
@@ -30,6 +31,11 @@ class Guesses:
         self.rounds = self.tokens = self.right = 0
         self._draft = draft
         self._vocab_size = vocab_size
+
+    @property
+    def footprint(self) -> Footprint:
+        """Bytes that the draft model's caches take for an answer."""
+        return self._draft.footprint
 
     def proposer(self) -> Proposer:
         """What guesses for one answer; a job of the owner's thread."""
@@ -53,6 +59,15 @@ class CountedProposer:
     def watches(self) -> bool:
         """Whether it is to be shown hidden states."""
         return self._inner.watches
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its caches."""
+        return self._inner.nbytes
+
+    def rest(self) -> None:
+        """Let go of the caches."""
+        self._inner.rest()
 
     def add(self, ids: Sequence[int]) -> None:
         """Append tokens that are certain."""

@@ -218,6 +218,7 @@ class LocalBackend:
             turns=order.turns,
             guide=order.guide,
             proposer=None if self._guesses is None else self._guesses.proposer,
+            beside=None if self._guesses is None else self._guesses.footprint,
         )
         self._tickets.add(ticket)
         try:

@@ -13,6 +13,7 @@ import pytest
 from engine_requests import DRAWN, KINDS, chunked, idle, ids, naive, opened, prompts
 
 from runner.cache.several import Memories
+from runner.engine.draft import DraftModel
 from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded
 from runner.engine.rows import Row
@@ -218,7 +219,7 @@ def test_what_does_not_fit_now_waits_and_what_has_grown_is_paused(kind: str, mon
     asked = prompts(loaded, (30, 30, 30, 30))
     pauses: list[Row] = []
     real = Scheduler._pause
-    monkeypatch.setattr(Scheduler, "_pause", lambda self, row: (pauses.append(row), real(self, row))[1])
+    monkeypatch.setattr(Scheduler, "_pause", lambda self, row, **how: (pauses.append(row), real(self, row, **how))[1])
     with Engine(loaded) as probe:
         one = probe._workers[""].loaded.footprint.of(600)
     with Engine(loaded, memory=loaded.nbytes + 2 * one - 1) as engine:
@@ -226,6 +227,31 @@ def test_what_does_not_fit_now_waits_and_what_has_grown_is_paused(kind: str, mon
         found = [ids(ticket) for ticket in tickets]
     assert found == [naive(loaded, p, 400, DRAWN) for p in asked]
     assert pauses or kind != "rows"
+
+
+def test_the_caches_of_a_draft_model_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bytes that a request needs, that are held, and that are let go of where it is paused."""
+    loaded = opened("rows")
+    monkeypatch.setattr("runner.engine.scheduler.WEIGHED_EVERY", 1)
+    one, made, held = loaded.footprint.of(600), list[DraftModel](), list[int]()
+    step = Scheduler.step
+    monkeypatch.setattr(Scheduler, "step", lambda self: (held.append(self.nbytes), step(self))[1])
+
+    def guesses() -> DraftModel:
+        made.append(DraftModel(loaded, loaded.config.vocab_size))
+        return made[-1]
+
+    beside: dict[str, Any] = {"proposer": guesses, "beside": loaded.footprint}
+    asked = prompts(loaded, (30, 30, 30))
+    with Engine(loaded, memory=loaded.nbytes + one + one // 2) as engine:
+        assert len(ids(engine.submit(asked[0], max_tokens=570))) == 570  # it fits, by itself
+        with pytest.raises(UsageError, match="need"):
+            engine.submit(asked[0], max_tokens=570, **beside)
+    with Engine(loaded, memory=loaded.nbytes + 4 * one - 1) as engine:
+        tickets = [engine.submit(p, DRAWN, max_tokens=400, **beside) for p in asked]
+        assert [ids(ticket) for ticket in tickets] == [naive(loaded, p, 400, DRAWN) for p in asked]
+    assert max(held) > 2.5 * loaded.footprint.of(200)
+    assert all(one.nbytes == 0 for one in made)
 
 
 def test_scores_of_a_prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ class Scripted:
 
     free = False
     watches = False
+    nbytes = 0
 
     def __init__(self, prompt: Sequence[int], answer: Sequence[int], wrong: float, seed: int = 0) -> None:
         self.text, self.start, self.wrong, self.chance = [*prompt, *answer], len(prompt), wrong, random.Random(seed)
@@ -64,6 +65,8 @@ class Scripted:
     def add(self, ids: Sequence[int]) -> None:
         self.known += ids
         assert self.known == self.text[: len(self.known)]
+
+    def rest(self) -> None: ...
 
     def saw(self, hidden: mx.array, position: int) -> None:
         raise AssertionError("it does not watch")
