@@ -12,6 +12,7 @@ import typer
 
 from runner.cli import engine, prompt_file, terminal
 from runner.cli.asking import AskingOptions
+from runner.cli.constraint_options import ConstraintOptions
 from runner.cli.history import History, Resume, keep_last_chat, model_of_last, resumed
 from runner.cli.options import (
     MANY,
@@ -88,6 +89,7 @@ def generate(
     adapter: Adapter = None,
     sampling: SamplingOptions,
     length: LengthOptions,
+    form: ConstraintOptions,
     guesses: GuessOptions,
     as_json: JsonLines = False,
     logprobs: Logprobs = None,
@@ -112,12 +114,13 @@ def generate(
         raise UsageError("--output is for the answers to --file: add it")
     last_chat = resumed(resume, history)
     named = model_of_last((model, prompt), named, last_chat)
+    constraint = form.constraint()
+    guesses.check()
     if file is not None:
-        guesses.check()
         asked, answers = prompt_file.read(file), prompt_file.Answers(to)
         answers.open(asked)
-        lm = engine.open_model(named_model(model, named), dtype, adapter, length.context)
-        keywords = {**sampling.keywords(None), **length.keywords(), **guesses.keywords(dtype)}
+        lm = engine.open_model(named_model(model, named), dtype, adapter, length.context, mtp=guesses.mtp)
+        keywords = {**sampling.keywords(None), **length.keywords(), **guesses.keywords(dtype), "constraint": constraint}
         keywords, untold = engine.sampling_of(lm, keywords)
         if untold is not None:
             terminal.note(untold)
@@ -127,8 +130,7 @@ def generate(
     if prompt is None and not terminal.stdin_is_piped():
         no_prompt(model)
     text = terminal.prompt_text(prompt)
-    keywords = {**sampling.keywords(logprobs), **length.keywords()}
-    guesses.check()
+    keywords = {**sampling.keywords(logprobs), **length.keywords(), "constraint": constraint}
     lm = engine.open_model(model, dtype, adapter, length.context, mtp=guesses.mtp)
     keywords |= guesses.keywords(dtype)
     status = terminal.Status()
