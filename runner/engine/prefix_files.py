@@ -4,6 +4,8 @@ A directory of safetensors files, one for each piece of a tree's path: the ids f
 last of them, and the marks at their end. A file is written whole or not at all, and is used only where its checksum
 holds and all that the numbers depend on is the same: the weights, the configuration, how rows are kept, the device.
 What cannot be used is removed. What cannot be written turns writing off, with a note: requests go on.
+
+The thread that owns the device hands over bytes; another one writes them, in the same order, while it computes.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from runner.cache.caches import Caches, Marks, keeps_all
 from runner.cache.mark import Edge, Mark
 from runner.checkpoint.safetensors_header import ShardHeader, read_header
 from runner.checkpoint.shard_writer import bytes_of
+from runner.engine.background import Background
 from runner.engine.loaded import Loaded
 from runner.errors import CheckpointError, UsageError
 from runner.weights import loading
@@ -49,6 +52,9 @@ SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 BROKEN = (CheckpointError, OSError, ValueError, KeyError, IndexError, TypeError, RecursionError)
 """What reading a file that somebody has changed may raise."""
 
+QUEUED = 64 << 20
+"""Bytes that wait to be written at most; then whoever computes waits for the disk."""
+
 HEADER = 16 << 20
 """Bytes of a header at most: a model has some hundred arrays."""
 
@@ -57,7 +63,7 @@ HEADER = 16 << 20
 class Stored:
     """A file that holds the rows of the tokens from `first` up to `last`, and whether the marks at its end.
 
-    `gone` is set once it turned out to be unusable.
+    `waiting` is set until its writing has ended, `gone` once it turned out to be unusable, or could not be written.
     """
 
     path: Path
@@ -66,6 +72,7 @@ class Stored:
     marked: bool
     nbytes: int
     gone: bool = False
+    waiting: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class PrefixFiles:
         self.directory = directory
         self.limit = limit
         self.note: str | None = None
+        self._disk = Background(QUEUED)
         self._fingerprint = fingerprint
         self._kinds = [keeps_all(cache) for cache in empty]
         try:
@@ -172,6 +180,8 @@ class PrefixFiles:
 
     def read(self, stored: Stored) -> tuple[Edge, Marks | None] | None:
         """The rows and the marks of a file; None: it is gone or broken, and will not be asked for again."""
+        if stored.waiting:
+            self._disk.wait()
         try:
             if not stored.gone:
                 found = self._read(stored)
@@ -214,10 +224,10 @@ class PrefixFiles:
     def write(
         self, key: Hashable, ids: Sequence[int], edge: Edge, marks: Marks | None, room: int | None = None
     ) -> Stored | None:
-        """Write the rows of the last of `ids`, and the marks at their end.
+        """Have the rows of the last of `ids` written, and the marks at their end; it turns out later if that fails.
 
         Returns:
-            None where it would take more than `room` bytes, or the disk or the limit leaves none.
+            None where it would take more than `room` bytes, or than the limit allows.
         """
         if self.note is not None:
             return None
@@ -228,30 +238,46 @@ class PrefixFiles:
         if marks is not None:
             parts = enumerate(mark.arrays for mark in marks.marks)
             arrays |= {f"mark.{at}.{name}": array for at, mark in parts for name, array in mark.items()}
-        buffers = [bytes_of(array) for array in arrays.values()]
-        checksum = hashlib.sha256()
-        for buffer in buffers:
-            checksum.update(buffer)
         about = {
             "format": FORMAT, "fingerprint": self._fingerprint, "key": told, "first": str(edge.first),
             "marked": "no" if marks is None else "yes",  # a mark where a chunk begins holds nothing
-            "sha256": checksum.hexdigest(),
+            "sha256": "0" * 64,
         }  # fmt: skip
-        header = _encoded(arrays, about)
-        nbytes = len(header) + sum(buffer.nbytes for buffer in buffers)
-        if room is not None and nbytes > room:
+        shapes = {name: (array.dtype, array.shape, array.nbytes) for name, array in arrays.items()}
+        nbytes = len(_encoded(shapes, about)) + sum(array.nbytes for array in arrays.values())
+        if nbytes > self.limit or (room is not None and nbytes > room):
             return None
-        try:
-            with self._locked():
-                if not self._make_room(nbytes):
-                    return None
-                self._write(path, [memoryview(header), *buffers])
-        except OSError as error:
-            self._give_up(error)
-            return None
-        return Stored(path, edge.first, edge.last, marks is not None, nbytes)
+        # Copies, made here: the other thread knows nothing of MLX.
+        buffers = [bytes(bytes_of(array)) for array in arrays.values()]
+        stored = Stored(path, edge.first, edge.last, marks is not None, nbytes, waiting=True)
 
-    def _write(self, path: Path, buffers: Sequence[memoryview]) -> None:
+        def job() -> None:
+            try:
+                checksum = hashlib.sha256()
+                for buffer in buffers:
+                    checksum.update(buffer)
+                header = _encoded(shapes, {**about, "sha256": checksum.hexdigest()})
+                if self.note is None:
+                    with self._locked():
+                        stored.gone = not self._make_room(nbytes)
+                        if not stored.gone:
+                            self._write(path, [header, *buffers])
+                else:
+                    stored.gone = True
+            except OSError as error:
+                stored.gone = True
+                self._give_up(error)
+            finally:
+                stored.waiting = False
+
+        self._disk.put(nbytes, job)
+        return stored
+
+    def finish(self) -> None:
+        """Wait until all is written."""
+        self._disk.wait()
+
+    def _write(self, path: Path, buffers: Sequence[bytes]) -> None:
         """Put a file in its place; a crash at any moment leaves all of it or nothing."""
         temporary = self.directory / f".{os.urandom(6).hex()}.tmp"
         try:
@@ -313,12 +339,21 @@ class PrefixFiles:
 
     def touch(self, stored: Stored) -> None:
         """Let a file be the last to go."""
+        if stored.waiting:
+            self._disk.put(0, lambda: self._touch(stored))
+        else:
+            self._touch(stored)
+
+    def _touch(self, stored: Stored) -> None:
         with contextlib.suppress(OSError):
             os.utime(stored.path)
 
     def remove(self, stored: Stored) -> None:
-        """Remove a file that nothing can begin with."""
-        self._remove(stored.path)
+        """Remove a file that nothing can begin with, once it is written."""
+        if stored.waiting:
+            self._disk.put(0, lambda: self._remove(stored.path))
+        else:
+            self._remove(stored.path)
 
     def _give_up(self, error: OSError) -> None:
         """Write no more from now on."""
@@ -347,14 +382,13 @@ def fingerprint(loaded: Loaded) -> str:
     return found.hexdigest()
 
 
-def _encoded(arrays: dict[str, mx.array], about: dict[str, str]) -> bytes:
-    """The header of a safetensors file that holds `arrays` in their order, and `about` as its metadata."""
-    sizes = [array.nbytes for array in arrays.values()]
-    ends = itertools.accumulate(sizes, initial=0)
+def _encoded(arrays: dict[str, tuple[mx.Dtype, tuple[int, ...], int]], about: dict[str, str]) -> bytes:
+    """The header of a safetensors file with arrays of these dtypes, shapes and bytes, and `about` as its metadata."""
+    ends = itertools.accumulate((nbytes for _, _, nbytes in arrays.values()), initial=0)
     entries: dict[str, Any] = {"__metadata__": about}
-    for (name, array), (begin, end) in zip(arrays.items(), itertools.pairwise(ends), strict=True):
-        dtype = "I32" if name == "ids" else SPELLED[array.dtype]
-        entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
+    for (name, (kind, shape, _)), (begin, end) in zip(arrays.items(), itertools.pairwise(ends), strict=True):
+        dtype = "I32" if name == "ids" else SPELLED[kind]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries).encode()
     text += b" " * (math.ceil(len(text) / 8) * 8 - len(text))
     return struct.pack("<Q", len(text)) + text

@@ -463,6 +463,7 @@ class Prefixes:
                 written += made
             for stored in reversed(written):  # what was used last is the last to go
                 self._files.touch(stored)
+            self._files.finish()
         self.clear()
 
     def _write(self, node: Node, room: int | None = None) -> list[Stored]:

@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from places import ROOT
 from toy_memories import KINDS, feed, fresh, shown
 
 from runner.cache.caches import Caches
+from runner.engine.background import Background
 from runner.engine.engine import Engine
 from runner.engine.loaded import open_loaded
 from runner.engine.prefix_files import PrefixFiles, fingerprint
@@ -87,6 +89,7 @@ def test_what_memory_has_no_room_for_goes_to_disk_and_comes_back(tmp_path: Path)
     for talk in talks:
         told(prefixes, talk)
         prefixes.budget = 150_000  # two of them
+    written(prefixes)
     assert prefixes.stats.nbytes <= 150_000 and len(files(tmp_path / "kept")) >= 4
     assert [told(prefixes, [*talk, 5]) for talk in talks] == [381] * 6
     assert prefixes.stats.evicted == 0
@@ -189,6 +192,41 @@ def test_a_broken_file_is_not_used(how: str, when: str, kind: str, tmp_path: Pat
     assert told(opened_at(directory, kind), [*FIRST, 50, 51, 52, 53, 54], kind) == 44 or how == "a directory"
 
 
+def written(prefixes: Prefixes) -> None:
+    """Wait for the thread that writes."""
+    assert prefixes._files is not None
+    prefixes._files.finish()
+
+
+def test_nobody_waits_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But who wants what is being written, and who would have more waiting than there may be."""
+    directory, go, real = tmp_path / "kept", threading.Event(), os.fsync
+    monkeypatch.setattr("runner.engine.prefix_files.os.fsync", lambda handle: (go.wait(30), real(handle)))
+    prefixes = opened_at(directory)
+    told(prefixes, FIRST)
+    prefixes.evict(1 << 40)
+    assert prefixes.stats.nbytes == 0 and not files(directory)  # let go of, and not yet on disk
+    threading.Timer(0.2, go.set).start()
+    assert told(prefixes, [*FIRST, 50]) == 40 and prefixes.stats.restored == 40
+    assert len(files(directory)) == 1
+
+
+def test_jobs_in_the_background_keep_their_order_and_their_bound() -> None:
+    background, go, done = Background(100), threading.Event(), list[int]()
+    background.put(60, lambda: (go.wait(30), done.append(0)))
+    background.put(40, lambda: done.append(1))
+    threading.Timer(0.2, go.set).start()
+    assert not done
+    background.put(10, lambda: done.append(2))  # waits for the first
+    assert done[:1] == [0]
+    background.put(1000, lambda: done.append(3))  # larger than all that may wait: when nothing does
+    background.wait()
+    assert done == [0, 1, 2, 3]
+    background.put(0, lambda: done.append(4))  # by another thread
+    background.wait()
+    assert done[-1] == 4
+
+
 def test_a_full_disk_turns_writing_off_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -206,6 +244,7 @@ def test_a_full_disk_turns_writing_off_and_nothing_else(
     assert told(prefixes, [*FIRST, 50]) == 40
     told(prefixes, [*FIRST[:10], 60])
     prefixes.evict(1 << 40)
+    written(prefixes)
     note = prefixes.stats.note
     assert note is not None and "No space left" in note and caplog.messages == [note]
     assert files(directory) == before and not list(directory.glob(".*.tmp"))
@@ -225,7 +264,9 @@ from runner.engine.prefix_files import PrefixFiles
 caches = Caches.of([(Rows(1, 4, 4),)])
 caches[0].append(mx.ones((1, 1, 3, 4)), mx.ones((1, 1, 3, 4)))
 Path.replace = lambda *_: os._exit(9)  # after the bytes, before they have their name
-PrefixFiles(Path(sys.argv[1]), 1 << 30, "a" * 64, caches).write((), [1, 2, 3], caches.rows(0, 3), None)
+files = PrefixFiles(Path(sys.argv[1]), 1 << 30, "a" * 64, caches)
+files.write((), [1, 2, 3], caches.rows(0, 3), None)
+files.finish()
 """
 
 
