@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,7 @@ import typer
 from runner.cli import engine, terminal
 from runner.cli.chat_commands import Commands
 from runner.cli.chat_input import LineReader
+from runner.cli.chat_model import ChatModel, LocalModel
 from runner.cli.chat_settings import ChatSettings
 from runner.cli.conversation import Conversation
 from runner.cli.history import History, Resume, TypedLines, keep_last_chat, model_of_last, resumed
@@ -32,13 +33,13 @@ from runner.cli.options import (
     Wrap,
     model_and_text,
 )
-from runner.cli.template_options import TemplateArg, checked_system, parsed
+from runner.cli.server_options import ServerOptions
+from runner.cli.template_options import TemplateArg, parsed
 from runner.cli.thinking import AnswerOutput
 from runner.errors import ContextLengthError, RunnerError, UsageError
 
 if TYPE_CHECKING:
     from runner.answer import Chunk
-    from runner.language_model import LanguageModel
 
 PROMPT_HELP = "Answer this and leave; piped text is appended to it. With -, that is all of it."
 
@@ -58,52 +59,69 @@ def chat(
     sampling: SamplingOptions,
     length: LengthOptions,
     guesses: GuessOptions,
+    server: ServerOptions,
     thinking: Thinking = None,
     wrap: Wrap = True,
     verbose: Verbose = False,
 ) -> None:
     """Chat with a model. /help lists the chat's commands, Ctrl-C stops an answer, Ctrl-D leaves."""
-    last = resumed(resume, history)
-    named = model_of_last((model, prompt), named, last)
-    model, prompt = model_and_text((model, prompt), named, given, option="-p")
-    text = None if prompt is None else terminal.prompt_text(prompt)
-    keywords = {**sampling.keywords(), **length.keywords()}
+    words = {**sampling.keywords(), **length.keywords()}
     guesses.check()
     variables = parsed(template_arg)
     conversation = Conversation()
-    if last is not None:
-        conversation.replace(last.messages)
-    lm = engine.open_model(model, dtype, adapter, length.context, mtp=guesses.mtp)
-    keywords |= guesses.keywords(dtype)
-    if not lm.tokenizer.has_chat_template:
-        raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
+    talker: ChatModel
+    if server.url is not None:
+        here = {"--dtype": dtype, "--adapter": adapter, "--context": length.context, "--continue": resume or None}
+        here |= {f"--{name}": value or None for name, value in vars(guesses).items()}
+        talker, text = server.opened((model, prompt), named, given, here)
+        name, text = talker.name, None if text is None else terminal.prompt_text(text)
+    else:
+        server.check()
+        last = resumed(resume, history)
+        named = model_of_last((model, prompt), named, last)
+        name, prompt = model_and_text((model, prompt), named, given, option="-p")
+        text = None if prompt is None else terminal.prompt_text(prompt)
+        if last is not None:
+            conversation.replace(last.messages)
+        talker = local_model(name, dtype, adapter, length.context, mtp=guesses.mtp)
+        words |= guesses.keywords(dtype)
     settings = ChatSettings(
-        lm, keywords, variables=variables, thinking=thinking, verbose=verbose, wrap=wrap, history=history
+        talker, words, variables=variables, thinking=thinking, verbose=verbose, wrap=wrap, history=history
     )
+    settings.keywords()  # what a server cannot be asked for is refused before anything is typed
     if system is not None:
-        conversation.system = checked_system(lm.tokenizer, system, settings.template_kwargs, name="--system")
-    talk = Chat(lm, model, conversation, settings, keeps=resume)
+        conversation.system = talker.checked_system(system, settings.template_kwargs, "--system")
+    talk = Chat(talker, None if server.url is not None else name, conversation, settings, keeps=resume)
     if text is None:
         talk.run()
     else:
         talk.ask(text)
 
 
+def local_model(
+    model: str, dtype: str | None, adapter: Sequence[str] | None, context: int | None, *, mtp: bool
+) -> LocalModel:
+    """Load a model of this machine; raises as `engine.open_model`, and UsageError where it cannot chat."""
+    lm = engine.open_model(model, dtype, adapter, context, mtp=mtp)
+    if not lm.tokenizer.has_chat_template:
+        raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
+    return LocalModel(lm)
+
+
 class Chat:
     """Runs one conversation: reads a message, streams the answer, remembers both."""
 
     def __init__(
-        self, lm: LanguageModel, model: str, conversation: Conversation, settings: ChatSettings, *, keeps: bool
+        self, model: ChatModel, given: str | None, conversation: Conversation, settings: ChatSettings, *, keeps: bool
     ) -> None:
         """Begin.
 
         Args:
-            model: the name that the model was given, for the next `-c`.
+            given: the name that the model was given, for the next `-c`; None: there is none.
             keeps: whether the conversation is kept for it even if nobody sits at a terminal.
         """
-        self.lm = lm
         self.model = model
-        self.cache = lm.prompt_cache()
+        self.given = given
         self.conversation = conversation
         self.settings = settings
         self.keeps = keeps
@@ -123,7 +141,7 @@ class Chat:
         """
         self.note_sampling()
         if self.reader.interactive:
-            name = terminal.paint(self.lm.name, "bold", sys.stderr)
+            name = terminal.paint(self.model.name, "bold", sys.stderr)
             print(f"{name}  {terminal.paint('/help lists the commands', 'dim', sys.stderr)}\n", file=sys.stderr)
             if self.conversation.messages:
                 terminal.note(f"(going on with {len(self.conversation.all())} messages: /show messages lists them)\n")
@@ -181,13 +199,8 @@ class Chat:
         # At a terminal, the first Ctrl-C stops only the answer; in a pipe, it ends the program as usual.
         with soft_interrupt() if interactive else nullcontext(lambda: False) as cancelled:
             try:
-                chunks = self.lm.chat_stream(
-                    messages,
-                    prompt_cache=self.cache,
-                    on_prefill=status.prefill,
-                    cancelled=cancelled,
-                    **self.settings.keywords()[0],
-                )
+                keywords, variables = self.settings.keywords()[0], self.settings.template_kwargs
+                chunks = self.model.stream(messages, keywords, variables, status.prefill, cancelled)
                 for last in chunks:
                     shown.write(last)
                     said += last.text
@@ -198,10 +211,11 @@ class Chat:
             finally:
                 shown.end()
         if said:
-            key = self.lm.tokenizer.reasoning_key()
+            key = self.model.reasoning_key
             self.conversation.add(text, said, {key: thought} if key is not None and thought else {})
-            if self.settings.history and (interactive or self.keeps or sys.stdout.isatty()):
-                keep_last_chat(self.model, self.conversation.all())
+            kept = self.settings.history and (interactive or self.keeps or sys.stdout.isatty())
+            if kept and self.given is not None:
+                keep_last_chat(self.given, self.conversation.all())
         if shown.unanswered:
             terminal.note("(only reasoning and no answer: your message was not kept)")
         self.after(last, stopped=cancelled())
@@ -212,7 +226,7 @@ class Chat:
         if stopped:
             terminal.note("(stopped)")
         elif last is not None and last.finish_reason == "length":
-            note = engine.length_note(self.lm, last, self.settings.max_tokens)
+            note = self.model.length_note(last, self.settings.max_tokens)
             terminal.note(f"({note}: /reset starts again)" if note.endswith("full") else f"({note})")
         if self.settings.verbose and last is not None:
             engine.print_timings(last.timings)

@@ -18,7 +18,6 @@ import typer
 from runner.cli import terminal
 from runner.cli.chat_settings import NAMES, ChatSettings
 from runner.cli.conversation import Conversation
-from runner.cli.template_options import checked_system
 from runner.errors import UsageError
 
 COMMAND = re.compile(r"/(?:[A-Za-z]+|\?)")
@@ -146,23 +145,13 @@ class Commands:
             width = max(map(len, rows)) + 2
             text = "\n".join(f"  {name:<{width}}{value}" for name, value in rows.items())
         elif what == "template":
-            text = self.settings.lm.tokenizer.template_sources.get("default", "(no default template)")
+            text = self.settings.model.template
         else:
             text = "\n".join(f"{each['role']}: {each['content']}" for each in self.conversation.all())
         terminal.note(f"{text or '(no messages)'}\n")
 
     def _info(self) -> dict[str, str]:
-        lm, messages = self.settings.lm, self.conversation.all()
-        used = 0
-        if messages:
-            used = len(lm.tokenizer.apply_chat_template(messages, **self.settings.template_kwargs))
-        return {
-            "model": str(lm.path),
-            "family": str(lm.config.model_type),
-            "weights": f"{lm.nbytes / 1e9:.2f} GB in memory",
-            "device": lm.device.name,
-            "context": f"{lm.context_length} tokens, {used} of them used by {len(messages)} messages",
-        }
+        return self.settings.model.info(self.conversation.all(), self.settings.template_kwargs)
 
     def _regenerate(self, rest: str) -> None:
         """Run `/regen`: answer the last message again; the old answer stays if no new one comes."""
@@ -212,8 +201,8 @@ class Commands:
     def _system(self, rest: str) -> None:
         """Run `/system [TEXT | clear]`: set, remove or show the system message."""
         if rest:
-            tokenizer, variables = self.settings.lm.tokenizer, self.settings.template_kwargs
-            new = None if rest == "clear" else checked_system(tokenizer, rest, variables, name="/system")
+            model, variables = self.settings.model, self.settings.template_kwargs
+            new = None if rest == "clear" else model.checked_system(rest, variables, "/system")
             self.conversation.system = new
         shown = "none" if self.conversation.system is None else self.conversation.system
         terminal.note(f"(system message: {shown})\n")

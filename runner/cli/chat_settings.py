@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from runner.cli import engine, terminal
-from runner.cli.template_options import template_kwargs
+from runner.cli import terminal
+from runner.cli.chat_model import ChatModel
 from runner.errors import UsageError
-
-if TYPE_CHECKING:
-    from runner.language_model import LanguageModel
 
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -54,7 +51,7 @@ class ChatSettings:
 
     def __init__(
         self,
-        lm: LanguageModel,
+        model: ChatModel,
         given: Mapping[str, Any],
         *,
         variables: Mapping[str, Any],
@@ -68,7 +65,7 @@ class ChatSettings:
         Raises:
             UsageError: the template does not know a variable, or cannot turn reasoning off.
         """
-        self.lm = lm
+        self.model = model
         self.given = {name: value for name, value in given.items() if value is not None}
         self.variables = variables
         self.thinking = thinking
@@ -76,12 +73,11 @@ class ChatSettings:
         self.history = history
         self.output = terminal.Output(wrap=wrap)
         self.wrap = wrap
-        self.template_kwargs = template_kwargs(lm.tokenizer, variables, thinking)
+        self.template_kwargs = model.variables(variables, thinking)
 
     def keywords(self) -> tuple[dict[str, Any], str | None]:
-        """Make the keywords for an answer, and a note where nothing says how to sample (see `engine.sampling_of`)."""
-        sampling, note = engine.sampling_of(self.lm, self.given)
-        return {**sampling, "template_kwargs": self.template_kwargs}, note
+        """Make the keywords for an answer, and a note where nothing says how to sample."""
+        return self.model.keywords(self.given)
 
     @property
     def max_tokens(self) -> int | None:
@@ -91,10 +87,10 @@ class ChatSettings:
 
     def repeats(self) -> str | None:
         """Why the same question gets the same answer; None if it does not."""
-        params = self._effective()
+        params = self.model.shown(self.given)
         if params["temperature"] == 0:
             return "the temperature is 0"
-        return None if params["seed"] is None else f"the seed is {params['seed']}"
+        return f"the seed is {params['seed']}" if isinstance(params["seed"], int) else None
 
     def set(self, text: str) -> str:
         """Change a setting, as in `temperature 0.7`, `preset creative` or `top_k default`; returns what now holds.
@@ -146,7 +142,7 @@ class ChatSettings:
     def _think(self, value: str | None) -> None:
         if value not in (None, "show", "hide", "off"):
             raise UsageError(f"/set thinking takes show, hide, off or {DEFAULT}, not {value!r}")
-        self.template_kwargs = template_kwargs(self.lm.tokenizer, self.variables, value)
+        self.template_kwargs = self.model.variables(self.variables, value)
         self.thinking = value
 
     def _preset(self, value: str) -> None:
@@ -175,18 +171,12 @@ class ChatSettings:
             raise UsageError(f"/set max_tokens takes a whole number of at least 1, or {DEFAULT}, not {value!r:.40}")
         return number
 
-    def _effective(self) -> dict[str, Any]:
-        chosen = self.keywords()[0]
-        return vars(self.lm.sampling.replace(**{name: chosen[name] for name in SAMPLING if name in chosen}))
-
     def shown(self) -> dict[str, str]:
         """Every setting by name, as text, with what holds where nothing was asked for."""
-        params, stop = self._effective(), self.given.get("stop", self.lm.defaults.stop)
-        rest = "what is left of the context"
-        values: dict[str, Any] = {name: params[name] for name in SAMPLING}
+        params = self.model.shown(self.given)
+        values: dict[str, Any] = {name: params[name] for name in (*SAMPLING, "max_tokens")}
         values |= {"seed": "random" if params["seed"] is None else params["seed"]}
-        values |= {"max_tokens": self.max_tokens or self.lm.defaults.max_new_tokens or rest}
-        values |= {"stop": ", ".join(json.dumps(text, ensure_ascii=False) for text in stop) or "none"}
+        values |= {"stop": ", ".join(json.dumps(text, ensure_ascii=False) for text in params["stop"]) or "none"}
         values |= {"thinking": self.thinking or "show on a terminal"}
         values |= {name: "on" if getattr(self, name) else "off" for name in SWITCHES}
         values |= {"preset": self._preset_name() or "none"}
@@ -197,7 +187,7 @@ class ChatSettings:
         from runner import resources
         from runner.engine.sampling import SamplingParams
 
-        now = self._effective()
+        now = self.model.shown(self.given)
         for preset in resources.names("sampling"):
             values = vars(SamplingParams.preset(preset))
             if all(values[name] == now[name] for name in SAMPLING if name != "seed"):

@@ -115,9 +115,9 @@ def timing_lines(timings: Timings) -> tuple[str, str, str]:
 
 
 def print_timings(timings: Timings | None) -> None:
-    """Print the lines of `timing_lines` on stderr; nothing for None."""
+    """Print the lines of `timing_lines` on stderr; nothing for None, and no memory where it is a server's."""
     if timings is not None:
-        terminal.say("\n".join(timing_lines(timings)))
+        terminal.say("\n".join(timing_lines(timings)[: 3 if timings.peak_memory else 2]))
 
 
 def timings_json(timings: Timings) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import runner
 from runner.cli import history
 from runner.cli.chat_commands import ALIASES, Commands
 from runner.cli.chat_input import completed
+from runner.cli.chat_model import LocalModel
 from runner.cli.chat_settings import ChatSettings
 from runner.cli.conversation import Conversation
 from runner.cli.terminal import visible
@@ -78,7 +79,7 @@ def test_set_says_what_now_holds() -> None:
 @pytest.fixture(scope="module")
 def commands() -> Commands:
     lm = runner.load(MODEL)
-    settings = ChatSettings(lm, {}, variables={}, thinking=None, verbose=False, wrap=True, history=False)
+    settings = ChatSettings(LocalModel(lm), {}, variables={}, thinking=None, verbose=False, wrap=True, history=False)
     return Commands(Conversation(), settings, lambda text: True, interactive=False)
 
 
