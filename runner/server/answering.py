@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one token adds to one of the choices.
+    """What one token adds to one of the choices; one with nothing in it says that the prompt is being read.
 
     Attributes:
-        token: the token itself; None for what was held back until the end.
+        token: the token itself.
         finish: on the last one of a choice "stop", "length" or "tool_calls".
         calls: calls of functions that the token completes.
         stopped_by: on the last one the stop text that ended the answer, if one did.
@@ -83,6 +83,10 @@ class Answering:
         made, reasoned, spoken, called, before = 0, False, False, False, 0.0
         async with contextlib.aclosing(prepared.served.backend.tokens(prepared.order(choice))) as steps:
             async for step in steps:
+                usage.cached_tokens = max(usage.cached_tokens, step.cached_tokens)
+                if step.token is None:
+                    yield Delta(choice)
+                    continue
                 now = time.perf_counter()
                 if self.first is None:
                     self.first = now
@@ -91,7 +95,6 @@ class Answering:
                 self.last = before = now
                 made += 1
                 usage.completion_tokens += 1
-                usage.cached_tokens = max(usage.cached_tokens, step.cached_tokens)
                 split, reason = Split(), None
                 if step.token.id in prepared.ends:
                     reason = "stop"
@@ -124,6 +127,32 @@ class Answering:
                 if reason is not None:
                     return
         raise RuntimeError("the backend ended an answer before its length, without an end token")
+
+
+@contextlib.asynccontextmanager
+async def started(stream: AsyncGenerator[T, None], seconds: float) -> AsyncIterator[AsyncIterator[T]]:
+    """A generator's items, once the first is there or so many seconds are over; the generator ends with the block.
+
+    Raises:
+        Exception: what the generator raises in place of its first item.
+    """
+    first = asyncio.ensure_future(anext(stream))
+
+    async def items() -> AsyncIterator[T]:
+        yield await first
+        async for item in stream:
+            yield item
+
+    try:
+        await asyncio.wait([first], timeout=seconds)
+        if first.done():
+            first.result()
+        yield items()
+    finally:
+        first.cancel()
+        with contextlib.suppress(BaseException):
+            await first
+        await stream.aclose()
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

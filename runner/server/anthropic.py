@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from runner.constraints import JsonSchema
 from runner.server import inert
-from runner.server.answering import Answering, Delta
+from runner.server.answering import Answering, Delta, started
 from runner.server.errors import anthropic_form, invalid
 from runner.server.fields import Policy, read
 from runner.server.inert import Table
@@ -31,6 +31,8 @@ PING = event("ping", {"type": "ping"})
 BILLING = "x-anthropic-billing-header:"
 """How a system block of Claude Code's begins that is for Anthropic's bills: it changes with each prompt, and would keep
 prompts from sharing what they have in common."""
+START_SECONDS = 5.0
+"""Seconds for which the first event waits until it is known how much of the prompt was read before."""
 HIDDEN = "runner1."
 """How a signature begins that holds the text of reasoning which the client asked not to see, to be played back."""
 MAX_HIDDEN = 1 << 22
@@ -353,18 +355,19 @@ class Reply:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The events of a stream."""
         try:
-            yield event("message_start", {"type": "message_start", "message": self._message([], None)})
-            yield PING
-            blocks = Blocks(self._omitted)
-            async for delta in self._answering.deltas():
-                for name, value in blocks.add(delta):
-                    yield event(name, {"type": name, **value})
-                if delta.finish is not None:
-                    for name, value in blocks.end():
+            async with started(self._answering.deltas(), START_SECONDS) as deltas:
+                yield event("message_start", {"type": "message_start", "message": self._message([], None)})
+                yield PING
+                blocks = Blocks(self._omitted)
+                async for delta in deltas:
+                    for name, value in blocks.add(delta):
                         yield event(name, {"type": name, **value})
-                    ended = {"stop_reason": _reason(delta), "stop_sequence": delta.stopped_by}
-                    yield event("message_delta", {"type": "message_delta", "delta": ended, "usage": self._usage()})
-            yield event("message_stop", {"type": "message_stop"})
+                    if delta.finish is not None:
+                        for name, value in blocks.end():
+                            yield event(name, {"type": name, **value})
+                        ended = {"stop_reason": _reason(delta), "stop_sequence": delta.stopped_by}
+                        yield event("message_delta", {"type": "message_delta", "delta": ended, "usage": self._usage()})
+                yield event("message_stop", {"type": "message_stop"})
         except Exception as error:
             yield event("error", anthropic_form(self._running.failed(error)))
 

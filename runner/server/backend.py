@@ -51,9 +51,9 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One token of an answer; `cached_tokens` of its prompt were there already."""
+    """One token of an answer; `cached_tokens` of its prompt were there already. Without a token: that is known now."""
 
-    token: Token
+    token: Token | None
     cached_tokens: int = 0
 
 

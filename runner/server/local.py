@@ -222,8 +222,13 @@ class LocalBackend:
         )
         self._tickets.add(ticket)
         try:
-            async for token in ticket:
-                yield Step(token, ticket.reused)
+            begun = False
+            while (event := await ticket.event()) is not None:
+                if isinstance(event, Token):
+                    yield Step(event, ticket.reused)
+                elif not begun:  # a part of the prompt is read
+                    yield Step(None, ticket.reused)
+                begun = True
         finally:
             self._tickets.discard(ticket)
             ticket.cancel()

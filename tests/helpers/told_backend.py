@@ -70,6 +70,7 @@ class ToldBackend:
         held_by: requests that hold it.
         kept: for how long each wanted it to stay.
         fails: raised by the next token; the backend is dead then.
+        cached: tokens of each prompt that were read before.
         pause: seconds before each token.
         gate: where it is set, no token comes before it is set to true.
     """
@@ -91,6 +92,7 @@ class ToldBackend:
         self.fails: Exception | None = None
         self.dead = False
         self.pause = 0.0
+        self.cached = 0
         self.held = threading.Event()
         self.held.set()
 
@@ -109,6 +111,8 @@ class ToldBackend:
         self.orders.append(order)
         self.open += 1
         try:
+            if self.cached:
+                yield Step(None, self.cached)
             made = self.facts.tokenizer
             prompt = made.decode(order.ids, skip_special_tokens=False)
             answer = self.script(prompt, order)
@@ -127,10 +131,10 @@ class ToldBackend:
                 self.moments.append(time.perf_counter())
                 top = order.params.logprobs
                 if top is None:
-                    yield Step(Token(token), 0)
+                    yield Step(Token(token), self.cached)
                 else:
                     likeliest = [(token, -0.25), *((index, -2.0 - index) for index in range(top - 1))][:top]
-                    yield Step(Token(token, -0.25, likeliest), 0)
+                    yield Step(Token(token, -0.25, likeliest), self.cached)
         finally:
             self.open -= 1
 

@@ -235,6 +235,7 @@ def test_not_found(client: anthropic.Anthropic) -> None:
 
 def test_pings_while_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.server.streaming.PING_SECONDS", 0.05)
+    monkeypatch.setattr("runner.server.anthropic.START_SECONDS", 0.02)
     backend = ToldBackend(lambda prompt, order: "ok")
     backend.held.clear()
     with Running([backend]) as server:
@@ -246,3 +247,26 @@ def test_pings_while_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
                 if text.count("event: ping") == 4:
                     backend.held.set()
     assert text.index("message_start") < text.index("ping") and "message_stop" in text
+
+
+def test_the_first_event_says_what_was_read_before() -> None:
+    backend = ToldBackend(lambda prompt, order: "ok")
+    backend.cached = 7
+    body: dict[str, Any] = {"model": "told", "max_tokens": 50, "messages": HELLO}
+    with Running([backend]) as server:
+        usages = []
+        with httpx2.stream("POST", f"{server.url}/v1/messages", json={**body, "stream": True}, timeout=10) as sent:
+            for line in sent.iter_lines():
+                if line.startswith("data: "):
+                    value = json.loads(line[6:])
+                    usages += [u for u in (value.get("message", {}).get("usage"), value.get("usage")) if u]
+        usages.append(httpx2.post(f"{server.url}/v1/messages", json=body).json()["usage"])
+        del body["max_tokens"]
+        whole = httpx2.post(f"{server.url}/v1/messages/count_tokens", json=body).json()["input_tokens"]
+        body["max_tokens"] = 50
+        backend.fails = MemoryError()
+        with httpx2.stream("POST", f"{server.url}/v1/messages", json={**body, "stream": True}, timeout=10) as sent:
+            assert "event: error" in "".join(sent.iter_text())
+    assert len(usages) == 3
+    for usage in usages:
+        assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (whole - 7, 7)
