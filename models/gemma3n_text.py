@@ -114,6 +114,7 @@ class Attention(qwen3.Attention):
 class SparseMLP(llama.MLP):
     """A gated MLP whose gates below a quantile are zero: that of a normal distribution of their mean and deviation."""
 
+    UNDIVIDED = True  # mean and deviation are those of the whole gate
     sparsity: float = setting()
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -154,7 +154,7 @@ class MoE(moe.MoE):
         # A row for each token and expert, as if it were a token with one expert.
         rows = (x[:, :, None] * scores[..., None].astype(x.dtype)).reshape(x.shape[0], -1, x.shape[-1])
         outputs = self.outputs(rows, experts.reshape(x.shape[0], -1, 1)).reshape(*experts.shape, -1)
-        return mx.sum(outputs, axis=2) + self.shared(x)
+        return self.complete(mx.sum(outputs, axis=2)) + self.shared(x)
 
 
 @dataclass

@@ -115,6 +115,8 @@ class RankReport:
         nbytes: bytes of its weights, in the dtypes that this machine would compute in.
         per_token: bytes that its layers remember of each token, where rows are as wide as activations.
         sends: bytes that it sends for each token.
+        draws: bytes that it sends besides for each token that is drawn.
+        notes: what every rank has all of, and why.
     """
 
     rank: int
@@ -122,11 +124,14 @@ class RankReport:
     nbytes: int
     per_token: int
     sends: int
+    draws: int
+    notes: tuple[str, ...]
 
 
 def inspect_ranks(model: str | Path, settings: Settings, *, dtype: str | None = None) -> list[RankReport]:
     """Say what each process of a run would hold and send; nothing is loaded. Errors as of `runner.load`."""
     from runner.engine.dtypes import choose
+    from runner.engine.part import Whole
     from runner.ops.device import current
     from runner.ops.exchange import Exchange
     from runner.ranks.part import held
@@ -137,17 +142,16 @@ def inspect_ranks(model: str | Path, settings: Settings, *, dtype: str | None = 
     config = config_class.from_dict(files.config)
     device = current()
     dtypes = choose(dtype, device, files.config, headers)
-    layout = plan(model_class, config, headers, {"ops": device.ops, "activations": dtypes.activations})
+    provided = {"ops": device.ops, "activations": dtypes.activations}
+    layout = plan(model_class, config, headers, provided)
+    whole = Whole(model_class, layout, config, files.source, provided, dtypes.weights)
     reports = []
     for rank in range(settings.size):
-        exchange = Exchange(rank, settings.size)
-        found = held(
-            layout, config, headers, settings, exchange, activations=dtypes.activations, weights=dtypes.weights
-        )
-        memories = [memory for layer in found.memories for memory in layer]
+        found = held(whole, settings, Exchange(rank, settings.size))
+        memories = [memory for layer in found.own.memories for memory in layer]
         width = dtypes.activations.size
         row = needed(memories, 1, width) - needed(memories, 0, width)
-        reports.append(RankReport(rank, found.layers, found.nbytes, row, found.sends))
+        reports.append(RankReport(rank, found.layers, found.nbytes, row, found.sends, found.draws, found.notes))
     return reports
 
 

@@ -82,11 +82,17 @@ def show_ranks(model: str, settings: Settings, as_json: bool) -> None:
         rows = [{**vars(report), "layers": list(report.layers)} for report in reports]
         terminal.Output().line(json.dumps({"mode": settings.mode, "ranks": rows}, indent=2))
         return
-    table = tables.columns(">rank", "layers", ">weights", ">keys and values a token", ">sends a token", gap=2)
+    table = tables.columns(
+        ">rank", "layers", ">weights", ">keys and values a token", ">sends a token", ">and a drawn one", gap=2
+    )
     for report in reports:
-        sizes = (tables.cell(tables.size(each)) for each in (report.nbytes, report.per_token, report.sends))
+        sizes = (
+            tables.cell(tables.size(each)) for each in (report.nbytes, report.per_token, report.sends, report.draws)
+        )
         table.add_row(tables.cell(str(report.rank)), tables.cell(spans(report.layers)), *sizes)
     tables.show(*tables.section(f"{settings.size} processes, {settings.mode}", table))
+    for note in reports[0].notes:
+        terminal.note(f"every rank has all of what has {note}", "yellow")
 
 
 def pairs(values: dict[str, Any]) -> Table:

@@ -13,10 +13,17 @@ from runner.errors import UsageError
 COMMANDS = ("generate", "chat", "run", "bench", "perplexity")
 """Commands that can be shared out."""
 
+BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
+"""Backends of `mx.distributed` for whose processes `mlx.launch` sets a rank."""
+
 Processes = Annotated[int, typer.Option("-n", "--processes", metavar="N", min=1, help="Processes on this machine.")]
 HostFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="A hostfile of mlx.launch: the machines, this one first.", show_default=False),
+]
+Backend = Annotated[
+    str,
+    typer.Option(metavar="NAME", help=f"What carries what they send, of mlx.launch's: {', '.join(BACKENDS)}."),
 ]
 Wait = Annotated[float, typer.Option(metavar="SECONDS", min=1, help="How long the processes have to come.")]
 StartingPort = Annotated[
@@ -34,6 +41,7 @@ def launch(
     processes: Processes = 1,
     hostfile: HostFile = None,
     sharing: SharingOptions,
+    backend: Backend = "ring",
     wait: Wait = 10.0,
     port: StartingPort = None,
 ) -> None:
@@ -45,10 +53,13 @@ def launch(
     if hostfile is None and processes == 1:
         raise UsageError("there is one process only: -n says how many, --hostfile where")
     from runner.cli.launching import here, new_token, on_hosts, supervise
-    from runner.ops import backend
 
-    backend.require()
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    from runner.ops.backend import require
+
+    require()
     place = here(processes, port) if hostfile is None else on_hosts(hostfile, port)
     # Each rank has a port for the ring; rank 0 another one, for what is said beside it.
     settings = sharing.settings(place.size, host=place.host, port=place.port + place.size, token=new_token(), wait=wait)
-    raise typer.Exit(supervise(place, settings, rest))
+    raise typer.Exit(supervise(place, settings, backend, rest))

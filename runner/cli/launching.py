@@ -99,7 +99,7 @@ def on_hosts(path: Path, port: int | None) -> Place:
     return Place(options, names[0][1][0], first, len(names), local)
 
 
-def supervise(place: Place, settings: Settings, command: list[str]) -> int:
+def supervise(place: Place, settings: Settings, backend: str, command: list[str]) -> int:
     """Start the processes, lend rank 0 this terminal, and return its exit code once all have ended."""
     tool = Path(sysconfig.get_path("scripts")) / "mlx.launch"
     if not tool.exists():
@@ -110,7 +110,7 @@ def supervise(place: Place, settings: Settings, command: list[str]) -> int:
         server.bind(path)
         server.listen(1)
         arguments = [
-            str(tool), *place.options, "--backend", "ring", "--env", f"{VARIABLE}={settings.to_json()}",
+            str(tool), *place.options, "--backend", backend, "--env", f"{VARIABLE}={settings.to_json()}",
             "--env", f"{LAUNCHER}={path}", *environment(), "--", sys.executable, "-m", "runner.cli.rank", *command,
         ]  # fmt: skip
         with tempfile.TemporaryFile() as said, terminal_kept():

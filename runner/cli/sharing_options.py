@@ -23,6 +23,10 @@ class SharingOptions:
     pipeline: Annotated[
         bool, typer.Option("--pipeline", help="Share out the layers: the default.", rich_help_panel=SHARING)
     ] = False
+    tensor: Annotated[
+        bool,
+        typer.Option("--tensor", help="Share out each layer's matrices, over a fast link.", rich_help_panel=SHARING),
+    ] = False
     share: Annotated[
         str | None,
         typer.Option(
@@ -34,7 +38,7 @@ class SharingOptions:
 
     def refuse(self, needed: str) -> None:
         """Raise UsageError if one of them is given without the option `needed`."""
-        for name, value in (("--pipeline", self.pipeline), ("--share", self.share)):
+        for name, value in (("--pipeline", self.pipeline), ("--tensor", self.tensor), ("--share", self.share)):
             if value:
                 raise UsageError(f"{name} is for {needed}: add it")
 
@@ -58,6 +62,8 @@ class SharingOptions:
 
     def settings(self, size: int, *, host: str = "", port: int = 0, token: str = "", wait: float = 0.0) -> Settings:
         """What the processes are told."""
-        from runner.ranks.settings import PIPELINE, Settings
+        from runner.ranks.settings import PIPELINE, TENSOR, Settings
 
-        return Settings(size, PIPELINE, self.shares(size), host, port, token, wait)
+        if self.tensor and (self.pipeline or self.share):
+            raise UsageError("--tensor shares tensors out evenly: --pipeline and --share are for whole layers")
+        return Settings(size, TENSOR if self.tensor else PIPELINE, self.shares(size), host, port, token, wait)

@@ -18,7 +18,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, NewType, Protocol, Self, TypeVar
 
@@ -151,6 +151,10 @@ class Config:
     """Sentences for people about what was ignored: keys of `config.json` that nothing reads."""
     layer_index: int | None = field(init=False, default=None, metadata={_MINIMUM: 0})
     """Index of the layer that this copy of the config describes; None in the config of the whole model."""
+    whole: Self | None = field(init=False, default=None, repr=False, compare=False)
+    """The config that this one is a rank's share of; None: it is whole."""
+    division: tuple[frozenset[str], int] = field(init=False, default=(frozenset(), 1), repr=False, compare=False)
+    """Which fields are divided, and by how much."""
     INERT: ClassVar[frozenset[str]] = frozenset()
     """Keys in this family's files that do not affect the result; each class that lists some gives the reason."""
     ONLY: ClassVar[Mapping[str, object]] = {}
@@ -183,12 +187,33 @@ class Config:
         Raises:
             ConfigError: the layer's own settings do not fit together.
         """
+        if self.whole is not None:
+            # A layer's own settings are made of whole numbers, and divided then.
+            return self.whole.for_layer(index).divided(*self.division)
         layer = copy.copy(self)
         # The class is frozen; nobody else holds the copy yet.
         object.__setattr__(layer, "layer_index", index)
         for name, value in self.layer_settings(index).items():
             object.__setattr__(layer, name, value)
         return layer
+
+    def divided(self, names: Iterable[str], size: int) -> Self:
+        """A rank's share of this config, where the numbers of the fields `names` are shared out over `size` ranks.
+
+        Of a number that is smaller than `size`, each has one, and several have the same.
+
+        Raises:
+            ConfigError: a number can't be shared out evenly.
+        """
+        share = copy.copy(self)
+        object.__setattr__(share, "whole", self)
+        object.__setattr__(share, "division", (frozenset(names), size))
+        for name in names:
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < 1 or (number % size and size % number):
+                raise ConfigError(f"{name} = {number} cannot be shared out evenly over {size} ranks")
+            object.__setattr__(share, name, max(number // size, 1))
+        return share
 
     def layer_settings(self, index: int) -> Mapping[str, Any]:
         """The fields that have another value in layer `index` than in the model's config."""

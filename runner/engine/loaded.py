@@ -276,9 +276,12 @@ def assemble(
         layout = adapted.applied(layout, device.ops, dtypes.weights)
     memories = _memories(config)
     if part is not None:
-        layout, held = part.own(layout, config, source.headers, dtypes.activations, dtypes.weights)
-        memories = list(held)
-    needed_bytes = loading.planned_nbytes(layout, source.headers, dtypes.weights)
+        from runner.engine.part import Whole
+
+        own = part.own(Whole(model_class, layout, config, source, provided, dtypes.weights))
+        layout, memories = own.layout, list(own.memories)
+    headers = source.headers if part is None else own.source.headers
+    needed_bytes = loading.planned_nbytes(layout, headers, dtypes.weights)
     ahead = planned_prediction(config, source, provided) if mtp else None
     if ahead is not None:
         needed_bytes += loading.planned_nbytes(ahead, source.headers, dtypes.weights)
@@ -286,6 +289,7 @@ def assemble(
         check_memory(needed_bytes, capacity(device.mlx))
     else:
         part.agree(raw, source.headers, needed_bytes, capacity(device.mlx))
+        source = own.source
     model = loading.build(layout, source, dtype=dtypes.weights, progress=progress)
     # Nothing lazy is shared: what modules computed for themselves (RoPE's frequencies, MLA's matrices) is computed now.
     mx.eval([array for _, array in loading.arrays(model)])

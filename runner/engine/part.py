@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -13,10 +14,50 @@ from runner.config.memory import Memory
 from runner.families import Model
 from runner.ops.device import Device
 from runner.weights.plan import ModulePlan
-from runner.weights.tags import Header
+from runner.weights.tags import Header, Source
 
 Memories = Sequence[tuple[Memory, ...]]
 """What each layer of a model remembers."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model that is to be shared out, before anything of it is read.
+
+    Attributes:
+        cls: its class.
+        layout: the plan of all of it.
+        provided: what that was planned with; see `plan`.
+        weights: the dtype that tensors are brought to; None: as they are stored.
+    """
+
+    cls: type
+    layout: ModulePlan
+    config: Config
+    source: Source
+    provided: Mapping[str, Any]
+    weights: mx.Dtype | None
+
+    @property
+    def activations(self) -> mx.Dtype:
+        """The dtype of hidden states."""
+        found = self.provided["activations"]
+        assert isinstance(found, mx.Dtype)
+        return found
+
+
+@dataclass(frozen=True)
+class Own:
+    """What one process holds of a model.
+
+    Attributes:
+        layout: the plan of it, over the tensors of `source`.
+        memories: what its layers remember; () for those that are elsewhere.
+    """
+
+    layout: ModulePlan
+    source: Source
+    memories: Memories
 
 
 class Part(Protocol):
@@ -30,15 +71,12 @@ class Part(Protocol):
     def whole(self) -> ModulePlan | None:
         """The plan of the whole model, once `own` was asked."""
 
-    def own(
-        self,
-        layout: ModulePlan,
-        config: Config,
-        headers: Mapping[str, Header],
-        activations: mx.Dtype,
-        weights: mx.Dtype | None,
-    ) -> tuple[ModulePlan, Memories]:
-        """What of a whole model's `layout` is held here, and what the layers here remember."""
+    def own(self, whole: Whole) -> Own:
+        """What of a whole model is held here.
+
+        Raises:
+            UsageError: the model can't be shared out so.
+        """
 
     def suited(self, device: Device) -> Device:
         """The device without what only works for a whole model."""

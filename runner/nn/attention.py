@@ -22,6 +22,7 @@ from runner.weights.tags import setting, tensor
 class HeadNorms(Module):
     """A LayerNorm without bias for each head, weights `[heads, head_dim]`, for x `[B, heads, L, head_dim]`."""
 
+    DIVIDES = True  # by heads: each has a norm of its own
     weight: mx.array
     ops: Ops = provided_ops()
 
@@ -87,10 +88,11 @@ class Attend(Module):
 class SinkAttend(Attend):
     """Attention with a learned sink per head: one more logit in the softmax, without a value (arXiv:2309.17453)."""
 
+    DIVIDES = True  # a sink belongs to one head
     sinks: mx.array = tensor("sinks", "num_attention_heads")
 
     def __call__(self, query: mx.array, history: History | Histories, batch: Batch) -> mx.array:
-        return self.attended(query, history, batch, self.sinks)
+        return self.attended(query, history, batch, self.sinks.astype(query.dtype))
 
 
 def own_mask(query: mx.array, history: History, batch: Batch) -> mx.array | None:

@@ -45,6 +45,8 @@ class Quantization:
 class Linear(Chooses):
     """`y = x W^T + b`, `[..., in] -> [..., out]`; loading replaces it with one of the three classes below."""
 
+    DIVIDES = True
+
     def __call__(self, x: mx.array) -> mx.array:
         raise NotImplementedError
 
@@ -144,6 +146,8 @@ class JoinedLinear(Linear):
 
 class Embedding(Chooses):
     """An embedding table: ids `[...]` -> `[..., hidden_size]`."""
+
+    WHOLE = True
 
     def __call__(self, ids: mx.array) -> mx.array:
         raise NotImplementedError

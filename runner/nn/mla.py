@@ -29,6 +29,7 @@ from runner.weights.tree import Size, Tree, leaves
 
 HIDDEN, LATENT, QUERY_LATENT = "hidden_size", "kv_lora_rank", "q_lora_rank"
 QUERIES = "num_attention_heads*qk_head_dim"
+KEYS_AND_VALUES = "num_attention_heads*key_and_value_dim"
 KEYS, VALUES = "num_attention_heads*qk_nope_head_dim", "num_attention_heads*v_head_dim"
 NORM_EPS = 1e-6  # epsilon of the norms inside attention, whatever rms_norm_eps says
 
@@ -52,6 +53,11 @@ class LatentConfig(DecoderConfig):
 
     def memory(self, index: int) -> tuple[Memory, ...]:
         return (Rows(1, self.kv_lora_rank, self.qk_rope_head_dim, joined=True),)
+
+    @property
+    def key_and_value_dim(self) -> int:
+        """Rows of a head in the matrix that makes keys, but for what RoPE turns, and values."""
+        return self.qk_nope_head_dim + self.v_head_dim
 
     @property
     def rotary_dim(self) -> int:
@@ -134,7 +140,7 @@ class KeysAndValues(Chooses):
 class JoinedKeysAndValues(KeysAndValues):
     """The projection stored as DeepSeek does: one matrix, `kv_b_proj`."""
 
-    kv_b_proj: Linear = weight("kv_b_proj", (KEYS, VALUES), LATENT)
+    kv_b_proj: Linear = weight("kv_b_proj", KEYS_AND_VALUES, LATENT)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.kv_b_proj(x)

@@ -15,6 +15,7 @@ from runner.errors import WeightsError
 from runner.nn.fast import provided_ops
 from runner.nn.linear import Linear, QuantizedFields, stored_quantization
 from runner.nn.mlp import GLU
+from runner.ops.exchange import Exchange
 from runner.ops.routing import Routing
 from runner.ops.table import Ops
 from runner.weights.module import Module
@@ -31,6 +32,8 @@ class ExpertLinear(Chooses):
 
     With `sorted_indices`, `experts` is `[rows]` and in ascending order.
     """
+
+    DIVIDES = True
 
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
         raise NotImplementedError
@@ -110,6 +113,7 @@ class MoE(Module):
     down_proj: ExpertLinear
     correction: mx.array | None = field(default=None, kw_only=True)
     ops: Ops = provided_ops()
+    exchange: Exchange | None = field(default=None, kw_only=True)
     num_experts_per_tok: int = setting()
     norm_topk_prob: bool = setting()
     scoring_func: str = setting(default="softmax")
@@ -151,7 +155,11 @@ class MoE(Module):
 
     def mixed(self, x: mx.array, experts: mx.array, routing_weights: mx.array) -> mx.array:
         """The outputs of `experts` `[B, L, K]` for `x`, weighed and added."""
-        return self.ops.mixture(self.outputs(x, experts), routing_weights)
+        return self.complete(self.ops.mixture(self.outputs(x, experts), routing_weights))
+
+    def complete(self, y: mx.array) -> mx.array:
+        """A sum over experts, of which each rank may have a part of the numbers: the sum over ranks as well."""
+        return y if self.exchange is None else self.exchange.total(y)
 
     def outputs(self, x: mx.array, experts: mx.array) -> mx.array:
         """What each token's `experts` `[B, L, K]` make of it, `[B, L, K, hidden_size]`."""

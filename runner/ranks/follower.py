@@ -14,15 +14,14 @@ import mlx.core as mx
 from runner.cache.caches import Caches, Marks
 from runner.cache.several import Memories as Given
 from runner.cache.several import SeveralCaches
-from runner.config.base import Config
 from runner.engine.loaded import Loaded
-from runner.engine.part import Memories
+from runner.engine.part import Memories, Own, Whole
 from runner.engine.prompt_cache import BUDGET
 from runner.errors import RunnerError
 from runner.families import Model
 from runner.nn.batch import Batch, Segment
 from runner.ops.device import Device
-from runner.ops.exchange import Exchange
+from runner.ops.exchange import CODES, Exchange
 from runner.ops.owner import OWNER
 from runner.ranks.link import ENDED, Link, Message
 from runner.ranks.part import Held, fingerprint, held, without_recording
@@ -78,20 +77,11 @@ class Follower:
 
     # What loading asks: `runner.engine.part.Part`.
 
-    def own(
-        self,
-        layout: ModulePlan,
-        config: Config,
-        headers: Mapping[str, Header],
-        activations: mx.Dtype,
-        weights: mx.Dtype | None,
-    ) -> tuple[ModulePlan, Memories]:
+    def own(self, whole: Whole) -> Own:
         """See `Part.own`."""
-        self._held = held(
-            layout, config, headers, self.settings, self.exchange, activations=activations, weights=weights
-        )
-        self._fingerprint = {"activations": str(activations), "dtype of weights": str(weights)}
-        return self._held.plan, self._held.memories
+        self._held = held(whole, self.settings, self.exchange)
+        self._fingerprint = {"activations": str(whole.activations), "dtype of weights": str(whole.weights)}
+        return self._held.own
 
     def suited(self, device: Device) -> Device:
         """See `Part.suited`."""
@@ -139,6 +129,10 @@ class _Passes:
         do = message["do"]
         if do == "pass":
             self._pass(message)
+        elif do == "logits":
+            # Which rows are wanted, rank 0 says by sending them; all ranks have the same hidden states.
+            rows = mx.zeros(tuple(message["shape"]), CODES[message["dtype"]])
+            mx.async_eval(self._engine.model.logits(self._follower.exchange.from_first(rows)))
         elif do == "sent":
             self._follower.link.send(sent=self._follower.exchange.sent)
         elif do == "new":

@@ -21,14 +21,13 @@ from runner.cache.caches import Caches, Marks
 from runner.cache.mark import Edge
 from runner.cache.several import Memories as Given
 from runner.cache.several import SeveralCaches
-from runner.config.base import Config
 from runner.config.memory import Rows, State
-from runner.engine.part import Memories
+from runner.engine.part import Memories, Own, Whole
 from runner.errors import BackendError, UsageError
 from runner.families import Model
 from runner.nn.batch import Batch
 from runner.ops.device import Device
-from runner.ops.exchange import Exchange
+from runner.ops.exchange import CODES, Exchange
 from runner.ranks.link import ENDED, GONE, Link, Lost, Message, read_message
 from runner.ranks.part import Held, difference, fingerprint, flat, held, without_recording
 from runner.ranks.settings import Settings
@@ -194,21 +193,12 @@ class Leader:
         self.exchange.reset()
         self.tell(do="load", **what)
 
-    def own(
-        self,
-        layout: ModulePlan,
-        config: Config,
-        headers: Mapping[str, Header],
-        activations: mx.Dtype,
-        weights: mx.Dtype | None,
-    ) -> tuple[ModulePlan, Memories]:
+    def own(self, whole: Whole) -> Own:
         """See `Part.own`."""
-        self.whole = layout
-        self._held = held(
-            layout, config, headers, self.settings, self.exchange, activations=activations, weights=weights
-        )
-        self._fingerprint = {"activations": str(activations), "dtype of weights": str(weights)}
-        return self._held.plan, self._held.memories
+        self.whole = whole.layout
+        self._held = held(whole, self.settings, self.exchange)
+        self._fingerprint = {"activations": str(whole.activations), "dtype of weights": str(whole.weights)}
+        return self._held.own
 
     def suited(self, device: Device) -> Device:
         """See `Part.suited`."""
@@ -273,6 +263,14 @@ class Leader:
         assert self._held is not None
         return replace(batch, ids=self.exchange.from_first(batch.ids)) if self._held.reads_ids else batch
 
+    def asked(self, hidden: mx.array) -> mx.array:
+        """Tell the others that the logits of `hidden` are wanted, if they have a part of the head."""
+        assert self._held is not None
+        if not self._held.gathers:
+            return hidden
+        self.tell(do="logits", shape=list(hidden.shape), dtype=CODES.index(hidden.dtype))
+        return self.exchange.from_first(hidden)
+
 
 @dataclass(repr=False)
 class Led(Module):
@@ -288,7 +286,7 @@ class Led(Module):
         return hidden
 
     def logits(self, hidden: mx.array) -> mx.array:
-        return self.model.logits(hidden)
+        return self.model.logits(self.leader.asked(hidden))
 
 
 class LedCaches(Caches):

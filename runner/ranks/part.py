@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-
-from runner.config.base import Config
 from runner.config.memory import Memory
-from runner.engine.part import Memories
+from runner.engine.part import Own, Whole
+from runner.errors import UsageError
 from runner.nn.stages import HEAD, LAYERS, NORM, TABLE, reads_ids, shared_out, staged
+from runner.nn.tensor import divided, gathers, shared, sums
 from runner.ops.device import Device
 from runner.ops.exchange import Exchange, ring_bytes
-from runner.ranks.settings import Settings
+from runner.ranks.settings import PIPELINE, Settings
+from runner.weights.division import Divider, Parts
 from runner.weights.loading import planned_nbytes
-from runner.weights.plan import ModulePlan
+from runner.weights.plan import ModulePlan, plan
 from runner.weights.tags import Header
 
 IDS = 4
@@ -31,48 +31,45 @@ class Held:
     """What one rank holds and sends.
 
     Attributes:
-        plan: which tensors it reads.
+        own: which tensors it reads, and what its layers remember.
         layers: the layers that it computes.
-        memories: what those remember, layer by layer; () for those that are elsewhere.
         nbytes: bytes of its weights.
         sends: bytes that it sends for each token.
+        draws: bytes that it sends besides for each token that is drawn.
         reads_ids: whether ranks other than 0 need the ids of tokens.
+        gathers: whether logits are gathered from all ranks.
+        notes: what stays whole on every rank, and why.
     """
 
-    plan: ModulePlan
+    own: Own
     layers: range
-    memories: Memories
     nbytes: int
     sends: int
+    draws: int
     reads_ids: bool
+    gathers: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def held(
-    layout: ModulePlan,
-    config: Config,
-    headers: Mapping[str, Header],
-    settings: Settings,
-    exchange: Exchange,
-    *,
-    activations: mx.Dtype,
-    weights: mx.Dtype | None,
-) -> Held:
-    """What the rank of `exchange` holds of the model that `layout` plans, and sends where hidden states are of the
-    dtype `activations`.
-
-    Args:
-        weights: the dtype that tensors are brought to; None: as they are stored.
+def held(whole: Whole, settings: Settings, exchange: Exchange) -> Held:
+    """What the rank of `exchange` holds of a model, and sends.
 
     Raises:
         UsageError: the model cannot be shared out so.
     """
+    return (_stage if settings.mode == PIPELINE else _share)(whole, settings, exchange)
+
+
+def _stage(whole: Whole, settings: Settings, exchange: Exchange) -> Held:
+    """A rank of a pipeline: some of the layers."""
+    layout, headers = whole.layout, whole.source.headers
 
     def size(plan: ModulePlan) -> int:
-        return planned_nbytes(plan, headers, weights)
+        return planned_nbytes(plan, headers, whole.weights)
 
     layers = layout.fields[LAYERS]
     assert isinstance(layers, list)
-    memories = [config.memory(index) for index in range(len(layers))]
+    memories = [whole.config.memory(index) for index in range(len(layers))]
     frame = dataclasses.replace(layout, fields={**layout.fields, LAYERS: []})
     ids = reads_ids(layout)
     own = {NORM, HEAD, LAYERS} if ids else {TABLE, NORM, HEAD, LAYERS}
@@ -80,14 +77,42 @@ def held(
     shares = settings.share or (1.0,) * settings.size
     spans = shared_out([size(layer) for layer in layers], memories, size(frame), size(everywhere), shares)
     span = spans[exchange.rank]
-    plan = staged(layout, span, exchange, activations)
+    layout = staged(layout, span, exchange, whole.activations)
     return Held(
-        plan,
+        Own(layout, whole.source, [own if index in span else () for index, own in enumerate(memories)]),
         span,
-        [own if index in span else () for index, own in enumerate(memories)],
-        size(plan),
-        config.stream_width * activations.size + (ring_bytes(IDS, settings.size) if ids else 0),
+        size(layout),
+        whole.config.stream_width * whole.activations.size + (ring_bytes(IDS, settings.size) if ids else 0),
+        0,
         ids,
+    )
+
+
+def _share(whole: Whole, settings: Settings, exchange: Exchange) -> Held:
+    """A rank that has a part of every layer."""
+    if settings.share:
+        raise UsageError("--share is for a pipeline: tensors are shared out evenly")
+    divider = Divider(whole.cls, whole.config, whole.source.headers, whole.provided)
+    found = divided(divider, whole.config, exchange.rank, settings.size)
+    division = found.division
+    source = Parts(whole.source, whole.source.headers, division.cuts)
+    # Planned and checked as any model is: its tensors are the parts.
+    layout = shared(plan(whole.cls, division.config, source.headers, whole.provided), division, exchange)
+    count = whole.config.num_hidden_layers
+    width = whole.activations.size
+    # Which rows are wanted is said by sending them; then each rank sends its share of the logits to all others.
+    row = ring_bytes(whole.config.hidden_size * width, settings.size)
+    drawn = row + (settings.size - 1) * division.config.vocab_size * width
+    sent = [IDS, *(each * width for each in sums(layout))]
+    return Held(
+        Own(layout, source, [division.config.memory(index) for index in range(count)]),
+        range(count),
+        planned_nbytes(layout, source.headers, whole.weights),
+        sum(ring_bytes(nbytes, settings.size) for nbytes in sent),
+        drawn if gathers(division) else 0,
+        True,
+        gathers(division),
+        found.whole,
     )
 
 

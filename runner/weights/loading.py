@@ -60,7 +60,7 @@ def build(plan: ModulePlan, source: Source, *, dtype: mx.Dtype | None = None, pr
 class _Builder:
     """Reads every array of a plan, then constructs the dataclasses around them.
 
-    The example of `plan._Planner` goes on: `qkv_proj.weight` is planned as a join of q [32, 32], k [16, 32] and v
+    The example of `plan.Planner` goes on: `qkv_proj.weight` is planned as a join of q [32, 32], k [16, 32] and v
     [16, 32], say in bfloat16, and `build` was called with `dtype` None. (So few bytes would be joined at once; the
     steps are those of a join larger than `SMALL`.)
 

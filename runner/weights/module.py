@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -24,7 +24,15 @@ class Module:
           ...
 
     A list's elements that print alike are one entry, under the range of their indices.
+
+    Where a model is divided over ranks, `DIVIDES` says that the class's own tensors can be: their rows, columns or
+    heads do not need each other. `UNDIVIDED` says that what is in it can't be, because it looks at all of them at once.
+    `WHOLE` says that each rank has all of it, whatever is divided around it.
     """
+
+    DIVIDES: ClassVar[bool] = False
+    UNDIVIDED: ClassVar[bool] = False
+    WHOLE: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -17,8 +17,9 @@ import mlx.core as mx
 
 from runner.config.base import Config
 from runner.errors import WeightsError
+from runner.weights.module import Module
 from runner.weights.problems import Problems
-from runner.weights.tags import HARMLESS, TAG, Chooses, Header, Setting, Tag
+from runner.weights.tags import HARMLESS, TAG, Choice, Chooses, Header, Setting, Tag
 from runner.weights.transforms import IDENTITY, Transform
 from runner.weights.tree import (
     Dim,
@@ -124,9 +125,9 @@ def plan(
     Raises:
         WeightsError: lists every missing, unused, wrong-shaped and wrong-dtyped tensor at once.
     """
-    planner = _Planner(headers, provided)
+    planner = Planner(headers, provided)
     config = config if headers is None else config.stored_as(headers)
-    result = planner.module(cls, Place("", Leaf(""), (), config, {}))
+    result = planner.module(cls, Place.root(config))
     planner.finish(config)
     return result
 
@@ -146,6 +147,11 @@ class Place:
     config: Config
     scope: Mapping[str, Any]
 
+    @classmethod
+    def root(cls, config: Config) -> Place:
+        """The place of a whole model."""
+        return cls("", Leaf(""), (), config, {})
+
     def field(self, name: str) -> Place:
         """The place of field `name` of the dataclass here, before its own tag is read."""
         return dataclasses.replace(self, path=f"{self.path}.{name}".lstrip("."))
@@ -159,7 +165,7 @@ class Place:
         return name if isinstance(name, bool) else bool(getattr(self.config, name))
 
 
-class _Planner:
+class Planner:
     """Walks a model's dataclasses field by field and notes what each one needs.
 
     One field as an example, from Llama's attention with 4 query heads and 2 key-value heads of 8, hidden size 32:
@@ -202,7 +208,7 @@ class _Planner:
         # A class with several forms looks at what is stored; a form that makes no sense is one problem, not many.
         if issubclass(cls, Chooses):
             try:
-                choice = cls.choose(place.tree, place.sizes, self.headers, place.config)
+                choice = self.choose(cls, place)
             except WeightsError as error:
                 self.problems.other(str(error))
                 self.take_all(place.tree)
@@ -218,6 +224,10 @@ class _Planner:
                 if value is not None:
                     fields[item.name] = value
         return ModulePlan(place.path, cls, fields)
+
+    def choose(self, cls: type[Chooses], place: Place) -> Choice:
+        """The class for what is stored below `place`."""
+        return cls.choose(place.tree, place.sizes, self.headers, place.config)
 
     def take_all(self, tree: Tree) -> None:
         """Mark every tensor below `tree` as used."""
@@ -244,6 +254,8 @@ class _Planner:
             if dataclasses.is_dataclass(hint) and isinstance(hint, type) and item.default is MISSING:
                 return self.module(hint, place)
             return None
+        if isinstance(hint, type) and issubclass(hint, Module) and hint.WHOLE and place.config.whole is not None:
+            place = dataclasses.replace(place, config=place.config.whole)  # every rank has all of it
         # A field that this config or this form does not have.
         when = place.scope[tag.when] if isinstance(tag.when, str) and tag.when in place.scope else tag.when
         if not place.flag(when):

@@ -12,7 +12,8 @@ import mlx.core as mx
 class Transform:
     """A named, invertible change of an array; `shape` maps the field's shape to the stored one.
 
-    `widens` says that it gives float32, whatever is stored.
+    `widens` says that it gives float32, whatever is stored. `order` says which stored row each row of the field is, of
+    so many, where rows are in another order; `swaps`, that rows are stored as columns.
     """
 
     name: str
@@ -20,6 +21,8 @@ class Transform:
     invert: Callable[[mx.array], mx.array]
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
     widens: bool = False
+    order: Callable[[int], list[int]] | None = None
+    swaps: bool = False
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the file, given the field's `shape`."""
@@ -35,6 +38,8 @@ class Transform:
             lambda array: self.invert(other.invert(array)),
             lambda shape: self.shape(other.shape(shape)),  # from the field's shape back: the last transform first
             self.widens or other.widens,
+            self.order or other.order,
+            self.swaps or other.swaps,
         )
 
 
@@ -49,7 +54,11 @@ def _swap(array: mx.array) -> mx.array:
 IDENTITY = Transform("identity", _same, _same, lambda shape: shape)
 
 TRANSPOSE = Transform(
-    "transpose", _swap, _swap, lambda shape: (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape
+    "transpose",
+    _swap,
+    _swap,
+    lambda shape: (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape,
+    swaps=True,
 )
 """Matrices stored `[..., in, out]` (GPT-2's Conv1D, gpt-oss's experts) become `[..., out, in]`; vectors stay."""
 
@@ -65,6 +74,7 @@ HALVES = Transform(
     lambda array: mx.concatenate([array[:, ::2], array[:, 1::2]], axis=1),
     _alternate,
     lambda shape: shape,
+    order=lambda rows: [*range(0, rows, 2), *range(1, rows, 2)],
 )
 """Rows of two matrices alternate in the file (axis 1, axis 0 being a stack): all of the first, then of the second."""
 
@@ -97,4 +107,6 @@ def permute_rows(name: str, order: Callable[[int], list[int]]) -> Transform:
             back[old] = new
         return array[mx.array(back)]
 
-    return Transform(name, lambda array: array[mx.array(order(array.shape[0]))], invert, lambda shape: shape)
+    return Transform(
+        name, lambda array: array[mx.array(order(array.shape[0]))], invert, lambda shape: shape, order=order
+    )

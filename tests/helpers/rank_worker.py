@@ -20,6 +20,7 @@ from runner.checkpoint.model_files import open_files
 from runner.cli.rank import follow, versions
 from runner.engine.dtypes import choose
 from runner.engine.loaded import Loaded, assemble, open_loaded
+from runner.engine.part import Whole
 from runner.engine.prefill import prefill
 from runner.engine.replay import Steps
 from runner.errors import UsageError
@@ -60,19 +61,10 @@ def expected(path: Path, settings: Settings) -> list[Held]:
     config = config_class.from_dict(files.config)
     device = current()
     dtypes = choose(None, device, files.config, files.source.headers)
-    layout = plan(model_class, config, files.source.headers, {"ops": device.ops, "activations": dtypes.activations})
-    return [
-        held(
-            layout,
-            config,
-            files.source.headers,
-            settings,
-            Exchange(rank, settings.size),
-            activations=dtypes.activations,
-            weights=dtypes.weights,
-        )
-        for rank in range(settings.size)
-    ]
+    provided = {"ops": device.ops, "activations": dtypes.activations}
+    layout = plan(model_class, config, files.source.headers, provided)
+    whole = Whole(model_class, layout, config, files.source, provided, dtypes.weights)
+    return [held(whole, settings, Exchange(rank, settings.size)) for rank in range(settings.size)]
 
 
 def compared(path: Path, leader: Leader, tokens: int) -> dict[str, Any]:
@@ -99,7 +91,7 @@ def compared(path: Path, leader: Leader, tokens: int) -> dict[str, Any]:
         "held": [read_nbytes(engine.model.model, engine.layout), *leader.loaded],
         "held_said": [each.nbytes for each in wanted],
         "sent": [after - there for after, there in zip(leader.sent(), before, strict=True)],
-        "sent_said": [each.sends * passes for each in wanted],
+        "sent_said": [each.sends * passes + each.draws * tokens for each in wanted],
     }
 
 

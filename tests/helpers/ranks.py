@@ -20,11 +20,11 @@ WORKER = TESTS / "helpers" / "rank_worker.py"
 
 
 def over_fixtures(
-    folder: Path, fixtures: Sequence[Path], *, size: int, mode: str, tokens: int, share: tuple[float, ...] = ()
+    folder: Path, fixtures: Sequence[Path], *, size: int, mode: str, tokens: int, patience: float = 300
 ) -> list[dict[str, Any]]:
     """What `rank_worker` finds for each fixture, with `size` processes."""
     first = free_ports(size + 1)
-    settings = Settings(size, mode, share, "127.0.0.1", first + size, secrets.token_hex(8), 60)
+    settings = Settings(size, mode, (), "127.0.0.1", first + size, secrets.token_hex(8), 60)
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(size)]))
     results = folder / "results.jsonl"
@@ -39,7 +39,7 @@ def over_fixtures(
         subprocess.Popen(arguments, env={**environment, "MLX_RANK": str(rank)}, stderr=subprocess.PIPE)
         for rank in range(size)
     ]
-    errors = [process.communicate()[1].decode() for process in processes]
+    errors = [process.communicate(timeout=patience)[1].decode() for process in processes]
     found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     assert [process.returncode for process in processes] == [0] * size, (errors, found[-1:])
     return found

@@ -20,6 +20,8 @@ FEW = [
         "families/qwen3_next-base",  # recurrent states, experts
     )
 ]
+ONE = [TESTS / "fixtures" / "llama" / "llama-gqa"]
+"""Sums over ranks are slow where processes share two cores: the others are left to the long tier."""
 
 
 def checked(found: Sequence[dict[str, Any]], *, exact: bool) -> int:
@@ -31,7 +33,9 @@ def checked(found: Sequence[dict[str, Any]], *, exact: bool) -> int:
             continue
         count += 1
         assert one["tokens"], one
-        assert one["equal"] if exact else one["error"] < 1e-4, one
+        # The CPU kernels round what they multiply to 16 bits, row by row: a part of a row is rounded otherwise.
+        limit = 3e-4 if one["path"] in ("llama-mlx-4bit", "gemma4_text-moe-v5") else 1e-4
+        assert one["equal"] if exact else one["error"] < limit, one
         assert one["sent"] == one["sent_said"], one
         assert one["held"] == one["held_said"] or one["twins"], one
     return count
@@ -40,6 +44,19 @@ def checked(found: Sequence[dict[str, Any]], *, exact: bool) -> int:
 def test_a_pipeline_of_two_gives_the_same_bits(tmp_path: Path) -> None:
     found = over_fixtures(tmp_path, FEW, size=2, mode="pipeline", tokens=4)
     assert checked(found, exact=True) == len(FEW)
+
+
+def test_tensors_over_two_give_the_same_tokens(tmp_path: Path) -> None:
+    found = over_fixtures(tmp_path, ONE, size=2, mode="tensor", tokens=2)
+    assert checked(found, exact=False) == len(ONE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_fixture_by_tensors(tmp_path: Path, size: int) -> None:
+    found = over_fixtures(tmp_path, EVERY, size=size, mode="tensor", tokens=4, patience=7200)
+    assert checked(found, exact=False) > 0.9 * len(EVERY)
+    assert all("nothing of this model can be shared out" in one["refused"] for one in found if "refused" in one)
 
 
 @pytest.mark.long

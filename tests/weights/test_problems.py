@@ -15,7 +15,7 @@ from sources import Info
 from runner.config.base import Config
 from runner.errors import WeightsError
 from runner.nn.fast import RMSNorm
-from runner.weights.plan import _Planner, plan
+from runner.weights.plan import Planner, plan
 from runner.weights.problems import MAX_LINES, Problems
 from runner.weights.tags import weight
 from runner.weights.tree import Leaf
@@ -116,7 +116,7 @@ PARTS = st.text("ab.0", max_size=8)
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.sets(PARTS, max_size=12), PARTS)
 def test_what_is_present_equals_a_search_of_every_name(names: set[str], name: str) -> None:
-    planner = _Planner(headers(sorted(names)), {})
+    planner = Planner(headers(sorted(names)), {})
     naive = [item for item in sorted(names) if item.startswith(f"{name}.")]
     assert list(planner.below(name)) == naive
     assert planner.present(Leaf(name)) == (name in names or bool(naive))
