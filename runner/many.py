@@ -69,7 +69,7 @@ class Answering:
         yield from self._last()
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """The same for a coroutine, whose event loop goes on meanwhile."""
+        """The chunks for a coroutine, as `__iter__` has them; its event loop goes on meanwhile."""
         async for token in self._ticket:
             yield self._chunk(token)
             if self._ended:

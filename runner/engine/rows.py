@@ -175,7 +175,10 @@ class Row:
         self.picked, self.broken = self.picked - 1, True
 
     def settle(self, flight: Flight, place: int, right: int, fed: int) -> None:
-        """Of a pass that was fed `fed` tokens, guesses among them, keep the `right` ones; the last is at `place`."""
+        """Keep the first `right` of the `fed` tokens of a pass with guesses, and go back behind them.
+
+        The last right one was picked at `place` of the pass `flight`.
+        """
         assert self.caches is not None
         self.picked += right - 1
         wanted = self.caches.offset - fed + right

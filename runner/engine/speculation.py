@@ -172,7 +172,7 @@ class Continuation:
             self.proposer.saw(hidden, position)
 
     def show(self, hidden: mx.array, position: int) -> None:
-        """The same of the pass under way: those of guesses are not shown unless they turn out to be right."""
+        """Hold the hidden states `[1, L, H]` of a pass with guesses: only those of right ones will be shown."""
         self._shown = hidden, position
 
     def plan(self, most: int) -> list[int]:

@@ -82,7 +82,7 @@ class Batch:
         return tuple(Batch(ids, segment.offset, segment.length) for ids, segment in pieces)
 
     def with_parts(self, parts: Sequence[Batch]) -> Batch:
-        """The same pass with other `parts`, which have masks of their own; `parts[0]` where there are no segments."""
+        """A copy of this pass with other `parts`, which have masks of their own; `parts[0]` without segments."""
         if not self.segments:
             (part,) = parts
             return part

@@ -224,7 +224,7 @@ def test_keep_alive(tmp_path: Path) -> None:
         assert 280 < left <= 301
         assert one.load("a", -1)["done_reason"] == "load"
         assert one.ps()[0]["expires_at"] > "2100"
-        chat = {"model": "a", "prompt": "Hi", "raw": True, "stream": False, "options": {"num_predict": 2}}
+        chat = {"model": "a", "prompt": "Hi", "raw": True, "stream": False, "options": {"num_predict": 2, "seed": 1}}
         answer = httpx2.post(f"{one.server.url}/api/generate", json={**chat, "model": "b", "keep_alive": 0}).json()
         assert answer["done_reason"] == "length" and answer["load_duration"] > 0
         assert waited(lambda: one.there() == ["a"]), "unloaded right after"
