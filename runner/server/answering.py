@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from runner.engine.sampler import Token
 from runner.server.model import Prepared
-from runner.server.tool_calls import SPECIAL, Call, CallPart
+from runner.server.tool_calls import SPECIAL, Call, CallPart, gathered
 from runner.text.separator import Split
 
 T = TypeVar("T")
@@ -35,6 +35,16 @@ class Delta:
     finish: str | None = None
     calls: Sequence[Call | CallPart] = ()
     stopped_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One answer when it has ended; `last` says why."""
+
+    text: str
+    reasoning: str
+    calls: Sequence[Call]
+    last: Delta
 
 
 @dataclass
@@ -76,6 +86,16 @@ class Answering:
         async with contextlib.aclosing(merged(choices)) as all_of_them:
             async for delta in all_of_them:
                 yield delta
+
+    async def whole(self) -> Whole:
+        """The answer to a request for one, all of it."""
+        made = [delta async for delta in self.deltas()]
+        return Whole(
+            "".join(delta.text for delta in made),
+            "".join(delta.reasoning for delta in made),
+            gathered([call for delta in made for call in delta.calls]),
+            made[-1],
+        )
 
     async def _choice(self, choice: int) -> AsyncGenerator[Delta, None]:
         prepared, usage = self.prepared, self.usage

@@ -25,7 +25,7 @@ from runner.server.operations import Handler
 from runner.server.request import Ask, Chat
 from runner.server.serving import Running, Serving, note_of
 from runner.server.streaming import Stream, event, json, while_there
-from runner.server.tool_calls import Call, CallPart, arguments_of, gathered
+from runner.server.tool_calls import CallPart, arguments_of
 
 PING = event("ping", {"type": "ping"})
 BILLING = "x-anthropic-billing-header:"
@@ -373,26 +373,17 @@ class Reply:
 
     async def whole(self) -> dict[str, Any]:
         """The whole response."""
-        texts: list[str] = []
-        thoughts: list[str] = []
-        calls: list[Call | CallPart] = []
-        last: Delta | None = None
-        async for delta in self._answering.deltas():
-            texts.append(delta.text)
-            thoughts.append(delta.reasoning)
-            calls += delta.calls
-            last = delta
+        made = await self._answering.whole()
         content: list[dict[str, Any]] = []
-        if thought := "".join(thoughts):
+        if thought := made.reasoning:
             shown = {"thinking": "", "signature": _hidden(thought)} if self._omitted else {"thinking": thought}
             content.append({"type": "thinking", "signature": "", **shown})
-        if text := "".join(texts):
-            content.append({"type": "text", "text": text})
+        if made.text:
+            content.append({"type": "text", "text": made.text})
         content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments_of(call)}
-            for call in gathered(calls)
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments_of(call)} for call in made.calls
         ]
-        return self._message(content, last)
+        return self._message(content, made.last)
 
 
 def _reason(last: Delta) -> str:

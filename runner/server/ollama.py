@@ -350,17 +350,8 @@ class Reply:
 
     async def whole(self) -> dict[str, Any]:
         """The whole response."""
-        texts: list[str] = []
-        thoughts: list[str] = []
-        calls: list[Call | CallPart] = []
-        last: Delta | None = None
-        async for delta in self._answering.deltas():
-            texts.append(delta.text)
-            thoughts.append(delta.reasoning)
-            calls += delta.calls
-            last = delta
-        assert last is not None
-        return {**self._frame("".join(texts), "".join(thoughts), gathered(calls)), **self._end(last)}
+        made = await self._answering.whole()
+        return {**self._frame(made.text, made.reasoning, list(made.calls)), **self._end(made.last)}
 
 
 def _card(served: Served, name: str) -> dict[str, Any]:
