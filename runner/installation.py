@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -59,6 +62,58 @@ def rebuild(*, dependencies: bool) -> str:
     if not dependencies:
         options.append("--no-deps")
     return pip(*options, *requirement("cpu" if dependencies else ""))
+
+
+def unmet(requirements: Sequence[str] | None = None) -> list[str]:
+    """What is installed in a version that this package does not work with: `typer 0.21 (>=0.29.2,<0.30 is needed)`.
+
+    Args:
+        requirements: lines such as `typer>=0.29.2,<0.30`; None: those of this package, extras left out.
+    """
+    from importlib.metadata import PackageNotFoundError, version  # late, as in `runner.ops.backend`
+
+    found = []
+    for line in _requirements() if requirements is None else requirements:
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)\s*\(?([<>=!~0-9.,\s]*)\)?", line.strip())
+        if match is None:  # of an extra, or with a condition
+            continue
+        name, bounds = match[1], [bound.strip() for bound in match[2].split(",") if bound.strip()]
+        try:
+            have = version(name)
+        except PackageNotFoundError:
+            found.append(f"{name} (it is not installed)")
+            continue
+        fits = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
+        tests = [(fits.get(bound.rstrip("0123456789. ")), bound.lstrip("<>=!~ ")) for bound in bounds]
+        if any(test is not None and not test(_numbers(have), _numbers(bound)) for test, bound in tests):
+            found.append(f"{name} {have} ({','.join(bounds)} is needed)")
+    return found
+
+
+def _numbers(version: str) -> list[int]:
+    """The numbers that a version begins with, without zeros at the end."""
+    numbers = [int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version, maxsplit=1)[0])]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers
+
+
+def _requirements() -> list[str]:
+    """What this package needs: as its source tree says, or its installation."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    if project.is_file():
+        import tomllib
+
+        stated: list[str] = (
+            tomllib.loads(project.read_text(encoding="utf-8")).get("project", {}).get("dependencies", [])
+        )
+        return stated
+    try:
+        return requires(NAME) or []
+    except PackageNotFoundError:
+        return []
 
 
 def _origin() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from runner import installation
 from runner.cli import completion, terminal
 from runner.cli.bench import bench
 from runner.cli.chat import chat
@@ -180,6 +181,10 @@ def report(error: Exception, arguments: Sequence[str]) -> int:
     if os.environ.get("RUNNER_TRACEBACK"):
         raise error
     summary = " ".join(str(error).split())
+    if unmet := installation.unmet():
+        # Or it is one of an installation without its requirements, which pip would not have made.
+        terminal.error(f"this installation has {', '.join(unmet)}; mend it with: {installation.install('')}")
+        return 1
     terminal.error(f"unexpected {type(error).__name__}: {summary} (this is a bug; RUNNER_TRACEBACK=1 shows where)")
     return 1
 

@@ -48,3 +48,34 @@ def test_pip_understands_the_options_of_a_rebuild(dependencies: bool) -> None:
     assert ("--no-deps" in words) is not dependencies
     done = subprocess.run(words[: words.index("-e")], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0 and "at least one requirement" in done.stderr
+
+
+def test_requirements_that_are_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    def version(name: str) -> str:
+        if name == "missing":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return {"typer": "0.21.0", "rich": "15.0", "mlx": "0.32.4rc1"}[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    needed = ["typer>=0.29.2,<0.30", "rich>=15,<16", "mlx (>=0.32.4,<0.33)", "missing>=1", "extra>=1; extra == 'x'"]
+    found = ["typer 0.21.0 (>=0.29.2,<0.30 is needed)", "missing (it is not installed)"]
+    assert installation.unmet(needed) == found
+
+
+def test_this_installation_has_what_it_needs() -> None:
+    assert installation.unmet() == []
+
+
+def test_a_bug_of_an_installation_without_its_requirements(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from runner.cli import app
+
+    assert app.report(AttributeError("get_runtime_param"), []) == 1
+    assert "this is a bug" in capsys.readouterr().err
+    monkeypatch.setattr(installation, "unmet", lambda: ["typer 0.21.0 (>=0.29.2,<0.30 is needed)"])
+    assert app.report(AttributeError("get_runtime_param"), []) == 1
+    said = capsys.readouterr().err
+    assert "typer 0.21.0 (>=0.29.2,<0.30 is needed)" in said and "pip install" in said
