@@ -13,7 +13,7 @@ from runner.ops import per_expert as per_expert
 from runner.ops.fusion import fusing
 from runner.ops.metal import Metal
 from runner.ops.quantized import QuantizedWeight
-from runner.ops.table import PORTABLE, Ops
+from runner.ops.table import PORTABLE, Ops, biased
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass on a CPU: enough to fill it, few enough to cancel soon and keep activations small."""
@@ -29,6 +29,7 @@ class Device:
         storage: how caches keep float32 rows, unless float32 was asked for.
         threads: threads of our kernels; None where MLX decides.
         chunk: prompt tokens per forward pass.
+        cut: prompts are cut at multiples of so many tokens, where attention is compiled for each length it meets.
         clears: whether MLX's freed buffers are given back after each chunk and now and then between tokens: on a GPU
             they pile up, as each length has sizes of its own.
         tf32: whether MLX multiplies float32 matrices in TF32 there, 10 bits of mantissa, unless MLX_ENABLE_TF32=0.
@@ -47,6 +48,7 @@ class Device:
     storage: Storage = PLAIN
     threads: int | None = None
     chunk: int = PREFILL_CHUNK
+    cut: int = 1
     clears: bool = False
     tf32: bool = False
     metal: Metal | None = None
@@ -70,7 +72,7 @@ def current() -> Device:
     metal = apple.find()
     if mx.default_device() != mx.Device(mx.cpu):
         if mx.cuda.is_available():
-            return Device("MLX's CUDA kernels", CUDA, chunk=2048, clears=True, tf32=True, compiles=True)
+            return Device("MLX's CUDA kernels", CUDA, chunk=2048, cut=512, clears=True, tf32=True, compiles=True)
         # Half of a CUDA device's: an M1 reads some hundred tokens a second, and a prompt is cancelled between chunks.
         tf32 = metal is not None and metal.tf32
         return Device("MLX's GPU kernels", METAL, chunk=1024, clears=True, tf32=tf32, metal=metal)
@@ -94,7 +96,7 @@ def current() -> Device:
 
 
 MANY = 4
-"""Rows from which packed matrices are unpacked and multiplied on CUDA.
+"""Rows from which packed matrices that our kernels do not take are unpacked and multiplied on CUDA.
 
 Measured on an H200 with MLX 0.32.4 (28672 x 4096 in 4 bits, ms): packed 0.116 for 1 row, 0.148 for 2, 0.276 for 4;
 unpacked 0.3 for 4 to 16 rows, 0.45 for 512 and 0.86 for 2048, where packed takes 1.02 and 3.94. From 8 rows on MLX has
@@ -103,17 +105,41 @@ kernels that take 40 seconds and more to compile at their first call: nobody wai
 
 
 def _cuda_quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
-    """MLX's quantized product for a few rows, and that of the unpacked matrix for many and where MLX's is wrong."""
+    """MLX's quantized product for one row, our kernel's for a few, and that of the unpacked matrix for many.
+
+    The last also where MLX's is wrong.
+    """
+    from runner.ops.cuda import packed  # not where there is no such GPU
+
     outputs = matrix.weight.shape[0]
     if wrong_on_cuda(x, outputs, matrix.group_size, matrix.mode):
         return _unpacked_linear(x, matrix, bias)
     # Rows lie flat: `[8, 1, K]` would be eight products of one row.
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] >= MANY:
+    if 1 < rows.shape[0] <= packed.FEW and packed.fits(x, matrix):
+        y = packed.linear(rows, matrix)
+        y = y if bias is None else y + bias
+    elif rows.shape[0] >= MANY:
         y = PORTABLE.linear(rows, matrix.dequantize().astype(x.dtype), bias)
     else:
         y = PORTABLE.quantized_linear(rows, matrix, bias)
     return y.reshape(*x.shape[:-1], outputs)
+
+
+def _cuda_gather_quantized_linear(
+    x: mx.array,
+    matrices: QuantizedWeight,
+    experts: mx.array,
+    bias: mx.array | None = None,
+    *,
+    sorted_indices: bool = False,
+) -> mx.array:
+    """Expert by expert, where rows are sorted: MLX's takes 8 ms for a layer of 128 experts and a prompt of 512."""
+    from runner.ops.cuda import packed  # not where there is no such GPU
+
+    if sorted_indices and packed.fits(x, matrices):
+        return biased(packed.by_expert(x, matrices, experts), bias, experts)
+    return PORTABLE.gather_quantized_linear(x, matrices, experts, bias, sorted_indices=sorted_indices)
 
 
 def wrong_on_cuda(x: mx.array, outputs: int, group_size: int, mode: str) -> bool:
@@ -150,5 +176,8 @@ CPU_WITHOUT_KERNELS = dataclasses.replace(
 METAL = dataclasses.replace(fusing(PORTABLE, delta_kernel=True), name="mlx, metal")
 
 CUDA = dataclasses.replace(
-    fusing(PORTABLE, delta_kernel=False), name="mlx, cuda", quantized_linear=_cuda_quantized_linear
+    fusing(PORTABLE, delta_kernel=False),
+    name="mlx, cuda",
+    quantized_linear=_cuda_quantized_linear,
+    gather_quantized_linear=_cuda_gather_quantized_linear,
 )

@@ -8,12 +8,13 @@ the kernel, and whoever computes with MLX in between calls them.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -52,7 +53,10 @@ class Matrix(NamedTuple):
 
 
 class LayerTensors(NamedTuple):
-    """A layer's arrays, and which of the step's kinds of RoPE it has (None: no positions)."""
+    """A layer's arrays, and which of the step's kinds of RoPE it has (None: no positions).
+
+    In a mixture, the products after attention are the experts', `[experts, out, in]`, and `router` is `[experts, in]`.
+    """
 
     products: tuple[Matrix, Matrix, Matrix, Matrix]
     input_norm: mx.array
@@ -60,6 +64,7 @@ class LayerTensors(NamedTuple):
     query_norm: mx.array | None
     key_norm: mx.array | None
     rope: int | None
+    router: mx.array | None = None
 
 
 class StepTensors(NamedTuple):
@@ -125,37 +130,41 @@ class Said(NamedTuple):
 
 
 def addresses(arrays: Sequence[mx.array]) -> list[int]:
-    """The addresses of arrays on the GPU, which a kernel writes down; the arrays must be contiguous and computed."""
+    """The addresses of arrays on the GPU, which a kernel writes down; the arrays must be contiguous and computed.
+
+    Raises:
+        BackendError: the kernel cannot be compiled.
+    """
     mx.eval(list(arrays))
-    by_type: dict[mx.Dtype, list[mx.array]] = {}
-    for array in arrays:
-        by_type.setdefault(array.dtype, []).append(array)
-    lines = "\n".join(f"out[{i}] = (unsigned long long)a{i};" for i in range(_AT_ONCE))
-    asked: list[tuple[list[mx.array], mx.array]] = []
-    for dtype, same in by_type.items():
-        kernel: Any = mx.fast.cuda_kernel(
-            name=f"runner_addresses_{_AT_ONCE}_{str(dtype).rpartition('.')[2]}",
-            input_names=[f"a{i}" for i in range(_AT_ONCE)],
-            output_names=["out"],
-            source=f"if (threadIdx.x == 0) {{ {lines} }}",
-            ensure_row_contiguous=False,
+    code = _address_code()
+    each = list({id(array): array for array in arrays}.values())
+    asked: list[mx.array] = []
+    for start in range(0, len(each), _AT_ONCE):
+        group = each[start : start + _AT_ONCE]
+        # MLX compiles its own kernels with all its headers, 1.6 seconds for each type of array: this one is ours.
+        asked += mx.fast.precompiled_cuda_kernel(
+            name="runner_addresses",
+            compiled_source=code,
+            inputs=group + [group[0]] * (_AT_ONCE - len(group)),
+            output_shapes=[(_AT_ONCE,)],
+            output_dtypes=[mx.uint64],
+            scalars=[],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
         )
-        for start in range(0, len(same), _AT_ONCE):
-            group = same[start : start + _AT_ONCE]
-            (out,) = kernel(
-                inputs=group + [group[0]] * (_AT_ONCE - len(group)),
-                grid=(1, 1, 1),
-                threadgroup=(1, 1, 1),
-                output_shapes=[(_AT_ONCE,)],
-                output_dtypes=[mx.uint64],
-            )
-            asked.append((group, out))
-    mx.eval([out for _, out in asked])
-    found: dict[int, int] = {}
-    for group, out in asked:
-        values = cast(list[int], out.tolist())
-        found.update((id(array), value) for array, value in zip(group, values, strict=False))
+    mx.eval(asked)
+    values = [value for out in asked for value in cast(list[int], out.tolist())]
+    found = dict(zip(map(id, each), values, strict=False))
     return [found[id(array)] for array in arrays]
+
+
+@functools.cache
+def _address_code() -> bytes:
+    """A kernel that writes down what it is given."""
+    given = ", ".join(f"unsigned long long a{i}" for i in range(_AT_ONCE))
+    lines = " ".join(f"out[{i}] = a{i};" for i in range(_AT_ONCE))
+    text = f'extern "C" __global__ void runner_addresses({given}, unsigned long long* out) {{ {lines} }}'
+    return compiled(text, Driver().architecture)
 
 
 _AT_ONCE = 64
@@ -176,8 +185,7 @@ class StepDecoder:
         if (why := impossible()) is not None:
             raise BackendError(why)
         self.division: Division = divide(shape, driver.processors, driver.shared_memory)
-        major, minor = driver.capability
-        code = compiled(self.division.source, f"sm_{major}{minor}a")
+        code = compiled(self.division.source, driver.architecture)
         self._kernel = driver.kernel(code, "decode_steps", self.division.shared_memory)
         if driver.resident(self._kernel, THREADS) < 1:
             raise BackendError("the GPU has no room for a block of the kernel")

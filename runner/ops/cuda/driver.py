@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
 
 from runner.errors import BackendError
 from runner.ops.cuda.nvrtc import Nvrtc
@@ -17,6 +18,9 @@ _DYNAMIC_SHARED_MEMORY = 8
 """The attribute of a kernel that says how much shared memory a launch may ask for."""
 
 _NON_BLOCKING, _MAPPED = 1, 3
+
+_PROGRAMMATIC, _RELAXED = 6, 2
+"""The attribute of a launch that lets it begin early, and the mode of recording that hinders no other thread."""
 
 
 class Driver:
@@ -61,6 +65,12 @@ class Driver:
         return self._attribute(_MAJOR), self._attribute(_MINOR)
 
     @property
+    def architecture(self) -> str:
+        """What NVRTC calls the GPU, with all instructions of its own, as `sm_90a`."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+    @property
     def processors(self) -> int:
         """How many multiprocessors the GPU has."""
         return self._attribute(_PROCESSORS)
@@ -75,13 +85,27 @@ class Driver:
         """Whether a kernel can be started so that all its blocks are resident."""
         return bool(self._attribute(_COOPERATIVE))
 
-    def kernel(self, code: bytes, name: str, shared_memory: int) -> Kernel:
-        """Load machine code and find a kernel in it, for launches with so many bytes of dynamic shared memory."""
-        module, function = c_void_p(), c_void_p()
+    def module(self, code: bytes) -> c_void_p:
+        """Load machine code."""
+        module = c_void_p()
         self._do("cuModuleLoadData", byref(module), ctypes.c_char_p(code))
+        return module
+
+    def unload(self, module: c_void_p) -> None:
+        """Give back what `module` loaded, of which nothing may be running."""
+        self._do("cuModuleUnload", module)
+
+    def function(self, module: c_void_p, name: str, shared_memory: int) -> c_void_p:
+        """A kernel of a module, for launches with so many bytes of dynamic shared memory."""
+        function = c_void_p()
         self._do("cuModuleGetFunction", byref(function), module, name.encode())
         self._do("cuFuncSetAttribute", function, c_int(_DYNAMIC_SHARED_MEMORY), c_int(shared_memory))
-        return Kernel(self, module, function, shared_memory)
+        return function
+
+    def kernel(self, code: bytes, name: str, shared_memory: int) -> Kernel:
+        """Load machine code and find a kernel in it, for launches with so many bytes of dynamic shared memory."""
+        module = self.module(code)
+        return Kernel(self, module, self.function(module, name, shared_memory), shared_memory)
 
     def resident(self, kernel: Kernel, threads: int) -> int:
         """How many blocks of a kernel fit a multiprocessor at once."""
@@ -97,6 +121,8 @@ class Driver:
         address = c_uint64()
         self._do("cuMemAlloc_v2", byref(address), c_size_t(size))
         self._do("cuMemsetD8_v2", address, c_int(0), c_size_t(size))
+        # It returns before the memory is zero, on a stream that ours do not wait for: what they write would be erased.
+        self._do("cuStreamSynchronize", None)
         return address.value
 
     def free(self, address: int) -> None:
@@ -130,9 +156,14 @@ class Driver:
         """Copy from this machine's memory, of a `host_buffer`, to the GPU's, behind what the stream does."""
         self._do("cuMemcpyHtoDAsync_v2", c_uint64(to), c_void_p(source), c_size_t(size), stream)
 
+    def fetch(self, to: int, source: int, size: int, stream: c_void_p) -> None:
+        """Copy from the GPU's memory to this machine's, of a `host_buffer`, behind what the stream does."""
+        self._do("cuMemcpyDtoHAsync_v2", c_void_p(to), c_uint64(source), c_size_t(size), stream)
+
     def put(self, to: int, content: bytes) -> None:
         """Copy bytes to the GPU's memory, and wait."""
         self._do("cuMemcpyHtoD_v2", c_uint64(to), ctypes.c_char_p(content), c_size_t(len(content)))
+        self._do("cuStreamSynchronize", None)  # the last part of it may still be on its way
 
     def clear(self, address: int, size: int, stream: c_void_p) -> None:
         """Set `size` bytes to zero, behind what the stream does."""
@@ -184,6 +215,73 @@ class Driver:
             c_uint(1), c_uint(1), c_uint(kernel.shared_memory), stream, pointers,
         )  # fmt: skip
 
+    def chain(
+        self,
+        function: c_void_p,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_memory: int,
+        arguments: Sequence[int | c_int],
+        stream: c_void_p,
+        *,
+        early: bool,
+    ) -> None:
+        """Start a kernel of addresses and numbers of 32 bits.
+
+        Args:
+            early: whether its blocks may come before the kernel ahead of it has ended; it waits for that by itself.
+        """
+        values: list[Any] = [value if isinstance(value, c_int) else c_uint64(value) for value in arguments]
+        pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        attribute = _Attribute(_PROGRAMMATIC, b"", _Value(1))
+        config = _Config(*grid, threads, 1, 1, shared_memory, stream, ctypes.pointer(attribute), int(early))
+        self._do("cuLaunchKernelEx", byref(config), function, pointers, None)
+
+    def record(self, work: Callable[[], None], stream: c_void_p) -> c_void_p:
+        """What `work` starts on the stream, as a graph that `replay` starts at once. Nothing is computed now."""
+        self._do("cuStreamBeginCapture_v2", stream, c_int(_RELAXED))
+        graph, found = c_void_p(), c_void_p()
+        try:
+            work()
+        finally:
+            self._do("cuStreamEndCapture", stream, byref(graph))
+        try:
+            self._do("cuGraphInstantiateWithFlags", byref(found), graph, c_uint64(0))
+        finally:
+            self._do("cuGraphDestroy", graph)
+        return found
+
+    def replay(self, graph: c_void_p, stream: c_void_p) -> None:
+        """Start what was recorded."""
+        self._do("cuGraphLaunch", graph, stream)
+
+    def forget(self, graph: c_void_p) -> None:
+        """Give a recorded graph's memory back."""
+        self._do("cuGraphExecDestroy", graph)
+
+
+class _Value(ctypes.Structure):
+    """`CUlaunchAttributeValue`, of which one number is used."""
+
+    _fields_ = (("number", c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Attribute(ctypes.Structure):
+    """`CUlaunchAttribute`."""
+
+    _fields_ = (("id", c_int), ("pad", ctypes.c_char * 4), ("value", _Value))
+
+
+class _Config(ctypes.Structure):
+    """`CUlaunchConfig`."""
+
+    _fields_ = (
+        *((name, c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_memory")),
+        ("stream", c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", c_uint),
+    )
+
 
 class Kernel:
     """A kernel that was loaded, and what a launch of it takes."""
@@ -196,7 +294,7 @@ class Kernel:
 
     def unload(self) -> None:
         """Give its memory back; it must not be running."""
-        self._driver._do("cuModuleUnload", self._module)
+        self._driver.unload(self._module)
 
 
 def impossible() -> str | None:

@@ -75,6 +75,9 @@ class StepShape:
         norm_eps: of the norms within layers, of the last one, and of those of heads.
         rope_dims: how many numbers of a head are rotated; 0: none.
         ropes: kinds of RoPE, each with frequencies of its own.
+        experts: of a mixture, `chosen` of them for each token; 0: the layer is dense. `intermediate` is one's width.
+        chosen_norm: whether the weights of the chosen experts add up to 1, before `chosen_scale`.
+        router: type of the router's matrix.
     """
 
     hidden: int
@@ -105,6 +108,11 @@ class StepShape:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_cap: float = 0.0
+    experts: int = 0
+    chosen: int = 0
+    chosen_norm: bool = False
+    chosen_scale: float = 1.0
+    router: str = "float32"
 
     @property
     def rows(self) -> tuple[int, int, int, int, int]:
@@ -322,6 +330,8 @@ def divide(shape: StepShape, processors: int, memory: int) -> Division:
 
 
 def _check(shape: StepShape) -> None:
+    if shape.experts:
+        raise Unfit("a mixture of experts")
     group = shape.heads // shape.kv_heads
     if group > WARPS:
         raise Unfit(f"{group} heads for each head of keys and values")

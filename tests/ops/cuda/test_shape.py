@@ -5,28 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from cuda_shapes import LLAMA_8B, MIXED, QWEN, SMOLLM2
 
 from runner.errors import BackendError
 from runner.ops.cuda.decoder import _LAYER, _launch_type
 from runner.ops.cuda.nvrtc import Nvrtc, compiled
-from runner.ops.cuda.shape import DOWN, GATE_UP, OUTPUT, SPARE, Division, Form, StepShape, Unfit, divide
+from runner.ops.cuda.shape import DOWN, GATE_UP, OUTPUT, SPARE, Division, Form, Unfit, divide
 
 HOPPER = (132, 232448)
-PACKED = Form(4, 64)
-LLAMA_8B = StepShape(
-    hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336, layers=32, vocab=128256,
-    forms=(PACKED,) * 5, embedding=PACKED, weights="bfloat16", scales="bfloat16", small="bfloat16", cache="bfloat16",
-    table="bfloat16", biased=(False,) * 5, norm_eps=(1e-5,) * 3, rope_dims=128,
-)  # fmt: skip
-SMOLLM2 = dataclasses.replace(
-    LLAMA_8B, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536, layers=30, vocab=49152,
-    forms=(Form(),) * 5, embedding=Form(), rope_dims=64,
-)  # fmt: skip
-QWEN = dataclasses.replace(
-    SMOLLM2, hidden=896, heads=14, kv_heads=2, intermediate=4864, layers=24, vocab=151936, forms=(Form(8, 32),) * 5,
-    biased=(True, False, False, False, False),
-)  # fmt: skip
-MIXED = dataclasses.replace(LLAMA_8B, forms=(PACKED, PACKED, PACKED, PACKED, Form()), head_norms=True, gated=False)
 PLAIN_8B = dataclasses.replace(LLAMA_8B, forms=(Form(),) * 5, embedding=Form())
 SHAPES = {"8b": LLAMA_8B, "plain 8b": PLAIN_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED}
 

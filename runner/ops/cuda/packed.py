@@ -1,0 +1,143 @@
+"""Products of packed matrices with a few vectors, and with those of each expert, by kernels of our own.
+
+MLX 0.32.4 multiplies packed matrices well for one vector, and for many once they are unpacked. Between these, and for
+experts, what it does takes ten times as long as reading the weights, or 40 seconds to compile.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from runner.errors import BackendError
+from runner.ops.cuda.driver import Driver
+from runner.ops.cuda.nvrtc import compiled
+from runner.ops.cuda.rows_shape import columns_at_once, divided
+from runner.ops.quantized import QuantizedWeight
+
+FEW = 64
+"""Vectors up to which a packed matrix is multiplied as it is, and not unpacked before."""
+
+MOST_EXPERTS = 1024
+"""Experts that one block finds the vectors of."""
+
+_TYPES = {mx.float16: 1, mx.bfloat16: 2}
+
+
+def fits(x: mx.array, matrix: QuantizedWeight) -> bool:
+    """Whether there is a kernel for this matrix, or stack of matrices, and vectors of this type."""
+    weight, scales, biases, group_size, bits, mode = matrix
+    columns = weight.shape[-1] * 32 // bits
+    known = mode == "affine" and bits in (4, 8) and group_size in (32, 64, 128) and biases is not None
+    same = x.dtype in _TYPES and scales.dtype == x.dtype
+    experts = weight.shape[0] if weight.ndim == 3 else 0
+    return known and same and columns % columns_at_once(bits) == 0 and experts <= MOST_EXPERTS and not _impossible()
+
+
+def linear(x: mx.array, matrix: QuantizedWeight) -> mx.array:
+    """`x W^T` for up to `FEW` vectors x `[R, in]`: `[R, out]`. A vector's sums do not depend on the others."""
+    rows, tiles = x.shape[0], 1 if x.shape[0] <= 8 else 4
+    made = _kernels(_Product.of(x, matrix, tiles, experts=0))
+    arrays = [x, matrix.weight, matrix.scales, matrix.biases]
+    return made.run(arrays, rows, -(-rows // (8 * tiles)), (rows, made.outputs), x.dtype)
+
+
+def by_expert(x: mx.array, matrices: QuantizedWeight, chosen: mx.array) -> mx.array:
+    """The product of each vector of x `[R, 1, in]` with the matrix of its expert `chosen` `[R]`: `[R, 1, out]`.
+
+    `chosen` is uint32, in ascending order.
+    """
+    rows, experts = x.shape[0], matrices.weight.shape[0]
+    made = _kernels(_Product.of(x, matrices, 4, experts=experts))
+    most = rows // 32 + min(experts, rows)
+    (parts,) = mx.fast.precompiled_cuda_kernel(
+        name=f"parts_{made.name}",
+        compiled_source=made.code,
+        inputs=[chosen.astype(mx.uint32)],
+        output_shapes=[(most, 3)],
+        output_dtypes=[mx.int32],
+        scalars=[rows, most],
+        grid=(1024, 1, 1),
+        threadgroup=(1024, 1, 1),
+        ensure_row_contiguous=True,
+    )
+    arrays = [x, matrices.weight, matrices.scales, matrices.biases, parts]
+    return made.run(arrays, rows, most, (rows, 1, made.outputs), x.dtype)
+
+
+class _Product(NamedTuple):
+    """What a kernel is made for."""
+
+    kind: int
+    bits: int
+    group: int
+    inputs: int
+    outputs: int
+    experts: int
+    tiles: int
+
+    @classmethod
+    def of(cls, x: mx.array, matrix: QuantizedWeight, tiles: int, *, experts: int) -> _Product:
+        inputs = matrix.weight.shape[-1] * 32 // matrix.bits
+        return cls(_TYPES[x.dtype], matrix.bits, matrix.group_size, inputs, matrix.weight.shape[-2], experts, tiles)
+
+
+class _Kernels(NamedTuple):
+    """Compiled code, and how it is started."""
+
+    name: str
+    code: bytes
+    outputs: int
+    lines: int
+    threads: int
+    shared_memory: int
+
+    def run(
+        self, arrays: list[mx.array | None], rows: int, parts: int, shape: tuple[int, ...], dtype: mx.Dtype
+    ) -> mx.array:
+        (y,) = mx.fast.precompiled_cuda_kernel(
+            name=f"product_{self.name}",
+            compiled_source=self.code,
+            inputs=[array for array in arrays if array is not None],
+            output_shapes=[shape],
+            output_dtypes=[dtype],
+            scalars=[rows],
+            grid=(-(-self.outputs // self.lines) * self.threads, parts, 1),
+            threadgroup=(self.threads, 1, 1),
+            shared_memory=self.shared_memory,
+            ensure_row_contiguous=True,
+        )
+        return y
+
+
+@functools.cache
+def _kernels(product: _Product) -> _Kernels:
+    """The kernels of a product, compiled unless they were kept."""
+    kind, bits, group, inputs, outputs, experts, vectors = product
+    # Of experts there are blocks enough, whatever each of them takes.
+    tiles, down, along = (2, 4, min(2, inputs // columns_at_once(bits))) if experts else divided(outputs, inputs, bits)
+    name = "_".join(map(str, product))
+    constants = {
+        "XT": kind, "BITS": bits, "G": group, "K": inputs, "N": outputs, "RT": vectors, "MT": tiles, "WM": down,
+        "WK": along,
+    }  # fmt: skip
+    lines = [f"constexpr int {key} = {value};" for key, value in constants.items()]
+    lines += [f"#define EXPERTS {experts}", f"#define PARTS parts_{name}", f"#define PRODUCT product_{name}"]
+    texts = [resources.files(__package__).joinpath(file).read_text() for file in ("tiles.cu", "packed.cu")]
+    code = compiled("\n".join([*lines, *texts]), Driver().architecture)
+    memory = along * down * tiles * 16 * (8 * vectors + 1) * 4
+    return _Kernels(name, code, outputs, down * tiles * 16, 32 * down * along, memory)
+
+
+@functools.cache
+def _impossible() -> bool:
+    """Whether the GPU is too old, or nothing can be compiled for it here."""
+    try:
+        driver = Driver()
+        compiled('extern "C" __global__ void nothing() {}', driver.architecture)
+    except BackendError:
+        return True
+    return driver.capability < (8, 0)

@@ -1,0 +1,74 @@
+"""Kernels for steps of several sequences: what needs no GPU to be checked, and that they compile."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from cuda_shapes import LLAMA_8B, MIXED, QWEN, SMOLLM2
+
+from runner.errors import BackendError
+from runner.ops.cuda.nvrtc import Nvrtc
+from runner.ops.cuda.rows_shape import MOST_WARPS, RowsPlan, columns_at_once
+from runner.ops.cuda.shape import DOWN, GATE_UP, Form, StepShape, Unfit, divide
+
+MIXTURE = dataclasses.replace(
+    LLAMA_8B, hidden=2048, kv_heads=4, intermediate=768, vocab=151936, experts=128, chosen=8, chosen_norm=True,
+    head_norms=True,
+)  # fmt: skip
+SHAPES = {"8b": LLAMA_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED, "mixture": MIXTURE}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_row_of_a_matrix_and_every_column_is_taken(name: str) -> None:
+    shape = SHAPES[name]
+    plan = RowsPlan(shape, 32)
+    for index in range(5):
+        tiles, down, along = plan.warps(index)
+        assert down * along <= MOST_WARPS and along <= shape.columns[index] // columns_at_once(shape.forms[index].bits)
+        if not shape.experts or index not in (GATE_UP, DOWN):
+            launch = plan.product(index)
+            lines = launch.grid[0] * 16 * down * tiles
+            assert shape.rows[index] <= lines < shape.rows[index] + 32 * down and launch.threads == 32 * down * along
+            assert launch.grid[1] * plan.tiles * 8 == 32
+    if shape.experts:
+        assert plan.opened(3).grid[1] == 3 * shape.chosen and plan.closed(3).threads <= 32 * MOST_WARPS
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_number_of_rows_does_not_decide_how_sums_are_taken(name: str) -> None:
+    each = [[RowsPlan(SHAPES[name], rows).warps(index) for index in range(5)] for rows in (8, 16, 32, 64)]
+    assert each[1:] == each[:-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"cache": "float32"}, "activations"),
+        ({"scales": "float16"}, "another type"),
+        ({"forms": (Form(6, 64),) * 5}, "6 bits"),
+        ({"hidden": 4064}, "4064"),
+        ({"experts": 8, "chosen": 20}, "another kind"),
+        ({"experts": 8, "chosen": 2, "biased": (True, False, False, False, False)}, "biases"),
+    ],
+)
+def test_what_there_are_no_kernels_for(changes: dict[str, object], why: str) -> None:
+    with pytest.raises(Unfit, match=why):
+        RowsPlan(dataclasses.replace(LLAMA_8B, **changes), 8)  # type: ignore[arg-type]
+
+
+def test_one_kernel_takes_no_mixture() -> None:
+    with pytest.raises(Unfit, match="mixture"):
+        divide(MIXTURE, 132, 232448)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("name", ["smollm2", "mixture"])
+def test_they_compile(name: str, architecture: str) -> None:
+    shape: StepShape = SHAPES[name]
+    try:
+        nvrtc = Nvrtc()
+    except BackendError:
+        pytest.skip("there is no NVRTC here")
+    code, log = nvrtc.compile(RowsPlan(shape, 8).source, architecture)
+    assert code and " 0 bytes spill stores" in log
