@@ -1,13 +1,18 @@
-"""Decoding with one kernel for whole steps, where there is one for the model, the device and the answer's options."""
+"""Decoding with kernels for whole steps, where there are some for the model, the device and the answer's options.
+
+One sequence's steps are one kernel. Those of several sequences, and of a mixture of experts, are a graph of kernels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING, cast
+from collections.abc import Generator, MutableMapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
 from runner.cache.caches import Caches
+from runner.cache.several import Memories, SeveralCaches
 from runner.engine.chance import chance
 from runner.engine.replay import Steps
 from runner.engine.sampler import Sampler, SamplingState, Token
@@ -16,7 +21,20 @@ from runner.errors import BackendError, NumericsError
 from runner.ops.cuda.shape import Unfit
 
 if TYPE_CHECKING:
+    from runner.engine.step_shape import ReadModel
     from runner.ops.cuda.decoder import Picking, StepDecoder
+    from runner.ops.cuda.rows_decoder import Bound, RowsDecoder
+
+
+class Place(NamedTuple):
+    """Where the rows of a sequence lie, for the kernels, and up to which offset they have room there."""
+
+    bound: Bound
+    limit: int
+
+
+Known = MutableMapping[Caches, Place]
+"""The places of sequences that only kernels have moved on since they were found."""
 
 ROOM = 256
 """Tokens that caches are given room for at once: the GPU waits while they grow."""
@@ -27,10 +45,11 @@ class Broken(Exception):
 
 
 class Compiled:
-    """A loaded model's kernel, made when it is first wanted, or the reason why there is none.
+    """A loaded model's kernels, made when they are first wanted, or the reasons why there are none.
 
     Attributes:
-        refused: the reason; None as long as nothing speaks against a kernel.
+        refused: why no kernel takes one sequence through its steps; None as long as nothing speaks against it.
+        refused_rows: the same of several sequences.
     """
 
     def __init__(self, model: object, vocab_size: int, dtype: mx.Dtype, refused: str | None) -> None:
@@ -39,33 +58,66 @@ class Compiled:
         self._vocab_size = vocab_size
         self._dtype = dtype
         self._decoder: StepDecoder | None = None
+        self._rows: RowsDecoder | None = None
         self._busy = False
+        self._single = True  # whether one kernel for a whole step may be made, or was
         self.holder: object | None = None  # a mark of whose caches the kernel knows
-        self.refused = refused
+        self.refused = self.refused_rows = refused
 
     @property
     def way(self) -> str:
         """How decode steps are computed, in words."""
-        return "one kernel a step" if self.refused is None else f"operations ({self.refused})"
+        if self.refused is not None:
+            return f"operations ({self.refused})"
+        return "one kernel a step" if self._single else "a graph of kernels a step"
 
     def prepare(self) -> bool:
         """Make the kernel, unless that was tried before, and say whether it is free. A job of the owner's thread."""
-        if self._decoder is None and self.refused is None:
-            from runner.engine import step_shape  # not where models are computed with operations
-            from runner.ops.cuda.decoder import StepDecoder
+        if self._decoder is None and self._single and self.refused is None:
+            from runner.ops.cuda.decoder import StepDecoder  # not where models are computed with operations
 
             try:
-                found = step_shape.read(self._model, self._vocab_size, self._dtype)
+                found = self._read()
                 self._decoder = StepDecoder(found.shape, found.tensors)
             except (Unfit, BackendError) as error:
-                self.refused = f"the model has {error}" if isinstance(error, Unfit) else str(error)
-        return self._decoder is not None and not self._busy
+                self._single = False
+                if self.rows() is None:
+                    self.refused = _reason(error)
+        return (self._decoder is not None or self._rows is not None) and self.refused is None and not self._busy
+
+    def rows(self) -> RowsDecoder | None:
+        """The kernels for several sequences, made unless that was tried before; None: there are none."""
+        if self._rows is None and self.refused_rows is None:
+            from runner.ops.cuda.rows_decoder import RowsDecoder
+
+            try:
+                found = self._read()
+                self._rows = RowsDecoder(found.shape, found.tensors)
+            except (Unfit, BackendError) as error:
+                self.refused_rows = _reason(error)
+        return self._rows
+
+    def _read(self) -> ReadModel:
+        from runner.engine import step_shape
+
+        return step_shape.read(self._model, self._vocab_size, self._dtype)
 
     @property
     def decoder(self) -> StepDecoder:
-        """The kernel, after a `prepare` that returned True."""
+        """The kernel, where there is one for a whole step."""
         assert self._decoder is not None
         return self._decoder
+
+    @property
+    def rows_decoder(self) -> RowsDecoder:
+        """The kernels for several sequences, after `rows` has found some."""
+        assert self._rows is not None
+        return self._rows
+
+    @property
+    def whole(self) -> bool:
+        """Whether `prepare` has made one kernel for a whole step."""
+        return self._decoder is not None
 
     def give_up(self, error: Exception) -> None:
         """Use the kernel no more, if it failed, or not for these caches."""
@@ -73,13 +125,23 @@ class Compiled:
         if isinstance(error, BackendError):
             self._decoder, self.refused = None, str(error)
 
+    def give_up_rows(self, error: Exception) -> None:
+        """Use the kernels for several sequences no more, if they failed, or not for these caches."""
+        if isinstance(error, BackendError):
+            self._rows, self.refused_rows = None, str(error)
+            if not self._single:
+                self.refused = self.refused_rows
+
     def close(self) -> None:
         """Give the kernel's memory back, and let go of the model. A job of the owner's thread."""
         self._model = None
-        self.refused = self.refused or "it was closed"
+        self.refused, self.refused_rows = self.refused or "it was closed", self.refused_rows or "it was closed"
         decoder, self._decoder = self._decoder, None
+        rows, self._rows = self._rows, None
         if decoder is not None:
             decoder.close()
+        if rows is not None:
+            rows.close()
 
     def decode(
         self, caches: Caches, token: int | Token, count: int, state: SamplingState | None
@@ -96,6 +158,9 @@ class Compiled:
         if count < 1:
             return
         decoder, made = self._decoder, 0
+        if decoder is None and self._rows is not None:
+            yield from self._by_rows(caches, token if isinstance(token, int) else token.id, count, state)
+            return
         if decoder is None or self._busy:
             raise Broken
         self._busy, self.holder = True, None
@@ -119,6 +184,109 @@ class Compiled:
                 decoder.finish()
             self._busy = False
 
+    def _by_rows(
+        self, caches: Caches, last: int, count: int, state: SamplingState | None
+    ) -> Generator[Token | NumericsError]:
+        """`decode` by the kernels for several sequences, whose logits operations pick from."""
+        from runner.ops.cuda.decoder import Said
+
+        steps, sampler = RowSteps(self, caches, None), Sampler()
+        for _ in range(count):
+            found: Token | NumericsError
+            if state is None or _greatest(state):
+                # The kernels find the greatest logit themselves.
+                if self.rows() is None:
+                    raise Broken
+                steps.run([last])
+                ((token, peak),) = self.rows_decoder.best
+                said = Said(token, peak, unresolved=False)
+                found = Token(token) if said.problem is None else NumericsError(said.problem)
+                if state is not None:
+                    state.position += 1
+            else:
+                (found,) = sampler(steps(mx.array([[last]], mx.int32)), [state]).read([state])
+            if isinstance(found, Token):
+                last = found.id
+            yield found
+
+
+class RowSteps:
+    """What `Steps` does, by kernels where there are some: tokens `[1, R]` to logits `[R, V]`, a token of each sequence.
+
+    What a sequence gets does not depend on the others. Caches may change between two calls only by these calls.
+    """
+
+    def __init__(self, compiled: Compiled, caches: Memories, steps: Steps | None, known: Known | None = None) -> None:
+        """Begin with caches that hold a token each.
+
+        Args:
+            steps: computes with operations, where there are no kernels; None: that is an error, `Broken`.
+            known: where caches lie that only kernels have moved since; it is added to.
+        """
+        self._compiled = compiled
+        self._caches = caches
+        self._each: tuple[Caches, ...] = caches.each if isinstance(caches, SeveralCaches) else (caches,)
+        self._steps = steps
+        self._bound: Known = WeakKeyDictionary() if known is None else known
+        self._found = False  # whether the kernels know where the weights lie
+
+    def __call__(self, token: mx.array) -> mx.array:
+        from runner.ops.cuda.rows_shape import MOST_ROWS
+
+        decoder = self._compiled.rows() if len(self._each) <= MOST_ROWS else None
+        if decoder is not None:
+            try:
+                known = cast(list[int], token.reshape(-1).tolist())
+                mx.synchronize()  # whoever reads the last step's logits has done so
+                return self._run(decoder, known)
+            except (Unfit, BackendError) as error:
+                self._compiled.give_up_rows(error)
+        for one in self._each:
+            self._bound.pop(one, None)
+        if self._steps is None:
+            raise Broken
+        return self._steps(token)
+
+    def run(self, tokens: list[int]) -> None:
+        """Take the step behind known tokens, whose logits nobody asks for.
+
+        Raises:
+            Broken: the kernels cannot.
+        """
+        decoder = self._compiled.rows()
+        if decoder is None:
+            raise Broken
+        try:
+            self._run(decoder, tokens)
+        except (Unfit, BackendError) as error:
+            self._compiled.give_up_rows(error)
+            raise Broken from error
+
+    def _run(self, decoder: RowsDecoder, tokens: list[int]) -> mx.array:
+        if not self._found:
+            decoder.refresh()
+            self._found = True
+        offsets = [one.offset for one in self._each]
+        moved = []
+        for one, offset in zip(self._each, offsets, strict=True):
+            place = self._bound.get(one)
+            if place is None or place.limit <= offset:
+                moved.append(one)
+        self._bind(decoder, moved)
+        logits = decoder.step(tokens, offsets, [self._bound[one].bound for one in self._each])
+        self._caches.advance()
+        return logits
+
+    def _bind(self, decoder: RowsDecoder, which: Sequence[Caches]) -> None:
+        from runner.engine.step_shape import rows_of
+
+        if not which:
+            return
+        for one in which:
+            one.make_room(ROOM)
+        for one, bound in zip(which, decoder.bound([rows_of(one) for one in which]), strict=True):
+            self._bound[one] = Place(bound, one.offset + one.room)
+
 
 class SingleSteps:
     """What `Steps` does for one sequence, by the kernel where it is free: a step at a time, logits for operations.
@@ -134,7 +302,7 @@ class SingleSteps:
         self._mark = object()
 
     def __call__(self, token: mx.array) -> mx.array:
-        if token.size == 1 and self._compiled.prepare():
+        if token.size == 1 and self._compiled.prepare() and self._compiled.whole:
             try:
                 return self._logits(token)
             except (Unfit, BackendError) as error:
@@ -236,6 +404,17 @@ class _Session:
         if state is None or state.params.temperature < SMALLEST:
             return []
         return [chance(state.seed, state.choice, state.position + first + index) for index in range(steps)]
+
+
+def _greatest(state: SamplingState) -> bool:
+    """Whether a sequence's tokens are those of the greatest logits, whatever else is asked for."""
+    params = state.params
+    plain = state.allowed is None and state.seen is None and state.bias is None
+    return params.temperature < SMALLEST and params.logprobs is None and plain
+
+
+def _reason(error: Exception) -> str:
+    return f"the model has {error}" if isinstance(error, Unfit) else str(error)
 
 
 def _picking(state: SamplingState | None, blocks: int) -> Picking | None:

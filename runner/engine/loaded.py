@@ -18,7 +18,7 @@ from runner.checkpoint.model_files import open_files
 from runner.config.base import Config
 from runner.config.memory import Memory, Shared, needed
 from runner.engine.calibration import channel_powers
-from runner.engine.compiled import Compiled, SingleSteps
+from runner.engine.compiled import Compiled, Known, RowSteps, SingleSteps
 from runner.engine.dtypes import choose
 from runner.engine.replay import Steps
 from runner.errors import UsageError
@@ -198,10 +198,22 @@ class Loaded:
         caches = Caches.of(self.memories, self.storage, self.powers)
         return caches if self.part is None else self.part.caches(caches, _memories(self.config))
 
-    def steps(self, caches: Caches) -> Steps | SingleSteps:
-        """Decode steps over `caches`, by one kernel each where the device has one; a job of the owner's thread."""
+    @property
+    def decodes_rows(self) -> bool:
+        """Whether kernels take several sequences through their steps; a job of the owner's thread."""
+        return self.device.compiles and self.compiled.rows() is not None
+
+    def steps(self, caches: Memories, known: Known | None = None) -> Steps | SingleSteps | RowSteps:
+        """Decode steps over `caches`, by kernels where the device has some; a job of the owner's thread.
+
+        `known` is that of `RowSteps`.
+        """
         steps = Steps(self.model, caches, self.device.ops)
-        return SingleSteps(self.compiled, caches, steps) if self.device.compiles else steps
+        if not self.device.compiles:
+            return steps
+        if isinstance(caches, Caches) and self.compiled.prepare() and self.compiled.whole:
+            return SingleSteps(self.compiled, caches, steps)
+        return RowSteps(self.compiled, caches, steps, known)
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Logits at every position, `[T, V]` float32, from one forward pass whose KV caches are discarded.

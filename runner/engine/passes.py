@@ -9,14 +9,14 @@ import itertools
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
 from runner.cache.several import SeveralCaches
-from runner.engine.compiled import Broken
+from runner.engine.compiled import Broken, Known, RowSteps
 from runner.engine.loaded import Loaded
-from runner.engine.replay import Steps
-from runner.engine.rows import Feed, Row
+from runner.engine.rows import AnySteps, Feed, Row
 from runner.engine.sampler import Sampled, Sampler, SamplingState, Token
 from runner.errors import NumericsError
 from runner.nn.batch import Batch, Segment
@@ -75,7 +75,8 @@ class Passes:
         self._loaded = loaded
         self._ops = loaded.device.ops
         self._sampler = Sampler(self._ops)
-        self._several: tuple[SeveralCaches, Steps] | None = None  # of the last passes, while the rows are the same
+        self._several: tuple[SeveralCaches, AnySteps] | None = None  # of the last passes, while the rows are the same
+        self._known: Known = WeakKeyDictionary()
 
     def waits(self, row: Row, *, alone: bool) -> bool:
         """Whether the next pass of a row is made only when the token before it is known.
@@ -93,7 +94,10 @@ class Passes:
             return Flight([], 0, [(row, 1)], None, [], session=session)
         fed = [row for row, feed in feeds if feed.ids is not None]
         watched = any(row.course is not None and row.course.watched for row, _ in feeds)
-        logits = self._read(feeds) if fed or watched else self._step([row for row, _ in feeds])
+        # A single token that is known goes the way of those that were picked, where kernels compute them.
+        single = all(feed.count == feed.picks == 1 and row.offset and row.order.scores is None for row, feed in feeds)
+        by_steps = not watched and (not fed or (single and self._loaded.decodes_rows))
+        logits = self._step(feeds) if by_steps else self._read(feeds)
         # Behind what others wait for: a prompt's last layers have nobody else who asks for their rows.
         waits = [array for row in fed if row.caches is not None for array in row.caches.arrays]
         read = sum(feed.count for _, feed in feeds if feed.ids is not None)
@@ -128,6 +132,7 @@ class Passes:
         if row.session is None and feed.ids is None and not row.unread and self._fits_kernel(row):
             assert row.course is not None and row.caches is not None
             count = row.order.budget - row.picked
+            self._known.pop(row.caches, None)
             row.session = self._loaded.compiled.decode(row.caches, row.ids[-1], count, row.course.state)
         return row.session
 
@@ -135,24 +140,29 @@ class Passes:
         assert row.course is not None
         return not row.broken and row.course.plain and self._loaded.compiled.prepare()
 
-    def _step(self, rows: list[Row]) -> mx.array:
-        """Logits `[R, V]` behind the tokens that were picked last."""
+    def _step(self, feeds: Sequence[tuple[Row, Feed]]) -> mx.array:
+        """Logits `[R, V]` behind a token of each row."""
+        rows, ids = [row for row, _ in feeds], self._ids(feeds)
         each = [row.caches for row in rows if row.caches is not None]
         self._use([(row, 1) for row in rows])
         if len(each) == 1:
             if rows[0].steps is None:
-                rows[0].steps = self._loaded.steps(each[0])
-            return rows[0].steps(self._picked(rows)[None])
+                rows[0].steps = self._loaded.steps(each[0], self._known)
+            if not isinstance(rows[0].steps, RowSteps):
+                self._known.pop(each[0], None)
+            return rows[0].steps(ids)
         if self._several is None or not _same(self._several[0].each, each):
             caches = SeveralCaches(each, [1] * len(each))
-            self._several = (caches, Steps(self._loaded.model, caches, self._ops))
-        return self._several[1](self._picked(rows)[None])
+            self._several = (caches, self._loaded.steps(caches, self._known))
+        return self._several[1](ids)
 
     def _read(self, feeds: Sequence[tuple[Row, Feed]]) -> mx.array | None:
         """Logits `[R, V]` of the rows that pick a token; None: there are none."""
         model, rows = self._loaded.model, [row for row, _ in feeds]
         for row in rows:
             row.steps = None
+            if row.caches is not None:
+                self._known.pop(row.caches, None)
         self.forget()
         segments = [Segment(feed.count, row.offset, feed.length) for row, feed in feeds]
         ids = self._ids(feeds)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runner.cache.caches import Caches
-from runner.engine.compiled import SingleSteps
+from runner.engine.compiled import RowSteps, SingleSteps
 from runner.engine.prefix_tree import Kept
 from runner.engine.replay import Steps
 from runner.engine.sampler import Token
@@ -18,6 +18,9 @@ from runner.errors import NumericsError
 
 if TYPE_CHECKING:
     from runner.engine.passes import Flight
+
+AnySteps = Steps | SingleSteps | RowSteps
+"""What takes sequences through their decode steps."""
 
 NUMBERS = itertools.count()
 """The order in which requests came."""
@@ -71,7 +74,7 @@ class Row:
         self.caches: Caches | None = None
         self.kept: Kept | None = None
         self.course: Continuation | None = None
-        self.steps: Steps | SingleSteps | None = None
+        self.steps: AnySteps | None = None
         self.flight: tuple[Flight, int] | None = None
         self.session: Generator[Token | NumericsError] | None = None
         self.broken = False

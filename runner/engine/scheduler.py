@@ -291,21 +291,33 @@ class Scheduler:
                 readers.append(row)
         room = max(1, room - len(deciding))
         if deciding and self._pace:
-            room = min(room, max(LEAST, int(PAUSE / self._pace)))
+            room = min(room, max(LEAST, self.loaded.device.cut, int(PAUSE / self._pace)))
         exact = self.loaded.config.rope_depends_on_length
         chosen = [(row, self._next(row)) for row in deciding]
         room -= sum(feed.count - 1 for _, feed in chosen)
+        begun = False
         for row in readers:
             if room < 1:
                 break
-            feed = row.feed(self._piece(row, room, alone=not chosen), exact=exact)
+            count = self._piece(row, room, alone=not chosen)
+            if begun and count < min(self.loaded.device.cut, len(row.ids) - row.offset):
+                break  # a small piece of a prompt has a length of its own
+            begun = True
+            feed = row.feed(count, exact=exact)
             chosen.append((row, feed))
             room -= feed.count
         if self.loaded.adapters is not None:  # neighbours that have the same are computed together
             chosen.sort(key=lambda one: _adapters(one[0]))
         if self.loaded.adapters is None or self.loaded.mixes:
-            return [chosen] if chosen else []
+            return self._apart(chosen)
         return [list(feeds) for _, feeds in itertools.groupby(chosen, lambda one: _adapters(one[0]))]
+
+    def _apart(self, chosen: list[tuple[Row, Feed]]) -> list[list[tuple[Row, Feed]]]:
+        """Single tokens apart from prompts, where kernels compute them: they do not go the way of those beside them."""
+        ends = [(row, feed) for row, feed in chosen if feed.count == 1 and row.offset]
+        if not ends or len(ends) == len(chosen) or not self.loaded.decodes_rows:
+            return [chosen] if chosen else []
+        return [ends, [one for one in chosen if one not in ends]]
 
     def _separate(self) -> None:
         """A layer could not tell the rows apart in one pass: from now on each set of adapters has its own.
@@ -328,8 +340,10 @@ class Scheduler:
     def _piece(self, row: Row, room: int, *, alone: bool) -> int:
         """How many known tokens of a row to read next."""
         left = len(row.ids) - row.offset
-        if (stop := self.keeper.stop(row)) is not None:
-            room = min(room, stop - row.offset)
+        if (stop := self.keeper.stop(row)) is not None and stop - row.offset <= min(room, left):
+            room = stop - row.offset
+        elif self.loaded.device.cut <= room < left:
+            room -= room % self.loaded.device.cut
         # Layers without keys leave nothing for later tokens: only the last one, whose logits are wanted, passes them.
         if alone and ALONE < left <= room and self.loaded.shares_keys and row.order.scores is None:
             return left - 1

@@ -23,10 +23,12 @@ from runner.models import gemma, granite, llama
 from runner.nn.attention import Attend
 from runner.nn.blocks import BaseDecoder, PreNorm
 from runner.nn.fast import RMSNorm, RoPE
-from runner.nn.linear import Linear, PlainEmbedding, PlainLinear, QuantizedEmbedding, QuantizedFields, QuantizedLinear
+from runner.nn.linear import PlainEmbedding, PlainLinear, QuantizedEmbedding, QuantizedFields, QuantizedLinear
 from runner.nn.mlp import GLU, Activation, GatedMLP, PlainMLP
+from runner.nn.moe import BareExperts, MoE, PlainExperts, QuantizedExperts
 from runner.ops.cuda.decoder import LayerTensors, Matrix, Rows, StepTensors
 from runner.ops.cuda.shape import Form, StepShape, Unfit
+from runner.ops.quantized import QuantizedWeight
 
 _MOST_KINDS = 4
 """Kinds of RoPE among a model's layers at most."""
@@ -171,15 +173,17 @@ class _Reader:
         if type(attention.attend) is not Attend:
             raise Unfit(f"attention of its own ({type(attention.attend).__name__})")
         kind = self._rope(attention.rope)
+        mixture, router = self._mixture(layer.mlp)
         mlp, gated, activation = self._mlp(layer.mlp)
         linears = (attention.qkv_proj, attention.o_proj, *mlp)
         products = tuple(self._matrix(linear) for linear in linears)
         common = {
+            **mixture,
             "hidden": products[1].weight.shape[0],
             "heads": attention.num_attention_heads,
             "kv_heads": attention.num_key_value_heads,
             "head_dim": attention.head_dim,
-            "intermediate": products[2].weight.shape[0] // (2 if gated else 1),
+            "intermediate": products[2].weight.shape[-2] // (2 if gated else 1),
             "forms": tuple(_form(linear) for linear in linears),
             "gated": gated,
             "activation": activation,
@@ -198,15 +202,38 @@ class _Reader:
             None if norms[0] is None else norms[0].weight,
             None if norms[1] is None else norms[1].weight,
             kind,
+            router,
         )
         return common, tensors
 
-    def _mlp(self, mlp: Any) -> tuple[tuple[Linear, Linear], bool, str]:
+    def _mixture(self, mlp: Any) -> tuple[dict[str, Any], mx.array | None]:
+        """What a mixture's layers have in common, and the router's matrix; nothing of other layers."""
+        if not isinstance(mlp, MoE):
+            return {}, None
+        _same(mlp, MoE, "__call__", "route", "routing", "logits", "mixed", "outputs", "feed", "sorted")
+        router: Any = mlp.router
+        if mlp.scoring_func != "softmax" or mlp.correction is not None or mlp.n_group != mlp.topk_group:
+            raise Unfit("experts that are chosen in another way")
+        if router.bias is not None or type(router) not in (PlainLinear, QuantizedLinear):
+            raise Unfit("a router of another kind")
+        matrix = mx.contiguous(router.weight if type(router) is PlainLinear else _unpacked(router.quantized))
+        common = {
+            "experts": matrix.shape[0],
+            "chosen": mlp.num_experts_per_tok,
+            "chosen_norm": mlp.norm_topk_prob,
+            "chosen_scale": float(mlp.routed_scaling_factor),
+            "router": _named(matrix.dtype),
+        }
+        return common, matrix
+
+    def _mlp(self, mlp: Any) -> tuple[tuple[Any, Any], bool, str]:
         for known in (llama.MLP, GatedMLP):
             if type(mlp).__call__ is known.__call__:
                 if type(mlp.glu) is not GLU:
                     raise Unfit(f"an activation of its own ({type(mlp.glu).__name__})")
                 return (mlp.gate_up_proj, mlp.down_proj), True, ACTIVATIONS[mlp.glu.activation]
+        if isinstance(mlp, MoE) and type(mlp.glu) is GLU:
+            return (mlp.gate_up_proj, mlp.down_proj), True, ACTIVATIONS[mlp.glu.activation]
         if type(mlp).__call__ is PlainMLP.__call__ and type(mlp.act) is Activation:
             return (mlp.up_proj, mlp.down_proj), False, ACTIVATIONS[mlp.act.name]
         raise Unfit(f"feed-forward layers of another kind ({type(mlp).__name__})")
@@ -244,9 +271,9 @@ class _Reader:
             raise Unfit(f"norms of another kind ({type(norm).__name__})")
 
     def _matrix(self, linear: Any) -> Matrix:
-        if type(linear) is PlainLinear:
+        if type(linear) in (PlainLinear, PlainExperts, BareExperts):
             return Matrix(mx.contiguous(linear.weight), bias=linear.bias)
-        if type(linear) is QuantizedLinear:
+        if type(linear) in (QuantizedLinear, QuantizedExperts):
             return _packed(linear, linear.bias)
         raise Unfit(f"linear layers of another kind ({type(linear).__name__})")
 
@@ -277,6 +304,14 @@ class _Reader:
             query_norm=None if layer.query_norm is None else _flat(layer.query_norm, small),
             key_norm=None if layer.key_norm is None else _flat(layer.key_norm, small),
         )
+
+
+def _unpacked(matrix: QuantizedWeight) -> mx.array:
+    """A small packed matrix in float32, as exact as its product with float32 is."""
+    if matrix.biases is not None:
+        scales, biases = (array.astype(mx.float32) for array in (matrix.scales, matrix.biases))
+        matrix = matrix._replace(scales=scales, biases=biases)
+    return matrix.dequantize().astype(mx.float32)
 
 
 def _packed(fields: QuantizedFields, bias: mx.array | None) -> Matrix:

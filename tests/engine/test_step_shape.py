@@ -30,7 +30,6 @@ FITS = {
     "llama/llama-rope-yarn": {"ropes": 1},
 }
 REFUSED = {
-    "families/qwen3_moe-base": "feed-forward layers of another kind",
     "families/gpt_oss-base": "attention of its own",
     "families/deepseek_v3-base": "LatentAttention",
     "families/phi3-longrope": "depend on the length",
@@ -99,3 +98,14 @@ def test_where_the_rows_of_a_window_lie() -> None:
         for cache in two:
             cache.append(mx.zeros((2, 2, 1, 8)), mx.zeros((2, 2, 1, 8)))
         rows_of(two)
+
+
+def test_a_mixture_is_read_and_left_to_the_kernels_for_several_sequences() -> None:
+    loaded = open_loaded(TESTS / "fixtures/families/qwen3_moe-base")
+    shape, tensors = read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+    layer = tensors.layers[0]
+    assert shape.experts and 0 < shape.chosen <= shape.experts
+    assert layer.router is not None and layer.router.shape == (shape.experts, shape.hidden)
+    assert layer.products[2].weight.shape == (shape.experts, 2 * shape.intermediate, shape.hidden)
+    with pytest.raises(Unfit, match="mixture"):
+        divide(shape, 132, 232448)

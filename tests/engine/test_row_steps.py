@@ -1,0 +1,225 @@
+"""Several sequences through kernels: on an NVIDIA GPU against operations; anywhere, how schedulers go through them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from places import TESTS
+
+from runner import resources
+from runner.bench.models import random_weights
+from runner.cache import kv
+from runner.cache.caches import Caches
+from runner.cache.several import SeveralCaches
+from runner.convert.quantize import QUANTIZATIONS
+from runner.engine import compiled as module
+from runner.engine.compiled import Compiled, RowSteps
+from runner.engine.engine import Engine
+from runner.engine.loaded import Loaded, assemble, open_loaded
+from runner.engine.prompt_cache import PromptCache
+from runner.engine.replay import Steps
+from runner.engine.request import Run
+from runner.engine.sampling import SamplingParams
+from runner.engine.ticket import Order
+from runner.errors import BackendError
+from runner.nn.batch import Batch
+from runner.ops.device import current
+
+GQA = TESTS / "fixtures/llama/llama-gqa"
+PROMPT = [1 + index % 30 for index in range(40)]
+needs_gpu = pytest.mark.skipif(not current().compiles, reason="there is no kernel for this device")
+
+
+class Twin:
+    """What `RowsDecoder` does, from the model's logits over all ids of each sequence."""
+
+    def __init__(self, loaded: Loaded, *, fails_at: int = 10**9) -> None:
+        self.loaded, self.fails_at = loaded, fails_at
+        self.steps, self.bound_rows, self.widest = 0, 0, 0
+        self.best: list[tuple[int, float]] = []
+        self._ids: dict[int, list[int]] = {}
+
+    def refresh(self) -> None: ...
+
+    def bound(self, several: Sequence[Any]) -> list[Any]:
+        self.bound_rows += len(several)
+        return list(several)
+
+    def step(self, tokens: Sequence[int], positions: Sequence[int], caches: Sequence[Any]) -> mx.array:
+        self.steps += 1
+        self.widest = max(self.widest, len(tokens))
+        if self.steps == self.fails_at:
+            raise BackendError("the driver is gone")
+        found = []
+        for token, position, one in zip(tokens, positions, caches, strict=True):
+            ids = [*self._ids.get(id(one), PROMPT)[:position], token]
+            assert len(ids) == position + 1
+            self._ids[id(one)] = ids
+            found.append(self.loaded.logits(ids)[-1])
+        logits = mx.stack(found)
+        self.best = [(int(np.argmax(row)), float(np.max(row))) for row in np.array(logits)]
+        return logits
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    monkeypatch.setattr(module, "ROOM", 8)
+    monkeypatch.setattr(kv, "STEP", 8)  # so that rows need room again within a short answer
+    return open_loaded(GQA, dtype="float32")
+
+
+def twinned(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Twin:
+    """`loaded` decodes by a twin of the kernels, whatever an engine makes of it."""
+    from runner.engine import step_shape
+
+    twin = Twin(loaded, **settings)
+    monkeypatch.setattr(step_shape, "rows_of", lambda caches: caches)
+    kernel = Compiled(loaded.model, loaded.config.vocab_size, loaded.dtype, None)
+    kernel._rows, kernel._single = twin, False  # type: ignore[assignment]
+    loaded.compiled = kernel
+    monkeypatch.setattr("runner.engine.loaded.Compiled", lambda *arguments: kernel)
+    return twin
+
+
+def served(loaded: Loaded, count: int, compiles: bool, *, delay: int = 0, options: SamplingParams) -> list[list[int]]:
+    """Answers of an engine to the same prompt; each begins when the one before has so many tokens."""
+    device = dataclasses.replace(loaded.device, compiles=compiles)
+    with Engine(dataclasses.replace(loaded, device=device)) as engine:
+        tickets, found = [], []
+        for choice in range(count):
+            tickets.append(engine.submit(PROMPT, options, max_tokens=16, choice=choice))
+            found.append([token.id for _, token in zip(range(delay), tickets[-1], strict=False)])
+        return [began + [token.id for token in ticket] for began, ticket in zip(found, tickets, strict=True)]
+
+
+@pytest.mark.parametrize("options", [SamplingParams(temperature=0.9, seed=4, top_k=8), SamplingParams(temperature=0)])
+def test_requests_beside_each_other(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, options: SamplingParams) -> None:
+    expected = served(loaded, 4, False, options=options)
+    twin = twinned(loaded, monkeypatch)
+    assert served(loaded, 4, True, options=options) == expected
+    assert twin.widest == 4
+    steps = twin.steps
+    assert served(loaded, 3, True, delay=3, options=options) == expected[:3]  # prompts beside answers
+    assert twin.steps - steps > 15
+
+
+def test_rows_are_looked_up_when_they_have_moved_and_not_when_neighbours_come(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = twinned(loaded, monkeypatch)
+    served(loaded, 4, True, delay=2, options=SamplingParams(temperature=0))
+    # 40 + 16 rows, in buffers that grow by quarters: each sequence's lie somewhere else three times at most.
+    assert twin.bound_rows <= 4 * 3
+
+
+def test_kernels_that_fail_are_not_asked_again(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = SamplingParams(temperature=0)
+    expected = served(loaded, 3, False, options=options)
+    twin = twinned(loaded, monkeypatch, fails_at=5)
+    # The twin writes no rows: operations find none of what it computed.
+    got = served(loaded, 3, True, options=options)
+    assert [ids[:4] for ids in got] == [ids[:4] for ids in expected] and {len(ids) for ids in got} == {16}
+    assert twin.steps == 5 and loaded.compiled.refused_rows == "the driver is gone"
+    assert "gone" in loaded.compiled.way
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"temperature": 0.8, "seed": 1, "top_p": 0.9}, {"temperature": 0, "logit_bias": {5: 9.0}}],
+)
+def test_an_answer_of_a_model_without_a_single_kernel(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    def answer() -> list[int]:
+        order = Order(ids=list(PROMPT), params=SamplingParams(**options), budget=20)
+        return [token.id for token in Run(loaded, PromptCache(loaded), order) if token is not None]
+
+    expected = answer()
+    twin = twinned(loaded, monkeypatch)
+    assert answer() == expected and twin.steps == 19 and loaded.compiled.way == "a graph of kernels a step"
+    twin.fails_at = twin.steps + 4
+    assert answer()[:4] == expected[:4] and loaded.compiled.refused == "the driver is gone"
+
+
+def test_a_model_that_does_not_fit_says_why(loaded: Loaded) -> None:
+    kernel = Compiled(SimpleNamespace(layers=[]), 32, mx.float32, None)
+    assert kernel.rows() is None and kernel.refused_rows is not None and "the model has" in kernel.refused_rows
+
+
+class Jittered:
+    """A source of random weights, whose groups have scales of their own."""
+
+    def __init__(self, source: Any) -> None:
+        self._source, self.headers = source, source.headers
+
+    def read(self, name: str) -> mx.array:
+        array: mx.array = self._source.read(name)
+        if not name.endswith((".scales", ".biases")):
+            return array
+        numbers = np.random.default_rng(len(name)).uniform(0.5, 1.5, array.shape).astype(np.float32)
+        return (array.astype(mx.float32) * mx.array(numbers)).astype(array.dtype)
+
+
+def made(shape: str, quantize: str | None, run: str, changes: dict[str, Any]) -> Loaded:
+    """Two layers of a published shape with random weights in bfloat16, computed in `run`."""
+    raw = {**resources.read("shapes", shape), "num_hidden_layers": 2, **changes}
+    form = None if quantize is None else QUANTIZATIONS[quantize]
+    return assemble(raw, Jittered(random_weights(raw, form=form, dtype="bfloat16")), dtype=run)
+
+
+SMALL_MIXTURE = {"vocab_size": 4096, "num_experts": 32}
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("shape", "quantize", "changes"),
+    [
+        ("Llama-3.2-1B", None, {"vocab_size": 4096}),
+        ("Llama-3.2-1B", "4", {"vocab_size": 4096}),
+        ("Qwen3-0.6B", "8", {"vocab_size": 4099}),
+        ("Qwen2.5-0.5B", None, {"vocab_size": 4096}),
+        ("SmolLM2-135M", None, {"vocab_size": 1000}),
+        ("Qwen3-30B-A3B", "4", SMALL_MIXTURE),
+        ("Qwen3-30B-A3B", None, SMALL_MIXTURE),
+    ],
+)
+def test_logits_are_as_near_to_float32_as_those_of_operations(
+    shape: str, quantize: str | None, changes: dict[str, Any]
+) -> None:
+    """Of eleven sequences of several lengths, and of one of them alone, whose bits are the same."""
+    exact, loaded = made(shape, quantize, "float32", changes), made(shape, quantize, "bfloat16", changes)
+    lengths = [7 + 61 * index for index in range(11)]
+    tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (3, len(lengths)))
+
+    def filled(one: Loaded, count: int) -> list[Caches]:
+        numbers, each = np.random.default_rng(1), []
+        for length in lengths[:count]:
+            caches = one.new_caches()
+            one.model(Batch(mx.array(numbers.integers(0, 1000, (1, length)).astype(np.int32))), caches)
+            mx.eval(caches.arrays)
+            each.append(caches)
+        return each
+
+    def logits(one: Loaded, kernels: bool, count: int) -> np.ndarray:
+        caches = SeveralCaches(filled(one, count), [1] * count)
+        steps = RowSteps(one.compiled, caches, None) if kernels else Steps(one.model, caches, one.device.ops)
+        return np.stack([np.array(steps(mx.array(row[None, :count])).astype(mx.float32)) for row in tokens])
+
+    count = len(lengths)
+    want = exact.run(lambda: logits(exact, False, count))
+    mine, others = loaded.run(lambda: logits(loaded, True, count)), loaded.run(lambda: logits(loaded, False, count))
+    assert loaded.compiled.refused_rows is None
+    assert np.abs(mine - want).max() < 1.2 * np.abs(others - want).max()
+    assert (loaded.run(lambda: logits(loaded, True, 2)) == mine[:, :2]).all()
+
+
+@needs_gpu
+def test_float32_is_left_to_operations() -> None:
+    loaded = open_loaded(GQA, dtype="float32")
+    assert loaded.run(loaded.compiled.rows) is None and "float32" in str(loaded.compiled.refused_rows)
