@@ -16,10 +16,12 @@ import httpx2
 import mlx.core as mx
 import pytest
 from places import ROOT
-from told_backend import Running, waited
+from told_backend import Running, ToldBackend, waited
 
 import runner
+from runner.engine.scheduler import Scheduler
 from runner.errors import UsageError
+from runner.server.backend import STUCK, Status
 from runner.server.durations import seconds_of
 from runner.server.local import LocalModels
 from runner.server.pool import Pool
@@ -322,3 +324,31 @@ def test_endless_durations(text: str | float) -> None:
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match="no duration"):
         seconds_of(text)
+
+
+def test_an_engine_that_fails_begins_anew_with_the_models_it_had(
+    tmp_path: Path, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = LocalModels(Pool(1 << 30))
+    for name in ("a", "b"):
+        local.add(name, FIXTURE)
+    backends = [served.backend for served in local.served.values()]
+    with Running(backends, on_engine_failure="restart") as server:
+        one = Several(server, local, {})
+        assert one.text("a") == one.text("b") == wanted
+        with monkeypatch.context() as patched:
+            patched.setattr(Scheduler, "step", lambda self: 1 // 0)
+            assert one.complete("a").status_code >= 500
+        assert waited(lambda: one.complete("a").status_code == 200)
+        assert one.text("a") == one.text("b") == wanted
+        weights = sum(slot.nbytes for slot in local.pool.slots)
+        assert local.pool.engine.budget.weights == weights, "counted once"
+
+
+def test_a_stuck_engine_shows_in_health() -> None:
+    backend = ToldBackend(lambda prompt, order: "ok")
+    with Running([backend]) as server:
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+        backend.status = lambda: Status(stuck_for=STUCK + 1, running=1)  # type: ignore[method-assign]
+        health = httpx2.get(f"{server.url}/health")
+        assert health.status_code == 503 and health.json()["models"]["told"]["status"] == "stuck"
