@@ -129,11 +129,10 @@ class App:
         finally:
             self._log(scope, note, status, time.perf_counter() - started)
 
-    @staticmethod
-    def _path(scope: Scope) -> str:
+    def _path(self, scope: Scope) -> str:
         """The path below the root path, which a proxy may or may not have taken off."""
         path: str = scope["path"]
-        root = scope.get("root_path", "")
+        root = self.serving.options.root_path
         return path.removeprefix(root) or "/" if root and path.startswith(root + "/") else path
 
     async def _routed(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -173,7 +173,6 @@ def serve_on(made: socket.socket, serving: Serving, started: Callable[[str, Call
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        root_path=options.root_path,
         h11_max_incomplete_event_size=MAX_HEADERS,
         timeout_graceful_shutdown=max(1, round(options.shutdown_timeout)),
         timeout_keep_alive=75,

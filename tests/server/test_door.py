@@ -194,3 +194,12 @@ def test_metrics(server: Running) -> None:
 )
 def test_the_name_in_a_host_header(value: str | None, name: str | None) -> None:
     assert host_of(value) == name
+
+
+def test_below_a_path_that_a_proxy_took_off_or_left() -> None:
+    with Running([ToldBackend(lambda prompt, order: "yes")], root_path="/llm") as server:
+        for path in ("/llm/v1/models", "/v1/models", "/llm/health", "/llm/page/page.js"):
+            assert httpx2.get(server.url + path).status_code == 200, path
+        for path in ("/llmv1/models", "/llm/llm/v1/models"):
+            assert httpx2.get(server.url + path).status_code == 404, path
+        assert "page.js" in httpx2.get(f"{server.url}/llm/", headers={"accept": "text/html"}).text
