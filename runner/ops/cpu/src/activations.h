@@ -54,15 +54,19 @@ RUNNER_INLINE Panel panel_at(const LinearArgs& a, void* block, int rows) {
   return p;
 }
 
-// Largest magnitude of a group; NaN where a value is not finite.
+// Largest magnitude of a group; NaN or infinity where a value is that: magnitudes have the order of their bits.
 RUNNER_INLINE float group_range(const float* x, int group) {
-  VF m = zero(), odd = zero();
-  for (int i = 0; i < group; i += W) {
-    VF v = load(x + i);
-    m = vmax(vabs(v), m);
-    odd = odd + (v - v);
-  }
-  return hmax(m) + hsum(odd);
+#if RUNNER_ISA == 512
+  __m512i m = _mm512_setzero_si512();
+  for (int i = 0; i < group; i += W) m = _mm512_max_epu32(_mm512_castps_si512(vabs(load(x + i))), m);
+  return bits_to_float(_mm512_reduce_max_epu32(m));
+#else
+  __m256i m = _mm256_setzero_si256();
+  for (int i = 0; i < group; i += W) m = _mm256_max_epu32(_mm256_castps_si256(vabs(load(x + i))), m);
+  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+  return bits_to_float((uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1))));
+#endif
 }
 
 RUNNER_INLINE float mean_square(const float* x, int64_t n) {
@@ -156,10 +160,16 @@ RUNNER_INLINE int64_t quantise_32(const float* x, int64_t at, float inverse, con
 #endif
 }
 
-// Row x of a.k values: its scales and sums into the panel, its codes to `line`, [kPlanes + 1][steps].
-inline void quantise_row(const LinearArgs& a, const float* x, const Panel& to, int row, int32_t* line) {
+// Sets a row's bit, which other threads may do for other groups.
+RUNNER_INLINE void note_row(uint16_t& bits, int row) { __atomic_fetch_or(&bits, (uint16_t)(1u << row), __ATOMIC_RELAXED); }
+
+// Of row x of a.k values those of blocks [first, last): their scales and sums into the panel, their codes to `line`,
+// [kPlanes + 1][steps].
+inline void quantise_row(const LinearArgs& a, const float* x, int64_t first, int64_t last, const Panel& to, int row,
+                         int32_t* line) {
   const float limit = kLarge * kLarge * mean_square(x, a.k);
-  const int64_t groups = groups_of(a);
+  const int64_t all = groups_of(a), each = kBlock / a.group, behind = last * each;
+  const int64_t groups = behind < all ? behind : all;
   auto note = [&](int64_t g, float scale, float sum) {
     if (to.apart()) {
       for (int i = 0; i < kRowsEach; ++i) {
@@ -175,38 +185,48 @@ inline void quantise_row(const LinearArgs& a, const float* x, const Panel& to, i
   Place places[kPlanes];
   for (int p = 0; p < kPlanes; ++p) places[p] = {line + p * to.steps, steps, to.apart()};
   const Place rest{line + kPlanes * to.steps, steps, to.apart()};
-  if (a.k % kBlock) {
+  if (last * kBlock > a.k) {
     for (int p = 0; p < kPlanes; ++p) memset(line + (p + 1) * to.steps - kBlock / kStep, 0, kBlock / kStep * 4);
   }
   // By itself a row's rests are added for groups that have none, too.
   if (to.apart()) memset(line + kPlanes * to.steps, 0, (size_t)(to.steps * 4));
-  for (int64_t g = 0; g < groups; ++g) {
-    const float* in = x + g * a.group;
-    const float most = group_range(in, a.group);
-    const bool fine = most * most > limit;
-    const float most_code = fine ? kMostCode * 256.0f : kMostCode;
-    const float inverse = most > 1e-30f ? most_code / most : 0.0f;
-    int64_t codes = 0;
-    if (!(most == most)) {
-      to.fine[to.groups + 1] |= (uint16_t)(1u << row);
-      return;
+  constexpr int kAtOnce = 16;  // groups whose divisions fill vectors
+  for (int64_t from = first * each; from < groups; from += kAtOnce) {
+    const int count = (int)(groups - from < kAtOnce ? groups - from : kAtOnce);
+    alignas(64) float most[kAtOnce] = {}, codes_of[kAtOnce], inverse[kAtOnce], unit[kAtOnce];
+    for (int j = 0; j < count; ++j) {
+      most[j] = group_range(x + (from + j) * a.group, a.group);
+      if (!(most[j] <= 3.4028235e38f)) {
+        note_row(to.fine[to.groups + 1], row);
+        return;
+      }
     }
-    for (int64_t i = 0; i < a.group; i += 32) {
-      const int64_t at = g * a.group + i;
-      codes += fine ? quantise_32<true>(in + i, at, inverse, places, rest)
-                    : quantise_32<false>(in + i, at, inverse, places, rest);
+    for (int j = 0; j < kAtOnce; ++j) {
+      codes_of[j] = most[j] * most[j] > limit ? kMostCode * 256.0f : kMostCode;
+      const float quotient = codes_of[j] / most[j];
+      inverse[j] = most[j] > 1e-30f ? quotient : 0.0f;
+      unit[j] = most[j] / codes_of[j];
     }
-    note(g, most / kMostCode, most / most_code * (float)codes);
-    if (fine) to.fine[g] |= (uint16_t)(1u << row), to.fine[to.groups] |= (uint16_t)(1u << row);
+    for (int j = 0; j < count; ++j) {
+      const int64_t g = from + j;
+      const bool fine = codes_of[j] != kMostCode;
+      int64_t codes = 0;
+      for (int64_t at = g * a.group; at < (g + 1) * a.group; at += 32) {
+        codes += fine ? quantise_32<true>(x + at, at, inverse[j], places, rest)
+                      : quantise_32<false>(x + at, at, inverse[j], places, rest);
+      }
+      note(g, most[j] / kMostCode, unit[j] * (float)codes);
+      if (fine) to.fine[g] |= (uint16_t)(1u << row), note_row(to.fine[to.groups], row);
+    }
   }
-  for (int64_t g = groups; g < to.groups; ++g) note(g, 0.0f, 0.0f);
+  for (int64_t g = groups; groups == all && g < to.groups; ++g) note(g, 0.0f, 0.0f);
 }
 
-// to[j * rows + i] = from[i * length + j] for at most kPanelRows rows; length is a multiple of W.
-RUNNER_INLINE void side_by_side(const int32_t* from, int64_t length, int rows, int32_t* to) {
+// to[j * rows + i] = from[i * length + j] for j in [first, last), multiples of W, and at most kPanelRows rows.
+RUNNER_INLINE void side_by_side(const int32_t* from, int64_t length, int64_t first, int64_t last, int rows, int32_t* to) {
 #if RUNNER_ISA == 512
   const __mmask16 some = (__mmask16)((1u << rows) - 1);
-  for (int64_t j = 0; j < length; j += 16) {
+  for (int64_t j = first; j < last; j += 16) {
     VF r[16];  // rows that there are not repeat the last one; their lanes are not stored
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = load((const float*)from + (i < rows ? i : rows - 1) * length + j);
@@ -215,17 +235,16 @@ RUNNER_INLINE void side_by_side(const int32_t* from, int64_t length, int rows, i
     for (int i = 0; i < 16; ++i) _mm512_mask_storeu_ps(to + (j + i) * rows, some, r[i]);
   }
 #else
-  for (int64_t j = 0; j < length; ++j) {
+  for (int64_t j = first; j < last; ++j) {
     for (int i = 0; i < rows; ++i) to[j * rows + i] = from[i * length + j];
   }
 #endif
 }
 
-// Rows [first, first + to.rows) of x.
-inline void quantise_panel(const LinearArgs& a, int64_t first, const Panel& to) {
+// Blocks [begin, end) of the rows [first, first + to.rows) of x, into a panel whose `fine` is cleared.
+inline void quantise_blocks(const LinearArgs& a, int64_t first, int64_t begin, int64_t end, const Panel& to) {
   const int64_t length = (kPlanes + 1) * to.steps;
   int32_t* lines = to.apart() ? to.q : (int32_t*)scratch(Slot::tile, kPanelRows * length * 4);
-  memset(to.fine, 0, (size_t)(to.groups + 2) * 2);
   for (int r = 0; r < to.rows; ++r) {
     const float* x = (const float*)a.x + (first + r) * a.k;
     if (a.xt != DType::f32) {
@@ -236,7 +255,22 @@ inline void quantise_panel(const LinearArgs& a, int64_t first, const Panel& to) 
       });
       x = line;
     }
-    quantise_row(a, x, to, r, lines + r * length);
+    quantise_row(a, x, begin, end, to, r, lines + r * length);
   }
-  if (!to.apart()) side_by_side(lines, length, to.rows, to.q);
+  if (to.apart()) return;
+  constexpr int64_t kSteps = kBlock / kStep;
+  for (int p = 0; p <= kPlanes; ++p) {
+    // Few rows have rests.
+    if (p == kPlanes && !__atomic_load_n(to.fine + to.groups, __ATOMIC_RELAXED)) break;
+    side_by_side(lines, length, p * to.steps + begin * kSteps, p * to.steps + end * kSteps, to.rows, to.q);
+  }
+}
+
+RUNNER_INLINE int64_t blocks_of(const LinearArgs& a) { return filled_up(a.k) / kBlock; }
+
+inline void clear_fine(const Panel& to) { memset(to.fine, 0, (size_t)(to.groups + 2) * 2); }
+
+inline void quantise_panel(const LinearArgs& a, int64_t first, const Panel& to) {
+  clear_fine(to);
+  quantise_blocks(a, first, 0, blocks_of(a), to);
 }

@@ -109,9 +109,17 @@ constexpr int keys_at_once() {
 // Rows of a block's keys or values: `stride` items apart, `width` numbers each.
 template <class T>
 struct Lines {
-  const typename T::S* at;  // of lane 0
+  using S = typename T::S;
+  const S* at;  // of lane 0
   int64_t stride, width;
   bool far;  // in memory, to be prefetched
+  int64_t end = INT64_MAX;    // the lane behind the last row that the job reads
+  const S* others = nullptr;  // where the rows of the thread's next job begin
+  // The row to be asked for while that of lane i is read.
+  RUNNER_INLINE const S* ahead(int64_t i) const {
+    const int64_t row = i + rows_ahead<T>(stride);
+    return row < end ? at + row * stride : others + (row - end) * stride;
+  }
 };
 
 constexpr int kTile = 6;                             // rows of a product at a time
@@ -124,13 +132,13 @@ template <class T, int R>
 RUNNER_INLINE void product(const float* a, int64_t lda, const Lines<T>& b, int64_t first, int64_t last, float* out,
                            int64_t ldo) {
   constexpr int64_t kItem = sizeof(typename T::S);
-  const int64_t next = rows_ahead<T>(b.stride) * b.stride;
   const int64_t some = b.far ? kCacheLines : last - first;
   for (int64_t from = first; from < last; from += some) {
     const int64_t to = from + some < last ? from + some : last;
     if (b.far) {
       for (int64_t i = from; i < to; ++i) {
-        for (int64_t c = 0; c < b.width; c += 64 / kItem) prefetch(b.at + i * b.stride + next + c);
+        const typename T::S* row = b.ahead(i);
+        for (int64_t c = 0; c < b.width; c += 64 / kItem) prefetch(row + c);
       }
     }
     int64_t c = 0;
@@ -175,14 +183,14 @@ template <class T, int R, int N>
 RUNNER_INLINE void score_few(const float* q, const Lines<T>& keys, int64_t i, int64_t end, float* score) {
   constexpr int64_t kItem = sizeof(typename T::S);
   constexpr int kSums = (R * N + W - 1) / W;
-  const int64_t next = rows_ahead<T>(keys.stride) * keys.stride;
   const typename T::S* k[N];
 #pragma GCC unroll 16
   for (int j = 0; j < N; ++j) k[j] = keys.at + (i + j < end ? i + j : end - 1) * keys.stride;
   if (keys.far) {
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j) {
-      for (int64_t d = 0; d < keys.width; d += 64 / kItem) prefetch(k[j] + next + d);
+      const typename T::S* row = keys.ahead(i + j);
+      for (int64_t d = 0; d < keys.width; d += 64 / kItem) prefetch(row + d);
     }
   }
   VF acc[kSums * W];
@@ -364,6 +372,8 @@ struct Work {
   float *keys, *values;   // copies of a block: [d][kLanes] or [kLanes][d], and [kLanes][dv]
   Softmax block, stretch, all;
   uint64_t seen[kRowsAtOnce];  // lanes of the block that a row sees
+  int64_t end = INT64_MAX;     // the row of the buffer behind the last one that the job reads
+  const void *other_keys = nullptr, *other_values = nullptr;  // rows of the thread's next job
   float added[kLanes], key_scale[kLanes], value_scale[kLanes];
 };
 
@@ -517,7 +527,7 @@ bool attend_block(const AttentionArgs& a, int64_t b, int64_t kv, int64_t r0, int
       });
     };
     if (a.d % W == 0) {
-      score(Lines<T>{k, a.ks, a.d, true});
+      score(Lines<T>{k, a.ks, a.d, true, w.end - row, (const typename T::S*)w.other_keys});
     } else {
       score(copied<T>(k, a.ks, a.d, first, last, w.keys));
     }
@@ -553,7 +563,7 @@ bool attend_block(const AttentionArgs& a, int64_t b, int64_t kv, int64_t r0, int
     block_values(w, n, values, finite, w.block.out);
   };
   if ((kFloats || n <= kInPlace) && a.dv % W == 0) {
-    weigh(Lines<T>{v, a.vs, a.dv, true});
+    weigh(Lines<T>{v, a.vs, a.dv, true, w.end - row, (const typename T::S*)w.other_values});
   } else {
     weigh(copied<T>(v, a.vs, a.dv, first, last, w.values));
   }

@@ -102,13 +102,34 @@ bool attend_stretch(const AttentionArgs& a, int64_t b, int64_t kv, int64_t r0, i
   return any;
 }
 
-// Rows of a panel over all their keys.
-inline void whole_job(const AttentionArgs& a, const Plan& p, int64_t pair, int64_t panel) {
-  const int64_t b = pair / a.kv, kv = pair % a.kv, r0 = panel * kRowsAtOnce, group = a.h / a.kv;
+// A job of a sequence: the pair of a panel.
+struct Job {
+  const AttentionArgs* a;
+  const Plan* plan;
+  int64_t pair, panel;
+  RUNNER_INLINE int64_t first_row() const { return panel * kRowsAtOnce; }
+  RUNNER_INLINE int64_t first_key() const { return visible(*a, first_row() / (a->h / a->kv)).first; }
+};
+
+// Rows of a panel over all their keys. In its last blocks it asks for the keys and values that `next` begins with: short
+// histories would be waited for again and again.
+inline void whole_job(const Job& here, const Job* next) {
+  const AttentionArgs& a = *here.a;
+  const Plan& p = *here.plan;
+  const int64_t b = here.pair / a.kv, kv = here.pair % a.kv, r0 = here.first_row(), group = a.h / a.kv;
   const int n = (int)(p.rows - r0 < kRowsAtOnce ? p.rows - r0 : kRowsAtOnce);
-  const int64_t from = visible(a, r0 / group).first, to = visible(a, (r0 + n - 1) / group).last;
+  const int64_t from = here.first_key(), to = visible(a, (r0 + n - 1) / group).last;
   const int64_t first = (from + skipped(a)) / kLanes, last = to > from ? (to - 1 + skipped(a)) / kLanes + 1 : first;
   Work w = work_for(a, n);
+  if (next && next->a->kt == a.kt) {
+    const AttentionArgs& other = *next->a;
+    const int64_t batch = next->pair / other.kv, head = next->pair % other.kv, row = next->first_key();
+    with_cache_type(a.kt, [&](auto t) {
+      w.end = to;
+      w.other_keys = key_row<decltype(t)>(other, batch, head, row);
+      w.other_values = value_row<decltype(t)>(other, batch, head, row);
+    });
+  }
   load_queries(a, b, kv, r0, n, w.q);
   begin(a, kv, r0, n, w.all);
   with_cache_type(a.kt, [&](auto t) {
@@ -204,14 +225,24 @@ inline void attention(const AttentionArgs* list, int count) {
     plans[i].parts = parts;
     parts += plans[i].pairs * plans[i].units * plans[i].part;
   }
-  pool.parallel_for((int)jobs, [&](int job) {
+  auto plan_with = [&](int64_t job) {
     int i = 0;
     while (i + 1 < count && plans[i + 1].before <= job) ++i;
+    return i;
+  };
+  // Last rows first: under a causal mask they have the most keys, and the short ones then even out the end.
+  auto job_at = [&](int i, int64_t at) {
+    return Job{list + i, plans + i, at % plans[i].pairs, plans[i].panels - 1 - at / plans[i].pairs};
+  };
+  pool.parallel_for((int)jobs, [&](int job) {
+    const int i = plan_with(job);
     const Plan& p = plans[i];
     const int64_t at = job - p.before;
     if (p.units) return unit_job(list[i], p, at / p.units, at % p.units);
-    // Last rows first: under a causal mask they have the most keys, and the short ones then even out the end.
-    whole_job(list[i], p, at % p.pairs, p.panels - 1 - at / p.pairs);
+    const int then = job + 1 < jobs ? plan_with(job + 1) : -1;
+    if (then < 0 || plans[then].units) return whole_job(job_at(i, at), nullptr);
+    const Job next = job_at(then, job + 1 - plans[then].before);
+    whole_job(job_at(i, at), &next);
   });
   auto merge_of = [&](int i) {
     for (int64_t pair = 0; plans[i].units && pair < plans[i].pairs; ++pair) merge_job(list[i], plans[i], pair);

@@ -212,12 +212,7 @@ class Append : public CpuPrimitive {
         if (x.size()) list.push_back(a);
       }
     }
-    d.run([list](int64_t ahead) {
-      for (AppendArgs a : list) {
-        a.at += ahead;
-        kernels().append(a);
-      }
-    });
+    d.run([list](int64_t ahead) { kernels().append(list.data(), static_cast<int>(list.size()), ahead); });
   }
 
  private:

@@ -226,7 +226,7 @@ struct Kernels {
   void (*norm)(const NormArgs&);
   void (*rope)(const RopeArgs&);
   void (*attention)(const AttentionArgs* list, int count);  // of several sequences
-  void (*append)(const AppendArgs&);
+  void (*append)(const AppendArgs* list, int count, int64_t ahead);  // so many rows behind `at`
   void (*glu)(const GluArgs&);
   void (*argmax)(const ArgmaxArgs&);
   void (*simple)(const SimpleArgs&);

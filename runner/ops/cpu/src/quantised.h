@@ -14,14 +14,20 @@ inline void quantised_strips(const LinearArgs& a, const Panels& panels, char* pa
   const int strips = a.n - n > W ? kStrips : 1;
   constexpr int64_t kSums = kRunning * kStrips * W;
   float* t = (float*)scratch(Slot::partial, rows * kSums * 4);
-  memset(t, 0, (size_t)(rows * kSums * 4));
+  if (groups_of(a) < kRunning) memset(t, 0, (size_t)(rows * kSums * 4));  // sums that nothing is added to
   Tile w = tile_at(scratch(Slot::tile, kTileBytes));
   for (int64_t k = 0; k < a.k; k += kTileValues) {
     const int64_t depth = a.k - k < kTileValues ? a.k - k : kTileValues;
     unpack_tile(a, n, k, depth, w);
+    // Asked for at once, or when it is wanted, the next tile would come at memory's pace while nothing is computed.
+    Ahead ahead;
+    const int64_t next = k + depth < a.k ? k + depth : 0, left = a.k - next;
+    add_tile_memory(a, next ? n : n + kStrips * W, next, left < kTileValues ? left : kTileValues, ahead);
+    const int groups = (int)(depth / a.group);
+    ahead.divide(groups);
     for (int64_t i = p; i < end; ++i) {
       Panel x = from_column(a, panel_at(a, packed + i * panels.bytes, panels.width(i)), k);
-      add_tile_of(w, x, (int)(depth / a.group), a.group, strips, t + (panels.first(i) - first) * kSums);
+      add_tile_of(w, x, groups, a.group, strips, k == 0, ahead, t + (panels.first(i) - first) * kSums);
     }
   }
   const int64_t wide = a.n - n < kStrips * W ? a.n - n : kStrips * W;
@@ -41,6 +47,7 @@ inline void quantised_strips(const LinearArgs& a, const Panels& panels, char* pa
   });
 }
 
+constexpr int64_t kShared = 2048;      // values of x from which threads share the work of rounding them
 constexpr int64_t kRowsPacked = 384;   // of x: bounds what is packed of it, so that it stays in the second cache
 constexpr int64_t kPanelsEach = 16;    // of a task of many rows
 
@@ -81,10 +88,16 @@ inline void quantised_linear(const LinearArgs& all) {
     auto pack = [&](int p) {
       quantise_panel(a, panels.first(p), panel_at(a, packed + p * panels.bytes, panels.width(p)));
     };
-    if (panels.count == 1) {
-      pack(0);
+    Pool& pool = Pool::get();
+    const int64_t blocks = blocks_of(a), per = (blocks + pool.size() - 1) / pool.size();
+    if (panels.count == 1 && a.m > kRowsApart && a.m * a.k >= kShared) {
+      const Panel to = panel_at(a, packed, (int)a.m);
+      clear_fine(to);
+      pool.parallel_for((int)((blocks + per - 1) / per), [&](int i) {
+        quantise_blocks(a, 0, i * per, (i + 1) * per < blocks ? (i + 1) * per : blocks, to);
+      });
     } else {
-      Pool::get().parallel_for((int)panels.count, pack);
+      pool.parallel_for((int)panels.count, pack);
     }
     // Rows that integers cannot carry have floats' results, whatever stands beside them.
     int64_t odd[kRowsPacked], count = 0;

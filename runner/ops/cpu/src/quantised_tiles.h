@@ -81,11 +81,12 @@ RUNNER_INLINE void add_steps(const int32_t* w, const int32_t* x, int width, int 
 }
 
 // t[m][g % 4][s] += over the groups of a tile, for N strips and the M rows of a panel; x begins at the tile's first
-// column, whose group's number is a multiple of four.
+// column, whose group's number is a multiple of four. With `first`, t is filled and not added to.
 template <int N, int M>
-void add_tile(const Tile& w, const Panel& x, int groups, int group, float* t) {
+void add_tile(const Tile& w, const Panel& x, int groups, int group, bool first, Ahead& ahead, float* t) {
   const int steps = group / kStep;
   for (int g = 0; g < groups; ++g) {
+    ahead.some();
     const int32_t *wq = w.q + g * steps * W, *xq = x.q + g * steps * M;
     VI32 acc[N][M];
 #pragma GCC unroll 4
@@ -108,14 +109,22 @@ void add_tile(const Tile& w, const Panel& x, int groups, int group, float* t) {
       scale[s] = load(w.scale + (s * kTileGroups + g) * W);
       shift[s] = load(w.shift + (s * kTileGroups + g) * W);
     }
+    auto add = [&](auto begin) {
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      VF sx = set1(x.scale[g * M + m]), sum = set1(x.sum[g * M + m]);
+      for (int m = 0; m < M; ++m) {
+        VF sx = set1(x.scale[g * M + m]), sum = set1(x.sum[g * M + m]);
 #pragma GCC unroll 4
-      for (int s = 0; s < N; ++s) {
-        float* at = t + ((m * kRunning + g % kRunning) * kStrips + s) * W;
-        store(at, fma(as_float(acc[s][m]), scale[s] * sx, fma(shift[s], sum, load(at))));
+        for (int s = 0; s < N; ++s) {
+          float* at = t + ((m * kRunning + g % kRunning) * kStrips + s) * W;
+          VF before = decltype(begin)::value ? zero() : load(at);
+          store(at, fma(as_float(acc[s][m]), scale[s] * sx, fma(shift[s], sum, before)));
+        }
       }
+    };
+    if (first && g < kRunning) {
+      add(Int<1>{});
+    } else {
+      add(Int<0>{});
     }
     for (unsigned fine = x.fine[g]; fine; fine &= fine - 1) {
       const int m = __builtin_ctz(fine);
@@ -134,11 +143,12 @@ void add_tile(const Tile& w, const Panel& x, int groups, int group, float* t) {
 }
 
 template <int M = kPanelRows>
-RUNNER_INLINE void add_tile_of(const Tile& w, const Panel& x, int groups, int group, int strips, float* t) {
+RUNNER_INLINE void add_tile_of(const Tile& w, const Panel& x, int groups, int group, int strips, bool first, Ahead& ahead,
+                               float* t) {
   if constexpr (M > kRowsApart) {
-    if (x.rows < M) return add_tile_of<M - 1>(w, x, groups, group, strips, t);
-    if (strips == 1) return add_tile<1, M>(w, x, groups, group, t);
-    add_tile<kStrips, M>(w, x, groups, group, t);
+    if (x.rows < M) return add_tile_of<M - 1>(w, x, groups, group, strips, first, ahead, t);
+    if (strips == 1) return add_tile<1, M>(w, x, groups, group, first, ahead, t);
+    add_tile<kStrips, M>(w, x, groups, group, first, ahead, t);
   }
 }
 

@@ -216,7 +216,16 @@ RUNNER_INLINE VF low_bf16(VF v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_
 RUNNER_INLINE VF high_bf16(VF v) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(-65536)));
 }
+RUNNER_INLINE VF low_f16(VF v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_castps_si512(v))); }
+RUNNER_INLINE VF high_f16(VF v) {
+  return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)));
+}
 #elif RUNNER_ISA == 2
+RUNNER_INLINE VF lower_f16(__m256i v) {  // of lanes whose upper halves are 0
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08)));
+}
+RUNNER_INLINE VF low_f16(VF v) { return lower_f16(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0xffff))); }
+RUNNER_INLINE VF high_f16(VF v) { return lower_f16(_mm256_srli_epi32(_mm256_castps_si256(v), 16)); }
 RUNNER_INLINE VF low_i16(VF v) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(_mm256_castps_si256(v), 16), 16));
 }
@@ -253,6 +262,10 @@ struct BF16 {
 struct F16 {
   using S = uint16_t;
   static constexpr bool kCodes = false, kPairs = false;
+#if RUNNER_ISA > 0
+  static RUNNER_INLINE VF low(VF pairs) { return low_f16(pairs); }
+  static RUNNER_INLINE VF high(VF pairs) { return high_f16(pairs); }
+#endif
   static RUNNER_INLINE VF load_v(const S* p) { return load_f16(p); }
   static RUNNER_INLINE void store_v(S* p, VF v) { store_f16(p, v); }
   static RUNNER_INLINE float to(S x) { return f16_to_float(x); }

@@ -74,35 +74,58 @@ RUNNER_INLINE void spread(VI32 v, VI32 to[kLaneSteps<BITS>]) {
 }
 
 // Rows of one array, `stride` items apart; a strip's rows behind the last one repeat it. Whole vectors are read, past
-// the end of what is wanted, unless `near_end`: then memory may end there.
+// the end of what is wanted, unless NEAR_END: then memory may end there.
 template <class S>
 struct Rows {
   const S* first;
   int64_t stride;
   int last;
-  bool near_end;
-  RUNNER_INLINE const S* at(int i) const { return first + (i < last ? i : last) * stride; }
+  template <bool NEAR_END>
+  RUNNER_INLINE const S* at(int i) const { return first + (!NEAR_END || i < last ? i : last) * stride; }
 };
 
-// Asks for the lines of coming rows one after the other, as they lie: the hardware follows a stream, not W of them.
-struct Ahead {
-  const uint8_t* row;
-  int64_t stride, bytes, at;
-  RUNNER_INLINE void next() {
-    prefetch(row + at);
-    at += 64;
-    if (at >= bytes) at = 0, row += stride;
+// Memory that is wanted soon, asked for a few lines at a time while something else is computed.
+class Ahead {
+ public:
+  // `rows` pieces of `bytes` bytes, `stride` apart; at most three times.
+  RUNNER_INLINE void add(const void* first, int64_t rows, int64_t bytes, int64_t stride) {
+    if (bytes == stride) bytes *= rows, rows = 1;
+    streams_[count_++] = {(const char*)first, rows, bytes, stride, 0};
+    lines_ += rows * ((bytes + 63) / 64);
   }
+  // Divides all among so many calls of `some`.
+  RUNNER_INLINE void divide(int64_t calls) { each_ = (lines_ + calls - 1) / calls; }
+  RUNNER_INLINE void some() {
+    for (int64_t wanted = each_; wanted > 0 && at_ < count_;) {
+      Stream& s = streams_[at_];
+      const int64_t left = (s.bytes - s.at + 63) / 64, now = wanted < left ? wanted : left;
+      for (const char *p = s.row + s.at, *end = p + now * 64; p < end; p += 64) prefetch(p);
+      wanted -= now;
+      s.at += now * 64;
+      if (now < left) return;
+      s.at = 0, s.row += s.stride;
+      if (--s.rows == 0) ++at_;
+    }
+  }
+
+ private:
+  struct Stream {
+    const char* row;
+    int64_t rows, bytes, stride, at;
+  };
+  Stream streams_[3];
+  int count_ = 0, at_ = 0;
+  int64_t lines_ = 0, each_ = 0;
 };
 
 // The codes of W rows, `bytes` bytes of each.
 template <int BITS, bool FP4, bool NEAR_END>
-RUNNER_INLINE void unpack_codes(const Rows<uint8_t>& w, int64_t bytes, Ahead& ahead, int32_t* to) {
+RUNNER_INLINE void unpack_codes(const Rows<uint8_t>& w, int64_t bytes, int32_t* to) {
   for (int64_t c = 0; c < bytes; c += kVectorBytes) {
     VF r[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
-      const uint8_t* p = (NEAR_END ? w.at(i) : w.first + i * w.stride) + c;
+      const uint8_t* p = w.at<NEAR_END>(i) + c;
       if (NEAR_END && bytes - c < kVectorBytes) {
         alignas(64) uint8_t some[kVectorBytes] = {};
         for (int64_t j = 0; j < bytes - c; ++j) some[j] = p[j];
@@ -110,7 +133,6 @@ RUNNER_INLINE void unpack_codes(const Rows<uint8_t>& w, int64_t bytes, Ahead& ah
       } else {
         r[i] = load((const float*)p);
       }
-      if (c % 64 == 0) ahead.next();
     }
     turn(r);
 #pragma GCC unroll 16
@@ -123,74 +145,102 @@ RUNNER_INLINE void unpack_codes(const Rows<uint8_t>& w, int64_t bytes, Ahead& ah
   }
 }
 
-template <int BITS, bool FP4>
-RUNNER_INLINE void unpack_codes(const Rows<uint8_t>& w, int64_t bytes, Ahead& ahead, int32_t* to) {
-  if (w.near_end) return unpack_codes<BITS, FP4, true>(w, bytes, ahead, to);
-  unpack_codes<BITS, FP4, false>(w, bytes, ahead, to);
-}
-
-// Scales of W rows, [groups][W], from `count` of each row; times `factor`.
+// Groups of a row that a vector of scales holds: two in a lane where they are numbers of 16 bits.
 template <class T>
+constexpr int kScalesAtOnce = W * (sizeof(typename T::S) == 2 ? 2 : 1);
+
+// Scales of W rows, [groups][W], from `count` of each row; times `factor`, which is 1 for numbers of 16 bits.
+template <class T, bool NEAR_END>
 RUNNER_INLINE void unpack_scales(const Rows<typename T::S>& s, int64_t count, float factor, float* to) {
-  for (int64_t g = 0; g < count; g += W) {
+  constexpr int kEach = kScalesAtOnce<T>;
+  using S = typename T::S;
+  for (int64_t g = 0; g < count; g += kEach) {
     VF r[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
-      const auto* p = s.at(i) + g;
-      if (s.near_end) {
-        alignas(64) typename T::S some[W] = {};
-        for (int64_t j = 0; j < W && j < count - g; ++j) some[j] = p[j];
-        r[i] = T::load_v(some) * set1(factor);
+      auto read = [&](const S* p) {
+        if constexpr (kEach > W) return load((const float*)p);
+        return T::load_v(p) * set1(factor);
+      };
+      const S* p = s.template at<NEAR_END>(i) + g;
+      if constexpr (NEAR_END) {
+        alignas(64) S some[kEach] = {};
+        for (int64_t j = 0; j < kEach && j < count - g; ++j) some[j] = p[j];
+        r[i] = read(some);
       } else {
-        r[i] = T::load_v(p) * set1(factor);
+        r[i] = read(p);
       }
     }
     turn(r);
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < W; ++i) store(to + (g + i) * W, r[i]);
+    for (int64_t i = 0; i < W; ++i) {
+      if constexpr (kEach > W) {
+        if (g + 2 * i >= count) break;
+        store(to + (g + 2 * i) * W, T::low(r[i]));
+        store(to + (g + 2 * i + 1) * W, T::high(r[i]));
+      } else {
+        store(to + (g + i) * W, r[i]);
+      }
+    }
+  }
+}
+
+// Rows [first, first + W) of the matrix, the last of which is number `last` of them, from column k0 on, `depth` values of
+// each, to strip `s`. Not inlined: what one way of reading needs would be computed for the other, too.
+template <bool NEAR_END>
+__attribute__((noinline)) void unpack_strip(const LinearArgs& a, int64_t first, int last, int64_t k0, int64_t depth, int s,
+                                            const Tile& to) {
+  const int64_t row_bytes = a.k * a.bits / 8, groups = groups_of(a), bytes = depth * a.bits / 8;
+  int32_t* q = to.q + s * (kTileValues / kStep) * W;
+  const Rows<uint8_t> rows{(const uint8_t*)a.w + first * row_bytes + k0 * a.bits / 8, row_bytes, last};
+  if (a.bits == 8) {
+    unpack_codes<8, false, NEAR_END>(rows, bytes, q);
+  } else if (a.bits == 4 && a.format == Format::affine) {
+    unpack_codes<4, false, NEAR_END>(rows, bytes, q);
+  } else if (a.bits == 4) {
+    unpack_codes<4, true, NEAR_END>(rows, bytes, q);
+  } else {
+    uint8_t* codes = (uint8_t*)scratch(Slot::codes, W * kTileValues + 64);
+    for (int i = 0; i < W; ++i) codes_to_bytes(rows.at<true>(i), a.bits, depth, codes + i * depth);
+    unpack_codes<8, false, false>(Rows<uint8_t>{codes, depth, W - 1}, depth, q);
+  }
+  const int64_t at = first * groups + k0 / a.group, count = depth / a.group;
+  float *scale = to.scale + s * kTileGroups * W, *shift = to.shift + s * kTileGroups * W;
+  if (a.format == Format::mxfp4) {
+    const Rows<uint8_t> scales{(const uint8_t*)a.scales + at, groups, last};
+    unpack_scales<E8M0, NEAR_END>(scales, count, 0.5f, scale);
+    unpack_scales<E8M0, NEAR_END>(scales, count, -0.5f * kFp4Zero, shift);
+  } else {
+    with_type(a.st, [&](auto t) {
+      using T = decltype(t);
+      using S = typename T::S;
+      unpack_scales<T, NEAR_END>(Rows<S>{(const S*)a.scales + at, groups, last}, count, 1.0f, scale);
+      unpack_scales<T, NEAR_END>(Rows<S>{(const S*)a.shifts + at, groups, last}, count, 1.0f, shift);
+    });
   }
 }
 
 // Rows [n, n + kStrips * W) of the matrix from column k0 on, `depth` values of each.
 inline void unpack_tile(const LinearArgs& a, int64_t n, int64_t k0, int64_t depth, const Tile& to) {
-  const int64_t row_bytes = a.k * a.bits / 8, groups = groups_of(a);
   for (int s = 0; s < kStrips && n + s * W < a.n; ++s) {
-    const int64_t first = n + s * W;
-    const int last = (int)(a.n - first < W ? a.n - first : W) - 1;
+    const int64_t first = n + s * W, behind = a.n - first - W;
+    const int last = (int)(behind < 0 ? a.n - first : W) - 1;
     // Past the last row of a strip there are others to read over, but for the matrix's last strips.
-    const bool near_end = (a.n - first - W) * row_bytes < 64 || (a.n - first - W) * groups < W;
-    const uint8_t* w = (const uint8_t*)a.w + first * row_bytes + k0 * a.bits / 8;
-    int32_t* q = to.q + s * (kTileValues / kStep) * W;
-    // The rows go on, or end with this tile: then the next strips follow.
-    const bool ends = k0 + depth == a.k;
-    const int64_t bytes = depth * a.bits / 8;
-    Ahead ahead{ends ? (const uint8_t*)a.w + (first + kStrips * W) * row_bytes : w + bytes, row_bytes, bytes, 0};
-    if (ends && k0 == 0) ahead.bytes = INT64_MAX;  // whole rows, one after the other
-    const Rows<uint8_t> rows{w, row_bytes, last, near_end};
-    if (a.bits == 8) {
-      unpack_codes<8, false>(rows, bytes, ahead, q);
-    } else if (a.bits == 4 && a.format == Format::affine) {
-      unpack_codes<4, false>(rows, bytes, ahead, q);
-    } else if (a.bits == 4) {
-      unpack_codes<4, true>(rows, bytes, ahead, q);
+    if (behind * (a.k * a.bits / 8) < 64 || behind * groups_of(a) < 2 * W) {
+      unpack_strip<true>(a, first, last, k0, depth, s, to);
     } else {
-      uint8_t* codes = (uint8_t*)scratch(Slot::codes, W * kTileValues + 64);
-      for (int i = 0; i < W; ++i) codes_to_bytes(rows.at(i), a.bits, depth, codes + i * depth);
-      unpack_codes<8, false>(Rows<uint8_t>{codes, depth, W - 1, false}, depth, ahead, q);
-    }
-    const int64_t at = first * groups + k0 / a.group, count = depth / a.group;
-    float *scale = to.scale + s * kTileGroups * W, *shift = to.shift + s * kTileGroups * W;
-    if (a.format == Format::mxfp4) {
-      const Rows<uint8_t> scales{(const uint8_t*)a.scales + at, groups, last, near_end};
-      unpack_scales<E8M0>(scales, count, 0.5f, scale);
-      unpack_scales<E8M0>(scales, count, -0.5f * kFp4Zero, shift);
-    } else {
-      with_type(a.st, [&](auto t) {
-        using T = decltype(t);
-        using S = typename T::S;
-        unpack_scales<T>(Rows<S>{(const S*)a.scales + at, groups, last, near_end}, count, 1.0f, scale);
-        unpack_scales<T>(Rows<S>{(const S*)a.shifts + at, groups, last, near_end}, count, 1.0f, shift);
-      });
+      unpack_strip<false>(a, first, last, k0, depth, s, to);
     }
   }
+}
+
+// The memory of what `unpack_tile` reads.
+RUNNER_INLINE void add_tile_memory(const LinearArgs& a, int64_t n, int64_t k0, int64_t depth, Ahead& ahead) {
+  const int64_t rows = a.n - n < kStrips * W ? a.n - n : kStrips * W, row_bytes = a.k * a.bits / 8;
+  if (rows <= 0) return;
+  ahead.add((const char*)a.w + n * row_bytes + k0 * a.bits / 8, rows, depth * a.bits / 8, row_bytes);
+  if (k0 > 0) return;  // scales are there with those of the first columns
+  const int64_t numbers = groups_of(a) * (a.format == Format::mxfp4 ? 1 : size_of(a.st));
+  ahead.add((const char*)a.scales + n * numbers, rows, numbers, numbers);
+  if (a.format == Format::affine) ahead.add((const char*)a.shifts + n * numbers, rows, numbers, numbers);
 }
