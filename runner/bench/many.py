@@ -1,7 +1,8 @@
 """Timing of several requests at once, through the scheduler that an engine has.
 
 Their depth comes from kept prefixes, as the next turn of a conversation finds it: only the tokens of the test are read
-while the clock runs.
+while the clock runs. Making tokens does not include taking caches out of the kept prefixes and putting them back, as a
+single sequence's caches are filled before its clock runs.
 """
 
 from __future__ import annotations
@@ -13,14 +14,32 @@ import mlx.core as mx
 import numpy as np
 
 from runner.engine.loaded import Loaded
+from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
 from runner.engine.scheduler import Scheduler
 from runner.engine.sharing import Sharing
-from runner.engine.ticket import Mailbox, Order
+from runner.engine.ticket import Event, Mailbox, Order
 from runner.ops.memory import Memory
 from runner.ops.owner import OWNER
 
 UNBOUNDED = 1 << 62
+
+
+class Clock(Mailbox):
+    """A mailbox that notes when each token came.
+
+    Attributes:
+        times: in seconds, of a clock that begins somewhere.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def put(self, event: Event) -> None:
+        """Note the time of a token; nobody reads it."""
+        if isinstance(event, Token):
+            self.times.append(time.perf_counter())
 
 
 class Many:
@@ -43,18 +62,21 @@ class Many:
 
     def read(self, tokens: int) -> float:
         """Seconds in which each of them reads a prompt of so many further tokens."""
-        return self._answers([[*ids, *self._ids(tokens)] for ids in self._before], 1)
+        start = time.perf_counter()
+        self._answers([[*ids, *self._ids(tokens)] for ids in self._before], 1)
+        return time.perf_counter() - start
 
     def generate(self, tokens: int) -> float:
-        """Seconds in which each of them makes so many tokens, behind one that it reads."""
-        return self._answers([[*ids, *self._ids(1)] for ids in self._before], tokens)
+        """Seconds from the first token that the last of them makes until all have made so many more."""
+        boxes = self._answers([[*ids, *self._ids(1)] for ids in self._before], tokens + 1)
+        return max(box.times[-1] for box in boxes) - max(box.times[0] for box in boxes)
 
-    def _answers(self, prompts: Sequence[list[int]], count: int) -> float:
+    def _answers(self, prompts: Sequence[list[int]], count: int) -> list[Clock]:
         params = SamplingParams(temperature=0.0)
-        start = time.perf_counter()
-        for ids in prompts:
-            self._scheduler.add(Order(ids=ids, params=params, budget=count), Mailbox())
-        length = len(prompts[0]) - 1 + (count + 1) / 2
+        boxes = [Clock() for _ in prompts]
+        for ids, box in zip(prompts, boxes, strict=True):
+            self._scheduler.add(Order(ids=ids, params=params, budget=count), box)
+        length = len(prompts[0]) - 1 + (count + 2) / 2  # in the mean, behind the first token
         weighed = False
         while self._scheduler.step():
             OWNER.check_wanted()
@@ -63,7 +85,7 @@ class Many:
                 caches = [row.caches for row in self._scheduler.live if row.caches is not None]
                 self.read_bytes = sum(one.bytes_read(length) for each in caches for one in each)
         mx.synchronize()
-        return time.perf_counter() - start
+        return boxes
 
     def _ids(self, count: int) -> list[int]:
         found: list[int] = self._numbers.integers(0, self._loaded.config.vocab_size, count).tolist()

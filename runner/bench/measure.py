@@ -45,6 +45,11 @@ class Case:
     batch: int = 1
 
     @property
+    def positions(self) -> int:
+        """Positions of a sequence that it takes: of several, each makes a token before the clock runs."""
+        return self.depth + self.tokens + (self.kind == "tg" and self.batch > 1)
+
+    @property
     def name(self) -> str:
         """The test's name as llama-bench writes it, `tg128 @ d4096`; a batch of several sequences adds ` x 4`."""
         depth = f" @ d{self.depth}" if self.depth else ""
@@ -106,9 +111,9 @@ def run(subject: Subject, wanted: Sequence[Case], *, repetitions: int = 5, seed:
     # All cases are checked before the first one is measured, which may take minutes.
     limit = subject.engine.config.context_length
     for case in wanted:
-        if case.depth + case.tokens > limit:
+        if case.positions > limit:
             raise UsageError(
-                f"{case.name} needs {case.depth + case.tokens} positions, but {subject.name} has a context of {limit}"
+                f"{case.name} needs {case.positions} positions, but {subject.name} has a context of {limit}"
             )
     return (wired(subject.engine, case, repetitions, seed) for case in wanted)
 
