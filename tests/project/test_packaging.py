@@ -90,9 +90,13 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(wheel: tuple[Path, str]
     python = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("runner/**/*.py")}
     python |= {f"runner/models/{path.name}" for path in ROOT.glob("models/*.py")}
     data = {f"runner/configs/{path.parent.name}/{path.name}" for path in ROOT.glob("configs/*/*.json")}
-    data |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("runner/server/page/*")}
+    data |= {
+        path.relative_to(ROOT).as_posix()
+        for part in ("server/page/*", "ops/cuda/*.cu")
+        for path in ROOT.glob(f"runner/{part}")
+    }
     assert len(python) > 50 and len(data) > 10
-    wanted = python | data | {"runner/py.typed", "runner/ops/cpu/_C.pyi", "runner/ops/cuda/step.cu"}
+    wanted = python | data | {"runner/py.typed", "runner/ops/cpu/_C.pyi"}
     assert {name for name in found if not name.startswith("mlx_runner-")} == wanted
     (top_level,) = (name for name in found if name.endswith("/top_level.txt"))
     with zipfile.ZipFile(wheel[0]) as archive:
