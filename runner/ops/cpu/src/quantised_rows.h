@@ -88,7 +88,7 @@ RUNNER_INLINE void four_by_four(const void* const rows[4], int64_t i, int64_t co
   if constexpr (sizeof(S) == 2) {
 #if RUNNER_ISA == 512
     auto pair = [](const S* low, const S* high) {
-      return _mm_castpd_si128(_mm_loadh_pd(_mm_load_sd((const double*)low), (const double*)high));
+      return _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)low), _mm_loadl_epi64((const __m128i*)high));
     };
     __m256i rows_of_four = _mm256_inserti128_si256(_mm256_castsi128_si256(pair(p[0], p[1])), pair(p[2], p[3]), 1);
     const __m256i turned = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
