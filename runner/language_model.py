@@ -30,7 +30,7 @@ from runner.engine.ticket import Order
 from runner.errors import ConfigError, ContextLengthError, RunnerWarning, UsageError
 from runner.families import Model, family_of
 from runner.keywords import ChatOptions, StreamOptions, checked_keywords
-from runner.ops.device import Device
+from runner.ops.device import EXACT, Device
 from runner.ops.owner import OWNER
 from runner.progress import ProgressBar
 from runner.text.answer_text import AnswerText
@@ -484,6 +484,7 @@ def load(
     adapters: Given = (),
     context_length: int | None = None,
     mtp: bool = False,
+    activations: str = EXACT,
     progress: bool = False,
     part: Part | None = None,
 ) -> LanguageModel:
@@ -500,6 +501,9 @@ def load(
         context_length: how many tokens prompt and answer can have together; None: as many as the model was made for.
         mtp: read the checkpoint's layer for multi-token prediction too, and guess tokens by it: answers are the same,
             and come faster where guesses are right (GLM-4.5 to 4.7, DeepSeek V3, Kimi K2).
+        activations: "int8": round what is multiplied with packed weights to 8 bits, with a scale for each group of a
+            row's weights: less exact, and faster, above all with prompts on CPUs with AVX-512 VNNI. It is for the CPU
+            kernels, and says nothing of plain matrices, mxfp8 and nvfp4. "exact": to 16 bits, and 24 where needed.
         progress: show progress bars on stderr for a download, and for reading that takes over a second.
         part: this process's part, if `runner launch` shares the model out over several; None: all of it.
 
@@ -531,8 +535,9 @@ def load(
 
         def job() -> Loaded:
             return assemble(
-                files.config, files.source, dtype=dtype, adapters=opened, progress=update, mtp=mtp, part=part
-            )
+                files.config, files.source, dtype=dtype, adapters=opened, progress=update, mtp=mtp,
+                activations=activations, part=part,
+            )  # fmt: skip
 
         engine = OWNER.run(job, mx.default_device())
     if engine.adapters is not None:

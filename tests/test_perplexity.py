@@ -198,6 +198,9 @@ def test_the_command(tmp_path: Path) -> None:
     done = run("perplexity", str(LLAMA), str(text), "--chunk", "32", "--chunks", "3", "--against", str(LLAMA))
     assert f"{wanted.perplexity.value:.4f} ± {wanted.perplexity.error:.4f}" in done.stdout.splitlines()[0]
     assert "100.000 ± 0.000 %" in done.stdout and "0.000000 ± 0.000000" in done.stdout
+    if runner.load(LLAMA).device.int8 is not None:  # against the same model without the option
+        done = run("perplexity", str(LLAMA), str(text), "--chunk", "32", "--chunks", "3", "--activations", "int8")
+        assert "perplexity of exact activations" in done.stdout and "KL divergence" in done.stdout, done
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     for arguments, message in (
         ([str(LLAMA), str(tmp_path / "latin")], "not UTF-8 text: see the byte at offset 3"),
@@ -217,3 +220,5 @@ def test_missing_kernels_are_said_once_for_two_models(tmp_path: Path, monkeypatc
     done = run("perplexity", str(LLAMA), str(tmp_path / "text"), "--chunk", "32", "--against", str(LLAMA))
     assert done.returncode == 0 and done.stderr.count("'runner doctor' says more") == 1
     assert own(done.stderr) == ""
+    done = run("perplexity", str(LLAMA), str(tmp_path / "text"), "--chunk", "32", "--activations", "int8")
+    assert done.returncode == 2 and "needs runner's CPU kernels" in done.stderr

@@ -25,6 +25,7 @@ from runner.families import find
 from runner.local_files import quoted
 from runner.nn.linear import Embedding, Linear, Quantization
 from runner.nn.moe import ExpertLinear
+from runner.ops.device import EXACT
 from runner.weights import loading
 from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
 from runner.weights.tree import Leaf, leaf_shapes, leaves
@@ -127,6 +128,7 @@ def open_subject(
     quantize: str | None = None,
     group_size: int | None = None,
     dtype: str | None = None,
+    activations: str = EXACT,
     seed: int = 0,
     part: Part | None = None,
 ) -> Subject:
@@ -137,6 +139,7 @@ def open_subject(
         quantize: how to quantize a shape's matrices: "2" to "8" bits (affine), "mxfp4", "mxfp8" or "nvfp4".
         group_size: weights per scale, for affine quantization.
         dtype: "float32", "float16" or "bfloat16", whatever the checkpoint or shape says.
+        activations: as for `runner.load`.
         seed: seed of a shape's random weights.
         part: this process's part of the model; see `runner.load`.
 
@@ -153,7 +156,8 @@ def open_subject(
         if form is not None and group_size is not None:
             form = dataclasses.replace(form, group_size=group_size)
         raw = resources.read("shapes", shape)
-        engine = assemble(raw, random_weights(raw, form=form, dtype=dtype, seed=seed), dtype=dtype, part=part)
+        source = random_weights(raw, form=form, dtype=dtype, seed=seed)
+        engine = assemble(raw, source, dtype=dtype, activations=activations, part=part)
         return describe(shape, engine)
     if quantize is not None:
         raise UsageError(
@@ -161,7 +165,8 @@ def open_subject(
             "quantize a checkpoint with 'runner convert' first"
         )
     files = open_files(names.resolve(model))
-    return describe(name_of(files.path), assemble(files.config, files.source, dtype=dtype, part=part))
+    engine = assemble(files.config, files.source, dtype=dtype, activations=activations, part=part)
+    return describe(name_of(files.path), engine)
 
 
 def published(model: str) -> str | None:

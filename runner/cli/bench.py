@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from runner.cli import completion, engine
-from runner.cli.options import DType, NamedModel, named_model
+from runner.cli.options import Activations, DType, NamedModel, named_model
 from runner.errors import UsageError
 
 Model = Annotated[
@@ -133,6 +133,7 @@ def bench(
     quantize: Quantize = None,
     group_size: GroupSize = None,
     dtype: DType = None,
+    activations: Activations = "exact",
     output: Output = "table",
     plot: Plot = None,
     load: LoadOptions,
@@ -156,8 +157,12 @@ def bench(
     axis = None if plot is None else report.check_plot(plot, wanted)
     if group_size is not None and group_size not in (32, 64, 128):
         raise UsageError(f"--group-size must be 32, 64 or 128, not {group_size}")
-    part = engine.leading(subject=model, quantize=quantize, group_size=group_size, dtype=dtype, seed=seed)
-    subject = open_subject(model, quantize=quantize, group_size=group_size, dtype=dtype, seed=seed, part=part)
+    part = engine.leading(
+        subject=model, quantize=quantize, group_size=group_size, dtype=dtype, activations=activations, seed=seed
+    )
+    subject = open_subject(
+        model, quantize=quantize, group_size=group_size, dtype=dtype, activations=activations, seed=seed, part=part
+    )
     measured = run(subject, wanted, repetitions=repetitions, seed=seed)
     written = report.format_of(output, subject, wanted)
     results = []

@@ -19,6 +19,7 @@ from runner.cli.chat_settings import ChatSettings
 from runner.cli.conversation import Conversation
 from runner.cli.history import History, Resume, TypedLines, keep_last_chat, model_of_last, resumed
 from runner.cli.options import (
+    Activations,
     Adapter,
     DType,
     GivenPrompt,
@@ -54,6 +55,7 @@ def chat(
     resume: Resume = False,
     history: History = True,
     dtype: DType = None,
+    activations: Activations = "exact",
     adapter: Adapter = None,
     template_arg: TemplateArg = None,
     sampling: SamplingOptions,
@@ -72,6 +74,7 @@ def chat(
     talker: ChatModel
     if server.url is not None:
         here = {"--dtype": dtype, "--adapter": adapter, "--context": length.context, "--continue": resume or None}
+        here |= {"--activations": None if activations == "exact" else activations}
         here |= {f"--{name}": value or None for name, value in vars(guesses).items()}
         talker, text = server.opened((model, prompt), named, given, here)
         name, text = talker.name, None if text is None else terminal.prompt_text(text)
@@ -83,8 +86,8 @@ def chat(
         text = None if prompt is None else terminal.prompt_text(prompt)
         if last is not None:
             conversation.replace(last.messages)
-        talker = local_model(name, dtype, adapter, length.context, mtp=guesses.mtp)
-        words |= guesses.keywords(dtype)
+        talker = local_model(name, dtype, adapter, length.context, mtp=guesses.mtp, activations=activations)
+        words |= guesses.keywords(dtype, activations)
     settings = ChatSettings(
         talker, words, variables=variables, thinking=thinking, verbose=verbose, wrap=wrap, history=history
     )
@@ -99,10 +102,16 @@ def chat(
 
 
 def local_model(
-    model: str, dtype: str | None, adapter: Sequence[str] | None, context: int | None, *, mtp: bool
+    model: str,
+    dtype: str | None,
+    adapter: Sequence[str] | None,
+    context: int | None,
+    *,
+    mtp: bool,
+    activations: str = "exact",
 ) -> LocalModel:
     """Load a model of this machine; raises as `engine.open_model`, and UsageError where it cannot chat."""
-    lm = engine.open_model(model, dtype, adapter, context, mtp=mtp)
+    lm = engine.open_model(model, dtype, adapter, context, mtp=mtp, activations=activations)
     if not lm.tokenizer.has_chat_template:
         raise UsageError(f"{model} has no chat template, so it cannot chat: continue text with 'runner generate --raw'")
     return LocalModel(lm)

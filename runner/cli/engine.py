@@ -29,6 +29,7 @@ def open_model(
     context: int | None = None,
     *,
     mtp: bool = False,
+    activations: str = "exact",
 ) -> LanguageModel:
     """Load `model` as `runner.load` does, with a progress bar if stderr is a terminal.
 
@@ -45,12 +46,12 @@ def open_model(
     if context is not None and context > LONGEST:
         raise UsageError(f"--context must be at most {LONGEST}, not {context}")
     # The same sentences as warnings would come with this file's name and line.
-    part = leading(model=model, dtype=dtype)
+    part = leading(model=model, dtype=dtype, activations=activations)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RunnerWarning)
         lm = runner.load(
             model, dtype=dtype, adapters=adapters or (), context_length=context, mtp=mtp, progress=sys.stderr.isatty(),
-            part=part,
+            activations=activations, part=part,
         )  # fmt: skip
     for note in lm.notes:
         _note_once(note)

@@ -17,6 +17,7 @@ from runner.cli.history import History, Resume, keep_last_chat, model_of_last, r
 from runner.cli.options import (
     MANY,
     OUTPUT,
+    Activations,
     Adapter,
     DType,
     GivenPrompt,
@@ -86,6 +87,7 @@ def generate(
     resume: Resume = False,
     history: History = True,
     dtype: DType = None,
+    activations: Activations = "exact",
     adapter: Adapter = None,
     sampling: SamplingOptions,
     length: LengthOptions,
@@ -119,8 +121,15 @@ def generate(
     if file is not None:
         asked, answers = prompt_file.read(file), prompt_file.Answers(to)
         answers.open(asked)
-        lm = engine.open_model(named_model(model, named), dtype, adapter, length.context, mtp=guesses.mtp)
-        keywords = {**sampling.keywords(None), **length.keywords(), **guesses.keywords(dtype), "constraint": constraint}
+        lm = engine.open_model(
+            named_model(model, named), dtype, adapter, length.context, mtp=guesses.mtp, activations=activations
+        )
+        keywords = {
+            **sampling.keywords(None),
+            **length.keywords(),
+            **guesses.keywords(dtype, activations),
+            "constraint": constraint,
+        }
         keywords, untold = engine.sampling_of(lm, keywords)
         if untold is not None:
             terminal.note(untold)
@@ -131,8 +140,8 @@ def generate(
         no_prompt(model)
     text = terminal.prompt_text(prompt)
     keywords = {**sampling.keywords(logprobs), **length.keywords(), "constraint": constraint}
-    lm = engine.open_model(model, dtype, adapter, length.context, mtp=guesses.mtp)
-    keywords |= guesses.keywords(dtype)
+    lm = engine.open_model(model, dtype, adapter, length.context, mtp=guesses.mtp, activations=activations)
+    keywords |= guesses.keywords(dtype, activations)
     status = terminal.Status()
     output = terminal.Output(wrap=wrap and not as_json)
     shown = AnswerOutput(output, status, thinking)

@@ -77,6 +77,15 @@ DType = Annotated[
         **variable("--dtype"),
     ),
 ]
+Activations = Annotated[
+    Literal["exact", "int8"],
+    typer.Option(
+        metavar="exact|int8",
+        help="int8: round what packed weights are multiplied with to 8 bits. Faster with the CPU kernels, above all "
+        "for prompts, and less exact: 'runner perplexity' measures by how much.",
+        **variable("--activations"),
+    ),
+]
 Adapter = Annotated[
     list[str] | None,
     typer.Option(
@@ -249,13 +258,13 @@ class GuessOptions:
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} guess in different ways: choose one")
 
-    def keywords(self, dtype: str | None) -> dict[str, Any]:
-        """Make the keyword arguments for `LanguageModel.stream`; loads the draft model as `dtype`."""
+    def keywords(self, dtype: str | None, activations: str) -> dict[str, Any]:
+        """Make the keyword arguments for `LanguageModel.stream`; loads the draft model, with the two options."""
         from runner.cli.engine import open_model
 
         return {
             "lookup": self.lookup or None,
-            "draft": None if self.draft is None else open_model(self.draft, dtype),
+            "draft": None if self.draft is None else open_model(self.draft, dtype, activations=activations),
         }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runner.cli import engine, terminal
-from runner.cli.options import Adapter, AsJson, DType, Model, NamedModel, model_and_text
+from runner.cli.options import Activations, Adapter, AsJson, DType, Model, NamedModel, model_and_text
 from runner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def perplexity(
     chunks: Chunks = None,
     adapter: Adapter = None,
     dtype: DType = None,
+    activations: Activations = "exact",
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on a text, as llama-perplexity does: mean over chunks ± standard error."""
@@ -45,8 +46,13 @@ def perplexity(
     if name is None:
         raise UsageError("no text is named: put FILE after the model, or use -f FILE")
     words = read_text(Path(name))
-    lm = engine.open_model(model, dtype, adapter)
-    base = None if against is None else engine.open_model(against, dtype)
+    lm = engine.open_model(model, dtype, adapter, activations=activations)
+    base, other = None, "the other"
+    if against is not None:
+        base = engine.open_model(against, dtype)
+    elif activations != "exact":
+        # What the rounding costs is what the option is asked about: the same model without it.
+        base, other = engine.open_model(model, dtype, adapter), "exact activations"
     found, comparison = judge(lm, words, base=base, chunk=chunk, chunks=chunks)
     output = terminal.Output()
     if as_json:
@@ -57,7 +63,7 @@ def perplexity(
     if comparison is not None:
         most = f"max {comparison.kl_max:.6f}, 99.9th percentile {comparison.kl_999:.6f}"
         rows += [
-            ("perplexity of the other", with_error(comparison.base.perplexity)),
+            (f"perplexity of {other}", with_error(comparison.base.perplexity)),
             ("KL divergence", f"{with_error(comparison.kl_divergence, 6)}   {most}"),
             ("same most likely token", f"{with_error(comparison.same_top, 3, 100)} %"),
         ]

@@ -106,7 +106,7 @@ def load(message: Mapping[str, Any], part: Follower) -> Loaded:
 
             return open_subject(what.pop("subject"), **what, part=part).engine
         files = open_files(resolve(what["model"]))
-        return assemble(files.config, files.source, dtype=what["dtype"], part=part)
+        return assemble(files.config, files.source, dtype=what["dtype"], activations=what["activations"], part=part)
 
     return OWNER.run(job)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runner.cli import completion, engine, terminal
-from runner.cli.options import DType, named_model
+from runner.cli.options import Activations, DType, named_model
 from runner.cli.serve_config import Config
 from runner.cli.serve_options import AnswerOptions, ModelOptions, WhereOptions, WhoOptions, pair
 from runner.errors import RunnerWarning, UsageError
@@ -43,6 +43,7 @@ def serve(
     models: ModelOptions,
     answers: AnswerOptions,
     dtype: DType = None,
+    activations: Activations = "exact",
     config: Config = None,
 ) -> None:
     """Serve models over HTTP: the APIs of OpenAI, Anthropic and Ollama, with every option obeyed or refused."""
@@ -59,7 +60,7 @@ def serve(
     from runner.server.serving import Serving
 
     made = listening(options)  # a port that is taken is said before minutes of loading
-    local = local_models(models, dtype)
+    local = local_models(models, dtype, activations)
     shown, words = add_models(local, names, models)
     others = {**words, **{alias: shown[name] for alias, name in aliases.items()}}
     others = {other: model for other, model in others.items() if other not in local.served}
@@ -72,7 +73,7 @@ def serve(
         raise typer.Exit(code)
 
 
-def local_models(models: ModelOptions, dtype: str | None) -> LocalModels:
+def local_models(models: ModelOptions, dtype: str | None, activations: str) -> LocalModels:
     """What is to hold the models; only the draft model is loaded yet."""
     from runner.config.rope import LONGEST
     from runner.ops import backend
@@ -85,8 +86,8 @@ def local_models(models: ModelOptions, dtype: str | None) -> LocalModels:
 
     keep = math.inf if models.keep_alive is None else models.keep_alive
     pool = Pool(models.memory, keep=keep, cache_dir=models.cache_dir, cache_size=models.cache_size)
-    draft = None if models.draft is None else engine.open_model(models.draft, dtype)
-    return LocalModels(pool, dtype=dtype, context=models.context, draft=draft)
+    draft = None if models.draft is None else engine.open_model(models.draft, dtype, activations=activations)
+    return LocalModels(pool, dtype=dtype, activations=activations, context=models.context, draft=draft)
 
 
 def add_models(local: LocalModels, names: Sequence[str], models: ModelOptions) -> tuple[dict[str, str], dict[str, str]]:

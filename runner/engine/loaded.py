@@ -25,7 +25,7 @@ from runner.errors import UsageError
 from runner.families import Model, find
 from runner.nn.batch import Batch
 from runner.nn.prediction import HasPrediction, Prediction
-from runner.ops.device import Device, current
+from runner.ops.device import EXACT, Device, current
 from runner.ops.memory import capacity
 from runner.ops.metal import LARGE, MARGIN
 from runner.ops.owner import OWNER
@@ -261,12 +261,13 @@ def assemble(
     adapters: Sequence[AdapterFiles] = (),
     progress: Progress | None = None,
     mtp: bool = False,
+    activations: str = EXACT,
     part: Part | None = None,
 ) -> Loaded:
     """Build the model that `raw` (a parsed `config.json`) describes from the tensors of `source`.
 
-    `runner.load` describes `dtype`, `adapters`, `mtp` and the errors. With a `part`, only what this process holds is
-    read, once all processes have agreed.
+    `runner.load` describes `dtype`, `adapters`, `mtp`, `activations` and the errors. With a `part`, only what this
+    process holds is read, once all processes have agreed.
     """
     if part is not None and (adapters or mtp):
         raise UsageError("a model that is shared out over processes takes neither adapters nor --mtp")
@@ -279,7 +280,8 @@ def assemble(
         adapted = fit(raw, (config_class, model_class), source, adapters)
         raw, source = adapted.base.raw, adapted.base.source
     config = config_class.from_dict(raw)
-    device = current() if part is None else part.suited(current())
+    device = current().rounding(activations)
+    device = device if part is None else part.suited(device)
     dtypes = choose(dtype, device, raw, source.headers)
     # What the plan fills in for fields that no tensor stores: the device's ops and the dtype of activations.
     provided = {"ops": device.ops, "activations": dtypes.activations}
@@ -363,7 +365,9 @@ def check_memory(weights: int, available: int | None) -> None:
         )
 
 
-def open_loaded(path: Path, *, dtype: str | None = None, adapters: Sequence[AdapterFiles] = ()) -> Loaded:
+def open_loaded(
+    path: Path, *, dtype: str | None = None, adapters: Sequence[AdapterFiles] = (), activations: str = EXACT
+) -> Loaded:
     """Load the model of a directory or GGUF file; no tokenizer is needed."""
     files = open_files(path)
-    return assemble(files.config, files.source, dtype=dtype, adapters=adapters)
+    return assemble(files.config, files.source, dtype=dtype, adapters=adapters, activations=activations)

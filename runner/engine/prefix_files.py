@@ -375,7 +375,9 @@ def fingerprint(loaded: Loaded) -> str:
     device = loaded.device
     storage = "as they come" if loaded.storage is device.ops.storage else "dense"
     versions = (FORMAT, metadata.version("mlx-runner"), vars(mx)["__version__"])
-    found.update(repr((versions, device.name.split(",")[0], loaded.dtype, storage, loaded.config)).encode())
+    # The name of the operations tells how activations are rounded.
+    computed = (device.name.split(",")[0], device.ops.name, loaded.dtype)
+    found.update(repr((versions, computed, storage, loaded.config)).encode())
     for name, array in loading.arrays(loaded.model):
         found.update(f"{name} {array.dtype} {array.shape} ".encode())
         found.update(bytes_of(array))

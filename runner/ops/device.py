@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from runner.cache.storage import PLAIN, Storage
+from runner.errors import UsageError
 from runner.ops import metal as apple
 from runner.ops import per_expert as per_expert
 from runner.ops.fusion import fusing
@@ -17,6 +18,11 @@ from runner.ops.table import PORTABLE, Ops, biased
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass on a CPU: enough to fill it, few enough to cancel soon and keep activations small."""
+
+
+EXACT = "exact"
+ACTIVATIONS = (EXACT, "int8")
+"""Values of `activations` in `runner.load`."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Device:
         tf32: whether MLX multiplies float32 matrices in TF32 there, 10 bits of mantissa, unless MLX_ENABLE_TF32=0.
         metal: the Apple GPU that it computes on; None: it is none.
         dtype: of weights and activations alike, where none was asked for; None: what suits the model.
+        int8: the operations with activations of 8 bits in products with packed weights; None: it has none.
         notice: why the device is slower than this machine can be; None if it is not.
         fix: the command that removes the notice.
         needs: what must be installed before that command.
@@ -53,11 +60,29 @@ class Device:
     tf32: bool = False
     metal: Metal | None = None
     dtype: mx.Dtype | None = None
+    int8: Ops | None = None
     notice: str | None = None
     fix: str | None = None
     needs: str | None = None
     compiles: bool = False
     mlx: mx.Device = field(default_factory=mx.default_device)
+
+    def rounding(self, activations: str) -> Device:
+        """The device with activations as `runner.load`'s argument of that name says.
+
+        Raises:
+            UsageError: the name is unknown, or the device has no such operations.
+        """
+        if activations not in ACTIVATIONS:
+            raise UsageError(f"activations must be {' or '.join(ACTIVATIONS)}, not {activations!r:.80}")
+        if activations == EXACT:
+            return self
+        if self.int8 is None:
+            raise UsageError(
+                f"activations={activations!r} needs runner's CPU kernels, and this model would run on {self.name}"
+                + (f" ({self.notice})" if self.notice else "")
+            )
+        return dataclasses.replace(self, ops=self.int8)
 
     def __repr__(self) -> str:
         return f"Device({self.name!r})"
@@ -80,11 +105,11 @@ def current() -> Device:
 
     why = kernels.unavailable()
     if why is None:
-        from runner.ops.cpu.ops import DENSE, KERNELS
+        from runner.ops.cpu.ops import DENSE, INT8, KERNELS
 
         threads = kernels.num_threads()
         name = f"runner's CPU kernels ({kernels.isa()}, {threads} threads)"
-        return Device(name, KERNELS, mx.float32, DENSE, threads)
+        return Device(name, KERNELS, mx.float32, DENSE, threads, int8=INT8)
     return Device(
         "plain MLX on the CPU",
         CPU_WITHOUT_KERNELS,

@@ -22,6 +22,7 @@ from runner.engine.ticket import Ticket
 from runner.errors import UsageError
 from runner.families import find
 from runner.language_model import LanguageModel, chosen_context, end_tokens
+from runner.ops.device import EXACT
 from runner.ops.owner import OWNER
 from runner.server.backend import Facts, Order, Status, Step
 from runner.server.guessing import Guesses
@@ -48,13 +49,14 @@ class LocalModels:
         pool: Pool,
         *,
         dtype: str | None = None,
+        activations: str = EXACT,
         context: int | None = None,
         draft: LanguageModel | None = None,
     ) -> None:
         """Begin without any.
 
         Args:
-            dtype: that of `runner.load`, for all models, like `context`.
+            dtype: that of `runner.load`, for all models, like `activations` and `context`.
             draft: a model that guesses tokens for all of them; it stays loaded.
         """
         self.pool = pool
@@ -62,6 +64,7 @@ class LocalModels:
         self.notes: list[str] = []
         self.progress = False
         self._dtype = dtype
+        self._activations = activations
         self._context = context
         self.draft = draft
         if draft is not None:
@@ -147,8 +150,9 @@ class LocalModels:
 
     def _load(self, path: Path, facts: Facts, adapters: Mapping[str, float]) -> LanguageModel:
         lm = runner.load(
-            path, dtype=self._dtype, adapters=adapters, context_length=self._context, progress=self.progress
-        )
+            path, dtype=self._dtype, adapters=adapters, context_length=self._context, activations=self._activations,
+            progress=self.progress,
+        )  # fmt: skip
         for note in lm.notes:
             if note not in self.notes:
                 say(logging.WARNING, event="note", model=facts.name, note=note)

@@ -21,9 +21,10 @@ def quantized_linear(
     bias: mx.array | None,
     group_size: int,
     bits: int,
+    int8: bool = False,
 ) -> mx.array: ...
 def small_float_linear(
-    x: mx.array, weight: mx.array, scales: mx.array, bias: mx.array | None, mode: str
+    x: mx.array, weight: mx.array, scales: mx.array, bias: mx.array | None, mode: str, int8: bool = False
 ) -> mx.array: ...
 def gather_linear(x: mx.array, weight: mx.array, experts: mx.array, bias: mx.array | None = None) -> mx.array: ...
 def gather_quantized_linear(
@@ -36,6 +37,7 @@ def gather_quantized_linear(
     group_size: int,
     bits: int,
     mode: str,
+    int8: bool = False,
 ) -> mx.array: ...
 def route(
     logits: mx.array,

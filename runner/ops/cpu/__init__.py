@@ -119,6 +119,7 @@ def quantized_linear(
     *,
     group_size: int,
     bits: int,
+    int8: bool = False,
 ) -> mx.array:
     """x @ dequantize(weight).T + bias for MLX's affine layout (`mx.quantize`): w = scale * q + shift per group.
 
@@ -127,20 +128,29 @@ def quantized_linear(
     x's type. On x86, x is rounded to integers of 16 bits with a scale per group, of 24 bits where a value stands out
     (over four times the row's root mean square); rows with NaN or infinity, and other CPUs, use floats. A row of the
     result depends on that row of x alone, as in `linear`: it has the same bits whatever stands beside it.
+
+    With `int8`, x is rounded to integers from -127 to 127 with a scale per group, on any CPU: one product of bytes
+    where it has those of AVX-512 VNNI, and an error of up to 1/254 of a group's largest value.
     """
-    return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
+    return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits, int8)
 
 
 def small_float_linear(
-    x: mx.array, weight: mx.array, scales: mx.array, bias: mx.array | None = None, *, mode: str
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    bias: mx.array | None = None,
+    *,
+    mode: str,
+    int8: bool = False,
 ) -> mx.array:
     """x @ dequantize(weight).T + bias for matrices of small floats: `mx.quantize`'s modes mxfp4, mxfp8 and nvfp4.
 
     x float [..., in]; weight uint32 [out, in * bits / 32], bits 4, 8 and 4; scales uint8 [out, in / group], groups of
-    32, 32 and 16; bias float [out]. Returns [..., out] of x's type. For few rows of x and mxfp4, x86 uses integers, as
-    `quantized_linear` does.
+    32, 32 and 16; bias float [out]. Returns [..., out] of x's type. For mxfp4, x86 uses integers, as `quantized_linear`
+    does, and `int8` means what it means there; mxfp8 and nvfp4 are multiplied in floats, whatever `int8` says.
     """
-    return _C.small_float_linear(x, weight, scales, bias, mode)
+    return _C.small_float_linear(x, weight, scales, bias, mode, int8)
 
 
 def gather_linear(x: mx.array, weight: mx.array, experts: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -163,9 +173,10 @@ def gather_quantized_linear(
     group_size: int,
     bits: int,
     mode: str = "affine",
+    int8: bool = False,
 ) -> mx.array:
     """`gather_linear` for stacks [E, ..] of what `quantized_linear` ("affine") and `small_float_linear` take."""
-    return _C.gather_quantized_linear(x, weight, scales, biases, experts, bias, group_size, bits, mode)
+    return _C.gather_quantized_linear(x, weight, scales, biases, experts, bias, group_size, bits, mode, int8)
 
 
 def route(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,13 +28,13 @@ _IDS = (mx.int32, mx.uint32)
 _SMALL_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
-def _quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None) -> mx.array:
+def _quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array | None, *, int8: bool = False) -> mx.array:
     """A kernel for the quantized forms that have one, else a product with the dequantized matrix."""
     weight, scales, biases, group_size, bits, mode = matrix
     if mode == "affine" and biases is not None and bits in _PACKED and group_size in _GROUPS:
-        return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits)
+        return _C.quantized_linear(x, weight, scales, biases, bias, group_size, bits, int8)
     if _SMALL_FLOATS.get(mode) == (bits, group_size) and biases is None:
-        return _C.small_float_linear(x, weight, scales, bias, mode)
+        return _C.small_float_linear(x, weight, scales, bias, mode, int8)
     return _C.linear(x, matrix.dequantize(), bias)
 
 
@@ -49,9 +51,10 @@ def _gather_quantized_linear(
     bias: mx.array | None = None,
     *,
     sorted_indices: bool = False,
+    int8: bool = False,
 ) -> mx.array:
     weight, scales, biases, group_size, bits, mode = matrices
-    return _C.gather_quantized_linear(x, weight, scales, biases, experts, bias, group_size, bits, mode)
+    return _C.gather_quantized_linear(x, weight, scales, biases, experts, bias, group_size, bits, mode, int8)
 
 
 def _route(logits: mx.array, correction: mx.array | None, how: Routing) -> tuple[mx.array, mx.array]:
@@ -273,6 +276,18 @@ KERNELS = Ops(
     storage=Storage(_empty, _C.append, unpacked, write_rows=_C.append_rows),
 )
 """The operations over `runner.ops.cpu`; those without a kernel are plain MLX."""
+
+INT8 = dataclasses.replace(
+    KERNELS,
+    name="cpu kernels, int8 activations",
+    quantized_linear=functools.partial(_quantized_linear, int8=True),
+    gather_quantized_linear=functools.partial(_gather_quantized_linear, int8=True),
+)
+"""`KERNELS` for `activations="int8"`: quantized layers, experts and the head round what they multiply to 8 bits.
+
+That is, where the weights are integers with scales. Sums of a group are exact, as with 16 bits, so that a row still has
+the same bits whatever stands beside it.
+"""
 
 DENSE = Storage(_dense, _C.append, unpacked, powers=_powers, write_rows=_C.append_rows)
 """Storage that halves float32 caches; logits move by less than 1e-3 of their standard deviation.

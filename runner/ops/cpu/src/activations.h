@@ -3,6 +3,7 @@
 // Each group of a row becomes x = scale * code with codes of 16 bits: an error of 2^-16 of the group's largest value.
 // In a group with a value of over kLarge times the row's root mean square that would show (logits off by 1.6e-3 of their
 // deviation): it gets 8 bits more, the rest: x = scale * (code + rest / 256). Few groups of a row have such a value.
+// Where a layer is `coarse`, codes have 8 bits, x = scale * code, and there are no rests: one product instead of two.
 // What a row becomes depends on that row alone. One with a NaN or an infinity is noted, and computed in floats.
 //
 // A step is the values of one row that a 32-bit lane holds: four bytes (AVX-512: a plane of high bytes, one of low
@@ -19,6 +20,7 @@ constexpr int kRowsEach = 4;  // rows of weights that few rows of x are multipli
 constexpr int kRunning = 4;  // sums of a result that run beside each other: group g is added to number g % 4
 
 constexpr float kMostCode = 127.0f * 256.0f;  // so that the high byte fits, rounded
+constexpr float kCoarseCode = 127.0f;
 constexpr float kLarge = 4.0f;
 
 struct Panel {
@@ -29,6 +31,7 @@ struct Panel {
   uint16_t* fine;   // [groups + 2]: a bit for each row that has a rest; then in any group; then what is not finite
   int64_t steps, groups;  // as they are filled up, with zeros
   int rows;
+  bool coarse;      // codes are the first plane alone
   // Of few rows: q and rest [row][kPlanes + 1][steps], scale and sum [row][groups][kRowsEach], each number repeated.
   RUNNER_INLINE bool apart() const { return rows <= kRowsApart; }
 };
@@ -46,6 +49,7 @@ RUNNER_INLINE Panel panel_at(const LinearArgs& a, void* block, int rows) {
   p.groups = (groups_of(a) + 3) / 4 * 4;
   p.steps = filled_up(a.k) / kStep;
   p.rows = rows;
+  p.coarse = a.coarse;
   p.q = (int32_t*)block;
   p.rest = p.q + kPlanes * p.steps * (p.apart() ? 1 : rows);
   p.scale = (float*)(p.q + (kPlanes + 1) * p.steps * rows);
@@ -160,6 +164,22 @@ RUNNER_INLINE int64_t quantise_32(const float* x, int64_t at, float inverse, con
 #endif
 }
 
+// 32 values as codes of 8 bits, likewise, to the first plane. Returns the codes' sum.
+RUNNER_INLINE int64_t quantise_32_coarsely(const float* x, int64_t at, float inverse, const Place& to) {
+#if RUNNER_ISA == 512
+  __m512i total = _mm512_setzero_si512();
+#pragma GCC unroll 2
+  for (int j = 0; j < 32; j += 16) {
+    __m512i code = _mm512_cvtps_epi32(load(x + j) * set1(inverse));
+    total = _mm512_add_epi32(total, code);
+    place(code, to, at + j);
+  }
+  return _mm512_reduce_add_epi32(total);
+#else
+  return quantise_32<false>(x, at, inverse, &to, to);  // a code has a word of its own, of whatever size
+#endif
+}
+
 // Sets a row's bit, which other threads may do for other groups.
 RUNNER_INLINE void note_row(uint16_t& bits, int row) { __atomic_fetch_or(&bits, (uint16_t)(1u << row), __ATOMIC_RELAXED); }
 
@@ -203,19 +223,21 @@ inline void quantise_row(const LinearArgs& a, const float* x, int64_t first, int
     }
     for (int j = 0; j < kAtOnce; ++j) {
       codes_of[j] = most[j] * most[j] > limit ? kMostCode * 256.0f : kMostCode;
+      if (a.coarse) codes_of[j] = kCoarseCode;
       const float quotient = codes_of[j] / most[j];
       inverse[j] = most[j] > 1e-30f ? quotient : 0.0f;
       unit[j] = most[j] / codes_of[j];
     }
     for (int j = 0; j < count; ++j) {
       const int64_t g = from + j;
-      const bool fine = codes_of[j] != kMostCode;
+      const bool fine = codes_of[j] > kMostCode;
       int64_t codes = 0;
       for (int64_t at = g * a.group; at < (g + 1) * a.group; at += 32) {
-        codes += fine ? quantise_32<true>(x + at, at, inverse[j], places, rest)
-                      : quantise_32<false>(x + at, at, inverse[j], places, rest);
+        codes += a.coarse ? quantise_32_coarsely(x + at, at, inverse[j], places[0])
+                 : fine   ? quantise_32<true>(x + at, at, inverse[j], places, rest)
+                          : quantise_32<false>(x + at, at, inverse[j], places, rest);
       }
-      note(g, most[j] / kMostCode, unit[j] * (float)codes);
+      note(g, most[j] / (a.coarse ? kCoarseCode : kMostCode), unit[j] * (float)codes);
       if (fine) to.fine[g] |= (uint16_t)(1u << row), note_row(to.fine[to.groups], row);
     }
   }
@@ -260,6 +282,7 @@ inline void quantise_blocks(const LinearArgs& a, int64_t first, int64_t begin, i
   if (to.apart()) return;
   constexpr int64_t kSteps = kBlock / kStep;
   for (int p = 0; p <= kPlanes; ++p) {
+    if (p && a.coarse) break;
     // Few rows have rests.
     if (p == kPlanes && !__atomic_load_n(to.fine + to.groups, __ATOMIC_RELAXED)) break;
     side_by_side(lines, length, p * to.steps + begin * kSteps, p * to.steps + end * kSteps, to.rows, to.q);

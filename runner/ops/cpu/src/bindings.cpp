@@ -51,11 +51,12 @@ NB_MODULE(_C, m) {
   m.def("linear", &runner::linear_op, "x"_a, "weight"_a, "bias"_a = nb::none());
   m.def("linear_each", &runner::linear_each_op, "x"_a, "weight"_a);
   m.def("quantized_linear", &runner::quantized_linear_op, "x"_a, "weight"_a, "scales"_a, "biases"_a,
-        "bias"_a = nb::none(), "group_size"_a, "bits"_a);
-  m.def("small_float_linear", &runner::small_float_linear_op, "x"_a, "weight"_a, "scales"_a, "bias"_a.none(), "mode"_a);
+        "bias"_a = nb::none(), "group_size"_a, "bits"_a, "int8"_a = false);
+  m.def("small_float_linear", &runner::small_float_linear_op, "x"_a, "weight"_a, "scales"_a, "bias"_a.none(), "mode"_a,
+        "int8"_a = false);
   m.def("gather_linear", &runner::gather_linear_op, "x"_a, "weight"_a, "experts"_a, "bias"_a.none() = nb::none());
   m.def("gather_quantized_linear", &runner::gather_quantized_linear_op, "x"_a, "weight"_a, "scales"_a, "biases"_a.none(),
-        "experts"_a, "bias"_a.none(), "group_size"_a, "bits"_a, "mode"_a);
+        "experts"_a, "bias"_a.none(), "group_size"_a, "bits"_a, "mode"_a, "int8"_a = false);
   m.def("route", &runner::route_op, "logits"_a, "correction"_a.none(), "count"_a, "sigmoid"_a, "groups"_a, "kept"_a,
         "members"_a, "normalized"_a, "eps"_a, "factor"_a);
   m.def("mixture", &runner::mixture_op, "outputs"_a, "weights"_a);

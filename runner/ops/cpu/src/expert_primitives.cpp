@@ -19,7 +19,10 @@ namespace {
 struct Stored {
   int group, bits;
   Format format;
-  bool operator==(const Stored& o) const { return group == o.group && bits == o.bits && format == o.format; }
+  bool coarse;  // what it is multiplied with, see LinearArgs
+  bool operator==(const Stored& o) const {
+    return group == o.group && bits == o.bits && format == o.format && coarse == o.coarse;
+  }
 };
 
 class Gather : public CpuPrimitive {
@@ -47,7 +50,7 @@ class Gather : public CpuPrimitive {
     g.per = per_;
     g.count = inputs[2].shape(0);
     a.w = d.contiguous(inputs[2]);
-    a.bits = stored_.bits, a.group = stored_.group, a.format = stored_.format;
+    a.bits = stored_.bits, a.group = stored_.group, a.format = stored_.format, a.coarse = stored_.coarse;
     size_t next = 3;
     if (a.bits) {
       a.st = type_of(inputs[next]);
@@ -171,12 +174,12 @@ mx::array gather_linear_op(const mx::array& x, const mx::array& weight, const mx
   const char* op = "gather_linear";
   need_float(op, "weight", weight);
   need_dims(op, "weight", weight, 3);
-  return gathered(op, x, experts, {weight}, {0, 0, Format::affine}, bias, weight.shape(2));
+  return gathered(op, x, experts, {weight}, {0, 0, Format::affine, false}, bias, weight.shape(2));
 }
 
 mx::array gather_quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
                                      const MaybeArray& biases, const mx::array& experts, const MaybeArray& bias,
-                                     int group_size, int bits, const std::string& mode) {
+                                     int group_size, int bits, const std::string& mode, bool int8) {
   const char* op = "gather_quantized_linear";
   need_dims(op, "weight", weight, 3);
   if (weight.dtype() != mx::uint32) refuse(op, ": weight is ", weight.dtype(), "; expected uint32");
@@ -203,7 +206,7 @@ mx::array gather_quantized_linear_op(const mx::array& x, const mx::array& weight
   } else if (scales.dtype() != mx::uint8 || biases) {
     refuse(op, ": scales are ", scales.dtype(), "; expected uint8, and no biases, in mode '", mode, "'");
   }
-  return gathered(op, x, experts, std::move(stack), {group_size, bits, format}, bias, in);
+  return gathered(op, x, experts, std::move(stack), {group_size, bits, format, int8}, bias, in);
 }
 
 std::pair<mx::array, mx::array> route_op(const mx::array& logits, const MaybeArray& correction, int count, bool sigmoid,

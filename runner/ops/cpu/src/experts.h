@@ -140,10 +140,10 @@ inline void multiply_floats(const Gathering& all) {
   const int64_t per = rows_per_piece(one, row_bytes, singles, 4), columns = (one.n + per - 1) / per;
   Pool::get().parallel_for((int)(singles * columns), [&](int task) {
     const int64_t n = task % columns * per, end = n + per < one.n ? n + per : one.n;
-    linear_float(some_columns(product_of(all.g, all.runs[single[task / columns]]), n, end));
+    linear_floats(some_columns(product_of(all.g, all.runs[single[task / columns]]), n, end));
   });
   for (int i = 0; i < all.count; ++i) {
-    if (all.runs[i].rows > 1) linear_float(product_of(all.g, all.runs[i]));
+    if (all.runs[i].rows > 1) linear_floats(product_of(all.g, all.runs[i]));
   }
 }
 

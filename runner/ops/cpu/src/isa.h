@@ -20,10 +20,20 @@ struct Int {
 #include "quantised.h"
 #endif
 
-// Whether a layer's weights are multiplied as integers.
-inline bool in_integers(const LinearArgs& a) {
+// Whether a layer's weights are integers, whose products with those of x are exact.
+inline bool has_integers(const LinearArgs& a) {
   const bool integers = a.format == Format::affine || a.format == Format::mxfp4;
-  return RUNNER_ISA > 0 && a.bits && integers && (a.group == 32 || a.group == 64 || a.group == 128);
+  return a.bits && integers && (a.group == 32 || a.group == 64 || a.group == 128);
+}
+
+// Whether they are multiplied as such.
+inline bool in_integers(const LinearArgs& a) { return RUNNER_ISA > 0 && has_integers(a); }
+
+inline void linear_floats(const LinearArgs& a) {
+#if RUNNER_ISA == 0
+  if (a.coarse && has_integers(a)) return linear_coarse(a);
+#endif
+  linear_float(a);
 }
 
 #include "experts.h"
@@ -40,7 +50,7 @@ inline void linear(const LinearArgs& a) {
 #if RUNNER_ISA > 0
   if (in_integers(a)) return quantised_linear(a);
 #endif
-  linear_float(a);
+  linear_floats(a);
 }
 
 const Kernels kTable = {RUNNER_ISA_NAME, linear, embed, gather, route, mixture, norm, rope, attention, append,

@@ -27,6 +27,7 @@ struct LinearArgs {
   DType st;  // of an affine layer's scales and shifts
   int group, bits;
   Format format;
+  bool coarse;       // packed in affine or mxfp4: x is rounded to 8 bits with a scale for each group
   const void* bias;  // may be null
   DType bt;
 };

@@ -446,3 +446,42 @@ inline void linear_float(const LinearArgs& a) {
   if (a.m <= kFewRows) return gemv(a);
   for (int64_t m = 0; m < a.m; m += kMostRows) gemm(row_slice(a, m, a.m - m < kMostRows ? a.m - m : kMostRows));
 }
+
+#if RUNNER_ISA == 0
+// A coarse layer where there are no integer products: x is rounded as those would, and multiplied in floats.
+inline void linear_coarse(const LinearArgs& all) {
+  for (int64_t m = 0; m < all.m; m += kMostRows) {
+    const LinearArgs a = row_slice(all, m, all.m - m < kMostRows ? all.m - m : kMostRows);
+    const bool floats = a.xt == DType::f32;
+    float* x = (float*)scratch(Slot::codes, (a.m * a.k + (floats ? 0 : a.m * a.n)) * 4);
+    with_type(a.xt, [&](auto t) {
+      using T = decltype(t);
+      to_float<T>((const typename T::S*)a.x, x, a.m * a.k);
+    });
+    for (int64_t r = 0; r < a.m; ++r) {
+      float* row = x + r * a.k;
+      VF odd = zero();
+      for (int64_t i = 0; i < a.k; i += W) odd = odd + (load(row + i) - load(row + i));
+      if (hsum(odd) != 0.0f) continue;  // not finite: such a row is not rounded
+      for (int64_t g = 0; g < a.k; g += a.group) {
+        VF most = zero();
+        for (int i = 0; i < a.group; i += W) most = vmax(vabs(load(row + g + i)), most);
+        const float range = hmax(most), inverse = range > 1e-30f ? 127.0f / range : 0.0f;
+        for (int i = 0; i < a.group; i += W) {
+          store(row + g + i, vround(load(row + g + i) * set1(inverse)) * set1(range / 127.0f));
+        }
+      }
+    }
+    LinearArgs rounded = a;
+    rounded.x = x;
+    rounded.xt = DType::f32;
+    rounded.out = floats ? a.out : x + a.m * a.k;
+    linear_float(rounded);
+    if (floats) continue;
+    with_type(a.xt, [&](auto t) {
+      using T = decltype(t);
+      from_float<T>((const float*)rounded.out, (typename T::S*)a.out, a.m * a.n);
+    });
+  }
+}
+#endif

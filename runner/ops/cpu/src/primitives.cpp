@@ -16,12 +16,13 @@ namespace {
 
 class Linear : public CpuPrimitive {
  public:
-  Linear(mx::Stream stream, int group, int bits, Format format, bool has_bias)
-      : CpuPrimitive(stream), group_(group), bits_(bits), format_(format), has_bias_(has_bias) {}
+  Linear(mx::Stream stream, int group, int bits, Format format, bool has_bias, bool coarse = false)
+      : CpuPrimitive(stream), group_(group), bits_(bits), format_(format), has_bias_(has_bias), coarse_(coarse) {}
   const char* name() const override { return "runner::Linear"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& o = static_cast<const Linear&>(other);
-    return group_ == o.group_ && bits_ == o.bits_ && format_ == o.format_ && has_bias_ == o.has_bias_;
+    return group_ == o.group_ && bits_ == o.bits_ && format_ == o.format_ && has_bias_ == o.has_bias_ &&
+           coarse_ == o.coarse_;
   }
 
   // inputs: x, weight, (scales, shifts), (bias)
@@ -39,6 +40,7 @@ class Linear : public CpuPrimitive {
     a.group = group_;
     size_t next = 2;
     a.format = format_;
+    a.coarse = coarse_;
     if (bits_) {
       a.st = type_of(inputs[2]);
       a.scales = d.contiguous(inputs[2]);
@@ -57,7 +59,7 @@ class Linear : public CpuPrimitive {
  private:
   int group_, bits_;
   Format format_;
-  bool has_bias_;
+  bool has_bias_, coarse_;
 };
 
 // A product with a matrix of its own for each of several groups of rows.
@@ -332,7 +334,7 @@ mx::array linear_each_op(const mx::array& x, const mx::array& weight) {
 }
 
 mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
-                              const mx::array& biases, const MaybeArray& bias, int group_size, int bits) {
+                              const mx::array& biases, const MaybeArray& bias, int group_size, int bits, bool int8) {
   const char* op = "quantized_linear";
   need_float(op, "x", x);
   int64_t in = need_affine(op, weight, scales, biases, group_size, bits);
@@ -345,12 +347,12 @@ mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const
     need_vector(op, "bias", *bias, weight.shape(0));
     inputs.push_back(*bias);
   }
-  auto primitive = std::make_shared<Linear>(cpu_stream(), group_size, bits, Format::affine, bias.has_value());
+  auto primitive = std::make_shared<Linear>(cpu_stream(), group_size, bits, Format::affine, bias.has_value(), int8);
   return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
 }
 
 mx::array small_float_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
-                                const MaybeArray& bias, const std::string& mode) {
+                                const MaybeArray& bias, const std::string& mode, bool int8) {
   const char* op = "small_float_linear";
   if (mode != "mxfp4" && mode != "mxfp8" && mode != "nvfp4") {
     refuse(op, ": mode is '", mode, "'; expected mxfp4, mxfp8 or nvfp4");
@@ -374,7 +376,7 @@ mx::array small_float_linear_op(const mx::array& x, const mx::array& weight, con
     need_vector(op, "bias", *bias, weight.shape(0));
     inputs.push_back(*bias);
   }
-  auto primitive = std::make_shared<Linear>(cpu_stream(), group, bits, format, bias.has_value());
+  auto primitive = std::make_shared<Linear>(cpu_stream(), group, bits, format, bias.has_value(), int8);
   return mx::array(with_last(x, weight.shape(0)), x.dtype(), std::move(primitive), std::move(inputs));
 }
 

@@ -19,14 +19,14 @@ using MaybeArray = std::optional<mx::array>;
 mx::array linear_op(const mx::array& x, const mx::array& weight, const MaybeArray& bias);
 mx::array linear_each_op(const mx::array& x, const mx::array& weight);
 mx::array quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
-                              const mx::array& biases, const MaybeArray& bias, int group_size, int bits);
+                              const mx::array& biases, const MaybeArray& bias, int group_size, int bits, bool int8);
 mx::array small_float_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
-                                const MaybeArray& bias, const std::string& mode);
+                                const MaybeArray& bias, const std::string& mode, bool int8);
 mx::array gather_linear_op(const mx::array& x, const mx::array& weight, const mx::array& experts, const MaybeArray& bias);
 // biases: the shifts of affine weights; mode: "affine", or one of small_float_linear's.
 mx::array gather_quantized_linear_op(const mx::array& x, const mx::array& weight, const mx::array& scales,
                                      const MaybeArray& biases, const mx::array& experts, const MaybeArray& bias,
-                                     int group_size, int bits, const std::string& mode);
+                                     int group_size, int bits, const std::string& mode, bool int8);
 std::pair<mx::array, mx::array> route_op(const mx::array& logits, const MaybeArray& correction, int count, bool sigmoid,
                                          int groups, int kept, int members, bool normalized, float eps, float factor);
 mx::array mixture_op(const mx::array& outputs, const mx::array& weights);

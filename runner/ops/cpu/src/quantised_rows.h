@@ -194,7 +194,11 @@ RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine,
       for (int m = 0; m < M; ++m) group_sums<L::kGroupLanes>(parts[m], sums[m]);
     };
     VI32 sums[M][kSumVectors], rests[M][kSumVectors];
-    sums_over(0, Int<kPlanes>{}, sums);
+    if (kPlanes > 1 && x.coarse) {
+      sums_over(0, Int<1>{}, sums);
+    } else {
+      sums_over(0, Int<kPlanes>{}, sums);
+    }
     const bool fine = any_fine && (x.fine[g] | x.fine[g + 1] | x.fine[g + 2] | x.fine[g + 3]);
     if (__builtin_expect(fine, 0)) sums_over(kPlanes, Int<1>{}, rests);
     VF scale[kSumVectors], shift[kSumVectors];

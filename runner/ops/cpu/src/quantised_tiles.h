@@ -95,7 +95,7 @@ void add_tile(const Tile& w, const Panel& x, int groups, int group, bool first, 
       for (int m = 0; m < M; ++m) acc[s][m] = no_sum();
     }
     add_steps<N, M>(wq, xq, M, steps, acc);
-    if constexpr (kPlanes == 2) {
+    if (kPlanes == 2 && !x.coarse) {
 #pragma GCC unroll 4
       for (int s = 0; s < N; ++s) {
 #pragma GCC unroll 16
