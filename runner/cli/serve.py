@@ -46,7 +46,7 @@ def serve(
     activations: Activations = "exact",
     config: Config = None,
 ) -> None:
-    """Serve models over HTTP: the APIs of OpenAI, Anthropic and Ollama, with every option obeyed or refused."""
+    """Serve models over HTTP by the APIs of OpenAI, Anthropic and Ollama."""
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
         raise UsageError(
