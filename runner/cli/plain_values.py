@@ -7,7 +7,7 @@ are brought to theirs; whatever is not plain, or out of its range, is still type
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 
@@ -61,6 +61,8 @@ def plain(value: Any, descriptor: Any) -> Any:
         return None
     if kind is str and type(value) is str:
         return value
+    if get_origin(kind) is Literal:
+        return value if type(value) is str and value in get_args(kind) else None
     if kind not in NUMERALS:
         return None
     if type(value) is str and NUMERALS[kind].fullmatch(value):
