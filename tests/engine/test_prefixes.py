@@ -63,8 +63,8 @@ class Chats(RuleBasedStateMachine):
         # The device's own operation writes in place, whoever else holds the buffer.
         new = functools.partial(Caches.of, self.memories, current().ops.storage)
         place = Path(self.directory.name) / "kept"
-        files = None if self.disk is None else PrefixFiles(place, self.disk, "0" * 64, new())
-        self.prefixes = Prefixes(new, self.budget, files)
+        self.files = None if self.disk is None else PrefixFiles(place, self.disk, "0" * 64, new())
+        self.prefixes = Prefixes(new, self.budget, self.files)
         self.holders: list[Holder] = []
         self.said: list[list[int]] = [[]]
         self.kept_ids: list[list[int]] = []  # that were given back
@@ -148,7 +148,7 @@ class Chats(RuleBasedStateMachine):
     @precondition(lambda self: self.disk is not None and self.budget < 1 << 16)
     @rule(data=st.data())
     def break_a_file(self, data: st.DataObject) -> None:
-        paths = sorted(Path(self.directory.name).glob("kept/*.safetensors"))
+        paths = self.written("*.safetensors")
         if paths:
             path = data.draw(st.sampled_from(paths))
             size = path.stat().st_size
@@ -166,8 +166,13 @@ class Chats(RuleBasedStateMachine):
     @invariant()
     def disk_is_within_its_limit(self) -> None:
         if self.disk is not None:
-            sizes = [path.stat().st_size for path in Path(self.directory.name).glob("kept/*")]
-            assert sum(sizes) <= self.disk
+            assert sum(path.stat().st_size for path in self.written("*")) <= self.disk
+
+    def written(self, pattern: str) -> list[Path]:
+        """The files on disk, once all that waits is written: what is drawn must not depend on a thread's pace."""
+        if self.files is not None:
+            self.files.finish()
+        return sorted(Path(self.directory.name).glob(f"kept/{pattern}"))
 
     @invariant()
     def tree_is_sound(self) -> None:
@@ -200,6 +205,7 @@ class Chats(RuleBasedStateMachine):
         self.prefixes.clear()
         assert self.prefixes.stats.nbytes == 0 and not self.prefixes._idle
         assert not self.prefixes._roots or self.disk is not None
+        self.written("*")
         self.directory.cleanup()
 
 
