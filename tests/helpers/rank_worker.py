@@ -74,7 +74,7 @@ def compared(path: Path, leader: Leader, tokens: int) -> dict[str, Any]:
     except UsageError as error:
         return {"refused": str(error)}
     alone_tokens, alone = answered(open_loaded(path), tokens)
-    leader.begin(model=str(path), dtype=None)
+    leader.begin(model=str(path), dtype=None, activations="exact")
     files = open_files(path)
     engine = assemble(files.config, files.source, part=leader)
     before = leader.sent()  # on loading, models look at how large keys are
