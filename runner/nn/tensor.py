@@ -149,7 +149,7 @@ def sums(plan: ModulePlan) -> list[int]:
 
 
 def _experts(plan: ModulePlan, paths: frozenset[str]) -> list[str]:
-    """Those of `paths` that are layers of experts."""
+    """The paths, of these, that lead to layers of experts."""
     found = []
     for item in plan.fields.values():
         for child in item if isinstance(item, list) else [item]:

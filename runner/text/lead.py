@@ -31,7 +31,7 @@ class Lead:
         return False
 
     def copy(self) -> Self:
-        """The same place, to go on from in another way."""
+        """A second reader at the same place, to go on from in another way."""
         return copy.copy(self)
 
 

@@ -431,7 +431,7 @@ def draw(logits: mx.array, rows: Sequence[tuple[float, float, int, float, float]
 
 
 def log_probabilities(logits: mx.array, tokens: mx.array, tops: Sequence[int]) -> list[mx.array]:
-    """Those of a token a row and of the likeliest, without sorting: `runner.ops.picking.log_probabilities`."""
+    """Log-probabilities of a token a row and of the likeliest, unsorted: see `runner.ops.picking.log_probabilities`."""
     return _C.log_probabilities(logits, tokens, tops)
 
 
