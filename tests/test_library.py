@@ -297,9 +297,11 @@ def test_an_awaited_answer_is_the_other_one(lm: LanguageModel) -> None:
     assert chunks[-1].finish_reason == "length" and chunks[-1].timings.generation_tokens == 12
 
 
-def test_answers_of_several_tasks_take_turns(lm: LanguageModel) -> None:
+def test_answers_of_several_tasks_take_turns(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token by token; a long prompt holds nobody up for more than one of its chunks."""
     order: list[str] = []
+    begun: list[object] = []
+    wait = type(lm.engine).wait
 
     async def ask(name: str, ids: list[int]) -> list[int]:
         def read(done: int, total: int) -> None:
@@ -312,6 +314,17 @@ def test_answers_of_several_tasks_take_turns(lm: LanguageModel) -> None:
         return found
 
     async def both() -> list[list[int]]:
+        prepared = asyncio.Event()
+
+        async def wait_for_the_other(self: Any, step: Any) -> Any:
+            # Each prompt is prepared on a thread of its own: neither may take a step before the other has one, too.
+            begun.append(step)
+            if len(begun) == 2:
+                prepared.set()
+            await prepared.wait()
+            return await wait(self, step)
+
+        monkeypatch.setattr(type(lm.engine), "wait", wait_for_the_other)
         return await asyncio.gather(ask("a", [5, 6, 7] * 8), ask("b", [8, 9]))
 
     object.__setattr__(lm.engine.device, "chunk", 4)
