@@ -81,13 +81,7 @@ class ClampedGLU(GLU):
     swiglu_limit: float = setting()
 
     def __call__(self, gate_up: mx.array) -> mx.array:
-        return self.ops.fused(clamped_gate, *mx.split(gate_up, 2, axis=-1), self.swiglu_alpha, self.swiglu_limit)
-
-
-def clamped_gate(gate: mx.array, up: mx.array, alpha: float, limit: float) -> mx.array:
-    """The element by element part of `ClampedGLU`."""
-    gate, up = mx.minimum(gate, limit), mx.clip(up, -limit, limit)
-    return gate * mx.sigmoid(alpha * gate) * (up + 1)
+        return self.ops.clamped_glu(gate_up, self.swiglu_alpha, self.swiglu_limit)
 
 
 @dataclass

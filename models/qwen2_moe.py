@@ -67,12 +67,7 @@ class MoE(SwitchMoE):
     shared_gate: Linear = weight("shared_expert_gate", 1, HIDDEN)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.ops.fused(add_gated, super().__call__(x), self.shared_gate(x), self.shared(x))
-
-
-def add_gated(routed: mx.array, gate: mx.array, shared: mx.array) -> mx.array:
-    """The routed experts' output plus the shared expert's, which a gate of its own scales."""
-    return routed + mx.sigmoid(gate) * shared
+        return self.ops.add_gated(super().__call__(x), self.shared_gate(x), self.shared(x))
 
 
 @dataclass

@@ -92,7 +92,7 @@ class SinkAttend(Attend):
     sinks: mx.array = tensor("sinks", "num_attention_heads")
 
     def __call__(self, query: mx.array, history: History | Histories, batch: Batch) -> mx.array:
-        return self.attended(query, history, batch, self.sinks.astype(query.dtype))
+        return self.attended(query, history, batch, self.sinks)
 
 
 def own_mask(query: mx.array, history: History, batch: Batch) -> mx.array | None:

@@ -49,6 +49,7 @@ def attention(
         # one query each, which see the same keys, all heads take part in one product.
         rows = query.swapaxes(1, 2)
         return mx.fast.scaled_dot_product_attention(rows, key, value, scale=scale).swapaxes(1, 2)
+    sinks = None if sinks is None else sinks.astype(query.dtype)
     return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask, sinks=sinks)
 
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from runner.config.activations import ACTIVATIONS as NAMES
-from runner.ops import attention, routing, side_by_side
+from runner.ops import attention, side_by_side
 from runner.ops.table import ACTIVATIONS, GATES, Ops, convolved, unpacked_rows
 
 if TYPE_CHECKING:
     from runner.ops.delta_rule import Gates, Recurrence
+    from runner.ops.routing import Routing
     from runner.ops.state_space import Dynamics, Scanned
 
 
@@ -75,6 +76,30 @@ class Fusion:
 
         return self(gates.opened, x, gate)
 
+    def route(self, logits: mx.array, correction: mx.array | None, how: Routing) -> tuple[mx.array, mx.array]:
+        """`Ops.route` with one kernel for the routing weights."""
+        from runner.ops import routing  # for those who need it: most families don't
+
+        return routing.route(self, logits, correction, how)
+
+    def mixture(self, outputs: mx.array, weights: mx.array) -> mx.array:
+        """`Ops.mixture`: one kernel for the products, and one for their sums."""
+        from runner.ops import routing  # for those who need it: most families don't
+
+        return routing.mixture(self, outputs, weights)
+
+    def add_gated(self, routed: mx.array, gate: mx.array, shared: mx.array) -> mx.array:
+        """`Ops.add_gated` as one kernel."""
+        from runner.ops import gates  # for those who need it: most families don't
+
+        return self(gates.add_gated, routed, gate, shared)
+
+    def clamped_glu(self, gate_up: mx.array, alpha: float, limit: float) -> mx.array:
+        """`Ops.clamped_glu` as one kernel."""
+        from runner.ops import gates  # for those who need it: most families don't
+
+        return self(gates.clamped, *mx.split(gate_up, 2, axis=-1), alpha, limit)
+
 
 def fusing(ops: Ops, *, delta_kernel: bool) -> Ops:
     """The table `ops` for a GPU: activations, and what layers pass to `Ops.fused`, in one kernel each; rows of packed
@@ -96,7 +121,9 @@ def fusing(ops: Ops, *, delta_kernel: bool) -> Ops:
         gated_delta=fusion.gated_delta,
         gated_norm=fusion.gated_norm,
         gate=fusion.gate,
-        route=functools.partial(routing.route, fusion),
-        mixture=functools.partial(routing.mixture, fusion),
+        add_gated=fusion.add_gated,
+        clamped_glu=fusion.clamped_glu,
+        route=fusion.route,
+        mixture=fusion.mixture,
         quantized_embed=unpacked_rows,
     )

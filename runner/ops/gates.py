@@ -1,4 +1,4 @@
-"""Gates as MLX ops: what a recurrence or attention puts out, normalized or not, times an activation of its gate."""
+"""Gates as MLX ops: what a recurrence, attention or an expert puts out, times an activation of its gate."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ def gated(x: mx.array, gate: mx.array) -> mx.array:
 def opened(x: mx.array, gate: mx.array) -> mx.array:
     """`x` times the sigmoid of its gate."""
     return x * mx.sigmoid(gate)
+
+
+def add_gated(routed: mx.array, gate: mx.array, shared: mx.array) -> mx.array:
+    """`routed` plus `shared` times the sigmoid of its gate."""
+    return routed + mx.sigmoid(gate) * shared
+
+
+def clamped(gate: mx.array, up: mx.array, alpha: float, limit: float) -> mx.array:
+    """`gate * sigmoid(alpha * gate) * (up + 1)`; gate is clamped from above, up on both sides."""
+    gate, up = mx.minimum(gate, limit), mx.clip(up, -limit, limit)
+    return gate * mx.sigmoid(alpha * gate) * (up + 1)

@@ -16,13 +16,13 @@ import mlx.core as mx
 from runner.cache.storage import PLAIN, Storage
 from runner.config.activations import ACTIVATIONS as NAMES
 from runner.ops import attention as attending
-from runner.ops import picking, routing, side_by_side
+from runner.ops import picking, side_by_side
 from runner.ops.picking import Draw
 from runner.ops.quantized import QuantizedWeight
-from runner.ops.routing import Routing
 
 if TYPE_CHECKING:
     from runner.ops.delta_rule import Gates, Recurrence
+    from runner.ops.routing import Routing
     from runner.ops.state_space import Dynamics, Scanned
 
 
@@ -173,6 +173,19 @@ def _gate(x: mx.array, gate: mx.array) -> mx.array:
     return gates.opened(x, gate)
 
 
+def _add_gated(routed: mx.array, gate: mx.array, shared: mx.array) -> mx.array:
+    from runner.ops import gates  # for those who need it: most families don't
+
+    return gates.add_gated(routed, gate, shared)
+
+
+def _clamped_glu(gate_up: mx.array, alpha: float, limit: float) -> mx.array:
+    from runner.ops import gates  # for those who need it: most families don't
+
+    gate, up = mx.split(gate_up, 2, axis=-1)
+    return gates.clamped(gate, up, alpha, limit)
+
+
 def convolved(
     fused: Callable[..., mx.array],
     x: mx.array,
@@ -242,8 +255,16 @@ def biased(y: mx.array, bias: mx.array | None, experts: mx.array) -> mx.array:
     return y if bias is None else y + bias[experts][..., None, :].astype(y.dtype)
 
 
-_route = functools.partial(routing.route, _fused)
-_mixture = functools.partial(routing.mixture, _fused)
+def _route(logits: mx.array, correction: mx.array | None, how: Routing) -> tuple[mx.array, mx.array]:
+    from runner.ops import routing  # for those who need it: most families don't
+
+    return routing.route(_fused, logits, correction, how)
+
+
+def _mixture(outputs: mx.array, weights: mx.array) -> mx.array:
+    from runner.ops import routing  # for those who need it: most families don't
+
+    return routing.mixture(_fused, outputs, weights)
 
 
 def _argmax(x: mx.array) -> mx.array:
@@ -310,7 +331,9 @@ class Ops:
     any length, values `[B, L, heads, dv]` and `gates`, from a state `[B, heads, dv, dk]` in float32. `gated_norm(x,
     gate, weight, eps, groups, gate_first)` normalizes `groups` parts of `x` `[B, L, C]`, each by itself, and
     multiplies by SiLU of the gate before or after that. `gate(x, gate)` is `x` times the sigmoid of its gate, both
-    `[B, H, L, D]`.
+    `[B, H, L, D]`. `add_gated(routed, gate, shared)` is `routed` plus `shared`, both `[..., D]`, times the sigmoid of a
+    gate `[..., 1]`. `clamped_glu(gate_up, alpha, limit)` is gpt-oss's `gate * sigmoid(alpha * gate) * (up + 1)`, with
+    the gate held below `limit`, and up to both sides of it.
 
     `linear_each(x, weight)` is a product for each of G groups, of x `[G, M, K]` and weight `[G, N, K]`: `[G, M, N]`.
     With `one_form`, what a token gets is the same bits however many tokens stand beside it: layers that could compute
@@ -355,6 +378,8 @@ class Ops:
     conv_step: Callable[[Slots, int, mx.array, Taps], Stepped | None] = _no_step
     gated_norm: Callable[[mx.array, mx.array, mx.array, float, int, bool], mx.array] = _gated_norm
     gate: Callable[[mx.array, mx.array], mx.array] = _gate
+    add_gated: Callable[[mx.array, mx.array, mx.array], mx.array] = _add_gated
+    clamped_glu: Callable[[mx.array, float, float], mx.array] = _clamped_glu
     window_mask: Callable[[int, int, int], mx.array] | None = attending.window_mask
     argmax: Callable[[mx.array], mx.array] = _argmax
     greatest: Callable[[mx.array], tuple[mx.array, mx.array]] = picking.greatest

@@ -13,11 +13,11 @@ from places import TESTS
 from references import error, expected, tolerance
 
 from runner.engine import loaded
-from runner.models.gpt_oss import clamped_gate
 from runner.nn.fast import soft_capped
 from runner.nn.xielu import xielu
 from runner.ops.attention import capped_scores
 from runner.ops.device import CPU_WITHOUT_KERNELS, CUDA, METAL, Device
+from runner.ops.gates import clamped
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import ACTIVATIONS, PORTABLE
 
@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX com
 FUNCTIONS: dict[str, tuple[Callable[..., mx.array], list[float], int]] = {
     "soft_capped": (soft_capped, [2.5], 1),
     "capped_scores": (capped_scores, [0.7, 2.5], 1),
-    "clamped_gate": (clamped_gate, [1.702, 1.5], 2),
+    "clamped": (clamped, [1.702, 1.5], 2),
 }
 """Function, numbers that it gets, and how many arrays before them."""
 

@@ -30,6 +30,7 @@ __all__ = [
     "argmax",
     "attention",
     "attention_rows",
+    "clamped_glu",
     "draw",
     "embed",
     "empty",
@@ -408,6 +409,11 @@ def glu(gate_up: mx.array, activation: Activation = "silu") -> mx.array:
     "gelu" is exact (erf, to 2e-7), "gelu_approx" the tanh form.
     """
     return _C.glu(gate_up, activation)
+
+
+def clamped_glu(gate_up: mx.array, alpha: float, limit: float) -> mx.array:
+    """gate * sigmoid(alpha * gate) * (up + 1) for gate_up as in `glu`: gate held below `limit`, up within +-limit."""
+    return _C.clamped_glu(gate_up, alpha, limit)
 
 
 def activate(x: mx.array, activation: Activation) -> mx.array:

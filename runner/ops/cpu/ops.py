@@ -15,11 +15,11 @@ from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
 from runner.ops.cpu import _C
 from runner.ops.quantized import QuantizedWeight
-from runner.ops.routing import Routing
 from runner.ops.table import PORTABLE, Ops, Recorder, Slots, Stepped, Taps
 
 if TYPE_CHECKING:
     from runner.ops.delta_rule import Gates, Recurrence
+    from runner.ops.routing import Routing
     from runner.ops.state_space import Dynamics, Scanned
 
 _PACKED = (2, 3, 4, 5, 6, 8)
@@ -222,6 +222,13 @@ def _gate(x: mx.array, gate: mx.array) -> mx.array:
     return (_C.gate if _wide(x, gate) else PORTABLE.gate)(x, gate)
 
 
+def _add_gated(routed: mx.array, gate: mx.array, shared: mx.array) -> mx.array:
+    if not _wide(routed, gate, shared) or shared.ndim != 3:
+        return PORTABLE.add_gated(routed, gate, shared)
+    whole = mx.broadcast_to(gate, shared.shape)
+    return routed + mx.squeeze(_C.gate(mx.expand_dims(shared, 1), mx.expand_dims(whole, 1)), 1)
+
+
 def _masked(logits: mx.array, bits: mx.array) -> mx.array:
     return (_C.masked if _wide(logits) else PORTABLE.masked)(logits, bits)
 
@@ -259,6 +266,8 @@ KERNELS = Ops(
     state_space=_state_space,
     gated_norm=_gated_norm,
     gate=_gate,
+    add_gated=_add_gated,
+    clamped_glu=_C.clamped_glu,
     window_mask=None,  # the kernel skips the keys before a window
     argmax=_C.argmax,
     greatest=_C.greatest,

@@ -212,6 +212,20 @@ def test_outputs_are_weighed_and_added(ops: Ops, dtype: mx.Dtype, rows: int, cou
         assert mx.array_equal(found[:, -1:], ops.mixture(outputs[:, -1:], weights[:, -1:]))
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("width", [2880, 37])
+def test_the_clamped_glu_and_a_gated_expert(ops: Ops, dtype: mx.Dtype, width: int) -> None:
+    x = (mx.random.normal((2, 3, 2 * width), key=mx.random.key(1)) * 4).astype(dtype)
+    gate, up = np.minimum(numpy(x)[..., :width], 7.0), np.clip(numpy(x)[..., width:], -7.0, 7.0)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == mx.float32 else {"rtol": 0.02, "atol": 0.02}
+    assert np.allclose(
+        numpy(ops.clamped_glu(x, 1.702, 7.0)), gate / (1 + np.exp(-1.702 * gate)) * (up + 1), **tolerance
+    )
+    routed, shared, opens = x[..., :width], x[..., width:], x[..., :1]
+    wanted = numpy(routed) + numpy(shared) / (1 + np.exp(-numpy(opens)))
+    assert np.allclose(numpy(ops.add_gated(routed, opens, shared)), wanted, **tolerance)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, ids, weight = mx.ones((1, 2, 1, 1, 64)), mx.zeros((1, 2, 3), mx.int32), mx.ones((4, 8, 64))
     packed = mx.quantize(weight, group_size=32, bits=4)

@@ -102,6 +102,7 @@ NB_MODULE(_C, m) {
       },
       "buffers"_a, "keys"_a, "values"_a, "at"_a, "counts"_a);
   m.def("glu", &runner::glu_op, "gate_up"_a, "activation"_a);
+  m.def("clamped_glu", &runner::clamped_glu_op, "gate_up"_a, "alpha"_a, "limit"_a);
   m.def("activate", &runner::activate_op, "x"_a, "activation"_a);
   m.def("short_conv", &runner::short_conv_op, "x"_a, "rows"_a, "weight"_a, "bias"_a.none(), "activation"_a.none());
   m.def("gated_delta", &runner::gated_delta_op, "q"_a, "k"_a, "v"_a, "a"_a, "b"_a, "a_log"_a, "dt_bias"_a, "state"_a);

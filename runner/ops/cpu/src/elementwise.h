@@ -147,18 +147,26 @@ RUNNER_INLINE VF activate(Activation act, VF x) {
   return sigmoid_times(x, inner + inner);
 }
 
+RUNNER_INLINE VF gated(const GluArgs& a, VF gate, VF up) {
+  if (a.act != Activation::clamped) return activate(a.act, gate) * up;
+  const VF most = set1(a.limit), least = set1(-a.limit);
+  const VF g = select_lt(most, gate, most, gate);
+  const VF u = select_lt(up, least, least, select_lt(most, up, most, up));
+  return sigmoid_times(g, g * set1(a.alpha)) * (u + set1(1.0f));
+}
+
 // `up` is null where there is no gate.
 template <class T>
 void glu_span(const GluArgs& a, const typename T::S* gate, const typename T::S* up, typename T::S* out, int64_t n) {
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    VF v = activate(a.act, T::load_v(gate + i));
-    T::store_v(out + i, up ? v * T::load_v(up + i) : v);
+    VF x = T::load_v(gate + i);
+    T::store_v(out + i, up ? gated(a, x, T::load_v(up + i)) : activate(a.act, x));
   }
   if (i == n) return;
   float line[2 * W] = {};
   for (int64_t j = i; j < n; ++j) line[j - i] = T::to(gate[j]), line[W + j - i] = up ? T::to(up[j]) : 1.0f;
-  store(line, activate(a.act, load(line)) * load(line + W));
+  store(line, gated(a, load(line), load(line + W)));
   for (int64_t j = i; j < n; ++j) out[j] = T::from(line[j - i]);
 }
 

@@ -128,7 +128,7 @@ struct AppendArgs {
   int64_t at, capacity;
 };
 
-enum class Activation : uint8_t { silu, gelu, gelu_approx, relu, relu2 };
+enum class Activation : uint8_t { silu, gelu, gelu_approx, relu, relu2, clamped };  // clamped: of a GLU only
 
 struct GluArgs {
   const void* x;  // [rows, 2 * dim]: gate then up; without a gate [rows, dim]
@@ -137,6 +137,7 @@ struct GluArgs {
   int64_t rows, dim;
   Activation act;
   bool gated;
+  float alpha, limit;  // clamped: g sigmoid(alpha g) (u + 1), with g = min(gate, limit) and u = up within +- limit
 };
 
 enum class Simple : uint8_t { plus, product, times, over };

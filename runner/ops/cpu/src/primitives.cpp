@@ -232,12 +232,12 @@ class Rope : public CpuPrimitive {
 
 class Glu : public CpuPrimitive {
  public:
-  Glu(mx::Stream stream, Activation activation, bool gated)
-      : CpuPrimitive(stream), activation_(activation), gated_(gated) {}
+  Glu(mx::Stream stream, Activation activation, bool gated, float alpha = 0.0f, float limit = 0.0f)
+      : CpuPrimitive(stream), activation_(activation), gated_(gated), alpha_(alpha), limit_(limit) {}
   const char* name() const override { return "runner::Glu"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& o = static_cast<const Glu&>(other);
-    return activation_ == o.activation_ && gated_ == o.gated_;
+    return activation_ == o.activation_ && gated_ == o.gated_ && alpha_ == o.alpha_ && limit_ == o.limit_;
   }
   void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) override {
     GluArgs a{};
@@ -248,12 +248,14 @@ class Glu : public CpuPrimitive {
     a.out = d.allocate(outputs[0]).data<void>();
     a.act = activation_;
     a.gated = gated_;
+    a.alpha = alpha_, a.limit = limit_;
     if (a.rows) d.run([a] { kernels().glu(a); });
   }
 
  private:
   Activation activation_;
   bool gated_;
+  float alpha_, limit_;
 };
 
 // outputs: the indices, (the maxima)
@@ -470,13 +472,24 @@ mx::array rope_op(const mx::array& x, const std::variant<int, mx::array, std::ve
   return mx::array(x.shape(), x.dtype(), std::move(primitive), std::move(inputs));
 }
 
-mx::array glu_op(const mx::array& gate_up, const std::string& activation) {
+namespace {
+
+mx::array gated(const mx::array& gate_up, std::shared_ptr<Glu> primitive) {
   need_float("glu", "gate_up", gate_up);
   if (gate_up.ndim() < 1 || gate_up.shape(-1) % 2) {
     refuse("glu: gate_up has shape ", gate_up.shape(), "; expected an even last dimension");
   }
-  auto primitive = std::make_shared<Glu>(cpu_stream(), activation_named(activation), true);
   return mx::array(with_last(gate_up, gate_up.shape(-1) / 2), gate_up.dtype(), std::move(primitive), {gate_up});
+}
+
+}  // namespace
+
+mx::array glu_op(const mx::array& gate_up, const std::string& activation) {
+  return gated(gate_up, std::make_shared<Glu>(cpu_stream(), activation_named(activation), true));
+}
+
+mx::array clamped_glu_op(const mx::array& gate_up, float alpha, float limit) {
+  return gated(gate_up, std::make_shared<Glu>(cpu_stream(), Activation::clamped, true, alpha, limit));
 }
 
 mx::array activate_op(const mx::array& x, const std::string& activation) {

@@ -51,6 +51,7 @@ mx::array empty_op(const std::vector<int>& shape, mx::Dtype dtype, const MaybeAr
 std::vector<mx::array> append_op(const std::vector<std::pair<mx::array, mx::array>>& buffers, const mx::array& k,
                                  const mx::array& v, const std::vector<int>& at, const std::vector<int>& counts);
 mx::array glu_op(const mx::array& gate_up, const std::string& activation);
+mx::array clamped_glu_op(const mx::array& gate_up, float alpha, float limit);
 mx::array activate_op(const mx::array& x, const std::string& activation);
 mx::array short_conv_op(const mx::array& x, const mx::array& rows, const mx::array& weight, const MaybeArray& bias,
                         const std::optional<std::string>& activation);

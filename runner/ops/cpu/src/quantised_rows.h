@@ -236,6 +236,7 @@ void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t en
   uint8_t* codes = a.bits == BITS ? nullptr : (uint8_t*)scratch(Slot::codes, 4 * a.k + 64);
   // Four short rows lie one behind the other, long ones are a stream each.
   const int64_t ahead = 4 * row_bytes <= 2 * kAhead ? kAhead : kAhead / 4;
+  const int64_t further = (ahead / row_bytes + 16) * numbers;
   for (; n < end; n += 4) {
     const uint8_t* w[4];
     const void *scales[4], *shifts[4];
@@ -250,6 +251,11 @@ void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t en
         codes_to_bytes(w[j], a.bits, a.k, codes + j * a.k);
         w[j] = codes + j * a.k;
       }
+    }
+    // Scales are streams beside that of the codes, and too slow for the hardware to be ahead of.
+    for (int64_t i = 0; i < 4 * numbers; i += 64) {
+      prefetch((const char*)scales[0] + further + i);
+      if (!FP4) prefetch((const char*)shifts[0] + further + i);
     }
     // Past the end of one row there are others, but for the last ones.
     const int64_t behind = a.n - n - 4;
