@@ -1,4 +1,4 @@
-"""Which configs are refused and how, that none of them runs code, and families that come in other packages."""
+"""Refused configs and their messages, that no config runs code, and families from other packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LLAMA = TESTS / "fixtures" / "llama" / "llama-gqa-hub"
 
 
 def config(family: str) -> dict[str, Any]:
-    """`config.json` of a fixture."""
+    """The parsed `config.json` of a fixture."""
     folder = "llama" if family.startswith(("llama-", "mistral-")) else "families"
     result: dict[str, Any] = json.loads((TESTS / "fixtures" / folder / family / "config.json").read_text())
     return result
@@ -116,7 +116,7 @@ def test_what_is_not_supported_is_named(family: str, changes: dict[str, Any], wo
 
 
 def test_null_is_what_the_authors_code_makes_of_it() -> None:
-    """A null flag is false there, whatever its default; null sizes are worked out."""
+    """In the authors' code a null flag is false, whatever its default; null sizes are computed from other keys."""
     assert read({**config("deepseek_v3-base"), "rope_interleave": None, "norm_topk_prob": None}).traditional is False
     assert read({**config("glm-base"), "partial_rotary_factor": None}).rotary_dim == 16
     assert read({**config("glm4_moe-base"), "partial_rotary_factor": None}).rotary_dim == 16
@@ -182,7 +182,7 @@ except ConfigError as error:
 
 
 def run_with(site: Path, model: Path) -> str:
-    """What a process says that finds an installed distribution in `site`."""
+    """Run a process that finds an installed distribution in `site`; return its output."""
     path = os.pathsep.join([str(site), str(ROOT)])
     command = [sys.executable, "-c", LOADS, str(model)]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Perplexity and divergence against a naive twin in NumPy, llama-perplexity's chunks counted by hand, refusals."""
+"""Perplexity and divergence against a naive twin in NumPy; llama-perplexity's chunks counted by hand; refusals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def log_softmax(logits: Any) -> Any:
 
 
 def naive(engine: Loaded, ids: list[int], chunk: int, bos: int | None) -> tuple[Any, Any]:
-    """Log-probabilities of the judged positions of all chunks, `[N, V]`, and the tokens that follow: no cache, no
+    """Log-probabilities of the scored positions of all chunks, `[N, V]`, and the tokens that follow: no cache, no
     slices, one chunk after the other as the loop in perplexity.cpp goes."""
     rows, targets = [], []
     for start in range(0, len(ids) // chunk * chunk, chunk):
@@ -79,7 +79,7 @@ def test_perplexity_is_the_naive_twins(engine: Loaded, chunk: int, bos: int | No
 
 
 def test_512_tokens_have_255_that_are_judged(engine: Loaded) -> None:
-    """As in llama.cpp: positions 256 to 510, each judged by the token that follows."""
+    """As in llama.cpp, positions 256 to 510 are scored, each by the token that follows."""
     config = dataclasses.replace(engine.config, max_position_embeddings=1100)
     long = dataclasses.replace(engine, config=config)
     found = perplexity(long, IDS * 11, chunk=512)

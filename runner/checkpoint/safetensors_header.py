@@ -104,6 +104,7 @@ def read_header(path: Path) -> ShardHeader:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    # The same bytes again, with our own strict parser: no repeated keys, and each entry exactly as the format says.
     raw = parse_json(text, f"{path}: header")
     metadata = _metadata(raw.pop("__metadata__", None), path)
     # Parsed entries take much more memory than their text, so each one goes as soon as it is checked.

@@ -58,6 +58,7 @@ def new_directory(directory: Path, config: dict[str, Any], extra_files: Mapping[
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{directory}: already exists and is not an empty directory; choose another or remove it")
+    # Config and file names are checked before anything is written.
     contents: dict[str, bytes | str] = {"config.json": _config_text(config), **_checked(extra_files)}
     # A sibling, so that both are on one disk and the rename is atomic.
     temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
@@ -119,6 +120,7 @@ class _Shards:
             if name in seen or name == "__metadata__":
                 raise CheckpointError(f"tensor {quoted(name)} comes twice, or has the name that safetensors reserves")
             seen.add(name)
+            # Only here is an array's size known, so a shard is full when the next tensor does not fit.
             if self.batch and self.batch_bytes + array.nbytes > self.max_bytes:
                 self.flush()
             self.batch[name] = array

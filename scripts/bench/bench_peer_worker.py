@@ -1,4 +1,4 @@
-"""One engine in one process, driven by lines of JSON: `python bench_peer_worker.py KIND MODEL`. See `bench_peers`.
+"""Runs one engine in one process, driven by lines of JSON: `python bench_peer_worker.py KIND MODEL`. See `bench_peers`.
 
 KIND is runner, mlx-lm, llama.cpp, torch-bfloat16 or torch-float32. Requests, each answered with a line of JSON:
 
@@ -36,7 +36,7 @@ def random_ids(count: int, vocab: int) -> list[int]:
 
 
 class Engine:
-    """What each engine brings; `position` is how many tokens its cache holds."""
+    """Interface of an engine; `position` is the number of tokens in its cache."""
 
     version: str
     vocab: int
@@ -233,14 +233,14 @@ class Torch(Engine):
 
 
 def open_engine(kind: str, model: str) -> Engine:
-    """The engine of that name with its model."""
+    """Load the model in the engine called `kind`."""
     if kind.startswith("torch-"):
         return Torch(model, kind.removeprefix("torch-"))
     return {"runner": Runner, "mlx-lm": MlxLm, "llama.cpp": LlamaCpp}[kind](model)
 
 
 def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """Do what a request asks."""
+    """Carry out a request and return the result."""
     what = request["do"]
     if what == "pp":
         engine.rewind(0)
@@ -267,7 +267,7 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer on the stdout we were given; what libraries print goes to stderr."""
+    """Answer requests on the original stdout; whatever libraries print goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine = open_engine(sys.argv[1], sys.argv[2])

@@ -1,4 +1,4 @@
-"""Commands for pages: run by a shell, or on a pseudo-terminal where someone types."""
+"""Runs the commands of the usage pages in a shell, or on a pseudo-terminal with typed input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = 50
 
 
 def shell(command: str, directory: Path, environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code and output (stdout and stderr as they come) of a line for a shell."""
+    """Run a line in a shell; returns exit code and output (stdout and stderr as they come)."""
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=directory,
@@ -35,7 +35,7 @@ def shell(command: str, directory: Path, environment: dict[str, str]) -> tuple[i
 
 
 class Session:
-    """A command on a terminal of its own. TERM is the environment's, or dumb: no colours, no cursor movements."""
+    """A command on a terminal of its own. TERM is the environment's or else dumb: no colours, no cursor movements."""
 
     def __init__(self, command: str, directory: Path, environment: dict[str, str]) -> None:
         self.command = command
@@ -44,7 +44,7 @@ class Session:
         self.events: list[tuple[float, str]] = []  # what was shown and when, in seconds since the start
 
     def run(self, typed: Sequence[str]) -> tuple[int, str]:
-        """Types each line when the program asks for one. Exit code and all that the terminal showed."""
+        """Type each line when the program asks for one; returns the exit code and all that the terminal showed."""
         master, slave = pty.openpty()
         columns = int(self.environment["COLUMNS"])
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))

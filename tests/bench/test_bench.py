@@ -1,4 +1,4 @@
-"""`runner bench` on tiny models: what it runs, what it counts, what it refuses."""
+"""`runner bench` on tiny models: the cases it runs, the figures it computes, the options it refuses."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_cases_that_measure_nothing_are_refused(numbers: tuple[list[int], ...]) 
 
 
 def test_generating_is_the_greedy_answer_and_a_batch_is_its_rows() -> None:
-    """The timed loop does the real work: the tokens it leaves in the cache are those of one pass over all of them."""
+    """The timed loop does the real work: its cached tokens are those that a single pass over all of them predicts."""
     engine = open_loaded(MODEL, dtype="float32")
     prompt = np.random.default_rng(0).integers(0, engine.config.vocab_size, (3, 9), dtype=np.int32)
     batch = engine.new_caches()
@@ -161,7 +161,7 @@ def test_packed_random_weights_have_the_same_spread() -> None:
     "name", [name for name in resources.names("shapes") if resources.read("shapes", name)["model_type"] in FAMILIES]
 )
 def test_every_published_shape_that_has_a_family_can_be_planned(name: str) -> None:
-    """Nothing is allocated: headers alone. The parameters are those of the shape's name, or near."""
+    """Only headers are made, nothing is allocated; the number of parameters is close to the one in the shape's name."""
     headers = random_weights(resources.read("shapes", name)).headers
     billions = {"B": 1e9, "M": 1e6}
     said = next(word for word in name.split("-") if word[:1].isdigit() and word[-1] in billions and word[-2].isdigit())
@@ -255,7 +255,7 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_plot_draws_what_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where matplotlib is installed a file is drawn; everywhere the axis is chosen."""
+    """The axis that varies is chosen; where matplotlib is installed, a file is drawn."""
     found = report.importlib.util.find_spec("matplotlib")
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: object())
     assert report.check_plot(tmp_path / "a.svg", cases([8], [0], depths=[0, 8])) == "depth"
@@ -271,7 +271,7 @@ def test_a_plot_draws_what_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_bandwidth_is_that_of_memory() -> None:
-    """Both ways read the same memory; they agree within a wide factor on a busy machine."""
+    """Kernels and NumPy read the same memory, so they agree within a factor that is wide for a busy machine."""
     measured, plain = read_bandwidth(passes=3), (256 << 20) / _numpy_pass(256 << 20, 3)
     assert 1e9 < measured < 2e12
     if mx.default_device() == mx.Device(mx.cpu):

@@ -1,4 +1,4 @@
-"""Checkpoints: what opens, what is refused and why, what a read returns and what it costs, and the way back to disk."""
+"""Checkpoint directories: which open, which are refused and why, what reads return and cost, and writing them back."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_single_file_without_generation_config(tmp_path: Path) -> None:
 
 
 def test_the_index_decides_and_strays_are_not_loaded(tmp_path: Path) -> None:
-    """A shard that the index does not name may be anything; a tensor in two shards comes from the one it names."""
+    """A shard that the index does not name may hold anything; a tensor in two shards comes from the indexed one."""
     weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
     sharded(tmp_path, weight_map, one=tensor_file(["a"], 1), two=tensor_file(["a", "b"], 2), stray=b"not safetensors")
     (tmp_path / "model.safetensors").write_bytes(tensor_file(["a", "x"], 9))
@@ -64,7 +64,7 @@ def test_the_index_decides_and_strays_are_not_loaded(tmp_path: Path) -> None:
 
 
 def test_unlisted_tensors_of_named_shards_are_taken(tmp_path: Path) -> None:
-    """As transformers does: dropping them could drop an optional bias without a word."""
+    """Transformers takes them too: dropping them could silently drop an optional bias."""
     sharded(tmp_path / "m", {"a": "one.safetensors"}, one=tensor_file(["a", "b"], 1))
     assert sorted(Checkpoint.open(tmp_path / "m").headers) == ["a", "b"]
     weight_map = {"a": "one.safetensors", "c": "two.safetensors"}
@@ -306,7 +306,7 @@ def test_json_that_is_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("others", [False, True], ids=["mapped", "raw"])
 @pytest.mark.parametrize("dtype", sorted(RAW_DTYPES))
 def test_every_dtype_reads_its_own_bytes(tmp_path: Path, dtype: str, others: bool) -> None:
-    """Through MLX, and tensor by tensor where another tensor of the file has a dtype that MLX refuses (F64)."""
+    """Both through MLX, and tensor by tensor where the file has another tensor of a dtype that MLX refuses (F64)."""
     size = BITS[dtype] // 8
     data = bytes(range(1, 1 + 6 * size)) if dtype != "BOOL" else bytes([0, 1, 1, 0, 1, 0])
     last = 6 * size
@@ -406,7 +406,7 @@ print(high_water() - base, mx.get_peak_memory())
 
 
 def test_peak_memory(tmp_path: Path) -> None:
-    """200 MB: kept, at most 1.15 times that, read one by one or all at once; freed one by one, a small part of it."""
+    """Reading 200 MB takes at most 1.15 times that, one by one or all at once; freeing each tensor, 0.35 times."""
     count, each = 20, 10_000_000
     header = {f"t{i}": entry("BF16", [1000, 5000], [i * each, (i + 1) * each]) for i in range(count)}
     model_dir(tmp_path, {})
@@ -472,7 +472,7 @@ def test_shards_respect_the_limit_and_the_index_names_them(tmp_path: Path) -> No
 
 
 def test_the_writer_streams(tmp_path: Path) -> None:
-    """When a tensor is asked for, the shards before it are on disk and their tensors are let go."""
+    """When a tensor is asked for, all earlier shards are on disk and their tensors have been released."""
     on_disk: list[int] = []
     alive: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Mutated headers, indexes and configs, seeded: each is refused in a `CheckpointError` or loads its own bytes."""
+"""Mutated headers, indexes and configs (seeded): each is refused with a `CheckpointError` or loads its own bytes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def base_header() -> tuple[Header, bytes]:
 
 
 def mutate_tree(rng: random.Random, value: Any) -> Any:
-    """One random change somewhere in a JSON value."""
+    """Make one random change somewhere in a JSON value."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         action = rng.random()
@@ -112,7 +112,7 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def swap(rng: random.Random, header: Header) -> Header:
-    """Exchange the offsets, or the order, of two tensors; the second is still a true file."""
+    """Exchange the offsets of two tensors, or their names; the file with exchanged names is still right."""
     one, two = rng.sample([name for name in header if name != "__metadata__"], 2)
     if rng.random() < 0.5:
         header[one]["data_offsets"], header[two]["data_offsets"] = (
@@ -149,7 +149,7 @@ def header_case(rng: random.Random) -> bytes:
 
 
 def check_load(checkpoint: Checkpoint, files: dict[str, bytes]) -> str:
-    """Every tensor lies in its file's data and holds exactly the bytes that the file's header gives it."""
+    """Check that every tensor lies within its file's data and holds exactly the bytes that the header gives it."""
     outcome = "loaded"
     for name, info in checkpoint.headers.items():
         whole = files[info.file.name]
@@ -172,7 +172,7 @@ def check_load(checkpoint: Checkpoint, files: dict[str, bytes]) -> str:
 
 
 def write_anew(path: Path, content: bytes) -> None:
-    """A file overwritten in place would be flushed to the disk at each close, by ext4's guard against lost renames."""
+    """Write a file after deleting the old one; ext4 flushes a file that is overwritten in place at each close."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
 
@@ -198,7 +198,7 @@ def test_mutated_headers(tmp_path: Path) -> None:
 
 
 def test_own_checks_are_no_laxer_than_the_library(tmp_path: Path) -> None:
-    """What our checks accept alone, the safetensors library accepts; they are tested here without its help."""
+    """Whatever our own checks accept when run alone, the safetensors library accepts too."""
     rng = random.Random(20263)
     path = tmp_path / "model.safetensors"
     outcomes: Counter[str] = Counter()
@@ -221,7 +221,7 @@ def shard(names: list[str], value: int) -> bytes:
 
 
 def test_mutated_indexes(tmp_path: Path) -> None:
-    """A loaded checkpoint may hold only tensors of the two shards; the files around them are bait."""
+    """A checkpoint that loads may hold only tensors of the two shards; the other files around are bait."""
     rng = random.Random(20261)
     directory = tmp_path / "model"
     directory.mkdir()
@@ -249,7 +249,7 @@ def test_mutated_indexes(tmp_path: Path) -> None:
 
 
 def test_mutated_configs(tmp_path: Path) -> None:
-    """What is accepted is what Python's own parser reads; a refusal names the file."""
+    """An accepted config equals what Python's own parser reads; a refusal names the file."""
     rng = random.Random(20262)
     base = {"model_type": "llama", "hidden_size": 64, "rope_scaling": {"factor": 2.0, "type": "linear"}, "eos": [1, 2]}
     path = tmp_path / "config.json"
@@ -272,7 +272,7 @@ def test_mutated_configs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trick", ["header", "index"])
 def test_unmutated_bases_load(tmp_path: Path, trick: str) -> None:
-    """The fuzz starts from files that are true, else every refusal would be the base's."""
+    """The files that are mutated load themselves; otherwise refusals would not be due to the mutations."""
     (tmp_path / "config.json").write_text("{}")
     if trick == "header":
         header, data = base_header()

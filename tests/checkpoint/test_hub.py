@@ -82,7 +82,7 @@ Call = tuple[str, list[str], dict[str, Any]]
 
 
 def call(tmp_path: Path, endpoint: str, *calls: Call, **environment: str) -> tuple[list[Any], str]:
-    """Each function's result (an error as [type, message]), and stderr."""
+    """Call functions in another process: the result of each (an error as [type, message]), and stderr."""
     kept = environment_of(tmp_path, endpoint) | {"PYTHONPATH": str(ROOT)} | environment
     command = [sys.executable, "-c", CALL, json.dumps(calls)]
     done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=60)
@@ -141,7 +141,7 @@ def test_no_progress_bar_when_none_is_wanted(fake: FakeHub, tmp_path: Path) -> N
 
 
 def test_revisions_and_pull(fake: FakeHub, tmp_path: Path) -> None:
-    """`resolve` keeps to the cache when the branch moves on; `pull` follows it."""
+    """When the branch moves on, `resolve` stays with the cached commit and `pull` fetches the new one."""
     fake.add("org/name", SMALL | SINGLE)
     fake.add("org/name", SMALL | SINGLE, "c" * 40, "refs/pr/1")
     first, other, by_argument = call(
@@ -161,7 +161,7 @@ def test_revisions_and_pull(fake: FakeHub, tmp_path: Path) -> None:
 
 
 def test_a_dropped_connection_is_resumed(fake: FakeHub, tmp_path: Path) -> None:
-    """The hub library writes in pieces of 10 MiB, and goes on after the last whole one."""
+    """The hub library writes in pieces of 10 MiB, and resumes after the last complete piece."""
     content = os.urandom(1 << 20) * 12
     fake.add("org/name", SMALL | {"model.safetensors": content})
     fake.cut = 11 << 20
@@ -367,7 +367,7 @@ def test_an_offline_cache(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_without_tokenizer_is_completed(fake: FakeHub, tmp_path: Path) -> None:
-    """Other programs fetch file by file; what they left out is fetched, what is there is not fetched again."""
+    """Other programs fetch file by file: missing files are fetched, and files in the cache are not fetched again."""
     fake.add("org/name", SMALL | SINGLE)
     snapshot = cached(tmp_path / "hf/hub", "org/name", {"config.json": SMALL["config.json"]} | SINGLE)
     (path,), _ = call(tmp_path, fake.endpoint, resolve("org/name"))

@@ -1,4 +1,4 @@
-"""Shards written a piece at a time: any order, any cut; what does not add up is refused."""
+"""Shards written piece by piece, in any order and of any size; pieces that do not add up to a tensor are refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_sizes_must_add_up(tensors: dict[str, Planned], pieces: list[Piece], mes
 
 
 def test_a_full_disk_is_said_in_a_line(tmp_path: Path) -> None:
-    """/dev/full takes no byte."""
+    """Every write to /dev/full fails with a full disk."""
     (tmp_path / "model.safetensors").symlink_to("/dev/full")
     with pytest.raises(CheckpointError, match="No space left on device"):
         write_shards(tmp_path, ONE, [Piece("a", 0, mx.zeros((4, 2)))])

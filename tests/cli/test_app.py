@@ -1,4 +1,4 @@
-"""The command line from outside: what reaches stdout, what stderr, and the exit codes."""
+"""The command line as a subprocess: stdout, stderr and exit codes."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_ctrl_c_at_the_prompt_needs_a_second_one(chat: Terminal) -> None:
 
 
 def long_model(directory: Path) -> str:
-    """The fixture with room for an answer of minutes and no token that ends it: Ctrl-C comes in the middle."""
+    """A fixture whose answer would take minutes, as no token ends it: Ctrl-C comes in the middle."""
     for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
         (directory / name).write_bytes((Path(MODEL) / name).read_bytes())
     tokenizer = json.loads((Path(MODEL) / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""How tokens come to be: what is computed, what is kept, and that no way of stopping or going on changes an answer."""
+"""Generation: what is computed, what is cached, and that stopping and continuing never change an answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPT = [1 + i % 40 for i in range(20)]
 
 
 class Watched:
-    """A model that notes the rows of each pass, and of each product with the head."""
+    """A model that records how many rows each forward pass and each product with the head have."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -84,7 +84,7 @@ def test_a_prompt_is_cancelled_between_chunks() -> None:
 
 @pytest.mark.parametrize("beyond", [-1, 0, 1, 16])
 def test_prompts_that_reach_the_window(beyond: int) -> None:
-    """With and without what an earlier turn left; then another branch from the middle, and back."""
+    """With and without the cache of an earlier turn, then with a branch from the middle of the prompt, and back."""
     lm = runner.load(FIXTURES / "mistral-window", dtype="float32")
     window = lm.config.cache_window(0)
     assert window is not None
@@ -170,7 +170,7 @@ def test_ids_may_be_numpys(lm: LanguageModel) -> None:
 
 @pytest.mark.parametrize("place", ["config.json", "generation_config.json", "tokenizer_config.json"])
 def test_each_end_token_ends_an_answer(tmp_path: Path, place: str) -> None:
-    """The union of the three files' ids, each an integer or a list; the other two stay as they are."""
+    """The end tokens are the union of three files' ids, each an integer or a list; one file is changed at a time."""
     model = tmp_path / "model"
     shutil.copytree(FIXTURES / "llama-gqa", model)
     before = runner.load(model)
@@ -192,7 +192,7 @@ def test_each_end_token_ends_an_answer(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("key", ["auto_map", "model_file"])
 def test_a_config_brings_no_code(tmp_path: Path, key: str) -> None:
-    """transformers runs the file of `auto_map` where it is told to, old mlx-lm that of `model_file`; we never do."""
+    """Code named by a config never runs: `auto_map`'s in transformers if allowed, `model_file`'s in old mlx-lm."""
     model = tmp_path / "model"
     shutil.copytree(FIXTURES / "llama-gqa", model)
     (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

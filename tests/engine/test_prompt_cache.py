@@ -1,4 +1,4 @@
-"""Turns that share a prompt cache give the tokens of turns that do not, and read less."""
+"""Turns that share a prompt cache give the same tokens as turns without one, and prefill fewer tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def lm(request: pytest.FixtureRequest) -> LanguageModel:
 
 
 def turns(said: list[int]) -> list[tuple[str, list[int]]]:
-    """Prompts of a second turn: what may follow the first prompt and its answer."""
+    """Prompts of a second turn that may follow the first prompt and its answer."""
     history = [*FIRST, *said]
     return [
         ("goes on", [*history, 40, 41, 42]),

@@ -1,4 +1,4 @@
-"""A step that is replayed gives what a step that is built gives, and what cannot be replayed is not."""
+"""A replayed step gives the result of a built step, and a step that cannot be replayed is built."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ needs_recorder = pytest.mark.skipif(current().ops.recorder is None, reason="this
 
 
 def built(ops: Ops) -> Ops:
-    """The same table with MLX's way of computing each token."""
+    """The table of ops without a recorder: each step is built and computed by MLX."""
     return dataclasses.replace(ops, recorder=None, schedule=mx.async_eval)
 
 
 def answer(engine: Loaded, ops: Ops, count: int, model: Model | None = None) -> list[tuple[int, np.ndarray]]:
-    """Greedy tokens and the logits behind them."""
+    """Greedy tokens, and the logits from which they were picked."""
     model, caches = model or engine.model, engine.new_caches()
     logits = prefill(model, PROMPT, caches)
     steps = decode(model, logits, caches, lambda row: (ops.argmax(row), row), count, ops)
@@ -66,7 +66,7 @@ def test_every_fixture(path: str) -> None:
 @needs_recorder
 @pytest.mark.parametrize("path", FIXTURES)
 def test_four_positions_speak_for_all(path: str) -> None:
-    """No family decides by its position in a way that shows in none of those that are compared."""
+    """No family decides by its position in a way that none of the four compared positions shows."""
     engine = open_loaded(TESTS / path)
     caches = engine.new_caches()
     mx.eval(prefill(engine.model, PROMPT, caches))
@@ -101,7 +101,7 @@ REPLAYED = """
 
 @needs_recorder
 def test_which_are_replayed() -> None:
-    """A change that quietly sends a family the slow way shows here."""
+    """A change that makes a family build every step (the slow way) without an error fails here."""
     found = set()
     for path in FIXTURES:
         engine = open_loaded(TESTS / path)
@@ -112,7 +112,7 @@ def test_which_are_replayed() -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "llama-mlx-4bit"])
 def test_longer_than_the_buffers(name: str) -> None:
-    """Caches are laid out anew some four times, a window moves to the front of its buffer."""
+    """Caches are laid out anew about four times, and a window moves to the front of its buffer."""
     engine = open_loaded(TESTS / "fixtures" / "llama" / name)
     assert same(answer(engine, engine.device.ops, 700), answer(engine, built(engine.device.ops), 700))
 
@@ -139,7 +139,7 @@ def test_a_recording_ends_with_its_chunk(table: Ops) -> None:
 
 @dataclasses.dataclass
 class Odd:
-    """A model that does something else from a position on, or where its token is even."""
+    """A model that computes something else from a given position on, or where its token is even."""
 
     model: Model
     position: int | None = None
@@ -176,7 +176,7 @@ def test_a_model_that_decides_for_itself(odd: type[Odd]) -> None:
 
 
 def test_tokens_of_another_type() -> None:
-    """A sampler may return what it likes; what a recording cannot take is built."""
+    """A sampler may return tokens of any dtype; a step whose token a recording cannot take is built."""
     engine = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa")
     ops, caches = engine.device.ops, engine.new_caches()
     logits = prefill(engine.model, PROMPT, caches)
@@ -185,7 +185,7 @@ def test_tokens_of_another_type() -> None:
 
 
 def test_two_answers_in_turn_and_from_two_threads() -> None:
-    """Each has its own memory; a generator may be advanced by whichever thread a server has free."""
+    """Each answer has its own memory; a generator may be advanced by any of a server's threads."""
     engine = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa")
     ops = engine.device.ops
     expected = [token for token, _ in answer(engine, built(ops), 40)]

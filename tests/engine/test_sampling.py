@@ -37,7 +37,7 @@ class Alone:
 
 
 def twin(logits: np.ndarray, params: SamplingParams, seen: list[int]) -> np.ndarray:
-    """Probabilities of the next token."""
+    """Probabilities of the next token, by the documented steps one after another."""
     x = logits.astype(np.float64)
     for token, bias in params.logit_bias.items():
         x[token] += bias

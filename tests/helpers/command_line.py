@@ -8,7 +8,7 @@ import sys
 
 
 def run(*arguments: str, stdin: str | bytes | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m runner ...` with text in and out; stdin None is /dev/null."""
+    """Run `python -m runner ...` with text as input and output; stdin None is /dev/null."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     done = subprocess.run(
         [sys.executable, "-m", "runner", *arguments],
@@ -23,7 +23,7 @@ def run(*arguments: str, stdin: str | bytes | None = None, **environment: str) -
 
 
 def own(stderr: str) -> str:
-    """`stderr` without the line, one at most, in which a command says that the kernels are missing."""
+    """Remove from `stderr` the line, at most one, in which a command says that the CPU kernels are missing."""
     lines = stderr.splitlines(keepends=True)
     others = [line for line in lines if "'runner doctor' says more" not in line]
     assert len(lines) - len(others) <= 1, stderr

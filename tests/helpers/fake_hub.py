@@ -20,7 +20,7 @@ COMMIT = "a" * 40
 
 @dataclass
 class FakeHub:
-    """Repositories by id: revision -> commit, and the files of each commit."""
+    """A hub in a thread, with repositories by id: revision -> commit, and the files of each commit."""
 
     refs: dict[str, dict[str, str]] = field(default_factory=dict)
     files: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)

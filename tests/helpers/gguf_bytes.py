@@ -22,7 +22,7 @@ def string(text: str | bytes) -> bytes:
 
 
 def value(item: Any) -> bytes:
-    """A metadata value with its type: bool, int (u32, or i64 where it does not fit), float (f32), str, list, array."""
+    """Encode a metadata value and its type: bool, int (u32, i64 if too large), float (f32), str, list or array."""
     if isinstance(item, bool):
         return struct.pack("<I?", 7, item)
     if isinstance(item, int):
@@ -40,7 +40,7 @@ def value(item: Any) -> bytes:
 
 
 def header(metadata: Metadata, tensors: Mapping[str, tuple[tuple[int, ...], int, int]], version: int = 3) -> bytes:
-    """Everything before the data: tensors as (shape row-major, type, offset)."""
+    """The bytes before the data; tensors are given as (shape row-major, type, offset) by name."""
     parts = [b"GGUF", struct.pack("<IQQ", version, len(tensors), len(metadata))]
     parts += [string(key) + value(item) for key, item in metadata.items()]
     for name, (shape, kind, offset) in tensors.items():
@@ -51,7 +51,7 @@ def header(metadata: Metadata, tensors: Mapping[str, tuple[tuple[int, ...], int,
 
 
 def file_bytes(metadata: Metadata, tensors: Tensors, version: int = 3) -> bytes:
-    """A whole file; data in the tensors' order, each aligned."""
+    """The bytes of a whole file; the data follow in the order of the tensors, each aligned."""
     alignment = metadata.get("general.alignment", 32)
     places, chunks, offset = {}, [], 0
     for name, (array, kind) in tensors.items():
@@ -64,7 +64,7 @@ def file_bytes(metadata: Metadata, tensors: Tensors, version: int = 3) -> bytes:
 
 
 def vocabulary(count: int) -> dict[str, Any]:
-    """A byte-level vocabulary without merges: 256 bytes, then tokens of no consequence, the last one BOS."""
+    """A byte-level vocabulary without merges: 256 bytes, then filler tokens, of which the last is BOS."""
     bytes_ = sorted(byte_letters())
     tokens = [*[*bytes_, *(f"[{index}]" for index in range(count))][: count - 1], "<s>"]
     types = [1] * (count - 1) + [3]
@@ -80,15 +80,17 @@ def vocabulary(count: int) -> dict[str, Any]:
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: printable ones stand for themselves, the others for U+0100 on."""
+    """GPT-2's letter for each byte: a printable byte is its own letter, the others get letters from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
 def substring_vocabulary(texts: Iterable[str]) -> dict[str, Any]:
-    """A byte-level vocabulary that shows how text is cut into words: every substring of the texts is a token, every way
-    to join two tokens a merge, so that merging ends with each word as one token. Keys below `tokenizer.ggml.`."""
+    """A byte-level vocabulary that shows how text is cut into words, as keys below `tokenizer.ggml.`.
+
+    Every substring of the texts is a token and every way to join two tokens is a merge, so each word becomes one token.
+    """
     letters = byte_letters()
     spelled = ["".join(letters[byte] for byte in text.encode()) for text in texts]
     longer = {text[a:b] for text in spelled for a in range(len(text)) for b in range(a + 2, len(text) + 1)}

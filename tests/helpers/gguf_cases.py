@@ -1,4 +1,4 @@
-"""GGUF files of tests: random blocks, small configs, and where they are written."""
+"""Ingredients of the GGUF files that tests write: random blocks and small configs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def blocks(kind: int, rows: int, columns: int, seed: int = 0, spread: float = 0.
 
 
 def unpacked(found: GGUF, name: str) -> np.ndarray:
-    """A tensor in float32, computed as a kernel would."""
+    """Dequantize a tensor to float32, in the way that a kernel would."""
     stem = name.removesuffix(".weight")
     if f"{stem}.scales" not in found.headers:
         return np.array(found.read(name).astype(mx.float32))
@@ -122,7 +122,7 @@ _SIZES = {
 
 
 def mixed_model(path: Path, name: str) -> dict[str, Any]:
-    """A Llama of one layer in the types of `MIXES[name]`, written to `path`."""
+    """Write a Llama of one layer to `path`, with the tensor types of `MIXES[name]`."""
     config = config_of_llama()
     rng = np.random.default_rng(5)
     shapes = {
@@ -214,7 +214,7 @@ NOT_IN_GGUF = {
     "deepseek_v3-v5", "deepseek_v3-defaults", "mixtral-default-theta", "qwen3_5_moe_text-v5",
     "glm4_moe_lite-v5", "minimax_m2-v5", "internlm3-base", "ministral3-v5", "ernie4_5_moe-v5",
 }  # fmt: skip
-"""Fixtures whose config has no word in GGUF, and those that are about safetensors."""
+"""Fixtures whose config cannot be expressed in GGUF, and fixtures that are about safetensors."""
 
 FIXTURES = [
     path.parent

@@ -1,7 +1,7 @@
-"""Checkpoints in transformers' form as the GGUF files that llama.cpp's converters make of them.
+"""Converting transformers' checkpoints to the GGUF files that llama.cpp's converters would write.
 
 Names come from the `gguf` package's own maps (0.19.0); what is permuted, added or renamed follows llama.cpp's
-`conversion/*.py` of the same release. Independent of `runner.checkpoint.gguf`, which the tests hold against it.
+`conversion/*.py` of the same release. Shares no code with `runner.checkpoint.gguf`, which tests compare with it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ONE_ADDED = ("gemma", "qwen3_5", "nemotron")
 
 
 def _scaling(config: Metadata) -> tuple[Metadata | None, float | None]:
-    """`rope_scaling`, and the local base where the config keeps one below `rope_parameters`."""
+    """The config's `rope_scaling`, and its local RoPE base where it has one below `rope_parameters`."""
     nested = config.get("rope_parameters") or {}
     if "full_attention" in nested:
         return nested["full_attention"], nested["sliding_attention"]["rope_theta"]
@@ -48,7 +48,7 @@ def _theta(config: Metadata) -> float:
 
 
 def metadata_of(config: Metadata) -> dict[str, Any]:
-    """The keys below the architecture's name, as the converter of that family writes them."""
+    """The metadata keys below the architecture's name, as llama.cpp's converter of the family writes them."""
     family = config["model_type"]
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or hidden // heads
@@ -155,7 +155,7 @@ def stacked(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def tensors_of(
     config: Metadata, weights: Mapping[str, np.ndarray], kind: Callable[[str], Type] = lambda name: Type.F32
 ) -> dict[str, tuple[np.ndarray, Type]]:
-    """A checkpoint's tensors under GGUF's names; `kind` chooses each matrix's type by that name, vectors are F32."""
+    """A checkpoint's tensors under GGUF's names; `kind` maps a matrix's GGUF name to its type, and vectors are F32."""
     family = config["model_type"]
     layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], layers)
@@ -225,7 +225,7 @@ def _rope_tables(config: Metadata) -> dict[str, tuple[np.ndarray, Type]]:
 
 
 def weights_of(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors checkpoint in float32."""
+    """Read every tensor of a safetensors checkpoint as float32."""
     found = mx.load(str(directory / "model.safetensors"))
     assert isinstance(found, dict)
     return {name: np.array(array.astype(mx.float32)) for name, array in found.items()}
@@ -234,7 +234,7 @@ def weights_of(directory: Path) -> dict[str, np.ndarray]:
 def write_model(
     path: Path, config: Metadata, weights: Mapping[str, np.ndarray], kind: Callable[[str], Type] = lambda name: Type.F32
 ) -> Path:
-    """A checkpoint as one GGUF file, with a vocabulary of the right size."""
+    """Write a checkpoint as one GGUF file, with a vocabulary of the right size."""
     metadata = {**metadata_of(config), **vocabulary(config["vocab_size"])}
     path.write_bytes(file_bytes(metadata, tensors_of(config, weights, kind)))
     return path

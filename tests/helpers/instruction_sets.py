@@ -1,4 +1,4 @@
-"""The tables of ops that kernels' tests run over."""
+"""The kernel tables (MLX's, and one per instruction set) that kernel tests are repeated for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from runner.ops import cpu as kernels
 
 
 def available() -> list[str]:
-    """ "mlx" always; the extension's tables where it is built, so that nothing is skipped where it is not."""
+    """List the tables: "mlx" always, and those of the extension where it is built; without it, no test is skipped."""
     if kernels.unavailable() is not None:
         return ["mlx"]
     from runner.ops.cpu import _C

@@ -1,8 +1,8 @@
-"""MLX's packed formats, unpacked with NumPy from what they are said to be: the reference for tests and tables.
+"""MLX's quantized formats, dequantized with NumPy from their definitions: the reference for tests and tables.
 
-A row's numbers follow each other as a stream of bits, the first in the lowest ones. `affine`: unsigned codes, `scale *
-code + bias` for each group. `mxfp4`, `mxfp8` (OCP Microscaling Formats 1.0): E2M1 or E4M3 numbers, and for each 32 a
-power of two. `nvfp4`: E2M1 numbers, and for each 16 an E4M3 number.
+The codes of a row form one stream of bits, the first code in the lowest bits. `affine`: unsigned codes, `scale * code +
+bias` for each group. `mxfp4`, `mxfp8` (OCP Microscaling Formats 1.0): E2M1 or E4M3 numbers, with a power of two as the
+scale per 32 numbers. `nvfp4`: E2M1 numbers, with an E4M3 number as the scale per 16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runner.weights.tree import leaf_shapes
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is packed, as `mx.quantize` has it."""
+    """How a matrix is quantized: the arguments of `mx.quantize`."""
 
     bits: int
     group_size: int
@@ -34,12 +34,12 @@ class Format:
 
     @property
     def entry(self) -> dict[str, int | str]:
-        """What `quantization` in config.json says of it; mlx-lm leaves out that a mode is affine."""
+        """The entry in config.json's `quantization`; mlx-lm leaves out the mode where it is affine."""
         entry: dict[str, int | str] = {"group_size": self.group_size, "bits": self.bits}
         return entry if self.mode == "affine" else {**entry, "mode": self.mode}
 
     def pack(self, name: str, matrix: mx.array) -> dict[str, mx.array]:
-        """The tensors of a layer `name` that hold `matrix`."""
+        """Quantize `matrix`: the tensors of layer `name` that hold it."""
         parts = mx.quantize(matrix, group_size=self.group_size, bits=self.bits, mode=self.mode)
         return {f"{name}.{leaf}": part for leaf, part in zip(("weight", "scales", "biases"), parts, strict=False)}
 
@@ -66,7 +66,7 @@ MOE: dict[str, Any] = {
 
 
 def small_float(code: int, exponent: int, mantissa: int) -> float:
-    """The number of a sign, `exponent` and `mantissa` bits; E4M3 has NaN where all of them are set, and no infinity."""
+    """Decode a float of a sign, `exponent` and `mantissa` bits; no infinity, and E4M3 is NaN where all bits are set."""
     sign = -1.0 if code >> (exponent + mantissa) else 1.0
     power, fraction = (code >> mantissa) & ((1 << exponent) - 1), code & ((1 << mantissa) - 1)
     bias = (1 << (exponent - 1)) - 1
@@ -82,7 +82,7 @@ E4M3 = np.array([small_float(code, 4, 3) for code in range(256)])
 
 
 def unpacked(parts: dict[str, mx.array], name: str, form: Format) -> np.ndarray:
-    """The matrix that the layer `name` of `parts` stands for, float64."""
+    """Dequantize the layer `name` of `parts` to float64."""
     words = np.array(parts[f"{name}.weight"])
     stream = np.unpackbits(words.view(np.uint8).reshape(words.shape[0], -1), axis=-1, bitorder="little")
     codes = stream.reshape(words.shape[0], -1, form.bits) @ (1 << np.arange(form.bits))
@@ -99,7 +99,7 @@ def unpacked(parts: dict[str, mx.array], name: str, form: Format) -> np.ndarray:
 
 
 def floats(raw: dict[str, Any]) -> dict[str, mx.array]:
-    """A checkpoint of random numbers; norms are around one."""
+    """A checkpoint of random numbers, in which the norms' weights are around one."""
     config_class, model_class = find(raw)
     shapes = {
         leaf.name: shape
@@ -116,7 +116,7 @@ def floats(raw: dict[str, Any]) -> dict[str, mx.array]:
 def packed(
     tensors: dict[str, mx.array], form: Format, others: dict[str, Format | None] | None = None
 ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """The packed checkpoint, matrices as `form` or as `others` say, and what it stands for."""
+    """Quantize a checkpoint's matrices as `form` or `others` say; returns the tensors, and their values dequantized."""
     stored, meant = {}, {}
     for name, tensor in tensors.items():
         layer = name.removesuffix(".weight")
@@ -131,7 +131,7 @@ def packed(
 
 
 def stacked(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The same with each layer's experts in one tensor, as mlx-lm writes them."""
+    """Stack the tensors of each layer's experts into one tensor, as mlx-lm writes them."""
     result: dict[str, mx.array] = {}
     for name, tensor in tensors.items():
         found = re.fullmatch(r"(.*)\.experts\.(\d+)\.(.*)", name)

@@ -14,13 +14,13 @@ from runner.errors import CheckpointError
 
 
 def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A file of any header, true or not; `header` may be the JSON text itself."""
+    """The bytes of a safetensors file with any header, right or wrong; `header` may be the JSON text itself."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def tensor_file(names: list[str], value: int = 0) -> bytes:
-    """Each name a U8 tensor of four bytes `value`."""
+    """A safetensors file in which each name is a U8 tensor of four bytes `value`."""
     header = {name: {"dtype": "U8", "shape": [4], "data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
     return safetensors(header, bytes([value]) * 4 * len(names))
 

@@ -1,4 +1,4 @@
-"""Where the repository and its tests are, for files in whichever folder below."""
+"""Paths of the repository and of its tests folder, for tests in any folder."""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ PATIENCE = 60.0  # seconds; only reached when the test fails
 
 
 class Terminal:
-    """A program with a terminal on stdin, stdout and stderr."""
+    """Runs a program with a terminal on stdin, stdout and stderr."""
 
     def __init__(self, *arguments: str, columns: int = 0, **environment: str) -> None:
         """Start `python -m runner` with the arguments; a terminal of 0 columns does not know its width."""
@@ -39,7 +39,7 @@ class Terminal:
         os.close(slave)
 
     def expect(self, pattern: str) -> str:
-        """Wait until what was written since the last match holds `pattern`; returns the text up to its end."""
+        """Wait until the output since the last match contains `pattern`; return the text up to the end of the match."""
         deadline = time.monotonic() + PATIENCE
         while (found := re.search(pattern, self.seen)) is None:
             if time.monotonic() > deadline:
@@ -63,7 +63,7 @@ class Terminal:
         os.kill(self.process.pid, signal.SIGINT)
 
     def close(self) -> int:
-        """Wait for the end; returns the exit code."""
+        """Wait for the program to end; return its exit code."""
         deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < deadline:
             if select.select([self.master], [], [], 0.05)[0]:

@@ -1,6 +1,6 @@
-"""The published formats by hand: what their tensors mean, number by number, and how random ones are written.
+"""The published quantization formats by hand: random layers in each format, and the numbers that they stand for.
 
-Every `*_numbers` is a plain loop over the format's own definition; nothing here is shared with
+Every `*_numbers` is a plain loop over the format's own definition; no code is shared with
 `runner.checkpoint.quantized`.
 """
 
@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Case:
-    """A quantised layer: its tensors by suffix, what they mean in float32 `[out, in]`, and its options."""
+    """A quantized layer: its tensors by suffix, the float32 matrix `[out, in]` that they stand for, and its options."""
 
     tensors: dict[str, mx.array]
     numbers: Array
@@ -32,7 +32,7 @@ class Case:
 
 
 def bits_of(words: Array, start: int, bits: int) -> int:
-    """The integer of `bits` bits at bit `start` of a row of uint32."""
+    """Read the integer of `bits` bits that begins at bit `start` of a row of uint32."""
     value = 0
     for i in range(bits):
         word, place = divmod(start + i, 32)
@@ -41,7 +41,7 @@ def bits_of(words: Array, start: int, bits: int) -> int:
 
 
 def packed(values: Array, bits: int) -> Array:
-    """A row of integers as int32 words, lowest bits first."""
+    """Pack a row of integers into int32 words, lowest bits first."""
     words = [0] * math.ceil(len(values) * bits / 32)
     for index, value in enumerate(values):
         for i in range(bits):
@@ -51,7 +51,7 @@ def packed(values: Array, bits: int) -> Array:
 
 
 def scales_of(rng: np.random.Generator, bits: int, *shape: int) -> Array:
-    """float16 scales that give weights of the size that published ones have."""
+    """Random float16 scales that give weights of the usual size of published models."""
     return (rng.uniform(0.02, 0.5, shape) / 2**bits).astype(np.float16)
 
 
@@ -59,7 +59,7 @@ def gptq(
     rng: np.random.Generator, rows: int, width: int, *, bits: int = 4, group_size: int = 32, sym: bool = True,
     order: bool = False, version: str = "gptq", index: bool = True,
 ) -> Case:  # fmt: skip
-    """AutoGPTQ's layout."""
+    """A random layer in AutoGPTQ's layout."""
     size = width if group_size == -1 else group_size
     groups = math.ceil(width / size)
     codes = rng.integers(0, 1 << bits, (width, rows))
@@ -98,7 +98,7 @@ def gptq_numbers(tensors: Mapping[str, Array], bits: int, version: str, size: in
 
 
 def awq(rng: np.random.Generator, rows: int, width: int, *, group_size: int = 32) -> Case:
-    """AutoAWQ's layout, version gemm."""
+    """A random layer in AutoAWQ's layout, version gemm."""
     size = width if group_size == -1 else group_size
     groups = math.ceil(width / size)
     order = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -123,7 +123,7 @@ def awq(rng: np.random.Generator, rows: int, width: int, *, group_size: int = 32
 
 
 def e4m3(code: int) -> float:
-    """The number of an E4M3 byte, from the specification."""
+    """Decode an E4M3 byte by its specification."""
     exponent, mantissa = code >> 3 & 15, code & 7
     assert (exponent, mantissa) != (15, 7), "NaN"
     size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
@@ -131,20 +131,20 @@ def e4m3(code: int) -> float:
 
 
 def e2m1(code: int) -> float:
-    """The number of an E2M1 nibble."""
+    """Decode an E2M1 nibble."""
     exponent, mantissa = code >> 1 & 3, code & 1
     size = mantissa * 0.5 if exponent == 0 else (2 + mantissa) * 2.0 ** (exponent - 2)
     return -size if code & 8 else size
 
 
 def e4m3_codes(rng: np.random.Generator, *shape: int) -> Array:
-    """Bytes of E4M3 that are numbers."""
+    """Random E4M3 bytes, none of them NaN."""
     codes = rng.integers(0, 256, shape).astype(np.uint8)
     return np.where(codes & 127 == 127, 0, codes).astype(np.uint8)
 
 
 def scaled_numbers(codes: Array, scales: Array, block: tuple[int, int]) -> Array:
-    """E4M3 bytes under a float32 scale for each block."""
+    """Dequantize E4M3 bytes with a float32 scale per block."""
     result = np.zeros(codes.shape, np.float32)
     for i in range(codes.shape[0]):
         for j in range(codes.shape[1]):
@@ -156,7 +156,7 @@ def float8(
     rng: np.random.Generator, rows: int, width: int, *, block: tuple[int, int] = (16, 16),
     name: str = "weight_scale_inv", powers: bool = False, dtype: mx.Dtype = mx.float32,
 ) -> Case:  # fmt: skip
-    """E4M3 with a scale for each block; the scales float32, or bytes of E8M0 where `dtype` is uint8."""
+    """A random E4M3 layer with a scale per block: E8M0 bytes where `dtype` is uint8, else floats."""
     codes = e4m3_codes(rng, rows, width)
     grid = (math.ceil(rows / block[0]), math.ceil(width / block[1]))
     exponents = rng.integers(118, 122, grid)
@@ -168,7 +168,7 @@ def float8(
 
 
 def fp8(rng: np.random.Generator, rows: int, width: int, **kind: Any) -> Case:
-    """DeepSeek's layout."""
+    """A random layer in DeepSeek's FP8 layout."""
     case = float8(rng, rows, width, **kind)
     case.options = {
         "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3",
@@ -179,7 +179,7 @@ def fp8(rng: np.random.Generator, rows: int, width: int, **kind: Any) -> Case:
 
 
 def compressed(format: str, weights: dict[str, Any], activations: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`quantization_config` as llm-compressor writes it."""
+    """A `quantization_config` as llm-compressor writes it."""
     group = {
         "targets": ["Linear"], "weights": {"dynamic": False, "observer": "minmax", **weights}, "format": format,
         "input_activations": activations, "output_activations": None,
@@ -195,7 +195,7 @@ def ct_integers(
     rng: np.random.Generator, rows: int, width: int, *, bits: int = 4, group_size: int | None = 32,
     symmetric: bool = True, pack: bool = True, order: bool = False, dtype: mx.Dtype = mx.bfloat16,
 ) -> Case:  # fmt: skip
-    """pack-quantized, or int-quantized; `group_size` None: a scale for each output."""
+    """A random layer, pack-quantized or int-quantized; `group_size` None: one scale per output."""
     size = group_size or width
     groups = math.ceil(width / size)
     low = -(1 << (bits - 1))
@@ -229,7 +229,7 @@ def ct_integers(
 
 
 def ct_float8(rng: np.random.Generator, rows: int, width: int, *, strategy: str = "channel", size: int = 16) -> Case:
-    """float-quantized, or mxfp8-quantized where `strategy` is "mx"."""
+    """A random layer, float-quantized, or mxfp8-quantized where `strategy` is "mx"."""
     block = {"channel": (1, width), "tensor": (rows, width), "block": (size, size), "group": (1, size), "mx": (1, 32)}
     exponents = {"powers": True, "dtype": mx.uint8} if strategy == "mx" else {}
     case = float8(rng, rows, width, block=block[strategy], name="weight_scale", **exponents)
@@ -246,7 +246,7 @@ def ct_float8(rng: np.random.Generator, rows: int, width: int, *, strategy: str 
 
 
 def ct_float4(rng: np.random.Generator, rows: int, width: int, *, overall: float | None = 1000.0) -> Case:
-    """nvfp4-pack-quantized under the global scale `overall`; mxfp4-pack-quantized where that is None."""
+    """A random layer: nvfp4-pack-quantized with the global scale `overall`, mxfp4-pack-quantized where it is None."""
     size = 32 if overall is None else 16
     nibbles = rng.integers(0, 16, (rows, width))
     if overall is None:
@@ -272,13 +272,13 @@ def ct_float4(rng: np.random.Generator, rows: int, width: int, *, overall: float
 
 
 def bfloat16(numbers: Array) -> Array:
-    """float32 numbers rounded to bfloat16, the nearest, ties to even: their upper 16 bits."""
+    """Round float32 numbers to bfloat16, to nearest with ties to even; the result is again float32."""
     raw = numbers.astype(np.float32).view(np.uint32)
     return (raw + np.uint32(0x7FFF) + (raw >> 16 & 1) >> 16 << 16).view(np.float32)
 
 
 def write_model(out: Path, fixture: Path, cases: Mapping[str, Case], options: Mapping[str, Any]) -> Path:
-    """The checkpoint `fixture` with these layers in their quantised form."""
+    """Write the checkpoint `fixture` with these layers in their quantized form."""
     source = Checkpoint.open(fixture)
     tensors = {name: source.read(name) for name in source.headers}
     for name, case in cases.items():
@@ -290,7 +290,7 @@ def write_model(out: Path, fixture: Path, cases: Mapping[str, Case], options: Ma
 
 
 def write_layer(out: Path, case: Case) -> Path:
-    """A directory with one layer, `a`."""
+    """Write a directory with one layer, `a`."""
     tensors = {f"a.{suffix}": array for suffix, array in case.tensors.items()}
     write_checkpoint(out, tensors.items(), {"quantization_config": case.options})
     rename_float8(out / "model.safetensors", {"a": case})
@@ -298,7 +298,7 @@ def write_layer(out: Path, case: Case) -> Path:
 
 
 def is_float8(suffix: str, case: Case) -> bool:
-    """Whether a tensor of bytes holds E4M3: weights do, and nvfp4's scales."""
+    """Whether a tensor holds E4M3 bytes: the weights of FP8 formats do, and nvfp4's scales."""
     array = case.tensors[suffix]
     return array.dtype == mx.uint8 and (
         suffix == "weight" or (suffix == "weight_scale" and "weight_global_scale" in case.tensors)
@@ -306,7 +306,7 @@ def is_float8(suffix: str, case: Case) -> bool:
 
 
 def rename_float8(file: Path, cases: Mapping[str, Case]) -> None:
-    """MLX writes no 8-bit floats: their header entries say U8 until here."""
+    """Set the dtype of E4M3 tensors in a file's header to F8_E4M3: MLX has no 8-bit floats and wrote U8."""
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -320,7 +320,7 @@ def rename_float8(file: Path, cases: Mapping[str, Case]) -> None:
 
 
 def write_plain(out: Path, fixture: Path, cases: Mapping[str, Case]) -> Path:
-    """The checkpoint `fixture` with what these layers mean, in float32."""
+    """Write the checkpoint `fixture` with these layers dequantized to float32."""
     source = Checkpoint.open(fixture)
     tensors = {name: source.read(name) for name in source.headers}
     tensors |= {f"{name}.weight": mx.array(case.numbers) for name, case in cases.items()}
@@ -329,7 +329,7 @@ def write_plain(out: Path, fixture: Path, cases: Mapping[str, Case]) -> Path:
 
 
 def linears(fixture: Path) -> dict[str, tuple[int, int]]:
-    """The matrices of a checkpoint that published quantisations quantise."""
+    """Shapes, by layer name, of the matrices in a checkpoint that published quantizations quantize."""
     headers = Checkpoint.open(fixture).headers
     return {
         name.removesuffix(".weight"): (info.shape[0], info.shape[1])

@@ -16,7 +16,7 @@ DTYPES = {**NAMES, mx.uint8: "U8", mx.int8: "I8", mx.int64: "I64"}
 
 
 class Layers:
-    """A source of quantised layers."""
+    """An in-memory `Source` of quantized layers."""
 
     def __init__(self, cases: Mapping[str, Case]) -> None:
         self.arrays: dict[str, mx.array] = {}
@@ -32,13 +32,13 @@ class Layers:
 
 
 def opened(case: Case, options: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
-    """The config and source that a checkpoint with the one layer `a` becomes."""
+    """Pass a checkpoint with the one layer `a` to `as_mlx`: the config and source that it becomes."""
     raw = case.options if options is None else options
     return as_mlx({"model_type": "t", "quantization_config": raw}, Layers({"a": case}))
 
 
 def values(config: Any, source: Any, name: str = "a") -> Array:
-    """The matrix as MLX unpacks it, in float32; or as it is where it became plain."""
+    """The layer's matrix in float32: dequantized by MLX, or as it is where it became plain numbers."""
     for full, header in source.headers.items():
         array = source.read(full)
         assert DTYPES[array.dtype] == header.dtype and tuple(array.shape) == header.shape, full

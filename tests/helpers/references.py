@@ -1,4 +1,4 @@
-"""Tiny checkpoints with what transformers computed from their weights, and how near it a result must be."""
+"""Tiny checkpoints with the results that transformers computed from them, and how close ours must be."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ FIXTURES = sorted(
 )
 
 TOLERANCE = 2e-4
-"""Of the logits' standard deviation; ten times finer than promised, since 2e-3 cannot tell gelu from its tanh form."""
+"""Allowed error of logits, as a fraction of their standard deviation.
+
+Ten times less than promised, since an error of 2e-3 could not tell gelu from its tanh form.
+"""
 
 QUANTISED = 2e-3
 """CPU kernels multiply packed weights with activations of 16 bits: the error that tiny random models make of it."""

@@ -1,4 +1,4 @@
-"""Made-up checkpoints in memory, for tests of the tag walker."""
+"""Small made-up checkpoints in memory, for tests of weight tags."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Info:
 
 
 class Arrays:
-    """A source that counts what is read."""
+    """An in-memory `Source` that lists the names of the tensors read from it."""
 
     def __init__(self, arrays: dict[str, mx.array]) -> None:
         self.arrays = arrays

@@ -1,4 +1,4 @@
-"""Naive float32 (NumPy) twins of the kernels, and ways to make awkward arrays."""
+"""Naive float32 versions (NumPy) of the kernels, to compare with them, and ways to make awkward arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Layout = st.sampled_from(["plain", "sliced", "transposed", "reversed"])
 
 
 def rand(*shape: int, seed: int, dtype: mx.Dtype = mx.float32, layout: str = "plain") -> mx.array:
-    """Normal values of a shape, lying in memory as `layout` says."""
+    """Random normal values of a shape, stored in memory in the given `layout`."""
     key = mx.random.key(seed)
     if layout == "sliced":  # a window of a larger buffer
         x = mx.random.normal([n + 3 for n in shape], key=key).astype(dtype)
@@ -32,7 +32,7 @@ def numpy(x: mx.array) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def assert_close(found: mx.array, expected: Any, *, rounded_to: mx.Dtype, tolerance: float) -> None:
-    """Every value within `tolerance` of the expected ones' size, plus one rounding to its type; NaN meets NaN."""
+    """Assert that errors are at most `tolerance` times the expected values' size plus one rounding; NaN equals NaN."""
     got, want = numpy(found), np.asarray(expected, dtype=np.float32)
     assert got.shape == want.shape
     if rounded_to == mx.float16:
@@ -54,18 +54,18 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> Any:
 
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
-"""Magnitudes of four-bit floats (OCP Microscaling 1.0, 5.3.3)."""
+"""Magnitudes of the 4-bit floats E2M1 by code (OCP Microscaling 1.0, 5.3.3)."""
 
 
 def e4m3(codes: Any) -> Any:
-    """Eight-bit floats (5.3.1): bias 7, subnormals, no infinity, NaN where all lower bits are set."""
+    """Decode 8-bit floats E4M3 (5.3.1): bias 7, subnormals, no infinity, NaN where all lower bits are set."""
     exponent, fraction = codes.astype(int) >> 3 & 15, codes & 7
     size = np.where(exponent == 0, fraction / 8 * 2.0**-6, (1 + fraction / 8) * 2.0 ** (exponent - 7.0))
     return np.where(codes & 127 == 127, np.nan, np.where(codes & 128, -size, size))
 
 
 def small_floats(packed: mx.array, scales: mx.array, mode: str) -> Any:
-    """The matrix that MLX's `packed` and `scales` of `mode` stand for: its codes lie lowest bits first."""
+    """Dequantize MLX's `packed` codes (lowest bits first) and `scales` of a floating-point `mode`."""
     octets = np.array(packed).view(np.uint8)
     if mode == "mxfp8":
         codes = e4m3(octets)

@@ -1,4 +1,4 @@
-"""README.md and the usage pages: every command and example in them runs, what they copy is current."""
+"""README.md and the usage pages: every command and example runs, and quoted help texts and code are current."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_command_has_a_page_with_its_help() -> None:
 
 
 def test_the_commands_of_readme_and_pages_run_and_copies_are_current() -> None:
-    """scripts/docs/make_docs runs each with a tiny checkpoint, and compares help texts and what the code makes."""
+    """scripts/docs/make_docs runs each command with a tiny checkpoint, and compares help texts and generated parts."""
     command = [sys.executable, str(ROOT / "scripts" / "docs" / "make_docs"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -175,7 +175,7 @@ def test_a_command_that_nothing_runs_is_found(command: str) -> None:
 
 
 def test_what_runs_them_names_them() -> None:
-    """`scripts/test` and `scripts/demo` by .ci/run; pip's line by setup_venv, from the same directory and extras."""
+    """.ci/run runs `scripts/test` and `scripts/demo`; setup_venv runs pip's line, same directory and extras."""
     ci = (ROOT / ".ci" / "run").read_text()
     for name in ("test", "demo"):
         assert f'"$scripts/{name}"' in ci and (ROOT / "scripts" / name).stat().st_mode & 0o100

@@ -1,4 +1,4 @@
-"""The commands that errors and `doctor` advise: pip takes them, for each way the package can have been installed."""
+"""pip accepts the commands that errors and `doctor` suggest, for each way the package can have been installed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_commands_are_lines_for_a_shell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dependencies", [True, False])
 def test_pip_understands_the_options_of_a_rebuild(dependencies: bool) -> None:
-    """Every word but the requirement, given to pip with nothing to install: it misses that, and no option."""
+    """Without the requirement, pip complains that there is nothing to install, and about no option."""
     words = shlex.split(installation.rebuild(dependencies=dependencies))
     assert ("--no-deps" in words) is not dependencies
     done = subprocess.run(words[: words.index("-e")], capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""The order of the package's parts: a file imports its own folder and lower ranks, nothing beside or above it."""
+"""The order of the package's parts: a file imports its own folder and lower ranks, nothing beside or above itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RANKS = (
     ("inspect_model", "server"),
     ("cli",),
 )
-"""Low to high. `runner/__init__.py` and `__main__.py` stand above all; so does a file that imports `runner` itself."""
+"""Ranks, low to high. Above all are `runner/__init__.py`, `__main__.py`, and any file that imports `runner` itself."""
 
 FILES = {
     ".".join(("runner", *path.relative_to(RUNNER).with_suffix("").parts)).removesuffix(".__init__"): path
@@ -47,7 +47,7 @@ def rank(module: str) -> int:
 
 
 def imported(path: Path, package: str, everywhere: bool) -> Iterator[str]:
-    """Our modules that `path` names in import lines: at its top level, or in functions and for type checkers too."""
+    """Our modules that `path` imports: at its top level, or also in functions and for type checkers."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
@@ -74,7 +74,7 @@ def test_every_part_has_a_rank() -> None:
 
 
 def test_imports_go_to_lower_ranks_only() -> None:
-    """Those within functions too: loading a thing late is no reason to turn round."""
+    """Imports within functions count too: a late import must not turn the order round either."""
     wrong = []
     for name, others in edges(everywhere=True).items():
         if name in ("runner", "runner.__main__"):

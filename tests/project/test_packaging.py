@@ -1,4 +1,4 @@
-"""What a wheel, an sdist and an editable install hold, and that the package takes one import name from its users.
+"""Contents of a wheel, an sdist and an editable install; the package takes one import name only, `runner`.
 
 Everything is built offline by the setuptools of this environment, from a copy of the tree without the kernels' sources
 (compiling them takes a minute, and scripts/setup_venv has done so); the sdist is made from the whole tree.
@@ -26,7 +26,7 @@ NAMES_ONLY = ("--follow-imports=skip", "--allow-subclassing-any", "--no-warn-ret
 
 
 def command(*words: str, cwd: Path, python: Path | str = sys.executable, **environment: str) -> str:
-    """Runs `python words`; its stdout and stderr together. The repository is not on its path."""
+    """Run `python words`, with the repository not on its path; return stdout and stderr together."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
     done = subprocess.run(
         [str(python), *words],
@@ -43,7 +43,7 @@ def command(*words: str, cwd: Path, python: Path | str = sys.executable, **envir
 
 
 def copy_tree(target: Path, *, kernels: bool) -> Path:
-    """What a build reads, links followed by nobody: `runner/models` stays a link as in a clone."""
+    """Copy the files that a build reads; links stay links, so `runner/models` is a link as in a clone."""
     ignored = ["__pycache__", "*.so", *([] if kernels else ["*.cpp"])]
     for name in ("runner", "models", "configs"):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns(*ignored))
@@ -53,7 +53,7 @@ def copy_tree(target: Path, *, kernels: bool) -> Path:
 
 
 def bare_environment(place: Path) -> Path:
-    """The Python of a new environment that has what this one has, but not the project: only `site` reads its link."""
+    """Python of a new environment with this one's packages but without the project: only `site` reads its link."""
     venv.create(place)
     (site,) = place.glob("lib/python*/site-packages")
     (site / "borrowed.pth").write_text(f"{Path(pytest.__file__).parent.parent}\n")
@@ -62,7 +62,7 @@ def bare_environment(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A wheel, and what the build said."""
+    """Build a wheel; return it and the output of the build."""
     tree = copy_tree(tmp_path_factory.mktemp("tree"), kernels=False)
     said = command("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", "out", ".", cwd=tree)
     (path,) = (tree / "out").glob("*.whl")
@@ -71,7 +71,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def installed(wheel: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of the user's: the installed package, a models.py and a configs.py of their own."""
+    """A user's directory with the installed package and with a models.py and a configs.py of the user's own."""
     place = tmp_path_factory.mktemp("user")
     arguments = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", "site", str(wheel[0]))
     command(*arguments, cwd=place)
@@ -184,7 +184,7 @@ def test_an_installed_package_runs_and_is_typed(installed: Path) -> None:
 
 
 def test_an_editable_install_gives_runner_alone(tmp_path: Path) -> None:
-    """To Python and pytest: `runner.models` is there, `models` is the user's, and no one else's without one."""
+    """For Python and pytest, `runner.models` exists, and `models` is the user's module or does not exist."""
     tree = copy_tree(tmp_path / "tree", kernels=False)
     python = bare_environment(tmp_path / "venv")
     # Without --ignore-installed pip might take this environment's own package, and its command, for the old version.
@@ -201,7 +201,7 @@ def test_an_editable_install_gives_runner_alone(tmp_path: Path) -> None:
 
 
 def test_mypy_and_pytest_know_one_name_for_a_model_file(tmp_path: Path) -> None:
-    """In the source tree: mypy's own settings find each model file once, as `runner.models...`."""
+    """In the source tree, mypy's settings find each model file once, as `runner.models...`."""
     said = command("-m", "mypy", "--verbose", "--cache-dir", str(tmp_path), *NAMES_ONLY, cwd=ROOT)
     found = [line for line in said.splitlines() if "llama" in line and "Found source" in line]
     assert found and all("module='runner.models.llama'" in line for line in found)

@@ -41,7 +41,7 @@ def test_stop_strings_budgets_and_cancelling(lm: runner.LanguageModel) -> None:
 
 
 def test_perplexity_is_that_of_a_model_that_knows_the_language(lm: runner.LanguageModel) -> None:
-    """The MIT License, which every model has read often; its words in another order, which none has."""
+    """The MIT License, which every model has read often, has a far lower perplexity than its words in another order."""
     words = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
     found = {}
     for name, text in (("as written", " ".join(words)), ("sorted", " ".join(sorted(words)))):

@@ -95,6 +95,7 @@ class GGUF:
             CheckpointError: the file is malformed, or has a type, architecture, key or tensor that is not supported.
             TokenizerError: the file's vocabulary is malformed or of a kind that is not supported.
         """
+        # All names, types and shapes are checked here; a later read fails only on its own bytes, or a changed file.
         container = open_container(path)
         architecture = architecture_of(container)
         config = config_of(container)

@@ -114,6 +114,7 @@ def open_container(path: Path) -> Container:
     Raises:
         CheckpointError: naming the file and the problem.
     """
+    # The first shard has the metadata of the model; each shard says how many there are, and which one it is.
     first = _open(path)
     count = _whole(first, "split.count", 1)
     if count == 1:
@@ -137,6 +138,7 @@ def open_container(path: Path) -> Container:
             raise CheckpointError(f"{path.parent / name}: tensor {quoted(min(twice))} is in another shard too")
         tensors |= shard.tensors
         stamps |= shard.stamps
+    # A shard may have lost tensors and still be a valid file; the first shard says how many there must be.
     total = _whole(first, "split.tensors.count", len(tensors))
     if total != len(tensors):
         raise CheckpointError(f"{path}: the shards hold {len(tensors)} tensors, expected {total}")
@@ -195,6 +197,7 @@ class _Header:
             # A version of 2 or 3 in the other byte order reads as 2 << 24 or 3 << 24.
             swapped = "; it was written for big-endian machines" if version in (2 << 24, 3 << 24) else ""
             raise self.error(f"magic {magic!r}, version {version}, expected {MAGIC!r}, 2 or 3{swapped}")
+        # Both counts drive loops, so they are bounded before the loops start.
         tensors, pairs = self.number("<Q"), self.number("<Q")
         if tensors > _MAX_ENTRIES or pairs > _MAX_ENTRIES:
             raise self.error(
@@ -305,6 +308,7 @@ class _Header:
     def entry(self, alignment: int) -> Entry:
         """The next tensor's entry, its offset still counted from the start of the data."""
         name = self.string()
+        # Bounded before the shape is read: GGUF has at most four dimensions.
         rank = self.number("<I")
         if not 1 <= rank <= 4 or len(name) > 512:
             raise self.error(

@@ -187,6 +187,7 @@ class _Metadata:
         missing = [key for key in sorted(table.needed) if self.get(key) is None]
         if missing:
             raise self.error(f"{self.prefix}{missing[0]} is missing")
+        # Then the family's own keys, which a file may leave out: `fixed` or the config class has defaults.
         for key, name in table.keys.items():
             value = self.number(key)
             if value is not None:
@@ -268,6 +269,7 @@ class _Metadata:
     def windows(self, config: dict[str, Any]) -> None:
         """Set `sliding_window`, and which layers use it."""
         table, window = self.architecture, config.get("sliding_window")
+        # Mistral's files have the architecture "llama"; only the window makes a difference to the results.
         if table.windowed is not None and window:
             config |= {"model_type": table.windowed[0], "architectures": [table.windowed[1]]}
         elif table.windowed is not None:
@@ -300,6 +302,7 @@ class _Metadata:
     def heads(self, config: dict[str, Any]) -> None:
         """Set `head_dim`, `query_pre_attn_scalar`, and `partial_rotary_factor`."""
         table, heads, hidden = self.architecture, config["num_attention_heads"], config["hidden_size"]
+        # Families that derive the head size get the key `head_dim` only where the file's size is another.
         derived = hidden // heads
         width = self.size("attention.key_length") or derived
         if not width:
@@ -311,6 +314,7 @@ class _Metadata:
         rotated = self.size("rope.dimension_count") or width
         if rotated != width:
             config["partial_rotary_factor"] = rotated / width
+        # The attention scale is query_pre_attn_scalar^-0.5; where the file lacks it, the number of layers decides.
         if table.query_scalar is not None:
             scale = self.number("attention.scale")
             usual = derived if config["num_hidden_layers"] == table.query_scalar else width
@@ -353,6 +357,7 @@ class _Metadata:
         tables = [name for name in ROPE_TENSORS if name in self.container.tensors]
         kind, factor = self.get("rope.scaling.type"), self.number("rope.scaling.factor")
         attention = self.number("rope.scaling.attn_factor")
+        # Tables of factors win over keys; a table together with another kind of scaling has no known meaning.
         if tables == ["rope_freqs.weight"] and kind in (None, "none"):
             config["rope_scaling"] = self.divisors(config, self.table("rope_freqs.weight"))
         elif tables == list(ROPE_TENSORS[1:]) and kind in (None, "longrope"):
@@ -365,6 +370,7 @@ class _Metadata:
             config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
         elif kind not in (None, "none", "linear"):
             raise self.error(f"rope.scaling.type {brief(kind)} is not supported")
+        # Only longrope uses the attention factor; elsewhere it would be ignored silently.
         if attention not in (None, 1.0) and tables != list(ROPE_TENSORS[1:]):
             raise self.error(f"{self.prefix}rope.scaling.attn_factor = {attention} is not supported here")
 
@@ -400,6 +406,7 @@ class _Metadata:
             "short_factor": self.table("rope_factors_short.weight"),
         }
         original = config.get("original_max_position_embeddings")
+        # What the model would compute from the config alone, to be compared with the file's factor.
         parsed = RopeScaling.from_dict({**scaling, "original_max_position_embeddings": original})
         usual = attention_factor(parsed, max_position_embeddings=config["max_position_embeddings"])
         if attention is not None and not math.isclose(attention, usual, rel_tol=1e-5):
@@ -414,6 +421,7 @@ class _Metadata:
         """
         base, dims, limit = config["rope_theta"], 2 * len(table), config["max_position_embeddings"]
         plain = inverse_frequencies(RopeScaling(), dims=dims, base=base, max_position_embeddings=limit)
+        # A divisor is the plain frequency over the scaled one; try each published scaling against the whole table.
         for factor, original in _PUBLISHED_LLAMA3:
             named = {
                 "rope_type": "llama3",

@@ -115,6 +115,7 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
     tokens = values.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         raise TokenizerError("GGUF: tokenizer.ggml.tokens is missing or not a list of strings")
+    # Files without types have only normal tokens.
     types = _numbers(values, "token_type", len(tokens), "iu")
     kinds = [_NORMAL] * len(tokens) if types is None else types.tolist()
     if kind == "llama":
@@ -232,6 +233,7 @@ def document_of(vocabulary: Vocabulary, rstrip: tuple[str, ...] | None) -> dict[
     for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
         special = kind in (_CONTROL, _UNKNOWN) or index in named
         if token and (special or kind == _USER_DEFINED):
+            # Only tokens in `added_tokens` are matched before BPE; in some families they take the spaces after them.
             strips = special and rstrip is not None and vocabulary.kind == "llama" and token not in rstrip
             added.append(
                 {
@@ -360,6 +362,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
         merges = _merges(vocabulary, scores)
     if _flag(vocabulary.values, "remove_extra_whitespaces", False):
         raise TokenizerError("GGUF: tokenizer.ggml.remove_extra_whitespaces is not supported")
+    # A character without a piece becomes bytes where there are pieces for all 256, else the unknown token.
     unknown = vocabulary.ids.get("unk", 0)
     byte_pieces = sum(kind == _BYTE for kind in vocabulary.types)
     if byte_pieces not in (0, 256):
@@ -398,6 +401,7 @@ def _merges(vocabulary: Vocabulary, scores: Any) -> list[list[str]]:
         for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
         if kind == _NORMAL
     }
+    # Sorting these tuples gives the order: negated score of the joined piece, then the ids of its halves.
     found: list[tuple[float, int, int, str, str]] = []
     for piece, number in index.items():
         for cut in range(1, min(len(piece), _MAX_PIECE)):

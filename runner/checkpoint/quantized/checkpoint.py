@@ -113,6 +113,7 @@ def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any]
     # gpt-oss reads its packed experts itself; without a method, only float8 weights explain themselves.
     if method == BY_FAMILY or (method is _NO_METHOD and not float8_layers(source.headers)):
         return config, source
+    # List the layers, then describe them in mlx-lm's own key `quantization`, which the rest of the package reads.
     tensors = Tensors(source)
     layers = _alike(_layers(method, raw, found, tensors))
     # MLX's own settings are left over too where no tensor has its form.

@@ -93,6 +93,7 @@ def _groups(raw: Mapping[str, Any]) -> list[Group]:
     options.one_of("quant_method", "compressed-tensors")
     options.one_of("quantization_status", "compressed", "frozen")
     options.words("ignore")
+    # A sparsity_config may be there without any sparsity: its format is then "dense" or missing.
     sparsity = Options(raw.get("sparsity_config") or {}, "quantization_config.sparsity_config")
     sparsity.one_of("format", "dense")
     sparsity.harmless("global_sparsity", "ignore", "registry_requires_subclass", "sparsity_structure", "targets")
@@ -276,6 +277,7 @@ def _affine(name: str, group: Group, shape: tuple[int, int], tensors: Tensors, c
 def _float4(name: str, groups: list[Group], tensors: Tensors) -> Layer:
     """A layer of E2M1 numbers: nvfp4 where it has a global scale, else mxfp4."""
     rows, half = tensors.shape(f"{name}.weight_packed", ("U8",), None, None)
+    # Only nvfp4 has a global scale, so its presence tells the two formats apart.
     width, scale, overall = 2 * half, f"{name}.weight_scale", f"{name}.weight_global_scale"
     nvidia = overall in tensors.headers
     format, size = ("nvfp4-pack-quantized", 16) if nvidia else ("mxfp4-pack-quantized", 32)

@@ -85,6 +85,7 @@ class Float8(Layer):
         codes, factors = np.array(read(self.codes)), self.factors(read)
         columns = np.arange(self.shape[1]) // self.block[1]
         for rows in self.row_chunks():
+            # Only the scales are repeated for each number, and only for the rows of this chunk.
             inner = np.arange(self.shape[0])[rows] // self.block[0]
             yield np.take(self.table, codes[rows]) * np.take(factors[inner], columns, axis=1)
 

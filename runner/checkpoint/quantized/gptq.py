@@ -111,6 +111,7 @@ def _layer(name: str, settings: Settings, tensors: Tensors) -> Layer:
     if rows * bits % 32:
         raise WeightsError(f"{name}: {rows} outputs of {bits} bits do not fill whole 32-bit words of qzeros")
     tensors.shape(f"{name}.qzeros", ("I32",), groups, rows * bits // 32)
+    # MLX's form needs groups of neighbouring inputs, of a size it has, and an exact bias; else None: plain numbers.
     group_size = _group_size(name, width, groups, settings)
     form = affine_form(bits, group_size, width)
     ordered = tensors.group_order(f"{name}.g_idx", width, groups, group_size)
@@ -122,7 +123,7 @@ def _layer(name: str, settings: Settings, tensors: Tensors) -> Layer:
 
     def affine(read: Read) -> tuple[Array, Array]:
         zeros = unpack(np.array(read(f"{name}.qzeros")), bits, rows).astype(np.int16)
-        zeros = (zeros + settings.less_one) % (1 << bits)
+        zeros = (zeros + settings.less_one) % (1 << bits)  # undo the "minus one" of checkpoint_format "gptq"
         if settings.middle and (zeros != 1 << (bits - 1)).any():
             raise WeightsError(
                 f"{name}.qzeros: zero points are not all {1 << (bits - 1)}, but config.json says sym = true"
@@ -164,7 +165,7 @@ def _bits(name: str, words: int, settings: Settings, tensors: Tensors) -> tuple[
 def _group_size(name: str, width: int, groups: int, settings: Settings) -> int:
     """Inputs per group of a layer: as config.json says, or in a mixed checkpoint as the tensors show."""
     size = width if settings.group_size == -1 else settings.group_size
-    if groups == -(-width // size):
+    if groups == -(-width // size):  # the last group may be smaller
         return size
     if settings.mixed and width % groups == 0:
         return width // groups

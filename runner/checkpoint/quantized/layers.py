@@ -151,6 +151,7 @@ class Affine(Layer):
         width = self.shape[1]
         groups = np.arange(width) // self.group_size if self.order is None else self.order(read)
         for rows in self.row_chunks():
+            # uint8 minus int16 is int16 in NumPy, which holds every difference.
             integers = unpack(words[rows], self.bits, width) - np.take(zeros[rows], groups, axis=1)
             yield np.take(scales[rows], groups, axis=1) * integers
 

@@ -36,7 +36,7 @@ def numbers_of(form: Format, raw: np.ndarray, columns: int) -> np.ndarray:
 
 @by_kind
 def test_numbers_are_the_gguf_packages(kind: Type) -> None:
-    """Bit for bit: what is packed, in float32; what is not, rounded once to float16."""
+    """Equal bit for bit: quantized tensors in float32, the others rounded once to float16."""
     raw, form = blocks(kind, 6, 1024), FORMATS[kind]
     wanted = gguf.dequantize(raw, kind).astype(np.float32)
     found = numbers_of(form, raw, 1024)

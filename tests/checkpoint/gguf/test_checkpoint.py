@@ -213,7 +213,7 @@ def test_packed_experts_are_read_from_their_stack(fixture: str, kind: Type, tmp_
 
 
 class Dense:
-    """A `Source` of plain arrays."""
+    """An in-memory `Source` of plain arrays."""
 
     def __init__(self, arrays: Mapping[str, mx.array]) -> None:
         self.arrays = arrays
@@ -230,7 +230,7 @@ class Dense:
 
 @pytest.mark.parametrize("name", MIXES)
 def test_packed_models_compute_what_their_blocks_say(name: str, tmp_path: Path) -> None:
-    """Logits of a packed file = logits of its dequantised numbers in float32."""
+    """The logits of a quantized file equal those of its dequantized numbers in float32."""
     path = tmp_path / "m.gguf"
     raw_head, kind = mixed_model(path, name)["output.weight"]
     found = GGUF.open(path)
@@ -268,7 +268,7 @@ def test_published_llama3_scaling_gets_its_name(tmp_path: Path) -> None:
     [("gemma2", 46, 144), ("gemma2", 26, 256), ("gemma3_text", 62, 168), ("gemma3_text", 34, 256)],
 )
 def test_the_query_scale_that_files_leave_out(arch: str, layers: int, scalar: int, tmp_path: Path) -> None:
-    """4608 / 32 and 5376 / 32 in the 27B models of Gemma 2 and 3, the head size in all others (their config.json)."""
+    """It is 4608 / 32 and 5376 / 32 in Gemma 2 27B and 3 27B, and the head size in all others (their config.json)."""
     config = {
         **config_of_llama(layers=layers), "model_type": arch, "hidden_size": 4608 if arch == "gemma2" else 5376,
         "num_attention_heads": 32, "head_dim": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,

@@ -1,4 +1,4 @@
-"""GGUF files through the front doors: load, inspect, convert; shards, refusals by name, memory."""
+"""GGUF files through the public entry points (load, inspect, convert): results, shards, refusals, and memory."""
 
 from __future__ import annotations
 

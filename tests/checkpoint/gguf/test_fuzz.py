@@ -1,4 +1,4 @@
-"""Damaged GGUF files, seeded: each is refused in one line, or loads arrays of the shapes promised, in little memory."""
+"""Damaged GGUF files (seeded): each is refused in one line, or loads arrays of the stated shapes, in little memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runner.errors import RunnerError
 
 FLIPS, FIELDS, CUTS, VALUES = 3000, 4000, 600, 1500
 LIMIT, TRACED = 32 << 20, 4
-"""Bytes that a file may take while it is opened, counted for one in four: counting takes four times as long."""
+"""Bytes of memory that opening a file may take, measured for one file in four, since measuring is four times slower."""
 NUMBERS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**62,
            2**63 - 1, 2**63, 2**64 - 1]  # fmt: skip
 
@@ -54,7 +54,7 @@ def whole() -> bytes:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, str]]:
-    """Where each count, length, type, dimension and offset of the header lies; a walk of its own, not the reader's."""
+    """Positions and formats of the header's counts, lengths, types, dimensions and offsets; found independently."""
     count, pairs = struct.unpack_from("<QQ", data, 8)
     yield from ((4, "<I"), (8, "<Q"), (16, "<Q"))
     place = 24
@@ -96,7 +96,7 @@ def fields(data: bytes) -> Iterator[tuple[int, str]]:
 
 
 def outcome(path: Path, data: bytes) -> str:
-    """Refused or loaded; anything else fails the test. Every array of a file that opens is read, and its tokenizer."""
+    """Open a file and read all its arrays and its tokenizer: "loaded" or "refused"; anything else fails the test."""
     path.unlink(missing_ok=True)  # overwritten in place it would be flushed to the disk at each close
     path.write_bytes(data)
     try:
@@ -113,7 +113,7 @@ def outcome(path: Path, data: bytes) -> str:
 
 
 def traced(path: Path, data: bytes) -> str:
-    """The same, and in little memory."""
+    """`outcome`, and a check that it took less memory than `LIMIT`."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -125,7 +125,7 @@ def traced(path: Path, data: bytes) -> str:
 
 
 def run(path: Path, cases: Iterator[bytes], every: int = TRACED) -> Counter[str]:
-    """What became of the cases; the memory of each `every`-th is counted."""
+    """Count the outcomes of the cases; for each `every`-th case, memory is measured too."""
     return Counter((outcome if number % every else traced)(path, case) for number, case in enumerate(cases))
 
 
@@ -172,7 +172,7 @@ def test_files_cut_short(whole: bytes, tmp_path: Path) -> None:
 
 
 def test_metadata_of_other_kinds(tmp_path: Path) -> None:
-    """Well-formed files whose metadata says something else."""
+    """Well-formed files with metadata values of unexpected types and sizes."""
     rng = random.Random(4)
     usual, parts = metadata(), tensors()
     odd: list[Callable[[], Any]] = [

@@ -1,4 +1,4 @@
-"""Tokenizers inside GGUF files: ids against sentencepiece, tokenizers and llama.cpp, and what is refused."""
+"""Tokenizers inside GGUF files: ids compared with sentencepiece, tokenizers and llama.cpp, and what is refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def texts(count: int, alphabet: list[str], seed: int) -> list[str]:
 
 
 def sentencepiece_keys(path: Path = SPM, **changes: Any) -> Metadata:
-    """As llama.cpp's converter writes a tokenizer.model."""
+    """The metadata that llama.cpp's converter makes of a tokenizer.model."""
     library = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
     kinds = []
     for index in range(library.get_piece_size()):
@@ -75,7 +75,7 @@ def test_ids_are_sentencepieces() -> None:
 
 
 def test_ids_are_the_references(tmp_path: Path) -> None:
-    """transformers' ids of the same tokenizer.model (fixture llama-spm), where it agrees with sentencepiece."""
+    """Ids equal transformers' for the same tokenizer.model (fixture llama-spm), where it agrees with sentencepiece."""
     data = json.loads((SPM / "expected_text.json").read_text())
     differs = {text for text, _ in data["sentencepiece_differs"]}
     found = tokenizer(sentencepiece_keys())
@@ -86,7 +86,7 @@ def test_ids_are_the_references(tmp_path: Path) -> None:
 
 
 def test_scores_decide_and_not_lengths_or_order() -> None:
-    """By hand: in "▁abc", "bc" scores higher than "ab", so b and c join first although "ab" is listed first."""
+    """A case by hand: in "▁abc", "bc" scores higher than "ab", so b and c join first although "ab" is listed first."""
     tokens = ["<unk>", "<s>", "▁", "a", "b", "c", "ab", "bc", "abc"]
     scores = np.float32([0, 0, -9, -9, -9, -9, -5, -2, -7])
     kinds = np.int32([2, 3, 1, 1, 1, 1, 1, 1, 1])
@@ -142,7 +142,7 @@ def test_special_tokens_swallow_spaces_where_the_architecture_says_so() -> None:
 
 
 def bpe_keys(directory: Path, pre: str, **changes: Any) -> Metadata:
-    """A tokenizer.json as llama.cpp's converter writes it."""
+    """The metadata that llama.cpp's converter makes of a tokenizer.json."""
     document = json.loads((directory / "tokenizer.json").read_text())
     special = Tokenizer.from_directory(directory).special_tokens
     vocab = dict(document["model"]["vocab"])

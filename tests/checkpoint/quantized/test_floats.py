@@ -1,4 +1,4 @@
-"""FP8 and compressed-tensors: each layer equals the format's definition, exactly where packed, rounded where plain."""
+"""FP8 and compressed-tensors: layers equal the format's definition, exactly where quantized, rounded where plain."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_a_model_computes_what_its_weights_mean(kind: str, fixture: str, tmp_pat
 
 
 def changed(options: dict[str, Any], path: str, value: object) -> dict[str, Any]:
-    """`options` with one value, named by keys with slashes between, set to another."""
+    """A copy of `options` with one value changed, whose path is given as keys with slashes between them."""
     result = copy.deepcopy(options)
     inner = result
     *above, last = path.split("/")

@@ -1,4 +1,4 @@
-"""Damaged options and tensors of published formats end in one `RunnerError`, or in numbers; never in a crash."""
+"""Damaged options and tensors of published formats end in a `RunnerError` or in numbers, never in a crash."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ARRAYS = st.builds(
 
 
 def paths(options: Any) -> list[tuple[str, ...]]:
-    """Every key of nested objects."""
+    """Paths of every key in nested objects."""
     found = []
     for name, value in options.items() if isinstance(options, dict) else ():
         found += [(name,), *((name, *rest) for rest in paths(value))]

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: what becomes of each layer equals the format's definition number for number, and models compute it."""
+"""GPTQ and AWQ: converted layers equal the format's definition number for number, and models compute with them."""
 
 from __future__ import annotations
 
