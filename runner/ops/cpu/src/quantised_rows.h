@@ -130,8 +130,8 @@ RUNNER_INLINE void scales_of(DType t, const void* const rows[4], int64_t i, int6
 }
 
 // Four rows of the matrix against M rows of x: w[j] are the rows' codes, of which whole vectors can be read, or the
-// first `left` bytes of each.
-template <int BITS, int G, bool FP4, int M, bool NEAR_END>
+// first `left` bytes of each. P: planes of x that there are products with; one where it is coarse.
+template <int BITS, int G, bool FP4, int M, int P, bool NEAR_END>
 RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine, const uint8_t* const w[4], int64_t left,
                              const void* const scales[4], const void* const shifts[4], int64_t ahead,
                              __m128 out[M]) {
@@ -194,11 +194,7 @@ RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine,
       for (int m = 0; m < M; ++m) group_sums<L::kGroupLanes>(parts[m], sums[m]);
     };
     VI32 sums[M][kSumVectors], rests[M][kSumVectors];
-    if (kPlanes > 1 && x.coarse) {
-      sums_over(0, Int<1>{}, sums);
-    } else {
-      sums_over(0, Int<kPlanes>{}, sums);
-    }
+    sums_over(0, Int<P>{}, sums);
     const bool fine = any_fine && (x.fine[g] | x.fine[g + 1] | x.fine[g + 2] | x.fine[g + 3]);
     if (__builtin_expect(fine, 0)) sums_over(kPlanes, Int<1>{}, rests);
     VF scale[kSumVectors], shift[kSumVectors];
@@ -226,7 +222,7 @@ RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine,
 }
 
 // Rows [n, end) of the matrix against the M rows of a panel.
-template <int BITS, int G, bool FP4, int M>
+template <int BITS, int G, bool FP4, int M, int P>
 void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t end) {
   // Copies: what is stored below could change the arguments, for all that the compiler knows.
   const LinearArgs a = args;
@@ -263,9 +259,9 @@ void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t en
     __m128 out[M];
     if (near_end) {
       const int64_t left = codes ? INT64_MAX : row_bytes;
-      four_rows<BITS, G, FP4, M, true>(a, x, any_fine, w, left, scales, shifts, ahead, out);
+      four_rows<BITS, G, FP4, M, P, true>(a, x, any_fine, w, left, scales, shifts, ahead, out);
     } else {
-      four_rows<BITS, G, FP4, M, false>(a, x, any_fine, w, 0, scales, shifts, ahead, out);
+      four_rows<BITS, G, FP4, M, P, false>(a, x, any_fine, w, 0, scales, shifts, ahead, out);
     }
     alignas(16) float line[4];
     for (int m = 0; m < M; ++m) {
@@ -279,14 +275,17 @@ void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t en
   }
 }
 
-template <int M>
+template <int M, int P = kPlanes>
 RUNNER_INLINE void rows_dots(const LinearArgs& a, const Panel& x, int64_t n, int64_t end) {
-  if (a.format == Format::mxfp4) return rows_dots<4, 32, true, M>(a, x, n, end);
+  if constexpr (P > 1) {
+    if (x.coarse) return rows_dots<M, 1>(a, x, n, end);
+  }
+  if (a.format == Format::mxfp4) return rows_dots<4, 32, true, M, P>(a, x, n, end);
   auto of_group = [&](auto bits) {
     constexpr int B = decltype(bits)::value;
-    if (a.group == 32) return rows_dots<B, 32, false, M>(a, x, n, end);
-    if (a.group == 64) return rows_dots<B, 64, false, M>(a, x, n, end);
-    rows_dots<B, 128, false, M>(a, x, n, end);
+    if (a.group == 32) return rows_dots<B, 32, false, M, P>(a, x, n, end);
+    if (a.group == 64) return rows_dots<B, 64, false, M, P>(a, x, n, end);
+    rows_dots<B, 128, false, M, P>(a, x, n, end);
   };
   if (a.bits == 4) return of_group(Int<4>{});
   of_group(Int<8>{});
