@@ -8,20 +8,20 @@ that owns the device, between two passes.
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches, Marks, agreeing, copied, joined, part
+from runner.cache.caches import Caches, agreeing, copied, part
 from runner.cache.mark import Edge
 from runner.engine.prefix_tree import Found, Kept, Node, alike
+from runner.engine.prefix_trees import Oldest, Trees, marks_above
 
 if TYPE_CHECKING:  # read by who keeps prefixes on disk
-    from runner.engine.prefix_files import Listed, PrefixFiles, Stored
+    from runner.engine.prefix_disk import PrefixDisk
+    from runner.engine.prefix_files import PrefixFiles, Stored
 
 SPACING = 4096
 """Tokens of a long prompt between two marks."""
@@ -72,24 +72,18 @@ class Prefixes:
             budget: the most bytes to hold beside what requests use; 0: nothing is kept.
             files: where to put what memory has no room for, and what is there at the end.
         """
-        empty = new_caches()
         self.budget = budget
         self._new_caches = new_caches
-        self._needs_marks = empty.needs_marks
-        self._keeps_rows = empty.keeps_rows
-        self._roots: dict[Hashable, Node] = {}
+        self._trees = Trees(new_caches())
         self._lent: set[Kept] = set()
         self._idle: set[Kept] = set()
         self._idle_bytes = 0  # of their caches
-        self._files = files
-        self._events = 0
-        self._requests = self._tokens = self._reused = self._evicted = self._nbytes = self._restored = 0
+        self._disk: PrefixDisk | None = None
+        self._requests = self._tokens = self._reused = self._nbytes = self._restored = 0
         if files is not None:
-            listed = list(enumerate(files.listed(), 1))
-            self._events = len(listed)
-            for used, one in sorted(listed, key=lambda pair: pair[1].stored.first):
-                if not self._enter(one, used):
-                    files.remove(one.stored)
+            from runner.engine.prefix_disk import PrefixDisk
+
+            self._disk = PrefixDisk(self._trees, files, new_caches)
 
     def __repr__(self) -> str:
         held = f"{self._nbytes / 1e6:.1f} MB of {self.budget / 1e6:.1f} MB"
@@ -98,8 +92,8 @@ class Prefixes:
     @property
     def stats(self) -> PrefixStats:
         """What was done so far, as of the last call that ended: callable from any thread."""
-        counts = (self._requests, self._tokens, self._reused, self._evicted, self._nbytes, self.budget, self._restored)
-        return PrefixStats(*counts, note=None if self._files is None else self._files.note)
+        counts = (self._requests, self._tokens, self._reused, self._trees.evicted, self._nbytes, self.budget)
+        return PrefixStats(*counts, self._restored, None if self._disk is None else self._disk.note)
 
     @property
     def nbytes(self) -> int:
@@ -113,15 +107,15 @@ class Prefixes:
 
     def offered(self, ids: Sequence[int], key: Hashable = ()) -> int:
         """Bytes of what `take` would hand over as it is; what it would take is used last in `evict` from now on."""
-        found = self._found(self._roots.get(key), ids)
+        found = self._found(self._trees.roots.get(key), ids)
         if nodes := found.nodes():
-            self._touch(nodes[-1])
+            self._trees.touch(nodes[-1])
         chosen = self._chosen(found)
         return 0 if chosen is None else chosen[0].nbytes
 
     def reusable(self, ids: Sequence[int], key: Hashable = ()) -> int:
         """How many tokens of a prompt `take` would find now."""
-        found = self._found(self._roots.get(key), ids)
+        found = self._found(self._trees.roots.get(key), ids)
         chosen = self._chosen(found)
         return self._buildable(found) if chosen is None else chosen[1]
 
@@ -135,14 +129,14 @@ class Prefixes:
             turns: positions in the prompt where the next one may part from it: before the assistant's turn.
             reuse: false: the caches are empty, for who needs all of the prompt's rows of logits.
         """
-        root = self._roots.setdefault(key, Node())
+        root = self._trees.root(key)
         found = self._found(root, ids if reuse else ())
         kept = self._moved(found) or self._built(root, found) or Kept(self._new_caches(), root)
         kept.ids, kept.reused, kept.lent = list(ids), kept.caches.offset, True
         kept.places = self._places(kept, found.common, turns)
         self._rouse(kept)
         self._lent.add(kept)
-        self._touch(kept.node)
+        self._trees.touch(kept.node)
         self._requests += 1
         self._tokens += len(ids)
         self._reused += kept.reused
@@ -154,7 +148,7 @@ class Prefixes:
         self._grow(kept, kept.ids)
         node = kept.node
         if node.end == kept.caches.offset > 0 and node.marks is None:
-            self._mark(kept)
+            self._trees.mark(kept)
         self._settle()
 
     def give(self, kept: Kept, ids: Sequence[int]) -> None:
@@ -163,7 +157,7 @@ class Prefixes:
         The caches may hold fewer tokens than that, or, after a pass that nobody waited for, more.
         """
         if kept.caches.offset > len(ids):
-            marks = self._marks(kept.node)
+            marks = marks_above(kept.node)
             place = kept.caches.reach(len(ids), marks)
             self._leave(kept, place)
             kept.caches.rewind(place, marks)
@@ -175,7 +169,7 @@ class Prefixes:
             kept.nbytes = kept.caches.nbytes
             self._idle.add(kept)
             self._idle_bytes += kept.nbytes
-            self._touch(kept.node)
+            self._trees.touch(kept.node)
             for node in kept.node.up():
                 node.edge = None  # its own caches hold these rows
         self._settle()
@@ -184,11 +178,11 @@ class Prefixes:
         """Forget what a request used, after a pass that failed: its layers may have come apart."""
         self._lent.discard(kept)
         self._forget(kept)
-        lost = [node for node in kept.node.up() if not self._covered(node)]
+        lost = [node for node in kept.node.up() if not self._trees.covered(node)]
         if lost:  # and with the topmost all below, whose rows follow on its own
-            self._prune(self._remove(lost[-1]))
+            self._trees.prune(self._trees.remove(lost[-1]))
         else:
-            self._prune(kept.node)
+            self._trees.prune(kept.node)
         self._settle()
 
     def evict(self, nbytes: int) -> int:
@@ -199,23 +193,30 @@ class Prefixes:
         before = self._held()
         self._dedupe()
         # What a sequence shares with others only shrinks from here on: each is looked at once.
-        for kept in sorted(self._idle, key=lambda one: one.node.used) if self._keeps_rows else ():
+        for kept in sorted(self._idle, key=lambda one: one.node.used) if self._trees.keeps_rows else ():
             if before - self._held() >= nbytes:
                 break
             self._compact(kept)
         if before - self._held() < nbytes:
-            oldest = Oldest(self._nodes())
+            oldest = Oldest(self._trees.nodes())
             while before - self._held() < nbytes and (found := oldest.pop()) is not None:
                 self._let_go(*found, oldest)
         self._nbytes = self._held()
-        self._roots = {key: root for key, root in self._roots.items() if root.children or self._used(root)}
+        roots = self._trees.roots
+        self._trees.roots = {key: root for key, root in roots.items() if root.children or self._used(root)}
         return before - self._nbytes
 
     def clear(self) -> None:
         """Let go of all in memory that no request uses."""
-        files, self._files = self._files, None
+        disk, self._disk = self._disk, None
         self.evict(self._held() + 1)
-        self._files = files
+        self._disk = disk
+
+    def flush(self) -> None:
+        """Put on disk what memory holds, as far as there is room, and let go of it."""
+        if self._disk is not None:
+            self._disk.write_all()
+        self.clear()
 
     # ---- taking
 
@@ -230,7 +231,7 @@ class Prefixes:
         if (chosen := self._chosen(found)) is None:
             return None
         kept, place = chosen
-        marks = self._marks(kept.node)
+        marks = marks_above(kept.node)
         self._leave(kept, place)
         kept.caches.rewind(place, marks)
         return kept
@@ -246,7 +247,7 @@ class Prefixes:
         place, copy = places[kept], self._buildable(found)
         # What it holds behind that place would have to be copied, or be lost: rather copy what is before it.
         tail = kept.caches.offset - place
-        if place < copy or (place == copy and tail > (place if self._keeps_rows else 0)):
+        if place < copy or (place == copy and tail > (place if self._trees.keeps_rows else 0)):
             return None
         return kept, place
 
@@ -265,16 +266,16 @@ class Prefixes:
         else:
             return None
         kept = Kept(self._new_caches(), found.path[-1] if found.path else root)
-        kept.caches.hold(pieces, kept.node.marks if self._needs_marks else None)
+        kept.caches.hold(pieces, kept.node.marks if self._trees.needs_marks else None)
         mx.eval(kept.caches.arrays)  # now, before anybody writes into what is copied
-        kept.node.marked = self._now()
+        kept.node.marked = self._trees.now()
         for node in found.path:
             node.lines.add(kept)
         return kept
 
     def _buildable(self, found: Found) -> int:
         """The furthest place that new caches can be brought to."""
-        if not self._needs_marks:
+        if not self._trees.needs_marks:
             return found.common
         return max((node.end for node in found.path if node.has_marks), default=0)
 
@@ -283,25 +284,30 @@ class Prefixes:
         pieces: list[Edge] = []
         nodes = found.nodes()
         read: dict[Stored, Edge] = {}
-        if self._needs_marks and nodes[-1].marks is None:
-            if self._restore(nodes[-1], read) is None:
+        if self._trees.needs_marks and nodes[-1].marks is None:
+            if self._restored_from(nodes[-1], read) is None:
                 return None
-            self._restored += 0 if self._keeps_rows else found.common
-        for node in reversed(nodes if self._keeps_rows else ()):
+            self._restored += 0 if self._trees.keeps_rows else found.common
+        for node in reversed(nodes if self._trees.keeps_rows else ()):
             last = min(node.end, found.common)
             if node.lines:  # a sequence's caches hold everything from the first token on
                 pieces.append(next(iter(node.lines)).caches.rows(0, last))
                 break
             edge = node.edge
             if edge is None:
-                if (edge := self._restore(node, read)) is None:
+                if (edge := self._restored_from(node, read)) is None:
                     return None
                 self._restored += last - node.start
             pieces.append(part(edge, node.start, last))
         return pieces[::-1] or [self._new_caches().rows(0, found.common)]
 
+    def _restored_from(self, node: Node, read: dict[Stored, Edge]) -> Edge | None:
+        """As `PrefixDisk.restore`: what memory lacks lies there."""
+        assert self._disk is not None
+        return self._disk.restore(node, read)
+
     def _places(self, kept: Kept, parted: int, turns: Collection[int]) -> frozenset[int]:
-        if not self._needs_marks or not self.budget:
+        if not self._trees.needs_marks or not self.budget:
             return frozenset()
         # Where this prompt parts from others the next may part too; at its end but one token, as one must be left to
         # read; and now and then in a long one.
@@ -311,12 +317,8 @@ class Prefixes:
 
     # ---- the tree
 
-    def _nodes(self) -> Iterator[Node]:
-        for root in self._roots.values():
-            yield from root.below()
-
     def _held(self) -> int:
-        return sum(root.tally.nbytes for root in self._roots.values()) + self._idle_bytes
+        return self._trees.nbytes + self._idle_bytes
 
     def _settle(self) -> None:
         """The end of what changed the tree: the budget is held."""
@@ -327,27 +329,6 @@ class Prefixes:
     def _used(self, root: Node) -> bool:
         return any(kept.node.root is root for kept in self._lent)
 
-    def _now(self) -> int:
-        self._events += 1
-        return self._events
-
-    def _touch(self, node: Node) -> None:
-        now = self._now()
-        for above in node.up():
-            above.used = now
-
-    def _marks(self, node: Node) -> list[Marks]:
-        return [above.marks for above in node.up() if above.marks is not None]
-
-    def _mark(self, kept: Kept) -> None:
-        """Mark the place of the caches, which is the end of their node."""
-        kept.node.marks, kept.node.marked = kept.caches.mark(), self._now()
-        mx.eval(kept.node.marks.arrays)
-
-    def _covered(self, node: Node) -> bool:
-        """Whether the rows of a node are held somewhere."""
-        return bool(node.lines) or node.edge is not None or node.file is not None or not self._keeps_rows
-
     def _grow(self, kept: Kept, ids: Sequence[int]) -> None:
         """Let the tree know what the caches of a sequence hold by now; `ids` are its tokens."""
         node, end = kept.node, min(kept.caches.offset, len(ids))
@@ -355,7 +336,7 @@ class Prefixes:
             child = node.children.get(ids[node.end])
             if child is None:
                 child = Node(ids[node.end : end], node)
-                child.used = self._now()
+                child.used = self._trees.now()
             elif (count := alike(child.ids, ids[:end], node.end)) < len(child.ids):
                 child = child.split(count)
             child.lines.add(kept)
@@ -376,10 +357,10 @@ class Prefixes:
             kept.node = node.parent
             node.lines.discard(kept)
             # Where marks are needed, there is no way to tokens behind the last one.
-            own = node.has_marks if self._needs_marks else wanted
-            if not (node.children or node.lines or node.file or (own and (wanted or not self._keeps_rows))):
-                self._remove(node)
-            elif not self._covered(node):
+            own = node.has_marks if self._trees.needs_marks else wanted
+            if not (node.children or node.lines or node.file or (own and (wanted or not self._trees.keeps_rows))):
+                self._trees.remove(node)
+            elif not self._trees.covered(node):
                 node.edge = copied(kept.caches.rows(node.start, node.end))
                 made += node.edge.arrays
         mx.eval(made)
@@ -396,24 +377,11 @@ class Prefixes:
             self._idle.remove(kept)
             self._idle_bytes -= kept.nbytes
 
-    def _remove(self, node: Node) -> Node | None:
-        """Take a node, and all below it, out of the tree; returns the node above."""
-        self._evicted += len(node.ids) + sum(len(other.ids) for other in node.below())
-        node.remove()
-        return node.parent
-
-    def _prune(self, node: Node | None) -> None:
-        """Remove a node, and those above it, that lead nowhere any more."""
-        while node is not None and node.parent is not None and not node.children and not node.lines:
-            if self._covered(node) and not (self._needs_marks and not node.has_marks):
-                return
-            node = self._remove(node)
-
     # ---- letting go
 
     def _dedupe(self) -> None:
         """Let go of copied rows that a sequence's own caches hold, too."""
-        for node in self._nodes():
+        for node in self._trees.nodes():
             if node.lines:
                 node.edge = None
 
@@ -421,193 +389,26 @@ class Prefixes:
         """Let go of the caches of a sequence, if at least half of them is held elsewhere, and copy the rest."""
         shared = next((node.end for node in kept.node.up() if len(node.lines) > 1), 0)
         if shared * 2 >= kept.caches.offset:
-            if self._needs_marks and kept.node.marks is None:
-                self._mark(kept)
+            if self._trees.needs_marks and kept.node.marks is None:
+                self._trees.mark(kept)
             self._leave(kept, shared)
             self._forget(kept)
-            self._prune(kept.node)
+            self._trees.prune(kept.node)
 
     def _let_go(self, node: Node, end: bool, oldest: Oldest) -> None:
         """Let go of the marks of a node or, at the end of a sequence, of all that it holds."""
         path = list(node.up())
         if end:
-            self._write(node)
+            if self._disk is not None:
+                self._disk.write(node)
             for kept in list(node.lines):
                 self._leave(kept, 0, wanted=False)
                 self._rouse(kept)
             if node.file is not None:
                 node.edge = node.marks = None
             elif node.attached:
-                self._prune(self._remove(node))
+                self._trees.prune(self._trees.remove(node))
         else:
             node.marks = None
         for above in path:  # nothing else has changed
             oldest.push(above)
-
-    def _ends(self) -> list[Node]:
-        """The nodes that memory is held for, but none for what follows them."""
-        holding = [node for node in self._nodes() if node.in_memory]
-        inner = {above for node in holding for above in node.up() if above is not node}
-        return [node for node in holding if node not in inner]
-
-    # ---- on disk
-
-    def flush(self) -> None:
-        """Put on disk what memory holds, as far as there is room, and let go of it."""
-        if self._files is not None:
-            room = self._files.limit
-            written: list[Stored] = []
-            for node in sorted(self._ends(), key=lambda one: one.used, reverse=True):
-                made = self._write(node, room)
-                room -= sum(stored.nbytes for stored in made)
-                written += made
-            for stored in reversed(written):  # what was used last is the last to go
-                self._files.touch(stored)
-            self._files.finish()
-        self.clear()
-
-    def _write(self, node: Node, room: int | None = None) -> list[Stored]:
-        """Put on disk what only memory holds of the way to the end of `node`; returns the new files.
-
-        One file reaches from a marked place to the next one, or where other files begin.
-        """
-        files = self._files
-        made: list[Stored] = []
-        if files is None or files.note is not None:
-            return made
-        if self._needs_marks and node.marks is None and any(kept.node is node for kept in node.lines - self._lent):
-            self._mark(next(kept for kept in node.lines - self._lent if kept.node is node))
-        if self._needs_marks and not node.has_marks:
-            return made
-        key = next(key for key, root in self._roots.items() if root is node.root)
-        path = list(node.up())[::-1]
-        ids: list[int] = []
-        run: list[Node] = []
-        for above, following in itertools.zip_longest(path, path[1:]):
-            ids += above.ids
-            if above.file is None or (above.marks is not None and not above.marked_on_disk):
-                run.append(above)
-            if run and (following is None or above.marks is not None or following.file is not None):
-                rows = self._rows(run)
-                stored = None if rows is None else files.write(key, ids, rows, above.marks, room)
-                if stored is None:
-                    break
-                for one in run:
-                    one.file = stored
-                made.append(stored)
-                room, run = None if room is None else room - stored.nbytes, []
-        return made
-
-    def _rows(self, run: Sequence[Node]) -> Edge | None:
-        """The rows of nodes that follow on each other, in memory all of them; None: they cannot be held together."""
-        if not self._keeps_rows:
-            return self._new_caches().rows(run[0].start, run[-1].end)
-        if run[-1].lines:
-            return next(iter(run[-1].lines)).caches.rows(run[0].start, run[-1].end)
-        edges: list[Edge] = []
-        for node in run:
-            if node.lines:
-                edges.append(next(iter(node.lines)).caches.rows(node.start, node.end))
-            elif node.edge is not None:
-                edges.append(node.edge)
-        if sum(edge.last - edge.first for edge in edges) != run[-1].end - run[0].start or agreeing(edges) < len(edges):
-            return None
-        return joined(edges)
-
-    def _restore(self, node: Node, read: dict[Stored, Edge]) -> Edge | None:
-        """The rows of a file, and its marks to memory; None: it was lost, and with it part of the tree."""
-        assert self._files is not None and node.file is not None
-        stored = node.file
-        if stored not in read:
-            if (found := self._files.read(stored)) is None:
-                self._lose(stored)
-                return None
-            read[stored], marks = found
-            if marks is not None and node.end == stored.last:
-                node.marks, node.marked = marks, self._now()
-        return read[stored]
-
-    def _lose(self, stored: Stored) -> None:
-        """Forget a file, and what follows on it alone."""
-        assert self._files is not None
-        nodes = list(self._nodes())
-        files = {node.file for node in nodes if node.file is not None}
-        for node in nodes:
-            if node.file is stored:
-                node.file = None
-                if not self._covered(node) and node.attached:
-                    self._remove(node)
-        for node in list(self._nodes()):
-            if node.attached:
-                self._prune(node)
-        for lost in files - {node.file for node in self._nodes()}:
-            self._files.remove(lost)
-
-    def _enter(self, listed: Listed, used: int) -> bool:
-        """Take a file that was found into the tree; false: what it follows on is not there."""
-        ids, stored = listed.ids, listed.stored
-        root = self._roots.setdefault(listed.key, Node())
-        found = root.find(ids[: stored.first])
-        if found.common < stored.first:
-            return False
-        node = found.path[-1] if found.path else root
-        if found.partly is not None:
-            node = found.partly.split(stored.first - found.partly.start)
-        while node.end < stored.last:
-            child = node.children.get(ids[node.end])
-            if child is None:
-                child = Node(ids[node.end :], node)
-            elif (count := alike(child.ids, ids, node.end)) < len(child.ids):
-                child = child.split(count)
-            if child.file is None or (child.end == stored.last and stored.marked):
-                child.file = stored
-            node = child
-        for above in node.up():
-            above.used = max(above.used, used)
-        self._prune(node)
-        return True
-
-
-class Oldest:
-    """Marks, and ends of sequences that no request uses, by when they were used last.
-
-    Looked at when their turn comes: what is not to be let go yet comes in again when something below it has gone.
-    """
-
-    def __init__(self, nodes: Iterable[Node]) -> None:
-        self._heap: list[tuple[int, bool, int, Node]] = []
-        self._queued: set[tuple[Node, bool]] = set()
-        self._count = itertools.count()  # nodes cannot be compared
-        for node in nodes:
-            self.push(node)
-
-    def push(self, node: Node) -> None:
-        """Look at a node again, if it is in the tree and memory is held for it."""
-        for end, held in ((False, node.marks is not None), (True, node.in_memory)):
-            if held and node.attached and (node, end) not in self._queued:
-                self._queued.add((node, end))
-                heapq.heappush(self._heap, (_age(node, end), end, next(self._count), node))
-
-    def pop(self) -> tuple[Node, bool] | None:
-        """The node to let go next, and whether all of it goes or just its marks; None: nothing is left."""
-        while self._heap:
-            age, end, _, node = heapq.heappop(self._heap)
-            self._queued.remove((node, end))
-            if not node.attached:
-                continue
-            if age != _age(node, end):
-                self.push(node)
-            elif _is_end(node) if end else node.marks is not None and (node.children or node.lines):
-                return node, end
-        return None
-
-
-def _age(node: Node, end: bool) -> int:
-    return node.used if end else node.marked
-
-
-def _is_end(node: Node) -> bool:
-    """Whether memory that no request uses is held for a node, and none for what follows it."""
-    return (
-        node.in_memory and not any(kept.lent for kept in node.lines) and not any(one.in_memory for one in node.below())
-    )

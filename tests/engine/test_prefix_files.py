@@ -194,8 +194,8 @@ def test_a_broken_file_is_not_used(how: str, when: str, kind: str, tmp_path: Pat
 
 def written(prefixes: Prefixes) -> None:
     """Wait for the thread that writes."""
-    assert prefixes._files is not None
-    prefixes._files.finish()
+    assert prefixes._disk is not None
+    prefixes._disk._files.finish()
 
 
 def test_nobody_waits_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ class Chats(RuleBasedStateMachine):
     @invariant()
     def tree_is_sound(self) -> None:
         prefixes = self.prefixes
-        nodes = list(prefixes._nodes())
+        nodes = list(prefixes._trees.nodes())
         # What is counted as it changes is what a recount of everything finds.
         recounted = sum(node.nbytes for node in nodes) + sum(kept.caches.nbytes for kept in prefixes._idle)
         assert prefixes.stats.nbytes == prefixes._held() == recounted
@@ -185,8 +185,8 @@ class Chats(RuleBasedStateMachine):
         assert prefixes.stats.nbytes <= prefixes.budget or in_use
         for node in nodes:
             assert node.ids and node.attached and node.start == (node.parent.end if node.parent else 0)
-            assert prefixes._covered(node)
-            assert node.children or node.lines or node.has_marks or not prefixes._needs_marks
+            assert prefixes._trees.covered(node)
+            assert node.children or node.lines or node.has_marks or not prefixes._trees.needs_marks
             assert all(child.lines <= node.lines for child in node.children.values())
             assert node.edge is None or (node.edge.first, node.edge.last) == (node.start, node.end)
             assert node.marks is None or node.marks.offset == node.end
@@ -204,7 +204,7 @@ class Chats(RuleBasedStateMachine):
             self.prefixes.give(holder.kept, holder.ids)
         self.prefixes.clear()
         assert self.prefixes.stats.nbytes == 0 and not self.prefixes._idle
-        assert not self.prefixes._roots or self.disk is not None
+        assert not self.prefixes._trees.roots or self.disk is not None
         self.written("*")
         self.directory.cleanup()
 
@@ -342,10 +342,10 @@ def test_the_oldest_marks_go_before_newer_sequences() -> None:
     for turn in range(20):
         prompt = [*prompt, 4 + turn, 5, 6]
         prefixes.give(ask(prompt), prompt)
-    marks = [node for node in prefixes._nodes() if node.marks is not None]
+    marks = [node for node in prefixes._trees.nodes() if node.marks is not None]
     assert len(marks) == 20
     prefixes.evict(sum(node.marks.nbytes for node in marks[:10] if node.marks))
-    left = sorted(node.end for node in prefixes._nodes() if node.marks is not None)
+    left = sorted(node.end for node in prefixes._trees.nodes() if node.marks is not None)
     assert left == sorted(node.end for node in marks)[10:] and prefixes.stats.evicted == 0
 
 
