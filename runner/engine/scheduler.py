@@ -1,21 +1,20 @@
-"""Decides, between two passes, whose tokens go into the next one: ids in, ids out.
+"""Decides, between two passes, who takes part in the next one, and what comes of the last: ids in, ids out.
 
-Rows that decode go first, with a token each; prompts fill the rest of a budget of tokens, piece by piece, by priority
-and then in the order in which they came. The next pass is begun before the last one's tokens are read. All of it
-happens on the thread that owns the device.
+Requests go by priority, and then in the order in which they came. The next pass is begun before the last one's tokens
+are read. All of it happens on the thread that owns the device. What each row is fed is `runner.engine.planner`'s part.
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from runner.engine.keeper import Keeper, part
 from runner.engine.loaded import Loaded
 from runner.engine.passes import Flight, Passes
-from runner.engine.rows import Feed, Row
+from runner.engine.planner import LEAST, Planner
+from runner.engine.rows import Row
 from runner.engine.sampler import SamplingState, Token
 from runner.engine.speculation import Continuation
 from runner.engine.ticket import Mailbox, Order
@@ -29,37 +28,11 @@ if TYPE_CHECKING:
 MOST = 64
 """Rows at once, where nothing else is said."""
 
-PAUSE = 0.08
-"""Seconds that a pass should take at most while somebody waits for a token: pieces of prompts are cut to that."""
-
-LEAST = 32
-"""Tokens of a piece of a prompt, however slow the machine is: a matrix is read from memory for each pass."""
-
-ALONE = 32
-"""Tokens of a prompt from which its last one is read by itself, where that saves layers for the others: reading it so
-costs a pass over all weights."""
-
 WEIGHED_EVERY = 16
 """Passes between two looks at how much the rows have grown; what they are admitted with lasts for some of these."""
 
 SETTLED_EVERY = 256
 """Passes after which freed buffers are given back, on devices where they pile up."""
-
-
-class Keeper(Protocol):
-    """Gives rows the caches that they begin with, and keeps what these hold at the end: for whoever begins alike.
-
-    `runner.engine.sharing.Sharing` does so for many requests, `runner.engine.prompt_cache.PromptCache` for the turns of
-    one conversation.
-    """
-
-    def begin(self, row: Row) -> None: ...
-    def stop(self, row: Row) -> int | None: ...
-    def mark(self, row: Row) -> None: ...
-    def leave(self, row: Row, *, sound: bool = True) -> None: ...
-    def offered(self, row: Row) -> int: ...
-    def awaits(self, row: Row, live: Sequence[Row]) -> bool: ...
-    def clear(self) -> None: ...
 
 
 class Scheduler:
@@ -92,8 +65,8 @@ class Scheduler:
         self.memory = memory or Memory(loaded.device.clears)
         self.keeper = keeper
         self._maker = Passes(loaded)
+        self._planner = Planner(loaded, keeper)
         self._flights: list[Flight] = []
-        self._pace = 0.0  # seconds for a token of a prompt, beside decoding rows; 0: not known yet
 
     def add(self, order: Order, mailbox: Mailbox) -> None:
         """Take a request in; its turn comes in `step`."""
@@ -108,7 +81,7 @@ class Scheduler:
             self._land()
         flights = []
         try:
-            for feeds in self._planned():
+            for feeds in self._planner.plan(self.live):
                 flights.append(self._maker.launch(feeds))
                 if flights[-1].plain:
                     self._maker.pick(flights[-1])
@@ -122,9 +95,7 @@ class Scheduler:
             # A prompt's piece takes long: what follows it is built when it is done, over buffers that nobody holds. And
             # a kernel for whole steps is ahead by itself.
             self._land()
-        if read >= LEAST:
-            now = (time.perf_counter() - begun) / read
-            self._pace = now if not self._pace else (self._pace + now) / 2
+        self._planner.learn(read, time.perf_counter() - begun)
         self.passes += 1
         if self.passes % WEIGHED_EVERY == 0:
             self._relieve()
@@ -141,7 +112,7 @@ class Scheduler:
         """Before the end: let what was computed be kept."""
         self._land()
         for row in self.live:
-            self._part(row)
+            part(row, self.keeper)
 
     def safe_step(self) -> bool:
         """`step`; where it raises, every request has ended with its error, and nothing it computed is kept."""
@@ -156,7 +127,7 @@ class Scheduler:
         rows, self.live, self.waiting, self._flights = [*self.live, *self.waiting], [], [], []
         for row in rows:
             row.end("error", error)
-            self._part(row, sound=False)
+            part(row, self.keeper, sound=False)
         self.keeper.clear()
         self._maker.forget()
         self.loaded.unwire(self)
@@ -253,7 +224,7 @@ class Scheduler:
     def _pause(self, row: Row, *, sound: bool = True) -> None:
         """Put a row back among those that wait; what its caches held is read again, if it has to go."""
         self.live.remove(row)
-        self._part(row, sound=sound)
+        part(row, self.keeper, sound=sound)
         self._maker.forget()
         bisect.insort(self.waiting, row, key=lambda row: row.rank)
 
@@ -262,62 +233,8 @@ class Scheduler:
         for rows in (self.live, self.waiting):
             if row in rows:
                 rows.remove(row)
-        self._part(row, sound=error is None)
+        part(row, self.keeper, sound=error is None)
         self._maker.forget()
-
-    def _part(self, row: Row, *, sound: bool = True) -> None:
-        """Take the caches from a row; not `sound`: after a pass that failed."""
-        row.end_session()  # first: the kernel may write ahead of them
-        self.keeper.leave(row, sound=sound)
-        row.leave()
-
-    # ---- what they are fed
-
-    def _planned(self) -> list[list[tuple[Row, Feed]]]:
-        """What the rows put into the next pass; into several, where adapters differ and layers cannot share one."""
-        room = self.loaded.device.chunk
-        ready = [row for row in self.live if not row.finished]
-        if len(ready) > 1:
-            for row in ready:
-                row.end_session()
-        turned = [row for row in ready if not row.reading and self._crosses(row)]
-        deciding = [row for row in ready if not row.reading and row not in turned]
-        readers = [row for row in ready if row.reading]
-        for row in turned:
-            if row.length == len(row.ids):  # all of it is read from the device
-                self._part(row)
-                row.anew()
-                self.keeper.begin(row)
-                readers.append(row)
-        room = max(1, room - len(deciding))
-        if deciding and self._pace:
-            room = min(room, max(LEAST, self.loaded.device.cut, int(PAUSE / self._pace)))
-        exact = self.loaded.config.rope_depends_on_length
-        chosen = [(row, self._next(row)) for row in deciding]
-        room -= sum(feed.count - 1 for _, feed in chosen)
-        begun = False
-        for row in readers:
-            if room < 1:
-                break
-            count = self._piece(row, room, alone=not chosen)
-            if begun and count < min(self.loaded.device.cut, len(row.ids) - row.offset):
-                break  # a small piece of a prompt has a length of its own
-            begun = True
-            feed = row.feed(count, exact=exact)
-            chosen.append((row, feed))
-            room -= feed.count
-        if self.loaded.adapters is not None:  # neighbours that have the same are computed together
-            chosen.sort(key=lambda one: _adapters(one[0]))
-        if self.loaded.adapters is None or self.loaded.mixes:
-            return self._apart(chosen)
-        return [list(feeds) for _, feeds in itertools.groupby(chosen, lambda one: _adapters(one[0]))]
-
-    def _apart(self, chosen: list[tuple[Row, Feed]]) -> list[list[tuple[Row, Feed]]]:
-        """Single tokens apart from prompts, where kernels compute them: they do not go the way of those beside them."""
-        ends = [(row, feed) for row, feed in chosen if feed.count == 1 and row.offset]
-        if not ends or len(ends) == len(chosen) or not self.loaded.decodes_rows:
-            return [chosen] if chosen else []
-        return [ends, [one for one in chosen if one not in ends]]
 
     def _separate(self) -> None:
         """A layer could not tell the rows apart in one pass: from now on each set of adapters has its own.
@@ -328,31 +245,6 @@ class Scheduler:
         self.loaded.mixes = False
         for row in list(self.live):
             self._pause(row, sound=False)
-
-    def _next(self, row: Row) -> Feed:
-        """What a row that decodes is fed: guesses only behind a token that is certain."""
-        assert row.course is not None
-        if row.course.plain or row.unread:
-            return Feed(None, None, 1)
-        self.loaded.use_adapters((1, row.order.weights))  # the model's own layers may take part in guessing
-        return row.guessed()
-
-    def _piece(self, row: Row, room: int, *, alone: bool) -> int:
-        """How many known tokens of a row to read next."""
-        left = len(row.ids) - row.offset
-        if (stop := self.keeper.stop(row)) is not None and stop - row.offset <= min(room, left):
-            room = stop - row.offset
-        elif self.loaded.device.cut <= room < left:
-            room -= room % self.loaded.device.cut
-        # Layers without keys leave nothing for later tokens: only the last one, whose logits are wanted, passes them.
-        if alone and ALONE < left <= room and self.loaded.shares_keys and row.order.scores is None:
-            return left - 1
-        return min(left, room)
-
-    def _crosses(self, row: Row) -> bool:
-        """Whether the next token has keys of other frequencies than those before it: all is read anew then."""
-        border = self.loaded.config.rope_border
-        return border is not None and row.prompt <= border < row.length
 
     # ---- what comes of it
 
@@ -414,8 +306,3 @@ class Scheduler:
             f"({str(self.loaded.dtype).removeprefix('mlx.core.')}); weights or activations are out of the range of "
             "their type (dtype='float32' may help), or a bias or penalty is too large"
         )
-
-
-def _adapters(row: Row) -> list[tuple[str, float]]:
-    """Which adapters a row has, in an order."""
-    return sorted(row.order.weights.items())
