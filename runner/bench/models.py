@@ -27,7 +27,7 @@ from runner.nn.linear import Embedding, Linear, Quantization
 from runner.nn.moe import ExpertLinear
 from runner.ops.device import EXACT
 from runner.weights import loading
-from runner.weights.plan import ArrayPlan, ModulePlan, Value, count_parameters, plan
+from runner.weights.plan import ArrayPlan, ModulePlan, count_parameters, packed_as, plan
 from runner.weights.tree import Leaf, leaf_shapes, leaves
 
 if TYPE_CHECKING:
@@ -275,10 +275,9 @@ def describe(name: str, engine: Loaded) -> Subject:
 
 def _forms(module: ModulePlan) -> Iterator[str]:
     """Yield the quantization of each quantized layer, as in `4-bit g64`."""
-    values = {name: item.value for name, item in module.fields.items() if isinstance(item, Value)}
-    if "scales" in module.fields and issubclass(module.cls, (Linear, Embedding)):
-        mode = "" if values["mode"] == "affine" else f" {values['mode']}"
-        yield f"{values['bits']}-bit{mode} g{values['group_size']}"
+    packed = packed_as(module)
+    if packed is not None and issubclass(module.cls, (Linear, Embedding)):
+        yield packed
     for item in module.fields.values():
         for child in item if isinstance(item, list) else [item]:
             if isinstance(child, ModulePlan):

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from runner.engine.defaults import GenerationDefaults
@@ -95,8 +96,8 @@ class Facts:
         family: its `model_type`.
         vocab_size: the number of logits, at least that of the tokenizer's ids.
         nbytes: bytes of its weights in memory.
-        parameters: how many numbers it has; 0 where that is not known.
-        quantization: how they are packed, for people.
+        forms: how many of its parameters are kept in which form, such as `4-bit g64` or `BF16`.
+        format: that of its files, "safetensors" or "gguf".
         parent: the name of the model whose weights it shares, where it is an adapter's.
     """
 
@@ -108,8 +109,8 @@ class Facts:
     context_length: int
     vocab_size: int
     nbytes: int = 0
-    parameters: int = 0
-    quantization: str = ""
+    forms: Counter[str] = field(default_factory=Counter)
+    format: str = "safetensors"
     parent: str | None = None
 
 

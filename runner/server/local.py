@@ -15,7 +15,7 @@ from runner.checkpoint.hub_ids import parse
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.engine.defaults import GenerationDefaults
 from runner.engine.draft import check_draft
-from runner.engine.loaded import planned_nbytes
+from runner.engine.planned import planned
 from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
 from runner.engine.ticket import Ticket
@@ -30,6 +30,7 @@ from runner.server.log import say
 from runner.server.model import Served
 from runner.server.pool import Lease, Pool, Slot
 from runner.text.tokenizer import Tokenizer
+from runner.weights.plan import count_by_form
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles
@@ -89,6 +90,7 @@ class LocalModels:
         context, doubts = chosen_context(config, self._context)
         self.notes += [*config.notes, *files.notes, *doubts]
         tokenizer = OWNER.run(files.tokenizer)  # on this thread: see `runner.load`
+        weights = OWNER.run(lambda: planned(files.config, files.source, dtype=self._dtype))
         facts = Facts(
             name=name,
             family=config.model_type,
@@ -97,7 +99,9 @@ class LocalModels:
             eos_token_ids=end_tokens(files, tokenizer),
             context_length=context,
             vocab_size=config.vocab_size,
-            nbytes=OWNER.run(lambda: planned_nbytes(files.config, files.source, dtype=self._dtype)),
+            nbytes=weights.nbytes,
+            forms=weights.forms,
+            format="safetensors" if files.path.is_dir() else "gguf",
         )
         if self.draft is not None:
             try:
@@ -170,6 +174,7 @@ def facts_of(name: str, lm: LanguageModel) -> Facts:
         context_length=lm.context_length,
         vocab_size=lm.config.vocab_size,
         nbytes=lm.nbytes,
+        forms=count_by_form(lm.engine.layout),
     )
 
 

@@ -58,12 +58,19 @@ def _details(served: Served) -> dict[str, Any]:
     facts = served.backend.facts
     return {
         "parent_model": facts.parent or "",
-        "format": "mlx",
+        "format": facts.format,
         "family": facts.family,
         "families": [facts.family],
-        "parameter_size": f"{facts.parameters / 1e6:.1f}M" if facts.parameters else "",
-        "quantization_level": facts.quantization,
+        "parameter_size": size(facts.forms.total()),
+        "quantization_level": max(facts.forms, key=facts.forms.__getitem__, default=""),
     }
+
+
+def size(parameters: int) -> str:
+    """A number of parameters as Ollama writes it: 134.52M, 8.0B; "" for none."""
+    if not parameters:
+        return ""
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
 
 
 def _names(serving: Serving) -> list[tuple[str, Served]]:
@@ -126,7 +133,7 @@ def show(serving: Serving) -> Handler:
                 "model_info": {
                     "general.architecture": facts.family,
                     "general.basename": served.name,
-                    "general.parameter_count": facts.parameters,
+                    "general.parameter_count": facts.forms.total(),
                     f"{facts.family}.context_length": facts.context_length,
                     f"{facts.family}.vocab_size": facts.vocab_size,
                 },

@@ -9,6 +9,7 @@ import math
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any
@@ -95,22 +96,46 @@ class Value:
 
 def count_parameters(module: ModulePlan) -> int:
     """Number of a model's parameters, quantized or not; a tied tensor counts once."""
-    return _parameters(module, set())
+    return count_by_form(module).total()
 
 
-def _parameters(module: ModulePlan, counted: set[Tree]) -> int:
-    # A quantized matrix has 32 / bits parameters in each word; scales and biases are not parameters.
-    bits = module.fields.get("bits")
-    packed = bits.value if isinstance(bits, Value) and "scales" in module.fields else None
-    total = 0
+def count_by_form(module: ModulePlan) -> Counter[str]:
+    """How many of a model's parameters are kept in each form; a tied tensor counts once.
+
+    A form is that of `packed_as`, or a stored dtype in safetensors' spelling, "" without a checkpoint.
+    """
+    result: Counter[str] = Counter()
+    for form, count in _counts(module, set()):
+        result[form] += count
+    return result
+
+
+def packed_as(module: ModulePlan) -> str | None:
+    """How a layer's matrix is packed, as in `4-bit g64` and `4-bit mxfp4 g32`; None where it is not."""
+    values = {name: item.value for name, item in module.fields.items() if isinstance(item, Value)}
+    if "bits" not in values or not isinstance(module.fields.get("scales"), ArrayPlan):
+        return None
+    mode = "" if values["mode"] == "affine" else f" {values['mode']}"
+    return f"{values['bits']}-bit{mode} g{values['group_size']}"
+
+
+def _counts(module: ModulePlan, counted: set[Tree]) -> Iterator[tuple[str, int]]:
+    packed = packed_as(module)
     for name, item in module.fields.items():
         if isinstance(item, ArrayPlan):
-            if item.tree not in counted and not (packed and name in ("scales", "biases")):
-                counted.add(item.tree)
-                total += math.prod(item.shape) * 32 // packed if packed and name == "weight" else math.prod(item.shape)
+            if item.tree in counted or (packed and name in ("scales", "biases")):
+                continue  # scales and biases are no parameters
+            counted.add(item.tree)
+            count = math.prod(item.shape)
+            if packed and name == "weight":  # a word holds 32 / bits parameters
+                bits = module.fields["bits"]
+                assert isinstance(bits, Value)
+                yield packed, count * 32 // bits.value
+            else:
+                yield item.stored or "", count
         elif not isinstance(item, Value):
-            total += sum(_parameters(child, counted) for child in (item if isinstance(item, list) else [item]))
-    return total
+            for child in item if isinstance(item, list) else [item]:
+                yield from _counts(child, counted)
 
 
 def plan(

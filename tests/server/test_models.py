@@ -15,15 +15,18 @@ from typing import Any
 import httpx2
 import mlx.core as mx
 import pytest
+from gguf_cases import mixed_model
 from places import ROOT
 from told_backend import Running, ToldBackend, waited
 
 import runner
 from runner.engine.scheduler import Scheduler
 from runner.errors import UsageError
+from runner.inspect_model import inspect
 from runner.server.backend import STUCK, Status
 from runner.server.durations import seconds_of
-from runner.server.local import LocalModels
+from runner.server.local import LocalModels, facts_of
+from runner.server.ollama_models import size
 from runner.server.pool import Pool
 
 FIXTURE = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
@@ -129,6 +132,27 @@ def test_a_model_is_loaded_when_it_is_asked_for(tmp_path: Path, wanted: str) -> 
         assert one.loaded() == ["a", "b"] and one.events("loaded") == ["b", "a"]
         planned = {served.backend.facts.nbytes for served in one.local.served.values()}
         assert planned == {slot.nbytes for slot in one.local.pool.slots}, "what was planned is what is there"
+
+
+def test_how_large_a_model_is_and_how_it_is_packed(tmp_path: Path) -> None:
+    mixed_model(tmp_path / "m.gguf", "Q4_0")
+    local = LocalModels(Pool(1 << 40))
+    told = {"plain": ("0.03M", "BF16", "safetensors"), "packed": ("0.07M", "4-bit g32", "safetensors")}
+    for name, path in (("plain", FIXTURE), ("packed", FIXTURE.parent / "llama-mlx-4bit")):
+        local.add(name, path)
+        with runner.load(path) as lm:
+            assert facts_of(name, lm).forms == local.served[name].backend.facts.forms, "loaded or not"
+        assert local.served[name].backend.facts.forms.total() == inspect(path).parameters
+    local.add("gguf", tmp_path / "m.gguf")
+    told["gguf"] = ("0.74M", "4-bit g32", "gguf")
+    with Running([served.backend for served in local.served.values()]) as server:
+        found = {card["name"]: card["details"] for card in httpx2.get(f"{server.url}/api/tags").json()["models"]}
+        keys = ("parameter_size", "quantization_level", "format")
+        assert {name: tuple(details[key] for key in keys) for name, details in found.items()} == told
+        shown = httpx2.post(f"{server.url}/api/show", json={"model": "packed"}).json()
+        assert shown["details"] == found["packed"]
+        assert shown["model_info"]["general.parameter_count"] == inspect(FIXTURE.parent / "llama-mlx-4bit").parameters
+    assert [size(count) for count in (0, 134_515_008, 8_030_261_248)] == ["", "134.52M", "8.0B"]
 
 
 def test_many_at_once_load_it_once(tmp_path: Path, wanted: str) -> None:
