@@ -68,6 +68,7 @@ class Status:
         running: answers under way.
         waiting: answers that wait for their first turn.
         nbytes: bytes of the caches of those under way.
+        room: bytes that the caches of all models may take together; 0 where there is no bound.
         loaded: whether its weights are in memory.
         expires_in: seconds after which they go if nobody asks; endless: when others need their memory, or never.
         guesses: counts of a draft model's guesses; None: there is none.
@@ -78,9 +79,15 @@ class Status:
     running: int = 0
     waiting: int = 0
     nbytes: int = 0
+    room: int = 0
     loaded: bool = True
     expires_in: float = math.inf
     guesses: Guesses | None = None
+
+    @property
+    def usage(self) -> float:
+        """The part of the room for caches that answers under way take, from 0 to 1; what is kept besides makes way."""
+        return min(self.nbytes / self.room, 1.0) if self.room > 0 else 0.0
 
     @property
     def healthy(self) -> bool:

@@ -269,6 +269,7 @@ class LocalBackend:
             running=running,
             waiting=waiting,
             nbytes=nbytes,
+            room=self._pool.engine.budget.room,
             expires_in=slot.expires - time.monotonic(),
             guesses=self._guesses,
         )

@@ -28,6 +28,12 @@ class Metrics:
         self._prompt = Counter("prompt_tokens", "Tokens of prompts.", label, registry=self.registry)
         self._generated = Counter("generation_tokens", "Tokens of answers.", label, registry=self.registry)
         self._cache = Gauge("kv_cache_bytes", "Bytes of answers under way.", label, registry=self.registry)
+        self._usage = Gauge(
+            "kv_cache_usage_perc",
+            "Part of the memory for caches that answers under way take; 1 is all of it.",
+            label,
+            registry=self.registry,
+        )
         self._queries = Counter(
             "prefix_cache_queries",
             "Tokens of prompts that were looked for in the cache.",
@@ -83,6 +89,7 @@ class Metrics:
             self._running.labels(served.name).set(status.running)
             self._waiting.labels(served.name).set(status.waiting)
             self._cache.labels(served.name).set(status.nbytes)
+            self._usage.labels(served.name).set(status.usage)
             if status.guesses is not None:
                 self._count_guesses(served.name, status.guesses)
         return generate_latest(self.registry)

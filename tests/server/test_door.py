@@ -179,11 +179,13 @@ def test_the_log_has_no_text_of_requests(server: Running) -> None:
 
 
 def test_metrics(server: Running) -> None:
+    headers = {"authorization": "Bearer s3cret"}
+    assert httpx2.post(f"{server.url}/v1/chat/completions", content=BODY, headers=headers).status_code == 200
     text = ask(server, "/metrics").text
     for name in (
         "num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total",
         "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_count", "e2e_request_latency_seconds_sum",
-        "request_success_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
+        "request_success_total", "prefix_cache_queries_total", "prefix_cache_hits_total", "kv_cache_usage_perc",
     ):  # fmt: skip
         assert f"{name}{{" in text, name
     assert 'request_success_total{finished_reason="stop",model_name="told"}' in text

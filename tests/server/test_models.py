@@ -155,6 +155,26 @@ def test_how_large_a_model_is_and_how_it_is_packed(tmp_path: Path) -> None:
     assert [size(count) for count in (0, 134_515_008, 8_030_261_248)] == ["", "134.52M", "8.0B"]
 
 
+def test_metrics_say_how_full_the_room_for_caches_is(tmp_path: Path) -> None:
+    with several(tmp_path, "a", "b") as one:
+
+        def gauge(name: str, model: str) -> float:
+            lines = httpx2.get(f"{one.server.url}/metrics").text.splitlines()
+            (line,) = (line for line in lines if line.startswith(f'{name}{{model_name="{model}"}}'))
+            return float(line.split()[1])
+
+        body = {"model": "a", "prompt": "abc", "stream": True, **LONG}
+        with httpx2.stream("POST", f"{one.server.url}/v1/completions", json=body, timeout=60) as sent:
+            pieces = sent.iter_text()
+            next(pieces)
+            room = one.local.pool.engine.budget.room
+            assert waited(lambda: 0 < gauge("kv_cache_usage_perc", "a") < 1)
+            assert gauge("kv_cache_usage_perc", "b") == 0, "not loaded"
+            status = one.local.served["a"].backend.status()
+            assert status.room == room and status.usage == status.nbytes / room
+        assert waited(lambda: gauge("kv_cache_usage_perc", "a") == 0)
+
+
 def test_many_at_once_load_it_once(tmp_path: Path, wanted: str) -> None:
     with several(tmp_path, "a") as one:
         texts: list[str] = []
