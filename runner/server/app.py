@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -121,6 +122,11 @@ class App:
                     await response(scope, receive, sending)
             except (Gone, ClientDisconnect):
                 status = status or 499
+            except asyncio.CancelledError:  # the server ends, and has waited for as long as it may
+                told = ApiError(503, "the server was told to end", "server_error", code="shutting_down")
+                note.values["error"] = told.message
+                if not status:  # a stream breaks off, which its client sees
+                    await self._refusal(path, told)(scope, receive, sending)
             except Exception as error:
                 told = self.serving.told(error)
                 note.values["error"] = told.message

@@ -26,6 +26,9 @@ from runner.server.log import say
 from runner.server.model import Served
 from runner.server.serving import Serving
 
+TELL_SECONDS = 2.0
+"""Seconds in which clients are told that their answers will not end."""
+
 
 class Protocol(H11Protocol):
     """uvicorn's, with a limit on the time that headers take, and errors in the APIs' form."""
@@ -102,6 +105,12 @@ class Server(uvicorn.Server):
 
         self._started(end)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let answers end that are under way, for as long as they may, and tell the others that they do not."""
+        await super().shutdown(sockets)
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=TELL_SECONDS)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Let the loop hand over SIGTERM and Ctrl-C; a second one ends answers that are under way."""
@@ -174,7 +183,8 @@ def serve_on(made: socket.socket, serving: Serving, started: Callable[[str, Call
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=MAX_HEADERS,
-        timeout_graceful_shutdown=max(1, round(options.shutdown_timeout)),
+        # asyncio.wait_for gets it as it is: parts of a second are fine.
+        timeout_graceful_shutdown=options.shutdown_timeout,  # type: ignore[arg-type]
         timeout_keep_alive=75,
     )
     server = Server(config, lambda end: started(address_of(made, options), end))

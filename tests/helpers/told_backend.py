@@ -196,11 +196,11 @@ class Running:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.lines: list[dict[str, Any]] = []
         self.code: int | None = None
-        self._end: Callable[[], None] = lambda: None
+        self.end: Callable[[], None] = lambda: None
 
     def _run(self) -> None:
         def started(_address: str, end: Callable[[], None]) -> None:
-            self._end = end
+            self.end = end
             self._ready.set()
 
         self.code = serve_on(self._made, self.serving, started)
@@ -219,7 +219,8 @@ class Running:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._end()
+        if self._thread.is_alive():
+            self.end()
         self._thread.join(20)
         logging.getLogger(LOG).removeHandler(self._handler)
         assert not self._thread.is_alive()

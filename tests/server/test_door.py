@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 from told_backend import Running, ToldBackend, waited
 
 from runner.server import limits
+from runner.server.fields import MAX_DEPTH
 from runner.server.limits import host_of
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "x"}]})
@@ -189,6 +193,84 @@ def test_metrics(server: Running) -> None:
     ):  # fmt: skip
         assert f"{name}{{" in text, name
     assert 'request_success_total{finished_reason="stop",model_name="told"}' in text
+
+
+ASKED: dict[str, Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]] = {
+    "/v1/chat/completions": lambda tools: {"tools": [{"type": "function", "function": each} for each in tools]},
+    "/v1/responses": lambda tools: {"input": "x", "tools": [{"type": "function", **each} for each in tools]},
+    "/v1/messages": lambda tools: {
+        "max_tokens": 9, "tools": [{"name": each["name"], "input_schema": each["parameters"]} for each in tools]
+    },
+    "/api/chat": lambda tools: {"stream": False, "tools": [{"type": "function", "function": each} for each in tools]},
+}  # fmt: skip
+"""Each API's request with tools, but for its messages."""
+
+
+def test_every_answer_has_an_id_of_its_own_which_the_log_has_too(server: Running) -> None:
+    headers = {"authorization": "Bearer s3cret"}
+    answers = [
+        ask(server), ask(server), ask(server, "/v1/nothing"), ask(server, host="evil.example"),
+        httpx2.get(f"{server.url}/v1/models"),
+        *(httpx2.post(server.url + path, headers=headers, content="{") for path in ASKED),
+        httpx2.post(f"{server.url}/v1/chat/completions", headers=headers, content=BODY[:-1] + ', "stream": true}'),
+    ]  # fmt: skip
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert len(set(ids)) == len(ids) and all(re.fullmatch("[0-9a-f]{16}", each) for each in ids)
+    assert ids == [answer.headers["request-id"] for answer in answers], "the name that Anthropic's clients read"
+
+    def once() -> bool:
+        logged = [line["request_id"] for line in list(server.lines) if "request_id" in line]
+        return all(logged.count(each) == 1 for each in ids)
+
+    assert waited(once)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret")
+    assert client.models.list()._request_id not in {None, *ids}
+
+
+def with_tools(server: Running, path: str, count: int, levels: int = 1) -> tuple[int, str]:
+    """The status of a request with so many tools, whose schemas have so many levels; and what is wrong with it."""
+    body = ASKED[path]([{"name": f"f{index}", "parameters": "@"} for index in range(count)])
+    messages = {} if "input" in body else {"messages": [{"role": "user", "content": "x"}]}
+    deep = '{"items":' * (levels - 1) + "{}" + "}" * (levels - 1)
+    text = json.dumps({**messages, **body}).replace('"@"', deep)
+    answer = httpx2.post(server.url + path, content=text, timeout=60)
+    error = answer.json().get("error")
+    return answer.status_code, "" if not error else error if isinstance(error, str) else error["message"]
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_how_deep_schemas_may_be_and_how_many_tools_there_may_be(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.server.openai_chat.MAX_TOOLS", 20)
+    around = 4 if path in ("/v1/chat/completions", "/api/chat") else 3  # levels of the request above a schema
+    with Running([ToldBackend(lambda prompt, order: "yes")]) as server:
+        for levels, status in ((MAX_DEPTH - around, 200), (MAX_DEPTH - around + 1, 400), (50_000, 400)):
+            found, said = with_tools(server, path, 1, levels)
+            assert found == status and (status == 200 or f"more than {MAX_DEPTH} deep" in said), (levels, said)
+        for count, status in ((20, 200), (21, 400)):
+            found, said = with_tools(server, path, count)
+            assert found == status and (status == 200 or "at most 20" in said), (count, said)
+
+
+def test_answers_have_so_long_to_end_and_no_longer() -> None:
+    told = ToldBackend(lambda prompt, order: "x" * 1000)
+    told.pause = 0.1
+    with Running([told], shutdown_timeout=0.5) as server, ThreadPoolExecutor() as pool:
+        whole = pool.submit(httpx2.post, f"{server.url}/api/chat", content=BODY[:-1] + ', "stream": false}', timeout=9)
+        with httpx2.stream("POST", f"{server.url}/v1/completions", json={"prompt": "x", "stream": True}) as sent:
+            pieces = sent.iter_text()
+            next(pieces)
+            assert waited(lambda: told.open == 2)
+            began = time.monotonic()
+            server.end()
+            with pytest.raises(httpx2.RemoteProtocolError):  # no "[DONE]", and no end that looks like one
+                for _ in pieces:
+                    pass
+            assert 0.4 < time.monotonic() - began < 5
+        assert whole.result().status_code == 503 and whole.result().json() == {"error": "the server was told to end"}
+        assert waited(lambda: server.code == 0) and told.open == 0 and server.serving.places.taken == 0
+        with pytest.raises(ConnectionError):
+            server.raw(b"")
+        assert not [line for line in server.lines if "Traceback" in line.get("text", "")]
 
 
 @pytest.mark.parametrize(
