@@ -51,7 +51,6 @@ COMPLETIONS: Table = {
     "user": _USER,
     "metadata": _LABEL,
     "best_of": Inert("one answer is made for each that is asked for", (1, None)),
-    "suffix": Inert("no text stands behind", (None, "")),
     "prompt_cache_key": OPENAI["prompt_cache_key"],
 }
 """Of OpenAI's completions."""
@@ -168,7 +167,6 @@ OLLAMA: Table = {
     "shift": Inert("an answer ends where the context is full", (False, None)),
     "images": Inert("none are sent", ([], None)),
     "context": Inert("no earlier turn is meant", ([], None)),
-    "suffix": Inert("no text stands behind", ("", None)),
     "template": Inert("the model's own is used", ("", None)),
     "logprobs": Inert("none are asked for", (False, None)),
     "top_logprobs": Inert("none are asked for", (0, None)),

@@ -21,6 +21,7 @@ from runner.server.structure import calls_of
 from runner.server.tool_calls import CallFinder, KeepMarks
 from runner.server.tooling import Tooling
 from runner.text.answer_text import AnswerText
+from runner.text.infill import Infill, infill_of, one_token
 from runner.text.separator import PlainText, Separator
 from runner.text.stop import StopMatcher
 
@@ -163,6 +164,8 @@ class Served:
         special = facts.tokenizer.special_tokens
         separator = self._plain_separator(ids, ask.prompt)
         ends = facts.eos_token_ids | {special[token] for token in separator.ends if token in special}
+        if isinstance(ask.prompt, Text) and ask.prompt.suffix is not None:
+            ends |= self._middle_ends
         constraint, asked = self._constraint(ask)
         if constraint is not None and ask.ignore_eos:
             raise invalid("ignore_eos: a form that the answer must have decides where it ends", "ignore_eos")
@@ -229,12 +232,15 @@ class Served:
         facts = self.backend.facts
         if isinstance(prompt, Text):
             if not isinstance(prompt.prompt, str):
+                if prompt.suffix is not None:
+                    raise invalid("suffix: the prompt before it must be a text, not ids", "suffix")
                 ids = list(prompt.prompt)
                 if ids and not 0 <= min(ids) <= max(ids) < facts.vocab_size:
                     raise invalid(f"token ids must be from 0 to {facts.vocab_size - 1}", "prompt")
                 return ids, "", ()
-            self._check_length(prompt.prompt)
-            return facts.tokenizer.encode(prompt.prompt, parse_special=prompt.special), prompt.prompt, ()
+            text = prompt.prompt if prompt.suffix is None else self._form().prompt(prompt.prompt, prompt.suffix)
+            self._check_length(text)
+            return facts.tokenizer.encode(text, parse_special=prompt.special), text, ()
         arguments, ignored = self._arguments(prompt)
         texts: list[str] = []
 
@@ -244,6 +250,27 @@ class Served:
 
         messages = self._messages(prompt)
         return facts.tokenizer.apply_chat_template(messages, on_rendered=rendered, **arguments), texts[-1], ignored
+
+    @cached_property
+    def infill(self) -> Infill | None:
+        """How it is asked for what stands between two texts; None: it was not made for that."""
+        return infill_of(self.backend.facts.tokenizer)
+
+    def _form(self) -> Infill:
+        if self.infill is None:
+            raise invalid(
+                f"suffix: {self.name} was not made to write what stands between two texts: its vocabulary has no "
+                "tokens for that which are known here",
+                "suffix",
+            )
+        return self.infill
+
+    @cached_property
+    def _middle_ends(self) -> frozenset[int]:
+        """Ids of the tokens that end what stands between two texts, besides those that end all answers."""
+        form, tokenizer = self._form(), self.backend.facts.tokenizer
+        found = [one_token(tokenizer, text) for text in (*form.marks, *form.ends)]
+        return frozenset(token for token in found if token is not None)
 
     def _messages(self, chat: Chat) -> list[Mapping[str, Any]]:
         """The messages as the template takes them."""

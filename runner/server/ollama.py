@@ -42,12 +42,16 @@ def generate(serving: Serving) -> Handler:
     async def answer(request: Request) -> Response:
         body = await serving.read(request, GenerateBody)
         served = found(serving, body.model)
-        if not body.prompt:
+        if not body.prompt and not body.suffix:
             return await _loaded(serving, request, served, body, chat=False)
-        if body.raw:
+        if body.suffix:
+            if body.system or body.raw or body.think is not None:
+                raise invalid("suffix: such a prompt has no place for system, raw and think", "suffix")
+            prompt: Chat | Text = Text(prompt=body.prompt, suffix=body.suffix)
+        elif body.raw:
             if body.system or body.think is not None:
                 raise invalid("raw: the text goes to the model as it is, without system and think", "raw")
-            prompt: Chat | Text = Text(prompt=body.prompt)
+            prompt = Text(prompt=body.prompt)
         else:
             system = [{"role": "system", "content": body.system}] if body.system else []
             asked = {"role": "user", "content": body.prompt}

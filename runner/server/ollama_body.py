@@ -186,5 +186,6 @@ class GenerateBody(Common, kw_only=True):
     """Body of `/api/generate`."""
 
     prompt: str = ""
+    suffix: str | None = None
     system: str | None = None
     raw: bool | None = None

@@ -116,6 +116,8 @@ def show(serving: Serving) -> Handler:
         served = found(serving, body.model or body.name)
         facts = served.backend.facts
         capabilities = ["completion", "tools"]
+        if served.infill is not None:
+            capabilities.append("insert")
         if served.reasons:
             capabilities.append("thinking")
         sources = facts.tokenizer.template_sources

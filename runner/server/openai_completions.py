@@ -32,6 +32,7 @@ class Body(Common, kw_only=True):
     """Body of a request."""
 
     prompt: str | list[Any]
+    suffix: str | None = None
     logprobs: int | None = None
     echo: bool | None = None
     response_format: Format | None = None
@@ -59,9 +60,11 @@ class Body(Common, kw_only=True):
         most = self.max_tokens
         if most == 0 and not self.echo:
             raise invalid("max_tokens must be at least 1, unless echo is true", "max_tokens")
+        if self.echo and self.suffix:
+            raise invalid("echo: a prompt with a suffix is not one text that an answer could follow", "echo")
         return [
             Ask(
-                prompt=Text(prompt=prompt),
+                prompt=Text(prompt=prompt, suffix=self.suffix or None),
                 sampling=self.sampling(self.logprobs),
                 max_tokens=max(most, 1) if most is not None else None,
                 stop=self.stops(),

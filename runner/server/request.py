@@ -70,10 +70,12 @@ class Text:
     """A text to continue, or its ids.
 
     Attributes:
+        suffix: a text that stands behind what is to be written; None: there is none. For a text alone, not for ids.
         special: whether the text of special tokens in it means those tokens, as clients that fill in the middle expect.
     """
 
     prompt: str | Sequence[int]
+    suffix: str | None = None
     special: bool = True
 
 

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
+import ollama
 import openai
 import pytest
 from places import ROOT
-from told_backend import Running, ToldBackend, local
+from told_backend import SPECIAL, Running, ToldBackend, local, tokenizer
 
 import runner
 
@@ -59,6 +60,34 @@ def test_several_choices_of_several_prompts_streamed(client: openai.OpenAI) -> N
 def test_special_tokens_in_a_prompt_are_meant(told: ToldBackend, client: openai.OpenAI) -> None:
     client.completions.create(model="told", prompt="<|im_start|>x")
     assert told.orders[-1].ids[0] == told.facts.tokenizer.special_tokens["<|im_start|>"]
+
+
+def test_what_stands_between_two_texts() -> None:
+    """By the tokens of the model's vocabulary, as its makers write them; the answer ends at any of them."""
+    for marks, first, wanted in (
+        (("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), "<|file_sep|>", "{0}a{1}b{2}"),
+        (("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), "<fim_pad>", "{0}a{1}b{2}"),
+        (("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"), "<｜fim▁hole｜>", "{0}a{1}b{2}"),
+        (("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"), "<[fim-suffix]>", "{1}b{0}a{2}"),
+    ):
+        # Half of them added and not special, as Qwen has them.
+        made = tokenizer(special=(*SPECIAL, *marks[:2]), added=(marks[2], *({first} - set(marks))))
+        told = ToldBackend(lambda prompt, order, end=first: f"middle{end}more", facts=made)
+        with Running([told]) as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+            answer = client.completions.create(model="told", prompt="a", suffix="b").choices[0]
+            assert (answer.text, answer.finish_reason) == ("middle", "stop")
+            assert made.decode(told.orders[-1].ids, skip_special_tokens=False) == wanted.format(*marks)
+            assert client.completions.create(model="told", prompt="a", suffix="").choices[0].text != "middle"
+            with pytest.raises(openai.BadRequestError, match="ids"):
+                client.completions.create(model="told", prompt=[1], suffix="b")
+            with pytest.raises(openai.BadRequestError, match="echo"):
+                client.completions.create(model="told", prompt="a", suffix="b", echo=True)
+            there = ollama.Client(server.url)
+            assert there.generate("told", "a", suffix="b").response == "middle"
+            assert "insert" in (there.show("told").capabilities or ())
+            with pytest.raises(ollama.ResponseError, match="suffix"):
+                there.generate("told", "a", suffix="b", raw=True)
 
 
 def test_an_end_that_is_kept_from_coming(told: ToldBackend, client: openai.OpenAI) -> None:
