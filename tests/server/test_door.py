@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,8 @@ from told_backend import Running, ToldBackend, waited
 from runner.server import limits
 from runner.server.fields import MAX_DEPTH
 from runner.server.limits import host_of
+from runner.server.log import LOG
+from runner.server.model import Served
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "x"}]})
 
@@ -113,7 +117,7 @@ def test_bodies_that_are_too_large_or_compressed(server: Running, monkeypatch: p
     "body",
     [
         b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"messages": NaN}', b"[" * 100_000,
-        b'{"a":' * 100 + b"1" + b"}" * 100,
+        b'{"a":' * 100 + b"1" + b"}" * 100, b'{"logit_bias": [' + b"1," * 100_000 + b"1]}",
         b'{"messages": "\\ud800"}', b'{"\\udfff": 1}', b'{"max_tokens": 1e999}', b'{"a": 1} {"b": 2}',
         b'{"max_tokens": ' + b"9" * 5000 + b"}",
     ],
@@ -271,6 +275,48 @@ def test_answers_have_so_long_to_end_and_no_longer() -> None:
         with pytest.raises(ConnectionError):
             server.raw(b"")
         assert not [line for line in server.lines if "Traceback" in line.get("text", "")]
+
+
+def test_a_prompt_that_takes_its_time_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates and tokens are made on other threads than the event loop's."""
+    prepare, going, gate = Served.prepare, threading.Event(), threading.Event()
+
+    def slow(self: Served, ask: Any) -> Any:
+        going.set()
+        assert gate.wait(20)
+        return prepare(self, ask)
+
+    monkeypatch.setattr(Served, "prepare", slow)
+    with Running([ToldBackend(lambda prompt, order: "yes")]) as server, ThreadPoolExecutor() as pool:
+        one = pool.submit(httpx2.post, f"{server.url}/v1/chat/completions", content=BODY, timeout=30)
+        assert going.wait(10)
+        for path in ("/health", "/metrics", "/v1/models", "/api/tags"):
+            assert httpx2.get(server.url + path).status_code == 200
+        assert httpx2.post(f"{server.url}/tokenize", json={"prompt": "abc"}).json()["count"] == 3
+        assert not one.done()
+        gate.set()
+        assert one.result().status_code == 200
+
+
+def test_an_operator_may_have_unknown_fields_left_out() -> None:
+    asked = {**json.loads(BODY), "mood": 1, "messages": [{"role": "user", "content": "x", "tone": "warm"}]}
+    with Running([ToldBackend(lambda prompt, order: "yes")], unknown_fields="warn") as server:
+        answer = httpx2.post(f"{server.url}/v1/chat/completions", json=asked)
+        assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == "yes"
+        ignored = sorted(answer.headers["x-runner-ignored"].split(", "))
+        assert ignored == ["messages[0].tone", "mood"]
+        assert waited(lambda: [sorted(line["ignored"]) for line in server.lines if "ignored" in line] == [ignored])
+        wrong = httpx2.post(f"{server.url}/v1/chat/completions", json={**asked, "n": "two"})
+        assert wrong.status_code == 400, "a known field is never left out"
+
+
+def test_the_log_has_texts_only_where_it_was_asked_for_them() -> None:
+    for level, shown in (("INFO", False), ("DEBUG", True)):
+        with Running([ToldBackend(lambda prompt, order: "yes")]) as server:
+            logging.getLogger(LOG).setLevel(level)
+            assert httpx2.post(f"{server.url}/v1/chat/completions", content=BODY).status_code == 200
+            assert waited(lambda: any("completion_tokens" in line for line in server.lines))
+            assert ('"content": "x"' in json.dumps(server.lines)) is shown
 
 
 @pytest.mark.parametrize(

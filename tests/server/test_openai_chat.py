@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx2
 import openai
 import pytest
-from told_backend import Running, ToldBackend, events, waited
+from told_backend import CHATML, Running, ToldBackend, events, tokenizer, waited
 
 HELLO = [{"role": "user", "content": "Say hello"}]
 
@@ -72,13 +72,25 @@ def test_sampling_reaches_the_engine(told: ToldBackend, client: openai.OpenAI) -
         frequency_penalty=0.5,
         logit_bias={"5": -3},
         max_completion_tokens=3,
-        extra_body={"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1},
+        extra_body={"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "priority": 3},
     )
     order = told.orders[-1]
     params = order.params
     assert (params.temperature, params.top_p, params.seed, params.top_k, params.min_p) == (0.5, 0.5, 7, 4, 0.1)
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (1, 0.5, 1.1)
     assert params.logit_bias == {5: -3.0} and order.max_tokens == 3
+    assert order.priority == -3, "vLLM's lower numbers go first"
+
+
+def test_variables_reach_the_template() -> None:
+    told = ToldBackend(lambda prompt, order: "yes", facts=tokenizer(CHATML + "{% if loud %}LOUD{% endif %}"))
+    with Running([told]) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        for loud in (False, True):
+            more = {"chat_template_kwargs": {"loud": loud}}
+            client.chat.completions.create(model="told", messages=HELLO, extra_body=more)
+            prompt = told.facts.tokenizer.decode(told.orders[-1].ids, skip_special_tokens=False)
+            assert prompt.endswith("LOUD") is loud
 
 
 def test_length_flushes_what_was_held_back(client: openai.OpenAI) -> None:

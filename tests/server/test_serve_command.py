@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +33,11 @@ def test_first_lines_a_request_and_sigterm_during_a_stream(tmp_path: Path) -> No
         text = "".join(lines)
         assert "curl" in text and "openai:" in text and "from-a-file" not in text
         headers = {"authorization": "Bearer from-a-file"}
+        if shutil.which("curl"):
+            (shown,) = re.findall("curl .*", text)
+            words = {**os.environ, "RUNNER_API_KEY": "from-a-file"}
+            answered = subprocess.run(["sh", "-c", shown], env=words, capture_output=True, check=True, timeout=60)
+            assert json.loads(answered.stdout)["choices"][0]["message"]["role"] == "assistant"
         names = [each["id"] for each in httpx2.get(f"{address}/v1/models", headers=headers).json()["data"]]
         assert names[0] == "llama-gqa" and "mine" in names
         body = {"prompt": "abc", "max_tokens": 40, "stream": True, "temperature": 0, "ignore_eos": True}
@@ -45,10 +53,15 @@ def test_first_lines_a_request_and_sigterm_during_a_stream(tmp_path: Path) -> No
 
 def test_a_socket_for_this_account_alone(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    with served(str(FIXTURE), "--uds", str(path)) as (_process, address, _lines):
+    with served(str(FIXTURE), "--uds", str(path), RUNNER_API_KEY="of-the-environment") as (_process, address, lines):
         assert address == f"unix:{path}" and path.stat().st_mode & 0o777 == 0o600
         with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path))) as client:
             assert client.get("http://localhost/health").json()["status"] == "ok"
+            statuses = [
+                client.get("http://localhost/v1/models", headers={"x-api-key": key}).status_code
+                for key in ("of-the-environment", "another")
+            ]
+            assert statuses == [200, 401] and "of-the-environment" not in "".join(lines)
     assert not path.exists()
 
 
@@ -110,10 +123,8 @@ def test_several_models_in_one_memory(tmp_path: Path) -> None:
 
 
 def test_other_commands_import_none_of_it() -> None:
-    code = (
-        "import sys, runner, runner.cli.app\n"
-        "print([name for name in ('starlette', 'uvicorn', 'msgspec', 'prometheus_client') if name in sys.modules])"
-    )
+    extra = ("starlette", "uvicorn", "msgspec", "prometheus_client", "llguidance")
+    code = f"import sys, runner, runner.cli.app\nprint([name for name in {extra} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

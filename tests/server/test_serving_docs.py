@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -36,6 +37,33 @@ def test_every_command_parses(tmp_path: Path) -> None:
             parses(words)
     with pytest.raises(Exception, match="nope"):
         parses(["--nope"])
+
+
+EVERY = {
+    "model": ["a", "b"], "host": "0.0.0.0", "port": 81, "uds": "/s", "root-path": "/x", "api-key-file": "k",
+    "no-auth": True, "allow-host": ["h"], "allow-origin": ["https://o"], "alias": ["n=a"], "adapter": ["p=d"],
+    "draft": "c", "allow-pull": True, "pin": ["a"], "keep-alive": "5m", "memory": "6GB", "context": 77,
+    "cache-dir": "d", "cache-size": "1GB", "max-queue": 3, "unknown-fields": "warn", "on-engine-failure": "restart",
+    "shutdown-timeout": 2.5, "log-level": "debug", "dtype": "float16", "activations": "int8",
+}  # fmt: skip
+"""A value for each option, other than the usual one."""
+
+
+def test_a_file_has_every_option_under_its_name(tmp_path: Path) -> None:
+    """And means by it what the command line means."""
+    command = get_command(build()).commands["serve"]  # type: ignore[attr-defined]
+    options = {max(each.opts, key=len).removeprefix("--") for each in command.params} - {"config", "help"}
+    assert options == set(EVERY)
+    file = tmp_path / "serve.toml"
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in EVERY.items()))
+    words = []
+    for key, value in EVERY.items():
+        for each in value if isinstance(value, list) else [value]:
+            words += [str(each)] if key == "model" else [f"--{key}"] if each is True else [f"--{key}", str(each)]
+    read, said = (command.make_context("serve", given).params for given in (["--config", str(file)], words))
+    usual = command.make_context("serve", []).params
+    assert {**read, "config": None} == {**said, "config": None}
+    assert [name for name in usual if name not in ("config", "help") and read[name] == usual[name]] == []
 
 
 def test_every_path_is_told() -> None:

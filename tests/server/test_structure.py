@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -161,6 +162,20 @@ def test_anthropics_words() -> None:
         form = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}
         message = client.messages.create(model="told", max_tokens=1000, messages=HELLO, extra_body=form)
         jsonschema.validate(json.loads(message.content[0].text), SCHEMA)
+
+
+def test_a_hostile_regex_ends_soon() -> None:
+    with Running([ToldBackend(lambda prompt, order: "Sure.")]) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=30)
+        for regex in ("(a?){5000}a{5000}", "((a{1,1000}){1,1000}){1,1000}", "(.*a.{20}){50}", "(" * 5000 + ")" * 5000):
+            began = time.monotonic()
+            form = {"structured_outputs": {"regex": regex}}
+            try:
+                client.chat.completions.create(model="told", messages=HELLO, extra_body=form, max_tokens=5)
+            except openai.BadRequestError as error:
+                assert "regex" in error.message or "constraint" in error.message
+            assert time.monotonic() - began < 15, regex[:20]
+        assert client.chat.completions.create(model="told", messages=HELLO).choices[0].message.content == "Sure."
 
 
 def test_a_hostile_schema_does_not_hold_up_others() -> None:
