@@ -304,12 +304,13 @@ def assemble(
     else:
         part.agree(raw, source.headers, needed_bytes, capacity(device.mlx))
         source = own.source
-    model = loading.build(layout, source, dtype=dtypes.weights, progress=progress)
+    place = None if device.placing is None else device.placing(needed_bytes)
+    model = loading.build(layout, source, dtype=dtypes.weights, progress=progress, place=place)
     # Nothing lazy is shared: what modules computed for themselves (RoPE's frequencies, MLA's matrices) is computed now.
     mx.eval([array for _, array in loading.arrays(model)])
     # Only where no dtype was asked for may the device round the rows of its caches.
     storage = device.storage if dtype is None else device.ops.storage
-    prediction = None if ahead is None else loading.build(ahead, source, dtype=dtypes.weights)
+    prediction = None if ahead is None else loading.build(ahead, source, dtype=dtypes.weights, place=place)
     if prediction is not None:
         mx.eval([array for _, array in loading.arrays(prediction)])
     powers = channel_powers(model, config.vocab_size, memories, storage, device.ops.storage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -41,6 +42,7 @@ class Device:
         tf32: whether MLX multiplies float32 matrices in TF32 there, 10 bits of mantissa, unless MLX_ENABLE_TF32=0.
         metal: the Apple GPU that it computes on; None: it is none.
         dtype: of weights and activations alike, where none was asked for; None: what suits the model.
+        placing: what moves each array of a model of so many bytes once it is read, if anything does.
         int8: the operations with activations of 8 bits in products with packed weights; None: it has none.
         notice: why the device is slower than this machine can be; None if it is not.
         fix: the command that removes the notice.
@@ -60,6 +62,7 @@ class Device:
     tf32: bool = False
     metal: Metal | None = None
     dtype: mx.Dtype | None = None
+    placing: Callable[[int], Callable[[mx.array], None] | None] | None = None
     int8: Ops | None = None
     notice: str | None = None
     fix: str | None = None
@@ -106,10 +109,11 @@ def current() -> Device:
     why = kernels.unavailable()
     if why is None:
         from runner.ops.cpu.ops import DENSE, INT8, KERNELS
+        from runner.ops.cpu.placing import placing
 
         threads = kernels.num_threads()
         name = f"runner's CPU kernels ({kernels.isa()}, {threads} threads)"
-        return Device(name, KERNELS, mx.float32, DENSE, threads, int8=INT8)
+        return Device(name, KERNELS, mx.float32, DENSE, threads, placing=placing, int8=INT8)
     return Device(
         "plain MLX on the CPU",
         CPU_WITHOUT_KERNELS,

@@ -44,7 +44,14 @@ def reading(name: str) -> Iterator[None]:
         ) from error
 
 
-def build(plan: ModulePlan, source: Source, *, dtype: mx.Dtype | None = None, progress: Progress | None = None) -> Any:
+def build(
+    plan: ModulePlan,
+    source: Source,
+    *,
+    dtype: mx.Dtype | None = None,
+    progress: Progress | None = None,
+    place: Callable[[mx.array], None] | None = None,
+) -> Any:
     """Construct the planned dataclass tree, reading one array field at a time, the largest first.
 
     Memory then holds the model and one stored tensor, in its own dtype and in the field's; large fields are read while
@@ -53,8 +60,9 @@ def build(plan: ModulePlan, source: Source, *, dtype: mx.Dtype | None = None, pr
     Args:
         dtype: floating-point tensors are cast to this (`exact` ones to float32); None keeps what is stored.
         progress: called after each field is read.
+        place: called with each array that was read, evaluated; it may move its numbers, and nothing else of it.
     """
-    return _Builder(plan, source, dtype, progress).module(plan)
+    return _Builder(plan, source, dtype, progress, place).module(plan)
 
 
 class _Builder:
@@ -76,7 +84,15 @@ class _Builder:
        `Attention(qkv_proj=...)`.
     """
 
-    def __init__(self, plan: ModulePlan, source: Source, dtype: mx.Dtype | None, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        plan: ModulePlan,
+        source: Source,
+        dtype: mx.Dtype | None,
+        progress: Progress | None,
+        place: Callable[[mx.array], None] | None,
+    ) -> None:
+        self.place = place
         self.source = source
         self.dtype = dtype
         self.progress = progress
@@ -140,6 +156,8 @@ class _Builder:
         wanted = mx.float32 if plan.exact and self.dtype is not None else self.dtype
         array = _cast(plan.transform.apply(self.assemble(tree, wanted if plan.transform is IDENTITY else None)), wanted)
         mx.eval(array)
+        if self.place is not None:
+            self.place(array)
         # MLX keeps freed buffers (of joined parts, of arrays before a cast) for reuse: give back what adds up.
         if mx.get_cache_memory() > self.total // 20:
             mx.clear_cache()

@@ -9,6 +9,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "huge_pages.h"
 #include "kernels.h"
 #include "mlx/version.h"
 #include "pool.h"
@@ -123,5 +124,7 @@ NB_MODULE(_C, m) {
   m.def("record", &runner::Program::record, "slot"_a, "outputs"_a, "ahead"_a);
   nb::class_<runner::Program>(m, "Program")
       .def("run", &runner::Program::run, "token"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("pages", &runner::pages_op, "size"_a);
+  m.def("move_into", &runner::move_into, "array"_a, "pages"_a, "at"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("schedule", &runner::schedule, "arrays"_a, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -221,6 +221,8 @@ RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine,
   for (int m = 0; m < M; ++m) out[m] = running_total(acc[m]);
 }
 
+constexpr int64_t kSmallMatrix = 500000;  // bytes
+
 // Rows [n, end) of the matrix against the M rows of a panel.
 template <int BITS, int G, bool FP4, int M, int P>
 void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t end) {
@@ -230,8 +232,9 @@ void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t en
   const bool any_fine = x.fine[x.groups];
   const int64_t row_bytes = a.k * a.bits / 8, numbers = a.k / G * (FP4 ? 1 : size_of(a.st));
   uint8_t* codes = a.bits == BITS ? nullptr : (uint8_t*)scratch(Slot::codes, 4 * a.k + 64);
-  // Four short rows lie one behind the other, long ones are a stream each.
-  const int64_t ahead = 4 * row_bytes <= 2 * kAhead ? kAhead : kAhead / 4;
+  // Four short rows lie one behind the other, long ones are a stream each. At its end a matrix wastes what it asked for.
+  const int64_t distance = a.n * row_bytes < kSmallMatrix ? kAhead : 2 * kAhead;
+  const int64_t ahead = 4 * row_bytes <= 2 * distance ? distance : distance / 4;
   const int64_t further = (ahead / row_bytes + 16) * numbers;
   for (; n < end; n += 4) {
     const uint8_t* w[4];

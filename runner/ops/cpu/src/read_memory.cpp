@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "huge_pages.h"
 #include "pool.h"
 
 namespace runner {
@@ -19,6 +20,7 @@ double read_seconds(int64_t size, int passes) {
   if (pieces < 1 || passes < 1) throw std::invalid_argument("read_seconds: needs at least 1 MiB and one pass");
   constexpr int64_t kWords = kPiece / 8;
   std::unique_ptr<uint64_t[]> words(new uint64_t[pieces * kWords]);
+  expect_huge_pages(words.get(), pieces * kPiece);  // as weights are held
   Pool& pool = Pool::get();
   pool.parallel_for((int)pieces, [&](int p) { std::fill_n(words.get() + p * kWords, kWords, uint64_t(p)); });
   std::atomic<uint64_t> total{0};
