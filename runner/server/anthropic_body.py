@@ -14,7 +14,7 @@ from runner.server import inert
 from runner.server.errors import invalid
 from runner.server.fields import Policy, read
 from runner.server.inert import Table
-from runner.server.openai_chat import checked_tools, plain_tool
+from runner.server.openai_chat_body import checked_tools, plain_tool
 from runner.server.request import Ask, Chat
 
 BILLING = "x-anthropic-billing-header:"

@@ -12,7 +12,7 @@ from runner.server import inert
 from runner.server.durations import seconds_of
 from runner.server.errors import invalid
 from runner.server.inert import Table
-from runner.server.openai_chat import Tool, checked_tools, plain_tool
+from runner.server.openai_chat_body import Tool, checked_tools, plain_tool
 from runner.server.request import Ask, Chat, Text
 
 

@@ -244,7 +244,7 @@ def with_tools(server: Running, path: str, count: int, levels: int = 1) -> tuple
 
 @pytest.mark.parametrize("path", ASKED)
 def test_how_deep_schemas_may_be_and_how_many_tools_there_may_be(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.server.openai_chat.MAX_TOOLS", 20)
+    monkeypatch.setattr("runner.server.openai_chat_body.MAX_TOOLS", 20)
     around = 4 if path in ("/v1/chat/completions", "/api/chat") else 3  # levels of the request above a schema
     with Running([ToldBackend(lambda prompt, order: "yes")]) as server:
         for levels, status in ((MAX_DEPTH - around, 200), (MAX_DEPTH - around + 1, 400), (50_000, 400)):
