@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 
 from runner.cache.kv import ChunkedKVCache, History, JoinedKVCache, KVCache, RotatingKVCache
-from runner.cache.mark import Edge, Mark
+from runner.cache.mark import Edge, Marks
 from runner.cache.recurrent import StateCache
-from runner.cache.storage import PLAIN, Powers, Storage, capacity, cut, gathered
+from runner.cache.storage import PLAIN, Powers, Storage, capacity
 from runner.config.memory import Memory, Rows, Shared, State
 
 Cache = KVCache | StateCache
@@ -27,23 +27,6 @@ class SharedCache:
     def history(self) -> History:
         """What the owner's attention saw in this pass."""
         return self.owner.history
-
-
-class Marks(NamedTuple):
-    """A place that all caches can come back to: a mark of each."""
-
-    offset: int
-    marks: tuple[Mark, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays that are kept for it."""
-        return sum(mark.nbytes for mark in self.marks)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """The arrays that are kept for it, for `mx.eval`."""
-        return [array for mark in self.marks for array in mark.arrays.values()]
 
 
 class Caches(Sequence[Cache]):
@@ -207,28 +190,6 @@ class Caches(Sequence[Cache]):
 def keeps_all(cache: Cache) -> TypeGuard[KVCache]:
     """Whether a cache keeps a row of every token, so that it can go back to each of them."""
     return isinstance(cache, KVCache) and not cache.forgets
-
-
-def part(edge: Edge, first: int, last: int) -> Edge:
-    """The rows of `edge` from token `first` up to `last`: views."""
-    start, end = first - edge.first, last - edge.first
-    return Edge(first, last, tuple({name: cut(array, start, end) for name, array in r.items()} for r in edge.rows))
-
-
-def copied(edge: Edge) -> Edge:
-    """A copy in memory that nothing else holds."""
-    return edge._replace(rows=tuple({name: gathered([array]) for name, array in r.items()} for r in edge.rows))
-
-
-def joined(edges: Sequence[Edge]) -> Edge:
-    """One edge of those that follow on each other, all of which have the same powers: a copy."""
-    first, last = edges[0], edges[-1]
-    rows = zip(*(edge.rows for edge in edges), strict=True)
-    return Edge(
-        first.first,
-        last.last,
-        tuple({name: gathered([one[name] for one in each]) for name in each[0]} for each in rows),
-    )
 
 
 def agreeing(edges: Sequence[Edge]) -> int:

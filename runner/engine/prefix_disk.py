@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from runner.cache.caches import Caches, agreeing, joined
+from runner.cache.caches import Caches, agreeing
 from runner.cache.mark import Edge
 from runner.engine.prefix_files import Listed, PrefixFiles, Stored
 from runner.engine.prefix_tree import Node, alike
@@ -98,7 +98,7 @@ class PrefixDisk:
                 edges.append(node.edge)
         if sum(edge.last - edge.first for edge in edges) != run[-1].end - run[0].start or agreeing(edges) < len(edges):
             return None
-        return joined(edges)
+        return edges[0].joined(edges[1:])
 
     def restore(self, node: Node, read: dict[Stored, Edge]) -> Edge | None:
         """The rows of a file, and its marks to memory; None: it was lost, and with it part of the tree."""

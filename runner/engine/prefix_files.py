@@ -29,8 +29,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from runner.cache.caches import Caches, Marks, keeps_all
-from runner.cache.mark import Edge, Mark
+from runner.cache.caches import Caches, keeps_all
+from runner.cache.mark import Edge, Mark, Marks
 from runner.checkpoint.safetensors_header import ShardHeader, read_header
 from runner.checkpoint.shard_writer import bytes_of
 from runner.engine.background import Background

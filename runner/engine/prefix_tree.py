@@ -9,8 +9,8 @@ import bisect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from runner.cache.caches import Caches, Marks, copied, part
-from runner.cache.mark import Edge
+from runner.cache.caches import Caches
+from runner.cache.mark import Edge, Marks
 
 if TYPE_CHECKING:
     from runner.engine.prefix_files import Stored
@@ -161,8 +161,8 @@ class Node:
         upper.lines, upper.used, upper.file = set(self.lines), self.used, self.file
         if self.edge is not None:
             middle = upper.end
-            upper.edge = copied(part(self.edge, self.start, middle))
-            self.edge = copied(part(self.edge, middle, self.end))
+            upper.edge = self.edge.part(self.start, middle).copied()
+            self.edge = self.edge.part(middle, self.end).copied()
         self.parent, self.start, self.ids = upper, upper.end, self.ids[count:]
         upper.children[self.ids[0]] = self
         return upper

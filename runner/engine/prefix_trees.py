@@ -12,7 +12,8 @@ from collections.abc import Hashable, Iterable, Iterator
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches, Marks
+from runner.cache.caches import Caches
+from runner.cache.mark import Marks
 from runner.engine.prefix_tree import Kept, Node
 
 

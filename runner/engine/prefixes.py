@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches, agreeing, copied, part
+from runner.cache.caches import Caches, agreeing
 from runner.cache.mark import Edge
 from runner.engine.prefix_tree import Found, Kept, Node, alike
 from runner.engine.prefix_trees import Oldest, Trees, marks_above
@@ -298,7 +298,7 @@ class Prefixes:
                 if (edge := self._restored_from(node, read)) is None:
                     return None
                 self._restored += last - node.start
-            pieces.append(part(edge, node.start, last))
+            pieces.append(edge.part(node.start, last))
         return pieces[::-1] or [self._new_caches().rows(0, found.common)]
 
     def _restored_from(self, node: Node, read: dict[Stored, Edge]) -> Edge | None:
@@ -361,7 +361,7 @@ class Prefixes:
             if not (node.children or node.lines or node.file or (own and (wanted or not self._trees.keeps_rows))):
                 self._trees.remove(node)
             elif not self._trees.covered(node):
-                node.edge = copied(kept.caches.rows(node.start, node.end))
+                node.edge = kept.caches.rows(node.start, node.end).copied()
                 made += node.edge.arrays
         mx.eval(made)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
-from runner.cache.caches import Marks
+from runner.cache.mark import Marks
 from runner.engine.loaded import Loaded
 from runner.errors import UsageError
 

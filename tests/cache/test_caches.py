@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_memories import CHUNK, KINDS, WINDOW, feed, fresh, shown
 
-from runner.cache.caches import Caches, Marks, SharedCache, agreeing, copied, part
+from runner.cache.caches import Caches, SharedCache, agreeing
 from runner.cache.kv import KVCache
-from runner.cache.mark import Edge
+from runner.cache.mark import Edge, Marks
 from runner.cache.recurrent import StateCache
 from runner.config.memory import Rows, State, needed
 from runner.errors import UsageError
@@ -68,7 +68,7 @@ def test_what_was_taken_back_was_never_fed(kind: str, steps: list[tuple[str, Any
             tokens = tokens + new[:accepted]
         elif step == "mark":
             marks.append(caches.mark())
-            kept.append((marks[-1], copied(caches.rows(0, len(tokens))), tokens))
+            kept.append((marks[-1], caches.rows(0, len(tokens)).copied(), tokens))
         else:
             wanted = min(argument, len(tokens))
             place = caches.reach(wanted, marks)
@@ -85,7 +85,7 @@ def test_what_was_taken_back_was_never_fed(kind: str, steps: list[tuple[str, Any
         other = Caches.of(kinds)
         if then:
             half = len(then) // 2
-            other.hold([part(edge, 0, half), part(edge, half, len(then))], place)
+            other.hold([edge.part(0, half), edge.part(half, len(then))], place)
         feed(other, kinds, [78, 79])
         assert shown(other, kinds) == fresh(kinds, [*then, 78, 79])
 
@@ -93,9 +93,9 @@ def test_what_was_taken_back_was_never_fed(kind: str, steps: list[tuple[str, Any
 def test_rows_of_int16_are_held_together_where_their_powers_are_equal() -> None:
     rows = mx.concatenate([mx.ones((1, 1, 5, 4)), mx.full((1, 1, 1, 4), 2)], axis=2).astype(mx.int16)
     one, other = (Edge(0, 5, ({"keys": rows, "values": rows + added},)) for added in (0, 1))
-    assert agreeing([one]) == 1 and agreeing([one, copied(part(one, 2, 4)), other, one]) == 2
+    assert agreeing([one]) == 1 and agreeing([one, one.part(2, 4).copied(), other, one]) == 2
     plain = Edge(0, 6, ({"keys": rows.astype(mx.float32), "values": rows.astype(mx.bfloat16)},))
-    assert agreeing([plain, plain._replace(rows=({"keys": rows * 2.0, "values": rows * 3.0},))]) == 2
+    assert agreeing([plain, Edge(0, 6, ({"keys": rows * 2.0, "values": rows * 3.0},))]) == 2
 
 
 def test_a_recurrent_pass_can_be_taken_back_as_a_whole_but_not_in_part() -> None:

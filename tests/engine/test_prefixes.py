@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 from toy_memories import KINDS, feed, fresh, shown
 
 from runner.cache.caches import Caches
+from runner.cache.mark import Edge
 from runner.engine.prefix_files import PrefixFiles
 from runner.engine.prefix_tree import Kept, Node, alike
 from runner.engine.prefixes import Oldest, Prefixes
@@ -262,8 +263,8 @@ def test_one_turn_after_the_other_costs_no_copy(kind: str, monkeypatch: pytest.M
     prefixes, ask = made(kind)
     kept = ask(FIRST)
     prefixes.give(kept, FIRST)
-    copies: list[Node] = []
-    monkeypatch.setattr("runner.engine.prefixes.copied", lambda edge: copies.append(edge))
+    copies: list[Edge] = []
+    monkeypatch.setattr(Edge, "copied", lambda edge: copies.append(edge))
     again = ask([*FIRST, 50, 51])
     assert again is kept and again.reused == len(FIRST) and not copies
 
