@@ -216,6 +216,9 @@ class _Walk:
                 raise Indivisible(f"{full.path} ({full.cls.__name__}) belongs to all of them together")
             if sizes[0] != own[0]:
                 raise Indivisible(f"{full.path}: both its inputs and its outputs would be divided")
+            if sizes[-1] != own[-1] * self.size:
+                # Key-value heads may be the same on several ranks; what is added up may not, or it would count twice.
+                raise Indivisible(f"{full.path}: its {sizes[-1]} inputs are in fewer parts than there are ranks")
             self.summed.add(full.path)
         return divided
 
