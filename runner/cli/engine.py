@@ -67,11 +67,16 @@ def leading(**what: Any) -> Part | None:
         BackendError: another rank has not come, or has other versions.
         UsageError: the run has a model already.
     """
-    if "RUNNER_RANKS" not in os.environ:
+    if not shared_out():
         return None
     from runner.cli import rank  # only for those who are one of several
 
     return rank.lead(what)
+
+
+def shared_out() -> bool:
+    """Whether `runner launch` shares the model of this command out over several processes."""
+    return "RUNNER_RANKS" in os.environ
 
 
 def sampling_of(lm: LanguageModel, given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -10,7 +10,7 @@ import typer
 from runner.cli.sharing_options import SharingOptions
 from runner.errors import UsageError
 
-COMMANDS = ("generate", "chat", "run", "bench", "perplexity")
+COMMANDS = ("generate", "chat", "run", "serve", "bench", "perplexity")
 """Commands that can be shared out."""
 
 BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")

@@ -121,7 +121,7 @@ def supervise(place: Place, settings: Settings, backend: str, command: list[str]
             try:
                 if place.local and process.stdin is not None:
                     feed(process.stdin)
-                code = attend(server, process, settings.wait)
+                code = attend(server, process, settings.wait, ends_itself=command[0] == "serve")
             finally:
                 end(process)
                 signal.signal(signal.SIGINT, before)
@@ -189,8 +189,12 @@ def terminal_kept() -> Iterator[None]:
             termios.tcsetattr(0, termios.TCSADRAIN, mode)
 
 
-def attend(server: socket.socket, process: subprocess.Popen[bytes], wait: float) -> int | None:
-    """Lend rank 0 this process's files, and return its exit code; None if it ended without one."""
+def attend(server: socket.socket, process: subprocess.Popen[bytes], wait: float, *, ends_itself: bool) -> int | None:
+    """Lend rank 0 this process's files, and return its exit code; None if it ended without one.
+
+    Args:
+        ends_itself: whether rank 0 is told of a first SIGTERM, and ends when its answers have.
+    """
     end_of_wait = time.monotonic() + wait
     server.settimeout(0.2)
     while True:
@@ -203,6 +207,13 @@ def attend(server: socket.socket, process: subprocess.Popen[bytes], wait: float)
     with connection:
         connection.settimeout(None)
         socket.send_fds(connection, [b"f"], [0, 1, 2])
+        if ends_itself:
+
+            def ask(number: int, frame: object) -> None:
+                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+                connection.send(b"e")
+
+            signal.signal(signal.SIGTERM, ask)
         code = connection.recv(1)
         return code[0] if code else None
 

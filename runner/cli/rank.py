@@ -157,9 +157,10 @@ def _leave(launcher: int, code: int) -> NoReturn:
 
 
 def _outlive(launcher: socket.socket) -> None:
-    """End this process, and with it the others, where `runner launch` has ended."""
+    """End this process, and with it the others, where `runner launch` has ended; as by Ctrl-C, where that asks to."""
     with contextlib.suppress(OSError):
-        launcher.recv(1)
+        while launcher.recv(1):
+            os.kill(os.getpid(), signal.SIGINT)
     os._exit(1)
 
 

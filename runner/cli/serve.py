@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -54,13 +55,15 @@ def serve(
         )
     names = list(dict.fromkeys(model or ())) or [named_model(None, None)]
     models.check(names)
+    if engine.shared_out():
+        models.check_shared(names, answers)
     aliases = models.aliases(names)
     options = options_of(where, who, answers)
     from runner.server.process import listening, serve_on
     from runner.server.serving import Serving
 
     made = listening(options)  # a port that is taken is said before minutes of loading
-    local = local_models(models, dtype, activations)
+    local = local_models(models, names, dtype, activations)
     shown, words = add_models(local, names, models)
     others = {**words, **{alias: shown[name] for alias, name in aliases.items()}}
     others = {other: model for other, model in others.items() if other not in local.served}
@@ -73,7 +76,7 @@ def serve(
         raise typer.Exit(code)
 
 
-def local_models(models: ModelOptions, dtype: str | None, activations: str) -> LocalModels:
+def local_models(models: ModelOptions, names: Sequence[str], dtype: str | None, activations: str) -> LocalModels:
     """What is to hold the models; only the draft model is loaded yet."""
     from runner.config.rope import LONGEST
     from runner.ops import backend
@@ -87,7 +90,11 @@ def local_models(models: ModelOptions, dtype: str | None, activations: str) -> L
     keep = math.inf if models.keep_alive is None else models.keep_alive
     pool = Pool(models.memory, keep=keep, cache_dir=models.cache_dir, cache_size=models.cache_size)
     draft = None if models.draft is None else engine.open_model(models.draft, dtype, activations=activations)
-    return LocalModels(pool, dtype=dtype, activations=activations, context=models.context, draft=draft)
+    lead = functools.partial(engine.leading, model=names[0], dtype=dtype, activations=activations)
+    return LocalModels(
+        pool, dtype=dtype, activations=activations, context=models.context, draft=draft,
+        lead=lead if engine.shared_out() else None,
+    )  # fmt: skip
 
 
 def add_models(local: LocalModels, names: Sequence[str], models: ModelOptions) -> tuple[dict[str, str], dict[str, str]]:

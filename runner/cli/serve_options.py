@@ -196,6 +196,21 @@ class ModelOptions:
             if name not in names:
                 raise UsageError(f"--pin {name}: none of the models that are served ({', '.join(names)})")
 
+    def check_shared(self, names: Sequence[str], answers: AnswerOptions) -> None:
+        """Refuse what cannot be done with a model that is shared out over processes; raises UsageError."""
+        given = {
+            "a second model": len(names) > 1,
+            "--adapter": self.adapter,
+            "--draft": self.draft is not None,
+            "--allow-pull": self.allow_pull,
+            "--keep-alive": self.keep_alive is not None,
+            "--cache-dir": self.cache_dir is not None,
+            "--on-engine-failure restart": answers.on_engine_failure == "restart",
+        }
+        for name, is_given in given.items():
+            if is_given:
+                raise UsageError(f"a model that is shared out over processes is served alone: leave out {name}")
+
     def aliases(self, names: Sequence[str]) -> dict[str, str]:
         """Other names of the models `names`; raises UsageError."""
         result: dict[str, str] = {}

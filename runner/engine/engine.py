@@ -63,8 +63,10 @@ class Worker:
     def __init__(
         self, loaded: Loaded, budget: Budget, rows: int, prefixes: int, disk: Disk | None, *, loose: bool = False
     ) -> None:
-        if loaded.part is not None:
-            raise UsageError("a model that is shared out over processes answers one request at a time")
+        if loaded.part is not None and disk is not None:
+            raise UsageError(
+                "a model that is shared out over processes keeps no prefixes on disk: it has parts of them"
+            )
         self.loaded = loaded
         self.budget = budget
         self.weights = loaded.nbytes
@@ -237,6 +239,8 @@ class Engine:
         else:
             self.budget = Budget(memory)
         self.budget.weights = sum(loaded.nbytes for loaded in named.values())
+        for loaded in named.values():
+            self._room(loaded, self.budget.room)
         if self.budget.room <= 0:
             raise UsageError(
                 f"the weights take {self.budget.weights / 1e6:.1f} MB, and {self.budget.limit / 1e6:.1f} MB are allowed"
@@ -332,7 +336,7 @@ class Engine:
                     f"the weights of {name!r} take {weights / 1e6:.1f} MB, and {max(budget.room, 0) / 1e6:.1f} MB of "
                     f"{budget.limit / 1e6:.1f} MB are free"
                 )
-            worker = self._worker_of(loaded, budget.room - weights, loose=loose)
+            worker = self._worker_of(loaded, self._room(loaded, budget.room - weights), loose=loose)
             budget.weights += weights
             budget.loose += worker.loose
             for holder in budget.holders:
@@ -348,6 +352,14 @@ class Engine:
         worker.close(UsageError(f"the model {name!r} was removed"))
         OWNER.finish(worker.leave)
         self._workers = {other: one for other, one in self._workers.items() if other != name}
+
+    def _room(self, loaded: Loaded, room: int) -> int:
+        """Of `room` bytes beside the weights, those that may be used: as many as other processes' parts leave."""
+        if loaded.part is None:
+            return room
+        found = loaded.part.room(self.budget.limit, room, loaded.footprint)
+        self.budget.limit -= room - found
+        return found
 
     def _worker_of(self, loaded: Loaded, room: int, *, loose: bool = False) -> Worker:
         """What computes with a model beside whose weights there are `room` bytes."""

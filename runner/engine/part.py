@@ -11,6 +11,7 @@ import mlx.core as mx
 from runner.cache.caches import Caches
 from runner.config.base import Config
 from runner.config.memory import Memory
+from runner.engine.budget import Footprint
 from runner.families import Model
 from runner.ops.device import Device
 from runner.weights.plan import ModulePlan
@@ -96,4 +97,16 @@ class Part(Protocol):
 
         Args:
             memories: what each layer of the whole model remembers.
+        """
+
+    def room(self, limit: int, room: int, footprint: Footprint) -> int:
+        """Bytes for caches in this process, so that those that go with them in the others have room there.
+
+        Args:
+            limit: bytes that a process may take at most.
+            room: bytes that this one has beside its weights.
+            footprint: of this process's caches.
+
+        Raises:
+            UsageError: a process has no memory beside its weights.
         """

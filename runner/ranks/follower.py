@@ -6,25 +6,27 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches, Marks
+from runner.cache.caches import Caches
+from runner.cache.mark import Edge, Marks
 from runner.cache.several import Memories as Given
 from runner.cache.several import SeveralCaches
+from runner.engine.budget import Footprint
 from runner.engine.loaded import Loaded
 from runner.engine.part import Memories, Own, Whole
-from runner.engine.prompt_cache import BUDGET
 from runner.errors import RunnerError
 from runner.families import Model
 from runner.nn.batch import Batch, Segment
 from runner.ops.device import Device
 from runner.ops.exchange import CODES, Exchange
+from runner.ops.memory import capacity
 from runner.ops.owner import OWNER
 from runner.ranks.link import ENDED, Link, Message
-from runner.ranks.part import Held, fingerprint, held, without_recording
+from runner.ranks.part import Held, fingerprint, held, sizes, without_recording
 from runner.ranks.settings import Settings
 from runner.weights.loading import read_nbytes
 from runner.weights.plan import ModulePlan
@@ -60,7 +62,11 @@ class Follower:
             while True:
                 self.exchange.reset()
                 engine = load(message, self)
-                self.link.send(loaded=read_nbytes(engine.model, engine.layout))
+                self.link.send(
+                    loaded=read_nbytes(engine.model, engine.layout),
+                    available=capacity(engine.device.mlx),
+                    caches=sizes(engine.footprint),
+                )
                 message = engine.run(_Passes(self, engine).run)
                 engine.close()
         except (RunnerError, OSError) as error:
@@ -102,6 +108,10 @@ class Follower:
         """See `Part.caches`."""
         return caches
 
+    def room(self, limit: int, room: int, footprint: Footprint) -> int:
+        """See `Part.room`; rank 0 decides."""
+        return room
+
     @property
     def reads_ids(self) -> bool:
         """Whether this rank needs the ids of tokens."""
@@ -115,7 +125,8 @@ class _Passes:
         self._follower = follower
         self._engine = engine
         self._caches: dict[int, Caches] = {}
-        self._marks: dict[int, list[Marks]] = {}
+        self._marks: dict[int, Marks] = {}
+        self._edges: dict[int, Edge] = {}
         self._done = 0
 
     def run(self) -> Message:
@@ -134,40 +145,57 @@ class _Passes:
             rows = mx.zeros(tuple(message["shape"]), CODES[message["dtype"]])
             mx.async_eval(self._engine.model.logits(self._follower.exchange.from_first(rows)))
         elif do == "sent":
-            self._follower.link.send(sent=self._follower.exchange.sent)
+            kept = len(self._caches) + len(self._marks) + len(self._edges)
+            self._follower.link.send(sent=self._follower.exchange.sent, kept=kept)
+        elif do == "drop":
+            for name in message["names"]:
+                for held in (self._caches, self._marks, self._edges):
+                    held.pop(name, None)  # those of an earlier model went with it
         elif do == "new":
             self._caches[message["caches"]] = self._engine.new_caches()
-            self._marks[message["caches"]] = []
-        elif do == "drop":
-            for handle in message["caches"]:
-                self._caches.pop(handle, None)  # those of an earlier model went with it
-                self._marks.pop(handle, None)
+        elif do in ("part", "joined"):
+            self._cut(do, message)
         else:
-            self._move(do, self._caches[message["caches"]], self._marks[message["caches"]], message)
+            self._move(do, self._caches[message["caches"]], message)
 
-    def _move(self, do: str, caches: Caches, marks: list[Marks], message: Message) -> None:
+    def _move(self, do: str, caches: Caches, message: Message) -> None:
         """What is done to caches between passes."""
         if do == "reserve":
             caches.reserve(message["count"])
         elif do == "mark":
-            made = caches.mark()
+            self._marks[message["made"]] = made = caches.mark()
             mx.eval(made.arrays)
-            marks[:] = [other for other in marks if other.offset != made.offset] + [made]
-            # As rank 0 does: the oldest go first. Where its have less, both can still say where they can be.
-            while len(marks) > 1 and sum(other.nbytes for other in marks) > BUDGET:
-                del marks[0]
         elif do == "reach":
-            self._follower.link.send(offset=caches.reach(message["offset"], marks))
+            place = caches.reach(message["offset"], self._named(message["marks"]))
+            self._follower.link.send(offset=place)
         elif do == "rewind":
-            if message["offset"]:
-                caches.rewind(message["offset"], marks)
-            else:
-                caches.clear()
+            caches.rewind(message["offset"], self._named(message["marks"]))
+        elif do == "clear":
+            caches.clear()
+        elif do == "rows":
+            self._edges[message["made"]] = caches.rows(message["first"], message["last"])
+        elif do == "hold":
+            marks = self._named(message["marks"])
+            caches.hold([self._edges[name] for name in message["edges"]], marks[0] if marks else None)
+            mx.eval(caches.arrays)  # now, before anybody writes into what is copied
         else:
             raise ValueError(f"rank 0 says {do!r}, which means nothing here")
 
+    def _named(self, names: Sequence[int]) -> list[Marks]:
+        return [self._marks[name] for name in names]
+
+    def _cut(self, do: str, message: Message) -> None:
+        """Make rows of others: views, or copies."""
+        edge = self._edges[message["edge"]]
+        if do == "part":
+            made = edge.part(message["first"], message["last"])
+        else:
+            made = edge.joined([self._edges[name] for name in message["others"]])
+            mx.eval(made.arrays)  # now, before anybody writes into what is copied
+        self._edges[message["made"]] = made
+
     def _pass(self, message: Message) -> None:
-        each = [self._caches[handle] for handle in message["caches"]]
+        each = [self._caches[name] for name in message["caches"]]
         counts, shape = message["counts"], tuple(message["shape"])
         caches: Given = each[0] if counts is None else SeveralCaches(each, counts)
         # Only their shape counts, unless layers look ids up themselves.

@@ -11,29 +11,31 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from runner.cache.caches import Caches, Marks
-from runner.cache.mark import Edge
+from runner.cache.caches import Caches
 from runner.cache.several import Memories as Given
 from runner.cache.several import SeveralCaches
-from runner.config.memory import Rows, State
+from runner.engine.budget import Footprint
 from runner.engine.part import Memories, Own, Whole
 from runner.errors import BackendError, UsageError
 from runner.families import Model
 from runner.nn.batch import Batch
 from runner.ops.device import Device
 from runner.ops.exchange import CODES, Exchange
+from runner.ranks.led import Led, LedCaches
 from runner.ranks.link import ENDED, GONE, Link, Lost, Message, read_message
-from runner.ranks.part import Held, difference, fingerprint, flat, held, without_recording
-from runner.ranks.settings import Settings
-from runner.weights.module import Module
+from runner.ranks.part import Held, difference, fingerprint, held, room_beside, sizes, without_recording
+from runner.ranks.settings import PIPELINE, Settings
 from runner.weights.plan import ModulePlan
 from runner.weights.tags import Header
+
+T = TypeVar("T")
 
 GRACE = 0.7
 """Seconds after the first sign of a failure until it is told: the rank that died is named, not those that it took down.
@@ -79,6 +81,7 @@ class Leader:
         self.elsewhere = 0
         self.whole: ModulePlan | None = None
         self.loaded: list[int] = []  # bytes of weights that each other rank has read
+        self._ready: list[Message] = []  # what each said then
         self._fail = fail
         self._versions = versions
         self._losses: list[tuple[Peer, str]] = []
@@ -86,9 +89,8 @@ class Leader:
         self._closed = False
         self._held: Held | None = None
         self._fingerprint: dict[str, str] = {}
-        self._caches = 0  # how many there have been
-        self._known: weakref.WeakKeyDictionary[Caches, int] = weakref.WeakKeyDictionary()
-        self._dropped: list[int] = []
+        self._named = 0  # how many caches, marks and rows there have been
+        self._dropped: deque[int] = deque()  # those that are gone, of which the others have not been told yet
         self._peers: list[Peer] = []
         with socket.create_server((settings.host, settings.port), backlog=settings.size) as server:
             self._gather(server, warned)
@@ -173,7 +175,10 @@ class Leader:
         """
         if self._closed:
             raise BackendError("the run of several processes is over: nothing can be computed any more")
+        dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
         for peer in self._peers:
+            if dropped:
+                peer.link.send(do="drop", names=dropped)
             peer.link.send(**message)
 
     def answers(self) -> list[Message]:
@@ -184,6 +189,11 @@ class Leader:
         """Bytes that each rank has sent for the model, from rank 0 on."""
         self.tell(do="sent")
         return [self.exchange.sent, *(answer["sent"] for answer in self.answers())]
+
+    def kept(self) -> list[int]:
+        """How many caches, marks and rows each other rank holds."""
+        self.tell(do="sent")
+        return [answer["kept"] for answer in self.answers()]
 
     # What loading asks: `runner.engine.part.Part`.
 
@@ -225,35 +235,43 @@ class Leader:
 
     def led(self, model: Model) -> Model:
         """See `Part.led`: waits until all have read their parts."""
-        self.loaded = [answer["loaded"] for answer in self.answers()]
+        self._ready = self.answers()
+        self.loaded = [answer["loaded"] for answer in self._ready]
         return Led(model, self)
 
     def caches(self, caches: Caches, memories: Memories) -> Caches:
         """See `Part.caches`."""
-        return LedCaches(caches, memories, self)
+        # By tensors, all ranks remember the same of each layer; in a pipeline, one may forget what another has.
+        alike = self.settings.mode != PIPELINE
+        return self.named(lambda name: LedCaches(caches, memories, self, name, alike=alike))
+
+    def room(self, limit: int, room: int, footprint: Footprint) -> int:
+        """See `Part.room`."""
+        own = sizes(footprint)
+        for peer, answer in zip(self._peers, self._ready, strict=True):
+            found = room_beside(limit, answer, own)
+            if found <= 0:
+                raise UsageError(f"{peer} has no memory beside its weights for what requests need")
+            room = min(room, found)
+        return room
 
     # What a model and its caches do.
 
-    def handle(self, caches: Caches) -> int:
-        """The number by which all ranks know these caches; told with the first message that names it."""
-        if caches not in self._known:
-            self._caches += 1
-            self._known[caches] = self._caches
-            weakref.finalize(caches, self._dropped.append, self._caches)
-            self.tell(do="new", caches=self._caches)
-        return self._known[caches]
+    def named(self, make: Callable[[int], T]) -> T:
+        """What `make` makes of a new number, by which all ranks know caches, marks or rows until it is gone here."""
+        self._named += 1
+        made = make(self._named)
+        weakref.finalize(made, self._dropped.append, self._named).atexit = False
+        return made
 
     def passed(self, batch: Batch, caches: Given) -> Batch:
         """Tell the others of a pass, and return it with the ids that all have."""
         if batch.mask is not None or isinstance(batch.offset, mx.array):
             raise UsageError("a batch with a mask or with offsets of its own cannot be shared out over processes")
-        dropped, self._dropped[:] = list(self._dropped), []
-        if dropped:
-            self.tell(do="drop", caches=dropped)
         several = isinstance(caches, SeveralCaches)
         self.tell(
             do="pass",
-            caches=[self.handle(each) for each in caches.each],
+            caches=[one.name for one in caches.each if isinstance(one, LedCaches)],
             counts=list(caches.counts) if isinstance(caches, SeveralCaches) else None,
             shape=list(batch.ids.shape),
             offset=None if several else batch.offset,
@@ -270,75 +288,3 @@ class Leader:
             return hidden
         self.tell(do="logits", shape=list(hidden.shape), dtype=CODES.index(hidden.dtype))
         return self.exchange.from_first(hidden)
-
-
-@dataclass(repr=False)
-class Led(Module):
-    """A model whose other parts are elsewhere: what it is asked, the other ranks are told."""
-
-    model: Model
-    leader: Leader
-
-    def __call__(self, batch: Batch, caches: Given) -> mx.array:
-        hidden = self.model(self.leader.passed(batch, caches), caches)
-        # Begun at once: the others have begun, too, and wait for what this rank sends.
-        mx.async_eval(hidden)
-        return hidden
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        return self.model.logits(self.leader.asked(hidden))
-
-
-class LedCaches(Caches):
-    """Caches of rank 0's layers; those of the other ranks go forward and back with them."""
-
-    def __init__(self, own: Caches, memories: Memories, leader: Leader) -> None:
-        super().__init__(own.layers, list(own))
-        self._leader = leader
-        every = flat(memories)
-        endless = [isinstance(m, Rows) and m.window is None and m.chunk is None for m in every]
-        self._forgets = any(isinstance(m, State | Rows) and not e for m, e in zip(every, endless, strict=True))
-        self._endless = any(endless)
-
-    def _told(self, do: str, **message: Any) -> None:
-        self._leader.tell(do=do, caches=self._leader.handle(self), **message)
-
-    @property
-    def needs_marks(self) -> bool:
-        return self._forgets
-
-    @property
-    def keeps_rows(self) -> bool:
-        return self._endless
-
-    def reserve(self, count: int) -> None:
-        self._told("reserve", count=count)
-        super().reserve(count)
-
-    def mark(self) -> Marks:
-        self._told("mark")
-        return super().mark()
-
-    def reach(self, offset: int, marks: Sequence[Marks] = ()) -> int:
-        place = super().reach(offset, marks)
-        while place:
-            self._told("reach", offset=place)
-            lower = min(answer["offset"] for answer in self._leader.answers())
-            if lower >= place:
-                break
-            place = super().reach(lower, marks)
-        return place
-
-    def rewind(self, offset: int, marks: Sequence[Marks] = ()) -> None:
-        self._told("rewind", offset=offset)
-        super().rewind(offset, marks)
-
-    def clear(self) -> None:
-        self._told("rewind", offset=0)
-        super().clear()
-
-    def rows(self, first: int, last: int) -> Edge:
-        raise UsageError("rows of caches that are shared out over processes cannot be kept apart from them")
-
-    def hold(self, edges: Sequence[Edge], marks: Marks | None = None) -> None:
-        raise UsageError("caches that are shared out over processes cannot take over rows")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.config.memory import Memory
+from runner.engine.budget import SHARE, Footprint
 from runner.engine.part import Own, Whole
 from runner.errors import UsageError
 from runner.nn.stages import HEAD, LAYERS, NORM, TABLE, reads_ids, shared_out, staged
@@ -21,6 +22,9 @@ from runner.weights.division import Divider, Parts
 from runner.weights.loading import planned_nbytes
 from runner.weights.plan import ModulePlan, plan
 from runner.weights.tags import Header
+
+LENGTHS = (1, 1 << 12, 1 << 16)
+"""Tokens of the sequences whose caches ranks compare."""
 
 IDS = 4
 """Bytes of a token's id, as it is sent."""
@@ -137,6 +141,25 @@ def difference(mine: Mapping[str, str], other: Mapping[str, str]) -> str | None:
         if other.get(name) != value:
             return f"its {name} differs from rank 0's: {other.get(name)}, not {value}"
     return None
+
+
+def sizes(footprint: Footprint) -> list[int]:
+    """Bytes that the caches of a sequence take in one rank, for some lengths."""
+    return [footprint.of(tokens) for tokens in LENGTHS]
+
+
+def room_beside(limit: int, ready: Mapping[str, Any], own: Sequence[int]) -> int:
+    """Bytes that rank 0's caches may take, so that another rank's have room beside its weights.
+
+    Args:
+        limit: bytes that a process may take at most.
+        ready: what the other rank has said when it was ready.
+        own: the `sizes` of rank 0.
+    """
+    memory = ready["available"]
+    most = limit if memory is None else min(limit, int(memory * SHARE))
+    ratio = max(there / here for there, here in zip(ready["caches"], own, strict=True))
+    return int((most - ready["loaded"]) / ratio)
 
 
 def without_recording(device: Device) -> Device:

@@ -34,6 +34,7 @@ from runner.weights.plan import count_by_form
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles
+    from runner.engine.part import Part
 
 
 class LocalModels:
@@ -53,12 +54,14 @@ class LocalModels:
         activations: str = EXACT,
         context: int | None = None,
         draft: LanguageModel | None = None,
+        lead: Callable[[], Part | None] | None = None,
     ) -> None:
         """Begin without any.
 
         Args:
             dtype: that of `runner.load`, for all models, like `activations` and `context`.
             draft: a model that guesses tokens for all of them; it stays loaded.
+            lead: gives this process's part of the only model, which is shared out over several; None: it has all.
         """
         self.pool = pool
         self.served: dict[str, Served] = {}
@@ -67,6 +70,7 @@ class LocalModels:
         self._dtype = dtype
         self._activations = activations
         self._context = context
+        self._lead = lead
         self.draft = draft
         if draft is not None:
             pool.fix(draft.nbytes)
@@ -110,6 +114,8 @@ class LocalModels:
                 raise UsageError(f"{self.draft.name} cannot guess for {name}: {error}") from error
         opened = self._opened(files, tokenizer, adapters or {})
         nbytes = facts.nbytes + sum(header.nbytes for one in opened for header in one.source.headers.values())
+        if self._lead is not None:
+            nbytes, pinned = 0, True  # how much of it this process has, loading finds; the others have theirs
         specs = {str(path): 0.0 for path in (adapters or {}).values()}
         slot = self.pool.add(name, nbytes, lambda: self._load(path, facts, specs), pinned=pinned)
         shared = bool(adapters)
@@ -155,7 +161,7 @@ class LocalModels:
     def _load(self, path: Path, facts: Facts, adapters: Mapping[str, float]) -> LanguageModel:
         lm = runner.load(
             path, dtype=self._dtype, adapters=adapters, context_length=self._context, activations=self._activations,
-            progress=self.progress,
+            progress=self.progress, part=None if self._lead is None else self._lead(),
         )  # fmt: skip
         for note in lm.notes:
             if note not in self.notes:

@@ -1,14 +1,19 @@
 """One process of a run over every fixture: rank 0 compares what all compute together with what it computes alone.
 
-    python rank_worker.py RESULTS TOKENS FIXTURE ...
+    python rank_worker.py RESULTS TOKENS REQUESTS FIXTURE ...
+
+REQUESTS, where it is not 0, are answered besides, several at once, by the engine of a server.
 
 with `RUNNER_RANKS`, `MLX_RANK` and `MLX_HOSTFILE` in the environment. Rank 0 writes a line of JSON for each fixture.
 """
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +24,13 @@ import numpy as np
 from runner.checkpoint.model_files import open_files
 from runner.cli.rank import follow, versions
 from runner.engine.dtypes import choose
+from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.engine.part import Whole
 from runner.engine.prefill import prefill
 from runner.engine.replay import Steps
+from runner.engine.sampler import Token
+from runner.engine.sampling import SamplingParams
 from runner.errors import UsageError
 from runner.families import find
 from runner.ops.device import current
@@ -54,6 +62,34 @@ def answered(engine: Loaded, tokens: int) -> tuple[list[int], np.ndarray]:
     return found, np.stack(rows)
 
 
+def served(engine: Loaded, requests: int) -> tuple[list[list[Token]], int]:
+    """Answers to requests that begin alike, up to three at once, and how many tokens of them were not read again.
+
+    Few bytes are kept of earlier ones, so that some go, and others are copied.
+    """
+    draw = random.Random(0)
+    begun = [draw.choices(range(1, 31), k=24) for _ in range(3)]
+    params = SamplingParams(temperature=0.0, logprobs=0)
+    found: list[list[Token]] = []
+    with Engine(engine, memory=1 << 30, prefixes=int(engine.footprint.of(1) * 2.5)) as answering:
+        while len(found) < requests:
+            waiting = []
+            for _ in range(min(draw.randint(1, 3), requests - len(found))):
+                at = draw.choice((6, 12, 18, 24))
+                prompt = [*draw.choice(begun)[:at], *draw.choices(range(1, 31), k=draw.randint(1, 9))]
+                waiting.append(answering.submit(prompt, params, max_tokens=draw.randint(1, 6), turns=(at,)))
+            found += [list(ticket) for ticket in waiting]
+        return found, answering.status().prefixes.reused
+
+
+def distance(ones: list[list[Token]], others: list[list[Token]]) -> float:
+    """How far apart the log-probabilities of the same answers are; infinite where the answers differ."""
+    pairs = [pair for one, other in zip(ones, others, strict=True) for pair in itertools.zip_longest(one, other)]
+    if any(one is None or other is None or one.id != other.id for one, other in pairs):
+        return float("inf")
+    return max((abs(one.logprob - other.logprob) for one, other in pairs), default=0.0)
+
+
 def expected(path: Path, settings: Settings) -> list[Held]:
     """What each rank should hold and send, from headers alone."""
     files = open_files(path)
@@ -67,22 +103,31 @@ def expected(path: Path, settings: Settings) -> list[Held]:
     return [held(whole, settings, Exchange(rank, settings.size)) for rank in range(settings.size)]
 
 
-def compared(path: Path, leader: Leader, tokens: int) -> dict[str, Any]:
+def compared(path: Path, leader: Leader, tokens: int, requests: int) -> dict[str, Any]:
     """What comes of one fixture."""
     try:
-        wanted = expected(path, leader.settings)
+        wanted = OWNER.run(lambda: expected(path, leader.settings))
     except UsageError as error:
         return {"refused": str(error)}
-    alone_tokens, alone = answered(open_loaded(path), tokens)
-    leader.begin(model=str(path), dtype=None, activations="exact")
-    files = open_files(path)
-    engine = assemble(files.config, files.source, part=leader)
-    before = leader.sent()  # on loading, models look at how large keys are
-    found_tokens, found = answered(engine, tokens)
+    single = OWNER.run(lambda: open_loaded(path))
+    alone_tokens, alone = OWNER.run(lambda: answered(single, tokens))
+
+    def shared() -> Loaded:
+        leader.begin(model=str(path), dtype=None, activations="exact")
+        files = open_files(path)
+        return assemble(files.config, files.source, part=leader)
+
+    engine = OWNER.run(shared)
+    before = OWNER.run(leader.sent)  # on loading, models look at how large keys are
+    found_tokens, found = OWNER.run(lambda: answered(engine, tokens))
+    after = OWNER.run(leader.sent)
     deviation = float(np.std(alone)) or 1.0
     passes = len(PROMPT) + tokens - 1
     # Of a table and a head that are stored apart, the files alone do not say whether they are equal and so one.
     twins = any(array.same_as is not None for array in engine.part.whole.arrays())
+    several = [served(one, requests) for one in (single, engine)] if requests else [([], 0)] * 2
+    gc.collect()
+    OWNER.run(leader.sent)  # tells of what is gone, too
     return {
         "twins": twins,
         "tokens": found_tokens == alone_tokens,
@@ -90,8 +135,11 @@ def compared(path: Path, leader: Leader, tokens: int) -> dict[str, Any]:
         "error": float(np.abs(found - alone).max()) / deviation,
         "held": [read_nbytes(engine.model.model, engine.layout), *leader.loaded],
         "held_said": [each.nbytes for each in wanted],
-        "sent": [after - there for after, there in zip(leader.sent(), before, strict=True)],
+        "sent": [there - here for there, here in zip(after, before, strict=True)],
         "sent_said": [each.sends * passes + each.draws * tokens for each in wanted],
+        "served": distance(several[0][0], several[1][0]) / deviation,
+        "reused": several[1][1],
+        "kept": max(OWNER.run(leader.kept)),
     }
 
 
@@ -99,7 +147,7 @@ def main() -> None:
     settings, rank = Settings.from_json(os.environ[VARIABLE]), int(os.environ["MLX_RANK"])
     if rank:
         follow(settings, rank)
-    results, tokens, *fixtures = sys.argv[1:]
+    results, tokens, requests, *fixtures = sys.argv[1:]
 
     def fail(message: str) -> None:
         with Path(results).open("a") as lost:
@@ -111,7 +159,7 @@ def main() -> None:
         for fixture in fixtures:
             path = Path(fixture)
             try:
-                found = OWNER.run(lambda path=path: compared(path, leader, int(tokens)))
+                found = compared(path, leader, int(tokens), int(requests))
             except Exception as error:
                 found = {"raised": f"{type(error).__name__}: {error}"}
             lines.write(json.dumps({"path": path.name, **found}) + "\n")

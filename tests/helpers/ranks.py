@@ -20,7 +20,14 @@ WORKER = TESTS / "helpers" / "rank_worker.py"
 
 
 def over_fixtures(
-    folder: Path, fixtures: Sequence[Path], *, size: int, mode: str, tokens: int, patience: float = 300
+    folder: Path,
+    fixtures: Sequence[Path],
+    *,
+    size: int,
+    mode: str,
+    tokens: int,
+    requests: int = 0,
+    patience: float = 300,
 ) -> list[dict[str, Any]]:
     """What `rank_worker` finds for each fixture, with `size` processes."""
     first = free_ports(size + 1)
@@ -34,7 +41,7 @@ def over_fixtures(
         "MLX_HOSTFILE": str(hosts),
         "PYTHONPATH": str(ROOT),
     }
-    arguments = [sys.executable, str(WORKER), str(results), str(tokens), *map(str, fixtures)]
+    arguments = [sys.executable, str(WORKER), str(results), str(tokens), str(requests), *map(str, fixtures)]
     processes = [
         subprocess.Popen(arguments, env={**environment, "MLX_RANK": str(rank)}, stderr=subprocess.PIPE)
         for rank in range(size)

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def served(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """A server on a free port; its process, address and lines on stderr."""
-    command = [sys.executable, "-m", "runner", "serve", *words]
+def served(
+    *words: str, launched: tuple[str, ...] = (), **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """A server on a free port, by itself or as `launched` says; its process, address and lines on stderr."""
+    command = [sys.executable, "-m", "runner", *launched, "serve", *words]
     env = {**os.environ, **environment}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         lines: list[str] = []

@@ -10,6 +10,9 @@ import pytest
 from places import TESTS
 from ranks import over_fixtures
 
+from runner.inspect_model import inspect_ranks
+from runner.ranks.settings import TENSOR, Settings
+
 EVERY = sorted(path.parent for path in TESTS.glob("fixtures/*/*/config.json"))
 FEW = [
     TESTS / "fixtures" / name
@@ -24,7 +27,7 @@ ONE = [TESTS / "fixtures" / "llama" / "llama-gqa"]
 """Sums over ranks are slow where processes share two cores: the others are left to the long tier."""
 
 
-def checked(found: Sequence[dict[str, Any]], *, exact: bool) -> int:
+def checked(found: Sequence[dict[str, Any]], *, exact: bool, requests: int = 0) -> int:
     """How many fixtures could be shared out; each of them must have given what it gives alone."""
     count = 0
     for one in found:
@@ -38,17 +41,25 @@ def checked(found: Sequence[dict[str, Any]], *, exact: bool) -> int:
         assert one["equal"] if exact else one["error"] < limit, one
         assert one["sent"] == one["sent_said"], one
         assert one["held"] == one["held_said"] or one["twins"], one
+        if requests:
+            assert one["served"] < limit and one["reused"] and not one["kept"], one
     return count
 
 
 def test_a_pipeline_of_two_gives_the_same_bits(tmp_path: Path) -> None:
-    found = over_fixtures(tmp_path, FEW, size=2, mode="pipeline", tokens=4)
-    assert checked(found, exact=True) == len(FEW)
+    found = over_fixtures(tmp_path, FEW, size=2, mode="pipeline", tokens=4, requests=24)
+    assert checked(found, exact=True, requests=24) == len(FEW)
 
 
 def test_tensors_over_two_give_the_same_tokens(tmp_path: Path) -> None:
     found = over_fixtures(tmp_path, ONE, size=2, mode="tensor", tokens=2)
     assert checked(found, exact=False) == len(ONE)
+
+
+def test_heads_fewer_than_ranks_stay_whole() -> None:
+    """Were they on several ranks, sums would count them twice."""
+    reports = inspect_ranks(TESTS / "fixtures" / "llama" / "llama-rope-yarn", Settings(4, TENSOR, (), "", 0, "", 0.0))
+    assert any("its 32 inputs are in fewer parts than there are ranks" in note for note in reports[0].notes)
 
 
 @pytest.mark.long

@@ -9,13 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import own, run
 from places import TESTS
+from served_process import served
 
 from runner.cli.launching import children
+from runner.cli.serve_options import AnswerOptions, ModelOptions
+from runner.errors import UsageError
 
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
 PROMPT = ["abc", "--raw", "--temp", "0", "--max-tokens", "8"]
@@ -28,6 +33,48 @@ def test_the_answer_is_that_of_one_process() -> None:
     alone, together = (run(*how, "generate", MODEL, *PROMPT) for how in ((), ("launch", "-n", "2")))
     assert (together.returncode, own(together.stderr)) == (alone.returncode, own(alone.stderr)) == (0, "")
     assert together.stdout == alone.stdout != ""
+
+
+def test_a_file_of_prompts_is_answered_as_by_one_process(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(f"{word} and more") + "\n" for word in ("a", "ab", "abc", "abcd")))
+    arguments = ("generate", MODEL, "--file", str(file), "--raw", "--temp", "0", "--max-tokens", "8")
+    alone, together = (run(*how, *arguments) for how in ((), ("launch", "-n", "2")))
+    assert (together.returncode, together.stderr) == (alone.returncode, alone.stderr) and alone.returncode == 0
+    assert together.stdout == alone.stdout and len(alone.stdout.splitlines()) == 4
+
+
+def test_a_server_answers_as_one_process_and_ends_when_it_is_told_to() -> None:
+    asked = {"model": "llama-gqa", "prompt": "abc", "temperature": 0, "max_tokens": 8, "logprobs": 2}
+    answers = []
+    for launched in ((), ("launch", "-n", "2")):
+        with served(MODEL, "--port", "0", launched=launched) as (process, address, lines):
+            for _ in range(2):  # the second one begins with what was kept of the first
+                with urllib.request.urlopen(f"{address}/v1/completions", json.dumps(asked).encode(), 60) as reply:
+                    answers.append(json.load(reply)["choices"])
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(IN_TIME) == 0, lines
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        ({}, "a second model"),
+        ({"adapter": ["a=b"]}, "--adapter"),
+        ({"draft": "another"}, "--draft"),
+        ({"allow_pull": True}, "--allow-pull"),
+        ({"keep_alive": 5.0}, "--keep-alive"),
+        ({"cache_dir": Path("x")}, "--cache-dir"),
+        ({"restart": True}, "--on-engine-failure restart"),
+    ],
+)
+def test_what_a_shared_out_model_cannot_be_served_with_is_refused_by_name(models: dict[str, Any], words: str) -> None:
+    names = ["one"] if models else ["one", "two"]
+    answers = AnswerOptions(on_engine_failure="restart" if models.pop("restart", False) else "exit")
+    ModelOptions().check_shared(["one"], AnswerOptions())
+    with pytest.raises(UsageError, match=f"shared out over processes is served alone: leave out {words}"):
+        ModelOptions(**models).check_shared(names, answers)
 
 
 def test_what_cannot_be_started_is_refused_by_name() -> None:
