@@ -323,20 +323,6 @@ def assemble(
     return loaded
 
 
-def planned_nbytes(raw: Mapping[str, Any], source: Source, *, dtype: str | None = None) -> int:
-    """Bytes that a model's weights would take in memory; only the headers of its tensors are read.
-
-    Raises:
-        RunnerError: as `assemble`, but for what only the tensors themselves can show.
-    """
-    config_class, model_class = find(raw)
-    device = current()
-    dtypes = choose(dtype, device, raw, source.headers)
-    provided = {"ops": device.ops, "activations": dtypes.activations}
-    layout = plan(model_class, config_class.from_dict(raw), source.headers, provided)
-    return loading.planned_nbytes(layout, source.headers, dtypes.weights)
-
-
 def planned_prediction(config: Config, source: Source, provided: Mapping[str, Any]) -> ModulePlan:
     """The plan of a checkpoint's layer for multi-token prediction.
 
