@@ -197,6 +197,35 @@ def test_a_persons_way(told: ToldBackend, server: Running, tmp_path: Path) -> No
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("chromedriver") is None, reason="apt install chromium chromium-driver")
+def test_copying_and_the_keyboard_alone(told: ToldBackend) -> None:
+    other = ToldBackend(script, name="other", facts=tokenizer(THINKING, SPECIAL), context=20_000)
+    with Running([told, other]) as server, Browser() as browser:
+        browser.open(server.url)
+        assert waited(lambda: browser.text("#model").split() == ["told", "other"])
+        focus = "return document.activeElement.id"
+        assert browser.run(focus) == "text"
+        browser.keys("#text", "\ue008\ue004\ue008")  # Shift and Tab
+        assert browser.run(focus) == "toggle"
+        browser.keys("#toggle", "\ue007")  # Enter opens the settings
+        assert browser.run("return document.getElementById('settings').hidden") is False
+        browser.keys("#model", "oth")
+        browser.keys("#text", "Show me markdown\ue007")
+        assert waited(lambda: "per second" in browser.text("article.assistant .tools"), 10)
+        assert len(other.orders) == 1
+        browser.run("document.execCommand = () => window.got = document.activeElement.value")
+        for clipboard in ("{writeText: t => window.got = t}", "undefined"):
+            value = f"{{configurable: true, value: {clipboard}}}"
+            browser.run(f"window.got = null; Object.defineProperty(navigator, 'clipboard', {value})")
+            browser.run("document.querySelector('.block button').click()")
+            assert waited(lambda: browser.run("return window.got") == 'print("<b>hi</b>")')
+            browser.run("document.querySelector('article.assistant .tools button').click()")
+            assert waited(lambda: browser.run("return window.got") == ANSWER.partition("</think>")[2])
+            assert browser.text(".block button") == "Copied"
+        assert browser.complaints() == []
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("chromedriver") is None, reason="apt install chromium chromium-driver")
 def test_on_a_phone(server: Running, tmp_path: Path) -> None:
     with Browser(420, 800) as browser:
         browser.open(server.url)

@@ -28,15 +28,28 @@ const Markdown = (() => {
     return parts;
   }
 
+  // A button that copies a text. Pages of another machine's over plain HTTP, as on a phone, have no clipboard object.
+  function copier(text) {
+    const button = make("button", "Copy");
+    button.type = "button";
+    button.addEventListener("click", async () => {
+      if (navigator.clipboard) await navigator.clipboard.writeText(text);
+      else {
+        const held = make("textarea");
+        held.value = text;
+        document.body.append(held);
+        held.select();
+        document.execCommand("copy");
+        held.remove();
+      }
+      button.textContent = "Copied";
+    });
+    return button;
+  }
+
   function code(lines) {
     const text = lines.join("\n");
-    const copy = make("button", "Copy");
-    copy.type = "button";
-    copy.addEventListener("click", async () => {
-      await navigator.clipboard.writeText(text);
-      copy.textContent = "Copied";
-    });
-    const block = make("div", copy, make("pre", make("code", text)));
+    const block = make("div", copier(text), make("pre", make("code", text)));
     block.className = "block";
     return block;
   }
@@ -100,5 +113,5 @@ const Markdown = (() => {
     return made;
   }
 
-  return { blocks: (text) => blocks(text.split("\n")), make };
+  return { blocks: (text) => blocks(text.split("\n")), copier, make };
 })();

@@ -80,7 +80,7 @@ function fill(body, message) {
 
 function finish(tools, message) {
   tools.replaceChildren(
-    button("Copy", () => navigator.clipboard.writeText(message.content)),
+    Markdown.copier(message.content),
     ...(messages.at(-1) === message ? [button("Regenerate", regenerate)] : []),
     make("span", message.note || ""),
   );
