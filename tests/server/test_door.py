@@ -188,7 +188,17 @@ def test_the_log_has_no_text_of_requests(server: Running) -> None:
 
 def test_metrics(server: Running) -> None:
     headers = {"authorization": "Bearer s3cret"}
-    assert httpx2.post(f"{server.url}/v1/chat/completions", content=BODY, headers=headers).status_code == 200
+
+    def counted() -> list[float]:
+        found = dict(line.rsplit(" ", 1) for line in ask(server, "/metrics").text.splitlines() if line[:1] != "#")
+        names = ("prompt_tokens_total", "generation_tokens_total", "prefix_cache_hits_total")
+        return [float(found.get(f'{name}{{model_name="told"}}', 0)) for name in names]
+
+    before = counted()
+    usage = httpx2.post(f"{server.url}/v1/chat/completions", content=BODY, headers=headers).json()["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    added = [usage["prompt_tokens"], usage["completion_tokens"], cached]
+    assert waited(lambda: counted() == [old + new for old, new in zip(before, added, strict=True)])
     text = ask(server, "/metrics").text
     for name in (
         "num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total",
