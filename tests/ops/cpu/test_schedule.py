@@ -55,12 +55,16 @@ def grown(ops: Ops, seed: int, count: int) -> list[mx.array]:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(st.integers(0, 2**31), st.integers(1, 40), st.data())
 def test_random_graphs(ops: Ops, seed: int, count: int, data: st.DataObject) -> None:
-    """Some arrays are evaluated, some scheduled and some requested beforehand; all are right afterwards."""
+    """Some arrays are evaluated, some scheduled and some requested beforehand; what is held is right afterwards."""
     expected, found = grown(ops, seed, count), grown(ops, seed, count)
     mx.eval(expected)
     index = st.integers(0, len(found) - 1)
     mx.eval([found[i] for i in data.draw(st.lists(index, max_size=2))])
     mx.async_eval([found[i] for i in data.draw(st.lists(index, max_size=2))])
+    # Memory of the others is free for what comes behind them.
+    held = data.draw(st.lists(index, min_size=1, unique=True))
+    expected, found = ([made[i] for i in held] for made in (expected, found))
+    index = st.integers(0, len(found) - 1)
     ops.schedule(*[found[i] for i in data.draw(st.lists(index, max_size=3))])
     ops.schedule(*[found[i] for i in data.draw(st.lists(index, min_size=1, max_size=4))])
     later = ops.linear(found[0] + found[-1], mx.eye(DIM), None)  # made of what is on its way
@@ -70,7 +74,7 @@ def test_random_graphs(ops: Ops, seed: int, count: int, data: st.DataObject) -> 
 
 
 def test_the_cases_without_a_task(ops: Ops) -> None:
-    """No arrays, arrays already evaluated, another CPU stream, and results too large to be allocated all at once."""
+    """No arrays, arrays already evaluated, another CPU stream, and results of MLX's too large to be kept."""
     ops.schedule()
     x, weight = mx.ones((1, DIM)), mx.eye(DIM)
     done = ops.linear(x, weight, None)
@@ -79,7 +83,7 @@ def test_the_cases_without_a_task(ops: Ops) -> None:
     with mx.stream(mx.new_stream(mx.cpu)):
         elsewhere = ops.linear(done, weight, None)
     ops.schedule(elsewhere + 1)
-    large = ops.linear(mx.ones((1 << 15, DIM)), mx.ones((1024, DIM)), None)
+    large = mx.tan(ops.linear(mx.ones((1 << 13, DIM)), mx.zeros((1024, DIM)), None)) + DIM
     ops.schedule(mx.sum(large[:2]))
     assert np.array_equal(np.array(done + elsewhere), np.full((1, DIM), 2.0))
     assert large[-1, -1].item() == DIM
@@ -124,7 +128,7 @@ def test_what_a_task_reads_stays_until_it_has_run(ops: Ops) -> None:
 
 
 def test_a_large_graph_lets_go_of_its_results(ops: Ops) -> None:
-    """Of 400 results of 1 MB each, MLX holds no more than about a hundred at a time."""
+    """Of 400 results of 1 MB each, MLX holds about a hundred at a time, and a list of ours one and the one before."""
     gain, x = mx.ones(256), mx.ones((1024, 256))
     mx.eval(gain, x)
     before = mx.get_active_memory()
@@ -133,4 +137,4 @@ def test_a_large_graph_lets_go_of_its_results(ops: Ops) -> None:
         x = ops.rms_norm(x, gain, 1e-5)
     ops.schedule(x)
     mx.eval(x)
-    assert mx.get_peak_memory() - before < 200 << 20
+    assert mx.get_peak_memory() - before < (200 if ops.recorder is None else 4) << 20

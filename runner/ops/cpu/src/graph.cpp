@@ -117,12 +117,10 @@ Graph walk(const std::vector<mx::array>& outputs, const mx::Stream& stream) {
       if (next < a->inputs().size()) {
         enter(a->inputs()[next++]);
       } else {
-        if (!shares_memory(a->primitive())) {
+        if (!dynamic_cast<const CpuPrimitive*>(&a->primitive()) && !shares_memory(a->primitive())) {
           graph.bytes += a->nbytes();
           for (auto& sibling : a->siblings()) graph.bytes += sibling.nbytes();
         }
-        // detach() makes an array let go of its siblings.
-        graph.held.insert(graph.held.end(), a->siblings().begin(), a->siblings().end());
         graph.operations->push_back(*a);
         stack.pop_back();
       }

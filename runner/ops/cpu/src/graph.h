@@ -14,10 +14,13 @@ using Operations = std::vector<mx::array>;
 struct Graph {
   std::shared_ptr<Operations> operations = std::make_shared<Operations>();
   std::vector<mx::array> pending;  // what they read that is being computed
-  std::vector<mx::array> held;     // what else they read, and all results of operations that have several
-  size_t bytes = 0;                // of their results
+  std::vector<mx::array> held;     // what else they read
+  size_t bytes = 0;                // of the results of MLX's own operations, whose memory does not come from an arena
   bool one_stream = true;
 };
+
+// Bytes of such results at most, as their memory is taken all at once.
+constexpr size_t kMostBytes = 16 << 20;
 
 Graph walk(const std::vector<mx::array>& outputs, const mx::Stream& stream);
 

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "arena.h"
 #include "kernels.h"
-#include "mlx/allocator.h"
 #include "mlx/array.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/primitives.h"
@@ -43,19 +43,16 @@ inline void copy_strided(const char* src, char* dst, size_t item, const mx::Shap
 // Work for the stream's thread, which is told how many positions ahead of the planned one it is done.
 using Task = std::function<void(int64_t ahead)>;
 
-// Work in order, and arrays that it needs besides inputs and outputs.
+// Work in order, and the memory that it is done in. An operation's copies of inputs may go when it is listed.
 struct Listing {
   std::vector<Task> tasks;
-  std::vector<mx::array> held;
+  std::vector<mx::array> copies;
+  std::shared_ptr<Arena> arena = std::make_shared<Arena>();
 };
-
-// Bytes of the results of a list's operations, whose memory is taken all at once: more than a token of a model with 8
-// billion weights needs, and little beside any model.
-constexpr size_t kMostBytes = 16 << 20;
 
 // One evaluation: pointers are taken now, while MLX holds the arrays; the work runs later on the stream's thread, and
 // MLX keeps the buffers of inputs, outputs and temporaries alive until then. With a list the work goes there instead of
-// to the stream, and whoever runs it keeps them.
+// to the stream, memory comes from the list's arena, and whoever runs the list keeps both.
 class Dispatcher {
  public:
   explicit Dispatcher(const mx::Stream& stream) : encoder_(mx::cpu::get_command_encoder(stream)) {}
@@ -63,7 +60,7 @@ class Dispatcher {
       : encoder_(mx::cpu::get_command_encoder(stream)), list_(&list) {}
 
   mx::array& allocate(mx::array& out) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    out.set_data(memory(out.nbytes()));
     return out;
   }
 
@@ -72,7 +69,7 @@ class Dispatcher {
     const int64_t h = out.shape(1), l = out.shape(2), d = out.shape(3);
     if (h == 1 || l == 1 || out.size() == 0) return allocate(out);
     mx::Strides strides{h * l * d, d, h * d, 1};
-    out.set_data(mx::allocator::malloc(out.nbytes()), out.size(), strides, {true, false, false});
+    out.set_data(memory(out.nbytes()), out.size(), strides, {true, false, false});
     return out;
   }
 
@@ -109,11 +106,13 @@ class Dispatcher {
   }
 
  private:
+  mx::allocator::Data memory(size_t bytes) { return list_ ? list_->arena->take(bytes) : mx::allocator::malloc(bytes); }
+
   const void* copied(const mx::array& a) {
     mx::array copy(a.shape(), a.dtype(), nullptr, {});
-    copy.set_data(mx::allocator::malloc(a.nbytes()));
+    copy.set_data(memory(a.nbytes()));
     if (list_) {
-      list_->held.push_back(copy);
+      list_->copies.push_back(copy);
     } else {
       encoder_.add_temporary(copy);
     }

@@ -11,8 +11,9 @@ namespace runner {
 struct Program::Recorded {
   std::vector<Task> tasks;
   std::vector<int64_t> pace;     // by how many positions each task advances with a token: 0 or 1
-  std::vector<mx::array> held;   // what they read and write
+  std::vector<mx::array> held;   // what they read and write, besides the arena
   mx::array slot, result;
+  std::shared_ptr<Arena> arena;
 };
 
 namespace {
@@ -49,6 +50,8 @@ class Run : public CpuPrimitive {
   std::shared_ptr<const Program::Recorded> recorded_;
   int64_t ahead_;
 };
+
+constexpr size_t kMostRecorded = 64 << 20;  // bytes that a recorded step works in: kept as long as it is
 
 constexpr size_t kConstant = 64;  // bytes up to which arrays may be constants that Python made anew
 
@@ -111,26 +114,28 @@ std::optional<Program> Program::record(const mx::array& slot, const std::vector<
     if (!follows(*graph.operations, *walk({outputs[i]}, stream).operations, ahead[i], pace)) return std::nullopt;
   }
   Program program;
-  auto recorded = std::make_shared<Recorded>(Recorded{{}, {}, {}, slot, outputs[0]});
+  auto recorded = std::make_shared<Recorded>(Recorded{{}, {}, {}, slot, outputs[0], {}});
   Listing listing;
   Dispatcher list(stream, listing);
-  for (size_t k = 0; k < graph.operations->size(); ++k) {
-    mx::array& a = (*graph.operations)[k];
+  size_t k = 0;
+  for (auto& operation : *graph.operations) {
+    mx::array a = std::move(operation);
     if (a.id() == slot.id()) {
       list.allocate(a);
     } else if (!plan_operation(a, list)) {
       return std::nullopt;
     }
-    recorded->pace.resize(listing.tasks.size(), pace[k]);
+    recorded->pace.resize(listing.tasks.size(), pace[k++]);
     program.written_.insert(program.written_.end(), a.inputs().begin(), a.inputs().begin() + written_by(a));
+    // Its inputs' memory is free from here on, for the operations that follow, unless these need them, too.
+    a.detach();
+    listing.copies.clear();
   }
-  if (!outputs[0].flags().row_contiguous) return std::nullopt;
-  for (auto& a : *graph.operations) a.detach();
+  if (!outputs[0].flags().row_contiguous || listing.arena->bytes() > kMostRecorded) return std::nullopt;
   recorded->tasks = std::move(listing.tasks);
-  recorded->held = std::move(listing.held);
-  for (auto* arrays : {graph.operations.get(), &graph.pending, &graph.held}) {
-    recorded->held.insert(recorded->held.end(), arrays->begin(), arrays->end());
-  }
+  recorded->arena = std::move(listing.arena);
+  recorded->held = std::move(graph.held);
+  recorded->held.insert(recorded->held.end(), graph.pending.begin(), graph.pending.end());
   program.before_ = std::move(graph.pending);
   program.recorded_ = std::move(recorded);
   program.count_ = *std::max_element(ahead.begin(), ahead.end()) + 1;
