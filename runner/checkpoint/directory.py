@@ -27,6 +27,8 @@ from runner.local_files import read_json as read_json
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from runner.weights.cuts import Cut
+
 MLX_DTYPES = {
     "BOOL": "bool_",
     "U8": "uint8",
@@ -153,14 +155,7 @@ class Checkpoint:
         Raises:
             CheckpointError: no tensor has this name, MLX has no type for its dtype, or its file has changed.
         """
-        info = self.headers.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.directory}: no tensor {quoted(name)}")
-        if info.dtype not in RAW_DTYPES:
-            raise CheckpointError(
-                f"{info.file}: tensor {quoted(name)} has dtype {info.dtype}, for which MLX has no type; "
-                f"convert it to one of {', '.join(RAW_DTYPES)}"
-            )
+        info = self._known(name)
         if info.file in self._raw_files:
             return self._read_raw(info)
         # `mx.load` gives all tensors of a file at once. Those not asked for yet wait, unread, in `_lazy`; the one
@@ -172,6 +167,17 @@ class Checkpoint:
         if not loaded:
             del self._lazy[info.file]
         return array
+
+    def _known(self, name: str) -> TensorInfo:
+        info = self.headers.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.directory}: no tensor {quoted(name)}")
+        if info.dtype not in RAW_DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {quoted(name)} has dtype {info.dtype}, for which MLX has no type; "
+                f"convert it to one of {', '.join(RAW_DTYPES)}"
+            )
+        return info
 
     @property
     def _lazy(self) -> dict[Path, dict[str, mx.array]]:
@@ -212,10 +218,36 @@ class Checkpoint:
             raise CheckpointError(f"{info.file}: cannot be read: {error.strerror or error}") from error
         if len(data) != info.nbytes:
             raise CheckpointError(f"{info.file}: ends inside tensor {quoted(info.name)}")
-        dtype: mx.Dtype = getattr(mx, RAW_DTYPES[info.dtype])
+        dtype = mlx_dtype(info)
         if not data:
             return mx.zeros(info.shape, dtype)
         return mx.array(np.frombuffer(data, dtype=np.uint8)).view(dtype).reshape(info.shape)
+
+    def read_part(self, name: str, cut: Cut) -> mx.array:
+        """Read the kept places of tensor `name` now, and of its other bytes only those that lie between short runs.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        from runner.checkpoint.cut_reader import read_cut
+
+        info = self._known(name)
+        try:
+            with info.file.open("rb") as file:
+                _check_stamp(info.file, self._shards[info.file], os.fstat(file.fileno()))
+                return read_cut(file.fileno(), info.offset, info.shape, mlx_dtype(info), cut)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read: {error.strerror or error}") from error
+        except EOFError:
+            raise CheckpointError(f"{info.file}: ends inside tensor {quoted(info.name)}") from None
+
+
+def mlx_dtype(info: TensorInfo) -> mx.Dtype:
+    """The dtype that `RAW_DTYPES` gives."""
+    import mlx.core as mx
+
+    dtype: mx.Dtype = getattr(mx, RAW_DTYPES[info.dtype])
+    return dtype
 
 
 def _check_stamp(file: Path, shard: ShardHeader, status: os.stat_result) -> None:

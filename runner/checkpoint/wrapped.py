@@ -20,6 +20,7 @@ from runner.checkpoint.overlay import Change, Info
 from runner.config.rope_keys import BESIDE, plain_positions
 from runner.errors import CheckpointError, ConfigError
 from runner.local_files import quoted
+from runner.weights.cuts import Cut, read_part
 from runner.weights.tags import Header, Source
 
 
@@ -223,6 +224,7 @@ class Unwrapped:
         self._stored: dict[str, str] = {}
         headers: dict[str, Header] = {}
         self.unread: list[str] = []
+        self._fused: dict[str, functools.partial[mx.array]] = {}  # what reads the parts of fused experts
         for stored, header in base.headers.items():
             if ENCODERS.match(stored):
                 self.unread.append(stored)
@@ -256,12 +258,17 @@ class Unwrapped:
                 place = slice(index * rows, (index + 1) * rows)
                 read = functools.partial(self._matrices, self._stored[name], turned, place)
                 changes[target] = Change(Info(header.dtype, (experts, rows, inputs)), read)
+                self._fused[target] = read
         return changes
 
-    def _matrices(self, stored: str, turned: bool, rows: slice) -> mx.array:
-        """Some rows of each expert's matrix, `[E, rows, in]`."""
-        array = self._base.read(stored)
-        return mx.contiguous((array.swapaxes(-1, -2) if turned else array)[:, rows])
+    def _matrices(self, stored: str, turned: bool, rows: slice, cut: Cut = (None, None, None)) -> mx.array:
+        """Some rows of each expert's matrix, `[E, rows, in]`, and of them the kept places."""
+        experts, outputs, inputs = cut
+        first = rows.start
+        kept = ((0, rows.stop - first),) if outputs is None else outputs
+        shifted = tuple((start + first, stop + first) for start, stop in kept)
+        array = read_part(self._base, stored, (experts, inputs, shifted) if turned else (experts, shifted, inputs))
+        return mx.contiguous(array.swapaxes(-1, -2)) if turned else array
 
     def read(self, name: str) -> mx.array:
         """Return the tensor of this plain name; raises `CheckpointError` where there is none."""
@@ -270,3 +277,9 @@ class Unwrapped:
         if name not in self.headers:
             raise CheckpointError(f"no tensor {quoted(name)}")
         return self._base.read(self._stored[name])
+
+    def read_part(self, name: str, cut: Cut) -> mx.array:
+        """The kept places of a tensor; see `PartSource`."""
+        if name in self._changes:
+            return self._fused[name](cut)
+        return read_part(self._base, self._stored[name], cut)

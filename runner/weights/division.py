@@ -20,16 +20,11 @@ import mlx.core as mx
 
 from runner.config.base import Config
 from runner.errors import ConfigError, WeightsError
+from runner.weights.cuts import Axis, Cut, cut_shape, read_part
 from runner.weights.module import Module
 from runner.weights.plan import ArrayPlan, ModulePlan, Place, Planner, Value
 from runner.weights.tags import Choice, Chooses, Header, Source
 from runner.weights.tree import Leaf, Size, leaf_shapes, leaves
-
-Axis = tuple[tuple[int, int], ...]
-"""Which places along an axis are kept: ranges `(start, stop)`, in the order in which they are kept."""
-
-Cut = tuple[Axis | None, ...]
-"""Which places of each axis of a stored tensor are kept; None: all."""
 
 
 class Indivisible(Exception):
@@ -59,22 +54,12 @@ class Parts:
     def read(self, name: str) -> mx.array:
         """The part of tensor `name`."""
         assert self._source is not None
-        array = self._source.read(name)
-        if name not in self.cuts:
-            return array
-        for axis, kept in enumerate(self.cuts[name]):
-            if kept is not None:
-                pieces = [array[(slice(None),) * axis + (slice(*each),)] for each in kept]
-                array = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=axis)
-        # A copy: a view would keep the whole tensor in memory.
-        return mx.contiguous(array)
+        cut = self.cuts.get(name)
+        return self._source.read(name) if cut is None else read_part(self._source, name, cut)
 
 
 def _part_header(header: Header, cut: Cut) -> PartHeader:
-    shape = tuple(
-        size if kept is None else sum(stop - start for start, stop in kept)
-        for size, kept in zip(header.shape, cut, strict=True)
-    )
+    shape = cut_shape(header.shape, cut)
     return PartHeader(header.dtype, shape, header.nbytes * math.prod(shape) // max(math.prod(header.shape), 1))
 
 

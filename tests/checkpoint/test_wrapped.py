@@ -7,6 +7,7 @@ Made from the text fixtures: what transformers 5.23 computes for a wrapper witho
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from cuts import any_cut, equal
 from places import TESTS
 from references import error, expected, tolerance
 
@@ -24,6 +26,7 @@ from runner.engine.loaded import open_loaded
 from runner.errors import CheckpointError, ConfigError, WeightsError
 from runner.families import FAMILIES
 from runner.inspect_model import inspect
+from runner.weights.cuts import PartSource, cut_out
 
 FAMILY, LLAMA = TESTS / "fixtures" / "families", TESTS / "fixtures" / "llama"
 OTHERS = {
@@ -120,6 +123,21 @@ def test_a_wrapper_is_its_text_model(kind: str, fixture: Path, prefix: str, tmp_
     wanted = mx.load(str(fixture / "expected.safetensors"))
     for name, prompt in expected(fixture)["prompts"].items():
         assert error(engine.logits(prompt), wanted[f"logits.{name}"]) < tolerance(fixture)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_parts_of_fused_experts_are_those_of_the_whole(swapped: bool, tmp_path: Path) -> None:
+    path = wrapped("qwen3_vl_moe", FAMILY / "qwen3_moe-base", V5, tmp_path / "model")
+    if swapped:  # as transformers 5 saves them
+        file = path / "model.safetensors"
+        tensors = {n: a.swapaxes(1, 2) if ".experts." in n else a for n, a in dict(mx.load(str(file))).items()}
+        mx.save_safetensors(str(file), tensors)
+    source, draw = open_files(path).source, random.Random(0)
+    assert isinstance(source, PartSource)
+    for name, header in source.headers.items():
+        for _ in range(3):
+            cut = any_cut(header.shape, draw)
+            assert equal(source.read_part(name, cut), cut_out(source.read(name), cut)), (name, cut)
 
 
 def test_every_wrapper_is_tried_and_its_text_model_has_a_family() -> None:

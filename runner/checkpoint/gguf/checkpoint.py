@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from runner.checkpoint.gguf.architecture import ENCODER, IGNORED, ROPE_TENSORS, Architecture
 from runner.checkpoint.gguf.container import Container, Entry, open_container
@@ -24,6 +25,7 @@ from runner.checkpoint.gguf.value_heads import GroupedHeads, ValueHeads, grouped
 from runner.errors import CheckpointError
 from runner.local_files import quoted
 from runner.text.tokenizer import Tokenizer
+from runner.weights.cuts import Cut, cut_out, cut_shape
 
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_][a-z_0-9.]*)\.(weight|bias)")
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(.+)")
@@ -82,7 +84,7 @@ class GGUF:
     generation_config: dict[str, Any]
     headers: Mapping[str, Part]
     vocabulary: Vocabulary
-    beside: dict[str, mx.array] = field(init=False, default_factory=dict)
+    beside: dict[str, tuple[Cut | None, mx.array]] = field(init=False, default_factory=dict)
 
     def __repr__(self) -> str:
         return f"GGUF({str(self.container.path)!r}, {len(self.container.tensors)} tensors)"
@@ -114,43 +116,52 @@ class GGUF:
         Raises:
             CheckpointError: no array has this name, a scale is not finite, or the file changed since it was opened.
         """
+        return self.read_part(name, None)
+
+    def read_part(self, name: str, cut: Cut | None) -> mx.array:
+        """Read the kept places of array `name`, or all of it (None), as `read`; rows that are left out stay unread."""
         if name not in self.headers:
             raise CheckpointError(f"{self.container.path}: no tensor {quoted(name)}")
         part, entry = self.headers[name], self.headers[name].entry
-        if name in self.beside:
-            return self.beside.pop(name)
+        if name in self.beside and self.beside[name][0] == cut:
+            return self.beside.pop(name)[1]
+        if cut is not None and not _by_rows(part):
+            return cut_out(self.read(name), cut)
         # A weight's scales and biases are made of the same bytes: they are kept until they are asked for, soon.
         stem = name.removesuffix(".weight")
         names = [name] if part.suffix != ".weight" else [stem + each for each in entry.format.parts(entry.shape)]
         wanted = {each: self.headers[each] for each in names}
+        cuts = {each: None if cut is None else _alike(cut, part.shape, made.shape) for each, made in wanted.items()}
+        slots = _slots(part, cut)
+        multiple = part.head_rows or 1
+        in_order = cut is None and part.place is None and (part.heads is None or part.heads.size is None)
         filled: dict[str, Any] = {}
-        done = 0
         # Whole heads at a time, since the rows of a head are reordered among themselves.
-        for rows in self.container.rows(entry, part.head_rows or 1):
+        for first, rows in self.container.rows(entry, multiple, None if cut is None else _spans(slots, part)):
             ordered = _in_order(rows, part.head_rows)
+            places = slots[first : first + len(rows)]
+            kept = places >= 0
+            if not kept.any():
+                continue
             try:
                 for each, made in wanted.items():
-                    numbers = entry.format.part(made.suffix, ordered)
-                    numbers = _undone(numbers, made)
-                    by_row = made.heads is not None and made.heads.size is not None
-                    if len(rows) == entry.rows and not by_row:
+                    numbers = entry.format.part(made.suffix, ordered if kept.all() else ordered[kept])
+                    numbers = _columns(_undone(numbers, made), cuts[each])
+                    if len(rows) == entry.rows and in_order:
                         filled[each] = numbers
                         continue
-                    whole = filled.setdefault(each, np.empty((entry.rows, numbers.shape[1]), numbers.dtype))
-                    if made.heads is not None and by_row:
-                        whole[made.heads.places(done, len(rows))] = numbers
-                    else:
-                        whole[done : done + len(rows)] = numbers
+                    if each not in filled:
+                        filled[each] = np.empty((int((slots >= 0).sum()), numbers.shape[1]), numbers.dtype)
+                    at = slice(first, first + len(rows)) if in_order else places[kept]
+                    filled[each][at] = numbers
             except CheckpointError as error:
                 raise CheckpointError(f"{entry.file}: tensor {quoted(entry.name)}: {error}") from error
-            done += len(rows)
         for each, made in wanted.items():
-            numbers = filled.pop(each)
-            if made.place is not None:
-                numbers = numbers.reshape(-1, *made.shape)[made.place]
-            array = mx.array(numbers.reshape(made.shape))
-            self.beside[each] = array.view(mx.bfloat16) if made.dtype == "BF16" else array
-        return self.beside.pop(name)
+            whole = cuts[each]
+            shape = made.shape if whole is None else cut_shape(made.shape, whole)
+            array = mx.array(filled.pop(each).reshape(shape))
+            self.beside[each] = (whole, array.view(mx.bfloat16) if made.dtype == "BF16" else array)
+        return self.beside.pop(name)[1]
 
     def tokenizer(self) -> Tokenizer:
         """Build the tokenizer; raises `TokenizerError` where the file's one is malformed or not supported."""
@@ -167,6 +178,56 @@ class GGUF:
             **tokenizer_files(self.vocabulary, self.architecture.rstrip),
             "generation_config.json": generation_config,
         }
+
+
+def _by_rows(part: Part) -> bool:
+    """Whether the rows of the array are rows of the file's tensor: not where it has another shape."""
+    rows = part.shape if len(part.shape) == 1 else part.shape[:-1]
+    return math.prod(rows) * (1 if part.place is None else part.entry.shape[0]) == part.entry.rows
+
+
+def _alike(cut: Cut, shape: tuple[int, ...], other: tuple[int, ...]) -> Cut:
+    """The cut of an array of shape `other` that keeps what `cut` does of one of `shape`: words or groups of numbers."""
+    return tuple(
+        None if kept is None else tuple((start * there // here, stop * there // here) for start, stop in kept)
+        for kept, here, there in zip(cut, shape, other, strict=True)
+    )
+
+
+def _slots(part: Part, cut: Cut | None) -> npt.NDArray[np.int64]:
+    """For each row of the file's tensor, which row of the array it becomes; -1: none."""
+    entry = part.entry
+    places = np.arange(entry.rows)
+    if part.heads is not None and part.heads.size is not None:
+        places = part.heads.places(0, entry.rows)
+    if part.place is not None:
+        rows = math.prod(part.shape[:-1])
+        places = np.where(places // rows == part.place, places % rows, -1)
+    if cut is None:
+        return places
+    by_row = cut if len(cut) == 1 else cut[:-1]
+    shape = part.shape if len(cut) == 1 else part.shape[:-1]
+    kept = np.arange(math.prod(shape)).reshape(shape)
+    for axis, each in enumerate(by_row):
+        if each is not None:
+            kept = np.concatenate([kept.take(range(*one), axis) for one in each], axis=axis)
+    slots = np.full(math.prod(shape) + 1, -1)  # the last one is that of no row
+    slots[kept.reshape(-1)] = np.arange(kept.size)
+    return slots[places]
+
+
+def _spans(slots: npt.NDArray[np.int64], part: Part) -> list[tuple[int, int]]:
+    """Ranges of a tensor's rows that hold all that are kept, of whole heads where their rows are reordered."""
+    multiple = part.head_rows or 1
+    wanted = (slots >= 0).reshape(-1, multiple).any(axis=1)
+    ends = np.flatnonzero(np.diff(wanted, prepend=False, append=False)) * multiple
+    return list(zip(ends[::2].tolist(), ends[1::2].tolist(), strict=True))
+
+
+def _columns(numbers: Any, cut: Cut | None) -> Any:
+    """The kept columns of rows `[n, columns]`."""
+    kept = None if cut is None or len(cut) == 1 else cut[-1]
+    return numbers if kept is None else np.concatenate([numbers[:, slice(*each)] for each in kept], axis=1)
 
 
 def _undone(numbers: Any, part: Part) -> Any:

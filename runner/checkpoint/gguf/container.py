@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,11 +79,14 @@ class Container:
     tensors: Mapping[str, Entry]
     stamps: Mapping[Path, Stamp]
 
-    def rows(self, entry: Entry, multiple: int = 1) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield the tensor's bytes in chunks `[n, row_bytes]`.
+    def rows(
+        self, entry: Entry, multiple: int = 1, spans: Sequence[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """Yield the tensor's bytes in chunks `[n, row_bytes]`, each with the number of its first row.
 
         Args:
             multiple: each n is a multiple of this number, which must divide the tensor's number of rows.
+            spans: the ranges of rows to read, of whole multiples; None: all.
 
         Raises:
             CheckpointError: the file changed since it was opened, or cannot be read.
@@ -94,13 +97,14 @@ class Container:
             with entry.file.open("rb") as file:
                 if Stamp.of(os.fstat(file.fileno())) != self.stamps[entry.file]:
                     raise CheckpointError(f"{entry.file}: changed since it was opened; open it again")
-                file.seek(entry.offset)
-                for start in range(0, entry.rows, step):
-                    wanted = min(step, entry.rows - start) * entry.row_bytes
-                    data = file.read(wanted)
-                    if len(data) != wanted:
-                        raise CheckpointError(f"{entry.file}: ends inside tensor {quoted(entry.name)}")
-                    yield np.frombuffer(data, np.uint8).reshape(-1, entry.row_bytes)
+                for first, last in ((0, entry.rows),) if spans is None else spans:
+                    file.seek(entry.offset + first * entry.row_bytes)
+                    for start in range(first, last, step):
+                        wanted = min(step, last - start) * entry.row_bytes
+                        data = file.read(wanted)
+                        if len(data) != wanted:
+                            raise CheckpointError(f"{entry.file}: ends inside tensor {quoted(entry.name)}")
+                        yield start, np.frombuffer(data, np.uint8).reshape(-1, entry.row_bytes)
         except OSError as error:
             raise CheckpointError(f"{entry.file}: cannot be read: {error.strerror or error}") from error
 

@@ -448,7 +448,7 @@ class _Metadata:
         entry = self.container.tensors[name]
         if entry.format.dtype != "F32" or entry.format.count != 1 or len(entry.shape) != 1 or entry.shape[0] > 4096:
             raise self.error(f"{name} is {entry.format.name} {list(entry.shape)}, expected a vector of F32")
-        numbers = np.concatenate([rows.view("<f4")[:, 0] for rows in self.container.rows(entry)])
+        numbers = np.concatenate([rows.view("<f4")[:, 0] for _, rows in self.container.rows(entry)])
         if not (np.isfinite(numbers) & (numbers > 0)).all():
             raise self.error(f"{name} holds a number that is not finite and positive")
         return [float(_decimal(float(number))) for number in numbers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -18,9 +19,11 @@ from runner.checkpoint.quantized.evidence import float8_layers, packed, signs, u
 from runner.checkpoint.quantized.layers import ITEM_SIZE, Form, Layer
 from runner.checkpoint.quantized.options import short
 from runner.checkpoint.quantized.tensors import Tensors
+from runner.checkpoint.quantized.windows import read_window
 from runner.errors import CheckpointError, ConfigError, WeightsError
 from runner.families import find
 from runner.local_files import quoted
+from runner.weights.cuts import Cut, read_part
 from runner.weights.plan import plan
 from runner.weights.tags import Header, Source
 from runner.weights.tree import leaves
@@ -28,15 +31,22 @@ from runner.weights.tree import leaves
 
 @dataclass(frozen=True)
 class Method:
-    """A quantization method: the function that lists a checkpoint's layers, and suffixes that only its tensors have."""
+    """A quantization method.
+
+    Attributes:
+        layers: lists a checkpoint's layers.
+        suffixes: those that only its tensors have.
+        outputs: the axis of outputs in its matrices.
+    """
 
     layers: Callable[[Mapping[str, Any], Tensors], list[Layer]]
     suffixes: tuple[str, ...]
+    outputs: int = 0
 
 
 METHODS = {
-    "gptq": Method(gptq.layers, (".qweight",)),
-    "awq": Method(awq.layers, (".qweight",)),
+    "gptq": Method(gptq.layers, (".qweight",), outputs=1),
+    "awq": Method(awq.layers, (".qweight",), outputs=1),
     "fp8": Method(fp8.layers, (".weight",)),
     "compressed-tensors": Method(compressed_tensors.layers, (".weight_packed", ".weight_scale")),
 }
@@ -67,10 +77,21 @@ class Published:
         source: the published tensors.
         layers: the quantized layers; the tensors they are stored in disappear from `headers`.
         hidden: names of further tensors to leave out.
+        again: lists the layers of some of the tensors as `layers` were.
+        outputs: the axis of outputs in stored matrices.
     """
 
-    def __init__(self, source: Source, layers: list[Layer], hidden: frozenset[str]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        layers: list[Layer],
+        hidden: frozenset[str],
+        again: Callable[[Tensors], list[Layer]],
+        outputs: int,
+    ) -> None:
         self.source = source
+        self._again = again
+        self._outputs = outputs
         stored = hidden.union(*(layer.stored for layer in layers))
         headers: dict[str, Header] = {name: info for name, info in source.headers.items() if name not in stored}
         self.parts: dict[str, Part] = {}
@@ -92,6 +113,13 @@ class Published:
             raise CheckpointError(f"no tensor {quoted(name)}")
         part = self.parts.get(name)
         return self.source.read(name) if part is None else part.layer.part(part.suffix, self.source.read)
+
+    def read_part(self, name: str, cut: Cut) -> mx.array:
+        """The kept places of a tensor; see `PartSource`."""
+        part = self.parts.get(name)
+        if part is None:
+            return read_part(self.source, name, cut)
+        return read_window(self.source, part.layer, part.suffix, cut, self._outputs, self._again)
 
 
 def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any], Source]:
@@ -127,7 +155,11 @@ def as_mlx(config: Mapping[str, Any], source: Source) -> tuple[Mapping[str, Any]
     quantization = _quantization({layer.name: layer.form for layer in layers})
     if quantization:
         plain["quantization"] = quantization
-    return plain, Published(source, layers, _zero_biases(plain, layers, tensors))
+    known = METHODS.get(method) if isinstance(method, str) else None
+    again = functools.partial(_layers, method, raw, [])
+    return plain, Published(
+        source, layers, _zero_biases(plain, layers, tensors), again, 0 if known is None else known.outputs
+    )
 
 
 _NO_METHOD = object()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import gguf_writer as writer
 import mlx.core as mx
 import numpy as np
 import pytest
+from cuts import any_cut, equal, read_so_far, some
 from gguf import GGMLQuantizationType as Type
 from gguf_bytes import file_bytes, vocabulary
 from gguf_cases import (
@@ -41,6 +43,7 @@ from runner.convert.convert import convert
 from runner.engine.loaded import assemble, open_loaded
 from runner.errors import CheckpointError
 from runner.families import FAMILIES
+from runner.weights.cuts import cut_out
 from runner.weights.tags import Header
 
 
@@ -85,11 +88,59 @@ def test_parts_are_the_same_in_any_order(name: str, tmp_path: Path) -> None:
     assert not found.beside
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q5_K", "IQ2_XXS", "MXFP4"])
+def test_parts_of_blocks_are_those_of_the_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, and columns of whole blocks, a few rows of the file at a time; scales and biases come with their weight."""
+    monkeypatch.setattr(container, "_CHUNK", 3000)
+    mixed_model(tmp_path / "m.gguf", name)
+    found, again, draw = GGUF.open(tmp_path / "m.gguf"), GGUF.open(tmp_path / "m.gguf"), random.Random(0)
+    for each, part in found.headers.items():
+        if not each.endswith(".weight") or len(part.shape) < 2:
+            continue
+        suffixes = [suffix or ".weight" for suffix in part.entry.format.parts(part.entry.shape)]
+        blocks = part.entry.shape[-1] // max(part.entry.format.count, 1)
+        for axis in (0, 1):
+            kept = some(part.shape[0] if axis == 0 else blocks, 1, draw)
+            for suffix in suffixes:
+                stem = each.removesuffix(".weight") + suffix
+                scale = 1 if axis == 0 else found.headers[stem].shape[1] // blocks
+                here = tuple((start * scale, stop * scale) for start, stop in kept)
+                cut = (here, None) if axis == 0 else (None, here)
+                assert equal(found.read_part(stem, cut), cut_out(again.read(stem), cut)), (stem, cut)
+    assert not found.beside
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="what was read, /proc tells")
+def test_rows_that_are_left_out_stay_unread(tmp_path: Path) -> None:
+    mixed_model(tmp_path / "m.gguf", "Q4_K")
+    found = GGUF.open(tmp_path / "m.gguf")
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"):  # whole heads of the latter
+        entry = found.headers[f"{name}.weight"].entry
+        rows = ((0, entry.rows // 4), (entry.rows // 2, entry.rows))
+        before = read_so_far()
+        for suffix in (".weight", ".scales", ".biases"):
+            found.read_part(name + suffix, (rows, None))
+        wanted = entry.rows * 3 // 4 * entry.row_bytes
+        assert wanted <= read_so_far() - before < wanted + 8192  # what Python reads ahead
+
+
 FAMILY_FIXTURES = TESTS / "fixtures" / "families"
 
 # --- architectures ----------------------------------------------------------------------------------------------------
 
 by_fixture = pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)
+
+
+@by_fixture
+def test_parts_of_reordered_rows_are_those_of_the_whole(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container, "_CHUNK", 500)
+    file = writer.write_model(tmp_path / "m.gguf", config_of(path), writer.weights_of(path))
+    found, draw = GGUF.open(file), random.Random(0)
+    for name, part in found.headers.items():
+        cut = any_cut(part.shape, draw)
+        assert equal(found.read_part(name, cut), cut_out(found.read(name), cut)), (name, cut)
 
 
 @by_fixture
