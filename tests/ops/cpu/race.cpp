@@ -61,7 +61,7 @@ std::vector<float> everything() {
   append.x = k.data(), append.to = rows.data(), append.type = DType::i16;
   append.b = 1, append.h = kKv, append.l = kKeys, append.capacity = kKeys + 1, append.d = kDim;
   append.sh = kKeys * kDim, append.sl = kDim;
-  kernels().append(append);
+  kernels().append(&append, 1, 0);
   all.insert(all.end(), rows.begin(), rows.end());
   auto wide = values(60000, 6);
   std::vector<float> out(60000);
@@ -69,7 +69,8 @@ std::vector<float> everything() {
   norm.x = wide.data(), norm.out = out.data(), norm.rows = 200, norm.dim = 300, norm.eps = 1e-5f;
   kernels().norm(norm);
   all.insert(all.end(), out.begin(), out.end());
-  GluArgs glu{wide.data(), out.data(), DType::f32, 10, 3000, Activation::silu, true};
+  GluArgs glu{};
+  glu.x = wide.data(), glu.out = out.data(), glu.rows = 10, glu.dim = 3000, glu.gated = true;
   kernels().glu(glu);
   all.insert(all.end(), out.begin(), out.begin() + 30000);
   uint32_t best;
