@@ -1,6 +1,7 @@
-"""Runs one engine in one process, driven by lines of JSON: `python bench_peer_worker.py KIND MODEL`. See `bench_peers`.
+"""Runs one engine in one process, driven by lines of JSON: `python bench_peer_worker.py KIND MODEL`. See `peer.py`.
 
-KIND is runner, mlx-lm, llama.cpp, torch-bfloat16 or torch-float32. Requests, each answered with a line of JSON:
+KIND is runner, runner-int8 (activations of 8 bits), mlx-lm, llama.cpp, openvino, torch-bfloat16 or torch-float32.
+Requests, each answered with a line of JSON:
 
     {"do": "pp", "tokens": 512}                  seconds to read a random prompt and choose the next token
     {"do": "tg", "tokens": 128, "depth": 128}    seconds to generate greedily after a random prompt, end tokens ignored
@@ -63,6 +64,21 @@ class Engine:
             self.rewind(0)
             self.read(random_ids(depth, self.vocab))
 
+    def seconds_to_read(self, count: int) -> float:
+        """Seconds to read a random prompt and choose the next token."""
+        self.rewind(0)
+        ids = random_ids(count, self.vocab)
+        start = time.perf_counter()
+        self.read(ids)
+        return time.perf_counter() - start
+
+    def seconds_to_generate(self, count: int, depth: int) -> float:
+        """Seconds to generate so many tokens behind `depth` random ones."""
+        self.at(depth)
+        start = time.perf_counter()
+        self.generate(random_ids(1, self.vocab)[0], count)
+        return time.perf_counter() - start
+
     def logits(self, ids: list[int]) -> np.ndarray:
         """Float32 logits `[T, V]`."""
         raise NotImplementedError
@@ -71,11 +87,11 @@ class Engine:
 class Runner(Engine):
     """This project; MODEL is a directory, or `NAME:FORM` for a published shape packed as FORM."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, activations: str = "exact") -> None:
         from runner.bench import open_subject
 
         name, _, form = model.partition(":")
-        self.subject = open_subject(name, quantize=form or None)
+        self.subject = open_subject(name, quantize=form or None, activations=activations)
         self.engine = self.subject.engine
         self.directory = Path(name)
         self.version = importlib.metadata.version("mlx") + ", " + self.engine.device.name
@@ -198,6 +214,42 @@ class LlamaCpp(Engine):
         return int(np.ctypeslib.as_array(row, (self.vocab,)).argmax())
 
 
+class OpenVino(Engine):
+    """OpenVINO GenAI's pipeline on the CPU, with its defaults but for the threads. It keeps no cache between requests.
+
+    Generating is timed as the difference between a request for that many tokens and one more, and a request for one,
+    which reads the same prompt. Both read the prompt anew, as random ids repeat.
+    """
+
+    def __init__(self, model: str) -> None:
+        import openvino
+        import openvino_genai
+
+        self.openvino, self.genai = openvino, openvino_genai
+        self.pipeline = openvino_genai.LLMPipeline(
+            model, "CPU", INFERENCE_NUM_THREADS=THREADS, PERFORMANCE_HINT="LATENCY"
+        )
+        self.version = importlib.metadata.version("openvino-genai")
+        self.vocab = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+
+    def seconds_to_answer(self, ids: list[int], count: int) -> float:
+        """Seconds from the request to the last of `count` tokens."""
+        config = self.genai.GenerationConfig(max_new_tokens=count, ignore_eos=True)
+        prompt = np.array([ids], dtype=np.int64)
+        inputs = [self.openvino.Tensor(each) for each in (prompt, np.ones_like(prompt))]
+        start = time.perf_counter()
+        self.pipeline.generate(self.genai.TokenizedInputs(*inputs), config)
+        return time.perf_counter() - start
+
+    def seconds_to_read(self, count: int) -> float:
+        return self.seconds_to_answer(random_ids(count, self.vocab), 1)
+
+    def seconds_to_generate(self, count: int, depth: int) -> float:
+        ids = random_ids(depth + 1, self.vocab)
+        long, short = self.seconds_to_answer(ids, count + 1), self.seconds_to_answer(ids, 1)
+        return max(long - short, 1e-6)  # of few tokens: what the prompts differ by may be more
+
+
 class Torch(Engine):
     """transformers on torch, eager, with its default attention."""
 
@@ -236,23 +288,18 @@ def open_engine(kind: str, model: str) -> Engine:
     """Load the model in the engine called `kind`."""
     if kind.startswith("torch-"):
         return Torch(model, kind.removeprefix("torch-"))
-    return {"runner": Runner, "mlx-lm": MlxLm, "llama.cpp": LlamaCpp}[kind](model)
+    if kind == "runner-int8":
+        return Runner(model, "int8")
+    return {"runner": Runner, "mlx-lm": MlxLm, "llama.cpp": LlamaCpp, "openvino": OpenVino}[kind](model)
 
 
 def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     """Carry out a request and return the result."""
     what = request["do"]
     if what == "pp":
-        engine.rewind(0)
-        ids = random_ids(request["tokens"], engine.vocab)
-        start = time.perf_counter()
-        engine.read(ids)
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": engine.seconds_to_read(request["tokens"])}
     if what == "tg":
-        engine.at(request["depth"])
-        start = time.perf_counter()
-        engine.generate(random_ids(1, engine.vocab)[0], request["tokens"])
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": engine.seconds_to_generate(request["tokens"], request["depth"])}
     if what == "logits":
         np.save(request["to"], engine.logits(request["ids"]))
         return {}
