@@ -372,7 +372,9 @@ struct Work {
   float *keys, *values;   // copies of a block: [d][kLanes] or [kLanes][d], and [kLanes][dv]
   Softmax block, stretch, all;
   uint64_t seen[kRowsAtOnce];  // lanes of the block that a row sees
-  int64_t end = INT64_MAX;     // the row of the buffer behind the last one that the job reads
+  // The row of the buffer behind the last one that the job reads. A block may begin before the buffer: the difference
+  // must be a number.
+  int64_t end = INT64_MAX / 2;
   const void *other_keys = nullptr, *other_values = nullptr;  // rows of the thread's next job
   float added[kLanes], key_scale[kLanes], value_scale[kLanes];
 };
