@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -14,6 +15,40 @@ from runner.errors import UsageError
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 States = Mapping[str, mx.array]
+
+
+Slots = Callable[[], Sequence[States]]
+"""Makes buffers `[2, B, ..]` of each sequence, of which a token reads one slot and writes the other in place."""
+
+Stepped = tuple[mx.array, Mapping[str, Sequence[mx.array]]]
+"""What one token of each sequence puts out, and by their names the buffers in which the states behind it are."""
+
+Move = Callable[[Slots, Sequence[int]], Stepped | None]
+"""Moves states by one token, from the position of each sequence on; None where the device has no such step."""
+
+
+class EachState(Protocol):
+    """A layer's states in one pass: those of one request, or those of each of several."""
+
+    @property
+    def each(self) -> Sequence[StateCache]:
+        """The cache of each request."""
+
+
+def step(cache: EachState, x: mx.array, move: Move) -> mx.array | None:
+    """What `move` makes of one token of each request, whose states it moves in place; None where they cannot be.
+
+    They can where every request has one token in `x` `[B, L, ..]`, none of which must be a place to go back to.
+    """
+    if x.shape[1] != len(cache.each) or any(own.reserved for own in cache.each):
+        return None
+    found = move(lambda: [own.slots(x) for own in cache.each], [own.offset for own in cache.each])
+    if found is None:
+        return None
+    output, moved = found
+    for index, own in enumerate(cache.each):
+        own.step(**{name: buffers[index] for name, buffers in moved.items()})
+    return output
 
 
 LONG = 1 << 20
@@ -38,6 +73,11 @@ class StateCache:
         self._earlier: list[tuple[int, States | None]] = []  # offsets and states of places to go back to
         self._stepped = False  # whether the other slot holds the state before the last token
         self._reserved = 0
+
+    @property
+    def each(self) -> tuple[StateCache, ...]:
+        """Itself, as `step` takes caches."""
+        return (self,)
 
     @property
     def nbytes(self) -> int:

@@ -5,14 +5,13 @@ Source: arXiv:2412.06464, and `Qwen3NextGatedDeltaNet` in transformers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 
-from runner.cache.recurrent import StateCache
+from runner.cache.recurrent import EachState, StateCache, step
 from runner.config import layer_types
 from runner.config.base import Config
 from runner.config.hybrid import HybridConfig
@@ -120,27 +119,23 @@ class GatedDeltaNet(Module):
 
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         projected = self.project(x)
-        outputs = batch.apart(self.recurrence, cache, x, projected.qkv, projected.a, projected.b)
+        told = (x, projected.qkv, projected.a, projected.b)
+        outputs = self.step(cache, *told)
+        if outputs is None:
+            outputs = batch.apart(self.recurrence, cache, *told)
         normed = self.norm(outputs.flatten(2), projected.z, self.rms_norm_eps)
         return self.out_proj(normed.astype(x.dtype))
 
     def recurrence(self, cache: StateCache, x: mx.array, qkv: mx.array, a: mx.array, b: mx.array) -> mx.array:
         """Outputs `[B, L, heads, dv]`, before the norm."""
-        gates = Gates(a, b, self.a_log, self.dt_bias)
-        outputs = self.step(x, qkv, gates, cache)
-        return self.scan(x, qkv, gates, cache) if outputs is None else outputs
+        outputs = self.step(cache, x, qkv, a, b)
+        return self.scan(x, qkv, Gates(a, b, self.a_log, self.dt_bias), cache) if outputs is None else outputs
 
-    def step(self, x: mx.array, qkv: mx.array, gates: Gates, cache: StateCache) -> mx.array | None:
-        """Outputs `[B, 1, heads, dv]` of one token, whose states are moved in place; None where they cannot be."""
-        if x.shape[1] != 1 or cache.reserved:
-            return None
-        taps, slots = self.conv1d.taps(self.hidden_act), functools.partial(cache.slots, x)
-        found = self.ops.delta_step(slots, cache.offset, qkv, taps, gates, self.linear_num_key_heads)
-        if found is None:
-            return None
-        outputs, rows, states = found
-        cache.step(conv=rows, delta=states)
-        return outputs
+    def step(self, cache: EachState, x: mx.array, qkv: mx.array, a: mx.array, b: mx.array) -> mx.array | None:
+        """Outputs `[B, L, heads, dv]` of one token of each request, moved in place; None where it cannot be."""
+        taps, gates = self.conv1d.taps(self.hidden_act), Gates(a, b, self.a_log, self.dt_bias)
+        heads = self.linear_num_key_heads
+        return step(cache, x, lambda slots, at: self.ops.delta_step(slots, at, qkv, taps, gates, heads))
 
     def scan(self, x: mx.array, qkv: mx.array, gates: Gates, cache: StateCache) -> mx.array:
         """Outputs `[B, L, heads, dv]` of any number of tokens, in float32."""

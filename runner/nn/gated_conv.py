@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
 
-from runner.cache.recurrent import StateCache
+from runner.cache.recurrent import EachState, StateCache, step
 from runner.config.base import key
 from runner.config.hybrid import HybridConfig
 from runner.config.layer_types import CONV
@@ -51,23 +50,18 @@ class GatedConv(Module):
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
         b, c, x = mx.split(self.in_proj(x), 3, axis=-1)
-        return self.out_proj(c * batch.apart(self.convolved, cache, b * x))
+        gated = b * x
+        output = self.step(cache, gated)
+        return self.out_proj(c * (batch.apart(self.convolved, cache, gated) if output is None else output))
 
     def convolved(self, cache: StateCache, gated: mx.array) -> mx.array:
         """What the convolution makes of any number of tokens."""
-        output = self.step(gated, cache)
+        output = self.step(cache, gated)
         if output is None:
             output, rows = self.conv(gated, cache.read(gated)["conv"], activation=None, each=cache.reserved)
             cache.write(gated.shape[1], conv=rows)
         return output
 
-    def step(self, gated: mx.array, cache: StateCache) -> mx.array | None:
-        """What the convolution makes of one token, whose rows are moved in place; None where they cannot be."""
-        if gated.shape[1] != 1 or cache.reserved:
-            return None
-        found = self.ops.conv_step(functools.partial(cache.slots, gated), cache.offset, gated, self.conv.taps(None))
-        if found is None:
-            return None
-        output, rows = found
-        cache.step(conv=rows)
-        return output
+    def step(self, cache: EachState, gated: mx.array) -> mx.array | None:
+        """What the convolution makes of one token of each request, moved in place; None where it cannot be."""
+        return step(cache, gated, lambda slots, at: self.ops.conv_step(slots, at, gated, self.conv.taps(None)))

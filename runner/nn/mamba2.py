@@ -5,13 +5,12 @@ Source: arXiv:2405.21060, and `BambaMixer` in transformers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from runner.cache.recurrent import StateCache
+from runner.cache.recurrent import EachState, StateCache, step
 from runner.config.base import Config
 from runner.config.mamba import Mamba2Config
 from runner.nn.batch import Batch
@@ -66,32 +65,29 @@ class Mamba2(Module):
     def __call__(self, x: mx.array, batch: Batch, cache: StateCache) -> mx.array:
         """`[B, L, hidden_size]` to the same shape; `cache` goes forward by L tokens."""
         gate, mixed, dt = self.project(x)
-        outputs = batch.apart(self.recurrence, cache, x, mixed, dt)
+        outputs = self.step(cache, x, mixed, dt)
+        if outputs is None:
+            outputs = batch.apart(self.recurrence, cache, x, mixed, dt)
         return self.out_proj(self.norm(outputs, gate, self.norm_eps).astype(x.dtype))
 
     def recurrence(self, cache: StateCache, x: mx.array, mixed: mx.array, dt: mx.array) -> mx.array:
         """Outputs `[B, L, mamba_inner]`, before the norm."""
-        dynamics = Dynamics(self.a_log, self.d, self.dt_bias, self.mamba_n_groups, self.time_step_limit)
-        outputs = self.step(x, mixed, dt, dynamics, cache)
-        return self.scan(x, mixed, dt, dynamics, cache) if outputs is None else outputs
+        outputs = self.step(cache, x, mixed, dt)
+        return self.scan(x, mixed, dt, cache) if outputs is None else outputs
 
-    def step(
-        self, x: mx.array, mixed: mx.array, dt: mx.array, dynamics: Dynamics, cache: StateCache
-    ) -> mx.array | None:
-        """Outputs `[B, 1, mamba_inner]` of one token, whose states are moved in place; None where they cannot be."""
-        if x.shape[1] != 1 or cache.reserved:
-            return None
-        taps, slots = self.conv1d.taps(self.mamba_activation), functools.partial(cache.slots, x)
-        found = self.ops.space_step(slots, cache.offset, mixed, dt, taps, dynamics)
-        if found is None:
-            return None
-        outputs, rows, states = found
-        cache.step(conv=rows, states=states)
-        return outputs
+    @property
+    def dynamics(self) -> Dynamics:
+        """What the recurrence is, besides what a token says."""
+        return Dynamics(self.a_log, self.d, self.dt_bias, self.mamba_n_groups, self.time_step_limit)
 
-    def scan(self, x: mx.array, mixed: mx.array, dt: mx.array, dynamics: Dynamics, cache: StateCache) -> mx.array:
+    def step(self, cache: EachState, x: mx.array, mixed: mx.array, dt: mx.array) -> mx.array | None:
+        """Outputs `[B, L, mamba_inner]` of one token of each request, moved in place; None where it cannot be."""
+        taps, dynamics = self.conv1d.taps(self.mamba_activation), self.dynamics
+        return step(cache, x, lambda slots, at: self.ops.space_step(slots, at, mixed, dt, taps, dynamics))
+
+    def scan(self, x: mx.array, mixed: mx.array, dt: mx.array, cache: StateCache) -> mx.array:
         """Outputs `[B, L, mamba_inner]` of any number of tokens."""
-        states = cache.read(x)
+        states, dynamics = cache.read(x), self.dynamics
         mixed, rows = self.conv1d(mixed, states["conv"], activation=self.mamba_activation, each=cache.reserved)
         scan = self.ops.state_space
         outputs, after = (

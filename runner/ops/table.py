@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
+from runner.cache.recurrent import Slots, Stepped
 from runner.cache.storage import PLAIN, Storage
 from runner.config.activations import ACTIVATIONS as NAMES
 from runner.ops import attention as attending
@@ -299,13 +300,6 @@ class Taps(NamedTuple):
     activation: str | None
 
 
-Slots = Callable[[], Mapping[str, mx.array]]
-"""Makes a recurrent layer's buffers `[2, B, ..]`, of which one token reads one slot and writes the other in place."""
-
-Stepped = tuple[mx.array, ...]
-"""What one token puts out, and the buffers in which the states behind it are."""
-
-
 def _no_step(*arguments: Any) -> Stepped | None:
     return None
 
@@ -347,11 +341,12 @@ class Ops:
     `[E]` of their scores, in float32, and gives them routing weights (`runner.ops.routing`); `mixture(outputs,
     weights)` is the weighted sum of outputs `[..., count, D]`.
 
-    A step moves one token's states in place: `delta_step(slots, at, mixed, taps, gates, key_heads)` convolves and then
-    applies the delta rule, with the states before token `at` in slot `at % 2` of the buffers "conv" and "delta" that
-    `slots()` makes. It returns what is put out, and both buffers; None where the device has no such step. In the same
-    way, `space_step(slots, at, mixed, dt, taps, dynamics)` applies Mamba 2's recurrence to the buffers "conv" and
-    "states", and `conv_step(slots, at, x, taps)` only convolves.
+    A step moves states in place by one token of each of N sequences, `[1, N, ..]`, or of B that go in step and share
+    their buffers, `[B, 1, ..]`: `delta_step(slots, at, mixed, taps, gates, key_heads)` convolves and then applies the
+    delta rule, with the i-th one's states before its token `at[i]` in slot `at[i] % 2` of the i-th buffers "conv" and
+    "delta" that `slots()` makes. It returns what is put out, and all buffers; None where the device has no such step.
+    In the same way, `space_step(slots, at, mixed, dt, taps, dynamics)` applies Mamba 2's recurrence to the buffers
+    "conv" and "states", and `conv_step(slots, at, x, taps)` only convolves. A sequence's bits are those it has alone.
     """
 
     name: str
@@ -373,9 +368,9 @@ class Ops:
     short_conv: Callable[..., mx.array] = _short_conv
     state_space: Callable[[mx.array, mx.array, Dynamics, mx.array], Scanned] = _state_space
     gated_delta: Callable[[mx.array, mx.array, mx.array, Gates, mx.array], Recurrence] = _gated_delta
-    delta_step: Callable[[Slots, int, mx.array, Taps, Gates, int], Stepped | None] = _no_step
-    space_step: Callable[[Slots, int, mx.array, mx.array, Taps, Dynamics], Stepped | None] = _no_step
-    conv_step: Callable[[Slots, int, mx.array, Taps], Stepped | None] = _no_step
+    delta_step: Callable[[Slots, Sequence[int], mx.array, Taps, Gates, int], Stepped | None] = _no_step
+    space_step: Callable[[Slots, Sequence[int], mx.array, mx.array, Taps, Dynamics], Stepped | None] = _no_step
+    conv_step: Callable[[Slots, Sequence[int], mx.array, Taps], Stepped | None] = _no_step
     gated_norm: Callable[[mx.array, mx.array, mx.array, float, int, bool], mx.array] = _gated_norm
     gate: Callable[[mx.array, mx.array], mx.array] = _gate
     add_gated: Callable[[mx.array, mx.array, mx.array], mx.array] = _add_gated

@@ -139,12 +139,12 @@ def test_a_step_moves_states_in_place(table: str) -> None:
     slots: Mapping[str, mx.array] = {"conv": mx.stack([rows, rows]), "states": mx.stack([state, state])}
     steps = [slice(t, t + 1) for t in range(5)]
     for t, now in enumerate(steps):
-        found = ops.space_step(functools.partial(dict, slots), t, mixed[:, now], dt[:, now], taps, dynamics)
+        found = ops.space_step(functools.partial(list, [slots]), [t], mixed[:, now], dt[:, now], taps, dynamics)
         if found is None:  # no such step: nothing was touched
             assert table in ("mlx", "metal")
             return
-        output, *buffers = found
-        slots = dict(zip(("conv", "states"), buffers, strict=True))
+        output, moved = found
+        slots = {name: buffer for name, (buffer,) in moved.items()}
         assert_close(output, numpy(wanted[:, now]), rounded_to=mx.float32, tolerance=1e-6)
     assert_close(slots["states"][5 % 2], numpy(after), rounded_to=mx.float32, tolerance=1e-6)
     assert mx.array_equal(slots["conv"][5 % 2], mx.concatenate([rows, mixed], axis=1)[:, -3:])
@@ -157,10 +157,11 @@ def test_a_convolution_alone_is_moved_in_place(table: str) -> None:
     taps = Taps(rand(3, 40, seed=3), None, None)
     wanted, slots = ops.short_conv(x, rows, *taps), {"conv": mx.stack([rows, rows])}
     for t in range(5):
-        found = ops.conv_step(functools.partial(dict, slots), t, x[:, t : t + 1], taps)
+        found = ops.conv_step(functools.partial(list, [slots]), [t], x[:, t : t + 1], taps)
         if found is None:
             assert table in ("mlx", "metal")
             return
-        output, slots["conv"] = found
+        output, moved = found
+        (slots["conv"],) = moved["conv"]
         assert_close(output, numpy(wanted[:, t : t + 1]), rounded_to=mx.float32, tolerance=1e-6)
     assert mx.array_equal(slots["conv"][5 % 2], x[:, -2:])

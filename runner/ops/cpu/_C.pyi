@@ -134,12 +134,17 @@ def state_space(
     most: float,
 ) -> tuple[mx.array, mx.array]: ...
 def conv_step(
-    rows: mx.array, at: int, x: mx.array, weight: mx.array, bias: mx.array | None, activation: str | None
+    rows: Sequence[mx.array],
+    at: Sequence[int],
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    activation: str | None,
 ) -> list[mx.array]: ...
 def recurrent_step(
-    rows: mx.array,
-    states: mx.array,
-    at: int,
+    rows: Sequence[mx.array],
+    states: Sequence[mx.array],
+    at: Sequence[int],
     mixed: mx.array,
     weight: mx.array,
     bias: mx.array | None,

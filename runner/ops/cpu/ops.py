@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from runner.cache.kv import History
+from runner.cache.recurrent import Slots, Stepped
 from runner.cache.storage import HEADER_ROWS, SCALE_COLUMNS, Powers, Storage, unpacked
 from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
 from runner.ops.cpu import _C
 from runner.ops.quantized import QuantizedWeight
-from runner.ops.table import PORTABLE, Ops, Recorder, Slots, Stepped, Taps
+from runner.ops.table import PORTABLE, Ops, Recorder, Taps
 
 if TYPE_CHECKING:
     from runner.ops.delta_rule import Gates, Recurrence
@@ -175,15 +176,17 @@ def _gated_delta(q: mx.array, k: mx.array, v: mx.array, gates: Gates, state: mx.
     return PORTABLE.gated_delta(q, k, v, gates, state)
 
 
-def _delta_step(slots: Slots, at: int, mixed: mx.array, taps: Taps, gates: Gates, key_heads: int) -> Stepped | None:
+def _delta_step(
+    slots: Slots, at: Sequence[int], mixed: mx.array, taps: Taps, gates: Gates, key_heads: int
+) -> Stepped | None:
     if not _wide(mixed, gates.a, gates.b) or taps.activation not in _CONV:
         return None
     buffers = slots()
-    rows, states, out = _C.recurrent_step(
-        buffers["conv"], buffers["delta"], at, mixed, *taps, gates.a, gates.b, gates.a_log, gates.dt_bias, None,
-        key_heads, 0.0, 0.0,
+    *moved, out = _C.recurrent_step(
+        _each(buffers, "conv"), _each(buffers, "delta"), at, mixed, *taps, gates.a, gates.b, gates.a_log,
+        gates.dt_bias, None, key_heads, 0.0, 0.0,
     )  # fmt: skip
-    return out, rows, states
+    return out, {"conv": moved[: len(at)], "delta": moved[len(at) :]}
 
 
 def _state_space(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.array) -> Scanned:
@@ -195,22 +198,28 @@ def _state_space(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.ar
     return out.flatten(2), after
 
 
-def _space_step(slots: Slots, at: int, mixed: mx.array, dt: mx.array, taps: Taps, dynamics: Dynamics) -> Stepped | None:
+def _space_step(
+    slots: Slots, at: Sequence[int], mixed: mx.array, dt: mx.array, taps: Taps, dynamics: Dynamics
+) -> Stepped | None:
     if not _wide(mixed, dt) or taps.activation not in _CONV:
         return None
     buffers = slots()
-    rows, states, out = _C.recurrent_step(
-        buffers["conv"], buffers["states"], at, mixed, *taps, dt, None, dynamics.a_log, dynamics.dt_bias, dynamics.d,
-        dynamics.groups, *dynamics.limits,
+    *moved, out = _C.recurrent_step(
+        _each(buffers, "conv"), _each(buffers, "states"), at, mixed, *taps, dt, None, dynamics.a_log, dynamics.dt_bias,
+        dynamics.d, dynamics.groups, *dynamics.limits,
     )  # fmt: skip
-    return out.flatten(2), rows, states
+    return out.flatten(2), {"conv": moved[: len(at)], "states": moved[len(at) :]}
 
 
-def _conv_step(slots: Slots, at: int, x: mx.array, taps: Taps) -> Stepped | None:
+def _conv_step(slots: Slots, at: Sequence[int], x: mx.array, taps: Taps) -> Stepped | None:
     if not _wide(x) or taps.activation not in _CONV:
         return None
-    rows, out = _C.conv_step(slots()["conv"], at, x, *taps)
-    return out, rows
+    *moved, out = _C.conv_step(_each(slots(), "conv"), at, x, *taps)
+    return out, {"conv": moved}
+
+
+def _each(buffers: Sequence[Mapping[str, mx.array]], name: str) -> list[mx.array]:
+    return [own[name] for own in buffers]
 
 
 def _gated_norm(x: mx.array, gate: mx.array, weight: mx.array, eps: float, groups: int, gate_first: bool) -> mx.array:

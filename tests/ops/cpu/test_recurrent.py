@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 import recurrent_twins as naive
@@ -9,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twins import FLOATS, Layout, assert_close, numpy, rand
 
+from runner.cache.recurrent import Stepped
+from runner.ops.delta_rule import Gates
 from runner.ops.state_space import Dynamics
-from runner.ops.table import PORTABLE, Ops
+from runner.ops.table import PORTABLE, Ops, Taps
 
 few = settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
@@ -100,3 +104,48 @@ def test_gate(ops: Ops, batch: int, heads: int, length: int, size: int, seed: in
     gate = rand(batch, length, heads, 2 * size, seed=seed + 1).swapaxes(1, 2)[..., size:]
     wanted = numpy(x) / (1 + np.exp(-numpy(gate)))
     assert_close(ops.gate(x, gate), wanted, rounded_to=mx.float32, tolerance=1e-5)
+
+
+@few
+@given(
+    st.integers(1, 9), st.integers(1, 2), st.integers(1, 3), st.sampled_from([1, 16, 37]), st.sampled_from([5, 16, 70]),
+    st.sampled_from(["delta", "states", "conv"]), SEEDS,
+)  # fmt: skip
+def test_several_sequences_move_as_each_alone(
+    ops: Ops, count: int, groups: int, share: int, dk: int, dv: int, kind: str, seed: int
+) -> None:
+    """To the last bit, wherever each one is, and whatever the others hold."""
+    heads = groups * share
+    width = heads * dv + 2 * groups * dk
+    taps = Taps(rand(3, width, seed=seed), rand(width, seed=seed + 1), "silu")
+    a_log, bias, d = (rand(heads, seed=seed + i) for i in (2, 3, 4))
+    a, b = rand(1, count, heads + 3, seed=seed + 5)[..., 3:], rand(1, count, heads, seed=seed + 6)
+    mixed = rand(1, count, width + 2, seed=seed + 7)[..., :width]  # cut from what a projection put out
+    shapes = {"conv": (2, 1, 2, width)} | ({} if kind == "conv" else {kind: (2, 1, heads, dv, dk)})
+    at = [seed % 5 + i * i for i in range(count)]
+
+    def buffers(i: int) -> dict[str, mx.array]:
+        found = {name: rand(*shape, seed=seed + 10 * i + 8) for name, shape in shapes.items()}
+        return found if i % 4 < 3 else {name: x * np.nan for name, x in found.items()}
+
+    def moved(rows: list[int]) -> Stepped | None:
+        slots = functools.partial(list, [buffers(i) for i in rows])
+        now, where = slice(rows[0], rows[-1] + 1), [at[i] for i in rows]
+        x = mixed[:, now]
+        if kind == "delta":
+            return ops.delta_step(slots, where, x, taps, Gates(a[:, now], b[:, now], a_log, bias), groups)
+        if kind == "states":
+            dynamics = Dynamics(a_log, d, bias, groups, (0.0, float("inf")))
+            return ops.space_step(slots, where, x, a[:, now], taps, dynamics)
+        return ops.conv_step(slots, where, x, taps)
+
+    together = moved(list(range(count)))
+    if together is None:
+        assert ops is PORTABLE
+        return
+    for i in range(count):
+        alone = moved([i])
+        assert alone is not None
+        assert np.array_equal(numpy(together[0][:, i]), numpy(alone[0][:, 0]), equal_nan=True)
+        for name, (buffer,) in alone[1].items():
+            assert np.array_equal(numpy(together[1][name][i]), numpy(buffer), equal_nan=True)

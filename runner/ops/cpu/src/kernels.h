@@ -159,12 +159,19 @@ struct ArgmaxArgs {
   int64_t rows, dim;
 };
 
+// What a sequence carries from token to token, where its memory is its own: it is read, and written, here.
+struct Moved {
+  const float* from;
+  float* to;
+};
+
 // A convolution of each of C channels with its last `taps` inputs, the oldest first: x[B, L, C] follows the inputs
 // before[B, taps - 1, C]. All float32; x's last dimension contiguous, its other strides free, the rest contiguous.
 struct ConvArgs {
   const float *x, *before;
   float* out;          // [B, L, C]
   float* after;        // null, or [B, taps - 1, C]: the last inputs; apart from `before`
+  const Moved* each;   // null, or [B] in the places of `before` and `after`
   const void* weight;  // [taps, C]
   const void* bias;    // null, or [C]
   DType wt, bt;
@@ -187,6 +194,7 @@ struct RecurrenceArgs {
   DType lt, bt, st;
   const float* from;  // [B, H, dv, dk]
   float* to;          // the same shape; it may be `from`
+  const Moved* each;  // null, or [B] in the places of both
   float* out;         // [B, L, H, dv]
   int64_t batch, l, heads, groups, dk, dv;
   bool delta, channels;

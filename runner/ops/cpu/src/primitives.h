@@ -61,10 +61,12 @@ std::pair<mx::array, mx::array> gated_delta_op(const mx::array& q, const mx::arr
 std::pair<mx::array, mx::array> state_space_op(const mx::array& mixed, const mx::array& dt, const mx::array& a_log,
                                                const mx::array& skip, const mx::array& dt_bias,
                                                const mx::array& state, int groups, float least, float most);
-std::vector<mx::array> conv_step_op(const mx::array& rows, int at, const mx::array& x, const mx::array& weight,
-                                    const MaybeArray& bias, const std::optional<std::string>& activation);
-std::vector<mx::array> recurrent_step_op(const mx::array& rows, const mx::array& states, int at, const mx::array& mixed,
-                                         const mx::array& weight, const MaybeArray& bias,
+std::vector<mx::array> conv_step_op(const std::vector<mx::array>& rows, const std::vector<int>& at, const mx::array& x,
+                                    const mx::array& weight, const MaybeArray& bias,
+                                    const std::optional<std::string>& activation);
+std::vector<mx::array> recurrent_step_op(const std::vector<mx::array>& rows, const std::vector<mx::array>& states,
+                                         const std::vector<int>& at, const mx::array& mixed, const mx::array& weight,
+                                         const MaybeArray& bias,
                                          const std::optional<std::string>& activation, const mx::array& a,
                                          const MaybeArray& b, const mx::array& a_log, const mx::array& dt_bias,
                                          const MaybeArray& skip, int groups, float least, float most);

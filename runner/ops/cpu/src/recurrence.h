@@ -6,9 +6,10 @@ inline void conv(const ConvArgs& a) {
   const float* weight = vector_as_float(a.weight, a.wt, a.taps * a.c, copies);
   const float* bias = vector_as_float(a.bias, a.bt, a.c, copies + a.taps * a.c);
   const int64_t kept = a.taps - 1;
+  auto before = [&](int64_t b) { return a.each ? a.each[b].from : a.before + b * kept * a.c; };
   // The input `back` tokens before token t.
   auto input = [&](int64_t b, int64_t t, int64_t back) {
-    return t < back ? a.before + (b * kept + kept + t - back) * a.c : a.x + b * a.xb + (t - back) * a.xl;
+    return t < back ? before(b) + (kept + t - back) * a.c : a.x + b * a.xb + (t - back) * a.xl;
   };
   over_rows(a.b * a.l, a.c * a.taps, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
@@ -34,11 +35,10 @@ inline void conv(const ConvArgs& a) {
       for (int64_t j = i; j < a.c; ++j) out[j] = line[j - i];
     }
   });
-  if (!a.after) return;
+  if (!a.after && !a.each) return;
   for (int64_t b = 0; b < a.b; ++b) {
-    for (int64_t i = 0; i < kept; ++i) {
-      memcpy(a.after + (b * kept + i) * a.c, input(b, a.l - 1, kept - 1 - i), (size_t)a.c * 4);
-    }
+    float* after = a.each ? a.each[b].to : a.after + b * kept * a.c;
+    for (int64_t i = 0; i < kept; ++i) memcpy(after + i * a.c, input(b, a.l - 1, kept - 1 - i), (size_t)a.c * 4);
   }
 }
 
@@ -148,9 +148,9 @@ inline void recurrence(const RecurrenceArgs& a) {
   Pool::get().parallel_for((int)(a.batch * a.heads * blocks), [&](int piece) {
     const int64_t block = piece % blocks, head = piece / blocks % a.heads, b = piece / (blocks * a.heads);
     const int64_t first = block * kStateRows, last = first + kStateRows < a.dv ? first + kStateRows : a.dv;
-    const int64_t at = (b * a.heads + head) * a.dv * a.dk, g = head / share;
-    const float* from = a.from + at;
-    float* to = a.to + at;
+    const int64_t at = head * a.dv * a.dk, all = b * a.heads * a.dv * a.dk, g = head / share;
+    const float* from = (a.each ? a.each[b].from : a.from + all) + at;
+    float* to = (a.each ? a.each[b].to : a.to + all) + at;
     for (int64_t t = 0; t < a.l; ++t) {
       const int64_t r = b * a.l + t;
       const float *q = asked.q + (r * a.groups + g) * a.dk, *k = asked.k + (r * a.groups + g) * a.dk;

@@ -143,22 +143,42 @@ class Recurrence : public CpuPrimitive {
   RecurrenceForm form_;
 };
 
-// One token. Buffers [2, B, ..] hold the state behind a token in the slot of its parity, so that the state before the
-// last token stays until the next one. inputs: the buffers of the convolution and (with a recurrence) of the states,
-// mixed, weight, (bias), (a, ..); outputs: the buffers, in place, and the result.
+// A buffer [2, B, ..] of each of several sequences, or of B in step.
+struct Slots {
+  std::vector<float*> buffers;
+  int64_t size;  // of a slot
+
+  // Where the states of each of `each` rows lie before a token, and where they go: the i-th buffer's is the token at[i].
+  std::vector<Moved> moved(const std::vector<int>& at, int64_t ahead, int64_t each) const {
+    std::vector<Moved> found;
+    for (size_t i = 0; i < buffers.size(); ++i) {
+      const int64_t slot = (at[i] + ahead) & 1;
+      for (int64_t b = 0; b < each; ++b) {
+        const int64_t row = b * (size / each);
+        found.push_back({buffers[i] + slot * size + row, buffers[i] + (1 - slot) * size + row});
+      }
+    }
+    return found;
+  }
+};
+
+// One token of each sequence. Buffers [2, B, ..] hold the state behind a token in the slot of its parity, so that the
+// state before the last token stays until the next one. inputs: the buffers of the convolution and (with a recurrence)
+// of the states, of each sequence one; mixed, [B, 1, C] of one buffer or [1, N, C] of N, weight, (bias), (a, ..);
+// outputs: the buffers, in place, and the result.
 class Step : public CpuPrimitive {
  public:
-  Step(mx::Stream stream, ConvForm conv, std::optional<RecurrenceForm> form, int64_t at)
-      : CpuPrimitive(stream), conv_(conv), form_(form), at_(at) {}
+  Step(mx::Stream stream, ConvForm conv, std::optional<RecurrenceForm> form, std::vector<int> at)
+      : CpuPrimitive(stream), conv_(conv), form_(form), at_(std::move(at)) {}
   const char* name() const override { return "runner::Step"; }
-  size_t written() const override { return form_ ? 2 : 1; }
-  int64_t position() const override { return at_; }
+  size_t written() const override { return (form_ ? 2 : 1) * at_.size(); }
+  int64_t position() const override { return at_[0]; }
   bool is_equivalent(const mx::Primitive& other) const override {
     return same_but_position(other) && at_ == static_cast<const Step&>(other).at_;
   }
   bool same_but_position(const mx::Primitive& other) const override {
     auto& o = static_cast<const Step&>(other);
-    return conv_ == o.conv_ && form_ == o.form_;
+    return conv_ == o.conv_ && form_ == o.form_ && same_steps(at_, o.at_);
   }
 
   void plan(const Arrays& inputs, Arrays& outputs, Dispatcher& d) override {
@@ -172,37 +192,45 @@ class Step : public CpuPrimitive {
     }
     size_t next = written() + 1;
     ConvArgs a = conv_.args(inputs[written()], inputs, next, d);
-    float* rows = outputs[0].data<float>();
-    const int64_t row_size = static_cast<int64_t>(outputs[0].size()) / 2;
+    if (at_.size() > 1) a.b = a.l, a.l = 1, a.xb = a.xl;
+    const int64_t each = inputs[0].shape(1);
+    const Slots rows = slots(outputs, 0);
     float* out = d.allocate(outputs[written()]).data<float>();
     if (!form_) {
       a.out = out;
-      d.run([a, rows, row_size, at = at_](int64_t ahead) mutable {
-        const int64_t slot = (at + ahead) & 1;
-        a.before = rows + slot * row_size, a.after = rows + (1 - slot) * row_size;
+      d.run([a, rows, each, at = at_](int64_t ahead) mutable {
+        const std::vector<Moved> moved = rows.moved(at, ahead, each);
+        a.each = moved.data();
         kernels().conv(a);
       });
       return;
     }
-    RecurrenceArgs r = form_->args(inputs[1], inputs, next, d);
-    float* states = outputs[1].data<float>();
-    const int64_t size = static_cast<int64_t>(outputs[1].size()) / 2;
+    RecurrenceArgs r = form_->args(inputs[at_.size()], inputs, next, d);
+    if (at_.size() > 1) r.batch = r.l, r.l = 1, r.ab = r.al, r.bb = r.bl;
+    const Slots states = slots(outputs, at_.size());
     r.out = out;
-    d.run([a, r, rows, row_size, states, size, form = *form_, at = at_](int64_t ahead) mutable {
-      const int64_t slot = (at + ahead) & 1;
-      a.before = rows + slot * row_size, a.after = rows + (1 - slot) * row_size;
+    d.run([a, r, rows, states, each, form = *form_, at = at_](int64_t ahead) mutable {
+      const std::vector<Moved> moved = rows.moved(at, ahead, each), stirred = states.moved(at, ahead, each);
+      a.each = moved.data();
       a.out = static_cast<float*>(scratch(Slot::partial, a.b * a.c * 4));
       kernels().conv(a);
       form.from_mixed(r, a.out, a.c, a.c);
-      r.from = states + slot * size, r.to = states + (1 - slot) * size;
+      r.each = stirred.data();
       kernels().recurrence(r);
     });
   }
 
  private:
+  // Those of the outputs from `first` on.
+  Slots slots(Arrays& outputs, size_t first) const {
+    Slots found{{}, static_cast<int64_t>(outputs[first].size()) / 2};
+    for (size_t i = 0; i < at_.size(); ++i) found.buffers.push_back(outputs[first + i].data<float>());
+    return found;
+  }
+
   ConvForm conv_;
   std::optional<RecurrenceForm> form_;
-  int64_t at_;
+  std::vector<int> at_;
 };
 
 class GatedNorm : public CpuPrimitive {
@@ -294,19 +322,19 @@ void add_conv(Arrays& inputs, const mx::array& weight, const MaybeArray& bias) {
   if (bias) inputs.push_back(*bias);
 }
 
-// Adds a, (b), a_log, dt_bias, (skip), checked for a state [B, H, dv, dk].
-void add_gates(const char* op, Arrays& inputs, const mx::Shape& state, const mx::array& a, const MaybeArray& b,
-               const mx::array& a_log, const mx::array& dt_bias, const MaybeArray& skip) {
+// Adds a, (b), a_log, dt_bias, (skip), checked for `batch` rows and a state [B, H, dv, dk].
+void add_gates(const char* op, Arrays& inputs, int batch, const mx::Shape& state, const mx::array& a,
+               const MaybeArray& b, const mx::array& a_log, const mx::array& dt_bias, const MaybeArray& skip) {
   const int heads = state[1], dk = state[3];
   need_float32(op, "a", a);
   const bool channels = a.ndim() == 4 && b;
   if (!channels) need_dims(op, "a", a, 3);
   const int length = a.shape(1);
-  need_shape(op, "a", a, channels ? mx::Shape{state[0], length, heads, dk} : mx::Shape{state[0], length, heads});
+  need_shape(op, "a", a, channels ? mx::Shape{batch, length, heads, dk} : mx::Shape{batch, length, heads});
   inputs.push_back(a);
   if (b) {
     need_float32(op, "b", *b);
-    need_shape(op, "b", *b, {state[0], length, heads});
+    need_shape(op, "b", *b, {batch, length, heads});
     inputs.push_back(*b);
   }
   need_vector(op, "a_log", a_log, heads);
@@ -317,6 +345,31 @@ void add_gates(const char* op, Arrays& inputs, const mx::Shape& state, const mx:
     need_vector(op, "d", *skip, heads);
     inputs.push_back(*skip);
   }
+}
+
+// Buffers [2, B, ..] in which a token moves states of a `shape`: one for B rows x [B, 1, C], or one for each token of
+// x [1, N, C], with the number of the token in `at`.
+void need_slots(const char* op, const char* what, const Arrays& slots, const std::vector<int>& at, const mx::array& x,
+                const mx::Shape& shape) {
+  const int tokens = static_cast<int>(at.size());
+  if (at.empty() || slots.size() != at.size() || x.shape(1) != tokens || (tokens > 1 && x.shape(0) != 1)) {
+    refuse(op, ": ", slots.size(), " buffers of ", what, " and ", tokens, " positions for x ", x.shape(),
+           "; expected [B, 1, C] and one, or [1, N, C] and N");
+  }
+  mx::Shape buffer{2, x.shape(0)};
+  buffer.insert(buffer.end(), shape.begin(), shape.end());
+  for (const mx::array& slot : slots) {
+    need_float32(op, what, slot);
+    need_shape(op, what, slot, buffer);
+  }
+}
+
+// The first `written` inputs again, moved in place, and what is put out.
+Arrays stepped(std::shared_ptr<Step> primitive, const Arrays& inputs, size_t written, const mx::Shape& out) {
+  std::vector<mx::Shape> shapes;
+  for (size_t i = 0; i < written; ++i) shapes.push_back(inputs[i].shape());
+  shapes.push_back(out);
+  return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32), primitive, inputs);
 }
 
 void need_state(const char* op, const mx::array& state, int groups) {
@@ -364,7 +417,7 @@ std::pair<mx::array, mx::array> gated_delta_op(const mx::array& q, const mx::arr
   need_float32(op, "v", v);
   need_shape(op, "v", v, {state.shape(0), length, state.shape(1), state.shape(2)});
   Arrays inputs{state};
-  add_gates(op, inputs, state.shape(), a, b, a_log, dt_bias, std::nullopt);
+  add_gates(op, inputs, state.shape(0), state.shape(), a, b, a_log, dt_bias, std::nullopt);
   if (a.shape(1) != length) refuse(op, ": a has ", a.shape(1), " tokens, q has ", length);
   inputs.insert(inputs.end(), {q, k, v});
   return recurrence(op, {true, groups, 0.0f, 0.0f}, std::move(inputs), length);
@@ -380,51 +433,51 @@ std::pair<mx::array, mx::array> state_space_op(const mx::array& mixed, const mx:
   const int length = mixed.shape(1), width = state.shape(1) * state.shape(2) + 2 * groups * state.shape(3);
   need_shape(op, "mixed", mixed, {state.shape(0), length, width});
   Arrays inputs{state};
-  add_gates(op, inputs, state.shape(), dt, std::nullopt, a_log, dt_bias, skip);
+  add_gates(op, inputs, state.shape(0), state.shape(), dt, std::nullopt, a_log, dt_bias, skip);
   if (dt.shape(1) != length) refuse(op, ": dt has ", dt.shape(1), " tokens, mixed has ", length);
   inputs.push_back(mixed);
   return recurrence(op, {false, groups, least, most}, std::move(inputs), length);
 }
 
-std::vector<mx::array> conv_step_op(const mx::array& rows, int at, const mx::array& x, const mx::array& weight,
-                                    const MaybeArray& bias, const std::optional<std::string>& activation) {
+std::vector<mx::array> conv_step_op(const Arrays& rows, const std::vector<int>& at, const mx::array& x,
+                                    const mx::array& weight, const MaybeArray& bias,
+                                    const std::optional<std::string>& activation) {
   const char* op = "conv_step";
   auto form = conv_form(op, x, weight, bias, activation);
-  need_shape(op, "x", x, {x.shape(0), 1, x.shape(2)});
-  need_float32(op, "rows", rows);
-  need_shape(op, "rows", rows, {2, x.shape(0), weight.shape(0) - 1, x.shape(2)});
-  Arrays inputs{rows, x};
+  need_slots(op, "rows", rows, at, x, {weight.shape(0) - 1, x.shape(2)});
+  Arrays inputs = rows;
+  inputs.push_back(x);
   add_conv(inputs, weight, bias);
-  auto primitive = std::make_shared<Step>(cpu_stream(), form, std::nullopt, at);
-  return mx::array::make_arrays({rows.shape(), x.shape()}, {mx::float32, mx::float32}, primitive, inputs);
+  return stepped(std::make_shared<Step>(cpu_stream(), form, std::nullopt, at), inputs, rows.size(), x.shape());
 }
 
-std::vector<mx::array> recurrent_step_op(const mx::array& rows, const mx::array& states, int at, const mx::array& mixed,
-                                         const mx::array& weight, const MaybeArray& bias,
+std::vector<mx::array> recurrent_step_op(const Arrays& rows, const Arrays& states, const std::vector<int>& at,
+                                         const mx::array& mixed, const mx::array& weight, const MaybeArray& bias,
                                          const std::optional<std::string>& activation, const mx::array& a,
                                          const MaybeArray& b, const mx::array& a_log, const mx::array& dt_bias,
                                          const MaybeArray& skip, int groups, float least, float most) {
   const char* op = "recurrent_step";
   auto form = conv_form(op, mixed, weight, bias, activation);
-  const int batch = mixed.shape(0);
-  need_float32(op, "rows", rows);
-  need_shape(op, "rows", rows, {2, batch, weight.shape(0) - 1, mixed.shape(2)});
-  need_float32(op, "states", states);
-  need_dims(op, "states", states, 5);
+  need_slots(op, "rows", rows, at, mixed, {weight.shape(0) - 1, mixed.shape(2)});
   if (b.has_value() == skip.has_value()) refuse(op, ": expected either b or d");
-  if (states.shape(0) != 2 || states.shape(1) != batch || groups < 1 || states.shape(2) % groups) {
-    refuse(op, ": states have shape ", states.shape(), "; expected [2, ", batch, ", a multiple of ", groups, ", ..]");
+  if (states.empty()) refuse(op, ": no states");
+  need_dims(op, "states", states[0], 5);
+  const mx::Shape state(states[0].shape().begin() + 2, states[0].shape().end());
+  need_slots(op, "states", states, at, mixed, state);
+  if (groups < 1 || state[0] % groups) {
+    refuse(op, ": states have shape ", states[0].shape(), "; expected a multiple of ", groups, " heads");
   }
-  const mx::Shape state(states.shape().begin() + 1, states.shape().end());
-  need_shape(op, "mixed", mixed, {batch, 1, state[1] * state[2] + 2 * groups * state[3]});
-  Arrays inputs{rows, states, mixed};
+  const int batch = mixed.shape(0), length = mixed.shape(1);
+  need_shape(op, "mixed", mixed, {batch, length, state[0] * state[1] + 2 * groups * state[2]});
+  Arrays inputs = rows;
+  inputs.insert(inputs.end(), states.begin(), states.end());
+  inputs.push_back(mixed);
   add_conv(inputs, weight, bias);
-  add_gates(op, inputs, state, a, b, a_log, dt_bias, skip);
-  if (a.shape(1) != 1) refuse(op, ": a has ", a.shape(1), " tokens; expected one");
+  add_gates(op, inputs, batch, {batch, state[0], state[1], state[2]}, a, b, a_log, dt_bias, skip);
+  if (a.shape(1) != length) refuse(op, ": a has ", a.shape(1), " tokens; expected ", length);
   RecurrenceForm recurrence{b.has_value(), groups, least, most};
   auto primitive = std::make_shared<Step>(cpu_stream(), form, recurrence, at);
-  return mx::array::make_arrays({rows.shape(), states.shape(), {batch, 1, state[1], state[2]}},
-                                {mx::float32, mx::float32, mx::float32}, primitive, inputs);
+  return stepped(std::move(primitive), inputs, 2 * rows.size(), {batch, length, state[0], state[1]});
 }
 
 mx::array gated_norm_op(const mx::array& x, const mx::array& gate, const mx::array& weight, float eps, int groups,
