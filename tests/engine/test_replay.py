@@ -14,6 +14,7 @@ from places import TESTS
 
 from runner.cache.caches import Caches
 from runner.cache.kv import ChunkedKVCache, KVCache
+from runner.cache.several import SeveralCaches
 from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.prefill import prefill
 from runner.engine.replay import LEAST, PATIENCE, Steps
@@ -23,6 +24,11 @@ from runner.nn.batch import Batch
 from runner.ops.device import current
 from runner.ops.table import Ops
 
+TOGETHER = [
+    "llama/llama-gqa", "llama/mistral-window", "llama/llama-mlx-4bit", "families/qwen3_moe-base",
+    "families/gpt_oss-base", "families/lfm2-base", "families/qwen3_next-base", "families/mamba2-base",
+    "families/nemotron_h-base",
+]  # fmt: skip
 FIXTURES = sorted(str(path.parent.relative_to(TESTS)) for path in TESTS.glob("fixtures/*/**/config.json"))
 PROMPT = [1 + i % 30 for i in range(12)]
 needs_recorder = pytest.mark.skipif(current().ops.recorder is None, reason="this device records nothing")
@@ -54,6 +60,20 @@ def replayed(engine: Loaded) -> bool:
         token = engine.device.ops.argmax(steps(token.reshape(1, 1)))
         engine.device.ops.schedule(token)
     return steps._program is not None
+
+
+def answers(engine: Loaded, ops: Ops) -> tuple[list[np.ndarray], bool]:
+    """Logits of two requests' steps side by side, one three tokens behind the other; whether they were recorded."""
+    each = [engine.new_caches() for _ in range(2)]
+    first = [ops.argmax(prefill(engine.model, PROMPT[3 * i :], caches)) for i, caches in enumerate(each)]
+    tokens, steps = mx.stack(first).reshape(1, 2), Steps(engine.model, SeveralCaches(each, [1, 1]), ops)
+    found = []
+    for _ in range(PATIENCE + 4):
+        logits = steps(tokens)
+        tokens = ops.argmax(logits).reshape(1, 2)
+        ops.schedule(logits, tokens)
+        found.append(np.array(logits.astype(mx.float32)))
+    return found, steps._program is not None
 
 
 @pytest.mark.parametrize("path", FIXTURES)
@@ -108,6 +128,17 @@ def test_which_are_replayed() -> None:
         if replayed(engine):
             found.add(json.loads((TESTS / path / "config.json").read_text())["model_type"])
     assert found == set(REPLAYED.split())
+
+
+@needs_recorder
+@pytest.mark.parametrize("path", TOGETHER)
+def test_several_requests_are_replayed_as_they_are_built(path: str) -> None:
+    """Each kind of memory and of layer: a step of two requests is one recording, with the bits of a built step."""
+    engine = open_loaded(TESTS / "fixtures" / path)
+    found, recorded = answers(engine, engine.device.ops)
+    assert recorded
+    for one, other in zip(found, answers(engine, built(engine.device.ops))[0], strict=True):
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "llama-mlx-4bit"])

@@ -116,12 +116,12 @@ std::optional<Program> Program::record(const mx::array& slot, const std::vector<
   Program program;
   auto recorded = std::make_shared<Recorded>(Recorded{{}, {}, {}, slot, outputs[0], {}});
   Listing listing;
-  Dispatcher list(stream, listing);
+  Dispatcher list(stream, listing), own(stream);
   size_t k = 0;
   for (auto& operation : *graph.operations) {
     mx::array a = std::move(operation);
     if (a.id() == slot.id()) {
-      list.allocate(a);
+      own.allocate(a);  // written before the first task, which may use whatever the arena gives
     } else if (!plan_operation(a, list)) {
       return std::nullopt;
     }
