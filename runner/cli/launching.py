@@ -211,7 +211,8 @@ def attend(server: socket.socket, process: subprocess.Popen[bytes], wait: float,
 
             def ask(number: int, frame: object) -> None:
                 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-                connection.send(b"e")
+                with contextlib.suppress(OSError):  # it has ended already
+                    connection.send(b"e")
 
             signal.signal(signal.SIGTERM, ask)
         code = connection.recv(1)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FAILED = "RUNNER_RANK_FAILED"
 """The environment variable in which rank 0 notes that another process has ended too early."""
 
+LATE = 5.0
+"""Seconds that rank 0 has to end once its command has."""
+
 FILES = 3
 """Standard input, output and error."""
 
@@ -142,6 +145,10 @@ def speak(arguments: Sequence[str]) -> NoReturn:
     from runner.cli import main
 
     code = main(arguments)
+    # What waits for another rank now would wait for ever.
+    late = threading.Timer(LATE, _leave, (launcher.fileno(), code))
+    late.daemon = True
+    late.start()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):

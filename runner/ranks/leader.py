@@ -161,7 +161,12 @@ class Leader:
         return [peer.pid for peer in self._peers if peer.host in ("127.0.0.1", self.settings.host)]
 
     def close(self) -> None:
-        """Tell the others that all is done. Closing twice is fine."""
+        """Tell the others that all is done. Closing twice is fine.
+
+        Where a rank was lost, that is told instead, which ends this process.
+        """
+        if self._losses and not self._closed:
+            time.sleep(2 * GRACE)
         if not self._closed:
             self._closed = True
             for peer in self._peers:

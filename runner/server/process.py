@@ -118,12 +118,15 @@ class Server(uvicorn.Server):
             yield
             return
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # One that somebody handles already is theirs: of SIGTERM, rank 0 of several processes has to say more.
+        free = (signal.SIG_DFL, signal.default_int_handler)
+        numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) in free]
+        for number in numbers:
             loop.add_signal_handler(number, self.handle_exit, number, None)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 loop.remove_signal_handler(number)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -25,12 +25,15 @@ from runner.errors import UsageError
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
 PROMPT = ["abc", "--raw", "--temp", "0", "--max-tokens", "8"]
 FOREVER = ("-r", "1000000")
+BOTH, PROMPTS, TOKENS = ("-p", "64", "-n", "32"), ("-p", "96", "-n", "0"), ("-p", "0", "-n", "96")
+"""What is measured: prompts and answers, or one of the two alone."""
 IN_TIME = 10
+TWO = ("launch", "--wait", "60", "-n", "2")
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which rank a process is, /proc tells")
 
 
 def test_the_answer_is_that_of_one_process() -> None:
-    alone, together = (run(*how, "generate", MODEL, *PROMPT) for how in ((), ("launch", "-n", "2")))
+    alone, together = (run(*how, "generate", MODEL, *PROMPT) for how in ((), TWO))
     assert (together.returncode, own(together.stderr)) == (alone.returncode, own(alone.stderr)) == (0, "")
     assert together.stdout == alone.stdout != ""
 
@@ -39,7 +42,7 @@ def test_a_file_of_prompts_is_answered_as_by_one_process(tmp_path: Path) -> None
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(f"{word} and more") + "\n" for word in ("a", "ab", "abc", "abcd")))
     arguments = ("generate", MODEL, "--file", str(file), "--raw", "--temp", "0", "--max-tokens", "8")
-    alone, together = (run(*how, *arguments) for how in ((), ("launch", "-n", "2")))
+    alone, together = (run(*how, *arguments) for how in ((), TWO))
     assert (together.returncode, together.stderr) == (alone.returncode, alone.stderr) and alone.returncode == 0
     assert together.stdout == alone.stdout and len(alone.stdout.splitlines()) == 4
 
@@ -47,7 +50,7 @@ def test_a_file_of_prompts_is_answered_as_by_one_process(tmp_path: Path) -> None
 def test_a_server_answers_as_one_process_and_ends_when_it_is_told_to() -> None:
     asked = {"model": "llama-gqa", "prompt": "abc", "temperature": 0, "max_tokens": 8, "logprobs": 2}
     answers = []
-    for launched in ((), ("launch", "-n", "2")):
+    for launched in ((), TWO):
         with served(MODEL, "--port", "0", launched=launched) as (process, address, lines):
             for _ in range(2):  # the second one begins with what was kept of the first
                 with urllib.request.urlopen(f"{address}/v1/completions", json.dumps(asked).encode(), 60) as reply:
@@ -91,10 +94,10 @@ def test_what_cannot_be_started_is_refused_by_name() -> None:
 class Started:
     """A run that measures until it is ended."""
 
-    def __init__(self, *options: str, model: str = MODEL, wait: bool = True) -> None:
+    def __init__(self, *options: str, model: str = MODEL, wait: bool = True, measured: tuple[str, ...] = BOTH) -> None:
         arguments = [sys.executable, "-m", "runner", "launch", *options, "bench", model]
         self.process = subprocess.Popen(
-            [*arguments, "-p", "64", "-n", "32", *FOREVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*arguments, *measured, *FOREVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.ranks: list[int] = []
         assert not wait or self.process.stdout is not None
@@ -134,8 +137,12 @@ def running(pid: int) -> bool:
 
 @linux
 @pytest.mark.long
-def test_a_rank_that_is_killed_ends_the_run_by_name() -> None:
-    started = Started("-n", "2")
+@pytest.mark.parametrize("mode", ["--pipeline", "--tensor"])
+@pytest.mark.parametrize("measured", [PROMPTS, TOKENS], ids=["in a prompt", "in decode"])
+def test_a_rank_that_is_killed_ends_the_run_by_name(measured: tuple[str, ...], mode: str) -> None:
+    started = Started("-n", "2", mode, measured=measured)
+    time.sleep(1)  # rounds are under way, of which nothing else is computed
+    assert started.process.poll() is None
     os.kill(started.ranks[1], signal.SIGKILL)
     errors = started.ended()
     assert started.process.returncode == 1
@@ -172,6 +179,24 @@ def test_a_rank_that_is_stopped_ends_the_run_by_name() -> None:
     errors = started.ended()
     assert started.process.returncode == 1
     assert "rank 1" in errors and "no sign of life" in errors, errors
+
+
+@linux
+@pytest.mark.long
+def test_a_rank_that_is_killed_ends_a_server_by_name() -> None:
+    with served(MODEL, "--port", "0", launched=TWO) as (process, address, lines):
+        (launcher,) = children(process.pid)
+        ranks = sorted(children(launcher), key=rank_of)
+        asked = json.dumps(
+            {"model": "llama-gqa", "prompt": "abc", "max_tokens": 100, "stream": True, "ignore_eos": True}
+        )
+        reply = urllib.request.urlopen(f"{address}/v1/completions", asked.encode(), 60)
+        reply.readline()
+        os.kill(ranks[1], signal.SIGKILL)
+        assert process.wait(IN_TIME) == 1
+        time.sleep(0.5)  # for the last lines
+    assert f"rank 1 (process {ranks[1]} on 127.0.0.1): its process has ended" in "".join(lines), lines
+    assert not any(map(running, ranks))
 
 
 @linux
