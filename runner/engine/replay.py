@@ -38,6 +38,7 @@ class Steps:
     def __init__(self, model: Model, caches: Memories, ops: Ops) -> None:
         self._model = model
         self._caches = caches
+        self._schedule = ops.schedule
         self._recorder = ops.recorder
         self._program: Program | None = None
         self._left = 0  # steps that the program is still valid for
@@ -81,6 +82,8 @@ class Steps:
         # several the first would soon, so all get some room.
         if isinstance(self._caches, SeveralCaches):
             self._caches.make_room(ROOM)
+            # They hold what is computed from here on: of a recorded graph nothing may be held by others.
+            self._schedule(*self._caches.arrays)
         room = self._caches.room
         if room < LEAST:
             return None
