@@ -38,7 +38,7 @@ RUNNER_INLINE VF as_float(VI32 v) { return _mm256_cvtepi32_ps(v); }
 
 // Sums of one row that are added to in turns, so that few rows do not wait for each multiply_add before the next.
 template <int N, int M>
-constexpr int kTurns = RUNNER_ISA != 512 || N * M >= 8 ? 1 : N * M >= 4 ? 2 : 4;
+constexpr int kTurns = RUNNER_ISA != 512 || N * M >= 16 ? 1 : N * M >= 4 ? 2 : 4;
 
 // acc[s][m] += over `steps` of a plane, for N strips and M of x's rows, which are `width` side by side.
 template <int N, int M>
@@ -83,7 +83,10 @@ RUNNER_INLINE void add_steps(const int32_t* w, const int32_t* x, int width, int 
 // t[m][g % 4][s] += over the groups of a tile, for N strips and the M rows of a panel; x begins at the tile's first
 // column, whose group's number is a multiple of four. With `first`, t is filled and not added to.
 template <int N, int M>
-void add_tile(const Tile& w, const Panel& x, int groups, int group, bool first, Ahead& ahead, float* t) {
+void add_tile(const Tile& tile, const Panel& panel, int groups, int group, bool first, Ahead& ahead, float* t) {
+  // Copies: what is stored below could change the arguments, for all that the compiler knows.
+  const Tile w = tile;
+  const Panel x = panel;
   const int steps = group / kStep;
   for (int g = 0; g < groups; ++g) {
     ahead.some();
@@ -109,13 +112,15 @@ void add_tile(const Tile& w, const Panel& x, int groups, int group, bool first, 
       scale[s] = load(w.scale + (s * kTileGroups + g) * W);
       shift[s] = load(w.shift + (s * kTileGroups + g) * W);
     }
+    float* to = t + g % kRunning * (kStrips * W);
+    const float *scales = x.scale + (int64_t)g * M, *sums = x.sum + (int64_t)g * M;
     auto add = [&](auto begin) {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        VF sx = set1(x.scale[g * M + m]), sum = set1(x.sum[g * M + m]);
+        VF sx = set1(scales[m]), sum = set1(sums[m]);
 #pragma GCC unroll 4
         for (int s = 0; s < N; ++s) {
-          float* at = t + ((m * kRunning + g % kRunning) * kStrips + s) * W;
+          float* at = to + (m * kRunning * kStrips + s) * W;
           VF before = decltype(begin)::value ? zero() : load(at);
           store(at, fma(as_float(acc[s][m]), scale[s] * sx, fma(shift[s], sum, before)));
         }
@@ -132,10 +137,10 @@ void add_tile(const Tile& w, const Panel& x, int groups, int group, bool first, 
 #pragma GCC unroll 4
       for (int s = 0; s < N; ++s) rest[s][0] = no_sum();
       add_steps<N, 1>(wq, x.rest + g * steps * M + m, M, steps, rest);
-      VF sx = set1(x.scale[g * M + m] * (1.0f / 256.0f));
+      VF sx = set1(scales[m] * (1.0f / 256.0f));
 #pragma GCC unroll 4
       for (int s = 0; s < N; ++s) {
-        float* at = t + ((m * kRunning + g % kRunning) * kStrips + s) * W;
+        float* at = to + (m * kRunning * kStrips + s) * W;
         store(at, fma(as_float(rest[s][0]), scale[s] * sx, load(at)));
       }
     }
