@@ -63,7 +63,8 @@ inline void quantised_rows(const LinearArgs& a, const Panels& panels, char* pack
       rows_dots<2>(a, x, n, end);
     });
   } else if (panels.count == 1) {
-    const int64_t per = rows_per_chunk(a.n, a.k * a.bits / 8, across);
+    // Each row of x makes as much work of a piece, which is then worth its claim sooner.
+    const int64_t per = rows_per_chunk(a.n, a.m * a.k * a.bits / 8, across);
     pool.parallel_for((int)((a.n + per - 1) / per), [&](int chunk) {
       const int64_t end = (chunk + 1) * per < a.n ? (chunk + 1) * per : a.n;
       for (int64_t n = chunk * per; n < end; n += across) quantised_strips(a, panels, packed, n, 0, 1);
