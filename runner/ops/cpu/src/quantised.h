@@ -18,13 +18,13 @@ inline void quantised_strips(const LinearArgs& a, const Panels& panels, char* pa
   Tile w = tile_at(scratch(Slot::tile, kTileBytes));
   for (int64_t k = 0; k < a.k; k += kTileValues) {
     const int64_t depth = a.k - k < kTileValues ? a.k - k : kTileValues;
-    unpack_tile(a, n, k, depth, w);
     // Asked for at once, or when it is wanted, the next tile would come at memory's pace while nothing is computed.
     Ahead ahead;
     const int64_t next = k + depth < a.k ? k + depth : 0, left = a.k - next;
     add_tile_memory(a, next ? n : n + kStrips * W, next, left < kTileValues ? left : kTileValues, ahead);
     const int groups = (int)(depth / a.group);
-    ahead.divide(groups);
+    ahead.divide(groups + depth * (a.bits == 4 ? 4 : 8) / 8 / (16 * kPiecesAhead));
+    unpack_tile(a, n, k, depth, ahead, w);
     for (int64_t i = p; i < end; ++i) {
       Panel x = from_column(a, panel_at(a, packed + i * panels.bytes, panels.width(i)), k);
       add_tile_of(w, x, groups, a.group, strips, k == 0, ahead, t + (panels.first(i) - first) * kSums);

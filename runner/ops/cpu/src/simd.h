@@ -413,53 +413,52 @@ RUNNER_INLINE void turn(VF r[W]) {
 #endif
 }
 
+#if RUNNER_ISA > 0
+// Four columns of W rows of 32-bit values: r[c] holds the c-th of each. part(j): the four of row j, a __m128.
+template <class F>
+RUNNER_INLINE void turn_columns(F&& part, VF r[4]) {
+  VF t[4], u[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#if RUNNER_ISA == 512
+    t[i] = _mm512_insertf32x4(_mm512_castps128_ps512(part(i)), part(i + 4), 1);
+    t[i] = _mm512_insertf32x4(t[i], part(i + 8), 2);
+    t[i] = _mm512_insertf32x4(t[i], part(i + 12), 3);
+#else
+    t[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(part(i)), part(i + 4), 1);
+#endif
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+#if RUNNER_ISA == 512
+    u[i] = _mm512_unpacklo_ps(t[i], t[i + 1]);
+    u[i + 1] = _mm512_unpackhi_ps(t[i], t[i + 1]);
+#else
+    u[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
+    u[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
+#endif
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+#if RUNNER_ISA == 512
+    r[2 * j] = _mm512_shuffle_ps(u[j], u[j + 2], 0x44);
+    r[2 * j + 1] = _mm512_shuffle_ps(u[j], u[j + 2], 0xee);
+#else
+    r[2 * j] = _mm256_shuffle_ps(u[j], u[j + 2], 0x44);
+    r[2 * j + 1] = _mm256_shuffle_ps(u[j], u[j + 2], 0xee);
+#endif
+  }
+}
+#endif
+
 // The same of rows in memory, W values of 32 bits at the place `at` of each: parts of rows are put side by side as they are
 // loaded, which takes half of the shuffles.
 template <class S>
 RUNNER_INLINE void turn_rows(const S* const rows[W], int64_t at, VF r[W]) {
-#if RUNNER_ISA == 512
+#if RUNNER_ISA > 0
 #pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    __m512 t[4], u[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      auto part = [&](int j) { return _mm_loadu_ps((const float*)(rows[j] + at) + 4 * c); };
-      t[i] = _mm512_castps128_ps512(part(i));
-      t[i] = _mm512_insertf32x4(t[i], part(i + 4), 1);
-      t[i] = _mm512_insertf32x4(t[i], part(i + 8), 2);
-      t[i] = _mm512_insertf32x4(t[i], part(i + 12), 3);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 4; i += 2) {
-      u[i] = _mm512_unpacklo_ps(t[i], t[i + 1]);
-      u[i + 1] = _mm512_unpackhi_ps(t[i], t[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      __m512d x = _mm512_castps_pd(u[j]), y = _mm512_castps_pd(u[j + 2]);
-      r[4 * c + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-      r[4 * c + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-    }
-  }
-#elif RUNNER_ISA == 2
-#pragma GCC unroll 2
-  for (int c = 0; c < 2; ++c) {
-    __m256 t[4], u[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      auto part = [&](int j) { return _mm_loadu_ps((const float*)(rows[j] + at) + 4 * c); };
-      t[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(part(i)), part(i + 4), 1);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 4; i += 2) {
-      u[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
-      u[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      r[4 * c + 2 * j] = _mm256_shuffle_ps(u[j], u[j + 2], 0x44);
-      r[4 * c + 2 * j + 1] = _mm256_shuffle_ps(u[j], u[j + 2], 0xee);
-    }
+  for (int c = 0; c < W; c += 4) {
+    turn_columns([&](int j) { return _mm_loadu_ps((const float*)(rows[j] + at) + c); }, r + c);
   }
 #else
   for (int i = 0; i < W; ++i) memcpy(r + i, rows[i] + at, sizeof(VF));

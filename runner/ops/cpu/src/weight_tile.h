@@ -73,16 +73,41 @@ RUNNER_INLINE void spread(VI32 v, VI32 to[kLaneSteps<BITS>]) {
 #endif
 }
 
-// Rows of one array, `stride` items apart; a strip's rows behind the last one repeat it. Whole vectors are read, past
-// the end of what is wanted, unless NEAR_END: then memory may end there.
-template <class S>
+// Rows of one array, `stride` bytes apart.
 struct Rows {
-  const S* first;
+  const uint8_t* first;
   int64_t stride;
-  int last;
-  template <bool NEAR_END>
-  RUNNER_INLINE const S* at(int i) const { return first + (!NEAR_END || i < last ? i : last) * stride; }
 };
+
+// Copies of the first `bytes` bytes of `count` rows that are there only up to row `last`, which stands for those behind it.
+// Past each copy there is memory to read over.
+inline Rows copied_rows(const Rows& rows, int count, int last, int64_t bytes) {
+  const int64_t stride = (bytes + 15) / 16 * 16;
+  uint8_t* copy = (uint8_t*)scratch(Slot::codes, (size_t)(count * stride));
+  for (int i = 0; i < count; ++i) {
+    memcpy(copy + i * stride, rows.first + (i < last ? i : last) * rows.stride, (size_t)bytes);
+  }
+  return {copy, stride};
+}
+
+// Calls f(s, i, r) for each 16 bytes of N strips' rows: r[j] holds the j-th lane of piece i of each row of strip s. Reads
+// whole pieces, which never lie in two lines of the cache where rows begin at multiples of 16.
+template <int N, class F>
+RUNNER_INLINE void by_columns(const Rows& rows, int64_t bytes, F&& f) {
+  const int64_t stride = rows.stride;
+  const uint8_t* four[N * W / 4];
+  for (int i = 0; i < N * W / 4; ++i) four[i] = rows.first + 4 * i * stride;
+  for (int64_t i = 0; i * 16 < bytes; ++i) {
+#pragma GCC unroll 2
+    for (int s = 0; s < N; ++s) {
+      VF r[4];
+      turn_columns([&](int j) {
+        return _mm_loadu_ps((const float*)(four[s * (W / 4) + j / 4] + j % 4 * stride + i * 16));
+      }, r);
+      f(s, i, r);
+    }
+  }
+}
 
 // Memory that is wanted soon, asked for a few lines at a time while something else is computed.
 class Ahead {
@@ -118,120 +143,93 @@ class Ahead {
   int64_t lines_ = 0, each_ = 0;
 };
 
-// The codes of W rows, `bytes` bytes of each.
-template <int BITS, bool FP4, bool NEAR_END>
-RUNNER_INLINE void unpack_codes(const Rows<uint8_t>& w, int64_t bytes, int32_t* to) {
-  for (int64_t c = 0; c < bytes; c += kVectorBytes) {
-    VF r[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      const uint8_t* p = w.at<NEAR_END>(i) + c;
-      if (NEAR_END && bytes - c < kVectorBytes) {
-        alignas(64) uint8_t some[kVectorBytes] = {};
-        for (int64_t j = 0; j < bytes - c; ++j) some[j] = p[j];
-        r[i] = load((const float*)some);
-      } else {
-        r[i] = load((const float*)p);
-      }
-    }
-    turn(r);
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      VI32 steps[kLaneSteps<BITS>];
+constexpr int kPiecesAhead = 4;  // 16 bytes of each row: unpacked in about the time that a group is multiplied in
+
+// The codes of N strips' rows, `bytes` bytes of each.
+template <int N, int BITS, bool FP4>
+RUNNER_INLINE void unpack_codes(const Rows& rows, int64_t bytes, Ahead& ahead, int32_t* to) {
+  constexpr int S = kLaneSteps<BITS>;
+  by_columns<N>(rows, bytes, [&](int s, int64_t piece, const VF r[4]) {
+    if (s == 0 && piece % kPiecesAhead == 0) ahead.some();
+    int32_t* at = to + (s * (kTileValues / kStep) + piece * 4 * S) * W;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      VI32 steps[S];
       spread<BITS, FP4>(as_integers(r[i]), steps);
 #pragma GCC unroll 4
-      for (int j = 0; j < kLaneSteps<BITS>; ++j, to += W) memcpy(to, &steps[j], sizeof steps[j]);
+      for (int j = 0; j < S; ++j) memcpy(at + (i * S + j) * W, &steps[j], sizeof steps[j]);
     }
-  }
+  });
 }
 
-// Groups of a row that a vector of scales holds: two in a lane where they are numbers of 16 bits.
-template <class T>
-constexpr int kScalesAtOnce = W * (sizeof(typename T::S) == 2 ? 2 : 1);
-
-// Scales of W rows, [groups][W], from `count` of each row; times `factor`, which is 1 for numbers of 16 bits.
-template <class T, bool NEAR_END>
-RUNNER_INLINE void unpack_scales(const Rows<typename T::S>& s, int64_t count, float factor, float* to) {
-  constexpr int kEach = kScalesAtOnce<T>;
-  using S = typename T::S;
-  for (int64_t g = 0; g < count; g += kEach) {
-    VF r[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      auto read = [&](const S* p) {
-        if constexpr (kEach > W) return load((const float*)p);
-        return T::load_v(p) * set1(factor);
-      };
-      const S* p = s.template at<NEAR_END>(i) + g;
-      if constexpr (NEAR_END) {
-        alignas(64) S some[kEach] = {};
-        for (int64_t j = 0; j < kEach && j < count - g; ++j) some[j] = p[j];
-        r[i] = read(some);
+// `count` scales of N strips' rows; those of the last 16 bytes are all written.
+template <int N, class T>
+RUNNER_INLINE void unpack_scales(const Rows& rows, int64_t count, float* to) {
+  constexpr int kItem = sizeof(typename T::S), kLane = 4 / kItem;  // numbers of a lane
+  by_columns<N>(rows, count * kItem, [&](int s, int64_t piece, const VF r[4]) {
+    float* at = to + (s * kTileGroups + piece * 4 * kLane) * W;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kLane == 2) {
+        store(at + 2 * i * W, T::low(r[i]));
+        store(at + (2 * i + 1) * W, T::high(r[i]));
       } else {
-        r[i] = read(p);
+        store(at + i * W, r[i]);
       }
     }
-    turn(r);
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < W; ++i) {
-      if constexpr (kEach > W) {
-        if (g + 2 * i >= count) break;
-        store(to + (g + 2 * i) * W, T::low(r[i]));
-        store(to + (g + 2 * i + 1) * W, T::high(r[i]));
-      } else {
-        store(to + (g + i) * W, r[i]);
-      }
-    }
-  }
+  });
 }
 
-// Rows [first, first + W) of the matrix, the last of which is number `last` of them, from column k0 on, `depth` values of
-// each, to strip `s`. Not inlined: what one way of reading needs would be computed for the other, too.
-template <bool NEAR_END>
-__attribute__((noinline)) void unpack_strip(const LinearArgs& a, int64_t first, int last, int64_t k0, int64_t depth, int s,
-                                            const Tile& to) {
+// N strips of rows [first, ...) of the matrix, the last of which is number `last` of them, from column k0 on, `depth`
+// values of each.
+template <int N>
+void unpack_strips(const LinearArgs& a, int64_t first, int last, int64_t k0, int64_t depth, Ahead& ahead, const Tile& to) {
+  constexpr int kRows = N * W;
   const int64_t row_bytes = a.k * a.bits / 8, groups = groups_of(a), bytes = depth * a.bits / 8;
-  int32_t* q = to.q + s * (kTileValues / kStep) * W;
-  const Rows<uint8_t> rows{(const uint8_t*)a.w + first * row_bytes + k0 * a.bits / 8, row_bytes, last};
+  Rows rows{(const uint8_t*)a.w + first * row_bytes + k0 * a.bits / 8, row_bytes};
+  if (last < kRows - 1) rows = copied_rows(rows, kRows, last, bytes);
   if (a.bits == 8) {
-    unpack_codes<8, false, NEAR_END>(rows, bytes, q);
+    unpack_codes<N, 8, false>(rows, bytes, ahead, to.q);
   } else if (a.bits == 4 && a.format == Format::affine) {
-    unpack_codes<4, false, NEAR_END>(rows, bytes, q);
+    unpack_codes<N, 4, false>(rows, bytes, ahead, to.q);
   } else if (a.bits == 4) {
-    unpack_codes<4, true, NEAR_END>(rows, bytes, q);
+    unpack_codes<N, 4, true>(rows, bytes, ahead, to.q);
   } else {
-    uint8_t* codes = (uint8_t*)scratch(Slot::codes, W * kTileValues + 64);
-    for (int i = 0; i < W; ++i) codes_to_bytes(rows.at<true>(i), a.bits, depth, codes + i * depth);
-    unpack_codes<8, false, false>(Rows<uint8_t>{codes, depth, W - 1}, depth, q);
+    uint8_t* codes = (uint8_t*)scratch(Slot::spread, kRows * kTileValues);
+    for (int i = 0; i < kRows; ++i) codes_to_bytes(rows.first + i * rows.stride, a.bits, depth, codes + i * depth);
+    unpack_codes<N, 8, false>(Rows{codes, depth}, depth, ahead, to.q);
   }
   const int64_t at = first * groups + k0 / a.group, count = depth / a.group;
-  float *scale = to.scale + s * kTileGroups * W, *shift = to.shift + s * kTileGroups * W;
   if (a.format == Format::mxfp4) {
-    const Rows<uint8_t> scales{(const uint8_t*)a.scales + at, groups, last};
-    unpack_scales<E8M0, NEAR_END>(scales, count, 0.5f, scale);
-    unpack_scales<E8M0, NEAR_END>(scales, count, -0.5f * kFp4Zero, shift);
-  } else {
-    with_type(a.st, [&](auto t) {
-      using T = decltype(t);
-      using S = typename T::S;
-      unpack_scales<T, NEAR_END>(Rows<S>{(const S*)a.scales + at, groups, last}, count, 1.0f, scale);
-      unpack_scales<T, NEAR_END>(Rows<S>{(const S*)a.shifts + at, groups, last}, count, 1.0f, shift);
-    });
+    float* halves = (float*)scratch(Slot::spread, kRows * kTileGroups * 4);
+    for (int i = 0; i < kRows; ++i) {
+      const uint8_t* scales = (const uint8_t*)a.scales + at + (i < last ? i : last) * groups;
+      for (int64_t g = 0; g < count; ++g) halves[i * kTileGroups + g] = 0.5f * E8M0::to(scales[g]);
+    }
+    unpack_scales<N, F32>(Rows{(const uint8_t*)halves, kTileGroups * 4}, count, to.scale);
+    for (int64_t i = 0; i < N * kTileGroups * W; i += W) store(to.shift + i, load(to.scale + i) * set1(-kFp4Zero));
+    return;
   }
+  with_type(a.st, [&](auto t) {
+    using T = decltype(t);
+    constexpr int64_t kItem = sizeof(typename T::S);
+    // Behind the last row of the matrix there may be nothing to read over.
+    const bool near_end = (a.n - first - kRows) * groups * kItem < 16;
+    auto unpack = [&](const void* from, float* numbers) {
+      Rows of{(const uint8_t*)from + at * kItem, groups * kItem};
+      if (near_end) of = copied_rows(of, kRows, last, count * kItem);
+      unpack_scales<N, T>(of, count, numbers);
+    };
+    unpack(a.scales, to.scale);
+    unpack(a.shifts, to.shift);
+  });
 }
 
 // Rows [n, n + kStrips * W) of the matrix from column k0 on, `depth` values of each.
-inline void unpack_tile(const LinearArgs& a, int64_t n, int64_t k0, int64_t depth, const Tile& to) {
-  for (int s = 0; s < kStrips && n + s * W < a.n; ++s) {
-    const int64_t first = n + s * W, behind = a.n - first - W;
-    const int last = (int)(behind < 0 ? a.n - first : W) - 1;
-    // Past the last row of a strip there are others to read over, but for the matrix's last strips.
-    if (behind * (a.k * a.bits / 8) < 64 || behind * groups_of(a) < 2 * W) {
-      unpack_strip<true>(a, first, last, k0, depth, s, to);
-    } else {
-      unpack_strip<false>(a, first, last, k0, depth, s, to);
-    }
-  }
+inline void unpack_tile(const LinearArgs& a, int64_t n, int64_t k0, int64_t depth, Ahead& ahead, const Tile& to) {
+  const int64_t rows = a.n - n;
+  if (rows <= W) return unpack_strips<1>(a, n, (int)rows - 1, k0, depth, ahead, to);
+  unpack_strips<kStrips>(a, n, (int)(rows < kStrips * W ? rows : kStrips * W) - 1, k0, depth, ahead, to);
 }
 
 // The memory of what `unpack_tile` reads.
