@@ -1,8 +1,9 @@
 """One process of a run over every fixture: rank 0 compares what all compute together with what it computes alone.
 
-    python rank_worker.py RESULTS TOKENS REQUESTS FIXTURE ...
+    python rank_worker.py RESULTS TOKENS REQUESTS TIMES FIXTURE ...
 
-REQUESTS, where it is not 0, are answered besides, several at once, by the engine of a server.
+REQUESTS, where it is not 0, are answered besides, several at once, by the engine of a server. TIMES is how often a
+fixture's layers come, one after another, so that there are enough for many ranks.
 
 with `RUNNER_RANKS`, `MLX_RANK` and `MLX_HOSTFILE` in the environment. Rank 0 writes a line of JSON for each fixture.
 """
@@ -14,7 +15,9 @@ import itertools
 import json
 import os
 import random
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +25,77 @@ import mlx.core as mx
 import numpy as np
 
 from runner.checkpoint.model_files import open_files
-from runner.cli.rank import follow, versions
+from runner.cli.rank import versions
 from runner.engine.dtypes import choose
 from runner.engine.engine import Engine
-from runner.engine.loaded import Loaded, assemble, open_loaded
+from runner.engine.loaded import Loaded, assemble
 from runner.engine.part import Whole
 from runner.engine.prefill import prefill
 from runner.engine.replay import Steps
 from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
-from runner.errors import UsageError
+from runner.errors import ConfigError, UsageError, WeightsError
 from runner.families import find
 from runner.ops.device import current
 from runner.ops.exchange import Exchange
 from runner.ops.owner import OWNER
+from runner.ranks.follower import Follower, run_follower
 from runner.ranks.leader import Leader
 from runner.ranks.part import Held, held
 from runner.ranks.settings import VARIABLE, Settings
 from runner.weights.loading import read_nbytes
 from runner.weights.plan import plan
+from runner.weights.tags import Source
 
 PROMPT = [1 + i % 30 for i in range(12)]
 CHUNK = 5
+
+
+def deepened(path: Path, times: int, *, last: bool = False) -> tuple[Mapping[str, Any], Source]:
+    """A model whose layers come so many times, one after another, or whose `last` one does."""
+    files = open_files(path)
+    if times == 1:
+        return files.config, files.source
+    name = next((each for each in COUNTS if each in files.config), None)
+    if name is None:
+        raise ConfigError("no number of layers")
+    count = files.config[name]
+
+    def longer(value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != count:
+            return value
+        return value + value[-1:] * (times - 1) * count if last else value * times
+
+    config = {key: longer(value) for key, value in files.config.items()}
+    return {**config, name: count * times}, Deep(files.source, count, times, last=last)
+
+
+class Deep:
+    """A source with a model's layers several times, or its `last` one."""
+
+    def __init__(self, source: Source, count: int, times: int, *, last: bool) -> None:
+        self._source = source
+        self._names = {name: name for name in source.headers}
+        for name in source.headers:
+            found = LAYER.search(name)
+            if found is not None and (not last or int(found[2]) == count - 1):
+                places = range(count, count * times) if last else range(int(found[2]), count * times, count)
+                for place in places:
+                    self._names[f"{found[1]}{place}.{name[found.end() :]}"] = name
+        self.headers = {name: source.headers[stored] for name, stored in self._names.items()}
+
+    def read(self, name: str) -> mx.array:
+        return self._source.read(self._names[name])
+
+
+def follow(message: Mapping[str, Any], part: Follower) -> Loaded:
+    """Open what rank 0 has."""
+    config, source = deepened(Path(message["model"]), message["times"], last=message["last"])
+    return OWNER.run(lambda: assemble(config, source, part=part))
+
+
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER = re.compile(r"(^(?:[a-z_]+\.)*(?:layers|h|blocks)\.)(\d+)\.")
 
 
 def answered(engine: Loaded, tokens: int) -> tuple[list[int], np.ndarray]:
@@ -90,32 +142,37 @@ def distance(ones: list[list[Token]], others: list[list[Token]]) -> float:
     return max((abs(one.logprob - other.logprob) for one, other in pairs), default=0.0)
 
 
-def expected(path: Path, settings: Settings) -> list[Held]:
+def expected(raw: Mapping[str, Any], source: Source, settings: Settings) -> list[Held]:
     """What each rank should hold and send, from headers alone."""
-    files = open_files(path)
-    config_class, model_class = find(files.config)
-    config = config_class.from_dict(files.config)
+    config_class, model_class = find(raw)
+    config = config_class.from_dict(raw)
     device = current()
-    dtypes = choose(None, device, files.config, files.source.headers)
+    dtypes = choose(None, device, raw, source.headers)
     provided = {"ops": device.ops, "activations": dtypes.activations}
-    layout = plan(model_class, config, files.source.headers, provided)
-    whole = Whole(model_class, layout, config, files.source, provided, dtypes.weights)
+    layout = plan(model_class, config, source.headers, provided)
+    whole = Whole(model_class, layout, config, source, provided, dtypes.weights)
     return [held(whole, settings, Exchange(rank, settings.size)) for rank in range(settings.size)]
 
 
-def compared(path: Path, leader: Leader, tokens: int, requests: int) -> dict[str, Any]:
+def compared(path: Path, leader: Leader, tokens: int, requests: int, times: int) -> dict[str, Any]:
     """What comes of one fixture."""
+    for often, last in ((times, False), (times, True), (1, False)):
+        try:
+            config, source = deepened(path, often, last=last)
+            single = OWNER.run(lambda config=config, source=source: assemble(config, source))
+            break
+        except (ConfigError, WeightsError):  # layers are told apart by their numbers
+            if often == 1:
+                raise
     try:
-        wanted = OWNER.run(lambda: expected(path, leader.settings))
+        wanted = OWNER.run(lambda: expected(config, source, leader.settings))
     except UsageError as error:
         return {"refused": str(error)}
-    single = OWNER.run(lambda: open_loaded(path))
     alone_tokens, alone = OWNER.run(lambda: answered(single, tokens))
 
     def shared() -> Loaded:
-        leader.begin(model=str(path), dtype=None, activations="exact")
-        files = open_files(path)
-        return assemble(files.config, files.source, part=leader)
+        leader.begin(model=str(path), times=often, last=last)
+        return assemble(config, source, part=leader)
 
     engine = OWNER.run(shared)
     before = OWNER.run(leader.sent)  # on loading, models look at how large keys are
@@ -146,8 +203,8 @@ def compared(path: Path, leader: Leader, tokens: int, requests: int) -> dict[str
 def main() -> None:
     settings, rank = Settings.from_json(os.environ[VARIABLE]), int(os.environ["MLX_RANK"])
     if rank:
-        follow(settings, rank)
-    results, tokens, requests, *fixtures = sys.argv[1:]
+        run_follower(settings, rank, versions(), follow)
+    results, tokens, requests, times, *fixtures = sys.argv[1:]
 
     def fail(message: str) -> None:
         with Path(results).open("a") as lost:
@@ -159,7 +216,7 @@ def main() -> None:
         for fixture in fixtures:
             path = Path(fixture)
             try:
-                found = compared(path, leader, int(tokens), int(requests))
+                found = compared(path, leader, int(tokens), int(requests), int(times))
             except Exception as error:
                 found = {"raised": f"{type(error).__name__}: {error}"}
             lines.write(json.dumps({"path": path.name, **found}) + "\n")

@@ -27,6 +27,7 @@ def over_fixtures(
     mode: str,
     tokens: int,
     requests: int = 0,
+    times: int = 1,
     patience: float = 300,
 ) -> list[dict[str, Any]]:
     """What `rank_worker` finds for each fixture, with `size` processes."""
@@ -41,7 +42,7 @@ def over_fixtures(
         "MLX_HOSTFILE": str(hosts),
         "PYTHONPATH": str(ROOT),
     }
-    arguments = [sys.executable, str(WORKER), str(results), str(tokens), str(requests), *map(str, fixtures)]
+    arguments = [sys.executable, str(WORKER), str(results), str(tokens), str(requests), str(times), *map(str, fixtures)]
     processes = [
         subprocess.Popen(arguments, env={**environment, "MLX_RANK": str(rank)}, stderr=subprocess.PIPE)
         for rank in range(size)

@@ -42,7 +42,9 @@ def checked(found: Sequence[dict[str, Any]], *, exact: bool, requests: int = 0) 
         assert one["sent"] == one["sent_said"], one
         assert one["held"] == one["held_said"] or one["twins"], one
         if requests:
-            assert one["served"] < limit and one["reused"] and not one["kept"], one
+            assert one["served"] < limit and not one["kept"], one
+    # Where frequencies depend on the length, or states were not marked where prompts part, nothing is read anew.
+    assert not requests or sum(one["reused"] > 0 for one in found) > count // 2
     return count
 
 
@@ -72,12 +74,13 @@ def test_every_fixture_by_tensors(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.long
 def test_every_fixture_in_a_pipeline_of_two(tmp_path: Path) -> None:
-    found = over_fixtures(tmp_path, EVERY, size=2, mode="pipeline", tokens=12)
-    assert checked(found, exact=True) == len(EVERY)
+    found = over_fixtures(tmp_path, EVERY, size=2, mode="pipeline", tokens=12, requests=8, patience=7200)
+    assert checked(found, exact=True, requests=8) == len(EVERY)
 
 
 @pytest.mark.long
-def test_every_fixture_with_enough_layers_in_a_pipeline_of_four(tmp_path: Path) -> None:
-    found = over_fixtures(tmp_path, EVERY, size=4, mode="pipeline", tokens=12)
-    assert checked(found, exact=True) >= 10
+def test_every_fixture_in_a_pipeline_of_four(tmp_path: Path) -> None:
+    """Few have four layers: theirs come twice, one after another, or the last one does; where neither is a model, not."""
+    found = over_fixtures(tmp_path, EVERY, size=4, mode="pipeline", tokens=12, times=2, patience=7200)
+    assert checked(found, exact=True) > 0.9 * len(EVERY)
     assert all("cannot be shared out over 4 ranks" in one["refused"] for one in found if "refused" in one)
