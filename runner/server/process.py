@@ -118,9 +118,9 @@ class Server(uvicorn.Server):
             yield
             return
         loop = asyncio.get_running_loop()
-        # One that somebody handles already is theirs: of SIGTERM, rank 0 of several processes has to say more.
-        free = (signal.SIG_DFL, signal.default_int_handler)
-        numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) in free]
+        # Where SIGTERM is somebody's already, it stays theirs: rank 0 of several processes has more to say of it.
+        theirs = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        numbers = [signal.SIGINT] if theirs else [signal.SIGTERM, signal.SIGINT]
         for number in numbers:
             loop.add_signal_handler(number, self.handle_exit, number, None)
         try:

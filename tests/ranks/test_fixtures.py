@@ -80,7 +80,7 @@ def test_every_fixture_in_a_pipeline_of_two(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_every_fixture_in_a_pipeline_of_four(tmp_path: Path) -> None:
-    """Few have four layers: theirs come twice, one after another, or the last one does; where neither is a model, not."""
+    """Few have four layers: theirs come twice, one after another, or the last one does; where neither is one, not."""
     found = over_fixtures(tmp_path, EVERY, size=4, mode="pipeline", tokens=12, times=2, patience=7200)
     assert checked(found, exact=True) > 0.9 * len(EVERY)
     assert all("cannot be shared out over 4 ranks" in one["refused"] for one in found if "refused" in one)
