@@ -10,13 +10,8 @@ from collections.abc import Sequence
 
 from runner.engine.keeper import Keeper, part
 from runner.engine.loaded import Loaded
+from runner.engine.pace import Pace
 from runner.engine.rows import Feed, Row
-
-PAUSE = 0.08
-"""Seconds that a pass should take at most while somebody waits for a token: pieces of prompts are cut to that."""
-
-LEAST = 32
-"""Tokens of a piece of a prompt, however slow the machine is: a matrix is read from memory for each pass."""
 
 ALONE = 32
 """Tokens of a prompt from which its last one is read by itself, where that saves layers for the others: reading it so
@@ -27,18 +22,16 @@ Feeds = list[tuple[Row, Feed]]
 
 
 class Planner:
-    """Divides the tokens of passes of one model among rows."""
+    """Divides the tokens of passes of one model among rows.
+
+    Attributes:
+        pace: is told how long passes take.
+    """
 
     def __init__(self, loaded: Loaded, keeper: Keeper) -> None:
         self._loaded = loaded
         self._keeper = keeper
-        self._pace = 0.0  # seconds for a token of a prompt, beside decoding rows; 0: not known yet
-
-    def learn(self, read: int, seconds: float) -> None:
-        """Know that a pass with `read` tokens of prompts took so long."""
-        if read >= LEAST:
-            now = seconds / read
-            self._pace = now if not self._pace else (self._pace + now) / 2
+        self.pace = Pace()
 
     def plan(self, live: Sequence[Row]) -> list[Feeds]:
         """What the rows put into the next pass; into several, where adapters differ and layers cannot share one."""
@@ -58,9 +51,7 @@ class Planner:
                 readers.append(row)
         room = max(1, room - len(deciding))
         if deciding:
-            # A first small piece tells how long others would take.
-            count = int(PAUSE / self._pace) if self._pace else 0
-            room = min(room, max(LEAST, self._loaded.device.cut, count))
+            room = min(room, max(self._loaded.device.cut, self.pace.room(len(deciding))))
         exact = self._loaded.config.rope_depends_on_length
         chosen = [(row, self._next(row)) for row in deciding]
         room -= sum(feed.count - 1 for _, feed in chosen)

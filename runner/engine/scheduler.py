@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from runner.engine.keeper import Keeper, part
 from runner.engine.loaded import Loaded
+from runner.engine.pace import LEAST
 from runner.engine.passes import Flight, Passes
-from runner.engine.planner import LEAST, Planner
+from runner.engine.planner import Planner
 from runner.engine.rows import Row
 from runner.engine.sampler import SamplingState, Token
 from runner.engine.speculation import Continuation
@@ -67,6 +68,7 @@ class Scheduler:
         self._maker = Passes(loaded)
         self._planner = Planner(loaded, keeper)
         self._flights: list[Flight] = []
+        self._begun = 0.0  # when the last pass was
 
     def add(self, order: Order, mailbox: Mailbox) -> None:
         """Take a request in; its turn comes in `step`."""
@@ -87,7 +89,12 @@ class Scheduler:
                     self._maker.pick(flights[-1])
         except Apart:
             self._separate()
-        self._land()
+        if self._flights:
+            rows = sum(len(flight.rows) for flight in self._flights)
+            self._land()
+            now = time.perf_counter()
+            self._planner.pace.took(now - self._begun, 0, rows)
+            begun = now  # what was launched is computed from here on
         for flight in flights:
             self._maker.pick(flight)
         self._flights, read = flights, sum(flight.read for flight in flights)
@@ -95,7 +102,10 @@ class Scheduler:
             # A prompt's piece takes long: what follows it is built when it is done, over buffers that nobody holds. And
             # a kernel for whole steps is ahead by itself.
             self._land()
-        self._planner.learn(read, time.perf_counter() - begun)
+            if read:
+                rows = sum(row not in flight.fed for flight in flights for row, _ in flight.rows)
+                self._planner.pace.took(time.perf_counter() - begun, read, rows)
+        self._begun = begun
         self.passes += 1
         if self.passes % WEIGHED_EVERY == 0:
             self._relieve()
