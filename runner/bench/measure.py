@@ -225,7 +225,7 @@ def generate(engine: Loaded, first: np.ndarray, caches: Caches, count: int) -> N
         for _ in engine.compiled.decode(caches, int(first[0, 0]), count, None):
             pass
         return
-    steps = Steps(engine.model, caches, ops)
+    steps = Steps(engine.model, caches, ops, engine.recordings)
     token = mx.array(first)
     previous = token
     for _ in range(count):

@@ -83,7 +83,7 @@ class DraftModel:
     def rest(self) -> None:
         """Let go of the caches: the sequence is read again by the next `propose`."""
         self._caches = self._draft.new_caches()
-        self._steps = Steps(self._draft.model, self._caches, self._draft.device.ops)
+        self._steps = Steps(self._draft.model, self._caches, self._draft.device.ops, self._draft.recordings)
         self._fed: list[int] = []  # in the caches
 
     def add(self, ids: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from runner.config.memory import Memory, Shared, needed
 from runner.engine.calibration import channel_powers
 from runner.engine.compiled import Compiled, Known, RowSteps, SingleSteps
 from runner.engine.dtypes import choose
-from runner.engine.replay import Steps
+from runner.engine.replay import Recordings, Steps
 from runner.errors import UsageError
 from runner.families import Model, find
 from runner.nn.batch import Batch
@@ -70,6 +70,7 @@ class Loaded:
         closed: whether `close` was called: nothing can be computed any more.
         mixes: whether requests with different adapters share passes; not once a layer could not tell them apart.
         compiled: the kernel for whole decode steps, on devices that have one.
+        recordings: what is known of the model's decode steps where these are replayed.
     """
 
     config: Config
@@ -86,6 +87,7 @@ class Loaded:
     closed: bool = field(init=False, default=False)
     mixes: bool = field(init=False, default=True)
     compiled: Compiled = field(init=False, repr=False)
+    recordings: Recordings = field(init=False, repr=False, default_factory=Recordings)
 
     def __post_init__(self) -> None:
         self.memories = self.memories or _memories(self.config)
@@ -125,6 +127,7 @@ class Loaded:
         def job() -> None:
             self.closed = True
             self.compiled.close()
+            self.recordings.clear()
             self.model, self.adapters, self.prediction = ClosedModel(), None, None
             mx.clear_cache()
 
@@ -208,7 +211,7 @@ class Loaded:
 
         `known` is that of `RowSteps`.
         """
-        steps = Steps(self.model, caches, self.device.ops)
+        steps = Steps(self.model, caches, self.device.ops, self.recordings)
         if not self.device.compiles:
             return steps
         if isinstance(caches, Caches) and self.compiled.prepare() and self.compiled.whole:

@@ -6,9 +6,14 @@ for the next position, the one after it, one in the middle and the last that the
 graphs differ in nothing but positions that advance with the token. A model that looks at its token, or that decides by
 its position within that range, gives graphs that differ in more, and is built anew for each token (the tests compare
 every position, for every family).
+
+What was found so is kept for a model: between positions that were compared once, another request's step, or that of as
+many others, is built once over its own caches, must be the same operation by operation, and is recorded at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import mlx.core as mx
 
@@ -16,17 +21,70 @@ from runner.cache.several import Memories, SeveralCaches
 from runner.errors import RunnerError
 from runner.families import Model
 from runner.nn.batch import Batch, Segment
-from runner.ops.table import Ops, Program
+from runner.ops.table import Ops, Outline, Program, Recorder
 
 PATIENCE = 8
-"""Steps that are built before one is recorded: a short answer would not win back the cost of recording."""
+"""Steps that are built before one is compared and recorded: a short answer would not win back the cost of that."""
 
 LEAST = 32
-"""Steps that a recording must be valid for: recording costs as much as building four steps, and more memory."""
+"""Steps that a recording must be valid for: comparing costs as much as building four steps."""
 
 
 ROOM = 128
 """Steps that there is to be room for in the caches of several requests: as much as in those of one, in the mean."""
+
+
+Span = tuple[int, int]
+"""Positions from a first one to a last one."""
+
+
+class Spans:
+    """Spans of positions between which a step was compared, apart from each other."""
+
+    def __init__(self) -> None:
+        self._spans: list[Span] = []
+
+    def add(self, span: Span) -> None:
+        """Join a span with those that have a position in common with it: nothing was compared across a mere border."""
+        apart = [one for one in self._spans if one[1] < span[0] or span[1] < one[0]]
+        met = [span, *(one for one in self._spans if one not in apart)]
+        self._spans = [*apart, (min(first for first, _ in met), max(last for _, last in met))]
+
+    def __contains__(self, span: Span) -> bool:
+        return any(first <= span[0] and span[1] <= last for first, last in self._spans)
+
+
+class Recordings:
+    """What is known of a model's decode steps, for one number of requests each: their outline, and between which
+    positions it holds for any of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[Outline, Spans]] = {}
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._known
+
+    def find(self, kind: object, spans: Iterable[Span]) -> Outline | None:
+        """The outline of a step of this kind, if it holds for requests at these positions."""
+        if kind not in self._known:
+            return None
+        outline, known = self._known[kind]
+        return outline if all(span in known for span in spans) else None
+
+    def add(self, kind: object, outline: Outline, spans: Iterable[Span]) -> None:
+        """Keep the outline of a step that was compared for requests at these positions."""
+        known = self._known[kind][1] if kind in self._known else Spans()
+        self._known[kind] = (outline, known)
+        for span in spans:
+            known.add(span)
+
+    def drop(self, kind: object) -> None:
+        """Forget what is known of a kind of step: the model computes something else now, with other adapters."""
+        self._known.pop(kind, None)
+
+    def clear(self) -> None:
+        """Let go of the model's weights."""
+        self._known.clear()
 
 
 class Steps:
@@ -35,11 +93,17 @@ class Steps:
     With the caches of several requests, it maps `[1, R]`, a token of each, to logits `[R, V]`.
     """
 
-    def __init__(self, model: Model, caches: Memories, ops: Ops) -> None:
+    def __init__(self, model: Model, caches: Memories, ops: Ops, recordings: Recordings | None = None) -> None:
+        """Begin with caches that hold a token each.
+
+        Args:
+            recordings: what is known of the model's steps; None: nothing, and nobody else will ask.
+        """
         self._model = model
         self._caches = caches
         self._schedule = ops.schedule
         self._recorder = ops.recorder
+        self._recordings = Recordings() if recordings is None else recordings
         self._program: Program | None = None
         self._left = 0  # steps that the program is still valid for
         self._built = 0  # steps that were built in Python
@@ -75,15 +139,19 @@ class Steps:
 
     def _recorded(self, token: mx.array) -> Program | None:
         """Record a step that is valid for as many tokens as the caches have room for; None: build this step instead."""
-        # Recording must pay: the answer is long enough already, and the program will serve enough steps.
-        if self._recorder is None or self._built < PATIENCE or token.dtype not in (mx.int32, mx.uint32):
+        if self._recorder is None or token.dtype not in (mx.int32, mx.uint32):
+            return None
+        kind = (isinstance(self._caches, SeveralCaches), *token.shape)
+        if self._recordings.find(kind, self._spans(1)) is not None:
+            return self._again(kind, self._recorder)
+        # Comparing must pay, now or for others: the answer is long enough already, or there were some, and the program
+        # will serve enough steps.
+        if self._built < PATIENCE and kind not in self._recordings:
             return None
         # A program addresses the buffers it was recorded with, so it lasts until the first cache needs larger ones: of
         # several the first would soon, so all get some room.
         if isinstance(self._caches, SeveralCaches):
-            self._caches.make_room(ROOM)
-            # They hold what is computed from here on: of a recorded graph nothing may be held by others.
-            self._schedule(*self._caches.arrays)
+            self._make_room(ROOM)
         room = self._caches.room
         if room < LEAST:
             return None
@@ -94,12 +162,41 @@ class Steps:
         try:
             # Each graph is built over copies of the caches: the caches themselves must not move before a step runs.
             steps = [self._logits(slot, self._caches.ahead(count)) for count in ahead]
-            program = self._recorder.record(slot, steps, ahead)
+            program = self._recorder.record(slot, steps, ahead, self._caches.arrays)
         except (RuntimeError, RunnerError):  # the model looked at its token, or has no position as far ahead as these
             program = None
         # A model whose steps differ will differ again: do not try a second time.
         if program is None:
             self._recorder = None
         else:
+            self._recordings.add(kind, program.outline, self._spans(room))
             self._left = room
         return program
+
+    def _again(self, kind: tuple[int, ...], recorder: Recorder) -> Program | None:
+        """Record a step that was compared for others before, which costs no more than to build it; None: it is another
+        one now."""
+        if self._caches.room < 1:
+            self._make_room(LEAST)
+        room, outline = self._caches.room, None
+        while room > 0 and (outline := self._recordings.find(kind, self._spans(room))) is None:
+            room //= 2  # what is known may end before the buffers do
+        if outline is None:
+            return None
+        slot = recorder.slot(list(kind[1:]))
+        program = outline.record(slot, self._logits(slot, self._caches.ahead(0)), self._caches.arrays, room)
+        if program is None:
+            self._recordings.drop(kind)
+        else:
+            self._left = room
+        return program
+
+    def _make_room(self, count: int) -> None:
+        """Give all caches room for `count` more tokens."""
+        self._caches.make_room(count)
+        # They hold what is computed from here on: of a recorded graph nothing may be held by others.
+        self._schedule(*self._caches.arrays)
+
+    def _spans(self, room: int) -> list[tuple[int, int]]:
+        """Positions of each request's tokens, from the next one on, in as many steps."""
+        return [(each.offset, each.offset + room - 1) for each in self._caches.each]

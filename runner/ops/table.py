@@ -272,10 +272,23 @@ def _argmax(x: mx.array) -> mx.array:
     return mx.argmax(x, axis=-1)
 
 
+class Outline(Protocol):
+    """What a recorded step does, whatever caches it does it over.
+
+    `record(slot, output, caches, count)` makes a program for `count` tokens of the step's graph over other caches. None
+    where that differs in more than caches and positions. Positions advance as in the first recording: that they do so
+    for all of `count` is for the caller to know.
+    """
+
+    def record(self, slot: mx.array, output: mx.array, caches: list[mx.array], count: int) -> Program | None: ...
+
+
 class Program(Protocol):
     """A recorded step: `run(token)` starts it for the next token, int32 or uint32 `[B, 1]`."""
 
     def run(self, token: mx.array) -> mx.array: ...
+    @property
+    def outline(self) -> Outline: ...
 
 
 @dataclass(frozen=True)
@@ -284,12 +297,13 @@ class Recorder:
 
     Attributes:
         slot: `slot(shape)` makes ids that stand for any token.
-        record: `record(slot, outputs, ahead)` makes a program from graphs of the step over `slot`: `outputs[i]` is its
-            result `ahead[i]` positions after the first. None where the graphs differ in more than positions.
+        record: `record(slot, outputs, ahead, caches)` makes a program from graphs of the step over `slot` and the
+            arrays `caches`: `outputs[i]` is its result `ahead[i]` positions after the first. None where the graphs
+            differ in more than positions.
     """
 
     slot: Callable[[list[int]], mx.array]
-    record: Callable[[mx.array, list[mx.array], list[int]], Program | None]
+    record: Callable[[mx.array, list[mx.array], list[int], list[mx.array]], Program | None]
 
 
 class Taps(NamedTuple):

@@ -17,7 +17,7 @@ from runner.cache.kv import ChunkedKVCache, KVCache
 from runner.cache.several import SeveralCaches
 from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.prefill import prefill
-from runner.engine.replay import LEAST, PATIENCE, Steps
+from runner.engine.replay import LEAST, PATIENCE, Recordings, Spans, Steps
 from runner.errors import RunnerError
 from runner.families import Model
 from runner.nn.batch import Batch
@@ -103,7 +103,10 @@ def test_four_positions_speak_for_all(path: str) -> None:
         assert recorder is not None
         try:
             steps = [engine.model(Batch(slot, 13 + n), caches.ahead(n)) for n in ahead]
-            return recorder.record(slot, [engine.model.logits(step)[:, -1] for step in steps], ahead) is not None
+            return (
+                recorder.record(slot, [engine.model.logits(step)[:, -1] for step in steps], ahead, caches.arrays)
+                is not None
+            )
         except (RuntimeError, RunnerError):
             return False
 
@@ -253,8 +256,8 @@ def test_refusals() -> None:
         slot.item()
     steps = [engine.model.logits(engine.model(Batch(slot, 12 + n), caches.ahead(n))) for n in (0, 1)]
     with pytest.raises(ValueError, match="0 and 1 first"):
-        recorder.record(slot, steps, [0, 2])
-    program = recorder.record(slot, steps, [0, 1])
+        recorder.record(slot, steps, [0, 2], caches.arrays)
+    program = recorder.record(slot, steps, [0, 1], caches.arrays)
     assert program is not None
     with pytest.raises(ValueError, match=r"expected 32-bit integers"):
         program.run(mx.array([[1, 2]]))
@@ -262,3 +265,72 @@ def test_refusals() -> None:
         program.run(mx.array([[1]]))
     with pytest.raises(ValueError, match="recorded for 2 positions"):
         program.run(mx.array([[1]]))
+
+
+def together(engine: Loaded, lengths: list[int], recordings: Recordings | None, ops: Ops) -> tuple[np.ndarray, int]:
+    """Logits of ten steps of requests of such lengths, and how many were built; the third one leaves after five."""
+    caches, rows, built_steps = [], [], 0
+    for length in lengths:
+        caches.append(engine.new_caches())
+        mx.eval(prefill(engine.model, [1 + i % 30 for i in range(length)], caches[-1]))
+    for members in (caches, [*caches[:2], *caches[3:]]):
+        steps = Steps(engine.model, SeveralCaches(members, [1] * len(members)), ops, recordings)
+        for index in range(5):
+            logits = steps(mx.array([[3 + (index + n) % 20 for n in range(len(members))]], mx.int32))
+            ops.schedule(logits)
+            rows.append(np.array(logits.astype(mx.float32))[:2])
+        built_steps += steps._built
+    return np.stack(rows), built_steps
+
+
+@needs_recorder
+@pytest.mark.parametrize("name", ["llama/llama-gqa", "llama/mistral-window", "llama/llama-mlx-4bit"])
+def test_what_was_compared_is_recorded_at_once_for_others(name: str) -> None:
+    """Other requests, as many of them: no step is built, whoever leaves, and the logits are those of built steps."""
+    engine = open_loaded(TESTS / "fixtures" / name)
+    ops, recordings, lengths = engine.device.ops, Recordings(), [30, 41, 27, 25]
+    for count in (3, 4):  # compared between positions that cover those of the others
+        members = [engine.new_caches() for _ in range(count)]
+        for place, cache in enumerate(members):
+            mx.eval(prefill(engine.model, [1 + i % 30 for i in range(10 + place)], cache))
+        steps = Steps(engine.model, SeveralCaches(members, [1] * count), ops, recordings)
+        for _ in range(PATIENCE + 1):
+            mx.eval(steps(mx.array([[2] * count], mx.int32)))
+        assert steps._program is not None
+    naive, _ = together(engine, lengths, None, built(ops))
+    found, built_steps = together(engine, lengths, recordings, ops)
+    assert built_steps == 0
+    assert np.array_equal(found, naive)
+
+
+@needs_recorder
+def test_a_step_that_is_another_one_now_is_built() -> None:
+    """What was compared of one model is no step of a model that scales its rows; then nothing is known any more."""
+    engine, recordings = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa"), Recordings()
+    ops = engine.device.ops
+
+    def steps(model: Model) -> Steps:
+        caches = engine.new_caches()
+        mx.eval(prefill(engine.model, PROMPT, caches))
+        return Steps(model, caches, ops, recordings)
+
+    first = steps(engine.model)
+    for _ in range(PATIENCE + 1):
+        mx.eval(first(mx.array([[2]], mx.int32)))
+    for _ in range(2):  # before the positions that were compared, and between them
+        again = steps(engine.model)
+        mx.eval(again(mx.array([[2]], mx.int32)))
+        assert again._built == 0
+    odd, naive = steps(OddScale(engine.model)), steps(OddScale(engine.model))
+    naive._recorder = None
+    logits = [each(mx.array([[2]], mx.int32)) for each in (odd, naive)]
+    assert odd._built == 1 and np.array_equal(*(np.array(each.astype(mx.float32)) for each in logits))
+    assert recordings.find((False, 1, 1), [(13, 13)]) is None
+
+
+def test_spans_meet_where_they_share_a_position() -> None:
+    spans = Spans()
+    for first, last in [(10, 19), (20, 29), (40, 49), (28, 33)]:
+        spans.add((first, last))
+    assert (20, 33) in spans and (10, 19) in spans and (42, 42) in spans
+    assert (19, 20) not in spans and (33, 34) not in spans and (30, 45) not in spans

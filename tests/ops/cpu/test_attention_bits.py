@@ -209,7 +209,7 @@ def test_a_recorded_step_of_several_sequences(level: str) -> None:
             out, pairs = step(token, pairs, ahead)
             wanted.append(np.array(out))
         again, slot = buffers(), _C.slot([1, 3])
-        program = _C.record(slot, [step(slot, again, ahead)[0] for ahead in (0, 1, 5)], [0, 1, 5])
+        program = _C.record(slot, [step(slot, again, ahead)[0] for ahead in (0, 1, 5)], [0, 1, 5], [])
         assert program is not None
         for token, want in zip(ids, wanted, strict=True):
             assert np.array_equal(np.array(program.run(token)), want)

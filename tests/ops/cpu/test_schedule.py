@@ -103,7 +103,7 @@ def test_recorded_graphs(ops: Ops, seed: int, count: int) -> None:
     if ops.recorder is None:
         return  # plain MLX
     slot = ops.recorder.slot([1, 2])
-    program = ops.recorder.record(slot, [made_of(slot), made_of(slot)], [0, 1])
+    program = ops.recorder.record(slot, [made_of(slot), made_of(slot)], [0, 1], [])
     assert program is not None
     for ids in (mx.array([[3, 1]]), mx.array([[0, 31]])):
         assert np.array_equal(np.array(program.run(ids)), np.array(made_of(ids)), equal_nan=True)

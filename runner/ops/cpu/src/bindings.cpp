@@ -121,8 +121,11 @@ NB_MODULE(_C, m) {
   m.def("log_probabilities", &runner::log_probabilities_op, "logits"_a, "tokens"_a, "tops"_a);
   m.def("masked", &runner::masked_op, "logits"_a, "bits"_a);
   m.def("slot", &runner::slot_op, "shape"_a);
-  m.def("record", &runner::Program::record, "slot"_a, "outputs"_a, "ahead"_a);
+  m.def("record", &runner::Program::record, "slot"_a, "outputs"_a, "ahead"_a, "caches"_a);
+  nb::class_<runner::Outline>(m, "Outline")
+      .def("record", &runner::Outline::record, "slot"_a, "output"_a, "caches"_a, "count"_a);
   nb::class_<runner::Program>(m, "Program")
+      .def_prop_ro("outline", [](const runner::Program& program) { return program.outline(); })
       .def("run", &runner::Program::run, "token"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("pages", &runner::pages_op, "size"_a);
   m.def("move_into", &runner::move_into, "array"_a, "pages"_a, "at"_a, nb::call_guard<nb::gil_scoped_release>());

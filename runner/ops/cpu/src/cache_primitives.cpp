@@ -1,4 +1,6 @@
 // Attention over a cache, and the rows that are appended to it.
+#include <algorithm>
+
 #include "checks.h"
 #include "kernels.h"
 #include "mlx/ops.h"
@@ -16,6 +18,10 @@ struct Settings {
   int64_t window, chunk, start;
   int mask_kind;
   bool operator==(const Settings&) const = default;
+  bool same_but_start(Settings other) const {
+    other.start = start;
+    return *this == other;
+  }
 };
 
 // All of a call's arguments but its mask and sinks.
@@ -55,6 +61,9 @@ class Attention : public CpuPrimitive {
   int64_t position() const override { return length_; }
   bool same_but_position(const mx::Primitive& other) const override {
     return is_ == static_cast<const Attention&>(other).is_;
+  }
+  bool same_but_places(const mx::Primitive& other) const override {
+    return is_.same_but_start(static_cast<const Attention&>(other).is_);
   }
 
   // inputs: q, k, v, (mask [B, H, L, S]), (sinks [H])
@@ -110,6 +119,11 @@ class AttentionRows : public CpuPrimitive {
       }
     }
     return true;
+  }
+  bool same_but_places(const mx::Primitive& other) const override {
+    auto& o = static_cast<const AttentionRows&>(other);
+    return std::equal(segments_.begin(), segments_.end(), o.segments_.begin(), o.segments_.end(),
+                      [](auto& mine, auto& its) { return mine.count == its.count && mine.is.same_but_start(its.is); });
   }
 
   // inputs: q, (sinks [H]), keys and values of each segment
@@ -176,6 +190,9 @@ class Append : public CpuPrimitive {
   bool same_but_position(const mx::Primitive& other) const override {
     auto& o = static_cast<const Append&>(other);
     return counts_ == o.counts_ && same_steps(at_, o.at_);
+  }
+  bool same_but_places(const mx::Primitive& other) const override {
+    return counts_ == static_cast<const Append&>(other).counts_;
   }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& o = static_cast<const Append&>(other);

@@ -28,7 +28,7 @@ Graph walk(const std::vector<mx::array>& outputs, const mx::Stream& stream);
 // done, where MLX's primitive would give work to the stream by itself.
 bool plan_operation(mx::array& a, Dispatcher& list);
 
-// Whether two arrays' primitives do the same, whatever their positions.
-bool same_operation(const mx::array& a, const mx::array& b);
+// Whether two primitives do the same, whatever their positions, which advance together; `apart`: or each by itself.
+bool same_operation(const mx::Primitive& one, const mx::Primitive& other, bool apart);
 
 }  // namespace runner

@@ -140,6 +140,8 @@ class CpuPrimitive : public mx::Primitive {
   // Where in a sequence it works, for those that depend on it: the task takes how far ahead of that it is.
   virtual int64_t position() const { return 0; }
   virtual bool same_but_position(const mx::Primitive& other) const { return is_equivalent(other); }
+  // The same where it works on several sequences, whose places may differ from each other in another way.
+  virtual bool same_but_places(const mx::Primitive& other) const { return same_but_position(other); }
   // Allocates `outputs` and gives the dispatcher what fills them.
   virtual void plan(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Dispatcher& d) = 0;
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) final {

@@ -192,7 +192,11 @@ class Rope : public CpuPrimitive {
   int64_t position() const override { return places_.empty() ? 0 : places_[0]; }
   bool same_but_position(const mx::Primitive& other) const override {
     auto& o = static_cast<const Rope&>(other);
-    return spec_ == o.spec_ && has_freqs_ == o.has_freqs_ && same_steps(places_, o.places_);
+    return same_but_places(other) && same_steps(places_, o.places_);
+  }
+  bool same_but_places(const mx::Primitive& other) const override {
+    auto& o = static_cast<const Rope&>(other);
+    return spec_ == o.spec_ && has_freqs_ == o.has_freqs_ && places_.size() == o.places_.size();
   }
 
   // inputs: x [B, H, L, D], (offset int32, one or B, where it is no number), (freqs float32 [dims / 2])

@@ -63,34 +63,92 @@ bool same_input(const mx::array& a, const mx::array& b) {
   return small && std::memcmp(a.data<char>(), b.data<char>(), a.nbytes()) == 0;
 }
 
-// Whether two graphs are equal but for positions, and each operation's position is `pace` times `ahead` further in the
-// second; an empty `pace` is filled in instead.
-bool follows(const Operations& first, const Operations& second, int64_t ahead, std::vector<int64_t>& pace) {
-  if (first.size() != second.size()) return false;
-  std::unordered_map<std::uintptr_t, std::uintptr_t> twin;  // of an array of `second` in `first`
-  bool fill = pace.empty();
-  for (size_t k = 0; k < first.size(); ++k) {
-    const mx::array &a = first[k], &b = second[k];
-    if (a.id() == b.id()) {  // the slot
-      if (fill) pace.push_back(0);
-      continue;
+using Number = int64_t;
+constexpr Number kFixed = Number(1) << 40;  // of the first array that is no result and no cache
+
+}  // namespace
+
+struct Outline::Operation {
+  std::shared_ptr<mx::Primitive> primitive;  // none: the slot
+  std::vector<Number> inputs;
+  std::vector<std::pair<mx::Shape, mx::Dtype>> results;  // without those that are written, whose size is the caches'
+  int64_t position, pace;  // pace: by how many positions it advances with a token, 0 or 1
+};
+
+struct Outline::Content {
+  std::vector<Operation> operations;
+  std::vector<mx::array> fixed;
+};
+
+namespace {
+
+// Numbers for the arrays of a graph: caches by their order, results by theirs, others when they are first met.
+class Numbers {
+ public:
+  explicit Numbers(const std::vector<mx::array>& caches) {
+    for (size_t i = 0; i < caches.size(); ++i) numbers_.emplace(caches[i].id(), -1 - Number(i));
+  }
+  void add(const std::vector<mx::array>& results) {
+    for (auto& a : results) numbers_.emplace(a.id(), results_++);
+  }
+  std::optional<Number> find(const mx::array& a) const {
+    auto found = numbers_.find(a.id());
+    return found == numbers_.end() ? std::nullopt : std::optional(found->second);
+  }
+  Number fix(const mx::array& a, std::vector<mx::array>& fixed) {
+    fixed.push_back(a);
+    return numbers_.emplace(a.id(), kFixed + Number(fixed.size()) - 1).first->second;
+  }
+
+ private:
+  std::unordered_map<std::uintptr_t, Number> numbers_;
+  Number results_ = 0;
+};
+
+std::vector<std::pair<mx::Shape, mx::Dtype>> kinds(const std::vector<mx::array>& results, size_t written) {
+  std::vector<std::pair<mx::Shape, mx::Dtype>> found;
+  for (size_t i = written; i < results.size(); ++i) found.emplace_back(results[i].shape(), results[i].dtype());
+  return found;
+}
+
+std::shared_ptr<Outline::Content> outlined(const Operations& operations, const mx::array& slot,
+                                           const std::vector<mx::array>& caches) {
+  auto content = std::make_shared<Outline::Content>();
+  Numbers numbers(caches);
+  for (const mx::array& a : operations) {
+    auto results = a.outputs();
+    bool is_slot = a.id() == slot.id();
+    Outline::Operation one{is_slot ? nullptr : a.primitive_ptr(), {}, kinds(results, written_by(a)), position_of(a), 0};
+    for (auto& x : a.inputs()) {
+      auto found = numbers.find(x);
+      one.inputs.push_back(found ? *found : numbers.fix(x, content->fixed));
     }
-    if (!same_operation(a, b) || a.inputs().size() != b.inputs().size()) return false;
-    for (size_t i = 0; i < a.inputs().size(); ++i) {
-      const mx::array &x = a.inputs()[i], &y = b.inputs()[i];
-      auto found = twin.find(y.id());
-      if (found == twin.end() ? !same_input(x, y) : found->second != x.id()) return false;
+    numbers.add(results);
+    content->operations.push_back(std::move(one));
+  }
+  return content;
+}
+
+// Whether a graph is the outlined one but for caches and positions; `apart`: also where its sequences are at places that
+// differ from each other in another way.
+bool fits(const Outline::Content& content, const Operations& operations, const mx::array& slot,
+          const std::vector<mx::array>& caches, bool apart) {
+  if (operations.size() != content.operations.size()) return false;
+  Numbers numbers(caches);
+  for (size_t k = 0; k < operations.size(); ++k) {
+    const Outline::Operation& one = content.operations[k];
+    const mx::array& a = operations[k];
+    auto results = a.outputs();
+    if ((a.id() == slot.id()) != (one.primitive == nullptr) || a.inputs().size() != one.inputs.size()) return false;
+    if (one.primitive && !same_operation(*one.primitive, a.primitive(), apart)) return false;
+    for (size_t i = 0; i < one.inputs.size(); ++i) {
+      const mx::array& x = a.inputs()[i];
+      const Number wanted = one.inputs[i];
+      auto found = numbers.find(x);
+      if (found ? *found != wanted : wanted < kFixed || !same_input(content.fixed[wanted - kFixed], x)) return false;
     }
-    auto results = a.outputs(), later = b.outputs();
-    if (results.size() != later.size()) return false;
-    for (size_t i = 0; i < results.size(); ++i) {
-      if (results[i].shape() != later[i].shape() || results[i].dtype() != later[i].dtype()) return false;
-      twin.emplace(later[i].id(), results[i].id());
-    }
-    int64_t moved = position_of(b) - position_of(a);
-    if (fill && moved != 0 && moved != ahead) return false;
-    if (fill) pace.push_back(moved / ahead);
-    if (moved != pace[k] * ahead) return false;
+    if (kinds(results, written_by(a)) != one.results) return false;
+    numbers.add(results);
   }
   return true;
 }
@@ -102,43 +160,65 @@ mx::array slot_op(const std::vector<int>& shape) {
 }
 
 std::optional<Program> Program::record(const mx::array& slot, const std::vector<mx::array>& outputs,
-                                       const std::vector<int64_t>& ahead) {
+                                       const std::vector<int64_t>& ahead, const std::vector<mx::array>& caches) {
   auto stream = cpu_stream();
   if (outputs.size() != ahead.size() || ahead.size() < 2 || ahead[0] != 0 || ahead[1] != 1) {
     refuse("record: ", outputs.size(), " outputs and ", ahead.size(), " positions; expected as many, 0 and 1 first");
   }
   Graph graph = walk({outputs[0]}, stream);
   if (!graph.one_stream || graph.bytes > kMostBytes) return std::nullopt;
-  std::vector<int64_t> pace;
+  auto content = outlined(*graph.operations, slot, caches);
   for (size_t i = 1; i < outputs.size(); ++i) {
-    if (!follows(*graph.operations, *walk({outputs[i]}, stream).operations, ahead[i], pace)) return std::nullopt;
+    auto later = walk({outputs[i]}, stream).operations;
+    if (!fits(*content, *later, slot, caches, false)) return std::nullopt;
+    for (size_t k = 0; k < later->size(); ++k) {
+      auto& one = content->operations[k];
+      const int64_t moved = position_of((*later)[k]) - one.position;
+      if (i == 1) one.pace = moved;
+      if ((i == 1 && moved != 0 && moved != 1) || moved != one.pace * ahead[i]) return std::nullopt;
+    }
   }
-  Program program;
-  auto recorded = std::make_shared<Recorded>(Recorded{{}, {}, {}, slot, outputs[0], {}});
+  return planned(Outline(std::move(content)), std::move(graph), slot, outputs[0],
+                 *std::max_element(ahead.begin(), ahead.end()) + 1);
+}
+
+std::optional<Program> Outline::record(const mx::array& slot, const mx::array& output,
+                                       const std::vector<mx::array>& caches, int64_t count) const {
+  Graph graph = walk({output}, cpu_stream());
+  if (!graph.one_stream || !fits(*content_, *graph.operations, slot, caches, true)) return std::nullopt;
+  return Program::planned(*this, std::move(graph), slot, output, count);
+}
+
+std::optional<Program> Program::planned(Outline outline, Graph graph, const mx::array& slot, const mx::array& output,
+                                        int64_t count) {
+  Program program(std::move(outline));
+  auto recorded = std::make_shared<Recorded>(Recorded{{}, {}, {}, slot, output, {}});
   Listing listing;
+  auto stream = cpu_stream();
   Dispatcher list(stream, listing), own(stream);
   size_t k = 0;
   for (auto& operation : *graph.operations) {
     mx::array a = std::move(operation);
-    if (a.id() == slot.id()) {
+    const Outline::Operation& one = program.outline_.content_->operations[k++];
+    program.written_.insert(program.written_.end(), a.inputs().begin(), a.inputs().begin() + written_by(a));
+    if (!one.primitive) {
       own.allocate(a);  // written before the first task, which may use whatever the arena gives
     } else if (!plan_operation(a, list)) {
       return std::nullopt;
     }
-    recorded->pace.resize(listing.tasks.size(), pace[k++]);
-    program.written_.insert(program.written_.end(), a.inputs().begin(), a.inputs().begin() + written_by(a));
+    recorded->pace.resize(listing.tasks.size(), one.pace);
     // Its inputs' memory is free from here on, for the operations that follow, unless these need them, too.
     a.detach();
     listing.copies.clear();
   }
-  if (!outputs[0].flags().row_contiguous || listing.arena->bytes() > kMostRecorded) return std::nullopt;
+  if (!output.flags().row_contiguous || listing.arena->bytes() > kMostRecorded) return std::nullopt;
   recorded->tasks = std::move(listing.tasks);
   recorded->arena = std::move(listing.arena);
   recorded->held = std::move(graph.held);
   recorded->held.insert(recorded->held.end(), graph.pending.begin(), graph.pending.end());
   program.before_ = std::move(graph.pending);
   program.recorded_ = std::move(recorded);
-  program.count_ = *std::max_element(ahead.begin(), ahead.end()) + 1;
+  program.count_ = count;
   return program;
 }
 
