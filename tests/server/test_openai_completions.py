@@ -84,7 +84,8 @@ def test_what_stands_between_two_texts() -> None:
             with pytest.raises(openai.BadRequestError, match="echo"):
                 client.completions.create(model="told", prompt="a", suffix="b", echo=True)
             there = ollama.Client(server.url)
-            assert there.generate("told", "a", suffix="b").response == "middle"
+            assert there.generate("told", "a", suffix="<|im_end|>").response == "middle"
+            assert made.special_tokens["<|im_end|>"] in told.orders[-1].ids
             assert "insert" in (there.show("told").capabilities or ())
             with pytest.raises(ollama.ResponseError, match="suffix"):
                 there.generate("told", "a", suffix="b", raw=True)
