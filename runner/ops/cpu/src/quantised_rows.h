@@ -131,7 +131,8 @@ RUNNER_INLINE void scales_of(DType t, const void* const rows[4], int64_t i, int6
 
 // Four rows of the matrix against M rows of x: w[j] are the rows' codes, of which whole vectors can be read, or the
 // first `left` bytes of each. P: planes of x that there are products with; one where it is coarse.
-template <int BITS, int G, bool FP4, int M, int P, bool NEAR_END>
+// ONCE: the matrix is larger than the caches, so that nothing of it is kept there until the next token.
+template <int BITS, int G, bool FP4, int M, int P, bool NEAR_END, bool ONCE>
 RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine, const uint8_t* const w[4], int64_t left,
                              const void* const scales[4], const void* const shifts[4], int64_t ahead,
                              __m128 out[M]) {
@@ -163,7 +164,13 @@ RUNNER_INLINE void four_rows(const LinearArgs& a, const Panel& x, bool any_fine,
 #pragma GCC unroll 2
           for (int u = 0; u < U; ++u) {
             const uint8_t* from = w[j] + at + u * kVectorBytes;
-            if (kVectorBytes == 64 || (l * U + u) % 2 == 0) prefetch(from + ahead);
+            if (kVectorBytes == 64 || (l * U + u) % 2 == 0) {
+              if constexpr (ONCE) {
+                prefetch_once(from + ahead);
+              } else {
+                prefetch(from + ahead);
+              }
+            }
             if (NEAR_END && at + (u + 1) * kVectorBytes > left) {
               alignas(64) uint8_t some[kVectorBytes] = {};
               for (int64_t i = 0; i < left - at - u * kVectorBytes; ++i) some[i] = from[i];
@@ -233,7 +240,8 @@ void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t en
   const int64_t row_bytes = a.k * a.bits / 8, numbers = a.k / G * (FP4 ? 1 : size_of(a.st));
   uint8_t* codes = a.bits == BITS ? nullptr : (uint8_t*)scratch(Slot::codes, 4 * a.k + 64);
   // Four short rows lie one behind the other, long ones are a stream each. At its end a matrix wastes what it asked for.
-  const int64_t distance = a.n * row_bytes < kSmallMatrix ? kAhead : 2 * kAhead;
+  const bool small = a.n * row_bytes < kSmallMatrix;
+  const int64_t distance = small ? kAhead : 2 * kAhead;
   const int64_t ahead = 4 * row_bytes <= 2 * distance ? distance : distance / 4;
   const int64_t further = (ahead / row_bytes + 16) * numbers;
   for (; n < end; n += 4) {
@@ -262,9 +270,11 @@ void rows_dots(const LinearArgs& args, const Panel& panel, int64_t n, int64_t en
     __m128 out[M];
     if (near_end) {
       const int64_t left = codes ? INT64_MAX : row_bytes;
-      four_rows<BITS, G, FP4, M, P, true>(a, x, any_fine, w, left, scales, shifts, ahead, out);
+      four_rows<BITS, G, FP4, M, P, true, false>(a, x, any_fine, w, left, scales, shifts, ahead, out);
+    } else if (small) {
+      four_rows<BITS, G, FP4, M, P, false, false>(a, x, any_fine, w, 0, scales, shifts, ahead, out);
     } else {
-      four_rows<BITS, G, FP4, M, P, false>(a, x, any_fine, w, 0, scales, shifts, ahead, out);
+      four_rows<BITS, G, FP4, M, P, false, true>(a, x, any_fine, w, 0, scales, shifts, ahead, out);
     }
     alignas(16) float line[4];
     for (int m = 0; m < M; ++m) {

@@ -155,6 +155,8 @@ RUNNER_INLINE uint32_t lanes_between(VF v, VF low, VF high) {
 #endif
 
 RUNNER_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// The same for what is read once: it takes no room in the outer caches.
+RUNNER_INLINE void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 // ---- scalar conversions, exact and the same everywhere
 
