@@ -13,7 +13,7 @@ many others, is built once over its own caches, must be the same operation by op
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import mlx.core as mx
 
@@ -34,6 +34,10 @@ ROOM = 128
 """Steps that there is to be room for in the caches of several requests: as much as in those of one, in the mean."""
 
 
+OUTLINES = 16
+"""Outlines that are kept for one number of requests, each for other positions."""
+
+
 Span = tuple[int, int]
 """Positions from a first one to a last one."""
 
@@ -50,33 +54,54 @@ class Spans:
         met = [span, *(one for one in self._spans if one not in apart)]
         self._spans = [*apart, (min(first for first, _ in met), max(last for _, last in met))]
 
+    def join(self, others: Spans) -> None:
+        """Add those of another."""
+        for span in others:
+            self.add(span)
+
+    def __iter__(self) -> Iterator[Span]:
+        return iter(list(self._spans))
+
+    def meets(self, span: Span) -> bool:
+        """Whether it has a position in common with them."""
+        return any(first <= span[1] and span[0] <= last for first, last in self._spans)
+
     def __contains__(self, span: Span) -> bool:
         return any(first <= span[0] and span[1] <= last for first, last in self._spans)
 
 
 class Recordings:
-    """What is known of a model's decode steps, for one number of requests each: their outline, and between which
-    positions it holds for any of them."""
+    """What is known of a model's decode steps, for one number of requests each: their outlines, and between which
+    positions each holds for any of them."""
 
     def __init__(self) -> None:
-        self._known: dict[object, tuple[Outline, Spans]] = {}
+        self._known: dict[object, list[tuple[Outline, Spans]]] = {}
 
     def __contains__(self, kind: object) -> bool:
         return kind in self._known
 
     def find(self, kind: object, spans: Iterable[Span]) -> Outline | None:
-        """The outline of a step of this kind, if it holds for requests at these positions."""
-        if kind not in self._known:
-            return None
-        outline, known = self._known[kind]
-        return outline if all(span in known for span in spans) else None
+        """The outline of a step of this kind that holds for requests at these positions, if there is one."""
+        wanted = list(spans)
+        holding = (outline for outline, known in self._known.get(kind, ()) if all(span in known for span in wanted))
+        return next(holding, None)
 
     def add(self, kind: object, outline: Outline, spans: Iterable[Span]) -> None:
-        """Keep the outline of a step that was compared for requests at these positions."""
-        known = self._known[kind][1] if kind in self._known else Spans()
-        self._known[kind] = (outline, known)
+        """Keep the outline of a step that was compared for requests at these positions.
+
+        It holds for those of older ones that it has a position in common with: what advances with the token there does
+        so at one pace. Others stay as they are; past `OUTLINES` the oldest is forgotten.
+        """
+        known = Spans()
         for span in spans:
             known.add(span)
+        apart: list[tuple[Outline, Spans]] = []
+        for older in self._known.get(kind, ()):
+            if any(older[1].meets(span) for span in known):
+                known.join(older[1])
+            else:
+                apart.append(older)
+        self._known[kind] = [*apart, (outline, known)][-OUTLINES:]
 
     def drop(self, kind: object) -> None:
         """Forget what is known of a kind of step: the model computes something else now, with other adapters."""
@@ -184,7 +209,10 @@ class Steps:
         if outline is None:
             return None
         slot = recorder.slot(list(kind[1:]))
-        program = outline.record(slot, self._logits(slot, self._caches.ahead(0)), self._caches.arrays, room)
+        try:
+            program = outline.record(slot, self._logits(slot, self._caches.ahead(0)), self._caches.arrays, room)
+        except (RuntimeError, RunnerError):  # it looks at its token now, with an adapter
+            program = None
         if program is None:
             self._recordings.drop(kind)
         else:

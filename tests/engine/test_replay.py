@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -17,12 +18,12 @@ from runner.cache.kv import ChunkedKVCache, KVCache
 from runner.cache.several import SeveralCaches
 from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.prefill import prefill
-from runner.engine.replay import LEAST, PATIENCE, Recordings, Spans, Steps
+from runner.engine.replay import LEAST, OUTLINES, PATIENCE, Recordings, Spans, Steps
 from runner.errors import RunnerError
 from runner.families import Model
 from runner.nn.batch import Batch
 from runner.ops.device import current
-from runner.ops.table import Ops
+from runner.ops.table import Ops, Outline
 
 TOGETHER = [
     "llama/llama-gqa", "llama/mistral-window", "llama/llama-mlx-4bit", "families/qwen3_moe-base",
@@ -334,3 +335,20 @@ def test_spans_meet_where_they_share_a_position() -> None:
         spans.add((first, last))
     assert (20, 33) in spans and (10, 19) in spans and (42, 42) in spans
     assert (19, 20) not in spans and (33, 34) not in spans and (30, 45) not in spans
+
+
+def test_an_outline_holds_where_it_was_compared() -> None:
+    """One that is compared at other positions takes over those of older ones that it meets, and of no others."""
+    first, second, third = (cast("Outline", object()) for _ in range(3))
+    recordings = Recordings()
+    recordings.add("one", first, [(0, 9), (30, 39)])
+    recordings.add("one", second, [(50, 59)])
+    assert recordings.find("one", [(2, 3), (31, 39)]) is first and recordings.find("one", [(50, 50)]) is second
+    assert recordings.find("one", [(2, 3), (50, 51)]) is None and recordings.find("two", [(2, 3)]) is None
+    recordings.add("one", third, [(38, 45)])
+    assert recordings.find("one", [(0, 9), (30, 45)]) is third and recordings.find("one", [(50, 59)]) is second
+    for start in range(100, 100 + 2 * OUTLINES, 2):
+        recordings.add("one", first, [(start, start)])
+    assert recordings.find("one", [(50, 59)]) is None and recordings.find("one", [(100, 100)]) is first
+    recordings.drop("one")
+    assert "one" not in recordings
