@@ -161,10 +161,14 @@ def test_chunks_are_bounded_in_bytes_and_in_numbers(tmp_path: Path, kind: Type) 
     raw = rows if kind != Type.F32 else rows.view(np.float32)
     path = write(tmp_path / "m.gguf", {"token_embd.weight": (raw, kind)}, **writer.metadata_of(config_of_llama(4096)))
     found = open_container(path)
-    chunks = list(found.rows(found.tensors["token_embd.weight"], multiple=4))
+    starts, chunks = zip(*found.rows(found.tensors["token_embd.weight"], multiple=4), strict=True)
+    assert list(starts) == [0, *np.cumsum([len(chunk) for chunk in chunks])[:-1]]
     assert len(chunks) > 2 and all(len(chunk) % 4 == 0 for chunk in chunks)
     assert max(chunk.size for chunk in chunks) <= 4 << 20 and max(map(len, chunks)) * 4096 <= 4 << 20
     assert np.array_equal(np.concatenate(chunks), rows)
+    spans = [(4, 12), (2000, 2100)]
+    parts = [chunk for _, chunk in found.rows(found.tensors["token_embd.weight"], 4, spans)]
+    assert np.array_equal(np.concatenate(parts), np.concatenate([rows[first:last] for first, last in spans]))
 
 
 LOADER = """
