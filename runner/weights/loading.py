@@ -55,7 +55,7 @@ def build(
     """Construct the planned dataclass tree, reading one array field at a time, the largest first.
 
     Memory then holds the model and one stored tensor, in its own dtype and in the field's; large fields are read while
-    little else is there. A transform may need a copy of its field.
+    little else is there. A transform, and `place`, may need a copy of its field.
 
     Args:
         dtype: floating-point tensors are cast to this (`exact` ones to float32); None keeps what is stored.
