@@ -37,6 +37,7 @@ class Load:
         concurrency: how many are open at once; None: as many as come.
         rate: requests a second, with exponential gaps; None: the next as soon as there is a place.
         prompt_tokens: tokens of each prompt, drawn by `seed`.
+        text: send so many words instead, for servers that take no ids; most tokenizers make a token of each.
         output_tokens: tokens of each answer; end tokens are kept from coming.
         goals: milliseconds, by `ttft`, `tpot`, `e2el`, that a request must keep to count for the goodput.
     """
@@ -51,6 +52,7 @@ class Load:
     seed: int = 0
     key: str | None = None
     goals: Mapping[str, float] = field(default_factory=dict)
+    text: bool = False
 
 
 @dataclass
@@ -156,14 +158,20 @@ async def measure(load: Load) -> dict[str, Any]:
     server = Server(load.url, load.key)
     try:
         model = load.model or await _first_model(server)
-        pool = await _ids(server, model)
+        pool = [] if load.text else await _ids(server, model)
     except (OSError, asyncio.IncompleteReadError) as error:
         raise UsageError(f"{load.url} cannot be reached: {error}") from error
     chance = random.Random(load.seed)
-    prompts = [[chance.choice(pool) for _ in range(load.prompt_tokens)] for _ in range(load.count)]
+    words = [f" {word}" for word in WORDS.split()]
+    prompts = [
+        "".join(chance.choices(words, k=load.prompt_tokens))
+        if load.text
+        else [chance.choice(pool) for _ in range(load.prompt_tokens)]
+        for _ in range(load.count)
+    ]
     gate = asyncio.Semaphore(load.concurrency or load.count)
 
-    async def one(prompt: Sequence[int]) -> Asked:
+    async def one(prompt: str | list[int]) -> Asked:
         async with gate:
             asked = Asked(time.perf_counter())
             try:
@@ -197,12 +205,14 @@ async def _ids(server: Server, model: str) -> list[int]:
         status, made = await server.value("POST", "/tokenize", body)
         if status == 200 and isinstance(made, dict) and made.get("tokens"):
             return sorted({int(each) for each in made["tokens"]})
-    raise UsageError(f"the server does not say the tokens of a text for the model {model!r} (POST /tokenize)")
+    raise UsageError(
+        f"the server does not say the tokens of a text for the model {model!r} (POST /tokenize): try --text-prompts"
+    )
 
 
-async def _ask(server: Server, model: str, prompt: Sequence[int], most: int, asked: Asked) -> None:
+async def _ask(server: Server, model: str, prompt: str | list[int], most: int, asked: Asked) -> None:
     body = {
-        "model": model, "prompt": list(prompt), "max_tokens": most, "temperature": 0, "ignore_eos": True,
+        "model": model, "prompt": prompt, "max_tokens": most, "temperature": 0, "ignore_eos": True,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     reader, writer = await server.open("POST", "/v1/completions", body)

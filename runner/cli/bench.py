@@ -91,6 +91,14 @@ class LoadOptions:
     random_output_len: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Tokens of an answer; default: 64.", rich_help_panel=SERVER)
     ] = None
+    text_prompts: Annotated[
+        bool | None,
+        typer.Option(
+            "--text-prompts",
+            help="Send words instead of token ids, about one a token: for servers without /tokenize.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None
     goodput: Annotated[
         list[str] | None,
         typer.Option(
@@ -199,6 +207,7 @@ def ask(options: LoadOptions, model: str | None, seed: int, output: str) -> None
         seed,
         os.environ.get("RUNNER_API_KEY"),
         options.goals(),
+        bool(options.text_prompts),
     )
     result = asyncio.run(measure(load))
     say(json.dumps(result, indent=2) + "\n" if output == "json" else table(result))

@@ -9,6 +9,7 @@ from told_backend import Running, ToldBackend
 
 from runner.bench.serving import Asked, Load, summed
 from runner.cli import main
+from runner.server.backend import Order
 
 
 def test_a_server_of_known_pace(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,6 +26,22 @@ def test_a_server_of_known_pace(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["bench", "told", "--url", f"{server.url}/v1", *words, "--request-rate", "50"]) == 0
         assert "TTFT" in capsys.readouterr().out
         assert main(["bench", "other", "--url", server.url, *words]) != 0
+
+
+def test_words_for_a_server_that_takes_no_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[str] = []
+
+    def answer(prompt: str, order: Order) -> str:
+        seen.append(prompt)
+        return "x" * 10
+
+    words = ["--num-prompts", "3", "--random-input-len", "5", "--random-output-len", "4", "--text-prompts"]
+    with Running([ToldBackend(answer)]) as server:
+        assert main(["bench", "--url", server.url, *words, "-o", "json"]) == 0
+        assert json.loads(capsys.readouterr().out)["completed"] == 3
+    assert len(set(seen)) == 3 and all(prompt[0] == " " and len(prompt.split()) == 5 for prompt in seen)
+    assert main(["bench", "--text-prompts"]) == 2
+    assert "--text-prompts needs a server" in capsys.readouterr().err
 
 
 def test_the_words_mean_what_vllm_means() -> None:
