@@ -10,14 +10,16 @@
 // - one row of the matrix after the other, for one row of x or two: a lane is a group, whose sum is added up across the
 //   lanes of several vectors at once. Weights are read as they lie, which is what memory is fastest at.
 
+// In assembler, because GCC 12 surrounds the one intrinsic with copies and spills, and makes all products of a step before
+// it adds the first, with which half of the sums do not stay in registers.
 RUNNER_INLINE VI32 multiply_add(VI32 acc, VI32 w, VI32 x) {
 #if RUNNER_ISA == 512
-  // In assembler, because GCC 12 surrounds the intrinsic with copies and spills.
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-  return acc;
 #else
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+  VI32 product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(x));
 #endif
+  return acc;
 }
 
 #if RUNNER_ISA == 512
@@ -53,15 +55,15 @@ RUNNER_INLINE void add_steps(const int32_t* w, const int32_t* x, int width, int 
       for (int m = 0; m < M; ++m) more[t][s][m] = no_sum();
     }
   }
-  for (int i = 0; i < steps; i += T) {
+  for (const int32_t* end = w + steps * W; w < end;) {
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
+    for (int t = 0; t < T; ++t, w += W, x += width) {
       VI32 wv[N];
 #pragma GCC unroll 4
-      for (int s = 0; s < N; ++s) wv[s] = load_step(w + (s * (kTileValues / kStep) + i + t) * W);
+      for (int s = 0; s < N; ++s) wv[s] = load_step(w + s * (kTileValues / kStep) * W);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        VI32 xv = repeated(x + (i + t) * width + m);
+        VI32 xv = repeated(x + m);
 #pragma GCC unroll 4
         for (int s = 0; s < N; ++s) {
           VI32& sum = t ? more[t][s][m] : acc[s][m];
