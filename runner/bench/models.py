@@ -7,12 +7,11 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
 from runner import resources
 from runner.checkpoint import names
@@ -27,6 +26,7 @@ from runner.nn.linear import Embedding, Linear, Quantization
 from runner.nn.moe import ExpertLinear
 from runner.ops.device import EXACT
 from runner.weights import loading
+from runner.weights.cuts import Cut, cut_shape
 from runner.weights.plan import ArrayPlan, ModulePlan, count_parameters, packed_as, plan
 from runner.weights.tree import Leaf, leaf_shapes, leaves
 
@@ -49,6 +49,12 @@ SCALES: Mapping[str, int] = {"mxfp4": 120, "mxfp8": 120, "nvfp4": 8}
 CODES: Mapping[str, int] = {"mxfp8": 0xBFBFBFBF}
 """Mask for random packed words: without the highest exponent bit of each 8-bit float, none of them is NaN."""
 
+WORD = 0xFFFFFFFF
+"""The largest of 32 bits."""
+
+HASH = ((16, 0x7FEB352D), (15, 0x846CA68B))
+"""The steps of the hash of a place: a shift and a factor each."""
+
 QUANTIZED = (Linear, Embedding, ExpertLinear)
 """The layers with a weight that MLX quantizes."""
 
@@ -68,9 +74,10 @@ class Header:
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """A `Source` whose tensors are made on reading, from the seed and the tensor's name; none is kept.
+    """A `Source` whose tensors are made on reading, each number from the seed, the tensor's name and its place there.
 
-    A quantized matrix gets random packed integers and equal scales, so it never exists in full precision.
+    So a part of a tensor is made without the rest, on any device, and a quantized matrix, of random packed integers and
+    equal scales, never exists in full precision. Nothing is kept.
 
     Attributes:
         form: the quantization of the matrices; None: not quantized.
@@ -82,26 +89,66 @@ class RandomWeights:
 
     def read(self, name: str) -> mx.array:
         """Make the tensor `name`; it has the same numbers each time."""
-        header = self.headers[name]
-        numbers = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-        if header.dtype == "U32":
-            codes = numbers.integers(0, 1 << 32, header.shape, dtype=np.uint32)
-            return mx.array(codes & np.uint32(CODES.get(self.form.mode, 0xFFFFFFFF) if self.form else 0xFFFFFFFF))
-        if self.form is not None and name.endswith((".scales", ".biases")):
-            return self._constant(name, header, self.form)
-        # A uniform distribution with standard deviation STD is sqrt(12) * STD wide.
-        values = (numbers.random(header.shape, dtype=np.float32) - np.float32(0.5)) * np.float32(STD * math.sqrt(12))
-        if len(header.shape) == 1 and name.endswith(".weight"):
-            values += 1  # a norm's weights: near zero they would silence the layer
-        return mx.array(values).astype(STORED[header.dtype])
+        return self.read_part(name, (None,) * len(self.headers[name].shape))
 
-    def _constant(self, name: str, header: Header, form: Quantization) -> mx.array:
+    def read_part(self, name: str, cut: Cut) -> mx.array:
+        """Make the kept places of the tensor `name`: memory holds them twice for a moment."""
+        header = self.headers[name]
+        if self.form is not None and name.endswith((".scales", ".biases")):
+            return self._constant(name, header, cut_shape(header.shape, cut), self.form)
+        blocks: list[mx.array] = []
+        for words in _words(zlib.crc32(name.encode(), self.seed), header.shape, cut):
+            if blocks:
+                mx.eval(blocks[-1])  # what it is made of goes before the next one is
+            blocks.append(self._numbers(name, header, words))
+        return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
+
+    def _numbers(self, name: str, header: Header, words: mx.array) -> mx.array:
+        """What a tensor has in places with these random words."""
+        if header.dtype == "U32":
+            return words & mx.array(CODES.get(self.form.mode, WORD) if self.form else WORD, mx.uint32)
+        # A uniform distribution with standard deviation STD is sqrt(12) * STD wide.
+        wide = STD * math.sqrt(12)
+        # A norm's weights: near zero they would silence the layer.
+        middle = 1.0 if len(header.shape) == 1 and name.endswith(".weight") else 0.0
+        return (words.astype(mx.float32) * (wide / (WORD + 1)) + (middle - wide / 2)).astype(STORED[header.dtype])
+
+    def _constant(self, name: str, header: Header, shape: tuple[int, ...], form: Quantization) -> mx.array:
         """Scales or biases that turn random integers into weights of mean 0 and (affine) standard deviation `STD`."""
         if header.dtype == "U8":
-            return mx.full(header.shape, SCALES[form.mode], dtype=mx.uint8)
+            return mx.full(shape, SCALES[form.mode], dtype=mx.uint8)
         most = (1 << form.bits) - 1  # the largest integer q: `scale * q + bias` runs from bias to -bias
         scale = STD * math.sqrt(12) / most
-        return mx.full(header.shape, -scale * most / 2 if name.endswith(".biases") else scale, STORED[header.dtype])
+        return mx.full(shape, -scale * most / 2 if name.endswith(".biases") else scale, STORED[header.dtype])
+
+
+def _words(key: int, shape: Sequence[int], cut: Cut) -> Iterator[mx.array]:
+    """Random words of the kept places of a tensor `[shape]`, uint32, in blocks along its first axis.
+
+    A word is a hash of its place. Source: lowbias32 of Chris Wellons' Hash Prospector
+    (https://github.com/skeeto/hash-prospector).
+    """
+    places = []
+    for axis, (size, kept) in enumerate(zip(shape, cut, strict=True)):
+        found = [mx.arange(*each, dtype=mx.uint32) for each in (((0, size),) if kept is None else kept)]
+        stride = math.prod(shape[axis + 1 :]) & WORD
+        own = (mx.concatenate(found) if found else mx.zeros(0, mx.uint32)) * mx.array(stride, mx.uint32)
+        places.append(own.reshape(-1, *(1,) * (len(shape) - axis - 1)))
+    if not places:
+        places.append(mx.zeros((), mx.uint32))
+    rows, *rest = places
+    start = sum(rest, mx.array(key, mx.uint32))
+    count = max(_block() // max(start.size, 1), 1)
+    for first in range(0, max(rows.shape[0], 1), count) if rows.ndim else (0,):
+        x = (rows[first : first + count] if rows.ndim else rows) + start
+        for shift, factor in HASH:
+            x = (x ^ (x >> shift)) * mx.array(factor, mx.uint32)
+        yield x ^ (x >> 16)
+
+
+def _block() -> int:
+    """Numbers that are made at once: on a CPU, few enough for its caches."""
+    return 1 << 16 if mx.default_device() == mx.Device(mx.cpu) else 1 << 24
 
 
 @dataclass(frozen=True)

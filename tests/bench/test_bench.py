@@ -25,6 +25,7 @@ from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.errors import UsageError
 from runner.families import FAMILIES
 from runner.nn.linear import Quantization
+from runner.weights.cuts import Axis, Cut, cut_out, cut_shape
 
 FIXTURES = TESTS / "fixtures" / "llama"
 MODEL = FIXTURES / "llama-gqa"
@@ -146,6 +147,22 @@ def test_random_weights_depend_on_seed_and_name_alone() -> None:
     assert not mx.array_equal(one.read(q)[:32], one.read(k))
     values = np.array(one.read(q).astype(mx.float32))
     assert values.std() == pytest.approx(0.02, rel=0.05) and abs(values.mean()) < 1e-3
+
+
+@pytest.mark.parametrize("form", [None, Quantization(4, 32, "affine")])
+def test_a_part_of_random_weights_is_made_without_the_rest(
+    form: Quantization | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = random_weights(TINY, form=form)
+    rows: Axis = ((3, 5), (0, 9))
+    for name, header in source.headers.items():
+        cut: Cut = tuple(rows if size >= 16 else None for size in header.shape)
+        monkeypatch.setattr("runner.bench.models._block", lambda: 1 << 30)
+        whole = source.read(name)
+        assert whole.shape == header.shape
+        monkeypatch.setattr("runner.bench.models._block", lambda: 7)
+        part = source.read_part(name, cut)
+        assert part.shape == cut_shape(header.shape, cut) and mx.array_equal(part, cut_out(whole, cut)), name
 
 
 def test_packed_random_weights_have_the_same_spread() -> None:
