@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,12 @@ COMMANDS = ("generate", "chat", "run", "serve", "bench", "perplexity")
 
 BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
 """Backends of `mx.distributed` for whose processes `mlx.launch` sets a rank."""
+
+INITIALIZED = {"jaccl-ring": "jaccl"}
+"""What `mx.distributed.init` calls those that it calls otherwise."""
+
+UNSENDING = ("nccl",)
+"""Those that cannot send from one process to another."""
 
 Processes = Annotated[int, typer.Option("-n", "--processes", metavar="N", min=1, help="Processes on this machine.")]
 HostFile = Annotated[
@@ -59,7 +66,8 @@ def launch(
     from runner.ops.backend import require
 
     require()
-    place = here(processes, port) if hostfile is None else on_hosts(hostfile, port)
+    place = here(processes, port) if hostfile is None else on_hosts(hostfile, port, backend)
     # Each rank has a port for the ring; rank 0 another one, for what is said beside it.
     settings = sharing.settings(place.size, host=place.host, port=place.port + place.size, token=new_token(), wait=wait)
+    settings = replace(settings, backend=INITIALIZED.get(backend, backend), sends=backend not in UNSENDING)
     raise typer.Exit(supervise(place, settings, backend, rest))

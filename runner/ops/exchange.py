@@ -1,7 +1,8 @@
 """What the processes of one run send each other: `mx.distributed`, in the few forms that a shared model needs.
 
 Each process is a rank, from 0. In a pipeline a rank sends to the next one, and the last one to rank 0: a ring, and the
-`ring` backend can send to neighbours only.
+`ring` backend can send to neighbours only. MLX's `nccl` cannot send at all (0.32.4), only add and gather: there, what a
+rank has is added to zeros of all others, who all take part in every such step, one after another.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ class Exchange:
         sent: bytes that this process has sent, by what it was asked; those of a ring's inner steps included.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, backend: str = "any", *, sends: bool = True) -> None:
+        """`backend` and `sends` as in `runner.ranks.settings.Settings`."""
         self.rank = rank
         self.size = size
+        self._backend = backend
+        self._sends = sends
         self._group: Any = None
         self.reset()
 
@@ -36,6 +40,7 @@ class Exchange:
         self.sent = 0
         self._arriving: mx.Dtype | None = None  # of what the rank before sends, once that has been told
         self._told = False  # whether the next rank knows the dtype of what it is sent
+        self._steps: dict[int, mx.Dtype] = {}  # what each rank passes on, where all take part
 
     def open(self) -> None:
         """Connect to the other ranks, as the environment says that `mx.launch` has made.
@@ -45,13 +50,18 @@ class Exchange:
         """
         if self._group is not None:
             return
-        group = mx.distributed.init(strict=True)
+        group = mx.distributed.init(strict=True, backend=self._backend)
         assert (group.rank(), group.size()) == (self.rank, self.size)
         self._group = group
 
     def onward(self, x: mx.array) -> mx.array:
         """Send `x` to the next rank, from now on; returns an array that is there when it has left."""
         after = (self.rank + 1) % self.size
+        if not self._sends:
+            leaving = self._step(self.rank, x)
+            for giver in range(self.rank + 1, self.size if self.rank else 0):
+                self._step(giver, x)
+            return leaving
         if not self._told:
             self._told = True
             mx.async_eval(mx.distributed.send(mx.array([CODES.index(x.dtype)]), after, group=self._group))
@@ -64,6 +74,10 @@ class Exchange:
     def arriving(self, like: mx.array) -> mx.array:
         """What the rank before sends, of the shape of `like`; its dtype is what that one says before its first."""
         before = (self.rank - 1) % self.size
+        if not self._sends:
+            for giver in range(0 if self.rank else 1, before):
+                self._step(giver, like)
+            return self._step(before, like)
         if self._arriving is None:
             code = mx.distributed.recv((1,), mx.int32, before, group=self._group)
             mx.eval(code)  # which lets this process's other threads run while it waits, as `item` does not
@@ -71,6 +85,25 @@ class Exchange:
             assert isinstance(index, int)
             self._arriving = CODES[index]
         return mx.distributed.recv(like.shape, self._arriving, before, group=self._group)
+
+    def _step(self, giver: int, x: mx.array) -> mx.array:
+        """The step of a pipeline in which rank `giver` passes on its `x`, of which for others only the shape counts.
+
+        Returns what it has passed on. All ranks take part in all steps, from rank 0's on.
+        """
+        if giver not in self._steps:
+            code = mx.array([CODES.index(x.dtype) if giver == self.rank else 0])
+            code = mx.distributed.all_sum(code, group=self._group)
+            mx.eval(code)  # as in `arriving`
+            index = code.item()
+            assert isinstance(index, int)
+            self._steps[giver] = CODES[index]
+        dtype = self._steps[giver]
+        # Added as integers, every bit stays: as floats, a negative zero would not.
+        own = (x if giver == self.rank else mx.zeros(x.shape, dtype)).view(mx.uint8)
+        found = self.total(own)
+        mx.async_eval(found)  # begun in this order on all ranks, also where nobody looks at it
+        return found.view(dtype)
 
     def from_first(self, x: mx.array) -> mx.array:
         """`x` of rank 0, everywhere; of the other ranks, only its shape and dtype count."""

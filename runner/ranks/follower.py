@@ -48,7 +48,7 @@ class Follower:
     def __init__(self, settings: Settings, rank: int, versions: Mapping[str, str]) -> None:
         """Find rank 0. Where it is lost, this process ends."""
         self.settings = settings
-        self.exchange = Exchange(rank, settings.size)
+        self.exchange = Exchange(rank, settings.size, settings.backend, sends=settings.sends)
         self.link = Link(_connected(settings), _end)
         self._held: Held | None = None
         self._fingerprint: dict[str, str] = {}

@@ -77,7 +77,7 @@ class Leader:
             OSError: nobody can be waited for at the address of `settings`.
         """
         self.settings = settings
-        self.exchange = Exchange(0, settings.size)
+        self.exchange = Exchange(0, settings.size, settings.backend, sends=settings.sends)
         self.elsewhere = 0
         self.whole: ModulePlan | None = None
         self.loaded: list[int] = []  # bytes of weights that each other rank has read

@@ -82,11 +82,14 @@ def _stage(whole: Whole, settings: Settings, exchange: Exchange) -> Held:
     spans = shared_out([size(layer) for layer in layers], memories, size(frame), size(everywhere), shares)
     span = spans[exchange.rank]
     layout = staged(layout, span, exchange, whole.activations)
+    state = whole.config.stream_width * whole.activations.size
     return Held(
         Own(layout, whole.source, [own if index in span else () for index, own in enumerate(memories)]),
         span,
         size(layout),
-        whole.config.stream_width * whole.activations.size + (ring_bytes(IDS, settings.size) if ids else 0),
+        # Without sends, all ranks take part in each.
+        (state if settings.sends else settings.size * ring_bytes(state, settings.size))
+        + (ring_bytes(IDS, settings.size) if ids else 0),
         0,
         ids,
     )

@@ -15,6 +15,9 @@ VARIABLE = "RUNNER_RANKS"
 LAUNCHER = "RUNNER_LAUNCHER"
 """The environment variable with the path of the socket at which `runner launch` waits for rank 0."""
 
+GPUS = "RUNNER_GPUS"
+"""The environment variable with the GPUs of a machine that its processes share, as CUDA_VISIBLE_DEVICES lists them."""
+
 PIPELINE, TENSOR = "pipeline", "tensor"
 MODES = (PIPELINE, TENSOR)
 
@@ -31,6 +34,8 @@ class Settings:
         port: its port.
         token: a word that tells this run from others.
         wait: seconds in which all ranks must have come.
+        backend: what carries what ranks send, as `mx.distributed.init` calls it; `any`: what its environment is for.
+        sends: whether that one sends from one rank to another. MLX's NCCL does not: it only adds and gathers.
     """
 
     size: int
@@ -40,6 +45,8 @@ class Settings:
     port: int
     token: str
     wait: float
+    backend: str = "any"
+    sends: bool = True
 
     def to_json(self) -> str:
         """The value of `VARIABLE`."""

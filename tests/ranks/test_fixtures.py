@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from places import TESTS
 from ranks import over_fixtures
@@ -51,6 +52,25 @@ def checked(found: Sequence[dict[str, Any]], *, exact: bool, requests: int = 0) 
 def test_a_pipeline_of_two_gives_the_same_bits(tmp_path: Path) -> None:
     found = over_fixtures(tmp_path, FEW, size=2, mode="pipeline", tokens=4, requests=24)
     assert checked(found, exact=True, requests=24) == len(FEW)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_pipeline_that_cannot_send_gives_the_same_bits(tmp_path: Path, size: int) -> None:
+    """As over NCCL: in each step of the pipeline all ranks take part, by adding zeros."""
+    found = over_fixtures(tmp_path, ONE, size=size, mode="pipeline", tokens=3, times=2, sends=False)
+    assert checked(found, exact=True) == len(ONE)
+
+
+gpus = pytest.mark.skipif(not mx.cuda.is_available() or mx.device_count(mx.gpu) < 2, reason="needs two NVIDIA GPUs")
+
+
+@gpus
+@pytest.mark.parametrize("mode", ["tensor", "pipeline"])
+def test_two_gpus_give_the_same_tokens(tmp_path: Path, mode: str) -> None:
+    found = over_fixtures(
+        tmp_path, FEW, size=2, mode=mode, tokens=4, requests=6, backend="nccl", sends=False, patience=120
+    )
+    assert checked(found, exact=mode == "pipeline", requests=6) == len(FEW)
 
 
 def test_tensors_over_two_give_the_same_tokens(tmp_path: Path) -> None:
