@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -20,7 +21,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.errors import BackendError, UsageError
-from runner.ranks.settings import LAUNCHER, VARIABLE, Settings
+from runner.ranks.settings import GPUS, LAUNCHER, VARIABLE, Settings
+
+LAUNCH = "mlx._distributed_utils.launch"
+"""Where `mlx.launch` is."""
+
+NCCL = "nccl"
+"""The backend for NVIDIA GPUs: a process has one."""
 
 PORT = 32323
 """The first port of a hostfile's addresses, as of `mlx.launch`. On one machine, free ones are looked for."""
@@ -51,8 +58,13 @@ class Place:
 def here(processes: int, port: int | None) -> Place:
     """So many processes on this machine."""
     first = free_ports(processes + 1) if port is None else port
-    options = ("--hosts", "127.0.0.1", "-n", str(processes), "--starting-port", str(first))
+    options = ("--hosts", "127.0.0.1", "-n", str(processes), *ports(first))
     return Place(options, "127.0.0.1", first, processes, True)
+
+
+def ports(first: int) -> tuple[str, ...]:
+    """Options of `mlx.launch` for its ports, of any backend, from `first` on."""
+    return ("--starting-port", str(first), "--nccl-port", str(first))
 
 
 def new_token() -> str:
@@ -71,11 +83,12 @@ def free_ports(count: int) -> int:
     raise BackendError(f"there are no {count} free ports in a row on this machine")
 
 
-def on_hosts(path: Path, port: int | None) -> Place:
+def on_hosts(path: Path, port: int | None, backend: str) -> Place:
     """The machines of a hostfile: `[{"ssh": NAME, "ips": [ADDRESS]}, ...]`, or an object with that under `hosts`.
 
     Raises:
-        UsageError: it cannot be read, a host has no address, or the first one is not this machine.
+        UsageError: it cannot be read, a host has no address, the first one is not this machine, or it does not say
+            which GPU of its machine a process has.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -95,23 +108,76 @@ def on_hosts(path: Path, port: int | None) -> Place:
         )
     first = PORT if port is None else port
     local = all(name == "127.0.0.1" for name, _ in names)
-    options = ("--hostfile", str(path), "--starting-port", str(first))
+    options = ("--hostfile", str(path), *ports(first))
+    if backend == NCCL:
+        options += ("-n", str(each_host([name for name, _ in names], path)))
     return Place(options, names[0][1][0], first, len(names), local)
+
+
+def each_host(names: list[str], path: Path) -> int:
+    """How many processes each host has, one behind the other: `mlx.launch` gives rank r the GPU r modulo that number.
+
+    Raises:
+        UsageError: they have not all the same, or those of one host do not follow each other.
+    """
+    count = names.count(names[0])
+    groups = [names[start : start + count] for start in range(0, len(names), count)]
+    if any(group != [group[0]] * count for group in groups) or len({group[0] for group in groups}) < len(groups):
+        raise UsageError(
+            f"{path}: with --backend {NCCL} each process has a GPU of its own, so all hosts need equally many entries, "
+            "those of one host one after another"
+        )
+    return count
+
+
+def gpus(place: Place) -> list[str]:
+    """Options of `mlx.launch` for processes with a GPU of this machine each, of those that are visible here.
+
+    Raises:
+        BackendError: MLX has no NCCL here.
+        UsageError: there are fewer than processes.
+    """
+    import mlx.core as mx
+
+    if not mx.distributed.is_available(NCCL):
+        raise BackendError(f"MLX has no {NCCL} here, which takes NVIDIA GPUs: leave --backend out for the ring")
+    if not place.local:
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = [] if visible is None else [word for word in visible.split(",") if word.strip()]
+    count = mx.device_count(mx.gpu) if visible is None else len(found)
+    if count < place.size:
+        raise UsageError(f"{place.size} processes need a GPU each, and there are {count}: -n must be {count} at most")
+    chosen = [] if visible is None else ["--env", f"{GPUS}={','.join(found)}"]
+    # NCCL's own connections stay on this machine, unless somebody knows better.
+    return [*chosen, *([] if "NCCL_SOCKET_IFNAME" in os.environ else ["--env", "NCCL_SOCKET_IFNAME=lo"])]
+
+
+def launcher() -> list[str]:
+    """The command `mlx.launch`: the script that was installed with MLX, or else what it calls.
+
+    Raises:
+        BackendError: MLX was installed without it.
+    """
+    tool = Path(sysconfig.get_path("scripts")) / "mlx.launch"
+    if tool.exists():
+        return [str(tool)]
+    if importlib.util.find_spec(LAUNCH) is None:
+        raise BackendError(f"{tool} is missing, which comes with MLX: install mlx again")
+    return [sys.executable, "-c", f"from {LAUNCH} import main; main()"]
 
 
 def supervise(place: Place, settings: Settings, backend: str, command: list[str]) -> int:
     """Start the processes, lend rank 0 this terminal, and return its exit code once all have ended."""
-    tool = Path(sysconfig.get_path("scripts")) / "mlx.launch"
-    if not tool.exists():
-        raise BackendError(f"{tool} is missing, which comes with MLX: install mlx again")
+    tool = [*launcher(), *place.options, "--backend", backend, *(gpus(place) if backend == NCCL else ())]
     with tempfile.TemporaryDirectory(prefix="runner-") as directory, socket.socket(socket.AF_UNIX) as server:
         # Only this user may enter the directory, so nobody else can take rank 0's place.
         path = os.path.join(directory, "rank0")
         server.bind(path)
         server.listen(1)
         arguments = [
-            str(tool), *place.options, "--backend", backend, "--env", f"{VARIABLE}={settings.to_json()}",
-            "--env", f"{LAUNCHER}={path}", *environment(), "--", sys.executable, "-m", "runner.cli.rank", *command,
+            *tool, "--env", f"{VARIABLE}={settings.to_json()}", "--env", f"{LAUNCHER}={path}", *environment(), "--",
+            sys.executable, "-m", "runner.cli.rank", *command,
         ]  # fmt: skip
         with tempfile.TemporaryFile() as said, terminal_kept():
             # Deaf to Ctrl-C, which a terminal sends to all: rank 0 decides what it ends.
@@ -164,8 +230,8 @@ def feed(stdin: Any) -> None:
 
 
 def environment() -> list[str]:
-    """Options of `mlx.launch` that give the processes this one's variables of ours, and Python's path."""
-    names = [name for name in os.environ if name.startswith("RUNNER_") or name == "PYTHONPATH"]
+    """Options of `mlx.launch` that give the processes this one's variables of ours, NCCL's, and Python's path."""
+    names = [name for name in os.environ if name.startswith(("RUNNER_", "NCCL_")) or name == "PYTHONPATH"]
     return [word for name in sorted(names) for word in ("--env", f"{name}={os.environ[name]}")]
 
 
@@ -234,6 +300,14 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def children(parent: int) -> list[int]:
     """The processes that `parent` has started and that have not ended."""
+    if Path("/proc/self/stat").exists():  # a container may have no `ps`
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, owner = path.read_text().rpartition(")")[2].split()[:2]  # behind the name, which may be anything
+                if int(owner) == parent and state != "Z":
+                    found.append(int(path.parent.name))
+        return found
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=False).stdout
     rows = (line.split() for line in listed.splitlines())
     return [int(row[0]) for row in rows if len(row) == 3 and int(row[1]) == parent and row[2][0] != "Z"]

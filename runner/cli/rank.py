@@ -17,7 +17,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from runner.ranks.settings import LAUNCHER, VARIABLE, Settings
+from runner.ranks.settings import GPUS, LAUNCHER, VARIABLE, Settings
 
 if TYPE_CHECKING:
     from runner.engine.loaded import Loaded
@@ -171,7 +171,15 @@ def _outlive(launcher: socket.socket) -> None:
     os._exit(1)
 
 
+def take_gpu() -> None:
+    """Look at the GPU whose number `mlx.launch` has given, of those that `runner launch` could see."""
+    visible = os.environ.pop(GPUS, "")
+    if visible:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(os.environ["CUDA_VISIBLE_DEVICES"])]
+
+
 if __name__ == "__main__":
+    take_gpu()
     own = int(os.environ["MLX_RANK"])
     if own == 0:
         speak(sys.argv[1:])

@@ -13,14 +13,17 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from command_line import own, run
 from places import TESTS
 from served_process import served
 
-from runner.cli.launching import children
+from runner.cli.launching import children, gpus, here, on_hosts
+from runner.cli.rank import take_gpu
 from runner.cli.serve_options import AnswerOptions, ModelOptions
 from runner.errors import UsageError
+from runner.ranks.settings import GPUS
 
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
 PROMPT = ["abc", "--raw", "--temp", "0", "--max-tokens", "8"]
@@ -232,3 +235,43 @@ def test_a_host_that_is_dead(tmp_path: Path) -> None:
     done = run("launch", "--hostfile", str(hosts), "generate", MODEL, *PROMPT)
     assert done.returncode == 1 and time.monotonic() - begun < 2 * IN_TIME
     assert "rank 1" in done.stderr, done.stderr
+
+
+def hostfile(folder: Path, *names: str) -> Path:
+    path = folder / "hosts.json"
+    path.write_text(json.dumps([{"ssh": name, "ips": ["127.0.0.1"]} for name in names]))
+    return path
+
+
+def test_each_process_has_a_gpu_of_its_own(tmp_path: Path) -> None:
+    """`mlx.launch` gives rank r the GPU r modulo what `-n` says, also with a hostfile."""
+    own = "127.0.0.1"
+    assert on_hosts(hostfile(tmp_path, own, own, "b", "b"), 4000, "nccl").options[-2:] == ("-n", "2")
+    assert on_hosts(hostfile(tmp_path, own, "b", "c"), 4000, "nccl").options[-2:] == ("-n", "1")
+    assert "-n" not in on_hosts(hostfile(tmp_path, own, "b", "b"), 4000, "ring").options
+    for names in ((own, "b", "b"), (own, own, "b"), (own, "b", own, "b")):
+        with pytest.raises(UsageError, match="equally many entries"):
+            on_hosts(hostfile(tmp_path, *names), 4000, "nccl")
+
+
+def test_gpus_that_the_launcher_sees_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.distributed, "is_available", lambda backend: True)
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert gpus(here(2, 4000)) == ["--env", f"{GPUS}=5,7", "--env", "NCCL_SOCKET_IFNAME=lo"]
+    with pytest.raises(UsageError, match="3 processes need a GPU each, and there are 2"):
+        gpus(here(3, 4000))
+    monkeypatch.setenv(GPUS, "5,7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    take_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7" and GPUS not in os.environ
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(mx, "device_count", lambda device: 2)
+    assert gpus(here(2, 4000)) == ["--env", "NCCL_SOCKET_IFNAME=lo"]
+
+
+def test_a_backend_that_mlx_was_built_without_is_refused() -> None:
+    if mx.distributed.is_available("nccl"):
+        pytest.skip("it has NCCL here")
+    done = run(*TWO, "--backend", "nccl", "generate", MODEL, *PROMPT)
+    assert done.returncode == 1 and "MLX has no nccl here" in done.stderr, done.stderr
