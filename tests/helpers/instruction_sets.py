@@ -12,6 +12,6 @@ def available() -> list[str]:
     from runner.ops.cpu import _C
 
     best = _C.isa()
-    found = [name for name in ("scalar", "avx2", "avx512") if _C.set_isa(name)]
+    found = [name for name in ("scalar", "avx2", "avx512", "amx") if _C.set_isa(name)]
     _C.set_isa(best)
     return ["mlx", *found]

@@ -57,9 +57,10 @@ def load_extension(name: str = f"{__package__}._C") -> ModuleType | Unavailable:
         return Unavailable(f"the CPU kernels do not load ({error})", installation.rebuild(dependencies=True))
     checked = check(module, vars(mx)["__version__"])
     if wanted and not isinstance(checked, Unavailable) and checked.isa() != wanted:
+        why = checked.why_no_tiles() if wanted == "amx" else None
         raise UsageError(
             f"RUNNER_KERNELS_ISA={wanted:.40} names no instruction set that this CPU and these kernels have "
-            f"({checked.isa()} is in use without it; none: plain MLX)"
+            f"({'' if why is None else f'{why}; '}{checked.isa()} is in use without it; none: plain MLX)"
         )
     return checked
 

@@ -85,7 +85,7 @@ std::vector<float> everything() {
 
 int main() {
   int failures = 0;
-  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "amx", "amx_emulated"}) {
     if (!select_isa(isa)) continue;
     Pool::get().resize(1);
     auto expected = everything();

@@ -8,9 +8,12 @@
 //
 // A step is the values of one row that a 32-bit lane holds: four bytes (AVX-512: a plane of high bytes, one of low
 // ones), or two words (AVX2). Rows that are multiplied together, at most kPanelRows, stand side by side, q[step][row];
-// of kRowsApart or fewer each stands by itself, with the steps in the order in which a vector of weights has them.
+// of kRowsApart or fewer each stands by itself, with the steps in the order in which a vector of weights has them; and for
+// tile registers rows stand below each other in blocks of kTileSteps steps, as a register has them: q[block][row][step].
 
 constexpr int kPanelRows = RUNNER_ISA == 512 ? 12 : 5;
+constexpr int kTileRows = 16, kTileSteps = 16;        // what a tile register holds: rows, and steps of each
+constexpr int kMostPanelRows = RUNNER_ISA == 512 ? kTileRows : kPanelRows;
 constexpr int kStep = RUNNER_ISA == 512 ? 4 : 2;     // values of a row in a 32-bit lane
 constexpr int kPlanes = RUNNER_ISA == 512 ? 2 : 1;   // lanes that a code of 16 bits takes
 constexpr int kBlock = 128;                          // values that a row's length is filled up to: the largest group
@@ -32,6 +35,7 @@ struct Panel {
   int64_t steps, groups;  // as they are filled up, with zeros
   int rows;
   bool coarse;      // codes are the first plane alone
+  bool tiled;       // q and rest are [steps / kTileSteps][rows][kTileSteps]
   // Of few rows: q and rest [row][kPlanes + 1][steps], scale and sum [row][groups][kRowsEach], each number repeated.
   RUNNER_INLINE bool apart() const { return rows <= kRowsApart; }
 };
@@ -44,12 +48,13 @@ RUNNER_INLINE int64_t panel_bytes(const LinearArgs& a, int rows) {
   return ((kPlanes + 1) * steps + numbers) * rows * 4 + (groups + 2) * 2 / 64 * 64 + 64;
 }
 
-RUNNER_INLINE Panel panel_at(const LinearArgs& a, void* block, int rows) {
+RUNNER_INLINE Panel panel_at(const LinearArgs& a, void* block, int rows, bool tiled) {
   Panel p;
   p.groups = (groups_of(a) + 3) / 4 * 4;
   p.steps = filled_up(a.k) / kStep;
   p.rows = rows;
   p.coarse = a.coarse;
+  p.tiled = tiled;
   p.q = (int32_t*)block;
   p.rest = p.q + kPlanes * p.steps * (p.apart() ? 1 : rows);
   p.scale = (float*)(p.q + (kPlanes + 1) * p.steps * rows);
@@ -244,6 +249,13 @@ inline void quantise_row(const LinearArgs& a, const float* x, int64_t first, int
   for (int64_t g = groups; groups == all && g < to.groups; ++g) note(g, 0.0f, 0.0f);
 }
 
+// to[j * rows + i * kTileSteps + s] = from[i * length + j + s] for j in [first, last), multiples of kTileSteps.
+RUNNER_INLINE void in_blocks(const int32_t* from, int64_t length, int64_t first, int64_t last, int rows, int32_t* to) {
+  for (int64_t j = first; j < last; j += kTileSteps) {
+    for (int i = 0; i < rows; ++i) memcpy(to + j * rows + i * kTileSteps, from + i * length + j, kTileSteps * 4);
+  }
+}
+
 // to[j * rows + i] = from[i * length + j] for j in [first, last), multiples of W, and at most kPanelRows rows.
 RUNNER_INLINE void side_by_side(const int32_t* from, int64_t length, int64_t first, int64_t last, int rows, int32_t* to) {
 #if RUNNER_ISA == 512
@@ -266,7 +278,7 @@ RUNNER_INLINE void side_by_side(const int32_t* from, int64_t length, int64_t fir
 // Blocks [begin, end) of the rows [first, first + to.rows) of x, into a panel whose `fine` is cleared.
 inline void quantise_blocks(const LinearArgs& a, int64_t first, int64_t begin, int64_t end, const Panel& to) {
   const int64_t length = (kPlanes + 1) * to.steps;
-  int32_t* lines = to.apart() ? to.q : (int32_t*)scratch(Slot::tile, kPanelRows * length * 4);
+  int32_t* lines = to.apart() ? to.q : (int32_t*)scratch(Slot::tile, kMostPanelRows * length * 4);
   for (int r = 0; r < to.rows; ++r) {
     const float* x = (const float*)a.x + (first + r) * a.k;
     if (a.xt != DType::f32) {
@@ -285,7 +297,12 @@ inline void quantise_blocks(const LinearArgs& a, int64_t first, int64_t begin, i
     if (p && a.coarse) break;
     // Few rows have rests.
     if (p == kPlanes && !__atomic_load_n(to.fine + to.groups, __ATOMIC_RELAXED)) break;
-    side_by_side(lines, length, p * to.steps + begin * kSteps, p * to.steps + end * kSteps, to.rows, to.q);
+    const int64_t from = p * to.steps + begin * kSteps, behind = p * to.steps + end * kSteps;
+    if (to.tiled) {
+      in_blocks(lines, length, from, behind, to.rows, to.q);
+    } else {
+      side_by_side(lines, length, from, behind, to.rows, to.q);
+    }
   }
 }
 

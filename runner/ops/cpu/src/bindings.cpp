@@ -16,6 +16,7 @@
 #include "primitives.h"
 #include "program.h"
 #include "read_memory.h"
+#include "tiles.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -47,6 +48,7 @@ NB_MODULE(_C, m) {
   m.def("self_test", &self_test, "rounds"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_seconds", &runner::read_seconds, "size"_a, "passes"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("isa", [] { return runner::kernels().name; });
+  m.def("why_no_tiles", [] { return runner::why_no_tiles(); });  // None where there are some
   m.def("set_isa", [](const std::string& name) { return runner::select_isa(name.c_str()); }, "name"_a);
 
   m.def("linear", &runner::linear_op, "x"_a, "weight"_a, "bias"_a = nb::none());

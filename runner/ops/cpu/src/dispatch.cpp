@@ -1,7 +1,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 
 #include "kernels.h"
 
@@ -10,9 +9,18 @@ namespace {
 
 std::atomic<const Kernels*> current{nullptr};
 
+struct Level {
+  const char* name;
+  const Kernels* (*find)();
+};
+constexpr Level kLevels[] = {
+    {"scalar", scalar_kernels}, {"avx2", avx2_kernels}, {"avx512", avx512_kernels},
+    {"amx", amx_kernels},       {"amx_emulated", amx_emulated_kernels},
+};
+
 const Kernels* by_name(const char* name) {
-  for (const Kernels* table : {avx512_kernels(), avx2_kernels(), scalar_kernels()}) {
-    if (table && std::strcmp(table->name, name) == 0) return table;
+  for (const Level& level : kLevels) {
+    if (std::strcmp(level.name, name) == 0) return level.find();
   }
   return nullptr;
 }

@@ -150,7 +150,8 @@ inline void multiply_floats(const Gathering& all) {
 #if RUNNER_ISA > 0
 // Packs all rows of x. A row that several runs of one row share is packed by the first of them, which packed_by[row] names;
 // what it says of rows that no such run has does not matter.
-inline void pack_runs(const Gathering& all, int32_t* packed_by) {
+template <class By>
+void pack_runs(const Gathering& all, int32_t* packed_by) {
   const LinearArgs& one = all.g.matrix;
   auto row_of = [&](const Run& run) { return all.order[run.first] / all.g.per; };
   auto packs = [&](int i) {
@@ -160,10 +161,7 @@ inline void pack_runs(const Gathering& all, int32_t* packed_by) {
   int64_t bytes = 0;
   for (int i = 0; i < all.count; ++i) {
     Run& run = all.runs[i];
-    run.panels.rows = run.rows;
-    run.panels.count = (run.rows + kPanelRows - 1) / kPanelRows;
-    const int64_t most = (run.rows + run.panels.count - 1) / run.panels.count;
-    run.panels.bytes = (panel_bytes(one, (int)most) + 63) / 64 * 64;
+    run.panels = panels_of<By>(one, run.rows);
     if (run.rows == 1) {
       int32_t& by = packed_by[row_of(run)];
       const bool known = by < i && all.runs[by].rows == 1 && row_of(all.runs[by]) == row_of(run);
@@ -190,12 +188,13 @@ inline void pack_runs(const Gathering& all, int32_t* packed_by) {
     const Run& run = all.runs[jobs[i].run];
     const int p = jobs[i].panel;
     const LinearArgs a = product_of(all.g, run);
-    quantise_panel(a, run.panels.first(p), panel_at(a, run.packed + p * run.panels.bytes, run.panels.width(p)));
+    quantise_panel(a, run.panels.first(p), run.panels.at(a, run.packed, p));
   });
 }
 
-inline void multiply_integers(const Gathering& all, int32_t* packed_by) {
-  pack_runs(all, packed_by);
+template <class By>
+void multiply_integers(const Gathering& all, int32_t* packed_by) {
+  pack_runs<By>(all, packed_by);
   const LinearArgs& one = all.g.matrix;
   constexpr int64_t across = kStrips * W;
   int64_t singles = 0, tasks = 0;
@@ -220,20 +219,20 @@ inline void multiply_integers(const Gathering& all, int32_t* packed_by) {
     const int64_t i = task - run.task, n = i % run.columns * run.step;
     const int64_t end = n + run.step < a.n ? n + run.step : a.n;
     if (run.rows <= kRowsApart) {
-      const Panel x = panel_at(a, run.packed, (int)run.rows);
+      const Panel x = run.panels.at(a, run.packed, 0);
       if (run.rows == 1) return rows_dots<1>(a, x, n, end);
       return rows_dots<2>(a, x, n, end);
     }
     const int64_t p = i / run.columns * kPanelsEach, behind = p + kPanelsEach;
     const int64_t last = behind < run.panels.count ? behind : run.panels.count;
-    for (int64_t m = n; m < end; m += across) quantised_strips(a, run.panels, run.packed, m, p, last);
+    for (int64_t m = n; m < end; m += across) quantised_strips<By>(a, run.panels, run.packed, m, p, last);
   });
   // Rows that integers cannot carry have floats' results, as in `quantised_linear`.
   for (int i = 0; i < all.count; ++i) {
     const Run& run = all.runs[i];
     const LinearArgs a = product_of(all.g, run);
     for (int64_t p = 0; p < run.panels.count; ++p) {
-      const Panel x = panel_at(a, run.packed + p * run.panels.bytes, run.panels.width(p));
+      const Panel x = run.panels.at(a, run.packed, p);
       for (unsigned bits = x.fine[x.groups + 1]; bits; bits &= bits - 1) {
         linear_float(row_slice(a, run.panels.first(p) + __builtin_ctz(bits), 1));
       }
@@ -242,7 +241,8 @@ inline void multiply_integers(const Gathering& all, int32_t* packed_by) {
 }
 #endif
 
-inline void gather(const GatherArgs& g) {
+template <class By>
+void gather(const GatherArgs& g) {
   const LinearArgs& one = g.matrix;
   if (g.pairs == 0 || one.n == 0) return;
   Gathering all{g, one.k * size_of(one.xt), one.n * size_of(one.xt), nullptr, 0, nullptr, 0};
@@ -258,7 +258,7 @@ inline void gather(const GatherArgs& g) {
     const bool several = bring_together(all);
 #if RUNNER_ISA > 0
     if (in_integers(one)) {
-      multiply_integers(all, packed_by);
+      multiply_integers<By>(all, packed_by);
     } else {
       multiply_floats(all);
     }

@@ -10,12 +10,18 @@ struct Int {
   static constexpr int value = N;
 };
 
+// What products of integers with many rows are computed by, in kernels that are templates over it (see tile_registers.h).
+struct Vectors {
+  static constexpr bool kTiles = false;
+};
+
 #include "simd.h"
 #include "linear.h"
 #if RUNNER_ISA > 0
 #include "activations.h"
 #include "weight_tile.h"
 #include "quantised_tiles.h"
+#include "tile_registers.h"
 #include "quantised_rows.h"
 #include "quantised.h"
 #endif
@@ -45,16 +51,28 @@ inline void linear_floats(const LinearArgs& a) {
 #include "cache_rows.h"
 #include "recurrence.h"
 
-inline void linear(const LinearArgs& a) {
+template <class By>
+void linear(const LinearArgs& a) {
   if (a.m == 0 || a.n == 0) return;
 #if RUNNER_ISA > 0
-  if (in_integers(a)) return quantised_linear(a);
+  if (in_integers(a)) return quantised_linear<By>(a);
 #endif
   linear_floats(a);
 }
 
-const Kernels kTable = {RUNNER_ISA_NAME, linear, embed, gather, route, mixture, norm, rope, attention, append,
-                         glu, argmax, simple, conv, recurrence, gated_norm, gate, peak, weigh, keep, weights_from, between};
+template <class By>
+constexpr Kernels table_of(const char* name) {
+  return {name, linear<By>, embed, gather<By>, route, mixture, norm, rope, attention, append,
+          glu, argmax, simple, conv, recurrence, gated_norm, gate, peak, weigh, keep, weights_from, between};
+}
+
+constexpr Kernels kTable = table_of<Vectors>(RUNNER_ISA_NAME);
+#if RUNNER_ISA == 512
+#if RUNNER_TILES
+constexpr Kernels kTiles = table_of<TileRegisters>("amx");
+#endif
+constexpr Kernels kEmulatedTiles = table_of<EmulatedTileRegisters>("amx_emulated");
+#endif
 
 }  // namespace RUNNER_NS
 }  // namespace runner

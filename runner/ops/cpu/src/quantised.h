@@ -1,15 +1,33 @@
 // Packed linear layers in integer arithmetic. Included inside an x86 ISA namespace, after quantised_rows.h; what a result
-// is stands in quantised_tiles.h.
+// is stands in quantised_tiles.h. `By` says what many rows are multiplied by: `Vectors`, or a kind of tile registers.
 
-// How rows of x are divided into panels: evenly, none of more than kPanelRows.
+// How rows of x are divided into panels: evenly, none of more than kPanelRows or, for tile registers, kTileRows.
 struct Panels {
   int64_t count, rows, bytes;
+  bool tiled;
   RUNNER_INLINE int64_t first(int64_t p) const { return p * rows / count; }
   RUNNER_INLINE int width(int64_t p) const { return (int)(first(p + 1) - first(p)); }
+  RUNNER_INLINE int widest() const { return (int)((rows + count - 1) / count); }
+  RUNNER_INLINE Panel at(const LinearArgs& a, char* packed, int64_t p) const {
+    return panel_at(a, packed + p * bytes, width(p), tiled);
+  }
 };
 
-// Rows [n, n + kStrips * W) of the matrix against the panels [p, end).
-inline void quantised_strips(const LinearArgs& a, const Panels& panels, char* packed, int64_t n, int64_t p, int64_t end) {
+template <class By>
+RUNNER_INLINE Panels panels_of(const LinearArgs& a, int64_t rows) {
+  Panels p;
+  p.rows = rows;
+  p.tiled = By::kTiles && rows >= kLeastTiled;
+  const int most = p.tiled ? kTileRows : kPanelRows;
+  p.count = (rows + most - 1) / most;
+  p.bytes = (panel_bytes(a, p.widest()) + 63) / 64 * 64;
+  return p;
+}
+
+// Rows [n, n + kStrips * W) of the matrix against the panels [p, end), which `add` multiplies with a tile as `add_tile_of`.
+template <class Add>
+RUNNER_INLINE void strips_by(const LinearArgs& a, const Panels& panels, char* packed, int64_t n, int64_t p, int64_t end,
+                             const Add& add) {
   const int64_t first = panels.first(p), rows = panels.first(end) - first;
   const int strips = a.n - n > W ? kStrips : 1;
   constexpr int64_t kSums = kRunning * kStrips * W;
@@ -26,8 +44,8 @@ inline void quantised_strips(const LinearArgs& a, const Panels& panels, char* pa
     ahead.divide(groups + depth * (a.bits == 4 ? 4 : 8) / 8 / (16 * kPiecesAhead));
     unpack_tile(a, n, k, depth, ahead, w);
     for (int64_t i = p; i < end; ++i) {
-      Panel x = from_column(a, panel_at(a, packed + i * panels.bytes, panels.width(i)), k);
-      add_tile_of(w, x, groups, a.group, strips, k == 0, ahead, t + (panels.first(i) - first) * kSums);
+      const Panel x = from_column(a, panels.at(a, packed, i), k);
+      add(w, x, groups, strips, k == 0, ahead, t + (panels.first(i) - first) * kSums);
     }
   }
   const int64_t wide = a.n - n < kStrips * W ? a.n - n : kStrips * W;
@@ -47,15 +65,33 @@ inline void quantised_strips(const LinearArgs& a, const Panels& panels, char* pa
   });
 }
 
+template <class By>
+void quantised_strips(const LinearArgs& a, const Panels& panels, char* packed, int64_t n, int64_t p, int64_t end) {
+  if constexpr (By::kTiles) {
+    if (panels.tiled) {
+      By registers(panels.widest(), a.group);
+      return strips_by(a, panels, packed, n, p, end, [&](const Tile& w, const Panel& x, int groups, int strips, bool first,
+                                                         Ahead& ahead, float* t) {
+        add_tile_of(registers, w, x, groups, a.group, strips, first, ahead, t);
+      });
+    }
+  }
+  strips_by(a, panels, packed, n, p, end, [&](const Tile& w, const Panel& x, int groups, int strips, bool first,
+                                              Ahead& ahead, float* t) {
+    add_tile_of(w, x, groups, a.group, strips, first, ahead, t);
+  });
+}
+
 constexpr int64_t kShared = 2048;      // values of x from which threads share the work of rounding them
 constexpr int64_t kRowsPacked = 384;   // of x: bounds what is packed of it, so that it stays in the second cache
 constexpr int64_t kPanelsEach = 16;    // of a task of many rows
 
-inline void quantised_rows(const LinearArgs& a, const Panels& panels, char* packed) {
+template <class By>
+void quantised_rows(const LinearArgs& a, const Panels& panels, char* packed) {
   Pool& pool = Pool::get();
   constexpr int64_t across = kStrips * W;
   if (a.m <= kRowsApart) {
-    const Panel x = panel_at(a, packed, (int)a.m);
+    const Panel x = panels.at(a, packed, 0);
     const int64_t per = rows_per_chunk(a.n, a.k * a.bits / 8, W);
     pool.parallel_for((int)((a.n + per - 1) / per), [&](int chunk) {
       const int64_t n = chunk * per, end = n + per < a.n ? n + per : a.n;
@@ -67,32 +103,28 @@ inline void quantised_rows(const LinearArgs& a, const Panels& panels, char* pack
     const int64_t per = rows_per_chunk(a.n, a.m * a.k * a.bits / 8, across);
     pool.parallel_for((int)((a.n + per - 1) / per), [&](int chunk) {
       const int64_t end = (chunk + 1) * per < a.n ? (chunk + 1) * per : a.n;
-      for (int64_t n = chunk * per; n < end; n += across) quantised_strips(a, panels, packed, n, 0, 1);
+      for (int64_t n = chunk * per; n < end; n += across) quantised_strips<By>(a, panels, packed, n, 0, 1);
     });
   } else {
     const int64_t columns = (a.n + across - 1) / across, parts = (panels.count + kPanelsEach - 1) / kPanelsEach;
     pool.parallel_for((int)(columns * parts), [&](int i) {
       const int64_t p = i / columns * kPanelsEach, end = p + kPanelsEach;
-      quantised_strips(a, panels, packed, i % columns * across, p, end < panels.count ? end : panels.count);
+      quantised_strips<By>(a, panels, packed, i % columns * across, p, end < panels.count ? end : panels.count);
     });
   }
 }
 
-inline void quantised_linear(const LinearArgs& all) {
+template <class By>
+void quantised_linear(const LinearArgs& all) {
   for (int64_t m = 0; m < all.m; m += kRowsPacked) {
     const LinearArgs a = row_slice(all, m, all.m - m < kRowsPacked ? all.m - m : kRowsPacked);
-    Panels panels;
-    panels.rows = a.m;
-    panels.count = (a.m + kPanelRows - 1) / kPanelRows;
-    panels.bytes = panel_bytes(a, (int)((a.m + panels.count - 1) / panels.count));
+    const Panels panels = panels_of<By>(a, a.m);
     char* packed = (char*)scratch(Slot::packed, panels.count * panels.bytes);
-    auto pack = [&](int p) {
-      quantise_panel(a, panels.first(p), panel_at(a, packed + p * panels.bytes, panels.width(p)));
-    };
+    auto pack = [&](int p) { quantise_panel(a, panels.first(p), panels.at(a, packed, p)); };
     Pool& pool = Pool::get();
     const int64_t blocks = blocks_of(a), per = (blocks + pool.size() - 1) / pool.size();
     if (panels.count == 1 && a.m > kRowsApart && a.m * a.k >= kShared) {
-      const Panel to = panel_at(a, packed, (int)a.m);
+      const Panel to = panels.at(a, packed, 0);
       clear_fine(to);
       pool.parallel_for((int)((blocks + per - 1) / per), [&](int i) {
         quantise_blocks(a, 0, i * per, (i + 1) * per < blocks ? (i + 1) * per : blocks, to);
@@ -103,10 +135,10 @@ inline void quantised_linear(const LinearArgs& all) {
     // Rows that integers cannot carry have floats' results, whatever stands beside them.
     int64_t odd[kRowsPacked], count = 0;
     for (int64_t p = 0; p < panels.count; ++p) {
-      const Panel x = panel_at(a, packed + p * panels.bytes, panels.width(p));
+      const Panel x = panels.at(a, packed, p);
       for (unsigned bits = x.fine[x.groups + 1]; bits; bits &= bits - 1) odd[count++] = panels.first(p) + __builtin_ctz(bits);
     }
-    quantised_rows(a, panels, packed);
+    quantised_rows<By>(a, panels, packed);
     for (int64_t i = 0; i < count; ++i) linear_float(row_slice(a, odd[i], 1));
   }
 }

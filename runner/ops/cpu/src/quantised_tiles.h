@@ -7,6 +7,7 @@
 // matrix is cut, changes only what is computed when. Two ways lead there:
 // - tiles: a lane is a row of the matrix (weight_tile.h), so that sums of a group need no adding across lanes. To turn
 //   weights around costs as much as to multiply them with two rows of x.
+//   Where there are tile registers they do this for many rows (tile_registers.h): their integers are the same.
 // - one row of the matrix after the other, for one row of x or two: a lane is a group, whose sum is added up across the
 //   lanes of several vectors at once. Weights are read as they lie, which is what memory is fastest at.
 
@@ -82,6 +83,25 @@ RUNNER_INLINE void add_steps(const int32_t* w, const int32_t* x, int width, int 
   }
 }
 
+// The exact sums of a group, of N strips and a row of x, into s[g % 4] of the row, which is `at`; with BEGIN it was 0.
+template <int N, bool BEGIN>
+RUNNER_INLINE void add_sums(const VI32 sums[N], const VF scale[N], const VF shift[N], float scale_x, float sum_x, float* at) {
+  VF sx = set1(scale_x), sum = set1(sum_x);
+#pragma GCC unroll 4
+  for (int s = 0; s < N; ++s) {
+    VF before = BEGIN ? zero() : load(at + s * W);
+    store(at + s * W, fma(as_float(sums[s]), scale[s] * sx, fma(shift[s], sum, before)));
+  }
+}
+
+// Likewise the sums over the rests of a row's group.
+template <int N>
+RUNNER_INLINE void add_rests(const VI32 rests[N][1], const VF scale[N], float scale_x, float* at) {
+  VF sx = set1(scale_x * (1.0f / 256.0f));
+#pragma GCC unroll 4
+  for (int s = 0; s < N; ++s) store(at + s * W, fma(as_float(rests[s][0]), scale[s] * sx, load(at + s * W)));
+}
+
 // t[m][g % 4][s] += over the groups of a tile, for N strips and the M rows of a panel; x begins at the tile's first
 // column, whose group's number is a multiple of four. With `first`, t is filled and not added to.
 template <int N, int M>
@@ -119,13 +139,10 @@ void add_tile(const Tile& tile, const Panel& panel, int groups, int group, bool 
     auto add = [&](auto begin) {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        VF sx = set1(scales[m]), sum = set1(sums[m]);
+        VI32 of_row[N];
 #pragma GCC unroll 4
-        for (int s = 0; s < N; ++s) {
-          float* at = to + (m * kRunning * kStrips + s) * W;
-          VF before = decltype(begin)::value ? zero() : load(at);
-          store(at, fma(as_float(acc[s][m]), scale[s] * sx, fma(shift[s], sum, before)));
-        }
+        for (int s = 0; s < N; ++s) of_row[s] = acc[s][m];
+        add_sums<N, decltype(begin)::value>(of_row, scale, shift, scales[m], sums[m], to + m * kRunning * kStrips * W);
       }
     };
     if (first && g < kRunning) {
@@ -139,12 +156,7 @@ void add_tile(const Tile& tile, const Panel& panel, int groups, int group, bool 
 #pragma GCC unroll 4
       for (int s = 0; s < N; ++s) rest[s][0] = no_sum();
       add_steps<N, 1>(wq, x.rest + g * steps * M + m, M, steps, rest);
-      VF sx = set1(scales[m] * (1.0f / 256.0f));
-#pragma GCC unroll 4
-      for (int s = 0; s < N; ++s) {
-        float* at = to + (m * kRunning * kStrips + s) * W;
-        store(at, fma(as_float(rest[s][0]), scale[s] * sx, load(at)));
-      }
+      add_rests<N>(rest, scale, scales[m], to + m * kRunning * kStrips * W);
     }
   }
 }
