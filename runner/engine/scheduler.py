@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import time
+import traceback
 from typing import TYPE_CHECKING
 
 from runner.engine.keeper import Keeper, part
@@ -133,7 +134,11 @@ class Scheduler:
             raise
 
     def fail(self, error: BaseException) -> None:
-        """End every request with `error`."""
+        """End every request with `error`, which is told of for as long as somebody may ask: it holds no arrays."""
+        one: BaseException | None = error
+        while one is not None:
+            traceback.clear_frames(one.__traceback__)
+            one = one.__cause__ or one.__context__
         rows, self.live, self.waiting, self._flights = [*self.live, *self.waiting], [], [], []
         for row in rows:
             row.end("error", error)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from runner.engine.draft import DraftModel
 from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded
 from runner.engine.rows import Row
+from runner.engine.sampler import Sampled
 from runner.engine.sampling import SamplingParams
 from runner.engine.scheduler import Scheduler
 from runner.engine.ticket import Ticket
@@ -163,14 +165,10 @@ def test_decoding_rows_go_on_while_a_long_prompt_is_read(engine: Engine, monkeyp
     assert gate.seen.count(16) >= 5
 
 
-@pytest.mark.parametrize(
-    "error",
-    [ZeroDivisionError("of a layer"), RuntimeError("[malloc] Unable to allocate 12 bytes"), MemoryError("none")],
-)
+@pytest.mark.parametrize("error", [ZeroDivisionError("of a layer"), OSError("a device is gone")])
 def test_an_exception_in_a_step_fails_everybody(
     error: Exception, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLX says so where there is no memory; what the rows held is let go of."""
     gate = Gate(opened("rows"), monkeypatch)
     gate.fails = error
     tickets = [engine.submit([1, 2, 3], max_tokens=5) for _ in range(3)]
@@ -182,6 +180,57 @@ def test_an_exception_in_a_step_fails_everybody(
     assert not engine.status().alive and engine.budget.used == 0
     with pytest.raises(BackendError, match=re.escape(str(error))):
         engine.submit([1], max_tokens=1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[malloc] Unable to allocate 12 bytes"), MemoryError("none")])
+@pytest.mark.parametrize("place", ["built", "scheduled", "read"])
+def test_out_of_memory_inside_a_step(error: Exception, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated, as MLX and Python say so, in the middle of answers: as a pass is built, handed over or read.
+
+    What the rows held is let go of, those that wait fail with the cause, and the model answers another engine.
+    """
+    loaded = opened("rows")
+    asked, passes = prompts(loaded, (30, 4, 9, 12)), [0]
+    wanted = [naive(loaded, prompt, 40) for prompt in asked]
+
+    def held() -> int:
+        mx.synchronize()
+        return mx.get_active_memory()
+
+    before = loaded.run(held)
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            passes[0] += 1
+            if passes[0] > 8:
+                raise error
+            return real(*arguments)
+
+        return call
+
+    engine = Engine(loaded, rows=3)
+    with monkeypatch.context() as patch:
+        if place == "built":
+            patch.setattr(type(loaded.model), "__call__", failing(type(loaded.model).__call__))
+        elif place == "scheduled":
+            ops = dataclasses.replace(loaded.device.ops, schedule=failing(loaded.device.ops.schedule))
+            patch.setattr(engine._workers[""]._scheduler._maker, "_ops", ops)
+        else:
+            patch.setattr(Sampled, "read", failing(Sampled.read))
+        tickets = [engine.submit(prompt, max_tokens=40) for prompt in asked]
+        for ticket, tokens in zip(tickets, wanted, strict=True):
+            found: list[int] = []
+            with pytest.raises(type(error), match=re.escape(str(error))):
+                found += (token.id for token in ticket)
+            assert found == tokens[: len(found)] and ticket.finish_reason == "error"
+        assert any(ticket.read for ticket in tickets) and not all(ticket.read for ticket in tickets)  # one waited
+        with pytest.raises(BackendError, match=re.escape(str(error))):
+            engine.submit([1], max_tokens=1)
+    assert not engine.status().alive and engine.budget.used == 0
+    assert loaded.run(held) == before
+    engine.close()
+    with Engine(loaded) as another:
+        assert ids(another.submit(asked[0], max_tokens=40)) == wanted[0]
 
 
 def test_closing_ends_everybody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,7 +169,7 @@ def _change(path: Path, **said: str) -> None:
 @pytest.mark.parametrize("how", BREAKS)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", ["rows", "hybrid"])
-def test_a_broken_file_is_not_used(how: str, when: str, kind: str, tmp_path: Path) -> None:
+def test_a_truncated_or_broken_file_is_not_used(how: str, when: str, kind: str, tmp_path: Path) -> None:
     """Broken before the directory is opened, or between that and its use; what follows on it alone goes, too."""
     directory = tmp_path / "kept"
     prefixes = opened_at(directory, kind)

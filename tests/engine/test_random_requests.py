@@ -214,7 +214,7 @@ with Engine(open_loaded(Path(sys.argv[1]), dtype="float32")) as engine:
 """
 
 
-def test_a_signal_in_the_middle_ends_the_process_as_it_says() -> None:
+def test_sigterm_in_the_middle_ends_the_process_as_it_says() -> None:
     """The exception that a handler raises goes through the iteration, the engine is closed, and Python exits."""
     process = subprocess.Popen(
         [sys.executable, "-c", TERMINATED, str(KINDS["rows"])], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
