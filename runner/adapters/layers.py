@@ -6,12 +6,14 @@ the norm of each row is computed once, when the layer is made.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from runner.adapters.used import Used, Weights
-from runner.nn.linear import Embedding, Linear
+from runner.nn.batch import Apart, together
+from runner.nn.linear import Embedding, Linear, Update
 from runner.nn.moe import ExpertLinear
 from runner.ops.table import PORTABLE, Ops
 from runner.weights.module import Module
@@ -130,24 +132,24 @@ class AdaptedLinear(Linear):
         return y
 
     @property
-    def changeable(self) -> bool:
-        return True
+    def runs(self) -> list[int]:
+        return _counts(self.used.runs(_names(self.deltas, self.tokens)))
+
+    def of(self, token: int) -> AdaptedLinear:
+        own = copy.copy(self)  # with the gains that were computed when it was made
+        own.used = self.used.of(token)
+        return own
 
     def matrix(self) -> mx.array:
-        """W `[out, in]` in float32, with the adapters added."""
-        weights = self.used.same(_names(self.deltas, self.tokens))
-        result = self.base.matrix().astype(mx.float32)
+        return self.base.matrix()
+
+    def updates(self) -> list[Update]:
+        weights, found = self.used.same(_names(self.deltas)), self.base.updates()
         for delta in self.deltas:
-            weight = weights[delta.adapter]
-            if weight:
-                up = delta.up.astype(mx.float32) * (delta.scale * weight)
-                result = result + up @ delta.down.astype(mx.float32)
-                if delta.adapter in self.gains:
-                    result = self.gains[delta.adapter][0][:, None] * result
-        for rows in self.tokens:
-            if weights[rows.adapter]:
-                result[rows.tokens] = rows.rows.astype(mx.float32)
-        return result
+            if weight := weights[delta.adapter]:
+                gain, _ = self.gains.get(delta.adapter, (None, None))
+                found.append(Update(delta.down, delta.up, delta.scale * weight, gain))
+        return found
 
 
 @dataclass
@@ -160,16 +162,29 @@ class AdaptedExperts(ExpertLinear):
     ops: Ops = PORTABLE
 
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
-        weights = self.used.same(_names(self.deltas))  # tokens come in the order of their experts
-        y = self.base(x, experts, sorted_indices=sorted_indices)
+        y, runs = self.base(x, experts, sorted_indices=sorted_indices), self.used.runs(_names(self.deltas))
+        if len(runs) == 1:
+            return self._added(runs[0][1], x, y, experts, sorted_indices)
+        if experts.shape[:2] != (1, sum(count for count, _ in runs)):
+            raise Apart(f"experts with adapters see {experts.shape}")
+        pieces, start = [], 0
+        for count, weights in runs:
+            place = slice(start, start + count)
+            pieces.append(self._added(weights, x[:, place], y[:, place], experts[:, place], False))
+            start += count
+        return together(pieces)
+
+    def _added(self, weights: Weights, x: mx.array, y: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         for delta in self.deltas:
             weight = weights[delta.adapter]
             if weight:
-                lows = self.ops.gather_linear(x, delta.down, experts, sorted_indices=sorted_indices) * (
-                    delta.scale * weight
-                )
-                y = y + self.ops.gather_linear(lows, delta.up, experts, sorted_indices=sorted_indices).astype(y.dtype)
+                lows = self.ops.gather_linear(x, delta.down, experts, sorted_indices=ordered) * (delta.scale * weight)
+                y = y + self.ops.gather_linear(lows, delta.up, experts, sorted_indices=ordered).astype(y.dtype)
         return y
+
+    @property
+    def runs(self) -> list[int]:
+        return _counts(self.used.runs(_names(self.deltas)))
 
     def matrices(self) -> mx.array:
         """The experts' matrices `[E, out, in]` in float32, with the adapters added."""
@@ -213,3 +228,8 @@ class AdaptedEmbedding(Embedding):
 def _names(deltas: list[Delta], tokens: list[TokenRows] | tuple[()] = ()) -> set[str]:
     """The adapters that a layer has something of."""
     return {delta.adapter for delta in deltas} | {rows.adapter for rows in tokens}
+
+
+def _counts(runs: list[tuple[int, Weights]]) -> list[int]:
+    """Of runs that differ, how many tokens each has."""
+    return [count for count, _ in runs] if len(runs) > 1 else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import mlx.core as mx
@@ -35,10 +36,16 @@ class Used:
         Raises:
             Apart: they are not.
         """
-        runs = self._of(names)
+        runs = self.runs(names)
         if len(runs) > 1:
             raise Apart("adapters change what is computed once for all tokens")
         return runs[0][1]
+
+    def of(self, token: int) -> Used:
+        """What the pass's token at this place has, for all that is computed with it."""
+        ends = itertools.accumulate(count for count, _ in self._runs)
+        places = zip(ends, self._runs, strict=True)
+        return Used(next((weights for end, (_, weights) in places if token < end), self._runs[-1][1]))
 
     def added(
         self,
@@ -57,7 +64,7 @@ class Used:
         Raises:
             Apart: the runs differ for these adapters, and the arrays hold other tokens than those of the pass.
         """
-        runs = self._of(names)
+        runs = self.runs(names)
         if len(runs) == 1:
             return add(runs[0][1], x, y)
         if x.shape[:2] != (1, sum(count for count, _ in runs)) or y.ndim != 3:
@@ -69,8 +76,8 @@ class Used:
             start += count
         return together(pieces)
 
-    def _of(self, names: Collection[str]) -> list[tuple[int, Weights]]:
-        """The runs as far as these adapters' weights differ."""
+    def runs(self, names: Collection[str]) -> list[tuple[int, Weights]]:
+        """How many neighbouring tokens have which weights, as far as these adapters' differ; one run: all of them."""
         found: list[tuple[int, Weights]] = []
         for count, weights in self._runs:
             if found and all(found[-1][1][name] == weights[name] for name in names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -42,6 +42,22 @@ class Quantization:
         }
 
 
+class Update(NamedTuple):
+    """A matrix W `[out, in]` becomes `gain * (W + up @ (scale * down))`.
+
+    Attributes:
+        down: `[R, in]`.
+        up: `[out, R]`.
+        scale: a number, or `[R]` float32.
+        gain: `[out]` float32; None: 1.
+    """
+
+    down: mx.array
+    up: mx.array
+    scale: mx.array | float
+    gain: mx.array | None
+
+
 class Linear(Chooses):
     """`y = x W^T + b`, `[..., in] -> [..., out]`; loading replaces it with one of the three classes below."""
 
@@ -51,13 +67,25 @@ class Linear(Chooses):
         raise NotImplementedError
 
     def matrix(self) -> mx.array:
-        """W `[out, in]` as floating-point numbers, dequantized if necessary."""
+        """W `[out, in]` as floating-point numbers, dequantized if necessary, and without what `updates` add to it."""
         raise NotImplementedError
 
+    def updates(self) -> list[Update]:
+        """What adapters do to `matrix()` now, one after the other; at the next call it may be something else.
+
+        Raises:
+            Apart: it differs between the tokens of the pass; ask what `of` returns.
+        """
+        return []
+
     @property
-    def changeable(self) -> bool:
-        """Whether `matrix()` may differ at the next call (with an adapter it may), so that no caller may keep it."""
-        return False
+    def runs(self) -> list[int]:
+        """Of how many neighbouring tokens of the pass the layer is the same, where adapters differ; else empty."""
+        return []
+
+    def of(self, token: int) -> Linear:
+        """The layer as it is for the pass' token at this place: for all that is computed with it, of its request."""
+        return self
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:

@@ -5,8 +5,10 @@ Source: DeepSeek V2, arXiv:2405.04434 section 2.1; the absorbed form is in its a
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -20,7 +22,7 @@ from runner.errors import ConfigError
 from runner.nn.attention import Attend, merge_heads, split_heads
 from runner.nn.batch import Batch, together
 from runner.nn.fast import RMSNorm, RoPE
-from runner.nn.linear import Linear
+from runner.nn.linear import Linear, Update
 from runner.nn.moe import ExpertLinear
 from runner.ops.table import PORTABLE, Ops
 from runner.weights.module import Module
@@ -127,8 +129,21 @@ class KeysAndValues(Chooses):
 
     @property
     def changeable(self) -> bool:
-        """Whether `matrix()` may differ at the next call; see `Linear.changeable`."""
+        """Whether `matrix()` itself may differ at the next call; see `ExpertLinear.changeable`."""
         return False
+
+    def updates(self) -> list[Update]:
+        """As `Linear.updates`."""
+        return []
+
+    @property
+    def runs(self) -> list[int]:
+        """As `Linear.runs`."""
+        return []
+
+    def of(self, token: int) -> KeysAndValues:
+        """As `Linear.of`."""
+        return self
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
@@ -148,9 +163,15 @@ class JoinedKeysAndValues(KeysAndValues):
     def matrix(self) -> mx.array:
         return self.kv_b_proj.matrix()
 
+    def updates(self) -> list[Update]:
+        return self.kv_b_proj.updates()
+
     @property
-    def changeable(self) -> bool:
-        return self.kv_b_proj.changeable
+    def runs(self) -> list[int]:
+        return self.kv_b_proj.runs
+
+    def of(self, token: int) -> JoinedKeysAndValues:
+        return replace(self, kv_b_proj=self.kv_b_proj.of(token))
 
 
 @dataclass
@@ -226,14 +247,25 @@ class LatentAttention(Module):
         if self.attend.ops.one_form and narrow is None and not batch.masked:
             return self.o_proj(merge_heads(self.absorbed(q, rotary, stored, batch)))
         # The form is chosen, and rows are left out, for each request by itself.
-        heads = []
+        heads: list[mx.array] = []
+        start = 0
         pieces = zip(batch.parts, stored.each, batch.split(q, 2), batch.split(rotary, 2), strict=True)
         for index, (part, history, own_q, own_rotary) in enumerate(pieces):
             if narrow is not None:
                 history, part = narrow(index, history, part)
-            form = self.absorbed if self.absorbs(own_q.shape[2], history.length) else self.expanded
+            own = self.of(start)
+            form = own.absorbed if self.absorbs(own_q.shape[2], history.length) else own.expanded
             heads.append(form(own_q, own_rotary, history, part))
+            start += own_q.shape[2]
         return self.o_proj(merge_heads(together(heads, 2)))
+
+    def of(self, token: int) -> LatentAttention:
+        """The layer as it is for the request of the pass' token at this place: itself, where adapters do not differ."""
+        if not self.kv_b_proj.runs:
+            return self
+        own = copy.copy(self)
+        own.kv_b_proj = self.kv_b_proj.of(token)
+        return own
 
     def project(self, x: mx.array, batch: Batch) -> mx.array:
         """Queries of all heads before RoPE, `[B, L, heads * qk_head_dim]`."""
@@ -263,9 +295,48 @@ class LatentAttention(Module):
         to_keys, to_values = self.matrices() if self.kept is None else self.kept
         latents = [self.latents(history) for history in stored.each]
         history = Histories(tuple(latents), stored.counts) if isinstance(stored, Histories) else latents[0]
-        ops = self.attend.ops
-        gathered = self.attend(mx.concatenate([by_head(q, to_keys, ops), rotary], axis=-1), history, batch)
-        return by_head(gathered, to_values.swapaxes(-1, -2), ops)
+        queries = mx.concatenate([self.inward(q, to_keys), rotary], axis=-1)
+        return self.outward(self.attend(queries, history, batch), to_values.swapaxes(-1, -2))
+
+    def inward(self, q: mx.array, to_keys: mx.array) -> mx.array:
+        """Queries without position `[B, H, L, qk_nope_head_dim]`, brought to the latents."""
+        ops, pieces = self.attend.ops, []
+        for piece, updates in self.by_run(q):
+            added = []
+            for update in reversed(updates):  # the matrix is used from its other side
+                if update.gain is not None:
+                    gain, _ = self.of_heads(update.gain[:, None])
+                    piece = (piece * gain.swapaxes(-1, -2)).astype(piece.dtype)
+                lows = by_head(piece, self.of_heads(update.up)[0], ops) * update.scale
+                added.append(ops.linear(lows.astype(piece.dtype), update.down.T, None))
+            found = by_head(piece, to_keys, ops)
+            for more in added:
+                found = found + more.astype(found.dtype)
+            pieces.append(found)
+        return together(pieces, 2)
+
+    def outward(self, latents: mx.array, to_values: mx.array) -> mx.array:
+        """What heads gathered of latents `[B, H, L, kv_lora_rank]`, as values."""
+        ops, pieces = self.attend.ops, []
+        for piece, updates in self.by_run(latents):
+            found = by_head(piece, to_values, ops)
+            for update in updates:
+                lows = ops.linear(piece, update.down, None) * update.scale
+                more = by_head(lows.astype(piece.dtype), self.of_heads(update.up)[1].swapaxes(-1, -2), ops)
+                found = found + more.astype(found.dtype)
+                if update.gain is not None:
+                    _, gain = self.of_heads(update.gain[:, None])
+                    found = (found * gain.swapaxes(-1, -2)).astype(found.dtype)
+            pieces.append(found)
+        return together(pieces, 2)
+
+    def by_run(self, x: mx.array) -> list[tuple[mx.array, list[Update]]]:
+        """`x` `[B, H, L, D]`, cut along its tokens where adapters differ, and what these do to `kv_b_proj`."""
+        if not (counts := self.kv_b_proj.runs):
+            return [(x, self.kv_b_proj.updates())]
+        starts = list(itertools.accumulate(counts[:-1], initial=0))
+        pieces = mx.split(x, starts[1:], 2)
+        return [(piece, self.kv_b_proj.of(start).updates()) for piece, start in zip(pieces, starts, strict=True)]
 
     def latents(self, stored: History) -> History:
         """Keys that are whole rows, a latent and a rotated key, and values that are only the latents."""
@@ -276,9 +347,13 @@ class LatentAttention(Module):
         """The parts of `kv_b_proj` that make keys and values, `[H, qk_nope_head_dim, kv_lora_rank]` and
         `[H, v_head_dim, kv_lora_rank]`, dequantized, in the dtype of activations.
         """
-        matrix = self.kv_b_proj.matrix().reshape(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
-        matrix = matrix if self.activations is None else matrix.astype(self.activations)
-        return matrix[:, : self.qk_nope_head_dim], matrix[:, self.qk_nope_head_dim :]
+        matrix = self.kv_b_proj.matrix()
+        return self.of_heads(matrix if self.activations is None else matrix.astype(self.activations))
+
+    def of_heads(self, rows: mx.array) -> tuple[mx.array, mx.array]:
+        """Of an array with the rows of `kv_b_proj`, `[rows, D]`, those of keys and those of values, `[H, ..., D]`."""
+        apart = rows.reshape(-1, self.qk_nope_head_dim + self.v_head_dim, rows.shape[-1])
+        return apart[:, : self.qk_nope_head_dim], apart[:, self.qk_nope_head_dim :]
 
 
 def by_head(x: mx.array, matrices: mx.array, ops: Ops = PORTABLE) -> mx.array:

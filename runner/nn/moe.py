@@ -44,8 +44,13 @@ class ExpertLinear(Chooses):
 
     @property
     def changeable(self) -> bool:
-        """Whether `matrices()` may differ at the next call; see `Linear.changeable`."""
+        """Whether `matrices()` may differ at the next call (with an adapter it may), so that no caller may keep it."""
         return False
+
+    @property
+    def runs(self) -> list[int]:
+        """As `Linear.runs`; with more than one, tokens come in their own order, and not sorted by expert."""
+        return []
 
     @classmethod
     def choose(cls, tree: Tree, shape: tuple[Size, ...], headers: Mapping[str, Header], config: Config) -> Choice:
@@ -165,6 +170,7 @@ class MoE(Module):
         """What each token's `experts` `[B, L, K]` make of it, `[B, L, K, hidden_size]`."""
         # With few rows each one gathers its experts' matrices; with many, sorting them reads each matrix once.
         sorts = experts.size >= SORTED_FROM and not self.ops.gathers_by_expert
+        sorts = sorts and not self.gate_up_proj.runs and not self.down_proj.runs
         outputs = self.sorted(x, experts) if sorts else self.feed(mx.expand_dims(x, (2, 3)), experts)
         return mx.squeeze(outputs, -2)
 

@@ -7,17 +7,21 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from places import TESTS
+from plain_path import PLAIN
 
 from runner.adapters import AdapterFiles
+from runner.adapters.layers import AdaptedExperts
 from runner.adapters.used import Used
 from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.lookup import PromptLookup
 from runner.engine.sampler import Token
 from runner.engine.sampling import SamplingParams
-from runner.nn.batch import Apart
+from runner.nn.batch import Apart, Batch
+from runner.nn.mla import LatentAttention
 from runner.ops import cpu as kernels
 
 ADAPTERS = TESTS / "fixtures" / "adapters"
@@ -29,9 +33,11 @@ SHARED = [
     "llama-mlx-4bit",
     "gpt2",
     "mlxlm-embeddings",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v2-dora",
 ]
-APART = ["mixtral", "gpt_oss"]
-"""Experts see tokens in an order of their own: each set of adapters has a pass of its own."""
 
 
 def opened(case: Path) -> Loaded:
@@ -53,35 +59,69 @@ def answers(loaded: Loaded, sets: list[Mapping[str, float]], together: bool) -> 
         return [list(answer) for answer in found]
 
 
-@pytest.mark.parametrize("name", [*SHARED, *APART])
+def sets_of(loaded: Loaded) -> list[Mapping[str, float]]:
+    names = [*loaded.adapter_weights]
+    return [dict(zip(names, each, strict=True)) for each in itertools.product((0.0, 1.0), repeat=len(names))]
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_each_is_as_it_is_alone(name: str) -> None:
     loaded = opened(ADAPTERS / name)
-    names = [*loaded.adapter_weights]
-    sets = [dict(zip(names, each, strict=True)) for each in itertools.product((0.0, 1.0), repeat=len(names))]
+    sets = sets_of(loaded)
     alone, beside = answers(loaded, sets, False), answers(loaded, sets, True)
     assert [[token.id for token in one] for one in beside] == [[token.id for token in one] for one in alone]
     if kernels.unavailable() is None:
         assert beside == alone  # their log-probabilities too
     assert len({tuple(token.id for token in one) for one in alone}) > len(sets)
-    assert loaded.mixes == (name in SHARED)
+    assert loaded.mixes
 
 
-def test_passes_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = opened(ADAPTERS / "llama-two")
-    model, passes = type(loaded.model), []
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2"])
+def test_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens would be sorted by expert, and where keys and values may be made of what a request has left."""
+    monkeypatch.setattr("runner.engine.loaded.current", lambda: PLAIN)
+    monkeypatch.setattr("runner.nn.moe.SORTED_FROM", 8)
+    loaded, forms = opened(ADAPTERS / name), set[str]()
+    for form in ("expanded", "absorbed"):
+        real = getattr(LatentAttention, form)
+        seen = lambda self, *rest, real=real, form=form: (forms.add(form), real(self, *rest))[1]  # noqa: E731
+        monkeypatch.setattr(LatentAttention, form, seen)
+    alone, beside = answers(loaded, sets_of(loaded), False), answers(loaded, sets_of(loaded), True)
+    assert [[token.id for token in one] for one in beside] == [[token.id for token in one] for one in alone]
+    assert loaded.mixes and len(forms) == 2 * (name == "deepseek_v2")
+
+
+@pytest.mark.parametrize("name", ["llama-two", "mixtral", "gpt_oss", "deepseek_v2"])
+def test_passes_are_shared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = opened(ADAPTERS / name)
+    model, passes = type(loaded.model), list[int]()
     called = model.__call__
 
-    def counted(self: object, batch: object, caches: object) -> object:
-        passes.append(1)
+    def counted(self: object, batch: Batch, caches: object) -> object:
+        passes.append(len(batch.segments))
         return called(self, batch, caches)
 
     monkeypatch.setattr(model, "__call__", counted)
     with Engine(loaded, prefixes=0) as engine:
-        for weights in ({}, {"first": 1.0}, {"second": 0.5}, {"first": 1.0, "second": 1.0}):
+        for weights in sets_of(loaded):  # let go of at once
             engine.submit([1, 5, 6], max_tokens=60, adapters=weights)
-        tickets = [engine.submit([1, 5, 6], max_tokens=30, adapters=w) for w in ({}, {"first": 1.0}, {"second": 0.5})]
+        tickets = [engine.submit([1, 5, 6], max_tokens=30, adapters=weights) for weights in sets_of(loaded)]
         assert all(len(list(ticket)) == 30 for ticket in tickets)
-    assert len(passes) < 60
+    assert len(passes) < 60 and max(passes) >= len(tickets)
+
+
+def test_a_layer_that_cannot_tell_them_apart_gives_each_set_a_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = opened(ADAPTERS / "mixtral")
+    sets = sets_of(loaded)
+    alone = answers(loaded, sets, False)
+    monkeypatch.setattr(AdaptedExperts, "__call__", refusing)
+    beside = answers(loaded, sets, True)
+    assert [[token.id for token in one] for one in beside] == [[token.id for token in one] for one in alone]
+    assert not loaded.mixes
+
+
+def refusing(self: AdaptedExperts, x: mx.array, experts: mx.array, *, sorted_indices: bool = False) -> mx.array:
+    return self._added(self.used.same(["adapter"]), x, self.base(x, experts), experts, False)
 
 
 def test_what_a_layer_cannot_tell_apart_is_said() -> None:
