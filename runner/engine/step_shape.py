@@ -97,7 +97,8 @@ class _Reader:
         embedding_scale, logit_scale = self._multipliers()
         self._norm(model.norm)
         plain = {_named(m.weight.dtype) for m in [*first[1].products, head] if m.scales is None}
-        scales = {_named(m.scales.dtype) for m in [*first[1].products, head, embedding] if m.scales is not None}
+        matrices = [*first[1].products, head, embedding]
+        scales = {_named(m.scales.dtype) for m in matrices if m.scales is not None and m.biases is not None}
         if len(plain) > 1 or len(scales) > 1:
             raise Unfit("matrices of several types")
         small = self._small_type(model, [tensors for _, tensors in layers], head)
@@ -315,14 +316,14 @@ def _unpacked(matrix: QuantizedWeight) -> mx.array:
 
 
 def _packed(fields: QuantizedFields, bias: mx.array | None) -> Matrix:
-    if fields.mode != "affine" or fields.biases is None:
-        raise Unfit(f"weights packed as {fields.mode}")
-    weight, scales, biases = (mx.contiguous(array) for array in (fields.weight, fields.scales, fields.biases))
-    return Matrix(weight, scales, biases, bias)
+    if (form := Form(fields.bits, fields.group_size, fields.mode)).bits and not form.known:
+        raise Unfit(f"weights of {form}")
+    weight, scales = mx.contiguous(fields.weight), mx.contiguous(fields.scales)
+    return Matrix(weight, scales, None if fields.biases is None else mx.contiguous(fields.biases), bias)
 
 
 def _form(layer: Any) -> Form:
-    return Form(layer.bits, layer.group_size) if isinstance(layer, QuantizedFields) else Form()
+    return Form(layer.bits, layer.group_size, layer.mode) if isinstance(layer, QuantizedFields) else Form()
 
 
 def _flat(array: mx.array, dtype: str) -> mx.array:

@@ -162,6 +162,9 @@ class Jittered:
         array: mx.array = self._source.read(name)
         if not name.endswith((".scales", ".biases")):
             return array
+        if array.dtype == mx.uint8:  # exponents, or numbers of few bits
+            steps = np.random.default_rng(len(name)).integers(-1, 2, array.shape)
+            return (array.astype(mx.int32) + mx.array(steps.astype(np.int32))).astype(mx.uint8)
         numbers = np.random.default_rng(len(name)).uniform(0.5, 1.5, array.shape).astype(np.float32)
         return (array.astype(mx.float32) * mx.array(numbers)).astype(array.dtype)
 
@@ -185,6 +188,10 @@ SMALL_MIXTURE = {"vocab_size": 4096, "num_experts": 32}
         ("Qwen3-0.6B", "8", {"vocab_size": 4099}),
         ("Qwen2.5-0.5B", None, {"vocab_size": 4096}),
         ("SmolLM2-135M", None, {"vocab_size": 1000}),
+        ("Llama-3.2-1B", "mxfp4", {"vocab_size": 4096}),
+        ("Llama-3.2-1B", "mxfp8", {"vocab_size": 4096}),
+        ("Llama-3.2-1B", "nvfp4", {"vocab_size": 4096}),
+        ("Qwen3-30B-A3B", "mxfp4", SMALL_MIXTURE),
         ("Qwen3-30B-A3B", "4", SMALL_MIXTURE),
         ("Qwen3-30B-A3B", None, SMALL_MIXTURE),
     ],

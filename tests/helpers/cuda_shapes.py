@@ -7,6 +7,15 @@ import dataclasses
 from runner.ops.cuda.shape import Form, StepShape
 
 PACKED = Form(4, 64)
+FORMS = {
+    "4 bits": PACKED,
+    "8 bits": Form(8, 32),
+    "mxfp4": Form(4, 32, "mxfp4"),
+    "mxfp8": Form(8, 32, "mxfp8"),
+    "nvfp4": Form(4, 16, "nvfp4"),
+}
+"""One of each kind of packed weights."""
+
 LLAMA_8B = StepShape(
     hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336, layers=32, vocab=128256,
     forms=(PACKED,) * 5, embedding=PACKED, weights="bfloat16", scales="bfloat16", small="bfloat16", cache="bfloat16",
@@ -21,3 +30,8 @@ QWEN = dataclasses.replace(
     biased=(True, False, False, False, False),
 )  # fmt: skip
 MIXED = dataclasses.replace(LLAMA_8B, forms=(PACKED, PACKED, PACKED, PACKED, Form()), head_norms=True, gated=False)
+FLOATS = {
+    name: dataclasses.replace(LLAMA_8B, forms=(form,) * 5, embedding=form)
+    for name, form in FORMS.items()
+    if form.scaled
+}

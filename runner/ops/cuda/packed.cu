@@ -1,5 +1,5 @@
-// Packed rows of weights times up to 64 vectors, or times those of each expert: y[i] = W x[i]. `tiles.cu` comes before
-// this, and constants: BITS, G (numbers of a group), K columns, N rows, EXPERTS (0: one matrix), RT tiles of 8 vectors a
+// Packed rows of weights times up to 64 vectors, or times those of each expert: y[i] = W x[i]. Before this come constants,
+// `forms.cu` and `tiles.cu`: BITS, G (numbers of a group), S (what they share), K columns, N rows, EXPERTS (0: one matrix), RT tiles of 8 vectors a
 // block, WM warps of MT tiles along the rows, WK warps along the columns, and the kernels' names.
 struct Part { int expert, first, count; };  // some of an expert's vectors, RT * 8 at most
 
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(WM * WK * 32) PRODUCT(
 #endif
   if (part.count <= 0) return;
   const long base = (long)part.expert * N;
-  Tile<BITS, G, K> tile[MT];
+  Tile<BITS, G, S, K> tile[MT];
 #pragma unroll
   for (int m = 0; m < MT; m++) tile[m].begin(weight, scales, biases, base + first + m * 16 + g, base + N, t);
   Lines<BITS, RT> look;
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(WM * WK * 32) PRODUCT(
     for (int m = 0; m < MT; m++)
 #pragma unroll
       for (int i = 0; i < 4; i++) c[r][m][i] = 0;
-  multiply<BITS, G, K, RT, MT, WK>(tile, look, wk, lane, c);
+  multiply<BITS, G, S, K, RT, MT, WK>(tile, look, wk, lane, c);
 #pragma unroll
   for (int r = 0; r < RT; r++)
 #pragma unroll

@@ -7,7 +7,6 @@ experts, what it does takes ten times as long as reading the weights, or 40 seco
 from __future__ import annotations
 
 import functools
-from importlib import resources
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,6 +15,7 @@ from runner.errors import BackendError
 from runner.ops.cuda.driver import Driver
 from runner.ops.cuda.nvrtc import compiled
 from runner.ops.cuda.rows_shape import columns_at_once, divided
+from runner.ops.cuda.shape import Form, text
 from runner.ops.quantized import QuantizedWeight
 
 FEW = 64
@@ -31,8 +31,8 @@ def fits(x: mx.array, matrix: QuantizedWeight) -> bool:
     """Whether there is a kernel for this matrix, or stack of matrices, and vectors of this type."""
     weight, scales, biases, group_size, bits, mode = matrix
     columns = weight.shape[-1] * 32 // bits
-    known = mode == "affine" and bits in (4, 8) and group_size in (32, 64, 128) and biases is not None
-    same = x.dtype in _TYPES and scales.dtype == x.dtype
+    known = Form(bits, group_size, mode).known and (biases is not None) == (mode == "affine")
+    same = x.dtype in _TYPES and (biases is None or scales.dtype == x.dtype)
     experts = weight.shape[0] if weight.ndim == 3 else 0
     return known and same and columns % columns_at_once(bits) == 0 and experts <= MOST_EXPERTS and not _impossible()
 
@@ -41,8 +41,7 @@ def linear(x: mx.array, matrix: QuantizedWeight) -> mx.array:
     """`x W^T` for up to `FEW` vectors x `[R, in]`: `[R, out]`. A vector's sums do not depend on the others."""
     rows, tiles = x.shape[0], 1 if x.shape[0] <= 8 else 4
     made = _kernels(_Product.of(x, matrix, tiles, experts=0))
-    arrays = [x, matrix.weight, matrix.scales, matrix.biases]
-    return made.run(arrays, rows, -(-rows // (8 * tiles)), (rows, made.outputs), x.dtype)
+    return made.run(_arrays(x, matrix), rows, -(-rows // (8 * tiles)), (rows, made.outputs), x.dtype)
 
 
 def by_expert(x: mx.array, matrices: QuantizedWeight, chosen: mx.array) -> mx.array:
@@ -64,8 +63,12 @@ def by_expert(x: mx.array, matrices: QuantizedWeight, chosen: mx.array) -> mx.ar
         threadgroup=(1024, 1, 1),
         ensure_row_contiguous=True,
     )
-    arrays = [x, matrices.weight, matrices.scales, matrices.biases, parts]
-    return made.run(arrays, rows, most, (rows, 1, made.outputs), x.dtype)
+    return made.run([*_arrays(x, matrices), parts], rows, most, (rows, 1, made.outputs), x.dtype)
+
+
+def _arrays(x: mx.array, matrix: QuantizedWeight) -> list[mx.array]:
+    """What the kernel is given; of a form without biases something that it does not read."""
+    return [x, matrix.weight, matrix.scales, matrix.scales if matrix.biases is None else matrix.biases]
 
 
 class _Product(NamedTuple):
@@ -74,6 +77,7 @@ class _Product(NamedTuple):
     kind: int
     bits: int
     group: int
+    scaled: int
     inputs: int
     outputs: int
     experts: int
@@ -82,7 +86,9 @@ class _Product(NamedTuple):
     @classmethod
     def of(cls, x: mx.array, matrix: QuantizedWeight, tiles: int, *, experts: int) -> _Product:
         inputs = matrix.weight.shape[-1] * 32 // matrix.bits
-        return cls(_TYPES[x.dtype], matrix.bits, matrix.group_size, inputs, matrix.weight.shape[-2], experts, tiles)
+        form = Form(matrix.bits, matrix.group_size, matrix.mode)
+        kind, outputs = _TYPES[x.dtype], matrix.weight.shape[-2]
+        return cls(kind, form.bits, form.group, form.scaled, inputs, outputs, experts, tiles)
 
 
 class _Kernels(NamedTuple):
@@ -95,13 +101,11 @@ class _Kernels(NamedTuple):
     threads: int
     shared_memory: int
 
-    def run(
-        self, arrays: list[mx.array | None], rows: int, parts: int, shape: tuple[int, ...], dtype: mx.Dtype
-    ) -> mx.array:
+    def run(self, arrays: list[mx.array], rows: int, parts: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         (y,) = mx.fast.precompiled_cuda_kernel(
             name=f"product_{self.name}",
             compiled_source=self.code,
-            inputs=[array for array in arrays if array is not None],
+            inputs=arrays,
             output_shapes=[shape],
             output_dtypes=[dtype],
             scalars=[rows],
@@ -116,18 +120,18 @@ class _Kernels(NamedTuple):
 @functools.cache
 def _kernels(product: _Product) -> _Kernels:
     """The kernels of a product, compiled unless they were kept."""
-    kind, bits, group, inputs, outputs, experts, vectors = product
+    kind, bits, group, scaled, inputs, outputs, experts, vectors = product
     # Of experts there are blocks enough, whatever each of them takes.
     tiles, down, along = (2, 4, min(2, inputs // columns_at_once(bits))) if experts else divided(outputs, inputs, bits)
     name = "_".join(map(str, product))
     constants = {
-        "XT": kind, "BITS": bits, "G": group, "K": inputs, "N": outputs, "RT": vectors, "MT": tiles, "WM": down,
-        "WK": along,
+        "XT": kind, "BITS": bits, "G": group, "S": scaled, "K": inputs, "N": outputs, "RT": vectors, "MT": tiles,
+        "WM": down, "WK": along,
     }  # fmt: skip
     lines = [f"constexpr int {key} = {value};" for key, value in constants.items()]
     lines += [f"#define EXPERTS {experts}", f"#define PARTS parts_{name}", f"#define PRODUCT product_{name}"]
-    texts = [resources.files(__package__).joinpath(file).read_text() for file in ("tiles.cu", "packed.cu")]
-    code = compiled("\n".join([*lines, *texts]), Driver().architecture)
+    source = "\n".join([*lines, text("forms.cu"), text("tiles.cu"), text("packed.cu")])
+    code = compiled(source, Driver().architecture)
     memory = along * down * tiles * 16 * (8 * vectors + 1) * 4
     return _Kernels(name, code, outputs, down * tiles * 16, 32 * down * along, memory)
 

@@ -1,5 +1,5 @@
-// Decode steps of several sequences at once, as a graph of kernels: see docs/cuda.md. The planner puts its constants
-// and `tiles.cu` before this text, and one kernel for each product behind it.
+// Decode steps of several sequences at once, as a graph of kernels: see docs/cuda.md. The planner puts its constants,
+// `forms.cu` and `tiles.cu` before this text, and one kernel for each product behind it.
 //
 // A step's rows (one token of each sequence) are the columns of the tensor cores' results, eight to a tile. What a row
 // gets depends on nothing but itself: sums are taken in an order that the product alone decides, and the attention's
@@ -39,13 +39,13 @@ extern __shared__ __align__(16) float sm[];
 // logits, and the greatest of each row: its order as a number, then the lowest id.
 // N rows of weights; PAIR: row i goes with row i + N / 2, gate and up. A block has WM x WK warps: WM of them take MT tiles
 // of weights each, and WK divide the columns. Grid: blocks of weights' rows x groups of RT tiles.
-template <int BITS, int G, int K, int N, int MT, int WM, int WK, int MODE, bool PAIR, int NEXT_BITS, int NEXT_K, bool BIAS, int RT>
+template <int BITS, int G, int S, int K, int N, int MT, int WM, int WK, int MODE, bool PAIR, int NEXT_BITS, int NEXT_K, bool BIAS, int RT>
 DI void product(const void* weight, const void* scales, const void* biases, const void* bias, const char* x, void* out, u64* best) {
   constexpr int OUT = PAIR ? N / 2 : N, BLOCK = WM * (PAIR ? 16 : 16 * MT), LINES = WM * 16 * MT, LD = RT * 8 + 1, THREADS = WM * WK * 32;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wm = warp % WM, wk = warp / WM, g = lane >> 2, t = lane & 3;
   const int first = blockIdx.x * BLOCK + wm * (PAIR ? 16 : 16 * MT), row0 = blockIdx.y * RT * 8;
   next();
-  Tile<BITS, G, K> tile[MT];
+  Tile<BITS, G, S, K> tile[MT];
 #pragma unroll
   for (int m = 0; m < MT; m++) tile[m].begin(weight, scales, biases, (PAIR ? OUT : 16) * m + first + g, PAIR && m == 0 ? OUT : N, t);
   float c[RT][MT][4];
@@ -55,7 +55,7 @@ DI void product(const void* weight, const void* scales, const void* biases, cons
     for (int m = 0; m < MT; m++)
 #pragma unroll
       for (int i = 0; i < 4; i++) c[r][m][i] = 0;
-  multiply<BITS, G, K, RT, MT, WK>(tile, Ordered<BITS, K>{x + (long)blockIdx.y * RT * K * 16, lane}, wk, lane, c);
+  multiply<BITS, G, S, K, RT, MT, WK>(tile, Ordered<BITS, K>{x + (long)blockIdx.y * RT * K * 16, lane}, wk, lane, c);
 #pragma unroll
   for (int r = 0; r < RT; r++)
 #pragma unroll
@@ -97,12 +97,7 @@ KERNEL(256) embed(const Step* step, const void* table, const void* scales, const
   for (int c = threadIdx.x; c < D; c += 256) {
     float v;
     if (EMB_BITS == 0) v = one<EMB_T>(table, (long)token * D + c);
-    else {
-      constexpr int BITS = EMB_BITS ? EMB_BITS : 4, PER = 32 / BITS, EG = EMB_G ? EMB_G : 64;
-      const long at = (long)token * D + c;
-      const unsigned w = ((const unsigned*)table)[at / PER];
-      v = (float)((w >> (BITS * (c % PER))) & ((1u << BITS) - 1)) * one<ST>(scales, at / EG) + one<ST>(biases, at / EG);
-    }
+    else v = element<EMB_BITS ? EMB_BITS : 4, EMB_G ? EMB_G : 64, EMB_S, ST>(table, scales, biases, (u64)token * D + c);
     h[(long)row * D + c] = v * EMB_SCALE;
   }
 }
@@ -391,19 +386,19 @@ KERNEL(256) route(const Step* step, const float* x, const void* weight, float* l
   if (threadIdx.x < CHOSEN) choices[row * CHOSEN + threadIdx.x].weight = picked[threadIdx.x] / (CHOSEN_NORM ? total : sum) * CHOSEN_SCALE;
 }
 // Gate and up of a row's experts: blocks of F x (row, expert). A block has WM x WK warps, as above.
-template <int BITS, int G, int WM, int WK> DI void opened(const Step* step, const Choice* choices, const void* weight, const void* scales, const void* biases, const char* x, char* out) {
+template <int BITS, int G, int S, int WM, int WK> DI void opened(const Step* step, const Choice* choices, const void* weight, const void* scales, const void* biases, const char* x, char* out) {
   constexpr int BLOCK = WM * 16, LINES = WM * 32;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wm = warp % WM, wk = warp / WM, g = lane >> 2, t = lane & 3;
   const int pair = blockIdx.y, row = pair / CHOSEN, first = blockIdx.x * BLOCK + wm * 16;
   next(); join();
   if (step->position[row] < 0) return;
   const long base = (long)choices[pair].expert * (2 * F);
-  Tile<BITS, G, D> tile[2];
+  Tile<BITS, G, S, D> tile[2];
   tile[0].begin(weight, scales, biases, base + first + g, base + F, t);
   tile[1].begin(weight, scales, biases, base + F + first + g, base + 2 * F, t);
   float c[1][2][4] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}};
   // The row is a column of the core: those beside it are other rows, which go nowhere.
-  multiply<BITS, G, D, 1, 2, WK>(tile, Ordered<BITS, D>{x + (long)(row >> 3) * D * 16, lane}, wk, lane, c);
+  multiply<BITS, G, S, D, 1, 2, WK>(tile, Ordered<BITS, D>{x + (long)(row >> 3) * D * 16, lane}, wk, lane, c);
   const int n = row & 7;
   if (t == n >> 1)
 #pragma unroll
@@ -419,16 +414,16 @@ template <int BITS, int G, int WM, int WK> DI void opened(const Step* step, cons
   put<BITS_DOWN, F>(out, pair, column, activation(v) * up, 1);
 }
 // Down of all experts of a row, weighed and added: WK warps of a block for each expert.
-template <int BITS, int G, int WK> DI void closed(const Step* step, const Choice* choices, const void* weight, const void* scales, const void* biases, const char* x, float* h) {
+template <int BITS, int G, int S, int WK> DI void closed(const Step* step, const Choice* choices, const void* weight, const void* scales, const void* biases, const char* x, float* h) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, k = warp / WK, g = lane >> 2, t = lane & 3, row = blockIdx.y, first = blockIdx.x * 16;
   next(); join();
   if (step->position[row] < 0) return;
   const Choice choice = choices[row * CHOSEN + k];
   const long base = (long)choice.expert * D;
-  Tile<BITS, G, F> tile[1];
+  Tile<BITS, G, S, F> tile[1];
   tile[0].begin(weight, scales, biases, base + first + g, base + D, t);
   float c[1][1][4] = {{{0, 0, 0, 0}}};
-  multiply<BITS, G, F, 1, 1, WK>(tile, Single<BITS, F>{x + (long)(row * CHOSEN + k) * F * 2, lane}, warp % WK, lane, c);
+  multiply<BITS, G, S, F, 1, 1, WK>(tile, Single<BITS, F>{x + (long)(row * CHOSEN + k) * F * 2, lane}, warp % WK, lane, c);
   if (t == 0)
 #pragma unroll
     for (int e = 0; e < 2; e++) sm[warp * 16 + g + 8 * e] = c[0][0][2 * e] * choice.weight;

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 
-from runner.ops.cuda.shape import ACTIVATIONS, DOWN, GATE_UP, HEAD, NUMBERS, OUTPUT, QKV, StepShape, Unfit
+from runner.ops.cuda.shape import ACTIVATIONS, DOWN, GATE_UP, HEAD, NUMBERS, OUTPUT, QKV, StepShape, Unfit, text
 
 TILE = 8
 """Rows of a step that a tensor core takes at once."""
@@ -76,15 +75,18 @@ class RowsPlan:
         if s.cache not in ("bfloat16", "float16"):
             raise Unfit(f"activations in {s.cache}")
         packed = [form.bits > 0 for form in s.forms]
-        if (not all(packed) and s.weights != s.cache) or (any(packed) and s.scales != s.cache):
+        affine = any(form.bits and not form.scaled for form in s.forms)
+        if (not all(packed) and s.weights != s.cache) or (affine and s.scales != s.cache):
             raise Unfit("matrices of another type than its activations")
         for index, (rows, columns, form) in enumerate(zip(s.rows, s.columns, s.forms, strict=True)):
-            if form.bits not in (0, 4, 8) or (form.bits and form.group not in (32, 64, 128)):
-                raise Unfit(f"weights of {form.bits} bits in groups of {form.group}")
+            if not form.known:
+                raise Unfit(f"weights of {form}")
             if columns % columns_at_once(form.bits) or columns % 8:
                 raise Unfit(f"a matrix of {rows} x {columns}")
             if s.experts and s.biased[index]:
                 raise Unfit("mixtures with biases")
+        if not s.embedding.known:
+            raise Unfit(f"embeddings of {s.embedding}")
         if s.head_dim % 8 or s.head_dim > 256:
             raise Unfit(f"heads of {s.head_dim} numbers")
         if s.activation not in ACTIVATIONS:
@@ -168,7 +170,8 @@ class RowsPlan:
             "ROWS": self.rows, "D": s.hidden, "H": s.heads, "KV": s.kv_heads, "HD": s.head_dim, "F": s.intermediate,
             "V": s.vocab, "GH": s.heads // s.kv_heads, "QR": s.rows[QKV], "NROPE": s.ropes, "RD": max(2, s.rope_dims),
             "XT": NUMBERS[s.cache], "ST": NUMBERS[s.scales], "AT": NUMBERS[s.small], "EMB_T": NUMBERS[s.table],
-            "EMB_BITS": s.embedding.bits, "EMB_G": s.embedding.group, "ACT": ACTIVATIONS[s.activation],
+            "EMB_BITS": s.embedding.bits, "EMB_G": s.embedding.group, "EMB_S": s.embedding.scaled,
+            "ACT": ACTIVATIONS[s.activation],
             "OUT_BITS": s.forms[OUTPUT].bits, "BITS_DOWN": s.forms[DOWN].bits, "ROUTER_T": NUMBERS[s.router],
         }  # fmt: skip
         floats = {
@@ -181,8 +184,7 @@ class RowsPlan:
         lines += [f"constexpr float {name} = {value!r}f;" for name, value in floats.items()]
         lines += [f"constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()]
         lines += [f"#define EXPERTS {s.experts}", f"#define CHOSEN {max(1, s.chosen)}"]
-        texts = [resources.files(__package__).joinpath(name).read_text() for name in ("tiles.cu", "rows.cu")]
-        return "\n".join([*lines, *texts, *self._kernels()]) + "\n"
+        return "\n".join([*lines, text("forms.cu"), text("tiles.cu"), text("rows.cu"), *self._kernels()]) + "\n"
 
     def _kernels(self) -> list[str]:
         """One kernel for each product, and for each norm before one."""
@@ -200,7 +202,7 @@ class RowsPlan:
             mode = {QKV: 0, GATE_UP: 2, HEAD: 3}.get(index, 1)
             pair = index == GATE_UP and s.gated
             arguments = [
-                form.bits, form.group or 1, s.columns[index], s.rows[index], tiles, down, along, mode,
+                form.arguments, s.columns[index], s.rows[index], tiles, down, along, mode,
                 str(pair).lower(), s.forms[DOWN].bits, s.intermediate, str(s.biased[index]).lower(), self.tiles,
             ]  # fmt: skip
             found.append(
@@ -215,11 +217,11 @@ class RowsPlan:
             form, (down, along) = s.forms[GATE_UP], self._open_warps()
             found.append(
                 f"KERNEL({self.opened(1).threads}) gate_up({given}, char* out) {{ "
-                f"opened<{form.bits}, {form.group or 1}, {down}, {along}>(step, choices, w, s, z, x, out); }}"
+                f"opened<{form.arguments}, {down}, {along}>(step, choices, w, s, z, x, out); }}"
             )
             form = s.forms[DOWN]
             found.append(
                 f"KERNEL({self.closed(1).threads}) down({given}, float* h) {{ "
-                f"closed<{form.bits}, {form.group or 1}, {self._close_warps}>(step, choices, w, s, z, x, h); }}"
+                f"closed<{form.arguments}, {self._close_warps}>(step, choices, w, s, z, x, h); }}"
             )
         return found

@@ -47,16 +47,51 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 """The kernel's names for activation functions."""
 
 
+SCALED = {"affine": 0, "mxfp4": 1, "mxfp8": 1, "nvfp4": 2}
+"""The kernel's names for what the numbers of a group share, by MLX's names of forms."""
+
+
 class Unfit(RunnerError):
     """No kernel can be made for this model; the text says why, as in `the model has <text>`."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the numbers of a matrix are stored: `bits` 0 for plain ones, else packed in groups with scale and bias."""
+    """How the numbers of a matrix are stored: `bits` 0 for plain ones, else packed in groups, as MLX's `mode` says."""
 
     bits: int = 0
     group: int = 0
+    mode: str = "affine"
+
+    @property
+    def known(self) -> bool:
+        """Whether the kernels have code for it."""
+        if self.mode == "affine":
+            return self.bits == 0 or (self.bits in (4, 8) and self.group in (32, 64, 128))
+        return (self.bits, self.group, self.mode) in ((4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4"))
+
+    @property
+    def scaled(self) -> int:
+        """What a group shares, of `SCALED`."""
+        return SCALED[self.mode]
+
+    @property
+    def scale_size(self) -> int:
+        """Bytes of a group's scale, and of its bias where there are biases."""
+        return 1 if self.scaled else 2
+
+    @property
+    def arguments(self) -> str:
+        """BITS, G and S of the kernels' templates."""
+        return f"{self.bits}, {self.group or 1}, {self.scaled}"
+
+    @property
+    def halves(self) -> bool:
+        """Whether vectors are multiplied as sums of two 16-bit numbers, and not as integers."""
+        return self.mode == "mxfp8"
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits in groups of {self.group}" if self.mode == "affine" else self.mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +102,7 @@ class StepShape:
         forms: of the five products' matrices.
         embedding: of the table that tokens are looked up in.
         weights: type of plain matrices, as the other types a key of `NUMBERS`.
-        scales: type of packed matrices' scales.
+        scales: type of packed matrices' scales and biases, where they have both.
         small: type of norms and biases.
         cache: type of keys and values.
         table: type of a plain embedding table.
@@ -126,6 +161,11 @@ class StepShape:
         return (self.hidden, self.heads * self.head_dim, self.hidden, self.intermediate, self.hidden)
 
 
+def text(name: str) -> str:
+    """A kernel's text, or a part of one, by the name of its file."""
+    return resources.files(__package__).joinpath(name).read_text()
+
+
 def size_of(number: str) -> int:
     """Bytes of a number of that type."""
     return 4 if number == "float32" else 2
@@ -139,6 +179,7 @@ class Product:
     columns: int
     bits: int
     group: int
+    scaled: int
     unit: int
     piece: int
     pieces: int
@@ -148,6 +189,7 @@ class Product:
     scale_at: int
     scale_pitch: int
     bias_at: int
+    bytes: int
     chunk: int
     norm: bool
     biased: bool
@@ -155,19 +197,15 @@ class Product:
     recip: int
 
     @property
-    def stage(self) -> int:
-        """Bytes of a stage that holds its rows; 0 where plain rows fill any stage."""
-        return 2 * self.bias_at - self.scale_at
-
-    @property
     def boxes(self) -> tuple[Box, ...]:
-        """What tensor maps bring at once: of the matrix, and of scales and biases."""
+        """What tensor maps bring at once: of the matrix, of scales, and of biases where there are some."""
         rows, bits = 16 * self.tiles, self.bits or 16
         weights = Box(128, self.columns * bits // 8, rows, self.piece * bits // 1024)
         if not self.bits:
             return (weights,)
-        scales = Box(16, self.columns // self.group * 2, rows, self.piece // self.group // 8)
-        return (weights, scales, scales)
+        size = 1 if self.scaled else 2
+        scales = Box(16, self.columns // self.group * size, rows, self.piece // self.group * size // 16)
+        return (weights, scales) if self.scaled else (weights, scales, scales)
 
 
 class Box(NamedTuple):
@@ -224,7 +262,7 @@ class Division:
             "BIASES": self.biases, "LOGITS": self.logits, "OWN": self.owned, "CAND": CANDIDATES, "EACH": EACH,
             "SAID": SAID, "WT": NUMBERS[s.weights], "ST": NUMBERS[s.scales], "AT": NUMBERS[s.small],
             "CT": NUMBERS[s.cache], "EMB_T": NUMBERS[s.table], "EMB_BITS": s.embedding.bits,
-            "EMB_G": s.embedding.group, "ACT": ACTIVATIONS[s.activation],
+            "EMB_G": s.embedding.group, "EMB_S": s.embedding.scaled, "ACT": ACTIVATIONS[s.activation],
         }  # fmt: skip
         # What no product needs is left out: code that does not fit the instruction caches is read like weights.
         flags = {
@@ -244,37 +282,46 @@ class Division:
         lines.append(f"#define STORE_X {self._by_form(_STORE)}")
         lines.append(f"#define PRODUCT {self._by_form(_PRODUCT)}")
         fields = ", ".join("{" + ", ".join(str(int(v)) for v in vars(p).values()) + "}" for p in self.products)
-        text = resources.files(__package__).joinpath("step.cu").read_text()
-        head, marker, tail = text.partition("// Products: 0 q, k, v;")
+        head, marker, tail = text("step.cu").partition("// Products: 0 q, k, v;")
         struct, end, rest = tail.partition("};\n")
         table = f"__constant__ Product PRODUCTS[5] = {{{fields}}};\n"
-        return "\n".join(lines) + "\n" + head + marker + struct + end + table + rest
+        return "\n".join([*lines, text("forms.cu")]) + head + marker + struct + end + table + rest
 
-    def _by_form(self, templates: tuple[str, str, str]) -> str:
+    def _by_form(self, templates: tuple[str, str, str, str]) -> str:
         """A call for each form that products have, chosen by the product's own."""
-        forms = sorted({(p.bits, p.group, p.mapped) for p in self.products})
+        forms = sorted({(p.bits, p.group, p.scaled, p.mapped) for p in self.products})
         calls = [
-            templates[2 if bits == 0 and mapped else bits > 0].format(
-                bits=bits, group=group, mapped=str(mapped).lower()
+            templates[_way(bits, scaled, mapped)].format(
+                bits=bits, group=group, scaled=scaled, mapped=str(mapped).lower()
             )
-            for bits, group, mapped in forms
+            for bits, group, scaled, mapped in forms
         ]
-        text = calls[0]
-        for (bits, group, mapped), call in zip(forms[1:], calls[1:], strict=True):
-            test = f"p.bits == {bits} && p.group == {group} && p.mapped == {int(mapped)}"
-            text = f"if ({test}) {{ {call} }} else {{ {text} }}"
-        return text
+        chosen = calls[0]
+        for (bits, group, scaled, mapped), call in zip(forms[1:], calls[1:], strict=True):
+            test = f"p.bits == {bits} && p.group == {group} && p.scaled == {scaled} && p.mapped == {int(mapped)}"
+            chosen = f"if ({test}) {{ {call} }} else {{ {chosen} }}"
+        return chosen
+
+
+def _way(bits: int, scaled: int, mapped: bool) -> int:
+    """Which of the templates below a form takes."""
+    if not bits:
+        return 2 if mapped else 0
+    return 3 if scaled and bits == 8 else 1
 
 
 _STORE = (
     "if (in) *(float4*)((float*)xs + c) = a;",
-    "store_planes<{bits}, {group}>(xs, xn, c, in, a);",
+    "store_planes<{bits}, {group}, {scaled}>(xs, xn, c, in, a);",
     "store_pairs(xs, c, in, a);",
+    "store_halves<{group}>(xs, xn, c, in, a);",
 )
+_PACKED = "packed_product<{bits}, {group}, {scaled}, {mapped}>(rg, p, rows, xs, xn, out, warp, lane);"
 _PRODUCT = (
     "plain_product<WT>(rg, p, rows, (const float*)xs, out, warp, lane);",
-    "packed_product<{bits}, {group}, {mapped}>(rg, p, rows, xs, xn, out, warp, lane);",
+    _PACKED,
     "dense_product(rg, p, rows, xs, out, warp, lane);",
+    _PACKED,
 )
 
 
@@ -298,18 +345,16 @@ def divide(shape: StepShape, processors: int, memory: int) -> Division:
     parts = 1 << (min(32, blocks // shape.kv_heads).bit_length() - 1)
     stage = _stage(shape)
     products = tuple(_product(shape, index, units[index], stage, cores[index]) for index in range(5))
-    stage = _up(max(stage, *(p.stage for p in products)), 1024)
+    stage = _up(max(stage, *(p.bytes for p in products)), 1024)
     most = [_most(rows, unit, blocks) for rows, unit in zip(shared, units, strict=True)]
     biases = max([most[i] * (2 if i == GATE_UP and shape.gated else 1) for i in range(5) if shape.biased[i]], default=0)
     auxiliary = shape.hidden * size_of(shape.small) + (biases + 16) * size_of(shape.small) * 2
     if auxiliary + 2 * shape.head_dim * size_of(shape.small) > stage:
         raise Unfit(f"norms and biases of {auxiliary} bytes, for stages of {stage}")
     width = max(shape.columns)
-    planes = 0 if not any(packed) else max(c // 64 * 192 for c, p in zip(shape.columns, packed, strict=True) if p)
-    scales = max(
-        (c // (32 if f.group == 32 else 64) * 8 for c, f in zip(shape.columns, shape.forms, strict=True) if f.bits),
-        default=0,
-    )
+    of_packed = [(columns, form) for columns, form in zip(shape.columns, shape.forms, strict=True) if form.bits]
+    planes = max((columns // 64 * (256 if form.halves else 192) for columns, form in of_packed), default=0)
+    scales = max((columns // min(form.group, 64) * 8 for columns, form in of_packed), default=0)
     plain = 0 if all(packed) else max(4 * c for c, p in zip(shape.columns, packed, strict=True) if not p)
     inputs = _even(max(planes + scales, plain, 4 * min(width, 64)))
     group, dim = shape.heads // shape.kv_heads, shape.head_dim
@@ -343,11 +388,13 @@ def _check(shape: StepShape) -> None:
         odd = rows % 2 and rows != shape.vocab  # two rows are exchanged in one word
         if columns % 8 or odd or (biased and (rows % 8 or shape.intermediate % 8)):
             raise Unfit(f"a matrix of {rows} x {columns}")
-        if form.bits and (form.bits not in (4, 8) or form.group not in (32, 64, 128)):
-            raise Unfit(f"weights of {form.bits} bits in groups of {form.group}")
+        if not form.known:
+            raise Unfit(f"weights of {form}")
         if form.bits and (columns % max(64, form.group) or rows % 8 or shape.intermediate % 16):
             raise Unfit(f"a packed matrix of {rows} x {columns}")
-    if (shape.embedding.bits or any(form.bits for form in shape.forms)) and shape.scales == "float32":
+    if not shape.embedding.known:
+        raise Unfit(f"embeddings of {shape.embedding}")
+    if any(form.bits and not form.scaled for form in (shape.embedding, *shape.forms)) and shape.scales == "float32":
         raise Unfit("scales in float32")
 
 
@@ -380,8 +427,8 @@ def _product(shape: StepShape, index: int, unit: int, stage: int, cores: bool) -
         end = 16 * tiles * 128 * shares
         chunk = max(1, CHUNK // (16 * tiles * pair)) * 16 * tiles * pair
         return Product(
-            rows, columns, 0, 0, unit, piece, pieces, tiles, shares, 128, end, 0, end, chunk, norm, biased, True,
-            _over(256, shares),
+            rows, columns, 0, 0, 0, unit, piece, pieces, tiles, shares, 128, end, 0, end, end, chunk, norm, biased,
+            True, _over(256, shares),
         )  # fmt: skip
     if not form.bits:
         size = size_of(shape.weights)
@@ -394,31 +441,34 @@ def _product(shape: StepShape, index: int, unit: int, stage: int, cores: bool) -
         even = tiles * pair * (2 if tiles % 2 else 1)
         chunk = max(1, CHUNK // even) * even
         return Product(
-            rows, columns, 0, 0, unit, piece, pieces, tiles, shares, 0, 0, 0, 0, chunk, norm, biased, False,
+            rows, columns, 0, 0, 0, unit, piece, pieces, tiles, shares, 0, 0, 0, 0, 0, chunk, norm, biased, False,
             shares.bit_length() - 1,
         )  # fmt: skip
     span = 256 if form.bits == 4 else 128
     pieces = _over(columns, span * WARPS)
-    mapped = columns % span == 0 and columns % (8 * form.group) == 0
-    least = max(span, 8 * form.group)  # columns of which a row has whole lines, and whole units of scales
+    size, arrays = form.scale_size, 1 if form.scaled else 2
+    units = 16 // size * form.group  # columns whose scales are a unit of 16 bytes
+    mapped = columns % span == 0 and columns % units == 0
+    least = max(span, units)  # columns of which a row has whole lines, and whole units of scales
     piece = columns if pieces == 1 else _up(_over(columns, pieces), least)
     pieces = _over(columns, piece)
     shares = _over(piece, span)
     if mapped:
-        line, scale_line = 128 * shares, piece // form.group * 2
-        tiles = max(1, min(WARPS // shares, MOST_STAGE // (16 * (line + 2 * scale_line))))
-        scale_at, scale_size = 16 * tiles * line, 16 * tiles * scale_line
+        line, scale_line = 128 * shares, piece // form.group * size
+        tiles = max(1, min(WARPS // shares, MOST_STAGE // (16 * (line + arrays * scale_line))))
+        scale_at, scale_bytes = 16 * tiles * line, 16 * tiles * scale_line
         pitch, scale_pitch = 128, 16
     else:
         # 16 rows side by side, each a quarter of the banks behind the one before (half of them in 8 bits).
         pitch = _up(piece * form.bits // 8, 128) + (32 if form.bits == 4 else 64)
-        scale_pitch = _up(_up(piece // form.group * 2 + 14, 16) - 16, 128) + 16
-        tiles = max(1, min(WARPS // shares, MOST_STAGE // (16 * (pitch + 2 * scale_pitch))))
-        scale_at, scale_size = 16 * tiles * pitch, 16 * tiles * scale_pitch
+        scale_pitch = _up(_up(piece // form.group * size + 16 - size, 16) - 16, 128) + 16
+        tiles = max(1, min(WARPS // shares, MOST_STAGE // (16 * (pitch + arrays * scale_pitch))))
+        scale_at, scale_bytes = 16 * tiles * pitch, 16 * tiles * scale_pitch
     chunk = max(1, CHUNK // (16 * tiles * pair)) * 16 * tiles * pair
+    bias_at, end = scale_at + (arrays - 1) * scale_bytes, scale_at + arrays * scale_bytes
     return Product(
-        rows, columns, form.bits, form.group, unit, piece, pieces, tiles, shares, pitch, scale_at, scale_pitch,
-        scale_at + scale_size, chunk, norm, biased, mapped, _over(256, shares),
+        rows, columns, form.bits, form.group, form.scaled, unit, piece, pieces, tiles, shares, pitch, scale_at,
+        scale_pitch, bias_at, end, chunk, norm, biased, mapped, _over(256, shares),
     )  # fmt: skip
 
 

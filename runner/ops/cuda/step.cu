@@ -1,13 +1,10 @@
-// Whole decode steps of a decoder as one persistent kernel: see docs/cuda.md. The planner puts its constants, the
-// table PRODUCTS and the names of types before this text; nothing is included, so that no CUDA headers are needed.
+// Whole decode steps of a decoder as one persistent kernel: see docs/cuda.md. The planner puts its constants and
+// `forms.cu` before this text, and the table PRODUCTS into it.
 //
 // One block an SM: 16 consumer warps, and a producer warp that streams all that comes from memory through a ring in
 // shared memory, in the order of its use, and waits for nobody but the ring. Blocks exchange a value together with its
 // epoch in one 8-byte word; who needs it reads until the epoch is right. There is no barrier over the grid.
-typedef unsigned long long u64;
 constexpr int SLOT = 20;  // floats from one row's partial sums to the next: rows' 16-byte reads lie in banks of their own
-#define ALL 0xffffffffu
-#define DI __device__ __forceinline__
 #define NOINLINE __device__ __noinline__
 #ifndef TICK
 #define TICK(place)  // where whoever measures notes the time
@@ -29,29 +26,15 @@ extern __shared__ __align__(1024) char sm[];
 
 // The consumers' barrier: the producer takes no part. A diverged warp would count twice without __syncwarp.
 DI void meet() { __syncwarp(); asm volatile("barrier.sync 1, 512;" ::: "memory"); }
-DI float lowf(unsigned u) { return __uint_as_float(u << 16); }
-DI float highf(unsigned u) { return __uint_as_float(u & 0xffff0000u); }
-DI float half_of(unsigned short h) { float f; asm("cvt.f32.f16 %0,%1;" : "=f"(f) : "h"(h)); return f; }
 DI unsigned sa(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 DI u64 now() { u64 t; asm volatile("mov.u64 %0,%%globaltimer;" : "=l"(t)); return t; }
 
-// Types of stored numbers: 0 float32, 1 float16, 2 bfloat16.
-template <int T> struct Size { static constexpr int B = T == 0 ? 4 : 2; };
-template <int T> DI float one(const void* p, int i) {
-  if (T == 0) return ((const float*)p)[i];
-  unsigned short u = ((const unsigned short*)p)[i];
-  return T == 1 ? half_of(u) : __uint_as_float((unsigned)u << 16);
-}
 template <int T> DI void store_one(void* p, long i, float v) {
   if (T == 0) { ((float*)p)[i] = v; return; }
   unsigned short u;
-  if (T == 1) asm("cvt.rn.f16.f32 %0,%1;" : "=h"(u) : "f"(v));
+  if (T == 1) u = to_half(v);
   else asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(u) : "f"(v));
   ((unsigned short*)p)[i] = u;
-}
-template <int T> DI void two(unsigned u, float& a, float& b) {
-  if (T == 1) { a = half_of((unsigned short)u); b = half_of((unsigned short)(u >> 16)); }
-  else { a = lowf(u); b = highf(u); }
 }
 // 8 numbers from shared memory, 16 bytes (32 in float32) from `at`.
 template <int T> DI void eight(const char* at, float (&v)[8]) {
@@ -182,13 +165,13 @@ DI float warp_sum(float v) {
 
 // Products: 0 q, k, v; 1 output; 2 gate and up; 3 down; 4 head. Rows are owned in units, by blocks in order.
 struct Product {
-  int rows, columns, bits, group;      // bits 0: plain numbers
+  int rows, columns, bits, group, scaled;  // bits 0: plain numbers; `scaled`: see forms.cu
   int unit;                            // rows of a unit: 16 where rows are packed, and where others own the same rows
   int piece;                           // columns of a stage's rows
   int pieces;                          // of a row
   int tiles;                           // tiles of 16 rows (plain: rows) in a stage
   int shares;                          // warps that share a row
-  int pitch, scale_at, scale_pitch, bias_at;  // bytes, in a stage
+  int pitch, scale_at, scale_pitch, bias_at, bytes;  // in a stage, of which `bytes` is the size
   int chunk;                           // rows whose partial sums are held at once
   int norm, biased, mapped;
   int recip;                           // to divide a warp's number by `shares`; of plain rows, the logarithm of `shares`
@@ -228,32 +211,6 @@ template <class Put> DI void gather(const uint2* src, unsigned ep, int K, Put pu
   }
 }
 
-// Packed weights are multiplied by integers of 24 bits, in three planes of signed bytes, y = 0 the highest: columns of
-// the tensor core's B. `sum16` reads them as ((block of 64 * 3 + y) * 4 + t) * 16 bytes; a lane of the core multiplies
-// the words of a row as MLX packs them, so planes are in the order of their nibbles (4 bits) or bytes (8 bits).
-template <int BITS, int G> DI void store_planes(char* xs, float2* xn, int c, bool in, float4 a) {
-  constexpr int W = G == 32 ? 4 : 8;
-  float m = fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w))), total = a.x + a.y + a.z + a.w;
-#pragma unroll
-  for (int o = W; o; o >>= 1) { m = fmaxf(m, __shfl_xor_sync(ALL, m, o)); total += __shfl_xor_sync(ALL, total, o); }
-  if (!in) return;
-  const float inv = m > 1e-30f ? 8323072.f / m : 0.f;
-  int q[4] = {__float2int_rn(a.x * inv), __float2int_rn(a.y * inv), __float2int_rn(a.z * inv), __float2int_rn(a.w * inv)};
-  const int block = c >> 6, t = G == 32 ? (c >> 3) & 3 : (c >> 4) & 3, j = G == 32 ? (c >> 5) & 1 : (c >> 3) & 1, h = (c >> 2) & 1;
-#pragma unroll
-  for (int y = 2; y >= 0; y--) {
-    unsigned d[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) { int lo = y ? (int)(signed char)(q[i] & 255) : q[i]; d[i] = lo & 255; q[i] = (q[i] - lo) >> 8; }
-    char* at = xs + ((block * 3 + y) * 4 + t) * 16 + j * 8;
-    if (BITS == 4) {
-      *(unsigned short*)(at + h * 2) = (unsigned short)(d[0] | d[2] << 8);
-      *(unsigned short*)(at + 4 + h * 2) = (unsigned short)(d[1] | d[3] << 8);
-    } else *(unsigned*)(at + h * 4) = d[0] | d[1] << 8 | d[2] << 16 | d[3] << 24;
-  }
-  if (((threadIdx.x & 31) & (2 * W - 1)) == 0) xn[G == 32 ? c >> 5 : block] = make_float2(m * (1.f / 8323072.f), total);
-}
-
 DI void mma(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -261,24 +218,99 @@ DI void lds128(unsigned at, unsigned& a, unsigned& b, unsigned& c, unsigned& d) 
 DI void lds64(unsigned at, unsigned& a, unsigned& b) { asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(a), "=r"(b) : "r"(at)); }
 DI unsigned lds32(unsigned at) { unsigned a; asm volatile("ld.shared.u32 %0,[%1];" : "=r"(a) : "r"(at)); return a; }
 DI unsigned lds16(unsigned at) { unsigned short a; asm volatile("ld.shared.u16 %0,[%1];" : "=h"(a) : "r"(at)); return a; }
-DI float scale_of(unsigned u, int high) { return ST == 1 ? half_of((unsigned short)(high ? u >> 16 : u)) : high ? highf(u) : lowf(u); }
+DI unsigned lds8(unsigned at) { unsigned short a; asm volatile("ld.shared.u8 %0,[%1];" : "=h"(a) : "r"(at)); return a; }
+DI void core16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 
-// Rows of packed numbers: a warp takes 256 columns (128 of 8 bits) of 16 rows at once. Sums of a group are exact integers.
+// The vector for packed weights, which share a scale in groups of columns: G, or 64 of G = 64 and more. Its words lie as
+// a lane of the tensor core multiplies them with the words of a row, as MLX packs them. Returns the group's greatest
+// number; lanes that share it have it all.
+template <int G> DI float greatest(float4 a, float& total) {
+  float m = fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w)));
+  total = a.x + a.y + a.z + a.w;
+#pragma unroll
+  for (int o = G < 64 ? G / 8 : 8; o; o >>= 1) { m = fmaxf(m, __shfl_xor_sync(ALL, m, o)); total += __shfl_xor_sync(ALL, total, o); }
+  return m;
+}
+template <int G> DI void store_group(float2* xn, int c, float scale, float total) {
+  constexpr int W = G < 64 ? G : 64;
+  if (c % W == 0) xn[c / W] = make_float2(scale, total);
+}
+// Integers of 24 bits, in three planes of signed bytes, y = 0 the highest: columns of the tensor core's B. It is read as
+// ((block of 64 * 3 + y) * 4 + t) * 16 bytes. Columns of affine 4 bits come in the order of their nibbles, low ones first.
+template <int BITS, int G, int S> DI void store_planes(char* xs, float2* xn, int c, bool in, float4 a) {
+  float total;
+  const float m = greatest<G>(a, total);
+  if (!in) return;
+  const float inv = m > 1e-30f ? 8323072.f / m : 0.f;
+  int q[4] = {__float2int_rn(a.x * inv), __float2int_rn(a.y * inv), __float2int_rn(a.z * inv), __float2int_rn(a.w * inv)};
+  const int block = c >> 6, t = G <= 32 ? (c >> 3) & 3 : (c >> 4) & 3, j = G <= 32 ? (c >> 5) & 1 : (c >> 3) & 1, h = (c >> 2) & 1;
+#pragma unroll
+  for (int y = 2; y >= 0; y--) {
+    unsigned d[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) { int lo = y ? (int)(signed char)(q[i] & 255) : q[i]; d[i] = lo & 255; q[i] = (q[i] - lo) >> 8; }
+    char* at = xs + ((block * 3 + y) * 4 + t) * 16 + j * 8;
+    if (BITS == 4 && S == AFFINE) {
+      *(unsigned short*)(at + h * 2) = (unsigned short)(d[0] | d[2] << 8);
+      *(unsigned short*)(at + 4 + h * 2) = (unsigned short)(d[1] | d[3] << 8);
+    } else *(unsigned*)(at + h * 4) = d[0] | d[1] << 8 | d[2] << 16 | d[3] << 24;
+  }
+  store_group<G>(xn, c, m * (1.f / 8323072.f), total);
+}
+// For numbers of E4M3: shares of the group's greatest number as sums of two float16, planes y = 0 and 1 of B, read as
+// ((block of 64 * 2 + y) * 4 + t) * 32 bytes.
+template <int G> DI void store_halves(char* xs, float2* xn, int c, bool in, float4 a) {
+  float total;
+  const float m = greatest<G>(a, total);
+  if (!in) return;
+  const float inv = m > 1e-30f ? 1.f / m : 0.f, v[4] = {a.x * inv, a.y * inv, a.z * inv, a.w * inv};
+  unsigned hi[4], lo[4];
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    hi[e] = to_half(v[e]);
+    lo[e] = to_half(v[e] - half_of((unsigned short)hi[e]));
+  }
+  char* at = xs + ((c >> 6) * 8 + ((c >> 3) & 3)) * 32 + ((c >> 5) & 1) * 16 + ((c >> 2) & 1) * 8;
+  *(uint2*)at = make_uint2(hi[0] | hi[1] << 16, hi[2] | hi[3] << 16);
+  *(uint2*)(at + 128) = make_uint2(lo[0] | lo[1] << 16, lo[2] | lo[3] << 16);
+  store_group<G>(xn, c, m * 256.f, total);  // 2^8 is what E4M3 as float16 lacks
+}
+
+// Scale `i` of those that a lane has read, of S.
+template <int S, int N> DI float scale_in(const unsigned (&s)[N], int i) {
+  if (S != AFFINE) return scale_of<S>(s[i >> 2] >> (8 * (i & 3)));
+  const unsigned u = s[i >> 1];
+  return ST == 1 ? half_of((unsigned short)(i & 1 ? u >> 16 : u)) : i & 1 ? highf(u) : lowf(u);
+}
+
+// Rows of packed numbers: a warp takes 256 columns (128 of 8 bits) of 16 rows at once. Sums of a group are exact integers,
+// but of E4M3. Groups of 16 are two for each product: the second has planes of its own, columns 4 to 6 of B, and each
+// group's are zero where a lane's weights are the other's.
 // MAPPED: a tensor map has brought the rows of a stage in lines of 128 bytes, whose units of 16 bytes are exchanged by
 // the row's lowest three bits; a lane's row is then chosen so that no two lanes read the same bank.
-template <int BITS, int G, bool MAPPED> DI void packed_product(Ring& r, const Product& p, int rows, const char* xs, const float2* xn, float* slots, const int warp, const int lane) {
+template <int BITS, int G, int S, bool MAPPED> DI void packed_product(Ring& r, const Product& p, int rows, const char* xs, const float2* xn, float* slots, const int warp, const int lane) {
+  constexpr bool E2M1 = S != AFFINE && BITS == 4, HALVES = S != AFFINE && BITS == 8;
   constexpr int SPAN = BITS == 4 ? 4 : 2;                                 // blocks of 64 columns that a warp takes at once
-  constexpr int WORD = BITS == 4 ? (G == 32 ? 4 : 8) : (G == 32 ? 8 : 16);  // bytes of a lane in one load
+  constexpr int WORD = BITS == 4 ? (G <= 32 ? 4 : 8) : (G == 32 ? 8 : 16);  // bytes of a lane in one load
   constexpr int TILE = BITS * 8;                                          // bytes of 64 columns
-  constexpr int GROUPS = SPAN * 64 / G, PER = G == 32 ? 2 : 1;            // groups of the span, and of a block of 64
-  const int g = lane >> 2, t = lane & 3, y = g < 2 ? g : 2, tile = warp * p.recip >> 8, share = warp - tile * p.shares;
+  constexpr int GROUPS = SPAN * 64 / G, PER = G <= 32 ? 2 : 1;            // groups of the span; products of a block of 64
+  constexpr int SB = Scale<S>::B, SPANNED = GROUPS * SB, NS = (SPANNED + 3) / 4, NZ = S == AFFINE ? NS : 1;  // scales: bytes, words
+  constexpr int EACH = G < 32 ? 2 : 1, XB = HALVES ? 256 : 192;           // groups of a product; bytes of the vector's block
+  const int g = lane >> 2, t = lane & 3, tile = warp * p.recip >> 8, share = warp - tile * p.shares, half = EACH == 2 ? t >> 1 : 0;
+  const int column = EACH == 2 ? g & 3 : g, y = HALVES ? g & 1 : column < 2 ? column : 2;
+  const bool mine = EACH == 1 || g >> 2 == half;
   const int rho = !MAPPED ? g : WORD == 16 ? (g >> 1) | ((g & 1) << 2) : g < 4 ? 2 * g : 2 * g - 7;
-  // Lane t = 0 holds columns 0 and 1 of the core's result, the higher planes; t = 1 columns 2 and 3, the lowest plane.
-  const int ma = t == 0 ? 256 : 0; const float fs = t == 0 ? 256.f : t == 1 ? 1.f : 0.f, fb = t == 0 ? 1.f : 0.f;
+  // A lane holds columns 2 t and 2 t + 1 of the core's result: an even one of those that count has the higher planes of
+  // its group, or both halves; an odd one the lowest plane.
+  const bool high = t == 0 || (EACH == 2 && t == 2), low = t == 1 || (EACH == 2 && t == 3);
+  const int ma = high ? 256 : 0;
+  const float fs = HALVES ? (high ? 1.f : 0.f) : (high ? 256.f : low ? 1.f : 0.f) * (E2M1 ? 0.5f : 1.f), fb = high ? (E2M1 ? -6.f : 1.f) : 0.f;
   const int line = tile * 16 + rho, lines = p.tiles * 16;
   const unsigned row0 = MAPPED ? (share * lines + line) * 128 : line * p.pitch + share * SPAN * TILE + t * WORD;
-  const unsigned sr0 = p.scale_at + (MAPPED ? ((share * GROUPS * 2 >> 4) * lines + line) * 16 + (share * GROUPS * 2 & 15)
-                                            : line * p.scale_pitch + share * GROUPS * 2 + ((g * (p.columns / G * 2)) & 15));
+  const unsigned sr0 = p.scale_at + (MAPPED ? ((share * SPANNED >> 4) * lines + line) * 16 + (share * SPANNED & 15)
+                                            : line * p.scale_pitch + share * SPANNED + ((g * (p.columns / G * SB)) & 15));
   const unsigned down = MAPPED ? 8 * 128 : 8 * p.pitch, sdown = MAPPED ? 8 * 16 : 8 * p.scale_pitch, zoff = p.bias_at - p.scale_at;
   const int per_piece = p.piece >> 6;
 #pragma unroll 1
@@ -289,29 +321,35 @@ template <int BITS, int G, bool MAPPED> DI void packed_product(Ring& r, const Pr
 #pragma unroll 1
     for (int ch = 0; ch < p.pieces; ch++, first += per_piece, last = min(p.columns >> 6, last + per_piece)) {
       const int nt = live ? min(SPAN, last - first) : 0;
-      const char* xf = xs + ((first * 3 + y) * 4 + t) * 16;
+      const char* xf = xs + first * XB + (HALVES ? (y * 4 + t) * 32 : (y * 4 + t) * 16);
       const unsigned row = r.data + r.st * STAGE + row0, sr = r.data + r.st * STAGE + sr0;
-      unsigned a[SPAN][BITS], s[2][(GROUPS + 1) / 2], z[2][(GROUPS + 1) / 2];
+      unsigned a[SPAN][BITS], s[2][NS], z[2][NZ];
 #pragma unroll
-      for (int e = 0; e < 2; e++)
+      for (int e = 0; e < 2; e++) {
 #pragma unroll
-        for (int i = 0; i < (GROUPS + 1) / 2; i++) s[e][i] = z[e][i] = 0;
+        for (int i = 0; i < NS; i++) s[e][i] = 0;
+#pragma unroll
+        for (int i = 0; i < NZ; i++) z[e][i] = 0;
+      }
 #pragma unroll
       for (int j = 0; j < SPAN; j++)
 #pragma unroll
         for (int i = 0; i < BITS; i++) a[j][i] = 0;
       arrived(r);
       if (nt > 0) {
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const unsigned q = sr + e * sdown;
-          if (MAPPED && GROUPS == 8) { lds128(q, s[e][0], s[e][GROUPS / 8], s[e][GROUPS / 4], s[e][GROUPS / 2 - 1]); lds128(q + zoff, z[e][0], z[e][GROUPS / 8], z[e][GROUPS / 4], z[e][GROUPS / 2 - 1]); }
-          else if (MAPPED && GROUPS == 4) { lds64(q, s[e][0], s[e][GROUPS / 2 - 1]); lds64(q + zoff, z[e][0], z[e][GROUPS / 2 - 1]); }
-          else if (MAPPED && GROUPS == 2) { s[e][0] = lds32(q); z[e][0] = lds32(q + zoff); }
+        const auto read = [&](unsigned q, auto& to) {
+          if (MAPPED && SPANNED == 16) lds128(q, to[0], to[NS / 4], to[NS / 2], to[NS - 1]);
+          else if (MAPPED && SPANNED == 8) lds64(q, to[0], to[NS - 1]);
+          else if (MAPPED && SPANNED == 4) to[0] = lds32(q);
           else
 #pragma unroll
             for (int i = 0; i < GROUPS; i++)
-              if (i * G < nt * 64) { s[e][i / 2] |= lds16(q + 2 * i) << (16 * (i & 1)); z[e][i / 2] |= lds16(q + zoff + 2 * i) << (16 * (i & 1)); }
+              if (i * G < nt * 64) to[i * SB / 4] |= (SB == 2 ? lds16(q + 2 * i) : lds8(q + i)) << (8 * SB * (i % (4 / SB)));
+        };
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          read(sr + e * sdown, s[e]);
+          if (S == AFFINE) read(sr + e * sdown + zoff, z[e]);
         }
 #pragma unroll
         for (int j = 0; j < SPAN; j++)
@@ -334,13 +372,38 @@ template <int BITS, int G, bool MAPPED> DI void packed_product(Ring& r, const Pr
             }
       }
       release(r, lane);
+      if (EACH == 2)
+#pragma unroll
+        for (int i = 0; i < NS; i++) { s[0][i] >>= 8 * half; s[1][i] >>= 8 * half; }
 #pragma unroll
       for (int j = 0; j < SPAN; j++) {
         if (j >= nt) break;
-        const uint4 f = *(const uint4*)(xf + j * 192);
+        if (HALVES) {
+#pragma unroll
+          for (int q = 0; q < 2; q++) {
+            const uint4 f = *(const uint4*)(xf + j * XB + q * 16);
+            float c[4] = {0, 0, 0, 0};
+            constexpr int Q = BITS == 8 ? 4 : 0;
+            const unsigned *v = &a[j][q * Q], *w = &a[j][q * Q + 2];
+            core16(c, pair_of<8, 1>(v[0], 0), pair_of<8, 1>(v[1], 0), pair_of<8, 1>(v[0], 1), pair_of<8, 1>(v[1], 1), f.x, f.y);
+            core16(c, pair_of<8, 1>(w[0], 0), pair_of<8, 1>(w[1], 0), pair_of<8, 1>(w[0], 1), pair_of<8, 1>(w[1], 1), f.z, f.w);
+            const float n = xn[(first + j) * 2 + q].x;
+            A0 += scale_in<S>(s[0], 2 * j + q) * n * (c[0] + c[1]);
+            A1 += scale_in<S>(s[1], 2 * j + q) * n * (c[2] + c[3]);
+          }
+          continue;
+        }
+        uint4 f = make_uint4(0, 0, 0, 0);
+        if (mine) f = *(const uint4*)(xf + j * XB);
         int c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
         constexpr unsigned N = 0x0f0f0f0fu;
-        if (BITS == 4) {
+        if (E2M1) {
+          unsigned u[4], v[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) bytes_of(a[j][i], u[i], v[i]);
+          mma(c[0], u[0], u[1], v[0], v[1], f.x, f.y);
+          mma(c[PER - 1], u[2], u[3], v[2], v[3], f.z, f.w);
+        } else if (BITS == 4) {
           mma(c[0], a[j][0] & N, a[j][1] & N, (a[j][0] >> 4) & N, (a[j][1] >> 4) & N, f.x, f.y);
           mma(c[PER - 1], a[j][2] & N, a[j][3] & N, (a[j][2] >> 4) & N, (a[j][3] >> 4) & N, f.z, f.w);
         } else {
@@ -349,18 +412,20 @@ template <int BITS, int G, bool MAPPED> DI void packed_product(Ring& r, const Pr
         }
 #pragma unroll
         for (int q = 0; q < PER; q++) {
-          const float2 n = xn[(first + j) * PER + q];
-          const int i = G == 32 ? 2 * j + q : j * 64 / G;
-          A0 += scale_of(s[0][i / 2], i & 1) * n.x * (float)(c[q][0] * ma + c[q][1]);
-          A1 += scale_of(s[1][i / 2], i & 1) * n.x * (float)(c[q][2] * ma + c[q][3]);
-          B0 += scale_of(z[0][i / 2], i & 1) * n.y;
-          B1 += scale_of(z[1][i / 2], i & 1) * n.y;
+          const float2 n = xn[((first + j) * PER + q) * EACH + half];
+          const int i = G <= 32 ? (2 * j + q) * EACH : j * 64 / G;
+          const float s0 = scale_in<S>(s[0], i), s1 = scale_in<S>(s[1], i);
+          A0 += s0 * n.x * (float)(c[q][0] * ma + c[q][1]);
+          A1 += s1 * n.x * (float)(c[q][2] * ma + c[q][3]);
+          B0 += (S == AFFINE ? scale_in<S>(z[0], i) : s0) * n.y;
+          B1 += (S == AFFINE ? scale_in<S>(z[1], i) : s1) * n.y;
         }
       }
       advance(r);
     }
     A0 = A0 * fs + B0 * fb; A1 = A1 * fs + B1 * fb;
     A0 += __shfl_xor_sync(ALL, A0, 1); A1 += __shfl_xor_sync(ALL, A1, 1);
+    if (EACH == 2) { A0 += __shfl_xor_sync(ALL, A0, 2); A1 += __shfl_xor_sync(ALL, A1, 2); }
     if (t == 0 && live) {
       float* o = slots + (base + line) * SLOT + share;
       o[0] = A0; o[8 * SLOT] = A1;
@@ -720,33 +785,35 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
               for (int s = c0; s < c1; s += 16 * p.tiles)
 #pragma unroll 1
                 for (int ch = 0; ch < p.pieces; ch++) {
-                  st = order(2 * p.bias_at - p.scale_at);
+                  st = order(p.bytes);
                   const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
                   if (lane == 0 && st >= 0) {
                     tensor(d, map, s + part * F, ch * (p.piece * (p.bits ? p.bits : 16) / 1024), f, policy);
                     if (p.bits) {
-                    tensor(d + p.scale_at, map + 128, s + part * F, ch * (p.piece / p.group / 8), f, policy);
-                    tensor(d + p.bias_at, map + 256, s + part * F, ch * (p.piece / p.group / 8), f, policy);
+                      const int at = ch * (p.piece / p.group * (p.scaled ? 1 : 2) / 16);
+                      tensor(d + p.scale_at, map + 128, s + part * F, at, f, policy);
+                      if (!p.scaled) tensor(d + p.bias_at, map + 256, s + part * F, at, f, policy);
                     }
                   }
                 }
             } else if (HAS_LOOSE) {
-              const int line = p.columns / p.group * 2;  // bytes of a row's scales, from anywhere within 16 bytes
+              // Bytes of a row's scales, from anywhere within 16 bytes, and whether there are biases behind them.
+              const int each = p.scaled ? 1 : 2, arrays = p.scaled ? 1 : 2, line = p.columns / p.group * each;
 #pragma unroll 1
               for (int s = c0; s < c1; s += 16 * p.tiles) {
                 const int n = min(16 * p.tiles, c1 - s);
                 const u64 row = s + part * F;
 #pragma unroll 1
                 for (int ch = 0; ch < p.pieces; ch++) {
-                  const int k0 = ch * p.piece, kn = min(p.piece, p.columns - k0), wb = kn * p.bits / 8, sb = kn / p.group * 2;
+                  const int k0 = ch * p.piece, kn = min(p.piece, p.columns - k0), wb = kn * p.bits / 8, sb = kn / p.group * each;
                   unsigned bytes = 0;
-                  _Pragma("unroll 1") for (int i = lane; i < n; i += 32) bytes += wb + 2 * ((((i * line) & 15) + sb + 15) & ~15);
+                  _Pragma("unroll 1") for (int i = lane; i < n; i += 32) bytes += wb + arrays * ((((i * line) & 15) + sb + 15) & ~15);
                   st = order(__reduce_add_sync(ALL, bytes));
                   const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
                   if (st >= 0) {
-                    const u64 w = y.w[w_i] + row * (p.columns * p.bits / 8) + k0 * p.bits / 8, at = row * line + k0 / p.group * 2;
+                    const u64 w = y.w[w_i] + row * (p.columns * p.bits / 8) + k0 * p.bits / 8, at = row * line + k0 / p.group * each;
                     _Pragma("unroll 1") for (int i = lane; i < n; i += 32) bulk(d + i * p.pitch, w + (u64)i * (p.columns * p.bits / 8), wb, f, policy);
-                    _Pragma("unroll 1") for (int i = lane; i < 2 * n; i += 32) {
+                    _Pragma("unroll 1") for (int i = lane; i < arrays * n; i += 32) {
                       const int z = i >= n, q = i - z * n, off = (q * line) & 15;
                       bulk(d + (z ? p.bias_at : p.scale_at) + q * p.scale_pitch, (z ? y.z[w_i] : y.s[w_i]) + at + (u64)q * line - off, (off + sb + 15) & ~15, f, policy);
                     }
@@ -788,13 +855,7 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
         for (int e = 0; e < 2; e++) {
           const int c = r0 + i + e;
           if (EMB_BITS == 0) v[e] = one<EMB_T>((const char*)emb + (u64)tok * D * Size<EMB_T>::B, c);
-          else {
-            constexpr int PER = 32 / (EMB_BITS ? EMB_BITS : 4), EG = EMB_G ? EMB_G : 64;
-            const unsigned w = ((const unsigned*)emb)[((u64)tok * D + c) / PER];
-            const float q = (float)((w >> (EMB_BITS * (c % PER))) & ((1u << EMB_BITS) - 1));
-            const u64 at = ((u64)tok * D + c) / EG;
-            v[e] = q * one<ST>((const char*)emb_scales + at * 2, 0) + one<ST>((const char*)emb_biases + at * 2, 0);
-          }
+          else v[e] = element<EMB_BITS ? EMB_BITS : 4, EMB_G ? EMB_G : 64, EMB_S, ST>(emb, emb_scales, emb_biases, (u64)tok * D + c);
           v[e] *= EMB_SCALE; sh.own[i + e] = v[e];
         }
         publish2(x + X_IN + (r0 + i) / 2, v[0], v[1], e0);

@@ -12,10 +12,10 @@ from runner.ops.quantized import QuantizedWeight
 needs_gpu = pytest.mark.skipif(not current().compiles, reason="there is no kernel for this device")
 
 
-def packed(shape: tuple[int, ...], bits: int, group: int, dtype: mx.Dtype) -> QuantizedWeight:
+def packed(shape: tuple[int, ...], bits: int, group: int, dtype: mx.Dtype, mode: str = "affine") -> QuantizedWeight:
     numbers = mx.array(np.random.default_rng(1).standard_normal(shape).astype(np.float32)).astype(dtype)
-    weight, scales, biases = mx.quantize(numbers, group_size=group, bits=bits)
-    return QuantizedWeight(weight, scales, biases, group, bits, "affine")
+    weight, scales, *biases = mx.quantize(numbers, group_size=group, bits=bits, mode=mode)
+    return QuantizedWeight(weight, scales, biases[0] if biases else None, group, bits, mode)
 
 
 def vectors(rows: int, columns: int, dtype: mx.Dtype) -> mx.array:
@@ -33,14 +33,25 @@ def close(got: np.ndarray, want: np.ndarray) -> bool:
 
 @needs_gpu
 @pytest.mark.parametrize(
-    ("bits", "group", "dtype"),
-    [(4, 64, mx.bfloat16), (4, 32, mx.float16), (4, 128, mx.bfloat16), (8, 64, mx.float16), (8, 32, mx.bfloat16)],
+    ("bits", "group", "mode", "dtype"),
+    [
+        (4, 64, "affine", mx.bfloat16),
+        (4, 32, "affine", mx.float16),
+        (4, 128, "affine", mx.bfloat16),
+        (8, 64, "affine", mx.float16),
+        (8, 32, "affine", mx.bfloat16),
+        (4, 32, "mxfp4", mx.bfloat16),
+        (8, 32, "mxfp8", mx.float16),
+        (8, 32, "mxfp8", mx.bfloat16),
+        (4, 16, "nvfp4", mx.bfloat16),
+        (4, 16, "nvfp4", mx.float16),
+    ],
 )
 @pytest.mark.parametrize("rows", [2, 8, 9, 64])
-def test_a_few_vectors(bits: int, group: int, rows: int, dtype: mx.Dtype) -> None:
+def test_a_few_vectors(bits: int, group: int, mode: str, rows: int, dtype: mx.Dtype) -> None:
     from runner.ops.cuda.packed import fits, linear
 
-    matrix, x = packed((200, 512), bits, group, dtype), vectors(rows, 512, dtype)
+    matrix, x = packed((200, 512), bits, group, dtype, mode), vectors(rows, 512, dtype)
     assert fits(x, matrix)
     got = np.array(linear(x, matrix).astype(mx.float32))
     want = np.array(x.astype(mx.float32)) @ exactly(matrix).T
@@ -50,11 +61,12 @@ def test_a_few_vectors(bits: int, group: int, rows: int, dtype: mx.Dtype) -> Non
 
 
 @needs_gpu
+@pytest.mark.parametrize(("bits", "group", "mode"), [(4, 64, "affine"), (4, 32, "mxfp4"), (8, 32, "mxfp8")])
 @pytest.mark.parametrize("rows", [1, 70, 1000])
-def test_vectors_of_experts(rows: int) -> None:
+def test_vectors_of_experts(rows: int, bits: int, group: int, mode: str) -> None:
     from runner.ops.cuda.packed import by_expert
 
-    matrices, x = packed((12, 96, 256), 4, 64, mx.bfloat16), vectors(rows, 256, mx.bfloat16)
+    matrices, x = packed((12, 96, 256), bits, group, mx.bfloat16, mode), vectors(rows, 256, mx.bfloat16)
     chosen = np.sort(np.random.default_rng(3).choice([0, 1, 5, 11], rows, p=[0.1, 0.05, 0.8, 0.05])).astype(np.uint32)
     got = np.array(by_expert(x[:, None], matrices, mx.array(chosen)).astype(mx.float32))[:, 0]
     want = np.einsum("rk,rnk->rn", np.array(x.astype(mx.float32)), exactly(matrices)[chosen])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from cuda_shapes import LLAMA_8B, MIXED, QWEN, SMOLLM2
+from cuda_shapes import FLOATS, LLAMA_8B, MIXED, QWEN, SMOLLM2
 
 from runner.errors import BackendError
 from runner.ops.cuda.nvrtc import Nvrtc
@@ -16,7 +16,7 @@ MIXTURE = dataclasses.replace(
     LLAMA_8B, hidden=2048, kv_heads=4, intermediate=768, vocab=151936, experts=128, chosen=8, chosen_norm=True,
     head_norms=True,
 )  # fmt: skip
-SHAPES = {"8b": LLAMA_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED, "mixture": MIXTURE}
+SHAPES = {"8b": LLAMA_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED, "mixture": MIXTURE, **FLOATS}
 
 
 @pytest.mark.parametrize("name", SHAPES)

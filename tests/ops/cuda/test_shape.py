@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from cuda_shapes import LLAMA_8B, MIXED, QWEN, SMOLLM2
+from cuda_shapes import FLOATS, LLAMA_8B, MIXED, QWEN, SMOLLM2
 
 from runner.errors import BackendError
 from runner.ops.cuda.decoder import _LAYER, _launch_type
@@ -14,7 +14,7 @@ from runner.ops.cuda.shape import DOWN, GATE_UP, OUTPUT, SPARE, Division, Form, 
 
 HOPPER = (132, 232448)
 PLAIN_8B = dataclasses.replace(LLAMA_8B, forms=(Form(),) * 5, embedding=Form())
-SHAPES = {"8b": LLAMA_8B, "plain 8b": PLAIN_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED}
+SHAPES = {"8b": LLAMA_8B, "plain 8b": PLAIN_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED, **FLOATS}
 
 
 def owned(rows: int, unit: int, block: int, blocks: int) -> range:
@@ -42,7 +42,7 @@ def test_what_a_block_needs_fits(name: str) -> None:
     division = divide(SHAPES[name], *HOPPER)
     assert division.shared_memory + SPARE < HOPPER[1] and division.stages >= 3 and division.stage % 1024 == 0
     for product in division.products:
-        assert product.stage <= division.stage and product.chunk % product.tiles == 0
+        assert product.bytes <= division.stage and product.chunk % product.tiles == 0
         assert product.piece * (product.pieces - 1) < product.columns <= product.piece * product.pieces
         # The kernel divides a warp's number by those that share a row with a multiplication.
         divides = product.mapped or product.bits
@@ -53,7 +53,9 @@ def test_what_a_block_needs_fits(name: str) -> None:
             lines, *others = product.boxes
             assert lines.lines * lines.width * 8 // (product.bits or 16) == product.piece
             assert lines.rows <= 256 and lines.lines <= 256
-            assert all(scales.lines * 8 * product.group == product.piece for scales in others)
+            units = (16 if product.scaled else 8) * product.group  # columns whose scales are 16 bytes
+            assert all(scales.lines * units == product.piece for scales in others)
+            assert len(others) == (0 if not product.bits else 1 if product.scaled else 2)
 
 
 def test_which_rows_the_tensor_cores_take() -> None:
