@@ -100,6 +100,10 @@ class Budget:
         """Bytes of it that are taken."""
         return sum(holder.nbytes for holder in self.holders)
 
+    def beside(self, holder: Holder) -> int:
+        """Bytes that are taken by others than `holder`."""
+        return sum(other.nbytes for other in self.holders if other is not holder)
+
     @property
     def live(self) -> int:
         """Bytes of it that answers under way take; what else is taken can make way."""

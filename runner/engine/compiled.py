@@ -23,7 +23,7 @@ from runner.ops.cuda.shape import Unfit
 if TYPE_CHECKING:
     from runner.engine.step_shape import ReadModel
     from runner.ops.cuda.decoder import Picking, StepDecoder
-    from runner.ops.cuda.rows_decoder import Bound, RowsDecoder
+    from runner.ops.cuda.rows_decoder import Bound, RowsDecoder, RowsStep
 
 
 class Place(NamedTuple):
@@ -109,12 +109,6 @@ class Compiled:
         return self._decoder
 
     @property
-    def rows_decoder(self) -> RowsDecoder:
-        """The kernels for several sequences, after `rows` has found some."""
-        assert self._rows is not None
-        return self._rows
-
-    @property
     def whole(self) -> bool:
         """Whether `prepare` has made one kernel for a whole step."""
         return self._decoder is not None
@@ -188,19 +182,11 @@ class Compiled:
         self, caches: Caches, last: int, count: int, state: SamplingState | None
     ) -> Generator[Token | NumericsError]:
         """`decode` by the kernels for several sequences, whose logits operations pick from."""
-        from runner.ops.cuda.decoder import Said
-
         steps, sampler = RowSteps(self, caches, None), Sampler()
         for _ in range(count):
             found: Token | NumericsError
-            if state is None or _greatest(state):
-                # The kernels find the greatest logit themselves.
-                if self.rows() is None:
-                    raise Broken
-                steps.run([last])
-                ((token, peak),) = self.rows_decoder.best
-                said = Said(token, peak, unresolved=False)
-                found = Token(token) if said.problem is None else NumericsError(said.problem)
+            if state is None or greatest(state):
+                (found,) = self.likeliest(steps.begin([last]))
                 if state is not None:
                     state.position += 1
             else:
@@ -208,6 +194,34 @@ class Compiled:
             if isinstance(found, Token):
                 last = found.id
             yield found
+
+    def likeliest(self, step: RowsStep) -> list[Token | NumericsError]:
+        """Each row's most likely token, once the step has ended, or why none can be picked: the kernels find it.
+
+        Raises:
+            Broken: the step has failed.
+        """
+        from runner.ops.cuda.decoder import problem
+
+        try:
+            best = step.best
+        except BackendError as error:
+            self.give_up_rows(error)
+            raise Broken from error
+        found = [(token, problem(peak)) for token, peak in best]
+        return [Token(token) if why is None else NumericsError(why) for token, why in found]
+
+    def row_logits(self, step: RowsStep) -> mx.array:
+        """Logits `[R, V]` float32 of a step, once it has ended; to be computed before the next one is begun.
+
+        Raises:
+            Broken: the step has failed.
+        """
+        try:
+            return step.logits
+        except BackendError as error:
+            self.give_up_rows(error)
+            raise Broken from error
 
 
 class RowSteps:
@@ -231,38 +245,36 @@ class RowSteps:
         self._found = False  # whether the kernels know where the weights lie
 
     def __call__(self, token: mx.array) -> mx.array:
+        known = cast(list[int], token.reshape(-1).tolist())
+        try:
+            return self._compiled.row_logits(self.begin(known))
+        except Broken:
+            if self._steps is None:
+                raise
+        return self._steps(token)
+
+    def begin(self, tokens: Sequence[int]) -> RowsStep:
+        """Begin a step by kernels, as `RowsDecoder.begin`; the caches count its tokens from now on.
+
+        Until it has ended, nobody else may touch them.
+
+        Raises:
+            Broken: the kernels cannot, now or ever.
+        """
         from runner.ops.cuda.rows_shape import MOST_ROWS
 
         decoder = self._compiled.rows() if len(self._each) <= MOST_ROWS else None
-        if decoder is not None:
-            try:
-                known = cast(list[int], token.reshape(-1).tolist())
-                mx.synchronize()  # whoever reads the last step's logits has done so
-                return self._run(decoder, known)
-            except (Unfit, BackendError) as error:
-                self._compiled.give_up_rows(error)
-        for one in self._each:
-            self._bound.pop(one, None)
-        if self._steps is None:
-            raise Broken
-        return self._steps(token)
-
-    def run(self, tokens: list[int]) -> None:
-        """Take the step behind known tokens, whose logits nobody asks for.
-
-        Raises:
-            Broken: the kernels cannot.
-        """
-        decoder = self._compiled.rows()
-        if decoder is None:
-            raise Broken
         try:
-            self._run(decoder, tokens)
+            if decoder is not None:
+                return self._begun(decoder, tokens)
         except (Unfit, BackendError) as error:
             self._compiled.give_up_rows(error)
-            raise Broken from error
+        for one in self._each:
+            self._bound.pop(one, None)
+        raise Broken
 
-    def _run(self, decoder: RowsDecoder, tokens: list[int]) -> mx.array:
+    def _begun(self, decoder: RowsDecoder, tokens: Sequence[int]) -> RowsStep:
+        mx.synchronize()  # whoever reads the last step's logits has done so
         if not self._found:
             decoder.refresh()
             self._found = True
@@ -273,15 +285,16 @@ class RowSteps:
             if place is None or place.limit <= offset:
                 moved.append(one)
         self._bind(decoder, moved)
-        logits = decoder.step(tokens, offsets, [self._bound[one].bound for one in self._each])
+        step = decoder.begin(tokens, offsets, [self._bound[one].bound for one in self._each])
         self._caches.advance()
-        return logits
+        return step
 
     def _bind(self, decoder: RowsDecoder, which: Sequence[Caches]) -> None:
         from runner.engine.step_shape import rows_of
 
         if not which:
             return
+        decoder.settle()  # a step under way writes where they lie now
         for one in which:
             one.make_room(ROOM)
         for one, bound in zip(which, decoder.bound([rows_of(one) for one in which]), strict=True):
@@ -406,7 +419,7 @@ class _Session:
         return [chance(state.seed, state.choice, state.position + first + index) for index in range(steps)]
 
 
-def _greatest(state: SamplingState) -> bool:
+def greatest(state: SamplingState) -> bool:
     """Whether a sequence's tokens are those of the greatest logits, whatever else is asked for."""
     params = state.params
     plain = state.allowed is None and state.seen is None and state.bias is None

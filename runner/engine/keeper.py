@@ -26,6 +26,6 @@ class Keeper(Protocol):
 
 def part(row: Row, keeper: Keeper, *, sound: bool = True) -> None:
     """Take the caches from a row, and let them be kept; not `sound`: after a pass that failed."""
-    row.end_session()  # first: the kernel may write ahead of them
+    row.rest()  # first: kernels may write ahead of them
     keeper.leave(row, sound=sound)
     row.leave()

@@ -8,18 +8,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
 from runner.cache.several import SeveralCaches
-from runner.engine.compiled import Broken, Known, RowSteps
+from runner.engine.compiled import Broken, Compiled, Known, RowSteps, greatest
 from runner.engine.loaded import Loaded
 from runner.engine.rows import AnySteps, Feed, Row
 from runner.engine.sampler import Sampled, Sampler, SamplingState, Token
 from runner.errors import NumericsError
 from runner.nn.batch import Batch, Segment
+
+if TYPE_CHECKING:
+    from runner.ops.cuda.rows_decoder import RowsStep
 
 SCORED = 64
 """Rows of a prompt whose logits are held at a time, where all are wanted: 64 of a vocabulary of 150,000 take 40 MB."""
@@ -37,6 +40,9 @@ class Flight:
         states: what they are picked by.
         waits: arrays whose end is the end of the pass, where others would have to wait for it.
         session: a kernel's tokens, where it computes and picks them, ahead of what is read; the next one is this pass'.
+        step: what kernels compute for all rows; they find the likeliest tokens, and others are picked from its logits.
+        compiled: whose kernels these are.
+        lost: whether they have failed.
     """
 
     fed: list[Row]
@@ -47,11 +53,36 @@ class Flight:
     states: list[SamplingState] = field(default_factory=list)
     sampled: Sampled | None = None
     session: Generator[Token | NumericsError] | None = None
+    step: RowsStep | None = None
+    compiled: Compiled | None = None
+    lost: bool = False
+    _known: list[int] = field(default_factory=list)
 
     @property
     def plain(self) -> bool:
         """Whether its tokens can be picked before those of the last pass are known."""
         return all(row.course is None or row.course.plain for row, _ in self.rows)
+
+    @property
+    def tokens(self) -> mx.array:
+        """The tokens `[R]` that it picked, which may still be computed."""
+        if self.sampled is not None:
+            return self.sampled.tokens
+        assert self.step is not None
+        return mx.array([token for token, _ in self.step.best], mx.uint32)
+
+    def token(self, place: int) -> int:
+        """The token that it picked at a place, as the next step by kernels takes it: see `RowsDecoder.begin`."""
+        if self.sampled is None and self.step is not None and self.step.latest:
+            return ~place
+        if not self._known:
+            self._known = cast(list[int], self.tokens.tolist())
+        return self._known[place]
+
+    def rest(self) -> None:
+        """Wait until its kernels have ended, if it is computed by any."""
+        if self.step is not None:
+            self.step.wait()
 
     def land(self) -> list[list[Token | NumericsError]]:
         """Wait for the pass, and return what it picked for each row: nothing where its kernel has failed."""
@@ -63,6 +94,14 @@ class Flight:
         if self.waits:
             mx.eval(self.waits)
             self.waits = []  # who holds a cache's buffer keeps it from being written in place
+        if self.step is not None and self.sampled is None and not self.lost:
+            assert self.compiled is not None
+            try:
+                return [[token] for token in self.compiled.likeliest(self.step)]
+            except Broken:
+                self.lost = True
+        if self.lost:
+            return [[] for _ in self.rows]
         picked = [] if self.sampled is None else self.sampled.read(self.states)
         ends = itertools.accumulate((count for _, count in self.rows), initial=0)
         return [picked[first:last] for first, last in itertools.pairwise(ends)]
@@ -97,12 +136,14 @@ class Passes:
         # A single token that is known goes the way of those that were picked, where kernels compute them.
         single = all(feed.count == feed.picks == 1 and row.offset and row.order.scores is None for row, feed in feeds)
         by_steps = not watched and (not fed or (single and self._loaded.decodes_rows))
-        logits = self._step(feeds) if by_steps else self._read(feeds)
+        step = self._begin(feeds) if by_steps else None
+        logits = None if step is not None else self._step(feeds) if by_steps else self._read(feeds)
         # Behind what others wait for: a prompt's last layers have nobody else who asks for their rows.
         waits = [array for row in fed if row.caches is not None for array in row.caches.arrays]
         read = sum(feed.count for _, feed in feeds if feed.ids is not None)
         flight = Flight(fed, read, [(row, feed.picks) for row, feed in feeds if feed.picks], logits, waits)
-        if logits is None or not flight.plain:
+        flight.step, flight.compiled = step, self._loaded.compiled
+        if step is None and (logits is None or not flight.plain):
             self._ops.schedule(*([] if logits is None else [logits]), *waits)
         place = 0
         for row, count in flight.rows:
@@ -112,7 +153,20 @@ class Passes:
         return flight
 
     def pick(self, flight: Flight) -> None:
-        """Begin to pick the tokens of a pass; those that came before are known, where its rows need that."""
+        """Begin to pick the tokens of a pass; those that came before are known, where its rows need that.
+
+        What kernels compute is waited for, unless they pick all of its tokens.
+        """
+        if flight.step is not None:
+            states = [row.course.state for row, _ in flight.rows if row.course is not None and row.course.plain]
+            if len(states) == len(flight.rows) and all(map(greatest, states)):
+                for state in states:
+                    state.position += 1
+                return
+            try:
+                flight.logits = self._loaded.compiled.row_logits(flight.step)
+            except Broken:
+                flight.lost = True
         if flight.logits is None:
             return
         for row, count in flight.rows:
@@ -140,26 +194,52 @@ class Passes:
         assert row.course is not None
         return not row.broken and row.course.plain and self._loaded.compiled.prepare()
 
-    def _step(self, feeds: Sequence[tuple[Row, Feed]]) -> mx.array:
-        """Logits `[R, V]` behind a token of each row."""
-        rows, ids = [row for row, _ in feeds], self._ids(feeds)
+    def _steps(self, feeds: Sequence[tuple[Row, Feed]]) -> AnySteps:
+        """What takes these rows through a step."""
+        rows = [row for row, _ in feeds]
         each = [row.caches for row in rows if row.caches is not None]
-        self._use([(row, 1) for row in rows])
         if len(each) == 1:
             if rows[0].steps is None:
                 rows[0].steps = self._loaded.steps(each[0], self._known)
             if not isinstance(rows[0].steps, RowSteps):
                 self._known.pop(each[0], None)
-            return rows[0].steps(ids)
+            return rows[0].steps
         if self._several is None or not _same(self._several[0].each, each):
             caches = SeveralCaches(each, [1] * len(each))
             self._several = (caches, self._loaded.steps(caches, self._known))
-        return self._several[1](ids)
+        return self._several[1]
+
+    def _begin(self, feeds: Sequence[tuple[Row, Feed]]) -> RowsStep | None:
+        """A step behind a token of each row, begun by kernels; None where these cannot."""
+        steps = self._steps(feeds)
+        if not isinstance(steps, RowSteps) or self._loaded.compiled.rows() is None:
+            return None
+        tokens: list[int] = []
+        for row, feed in feeds:
+            if feed.ids is not None:
+                tokens.append(feed.ids[0])
+            elif row.unread:
+                assert row.flight is not None
+                tokens.append(row.flight[0].token(row.flight[1]))
+            else:
+                tokens.append(row.ids[-1])
+        try:
+            return steps.begin(tokens)
+        except Broken:
+            return None
+
+    def _step(self, feeds: Sequence[tuple[Row, Feed]]) -> mx.array:
+        """Logits `[R, V]` behind a token of each row."""
+        for row, _ in feeds:
+            row.rest()
+        self._use([(row, 1) for row, _ in feeds])
+        return self._steps(feeds)(self._ids(feeds))
 
     def _read(self, feeds: Sequence[tuple[Row, Feed]]) -> mx.array | None:
         """Logits `[R, V]` of the rows that pick a token; None: there are none."""
         model, rows = self._loaded.model, [row for row, _ in feeds]
         for row in rows:
+            row.rest()
             row.steps = None
             if row.caches is not None:
                 self._known.pop(row.caches, None)
@@ -224,8 +304,7 @@ class Passes:
         of: Flight | None = None
         for one in [*found, None]:
             if of is not None and (one is None or one[0] is not of):
-                assert of.sampled is not None
-                tokens = of.sampled.tokens
+                tokens = of.tokens
                 whole = places == list(range(tokens.shape[0]))
                 parts.append(tokens if whole else mx.take(tokens, mx.array(places)))
                 places = []

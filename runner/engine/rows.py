@@ -130,9 +130,15 @@ class Row:
         if session is not None:
             session.close()
 
+    def rest(self) -> None:
+        """Wait until nobody computes with the caches any more but MLX, in its order: kernels write on by themselves."""
+        self.end_session()
+        if self.flight is not None:
+            self.flight[0].rest()
+
     def leave(self) -> None:
         """Let go of the caches: what they hold is read again, if the row goes on."""
-        self.end_session()
+        self.rest()
         if self.course is not None and self.course.proposer is not None:
             self.course.proposer.rest()
         self.caches, self.steps, self.flight = None, None, None
@@ -172,10 +178,13 @@ class Row:
         self.ids.append(token.id)
         self.mailbox.put(token)
 
-    def lose(self) -> None:
-        """Go on without the token that the kernel has failed to pick."""
+    def lose(self, fed: int) -> None:
+        """Go on without the token that a kernel has failed to pick, and the `fed` ones that it was given for that."""
         self.end_session()
         self.picked, self.broken = self.picked - 1, True
+        if fed and self.caches is not None:
+            self.caches.rewind(self.caches.reach(self.caches.offset - fed))
+            self.flight = None
 
     def settle(self, flight: Flight, place: int, right: int, fed: int) -> None:
         """Keep the first `right` of the `fed` tokens of a pass with guesses, and go back behind them.

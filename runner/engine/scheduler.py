@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import time
 import traceback
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from runner.engine.keeper import Keeper, part
@@ -86,22 +87,23 @@ class Scheduler:
         try:
             for feeds in self._planner.plan(self.live):
                 flights.append(self._maker.launch(feeds))
-                if flights[-1].plain:
+                if flights[-1].plain and flights[-1].step is None:  # kernels' steps would be waited for
                     self._maker.pick(flights[-1])
         except Apart:
             self._separate()
+        lost = False
         if self._flights:
             rows = sum(len(flight.rows) for flight in self._flights)
-            self._land()
+            lost = self._land()
             now = time.perf_counter()
             self._planner.pace.took(now - self._begun, 0, rows)
             begun = now  # what was launched is computed from here on
         for flight in flights:
             self._maker.pick(flight)
         self._flights, read = flights, sum(flight.read for flight in flights)
-        if read or any(flight.session for flight in flights):
-            # A prompt's piece takes long: what follows it is built when it is done, over buffers that nobody holds. And
-            # a kernel for whole steps is ahead by itself.
+        if read or lost or any(flight.session or flight.lost for flight in flights):
+            # A prompt's piece takes long: what follows it is built when it is done, over buffers that nobody holds. A
+            # kernel for whole steps is ahead by itself. And of kernels that have failed nothing else comes.
             self._land()
             if read:
                 rows = sum(row not in flight.fed for flight in flights for row, _ in flight.rows)
@@ -179,12 +181,15 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let those who wait begin, in their order, while there is room."""
+        if not self.waiting or len(self.live) >= self.rows:
+            return
+        weighed = {} if self.budget is None else {row: row.nbytes for row in self.live}
         for row in list(self.waiting):
             if len(self.live) >= self.rows:
                 return
             if self.live and self.keeper.awaits(row, self.live):
                 continue
-            if self.budget is not None and not self._fits(row, self.budget):
+            if self.budget is not None and not self._fits(row, self.budget, weighed):
                 return
             self.waiting.remove(row)
             try:
@@ -193,18 +198,19 @@ class Scheduler:
                 self._end(row, "error", error)
                 continue
             bisect.insort(self.live, row, key=lambda row: row.rank)
+            weighed[row] = row.nbytes
             self.loaded.wire(self, sum(len(other.order.ids) + other.order.budget for other in self.live))
 
-    def _fits(self, row: Row, budget: Budget) -> bool:
-        """Whether there are bytes for a row to begin now; kept prefixes make room for it."""
+    def _fits(self, row: Row, budget: Budget, weighed: Mapping[Row, int]) -> bool:
+        """Whether there are bytes for a row to begin now, beside those of the live ones; kept prefixes make room."""
         from runner.engine.budget import ALLOWANCE
 
         tokens = min(len(row.ids) + ALLOWANCE, row.length + row.order.budget)
         # Those that are reading their prompts will take more than they have.
-        growth = sum(max(0, self._size(one, len(one.ids)) - one.nbytes) for one in self.live if one.reading)
-        needed = growth + max(0, self._size(row, tokens) - self.keeper.offered(row))
-        budget.press(budget.used + needed - budget.room)
-        return not budget.busy or budget.used + needed <= budget.room
+        growth = sum(max(0, self._size(one, len(one.ids)) - nbytes) for one, nbytes in weighed.items() if one.reading)
+        needed = growth + max(0, self._size(row, tokens) - self.keeper.offered(row)) + sum(weighed.values())
+        budget.press(budget.beside(self) + needed - budget.room)
+        return not budget.busy or budget.beside(self) + needed <= budget.room
 
     def _size(self, row: Row, tokens: int) -> int:
         """Bytes that a row's caches, and those of what guesses for it, have at so many tokens."""
@@ -263,8 +269,8 @@ class Scheduler:
 
     # ---- what comes of it
 
-    def _land(self) -> None:
-        """Read the tokens of the passes under way, and end the rows that they finish."""
+    def _land(self) -> bool:
+        """Read the tokens of the passes under way, and end rows that they finish; true where kernels have failed."""
         flights, self._flights = self._flights, []
         for flight in flights:
             place, landed = 0, flight.land()
@@ -273,14 +279,15 @@ class Scheduler:
                     self.keeper.mark(row)
                     row.progressed()
             for (row, count), picked in zip(flight.rows, landed, strict=True):
-                if not picked:
-                    row.lose()
+                if not row.done and not picked:
+                    row.lose(0 if flight.step is None else count)
                 elif not row.done:
                     self._took(row, flight, place, picked)
                 place += count
             for row in flight.fed:
                 if row.order.budget == 0 and not row.done and not row.reading:
                     self._end(row, "length")
+        return any(flight.lost for flight in flights)
 
     def _took(self, row: Row, flight: Flight, place: int, picked: list[Token | NumericsError]) -> None:
         """Add to a row what was picked for it at `place` and behind it, as far as guesses were right."""

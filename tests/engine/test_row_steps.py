@@ -25,7 +25,9 @@ from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.replay import Steps
 from runner.engine.request import Run
+from runner.engine.rows import Row
 from runner.engine.sampling import SamplingParams
+from runner.engine.sharing import Sharing
 from runner.engine.ticket import Order
 from runner.errors import BackendError
 from runner.nn.batch import Batch
@@ -36,35 +38,85 @@ PROMPT = [1 + index % 30 for index in range(40)]
 needs_gpu = pytest.mark.skipif(not current().compiles, reason="there is no kernel for this device")
 
 
+class TwinStep:
+    """A step that is computed as late as it can be: when somebody asks for what comes of it."""
+
+    def __init__(
+        self, twin: Twin, tokens: list[int], before: TwinStep | None, caches: list[Any], positions: list[int]
+    ) -> None:
+        self.latest = True
+        self.caches = caches
+        self._twin, self._tokens, self._before = twin, tokens, before
+        self._positions, self._failed = positions, False
+        self._logits: mx.array | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self._logits is not None or self._failed
+
+    def wait(self) -> None:
+        if self.ended:
+            return
+        twin, self._failed = self._twin, self._twin.breaks_at <= self._twin.computed
+        if self._failed:
+            return
+        twin.computed += 1
+        found = []
+        for token, position, one in zip(self._tokens, self._positions, self.caches, strict=True):
+            if token < 0:
+                assert self._before is not None
+                token = self._before.best[~token][0]
+            ids = [*twin.ids.get(id(one), PROMPT)[:position], token]
+            assert len(ids) == position + 1
+            twin.ids[id(one)] = ids
+            found.append(twin.loaded.logits(ids)[-1])
+        self._logits, self._before = mx.stack(found), None
+
+    @property
+    def logits(self) -> mx.array:
+        self.wait()
+        if self._failed:
+            raise BackendError("the driver is gone")
+        assert self._logits is not None
+        return self._logits
+
+    @property
+    def best(self) -> list[tuple[int, float]]:
+        return [(int(np.argmax(row)), float(np.max(row))) for row in np.array(self.logits)]
+
+
 class Twin:
     """What `RowsDecoder` does, from the model's logits over all ids of each sequence."""
 
-    def __init__(self, loaded: Loaded, *, fails_at: int = 10**9) -> None:
-        self.loaded, self.fails_at = loaded, fails_at
-        self.steps, self.bound_rows, self.widest = 0, 0, 0
-        self.best: list[tuple[int, float]] = []
-        self._ids: dict[int, list[int]] = {}
+    def __init__(self, loaded: Loaded, *, fails_at: int = 10**9, breaks_at: int = 10**9) -> None:
+        self.loaded, self.fails_at, self.breaks_at = loaded, fails_at, breaks_at
+        self.steps, self.computed, self.bound_rows, self.widest, self.ahead = 0, 0, 0, 0, 0
+        self.ids: dict[int, list[int]] = {}
+        self.begun: list[TwinStep] = []
 
     def refresh(self) -> None: ...
+
+    def settle(self) -> None:
+        for step in self.begun[-2:]:
+            step.wait()
 
     def bound(self, several: Sequence[Any]) -> list[Any]:
         self.bound_rows += len(several)
         return list(several)
 
-    def step(self, tokens: Sequence[int], positions: Sequence[int], caches: Sequence[Any]) -> mx.array:
+    def begin(self, tokens: Sequence[int], positions: Sequence[int], caches: Sequence[Any]) -> TwinStep:
         self.steps += 1
         self.widest = max(self.widest, len(tokens))
+        self.ahead += any(token < 0 for token in tokens)
         if self.steps == self.fails_at:
             raise BackendError("the driver is gone")
-        found = []
-        for token, position, one in zip(tokens, positions, caches, strict=True):
-            ids = [*self._ids.get(id(one), PROMPT)[:position], token]
-            assert len(ids) == position + 1
-            self._ids[id(one)] = ids
-            found.append(self.loaded.logits(ids)[-1])
-        logits = mx.stack(found)
-        self.best = [(int(np.argmax(row)), float(np.max(row))) for row in np.array(logits)]
-        return logits
+        before = self.begun[-1] if self.begun else None
+        if before is not None:
+            before.latest = False
+        if len(self.begun) > 1:
+            self.begun[-2].wait()  # of two at once
+        self.begun.append(TwinStep(self, list(tokens), before, list(caches), list(positions)))
+        return self.begun[-1]
 
 
 @pytest.fixture
@@ -103,7 +155,7 @@ def test_requests_beside_each_other(loaded: Loaded, monkeypatch: pytest.MonkeyPa
     expected = served(loaded, 4, False, options=options)
     twin = twinned(loaded, monkeypatch)
     assert served(loaded, 4, True, options=options) == expected
-    assert twin.widest == 4
+    assert twin.widest == 4 and (twin.ahead > 10) == (options.temperature == 0)
     steps = twin.steps
     assert served(loaded, 3, True, delay=3, options=options) == expected[:3]  # prompts beside answers
     assert twin.steps - steps > 15
@@ -127,6 +179,49 @@ def test_kernels_that_fail_are_not_asked_again(loaded: Loaded, monkeypatch: pyte
     assert [ids[:4] for ids in got] == [ids[:4] for ids in expected] and {len(ids) for ids in got} == {16}
     assert twin.steps == 5 and loaded.compiled.refused_rows == "the driver is gone"
     assert "gone" in loaded.compiled.way
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_steps_that_fail_when_they_are_waited_for(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Their tokens, and those of the step begun behind them, are left to operations."""
+    options = SamplingParams(temperature=temperature, seed=3)
+    expected = served(loaded, 3, False, options=options)
+    twin = twinned(loaded, monkeypatch, breaks_at=4)
+    got = served(loaded, 3, True, options=options)
+    # Of the three sequences not all begin together, and the twin writes no rows.
+    assert [ids[:2] for ids in got] == [ids[:2] for ids in expected] and {len(ids) for ids in got} == {16}
+    assert twin.computed == 4 and loaded.compiled.refused_rows == "the driver is gone"
+
+
+def test_caches_are_not_touched_while_a_step_is_under_way(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences leave in the middle, by a token that ends them, by a cancelled ticket and by its deadline."""
+    greedy = SamplingParams(temperature=0)
+    expected = served(loaded, 1, False, options=greedy)[0]
+    twin = twinned(loaded, monkeypatch)
+    leave, left = Sharing.leave, list[bool]()
+
+    def checked(self: Sharing, row: Row, *, sound: bool = True) -> None:
+        under_way = any(not step.ended and row.caches in step.caches for step in twin.begun)
+        left.append(not under_way and len(twin.ids.get(id(row.caches), PROMPT)) == row.offset)
+        leave(self, row, sound=sound)
+
+    monkeypatch.setattr(Sharing, "leave", checked)
+    device = dataclasses.replace(loaded.device, compiles=True)
+    with Engine(dataclasses.replace(loaded, device=device)) as engine:
+        ends = engine.submit(PROMPT, greedy, max_tokens=50, ends=[expected[7]])
+        whole = engine.submit(PROMPT, greedy, max_tokens=30)
+        late = engine.submit(PROMPT, greedy, max_tokens=10_000, timeout=0.5)
+        unwanted = engine.submit(PROMPT, greedy, max_tokens=10_000)
+        sampled = engine.submit(PROMPT, SamplingParams(temperature=0.8, seed=5), max_tokens=12)  # not its neighbours
+        began = [token.id for _, token in zip(range(3), unwanted, strict=False)]
+        unwanted.cancel()
+        answers = [[token.id for token in ticket] for ticket in (ends, whole, late, unwanted, sampled)]
+    assert answers[0] == expected[: expected.index(expected[7]) + 1] and answers[1][:16] == expected
+    assert (began + answers[3])[:16] == expected[: len(began + answers[3])] and answers[2][:16] == expected
+    assert [one.finish_reason for one in (ends, whole, late, unwanted)] == ["stop", "length", "timeout", "cancelled"]
+    assert left == [True] * 5 and len(answers[4]) == 12 and twin.ahead > 0
 
 
 @pytest.mark.parametrize(

@@ -124,9 +124,14 @@ class Said(NamedTuple):
     @property
     def problem(self) -> str | None:
         """What the logits hold, where no token can be picked from them."""
-        if math.isfinite(self.peak):
-            return None
-        return "NaN" if math.isnan(self.peak) else "infinity" if self.peak > 0 else "no finite number"
+        return problem(self.peak)
+
+
+def problem(peak: float) -> str | None:
+    """What logits hold whose greatest is `peak`, where no token can be picked from them."""
+    if math.isfinite(peak):
+        return None
+    return "NaN" if math.isnan(peak) else "infinity" if peak > 0 else "no finite number"
 
 
 def addresses(arrays: Sequence[mx.array]) -> list[int]:

@@ -17,7 +17,7 @@ _PROCESSORS, _SHARED_MEMORY, _MAJOR, _MINOR, _COOPERATIVE = 16, 97, 75, 76, 95
 _DYNAMIC_SHARED_MEMORY = 8
 """The attribute of a kernel that says how much shared memory a launch may ask for."""
 
-_NON_BLOCKING, _MAPPED = 1, 3
+_NON_BLOCKING, _MAPPED, _NO_TIMES = 1, 3, 2
 
 _PROGRAMMATIC, _RELAXED = 6, 2
 """The attribute of a launch that lets it begin early, and the mode of recording that hinders no other thread."""
@@ -172,6 +172,24 @@ class Driver:
     def wait(self, stream: c_void_p) -> None:
         """Wait until the stream has done all it was given."""
         self._do("cuStreamSynchronize", stream)
+
+    def event(self) -> c_void_p:
+        """A mark that can be set behind what a stream does, and waited for."""
+        event = c_void_p()
+        self._do("cuEventCreate", byref(event), c_uint(_NO_TIMES))
+        return event
+
+    def free_event(self, event: c_void_p) -> None:
+        """Give back what `event` returned."""
+        self._do("cuEventDestroy_v2", event)
+
+    def mark(self, event: c_void_p, stream: c_void_p) -> None:
+        """Set an event behind what the stream was given so far."""
+        self._do("cuEventRecord", event, stream)
+
+    def reach(self, event: c_void_p) -> None:
+        """Wait until the stream has come to where an event was set last."""
+        self._do("cuEventSynchronize", event)
 
     def idle(self, stream: c_void_p) -> bool:
         """Whether the stream has done all it was given.

@@ -6,7 +6,7 @@
 // parts begin at positions that are multiples of PART.
 struct Cache { u64 keys, values; int capacity, start; };  // start: position of the buffers' first row
 struct Step {  // position -1: the row is not used
-  int token[ROWS], position[ROWS];
+  int token[ROWS], position[ROWS];  // token ~p: the likeliest one of row p of the step before
   float rope[ROWS * NROPE * RD];  // cosine and sine of each plane, for each row and kind of RoPE
 };
 struct Choice { int expert; float weight; };
@@ -33,6 +33,7 @@ DI u64 key_of(float v, int id) {
   u = v != v ? 0xffffffffu : (u & 0x80000000u) ? ~u : (u | 0x80000000u);
   return ((u64)u << 32) | (0xffffffffu - (unsigned)id);
 }
+DI int id_of(u64 key) { return (int)(0xffffffffu - (unsigned)key); }
 extern __shared__ __align__(16) float sm[];
 
 // What becomes of a product: 0 a vector in float32, 1 added to the residual stream, 2 the input of the next product, 3
@@ -89,11 +90,12 @@ DI void product(const void* weight, const void* scales, const void* biases, cons
 }
 
 // ---- Embeddings and norms: a block for each row.
-KERNEL(256) embed(const Step* step, const void* table, const void* scales, const void* biases, float* h, u64* best) {
+KERNEL(256) embed(const Step* step, const void* table, const void* scales, const void* biases, float* h, u64* best, const u64* before) {
   const int row = blockIdx.x;
   next(); join();
   if (threadIdx.x == 0) best[row] = 0;
-  const int token = max(0, min(V - 1, step->token[row]));
+  const int given = step->token[row];
+  const int token = max(0, min(V - 1, given < 0 ? id_of(before[~given]) : given));
   for (int c = threadIdx.x; c < D; c += 256) {
     float v;
     if (EMB_BITS == 0) v = one<EMB_T>(table, (long)token * D + c);

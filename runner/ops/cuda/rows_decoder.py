@@ -1,17 +1,19 @@
 """Runs decode steps of several sequences at once, each a graph of kernels that is recorded once and started at once.
 
-As in `runner.ops.cuda.decoder`, kernels read weights and caches where MLX keeps them, on a stream of their own: MLX has
-nothing to do while a step is under way, and `step` waits for its end.
+As in `runner.ops.cuda.decoder`, kernels read weights and caches where MLX keeps them, on a stream of their own. A step
+is begun, and waited for later: meanwhile the host hands out the tokens of the one before. As long as it is under way,
+nobody else may touch the caches of its sequences, or let go of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_int, c_void_p, memmove
+from ctypes import c_int, c_uint64, c_void_p, memmove
 
 import mlx.core as mx
 import numpy as np
 
+from runner.errors import BackendError
 from runner.ops.cuda.decoder import Matrix, Rows, StepTensors, addresses
 from runner.ops.cuda.driver import Driver
 from runner.ops.cuda.nvrtc import compiled
@@ -23,6 +25,88 @@ _CACHE = np.dtype([("keys", "u8"), ("values", "u8"), ("capacity", "i4"), ("start
 
 Bound = np.ndarray
 """Where a sequence's rows lie: an array of `_CACHE`, one for each layer."""
+
+_AT_ONCE = 2
+"""Steps under way at most: the next one waits on the device for the end of the last."""
+
+
+class RowsStep:
+    """A step that was begun, and what comes of it.
+
+    Attributes:
+        latest: whether none was begun after it.
+    """
+
+    def __init__(self, driver: Driver, slot: _Slot, logits: mx.array, count: int) -> None:
+        self.latest = True
+        self._driver, self._slot = driver, slot
+        self._logits = logits
+        self._count = count
+        self._best: np.ndarray | None = None
+        self._error: BackendError | None = None
+
+    def wait(self) -> None:
+        """Wait for its end, however it ends."""
+        if self._best is None and self._error is None:
+            try:
+                self._driver.enter()
+                self._driver.reach(self._slot.event)
+                self._best = self._slot.best[: self._count].copy()
+            except BackendError as error:
+                self._error = error
+
+    @property
+    def best(self) -> list[tuple[int, float]]:
+        """The token with the greatest logit, and that logit, of each row, once it has ended.
+
+        Raises:
+            BackendError: the driver reports an error.
+        """
+        keys = self._ended()
+        order = (keys >> np.uint64(32)).astype(np.uint32)
+        bits = np.where(order & np.uint32(1 << 31), order & np.uint32(0x7FFFFFFF), ~order).astype(np.uint32)
+        ids = np.uint64(0xFFFFFFFF) - (keys & np.uint64(0xFFFFFFFF))
+        return list(zip(ids.astype(int).tolist(), bits.view(np.float32).astype(float).tolist(), strict=True))
+
+    @property
+    def logits(self) -> mx.array:
+        """Logits `[R, V]` float32, once it has ended; to be computed before the next step is begun.
+
+        Raises:
+            BackendError: the driver reports an error.
+        """
+        self._ended()
+        # A copy: whoever reads an array on the host moves its buffer, and the kernels know the address of this one.
+        return self._logits[: self._count] * 1
+
+    def _ended(self) -> np.ndarray:
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._best is not None
+        return self._best
+
+
+class _Slot:
+    """What one of the steps under way has of its own.
+
+    Attributes:
+        number: which slot it is.
+        event: set behind its end.
+        best: the order of each row's greatest logit and its token, as numbers, where the device writes them.
+        step: the one that was begun last here.
+    """
+
+    def __init__(self, driver: Driver, number: int) -> None:
+        self.number = number
+        self.event = driver.event()
+        self.address, _ = driver.host_buffer(8 * MOST_ROWS)
+        self.best = np.ctypeslib.as_array((c_uint64 * MOST_ROWS).from_address(self.address))
+        self.step: RowsStep | None = None
+
+    def free(self, driver: Driver) -> None:
+        driver.free_event(self.event)
+        driver.free_host(self.address)
 
 
 class RowsDecoder:
@@ -44,7 +128,9 @@ class RowsDecoder:
         self._early = driver.capability >= (9, 0)
         self._stream = driver.stream()
         self._sizes: dict[int, _Size] = {}
-        self._last: tuple[_Size, int] | None = None
+        self._slots = [_Slot(driver, number) for number in range(_AT_ONCE)]
+        self._best_at = driver.allocate(_AT_ONCE * 8 * MOST_ROWS)
+        self._begun = 0  # steps
         self._windows: list[int] = []
         matrices = [matrix for layer in tensors.layers for matrix in layer.products]
         self._weights: list[mx.array] = [
@@ -64,6 +150,9 @@ class RowsDecoder:
         for size in self._sizes.values():
             size.close()
         self._sizes = {}
+        for slot in self._slots:
+            slot.free(self.driver)
+        self.driver.free(self._best_at)
         self.driver.free_stream(self._stream)
 
     def refresh(self) -> None:
@@ -71,6 +160,7 @@ class RowsDecoder:
         if (found := addresses(self._weights)) != self._found:
             self._found = found
             self._places = {id(array): place for array, place in zip(self._weights, found, strict=True)}
+            self.settle()
             for size in self._sizes.values():
                 size.forget()
 
@@ -94,10 +184,14 @@ class RowsDecoder:
             result.append(found)
         return result
 
-    def step(self, tokens: Sequence[int], positions: Sequence[int], caches: Sequence[Bound]) -> mx.array:
-        """Logits `[R, V]` float32 behind `tokens`, whose keys and values are written into the caches.
+    def begin(self, tokens: Sequence[int], positions: Sequence[int], caches: Sequence[Bound]) -> RowsStep:
+        """Begin the step behind `tokens`, whose keys and values are written into the caches.
 
-        They are to be computed before the next step. A `refresh` came before, after whatever else has used the weights.
+        A `refresh` came before, after whatever else has used the weights.
+
+        Args:
+            tokens: of each sequence; ~p stands for the token with the greatest logit of row p of the step before, which
+                need not have ended.
 
         Raises:
             BackendError: the driver reports an error.
@@ -105,30 +199,43 @@ class RowsDecoder:
         count = len(tokens)
         assert 0 < count <= MOST_ROWS and len(positions) == len(caches) == count
         self.driver.enter()
+        slot = self._slots[self._begun % _AT_ONCE]
+        if slot.step is not None:
+            slot.step.wait()
         rows = next(rows for rows in (8, 16, 32, 64) if rows >= count)
         size = self._sizes.get(rows)
         if size is None:
             plan = RowsPlan(self.shape, rows)
             code = compiled(plan.source, self._architecture)
-            size = self._sizes[rows] = _Size(self.driver, self._stream, plan, code, early=self._early)
-        self._last = (size, count)
-        size.run(self._tensors, self._places, self._windows, tokens, positions, caches)
-        # A copy: whoever reads an array on the host moves its buffer, and the kernels know the address of this one.
-        return size.logits[:count] * 1
+            size = _Size(self.driver, self._stream, plan, code, self._best_at, early=self._early)
+            self._sizes[rows] = size
+        size.run(self._tensors, self._places, self._windows, tokens, positions, caches, slot.number)
+        best = self._best_at + slot.number * 8 * MOST_ROWS
+        self.driver.fetch(slot.address, best, 8 * count, self._stream)
+        self.driver.mark(slot.event, self._stream)
+        self._begun += 1
+        for other in self._slots:
+            if other.step is not None:
+                other.step.latest = False
+        slot.step = RowsStep(self.driver, slot, size.logits, count)
+        return slot.step
 
-    @property
-    def best(self) -> list[tuple[int, float]]:
-        """The token with the greatest logit, and that logit, of each row of the last step."""
-        assert self._last is not None
-        size, count = self._last
-        return size.best(count)
+    def settle(self) -> None:
+        """Wait for the end of all steps that were begun."""
+        for slot in self._slots:
+            if slot.step is not None:
+                slot.step.wait()
 
 
 class _Size:
     """The kernels of one number of rows, with the buffers they work in."""
 
-    def __init__(self, driver: Driver, stream: c_void_p, plan: RowsPlan, code: bytes, *, early: bool) -> None:
+    def __init__(
+        self, driver: Driver, stream: c_void_p, plan: RowsPlan, code: bytes, best_at: int, *, early: bool
+    ) -> None:
+        """`best_at` is where the steps' greatest logits are found, those of one slot behind those of the other."""
         self._early = early
+        self._best_at = best_at
         self._driver, self._stream, self._plan = driver, stream, plan
         self._module = driver.module(code)
         self._functions: dict[str, c_void_p] = {}
@@ -141,21 +248,22 @@ class _Size:
         )
         self._caches = np.zeros((s.layers, rows), _CACHE)
         self._known: list[Bound] = []
-        self._best = np.zeros(rows, np.uint64)
-        self._here, _ = driver.host_buffer(self._best.nbytes + self._step.nbytes + self._caches.nbytes)
+        self._staged = self._step.nbytes + self._caches.nbytes  # bytes on their way, for each step under way
+        self._here, _ = driver.host_buffer(_AT_ONCE * self._staged)
         vectors = max(1, s.chosen) * s.intermediate
         sizes = {
             "step": self._step.nbytes, "caches": self._caches.nbytes, "h": 4 * rows * s.hidden,
             "x": 2 * rows * s.hidden, "attended": 2 * rows * s.heads * s.head_dim, "inner": 2 * rows * vectors,
             "qkv": 4 * rows * s.rows[QKV], "counters": 4 * rows * (s.heads + 1), "plain": 4 * rows * s.hidden,
-            "best": 8 * rows, "scores": 4 * rows * max(1, s.experts), "choices": 8 * rows * max(1, s.chosen),
+            "scores": 4 * rows * max(1, s.experts), "choices": 8 * rows * max(1, s.chosen),
         }  # fmt: skip
         self._at = {name: driver.allocate(max(16, size)) for name, size in sizes.items()}
         self._partial, self._parts = 0, 0
         self._load()
-        self._graphs: dict[tuple[int, int], c_void_p] = {}
+        self._graphs: dict[tuple[int, int, int], c_void_p] = {}
         self._logits_at = 0
         self._used = 0  # rows of the step that is recorded: of few, no blocks are started for others
+        self._slot = 0  # of that step
 
     def close(self) -> None:
         self.forget()
@@ -180,7 +288,9 @@ class _Size:
         tokens: Sequence[int],
         positions: Sequence[int],
         caches: Sequence[Bound],
+        slot: int,
     ) -> None:
+        """Give a step to the device. The step that had the slot before has ended."""
         driver, step, count = self._driver, self._step, len(tokens)
         step["token"][:count], step["position"][:count], step["position"][count:] = tokens, positions, -1
         if self._plan.shape.rope_dims:
@@ -189,7 +299,7 @@ class _Size:
                 angles = where[:, None] * frequencies
                 turns = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(count, -1) * factor
                 step["rope"][:count, kind] = turns
-        here = self._here + self._best.nbytes
+        here = self._here + slot * self._staged
         memmove(here, step.ctypes.data, step.nbytes)
         driver.copy(self._at["step"], here, step.nbytes, self._stream)
         if len(self._known) != count or any(a is not b for a, b in zip(self._known, caches, strict=True)):
@@ -202,21 +312,10 @@ class _Size:
         parts = 4
         while parts <= max(positions) // PART:
             parts *= 2
-        self._used = count if count < TILE else self._plan.rows
-        if (graph := self._graphs.get((self._used, parts))) is None:
-            graph = self._graphs[self._used, parts] = self._recorded(tensors, places, windows, parts)
+        self._used, self._slot = count if count < TILE else self._plan.rows, slot
+        if (graph := self._graphs.get((self._used, parts, slot))) is None:
+            graph = self._graphs[self._used, parts, slot] = self._recorded(tensors, places, windows, parts)
         driver.replay(graph, self._stream)
-        driver.fetch(self._here, self._at["best"], self._best.nbytes, self._stream)
-        driver.wait(self._stream)
-        memmove(self._best.ctypes.data, self._here, self._best.nbytes)
-
-    def best(self, count: int) -> list[tuple[int, float]]:
-        """The token with the greatest logit, and that logit, of each row of the last step."""
-        keys = self._best[:count]
-        order = (keys >> np.uint64(32)).astype(np.uint32)
-        bits = np.where(order & np.uint32(1 << 31), order & np.uint32(0x7FFFFFFF), ~order).astype(np.uint32)
-        ids = np.uint64(0xFFFFFFFF) - (keys & np.uint64(0xFFFFFFFF))
-        return list(zip(ids.astype(int).tolist(), bits.view(np.float32).astype(float).tolist(), strict=True))
 
     def _recorded(self, tensors: StepTensors, places: dict[int, int], windows: Sequence[int], parts: int) -> c_void_p:
         driver, s = self._driver, self._plan.shape
@@ -248,7 +347,8 @@ class _Size:
         each = _CACHE.itemsize * rows
         table = tensors.embedding
         first = [_place(places, array) for array in (table.weight, table.scales, table.biases)]
-        self._start(Launch("embed", (used, 1, 1), 256), at["step"], *first, at["h"], at["best"], early=False)
+        best, before = (self._best(slot) for slot in (self._slot, 1 - self._slot))
+        self._start(Launch("embed", (used, 1, 1), 256), at["step"], *first, at["h"], best, before, early=False)
         for number, layer in enumerate(tensors.layers):
             products = layer.products
             self._norm(QKV, places[id(layer.input_norm)], 0)
@@ -281,7 +381,11 @@ class _Size:
 
     def _multiply(self, index: int, matrix: Matrix, places: dict[int, int], x: int, out: int) -> None:
         arrays = [_place(places, array) for array in matrix]
-        self._start(self._plan.product(index), *arrays, x, out, self._at["best"])
+        self._start(self._plan.product(index), *arrays, x, out, self._best(self._slot))
+
+    def _best(self, slot: int) -> int:
+        """Where the greatest logits of the step in a slot are found."""
+        return self._best_at + slot * 8 * MOST_ROWS
 
     def _start(self, launch: Launch, *arguments: int | c_int, early: bool = True) -> None:
         self._driver.chain(
