@@ -28,13 +28,15 @@ def read_cut(file: int, offset: int, shape: Sequence[int], dtype: mx.Dtype, cut:
 
     Args:
         file: a descriptor of the file.
-        shape: of the whole tensor, which has an axis or more.
+        shape: of the whole tensor, which has an axis or more; any of them may be of no length.
 
     Raises:
         EOFError: the file ends before the tensor does.
         OSError: it cannot be read.
     """
     wanted = cut_shape(shape, cut)
+    if 0 in wanted:
+        return mx.zeros(wanted, dtype)
     place = math.prod(wanted[1:]) * dtype.size  # bytes of a place along the first axis
     step = max(1, BUFFER // max(place, 1))
     first: Axis = ((0, shape[0]),) if cut[0] is None else cut[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from places import TESTS
 from runner.checkpoint import cut_reader
 from runner.checkpoint.directory import Checkpoint
 from runner.checkpoint.model_files import open_files
+from runner.errors import CheckpointError
 from runner.weights.cuts import Cut, PartSource, cut_out, cut_shape, within
 
 FIXTURES = sorted(path.parent for path in TESTS.glob("fixtures/*/*/config.json"))
@@ -34,6 +36,43 @@ def test_parts_are_what_a_whole_tensor_gives(monkeypatch: pytest.MonkeyPatch) ->
             monkeypatch.setattr(cut_reader, "BUFFER", draw.choice((64, 1000, 1 << 20)))
             cut = any_cut(header.shape, draw)
             assert equal(source.read_part(name, cut), cut_out(source.read(name), cut)), (path, name, cut)
+
+
+@pytest.mark.parametrize("run", [1, 1 << 20])
+def test_rows_apart_and_short_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: int) -> None:
+    """Systems may give fewer bytes than were asked for; kept rows need neither follow on each other nor ascend."""
+    read = os.preadv
+    monkeypatch.setattr(cut_reader, "RUN", run)
+    numbers = mx.arange(12 * 8 * 3, dtype=mx.uint32).reshape(12, 8, 3)
+    checkpoint = stored(tmp_path, {"w": mx.ones(5), "x": numbers})
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: read(file, [view[:7] for view in views], at))
+    rows: tuple[Cut, ...] = (
+        (((0, 2), (5, 7)), ((1, 3),), None),
+        (((5, 7), (0, 2)), ((6, 7), (1, 3)), None),
+        (((9, 12),), None, ((1, 2),)),
+        (((5, 6), (2, 4)), None, None),
+    )
+    for cut in rows:
+        assert equal(checkpoint.read_part("x", cut), cut_out(numbers, cut)), cut
+
+
+def test_a_file_that_ends_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = stored(tmp_path, {"x": mx.ones((64, 64))})
+    monkeypatch.setattr("runner.checkpoint.directory._check_stamp", lambda *given: None)  # it was whole until then
+    path = tmp_path / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 64 * 64 * 2)
+    with pytest.raises(CheckpointError, match="ends inside tensor 'x'"):
+        checkpoint.read_part("x", (((30, 40),), None))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 4), (2, 4, 0)])
+def test_a_tensor_of_no_numbers_has_parts(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    checkpoint = stored(tmp_path, {"x": mx.zeros(shape), "y": mx.ones(3)})
+    for axis, size in enumerate(shape):
+        cut: Cut = tuple(((0, size // 2),) if index == axis else None for index in range(len(shape)))
+        assert checkpoint.read_part("x", cut).shape == cut_shape(shape, cut)
+    # Of rows that are there, none may be wanted.
+    assert checkpoint.read_part("y", (((1, 1),),)).shape == (0,)
 
 
 def test_ranges_within_ranges() -> None:
