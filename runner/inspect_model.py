@@ -117,6 +117,7 @@ class RankReport:
         sends: bytes that it sends for each token.
         draws: bytes that it sends besides for each token that is drawn.
         notes: what every rank has all of, and why.
+        twins: bytes that it holds besides, where a head that is stored beside the table turns out to be another matrix.
     """
 
     rank: int
@@ -126,6 +127,7 @@ class RankReport:
     sends: int
     draws: int
     notes: tuple[str, ...]
+    twins: int
 
 
 def inspect_ranks(model: str | Path, settings: Settings, *, dtype: str | None = None) -> list[RankReport]:
@@ -151,7 +153,8 @@ def inspect_ranks(model: str | Path, settings: Settings, *, dtype: str | None = 
         memories = [memory for layer in found.own.memories for memory in layer]
         width = dtypes.activations.size
         row = needed(memories, 1, width) - needed(memories, 0, width)
-        reports.append(RankReport(rank, found.layers, found.nbytes, row, found.sends, found.draws, found.notes))
+        sent = (found.sends, found.draws)
+        reports.append(RankReport(rank, found.layers, found.nbytes, row, *sent, found.notes, found.twins))
     return reports
 
 

@@ -93,6 +93,10 @@ def show_ranks(model: str, settings: Settings, as_json: bool) -> None:
     tables.show(*tables.section(f"{settings.size} processes, {settings.mode}", table))
     for note in reports[0].notes:
         terminal.note(f"every rank has all of what has {note}", "yellow")
+    for report in reports:
+        if report.twins:
+            text = f"rank {report.rank} holds {tables.size(report.twins)} more if the head, which is stored beside the "
+            terminal.note(f"{text}table that it should be, is another matrix: only reading both tells", "yellow")
 
 
 def pairs(values: dict[str, Any]) -> Table:

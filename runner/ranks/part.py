@@ -19,7 +19,7 @@ from runner.ops.device import Device
 from runner.ops.exchange import Exchange, ring_bytes
 from runner.ranks.settings import PIPELINE, Settings
 from runner.weights.division import Divider, Parts
-from runner.weights.loading import planned_nbytes
+from runner.weights.loading import planned_nbytes, twin_nbytes
 from runner.weights.plan import ModulePlan, plan
 from runner.weights.tags import Header
 
@@ -43,6 +43,7 @@ class Held:
         reads_ids: whether ranks other than 0 need the ids of tokens.
         gathers: whether logits are gathered from all ranks.
         notes: what stays whole on every rank, and why.
+        twins: bytes that it holds besides, where a head that is stored beside the table turns out to be another matrix.
     """
 
     own: Own
@@ -53,6 +54,7 @@ class Held:
     reads_ids: bool
     gathers: bool = False
     notes: tuple[str, ...] = ()
+    twins: int = 0
 
 
 def held(whole: Whole, settings: Settings, exchange: Exchange) -> Held:
@@ -61,7 +63,9 @@ def held(whole: Whole, settings: Settings, exchange: Exchange) -> Held:
     Raises:
         UsageError: the model cannot be shared out so.
     """
-    return (_stage if settings.mode == PIPELINE else _share)(whole, settings, exchange)
+    found = (_stage if settings.mode == PIPELINE else _share)(whole, settings, exchange)
+    twins = twin_nbytes(found.own.layout, found.own.source.headers, whole.weights)
+    return dataclasses.replace(found, twins=twins)
 
 
 def _stage(whole: Whole, settings: Settings, exchange: Exchange) -> Held:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -228,10 +228,23 @@ def arrays(module: object, path: str = "") -> Iterator[tuple[str, mx.array]]:
 
 
 def planned_nbytes(plan: ModulePlan, headers: Mapping[str, Header], dtype: mx.Dtype | None) -> int:
-    """Bytes that a model's arrays will take once they are read and brought to `dtype` (None: as stored)."""
+    """Bytes that a model's arrays will take once they are read and brought to `dtype` (None: as stored).
+
+    Those that may be one with another tensor, as a head with the table, count as one: `twin_nbytes` says how many more
+    they take where they are not.
+    """
+    return _planned((array for array in plan.arrays() if array.same_as is None), headers, dtype)
+
+
+def twin_nbytes(plan: ModulePlan, headers: Mapping[str, Header], dtype: mx.Dtype | None) -> int:
+    """Bytes of the arrays that are let go where they equal another tensor, as only their numbers tell."""
+    return _planned((array for array in plan.arrays() if array.same_as is not None), headers, dtype)
+
+
+def _planned(arrays: Iterable[ArrayPlan], headers: Mapping[str, Header], dtype: mx.Dtype | None) -> int:
     total = 0
     # As `_Builder.tree` shares them.
-    trees = {(a.tree, a.transform.name, a.exact): a for a in plan.arrays() if a.same_as is None}
+    trees = {(a.tree, a.transform.name, a.exact): a for a in arrays}
     for (tree, _, _), array in trees.items():
         kept = (
             mx.float32 if (array.exact and dtype is not None) or (array.transform.widens and dtype is None) else dtype

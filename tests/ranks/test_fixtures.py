@@ -41,7 +41,7 @@ def checked(found: Sequence[dict[str, Any]], *, exact: bool, requests: int = 0) 
         limit = 3e-4 if one["path"] in ("llama-mlx-4bit", "gemma4_text-moe-v5") else 1e-4
         assert one["equal"] if exact else one["error"] < limit, one
         assert one["sent"] == one["sent_said"], one
-        assert one["held"] == one["held_said"] or one["twins"], one
+        assert one["held"] == one["held_said"], one
         if requests:
             assert one["served"] < limit and not one["kept"], one
     # Where frequencies depend on the length, or states were not marked where prompts part, nothing is read anew.
@@ -84,6 +84,14 @@ def test_heads_fewer_than_ranks_stay_whole() -> None:
     assert any("its 32 inputs are in fewer parts than there are ranks" in note for note in reports[0].notes)
 
 
+@pytest.mark.parametrize("mode", ["pipeline", TENSOR])
+def test_a_head_beside_the_table_may_be_another_matrix(mode: str) -> None:
+    """Rank 0 has the head; only reading tells whether it is held besides, or the same."""
+    path = TESTS / "fixtures" / "families" / "muse_glimmer_text-v5"
+    reports = inspect_ranks(path, Settings(2, mode, (), "", 0, "", 0.0))
+    assert [report.twins for report in reports] == [3072, 0]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_fixture_by_tensors(tmp_path: Path, size: int) -> None:
@@ -100,7 +108,6 @@ def test_every_fixture_in_a_pipeline_of_two(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_every_fixture_in_a_pipeline_of_four(tmp_path: Path) -> None:
-    """Few have four layers: theirs come twice, one after another, or the last one does; where neither is one, not."""
+    """Few have four layers: theirs come twice, one after another, or the last one does, or there are others."""
     found = over_fixtures(tmp_path, EVERY, size=4, mode="pipeline", tokens=12, times=2, patience=7200)
-    assert checked(found, exact=True) > 0.9 * len(EVERY)
-    assert all("cannot be shared out over 4 ranks" in one["refused"] for one in found if "refused" in one)
+    assert checked(found, exact=True) == len(EVERY)
