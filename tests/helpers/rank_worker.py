@@ -3,7 +3,8 @@
     python rank_worker.py RESULTS TOKENS REQUESTS TIMES FIXTURE ...
 
 REQUESTS, where it is not 0, are answered besides, several at once, by the engine of a server. TIMES is how often a
-fixture's layers come, one after another, so that there are enough for many ranks.
+fixture's layers come, one after another, so that there are enough for many ranks: where a layer's kind depends on its
+place, the config says of more layers by `MORE`, and their weights are random.
 
 with `RUNNER_RANKS`, `MLX_RANK` and `MLX_HOSTFILE` in the environment. Rank 0 writes a line of JSON for each fixture.
 """
@@ -18,12 +19,14 @@ import random
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from runner.bench.models import random_weights
 from runner.checkpoint.model_files import open_files
 from runner.cli.rank import versions
 from runner.engine.dtypes import choose
@@ -51,11 +54,47 @@ PROMPT = [1 + i % 30 for i in range(12)]
 CHUNK = 5
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA3N = {
+    "num_hidden_layers": 8, "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+    "activation_sparsity_pattern": [0.95, 0.5, 0.95, 0.5, 0.0, 0.0, 0.0, 0.0], "intermediate_size": [32] * 8,
+}  # fmt: skip
+GEMMA4 = {"num_hidden_layers": 8, "layer_types": [SLIDING, FULL] * 4}
+MORE: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v3-base": {"num_hidden_layers": 4},
+    "deepseek_v32-base": {"num_hidden_layers": 4},
+    "ernie4_5_moe-base": {"num_hidden_layers": 5, "moe_capacity": [8] * 5, "moe_layer_end_index": 4},
+    "falcon_h1-base": {"num_hidden_layers": 4},
+    "falcon_h1-norms-v5": {"num_hidden_layers": 4},
+    "gemma3n_text-base": GEMMA3N,
+    "gemma3n_text-v5": {**GEMMA3N, "intermediate_size": [32, 24, 32, 40, 32, 24, 32, 40]},
+    "gemma4_text-base": GEMMA4,
+    "gemma4_text-moe-v5": GEMMA4,
+    "gemma4_text-v5": GEMMA4,
+    "glm4_moe-base": {"num_hidden_layers": 4},
+    "glm4_moe_lite-base": {"num_hidden_layers": 4},
+    "jamba-base": {"num_hidden_layers": 5},
+    "jamba-v5": {"num_hidden_layers": 5},
+    "llama4_text-base": {"num_hidden_layers": 5, "moe_layers": [0, 2, 4], "no_rope_layers": [1, 1, 0, 1, 1]},
+    "nemotron_h-base": {"num_hidden_layers": 8, "hybrid_override_pattern": "ME*M-M*E"},
+    "nemotron_h-latent-v5": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"] * 2},
+    "qwen2_moe-mixed": {"num_hidden_layers": 5},
+    "qwen3_moe-mixed": {"num_hidden_layers": 4, "mlp_only_layers": [1, 3]},
+}
+"""What a config says of at least four layers that remember something, for fixtures whose layers depend on their place.
+"""
+
+
 def deepened(path: Path, times: int, *, last: bool = False) -> tuple[Mapping[str, Any], Source]:
-    """A model whose layers come so many times, one after another, or whose `last` one does."""
+    """A model whose layers come so many times, one after another, or whose `last` one does, or that is in `MORE`."""
     files = open_files(path)
     if times == 1:
         return files.config, files.source
+    if path.name in MORE:
+        config = {**files.config, **MORE[path.name]}
+        if "per_layer_config" in config:  # by the kind of layer: every second one
+            config["per_layer_config"] = {**config["per_layer_config"], "7": config["per_layer_config"]["5"]}
+        return config, random_weights(config, dtype="float32")
     name = next((each for each in COUNTS if each in files.config), None)
     if name is None:
         raise ConfigError("no number of layers")
@@ -67,21 +106,37 @@ def deepened(path: Path, times: int, *, last: bool = False) -> tuple[Mapping[str
         return value + value[-1:] * (times - 1) * count if last else value * times
 
     config = {key: longer(value) for key, value in files.config.items()}
-    return {**config, name: count * times}, Deep(files.source, count, times, last=last)
+    names = Names(count, times, last)
+    for key in ("quantization", "quantization_config"):  # of single layers, by their names
+        if isinstance(config.get(key), dict):
+            config[key] = {new: value for old, value in config[key].items() for new in names.of(old)}
+    return {**config, name: count * times}, Deep(files.source, names)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a name stands for, where `count` layers come so many times, or the last of them does."""
+
+    count: int
+    times: int
+    last: bool
+
+    def of(self, name: str) -> list[str]:
+        """The name of the same thing in each layer."""
+        found = LAYER.search(name)
+        if found is None or (self.last and int(found[2]) < self.count - 1):
+            return [name]
+        first, step = int(found[2]), 1 if self.last else self.count
+        places = range(first, self.count * self.times, step)
+        return [f"{found[1]}{place}.{name[found.end() :]}" for place in places]
 
 
 class Deep:
     """A source with a model's layers several times, or its `last` one."""
 
-    def __init__(self, source: Source, count: int, times: int, *, last: bool) -> None:
+    def __init__(self, source: Source, names: Names) -> None:
         self._source = source
-        self._names = {name: name for name in source.headers}
-        for name in source.headers:
-            found = LAYER.search(name)
-            if found is not None and (not last or int(found[2]) == count - 1):
-                places = range(count, count * times) if last else range(int(found[2]), count * times, count)
-                for place in places:
-                    self._names[f"{found[1]}{place}.{name[found.end() :]}"] = name
+        self._names = {new: name for name in source.headers for new in names.of(name)}
         self.headers = {name: source.headers[stored] for name, stored in self._names.items()}
 
     def read(self, name: str) -> mx.array:
@@ -181,17 +236,17 @@ def compared(path: Path, leader: Leader, tokens: int, requests: int, times: int)
     deviation = float(np.std(alone)) or 1.0
     passes = len(PROMPT) + tokens - 1
     # Of a table and a head that are stored apart, the files alone do not say whether they are equal and so one.
-    twins = any(array.same_as is not None for array in engine.part.whole.arrays())
+    arrays = [array for array in engine.part.whole.arrays() if array.same_as is not None]
+    apart = any(not mx.array_equal(*(source.read(t.name) for t in (a.tree, a.same_as))) for a in arrays)
     several = [served(one, requests) for one in (single, engine)] if requests else [([], 0)] * 2
     gc.collect()
     OWNER.run(leader.sent)  # tells of what is gone, too
     return {
-        "twins": twins,
         "tokens": found_tokens == alone_tokens,
         "equal": bool(np.array_equal(found, alone)),
         "error": float(np.abs(found - alone).max()) / deviation,
         "held": [read_nbytes(engine.model.model, engine.layout), *leader.loaded],
-        "held_said": [each.nbytes for each in wanted],
+        "held_said": [each.nbytes + each.twins * apart for each in wanted],
         "sent": [there - here for there, here in zip(after, before, strict=True)],
         "sent_said": [each.sends * passes + each.draws * tokens for each in wanted],
         "served": distance(several[0][0], several[1][0]) / deviation,
