@@ -39,12 +39,13 @@ extern __shared__ __align__(16) float sm[];
 // What becomes of a product: 0 a vector in float32, 1 added to the residual stream, 2 the input of the next product, 3
 // logits, and the greatest of each row: its order as a number, then the lowest id.
 // N rows of weights; PAIR: row i goes with row i + N / 2, gate and up. A block has WM x WK warps: WM of them take MT tiles
-// of weights each, and WK divide the columns. Grid: blocks of weights' rows x groups of RT tiles.
+// of weights each, and WK divide the columns. Grid: groups of RT tiles x blocks of weights' rows, so that all groups read
+// the same weights at about the same time: more than the cache holds would come from memory for each.
 template <int BITS, int G, int S, int K, int N, int MT, int WM, int WK, int MODE, bool PAIR, int NEXT_BITS, int NEXT_K, bool BIAS, int RT>
 DI void product(const void* weight, const void* scales, const void* biases, const void* bias, const char* x, void* out, u64* best) {
   constexpr int OUT = PAIR ? N / 2 : N, BLOCK = WM * (PAIR ? 16 : 16 * MT), LINES = WM * 16 * MT, LD = RT * 8 + 1, THREADS = WM * WK * 32;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wm = warp % WM, wk = warp / WM, g = lane >> 2, t = lane & 3;
-  const int first = blockIdx.x * BLOCK + wm * (PAIR ? 16 : 16 * MT), row0 = blockIdx.y * RT * 8;
+  const int block = blockIdx.y * BLOCK, first = block + wm * (PAIR ? 16 : 16 * MT), row0 = blockIdx.x * RT * 8;
   next();
   Tile<BITS, G, S, K> tile[MT];
 #pragma unroll
@@ -56,7 +57,7 @@ DI void product(const void* weight, const void* scales, const void* biases, cons
     for (int m = 0; m < MT; m++)
 #pragma unroll
       for (int i = 0; i < 4; i++) c[r][m][i] = 0;
-  multiply<BITS, G, S, K, RT, MT, WK>(tile, Ordered<BITS, K>{x + (long)blockIdx.y * RT * K * 16, lane}, wk, lane, c);
+  multiply<BITS, G, S, K, RT, MT, WK>(tile, Ordered<BITS, K>{x + (long)blockIdx.x * RT * K * 16, lane}, wk, lane, c);
 #pragma unroll
   for (int r = 0; r < RT; r++)
 #pragma unroll
@@ -66,7 +67,7 @@ DI void product(const void* weight, const void* scales, const void* biases, cons
   __syncthreads();
 #pragma unroll 1
   for (int i = threadIdx.x; i < BLOCK * RT * 8; i += THREADS) {
-    const int line = i % BLOCK, n = i / BLOCK, column = blockIdx.x * BLOCK + line, row = row0 + n;
+    const int line = i % BLOCK, n = i / BLOCK, column = block + line, row = row0 + n;
     const int at = PAIR ? (line >> 4) * 32 + (line & 15) : line;
     if (MODE != 3 && column >= OUT) continue;
     float v = 0, up = 0;

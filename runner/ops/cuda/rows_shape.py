@@ -117,7 +117,7 @@ class RowsPlan:
         pair = index == GATE_UP and self.shape.gated
         blocks = -(-(self.shape.rows[index] // (2 if pair else 1)) // (down * 16 * (1 if pair else tiles)))
         memory = down * along * 16 * tiles * (TILE * self.tiles + 1) * 4
-        return Launch(NAMES[index], (blocks, self.rows // TILE // self.tiles, 1), 32 * down * along, memory)
+        return Launch(NAMES[index], (self.rows // TILE // self.tiles, blocks, 1), 32 * down * along, memory)
 
     def attention(self, parts: int, used: int) -> Launch:
         """How attention to at most so many parts is started, for the first `used` rows."""

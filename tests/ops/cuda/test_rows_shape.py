@@ -28,9 +28,9 @@ def test_every_row_of_a_matrix_and_every_column_is_taken(name: str) -> None:
         assert down * along <= MOST_WARPS and along <= shape.columns[index] // columns_at_once(shape.forms[index].bits)
         if not shape.experts or index not in (GATE_UP, DOWN):
             launch = plan.product(index)
-            lines = launch.grid[0] * 16 * down * tiles
+            lines = launch.grid[1] * 16 * down * tiles
             assert shape.rows[index] <= lines < shape.rows[index] + 32 * down and launch.threads == 32 * down * along
-            assert launch.grid[1] * plan.tiles * 8 == 32
+            assert launch.grid[0] * plan.tiles * 8 == 32
     if shape.experts:
         assert plan.opened(3).grid[1] == 3 * shape.chosen and plan.closed(3).threads <= 32 * MOST_WARPS
 
