@@ -61,7 +61,7 @@ def rows_of(caches: Caches) -> list[Rows]:
         if (
             not isinstance(cache, KVCache)
             or type(cache) not in (KVCache, RotatingKVCache)
-            or cache.storage is not PLAIN
+            or cache.storage.empty is not PLAIN.empty
         ):
             raise Unfit("caches of another kind")
         keys, values = cache.arrays

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
+from runner.cache.kv import History
 from runner.cache.storage import PLAIN, Storage
 from runner.errors import UsageError
 from runner.ops import metal as apple
@@ -15,6 +17,7 @@ from runner.ops import per_expert as per_expert
 from runner.ops.fusion import fusing
 from runner.ops.metal import Metal
 from runner.ops.quantized import QuantizedWeight
+from runner.ops.side_by_side import Buffers
 from runner.ops.table import PORTABLE, Ops, biased
 
 PREFILL_CHUNK = 512
@@ -100,7 +103,10 @@ def current() -> Device:
     metal = apple.find()
     if mx.default_device() != mx.Device(mx.cpu):
         if mx.cuda.is_available():
-            return Device("MLX's CUDA kernels", CUDA, chunk=2048, cut=512, clears=True, tf32=True, compiles=True)
+            return Device(
+                "MLX's CUDA kernels", CUDA, storage=CUDA.storage, chunk=2048, cut=512, clears=True, tf32=True,
+                compiles=True,
+            )  # fmt: skip
         # Half of a CUDA device's: an M1 reads some hundred tokens a second, and a prompt is cancelled between chunks.
         tf32 = metal is not None and metal.tf32
         return Device("MLX's GPU kernels", METAL, chunk=1024, clears=True, tf32=tf32, metal=metal)
@@ -204,9 +210,32 @@ CPU_WITHOUT_KERNELS = dataclasses.replace(
 
 METAL = dataclasses.replace(fusing(PORTABLE, delta_kernel=True), name="mlx, metal")
 
+_FUSED = fusing(PORTABLE, delta_kernel=False)
+
+
+def _cuda_attention_rows(
+    query: mx.array, histories: Sequence[History], counts: Sequence[int], **settings: Any
+) -> mx.array:
+    """The first passes of several prompts by one call, as far as they are of about the same length."""
+    from runner.ops.cuda import prompts  # not where there is no such GPU
+
+    return prompts.attention(_FUSED.attention_rows, query, histories, counts, **settings)
+
+
+def _cuda_write_rows(
+    buffers: Sequence[Buffers], keys: mx.array, values: mx.array, at: Sequence[int], counts: Sequence[int]
+) -> list[Buffers]:
+    """The first rows of several prompts by one kernel."""
+    from runner.ops.cuda import prompts  # not where there is no such GPU
+
+    return prompts.write_rows(buffers, keys, values, at, counts)
+
+
 CUDA = dataclasses.replace(
-    fusing(PORTABLE, delta_kernel=False),
+    _FUSED,
     name="mlx, cuda",
+    attention_rows=_cuda_attention_rows,
+    storage=dataclasses.replace(PLAIN, write_rows=_cuda_write_rows),
     quantized_linear=_cuda_quantized_linear,
     gather_quantized_linear=_cuda_gather_quantized_linear,
 )
