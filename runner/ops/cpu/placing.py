@@ -11,8 +11,8 @@ from runner.ops.cpu import _C
 HUGE = 64 << 20
 """Bytes of a model from which its weights are worth a copy.
 
-A decode step takes a seventh longer in pages of 4 KiB with LFM2-1.2B (660 MB), 1.1 to 1.2 times as long with SmolLM2-135M
-(98 MB), whose loading the copy did not make slower by more than can be told.
+In pages of 4 KiB a decode step takes a seventh longer with LFM2-1.2B (660 MB), 1.1 to 1.2 times as long with
+SmolLM2-135M (98 MB), whose loading the copy did not make slower by more than can be told.
 """
 
 CHUNK = 64 << 20
