@@ -122,7 +122,8 @@ template <int BITS> DI void normed(const float* h, const void* weight, char* x, 
   }
 }
 
-// ---- Attention: a block for PART positions of a row, of HG heads that share keys; the last block of a row's joins them.
+// ---- Attention: a block for `each` parts of PART positions of a row, of HG heads that share keys; the last block of a
+// row's joins the parts.
 // LK lanes share a key, each CL times 8 of its numbers.
 constexpr int NC = HD / 8, LK = NC % 32 == 0 ? 32 : NC % 16 == 0 ? 16 : NC % 8 == 0 ? 8 : NC % 4 == 0 ? 4 : NC % 2 == 0 ? 2 : 1, CL = NC / LK, KW = 32 / LK;
 constexpr int HG = GH % 4 == 0 && CL == 1 ? 4 : GH % 3 == 0 && CL == 1 ? 3 : GH % 2 == 0 && CL <= 2 ? 2 : 1, NHG = GH / HG, PART = 128, AW = 8;
@@ -178,7 +179,7 @@ template <int U> DI void scores(Heads& a, const uint4 (&k)[U][CL], const uint4 (
         for (int i = 0; i < 8; i++) a.o[g][c * 8 + i] += d[u][g] * e[i];
     }
 }
-extern "C" __global__ void __launch_bounds__(256, 2) attend(const Cache* caches, const Step* step, const float* qkv, const void* qn, const void* kn, char* x, float* partial, unsigned* counters, int window, int kind, int most) {
+extern "C" __global__ void __launch_bounds__(256, 2) attend(const Cache* caches, const Step* step, const float* qkv, const void* qn, const void* kn, char* x, float* partial, unsigned* counters, int window, int kind, int most, int each) {
   __shared__ float qs[HG * HD], fresh_rows[2 * HD], att[AW * HG * (HD + 2)];
   __shared__ __align__(16) unsigned short recent[2 * HD];
   __shared__ unsigned arrived;
@@ -188,10 +189,12 @@ extern "C" __global__ void __launch_bounds__(256, 2) attend(const Cache* caches,
   const int at = step->position[row];
   if (at < 0) return;
   const Cache y = caches[row];
-  const int lowest = max(y.start, window > 0 ? at + 1 - window : 0), p0 = lowest / PART, parts = at / PART - p0 + 1, part = blockIdx.x;
-  if (part >= parts) return;
-  const bool newest = part == parts - 1;
-  const int j0 = max(lowest, (p0 + part) * PART), j1 = newest ? at : (p0 + part + 1) * PART;
+  const int lowest = max(y.start, window > 0 ? at + 1 - window : 0), p0 = lowest / PART, parts = at / PART - p0 + 1;
+  const int first = blockIdx.x * each, last = min(parts, first + each), blocks = (parts + each - 1) / each;
+  if (first >= parts) return;
+  const auto begins = [&](int part) { return max(lowest, (p0 + part) * PART); };
+  const auto ends = [&](int part) { return part == parts - 1 ? at : (p0 + part + 1) * PART; };
+  int j1 = ends(first);
   const int sl = lane % LK, kk = lane / LK;
   constexpr int U = CL == 1 ? 2 : 1;
   const uint4 *keys = (const uint4*)y.keys + ((long)kh * y.capacity - y.start) * NC, *values = (const uint4*)y.values + ((long)kh * y.capacity - y.start) * NC;
@@ -204,11 +207,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) attend(const Cache* caches,
       for (int c = 0; c < CL; c++) { k[u][c] = keys[r + LK * c]; v[u][c] = values[r + LK * c]; }
     }
   };
-  int j = j0 + warp * (KW * U);
+  int j = begins(first) + warp * (KW * U);
   if (j < j1) load(j);
   join();
   const float* mine = qkv + (long)row * QR;
-  for (int h = warp; h < HG + (newest ? 2 : 0); h += AW) {
+  for (int h = warp; h < HG + (last == parts ? 2 : 0); h += AW) {
     const float* from = mine + (h < HG ? kh * GH + hg * HG + h : h == HG ? H + kh : H + KV + kh) * HD;
     float* o = h < HG ? qs + h * HD : fresh_rows + (h - HG) * HD;
     float ss = 0;
@@ -237,72 +240,84 @@ extern "C" __global__ void __launch_bounds__(256, 2) attend(const Cache* caches,
   __syncthreads();
   Heads a;
 #pragma unroll
-  for (int g = 0; g < HG; g++) {
-    a.m[g] = -1e30f; a.s[g] = 0;
+  for (int g = 0; g < HG; g++)
 #pragma unroll
     for (int c = 0; c < CL; c++)
 #pragma unroll
-      for (int i = 0; i < 8; i++) { a.o[g][c * 8 + i] = 0; a.q[g][c * 8 + i] = qs[g * HD + (sl + LK * c) * 8 + i] * ATT_SCALE; }
-  }
-#pragma unroll 1
-  while (j < j1) {
-    bool in[U];
-#pragma unroll
-    for (int u = 0; u < U; u++) in[u] = j + u * KW + kk < j1;
-    scores<U>(a, k, v, in);
-    j += AW * KW * U;
-    if (j < j1) load(j);
-  }
-  if (newest && warp == 0) {
-    uint4 own_k[1][CL], own_v[1][CL];
-#pragma unroll
-    for (int c = 0; c < CL; c++) { own_k[0][c] = ((const uint4*)recent)[sl + LK * c]; own_v[0][c] = ((const uint4*)recent)[NC + sl + LK * c]; }
-    const bool in[1] = {kk == 0};
-    scores<1>(a, own_k, own_v, in);
-  }
-#pragma unroll
-  for (int g = 0; g < HG; g++) {
-    float M = a.m[g];
-#pragma unroll
-    for (int w = LK; w < 32; w <<= 1) M = fmaxf(M, __shfl_xor_sync(ALL, M, w));
-    const float f = __expf(a.m[g] - M);
-    float s = a.s[g] * f;
-#pragma unroll
-    for (int w = LK; w < 32; w <<= 1) s += __shfl_xor_sync(ALL, s, w);
-    float* w = att + (warp * HG + g) * (HD + 2);
-#pragma unroll
-    for (int e = 0; e < CL * 8; e++) {
-      float v = a.o[g][e] * f;
-#pragma unroll
-      for (int k = LK; k < 32; k <<= 1) v += __shfl_xor_sync(ALL, v, k);
-      if (kk == 0) w[(sl + LK * (e / 8)) * 8 + e % 8] = v;
-    }
-    if (lane == 0) { w[HD] = M; w[HD + 1] = s; }
-  }
-  __syncthreads();
+      for (int i = 0; i < 8; i++) a.q[g][c * 8 + i] = qs[g * HD + (sl + LK * c) * 8 + i] * ATT_SCALE;
   const int head0 = kh * GH + hg * HG;
   float* sums = partial + ((long)row * H + head0) * most * (HD + 2);  // [HG, most, HD + 2]
-  for (int i = threadIdx.x; i < HG * HD; i += 32 * AW) {
-    const int g = i / HD, d = i % HD;
-    float M = -1e30f, A = 0, B = 0;
+#pragma unroll 1
+  for (int part = first; part < last; part++) {
 #pragma unroll
-    for (int w = 0; w < AW; w++) M = fmaxf(M, att[(w * HG + g) * (HD + 2) + HD]);
+    for (int g = 0; g < HG; g++) {
+      a.m[g] = -1e30f; a.s[g] = 0;
 #pragma unroll
-    for (int w = 0; w < AW; w++) { const float* q = att + (w * HG + g) * (HD + 2); const float f = __expf(q[HD] - M); A += f * q[d]; B += f * q[HD + 1]; }
-    if (parts == 1) put<OUT_BITS, H * HD>(x, row, (head0 + g) * HD + d, A / B, 8);
-    else {
-      float* to = sums + ((long)g * most + part) * (HD + 2);
-      to[d] = A;
-      if (d == 0) { to[HD] = M; to[HD + 1] = B; }
+      for (int i = 0; i < CL * 8; i++) a.o[g][i] = 0;
     }
+#pragma unroll 1
+    while (j < j1) {
+      bool in[U];
+#pragma unroll
+      for (int u = 0; u < U; u++) in[u] = j + u * KW + kk < j1;
+      scores<U>(a, k, v, in);
+      j += AW * KW * U;
+      if (j < j1) load(j);
+    }
+    if (part + 1 < last) {  // the next part's first keys are on their way while this one's sums are taken
+      j = begins(part + 1) + warp * (KW * U); j1 = ends(part + 1);
+      if (j < j1) load(j);
+    }
+    if (part == parts - 1 && warp == 0) {
+      uint4 own_k[1][CL], own_v[1][CL];
+#pragma unroll
+      for (int c = 0; c < CL; c++) { own_k[0][c] = ((const uint4*)recent)[sl + LK * c]; own_v[0][c] = ((const uint4*)recent)[NC + sl + LK * c]; }
+      const bool in[1] = {kk == 0};
+      scores<1>(a, own_k, own_v, in);
+    }
+#pragma unroll
+    for (int g = 0; g < HG; g++) {
+      float M = a.m[g];
+#pragma unroll
+      for (int w = LK; w < 32; w <<= 1) M = fmaxf(M, __shfl_xor_sync(ALL, M, w));
+      const float f = __expf(a.m[g] - M);
+      float s = a.s[g] * f;
+#pragma unroll
+      for (int w = LK; w < 32; w <<= 1) s += __shfl_xor_sync(ALL, s, w);
+      float* w = att + (warp * HG + g) * (HD + 2);
+#pragma unroll
+      for (int e = 0; e < CL * 8; e++) {
+        float v = a.o[g][e] * f;
+#pragma unroll
+        for (int k = LK; k < 32; k <<= 1) v += __shfl_xor_sync(ALL, v, k);
+        if (kk == 0) w[(sl + LK * (e / 8)) * 8 + e % 8] = v;
+      }
+      if (lane == 0) { w[HD] = M; w[HD + 1] = s; }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < HG * HD; i += 32 * AW) {
+      const int g = i / HD, d = i % HD;
+      float M = -1e30f, A = 0, B = 0;
+#pragma unroll
+      for (int w = 0; w < AW; w++) M = fmaxf(M, att[(w * HG + g) * (HD + 2) + HD]);
+#pragma unroll
+      for (int w = 0; w < AW; w++) { const float* q = att + (w * HG + g) * (HD + 2); const float f = __expf(q[HD] - M); A += f * q[d]; B += f * q[HD + 1]; }
+      if (parts == 1) put<OUT_BITS, H * HD>(x, row, (head0 + g) * HD + d, A / B, 8);
+      else {
+        float* to = sums + ((long)g * most + part) * (HD + 2);
+        to[d] = A;
+        if (d == 0) { to[HD] = M; to[HD + 1] = B; }
+      }
+    }
+    __syncthreads();
   }
   if (parts == 1) return;
   __threadfence();
   __syncthreads();
-  // The counter is zero again when all parts have come.
-  if (threadIdx.x == 0) asm volatile("atom.acq_rel.gpu.global.inc.u32 %0,[%1],%2;" : "=r"(arrived) : "l"(counters + ((long)row * KV + kh) * NHG + hg), "r"(parts - 1) : "memory");
+  // The counter is zero again when all blocks have come.
+  if (threadIdx.x == 0) asm volatile("atom.acq_rel.gpu.global.inc.u32 %0,[%1],%2;" : "=r"(arrived) : "l"(counters + ((long)row * KV + kh) * NHG + hg), "r"(blocks - 1) : "memory");
   __syncthreads();
-  if (arrived != parts - 1) return;
+  if (arrived != blocks - 1) return;
   __threadfence();
   // A warp for each head finds the greatest score of all parts and the sum, in the order of lanes and then of parts.
   if (warp < HG) {

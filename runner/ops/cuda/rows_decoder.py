@@ -357,6 +357,7 @@ class _Size:
                 plan.attention(parts, used), at["caches"] + number * each, at["step"], at["qkv"],
                 _place(places, layer.query_norm), _place(places, layer.key_norm), at["attended"], self._partial,
                 at["counters"], c_int(windows[number]), c_int(-1 if layer.rope is None else layer.rope), c_int(parts),
+                c_int(plan.parts_each(parts, used)),
             )  # fmt: skip
             self._multiply(OUTPUT, products[OUTPUT], places, at["attended"], at["h"])
             self._norm(GATE_UP, places[id(layer.inner_norm)], at["plain"] if s.experts else 0)

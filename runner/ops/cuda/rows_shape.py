@@ -23,6 +23,12 @@ MOST_ROWS = 64
 PART = 128
 """Positions of a sequence that one block attends to."""
 
+ENOUGH_BLOCKS = 256
+"""Blocks of attention that an H200 has room for: one that begins takes as long as some parts."""
+
+MOST_PARTS = 8
+"""Parts that a block attends to one after the other at most: of a long sequence beside short ones."""
+
 MOST_WARPS = 16
 """Warps of a block."""
 
@@ -119,10 +125,15 @@ class RowsPlan:
         memory = down * along * 16 * tiles * (TILE * self.tiles + 1) * 4
         return Launch(NAMES[index], (self.rows // TILE // self.tiles, blocks, 1), 32 * down * along, memory)
 
+    def parts_each(self, parts: int, used: int) -> int:
+        """How many of at most so many parts of a row a block attends to, one after the other, for `used` rows."""
+        blocks = parts * self.shape.kv_heads * self.head_groups * used
+        return min(MOST_PARTS, parts, -(-blocks // ENOUGH_BLOCKS))
+
     def attention(self, parts: int, used: int) -> Launch:
         """How attention to at most so many parts is started, for the first `used` rows."""
-        s = self.shape
-        return Launch("attend", (parts, s.kv_heads * self.head_groups, used), 256)
+        grid = (-(-parts // self.parts_each(parts, used)), self.shape.kv_heads * self.head_groups, used)
+        return Launch("attend", grid, 256)
 
     @property
     def head_groups(self) -> int:

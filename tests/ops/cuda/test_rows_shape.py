@@ -41,6 +41,16 @@ def test_the_number_of_rows_does_not_decide_how_sums_are_taken(name: str) -> Non
     assert each[1:] == each[:-1]
 
 
+@pytest.mark.parametrize("used", [1, 7, 16, 64])
+@pytest.mark.parametrize("parts", [4, 64, 1024])
+def test_every_part_of_a_long_sequence_is_attended_to(parts: int, used: int) -> None:
+    plan = RowsPlan(LLAMA_8B, 64)
+    each, blocks = plan.parts_each(parts, used), plan.attention(parts, used).grid[0]
+    assert 1 <= each <= 8 and parts <= each * blocks < parts + each
+    # Few sequences are divided among all multiprocessors, many are not divided.
+    assert plan.parts_each(4, 1) == 1 and plan.parts_each(4, 64) == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
