@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 import mlx.core as mx
 
@@ -29,6 +29,11 @@ class Used:
             self._runs = [(count, dict(weights)) for count, weights in runs]
         elif len(self._runs) > 1 or self._runs[0][1] != runs[0][1]:
             self._runs = [(0, dict(runs[0][1]))]
+
+    @property
+    def key(self) -> Hashable:
+        """Two are equal where the model computes the same."""
+        return tuple((count, tuple(sorted(weights.items()))) for count, weights in self._runs)
 
     def same(self, names: Collection[str]) -> Weights:
         """The weights of the adapters `names`, which are the same for all tokens.

@@ -129,6 +129,7 @@ class Loaded:
             self.compiled.close()
             self.recordings.clear()
             self.model, self.adapters, self.prediction = ClosedModel(), None, None
+            self.layout = ModulePlan("", ClosedModel, {})  # it has the adapters' factors
             mx.clear_cache()
 
         OWNER.finish(job)
@@ -207,11 +208,14 @@ class Loaded:
         return self.device.compiles and self.compiled.rows() is not None
 
     def steps(self, caches: Memories, known: Known | None = None) -> Steps | SingleSteps | RowSteps:
-        """Decode steps over `caches`, by kernels where the device has some; a job of the owner's thread.
+        """Decode steps over `caches` with the adapters in use, by kernels where the device has some.
+
+        A job of the owner's thread.
 
         `known` is that of `RowSteps`.
         """
-        steps = Steps(self.model, caches, self.device.ops, self.recordings)
+        adapters = None if self.adapters is None else self.adapters.used.key
+        steps = Steps(self.model, caches, self.device.ops, self.recordings, adapters)
         if not self.device.compiles:
             return steps
         if isinstance(caches, Caches) and self.compiled.prepare() and self.compiled.whole:

@@ -13,7 +13,7 @@ many others, is built once over its own caches, must be the same operation by op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 import mlx.core as mx
 
@@ -29,14 +29,18 @@ PATIENCE = 8
 LEAST = 32
 """Steps that a recording must be valid for: comparing costs as much as building four steps."""
 
-
 ROOM = 128
 """Steps that there is to be room for in the caches of several requests: as much as in those of one, in the mean."""
 
-
 OUTLINES = 16
-"""Outlines that are kept for one number of requests, each for other positions."""
+"""Outlines that are kept for one kind of step, each for positions at which it is another step."""
 
+KINDS = 128
+"""Kinds of steps of which outlines are kept: numbers of requests, and what adapters each has."""
+
+
+Kind = tuple[bool, tuple[int, ...], Hashable]
+"""Whether requests are side by side, the shape of their tokens, and the adapters of each."""
 
 Span = tuple[int, int]
 """Positions from a first one to a last one."""
@@ -49,7 +53,10 @@ class Spans:
         self._spans: list[Span] = []
 
     def add(self, span: Span) -> None:
-        """Join a span with those that have a position in common with it: nothing was compared across a mere border."""
+        """Join a span with those that have a position in common with it: nothing was compared across a mere border.
+
+        All of them are of one outline, by which what advances does so at one pace.
+        """
         apart = [one for one in self._spans if one[1] < span[0] or span[1] < one[0]]
         met = [span, *(one for one in self._spans if one not in apart)]
         self._spans = [*apart, (min(first for first, _ in met), max(last for _, last in met))]
@@ -62,49 +69,55 @@ class Spans:
     def __iter__(self) -> Iterator[Span]:
         return iter(list(self._spans))
 
-    def meets(self, span: Span) -> bool:
-        """Whether it has a position in common with them."""
-        return any(first <= span[1] and span[0] <= last for first, last in self._spans)
+    def meets(self, others: Spans) -> bool:
+        """Whether one has a position in common with one of the others."""
+        return any(first <= span[1] and span[0] <= last for first, last in self._spans for span in others)
 
     def __contains__(self, span: Span) -> bool:
         return any(first <= span[0] and span[1] <= last for first, last in self._spans)
 
 
 class Recordings:
-    """What is known of a model's decode steps, for one number of requests each: their outlines, and between which
-    positions each holds for any of them."""
+    """What is known of a model's decode steps, for each kind of them: their outlines, and between which positions each
+    holds for any of the requests."""
 
     def __init__(self) -> None:
-        self._known: dict[object, list[tuple[Outline, Spans]]] = {}
+        self._known: dict[Hashable, list[tuple[Outline, Spans]]] = {}
 
-    def __contains__(self, kind: object) -> bool:
+    def __contains__(self, kind: Hashable) -> bool:
         return kind in self._known
 
-    def find(self, kind: object, spans: Iterable[Span]) -> Outline | None:
+    def find(self, kind: Hashable, spans: Iterable[Span]) -> Outline | None:
         """The outline of a step of this kind that holds for requests at these positions, if there is one."""
         wanted = list(spans)
+        if kind in self._known:
+            self._known[kind] = self._known.pop(kind)  # the last one to be forgotten
         holding = (outline for outline, known in self._known.get(kind, ()) if all(span in known for span in wanted))
         return next(holding, None)
 
-    def add(self, kind: object, outline: Outline, spans: Iterable[Span]) -> None:
+    def add(self, kind: Hashable, outline: Outline, spans: Iterable[Span]) -> None:
         """Keep the outline of a step that was compared for requests at these positions.
 
-        It holds for those of older ones that it has a position in common with: what advances with the token there does
-        so at one pace. Others stay as they are; past `OUTLINES` the oldest is forgotten.
+        It holds for those of older ones of the same step, too. A program moves all of a step on by its outline's paces,
+        whichever request it belongs to: where these differ, the older one stays, unless both were compared at one
+        position, which speaks for the new one. Past `OUTLINES` the oldest goes.
         """
-        known = Spans()
+        new, known = Spans(), Spans()
         for span in spans:
-            known.add(span)
+            new.add(span)
+        known.join(new)
         apart: list[tuple[Outline, Spans]] = []
-        for older in self._known.get(kind, ()):
-            if any(older[1].meets(span) for span in known):
+        for older in self._known.pop(kind, ()):
+            if outline.same_as(older[0]):
                 known.join(older[1])
-            else:
+            elif not older[1].meets(new):
                 apart.append(older)
         self._known[kind] = [*apart, (outline, known)][-OUTLINES:]
+        while len(self._known) > KINDS:
+            del self._known[next(iter(self._known))]
 
-    def drop(self, kind: object) -> None:
-        """Forget what is known of a kind of step: the model computes something else now, with other adapters."""
+    def drop(self, kind: Hashable) -> None:
+        """Forget what is known of a kind of step: the model computes something else now."""
         self._known.pop(kind, None)
 
     def clear(self) -> None:
@@ -118,17 +131,26 @@ class Steps:
     With the caches of several requests, it maps `[1, R]`, a token of each, to logits `[R, V]`.
     """
 
-    def __init__(self, model: Model, caches: Memories, ops: Ops, recordings: Recordings | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        caches: Memories,
+        ops: Ops,
+        recordings: Recordings | None = None,
+        adapters: Hashable = None,
+    ) -> None:
         """Begin with caches that hold a token each.
 
         Args:
             recordings: what is known of the model's steps; None: nothing, and nobody else will ask.
+            adapters: by which adapters each token is computed, now and as long as these steps are taken.
         """
         self._model = model
         self._caches = caches
         self._schedule = ops.schedule
         self._recorder = ops.recorder
         self._recordings = Recordings() if recordings is None else recordings
+        self._adapters = adapters
         self._program: Program | None = None
         self._left = 0  # steps that the program is still valid for
         self._built = 0  # steps that were built in Python
@@ -166,7 +188,7 @@ class Steps:
         """Record a step that is valid for as many tokens as the caches have room for; None: build this step instead."""
         if self._recorder is None or token.dtype not in (mx.int32, mx.uint32):
             return None
-        kind = (isinstance(self._caches, SeveralCaches), *token.shape)
+        kind = (isinstance(self._caches, SeveralCaches), tuple(token.shape), self._adapters)
         if self._recordings.find(kind, self._spans(1)) is not None:
             return self._again(kind, self._recorder)
         # Comparing must pay, now or for others: the answer is long enough already, or there were some, and the program
@@ -198,7 +220,7 @@ class Steps:
             self._left = room
         return program
 
-    def _again(self, kind: tuple[int, ...], recorder: Recorder) -> Program | None:
+    def _again(self, kind: Kind, recorder: Recorder) -> Program | None:
         """Record a step that was compared for others before, which costs no more than to build it; None: it is another
         one now."""
         if self._caches.room < 1:
@@ -208,10 +230,10 @@ class Steps:
             room //= 2  # what is known may end before the buffers do
         if outline is None:
             return None
-        slot = recorder.slot(list(kind[1:]))
+        slot = recorder.slot(list(kind[1]))
         try:
             program = outline.record(slot, self._logits(slot, self._caches.ahead(0)), self._caches.arrays, room)
-        except (RuntimeError, RunnerError):  # it looks at its token now, with an adapter
+        except (RuntimeError, RunnerError):  # it looks at its token now
             program = None
         if program is None:
             self._recordings.drop(kind)

@@ -277,10 +277,12 @@ class Outline(Protocol):
 
     `record(slot, output, caches, count)` makes a program for `count` tokens of the step's graph over other caches. None
     where that differs in more than caches and positions. Positions advance as in the first recording: that they do so
-    for all of `count` is for the caller to know.
+    for all of `count` is for the caller to know. `same_as` says whether another is of the same step, whose positions
+    advance alike.
     """
 
     def record(self, slot: mx.array, output: mx.array, caches: list[mx.array], count: int) -> Program | None: ...
+    def same_as(self, other: Any, /) -> bool: ...
 
 
 class Program(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from engine_requests import idle
 from places import TESTS
 from plain_path import PLAIN
 
@@ -23,6 +25,7 @@ from runner.engine.sampling import SamplingParams
 from runner.nn.batch import Apart, Batch
 from runner.nn.mla import LatentAttention
 from runner.ops import cpu as kernels
+from runner.ops.device import current
 
 ADAPTERS = TESTS / "fixtures" / "adapters"
 SHARED = [
@@ -108,6 +111,30 @@ def test_passes_are_shared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         tickets = [engine.submit([1, 5, 6], max_tokens=30, adapters=weights) for weights in sets_of(loaded)]
         assert all(len(list(ticket)) == 30 for ticket in tickets)
     assert len(passes) < 60 and max(passes) >= len(tickets)
+
+
+@pytest.mark.skipif(current().ops.recorder is None, reason="this device records nothing")
+def test_steps_of_each_set_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others' adapters make nothing forgotten; and nothing of a model that is closed stays in memory."""
+    before, compared = mx.get_active_memory(), list[int]()
+    loaded = opened(ADAPTERS / "llama-two")
+    recorder = loaded.device.ops.recorder
+    assert recorder is not None
+    counting = dataclasses.replace(recorder, record=lambda *rest: (compared.append(1), recorder.record(*rest))[1])
+    ops = dataclasses.replace(loaded.device.ops, recorder=counting)
+    loaded.device = dataclasses.replace(loaded.device, ops=ops)
+    sets, held = sets_of(loaded), list[int]()
+    with Engine(loaded, prefixes=0) as engine:
+        for _ in range(3):
+            for weights in sets:
+                assert len(list(engine.submit([1, 5, 6], max_tokens=20, adapters=weights))) == 20
+            for ticket in [engine.submit([1, 5, 6], max_tokens=30, adapters=weights) for weights in sets]:
+                assert len(list(ticket)) == 30
+            idle(engine)
+            held.append(loaded.run(mx.get_active_memory))
+    assert len(sets) < len(compared) < 3 * len(sets) and held[0] == held[2]
+    loaded.close()
+    assert mx.get_active_memory() == before
 
 
 def test_a_layer_that_cannot_tell_them_apart_gives_each_set_a_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

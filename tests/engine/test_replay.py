@@ -18,10 +18,10 @@ from runner.cache.kv import ChunkedKVCache, KVCache
 from runner.cache.several import SeveralCaches
 from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.prefill import prefill
-from runner.engine.replay import LEAST, OUTLINES, PATIENCE, Recordings, Spans, Steps
+from runner.engine.replay import KINDS, LEAST, OUTLINES, PATIENCE, Recordings, Spans, Steps
 from runner.errors import RunnerError
 from runner.families import Model
-from runner.nn.batch import Batch
+from runner.nn.batch import Batch, Segment
 from runner.ops.device import current
 from runner.ops.table import Ops, Outline
 
@@ -326,7 +326,7 @@ def test_a_step_that_is_another_one_now_is_built() -> None:
     naive._recorder = None
     logits = [each(mx.array([[2]], mx.int32)) for each in (odd, naive)]
     assert odd._built == 1 and np.array_equal(*(np.array(each.astype(mx.float32)) for each in logits))
-    assert recordings.find((False, 1, 1), [(13, 13)]) is None
+    assert recordings.find((False, (1, 1), None), [(13, 13)]) is None
 
 
 def test_spans_meet_where_they_share_a_position() -> None:
@@ -337,18 +337,69 @@ def test_spans_meet_where_they_share_a_position() -> None:
     assert (19, 20) not in spans and (33, 34) not in spans and (30, 45) not in spans
 
 
+class Moving:
+    """Stands for an outline: of one step, at one pace."""
+
+    def __init__(self, pace: int = 1) -> None:
+        self.pace = pace
+
+    def same_as(self, other: Moving) -> bool:
+        return self.pace == other.pace
+
+
 def test_an_outline_holds_where_it_was_compared() -> None:
-    """One that is compared at other positions takes over those of older ones that it meets, and of no others."""
-    first, second, third = (cast("Outline", object()) for _ in range(3))
+    """One that is compared at other positions takes over those of older ones of the same step, and of no others."""
+    first, second, third, fourth = (cast("Outline", Moving(pace)) for pace in (0, 1, 0, 1))
     recordings = Recordings()
     recordings.add("one", first, [(0, 9), (30, 39)])
     recordings.add("one", second, [(50, 59)])
     assert recordings.find("one", [(2, 3), (31, 39)]) is first and recordings.find("one", [(50, 50)]) is second
     assert recordings.find("one", [(2, 3), (50, 51)]) is None and recordings.find("two", [(2, 3)]) is None
-    recordings.add("one", third, [(38, 45)])
-    assert recordings.find("one", [(0, 9), (30, 45)]) is third and recordings.find("one", [(50, 59)]) is second
+    recordings.add("one", third, [(45, 48)])
+    assert recordings.find("one", [(0, 9), (30, 39), (45, 48)]) is third
+    assert recordings.find("one", [(50, 59)]) is second
+    recordings.add("one", fourth, [(39, 40)])  # where the third was compared too, and advanced in another way
+    assert recordings.find("one", [(0, 9)]) is None and recordings.find("one", [(39, 40), (50, 59)]) is fourth
     for start in range(100, 100 + 2 * OUTLINES, 2):
-        recordings.add("one", first, [(start, start)])
-    assert recordings.find("one", [(50, 59)]) is None and recordings.find("one", [(100, 100)]) is first
+        recordings.add("one", cast("Outline", Moving(start)), [(start, start)])
+    assert recordings.find("one", [(50, 59)]) is None and recordings.find("one", [(100, 100)]) is not None
     recordings.drop("one")
     assert "one" not in recordings
+
+
+def test_kinds_that_were_asked_for_longest_ago_are_forgotten() -> None:
+    recordings = Recordings()
+    for kind in range(KINDS):
+        recordings.add(kind, cast("Outline", Moving()), [(0, 9)])
+    assert recordings.find(0, [(0, 9)]) is not None
+    recordings.add("more", cast("Outline", Moving()), [(0, 9)])
+    assert 0 in recordings and 1 not in recordings and 2 in recordings
+
+
+@needs_recorder
+def test_outlines_are_the_same_where_they_do_the_same_at_one_pace() -> None:
+    """And over the same arrays: another model's are others, though they hold the same numbers."""
+    recorder = current().ops.recorder
+    assert recorder is not None
+
+    def outline(engine: Loaded, offset: int, ids: int) -> Outline:
+        assert recorder is not None
+        each = [engine.new_caches() for _ in range(ids)]
+        for caches in each:
+            mx.eval(prefill(engine.model, [1 + i % 30 for i in range(offset)], caches))
+        caches = SeveralCaches(each, [1] * ids)
+        caches.make_room(16)
+        mx.eval(caches.arrays)
+        slot = recorder.slot([1, ids])
+        steps = []
+        for ahead in (0, 1, 8):
+            batch = Batch.of(slot, [Segment(1, offset + ahead)] * ids)
+            steps.append(mx.squeeze(engine.model.logits(engine.model(batch, caches.ahead(ahead))), 0))
+        program = recorder.record(slot, steps, [0, 1, 8], caches.arrays)
+        assert program is not None
+        return program.outline
+
+    engine, other = (open_loaded(TESTS / "fixtures" / "llama" / "mistral-window") for _ in range(2))
+    one = outline(engine, 12, 2)
+    assert one.same_as(one) and one.same_as(outline(engine, 30, 2))
+    assert not one.same_as(outline(engine, 12, 3)) and not one.same_as(outline(other, 12, 2))

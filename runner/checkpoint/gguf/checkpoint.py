@@ -76,6 +76,7 @@ class GGUF:
         headers: every array by transformers' name; quantized tensors as `.weight`, `.scales` and `.biases`.
         vocabulary: checked tokenizer metadata.
         beside: scales and biases that were read with their weight, and not asked for yet.
+        first: those that were asked for before their weight was.
     """
 
     container: Container
@@ -85,6 +86,7 @@ class GGUF:
     headers: Mapping[str, Part]
     vocabulary: Vocabulary
     beside: dict[str, tuple[Cut | None, mx.array]] = field(init=False, default_factory=dict)
+    first: set[str] = field(init=False, default_factory=set)
 
     def __repr__(self) -> str:
         return f"GGUF({str(self.container.path)!r}, {len(self.container.tensors)} tensors)"
@@ -123,11 +125,12 @@ class GGUF:
         if name not in self.headers:
             raise CheckpointError(f"{self.container.path}: no tensor {quoted(name)}")
         part, entry = self.headers[name], self.headers[name].entry
-        if name in self.beside and self.beside[name][0] == cut:
-            return self.beside.pop(name)[1]
+        if name in self.beside and (found := self.beside.pop(name))[0] == cut:
+            return found[1]
         if cut is not None and not _by_rows(part):
             return cut_out(self.read(name), cut)
-        # A weight's scales and biases are made of the same bytes: they are kept until they are asked for, soon.
+        # A weight's scales and biases are made of the same bytes: they are kept until they are asked for, soon, unless
+        # they were before.
         stem = name.removesuffix(".weight")
         names = [name] if part.suffix != ".weight" else [stem + each for each in entry.format.parts(entry.shape)]
         wanted = {each: self.headers[each] for each in names}
@@ -160,8 +163,16 @@ class GGUF:
             whole = cuts[each]
             shape = made.shape if whole is None else cut_shape(made.shape, whole)
             array = mx.array(filled.pop(each).reshape(shape))
-            self.beside[each] = (whole, array.view(mx.bfloat16) if made.dtype == "BF16" else array)
-        return self.beside.pop(name)[1]
+            array = array.view(mx.bfloat16) if made.dtype == "BF16" else array
+            if each == name:
+                asked = array
+            elif each in self.first:
+                self.first.remove(each)
+            else:
+                self.beside[each] = whole, array
+        if part.suffix != ".weight":
+            self.first.add(name)
+        return asked
 
     def tokenizer(self) -> Tokenizer:
         """Build the tokenizer; raises `TokenizerError` where the file's one is malformed or not supported."""

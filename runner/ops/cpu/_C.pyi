@@ -176,6 +176,7 @@ def record(slot: mx.array, outputs: list[mx.array], ahead: list[int], caches: li
 
 class Outline:
     def record(self, slot: mx.array, output: mx.array, caches: list[mx.array], count: int) -> Program | None: ...
+    def same_as(self, other: Outline) -> bool: ...
 
 class Program:
     @property

@@ -85,7 +85,7 @@ def test_parts_are_the_same_in_any_order(name: str, tmp_path: Path) -> None:
     wanted = {each: np.array(again.read(each).view(mx.uint8)) for each in sorted(again.headers)}  # biases come first
     for each in [*found.headers, *sorted(found.headers, reverse=True)]:
         assert np.array_equal(np.array(found.read(each).view(mx.uint8)), wanted[each]), each
-    assert not found.beside
+    assert not found.beside and not again.beside
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q5_K", "IQ2_XXS", "MXFP4"])

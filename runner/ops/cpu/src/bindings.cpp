@@ -125,7 +125,8 @@ NB_MODULE(_C, m) {
   m.def("slot", &runner::slot_op, "shape"_a);
   m.def("record", &runner::Program::record, "slot"_a, "outputs"_a, "ahead"_a, "caches"_a);
   nb::class_<runner::Outline>(m, "Outline")
-      .def("record", &runner::Outline::record, "slot"_a, "output"_a, "caches"_a, "count"_a);
+      .def("record", &runner::Outline::record, "slot"_a, "output"_a, "caches"_a, "count"_a)
+      .def("same_as", &runner::Outline::same_as, "other"_a);
   nb::class_<runner::Program>(m, "Program")
       .def_prop_ro("outline", [](const runner::Program& program) { return program.outline(); })
       .def("run", &runner::Program::run, "token"_a, nb::call_guard<nb::gil_scoped_release>());

@@ -189,6 +189,16 @@ std::optional<Program> Outline::record(const mx::array& slot, const mx::array& o
   return Program::planned(*this, std::move(graph), slot, output, count);
 }
 
+bool Outline::same_as(const Outline& other) const {
+  const Content &mine = *content_, &its = *other.content_;
+  auto same = [](const Operation& a, const Operation& b) {
+    if (a.pace != b.pace || a.inputs != b.inputs || a.results != b.results || !a.primitive != !b.primitive) return false;
+    return !a.primitive || same_operation(*a.primitive, *b.primitive, true);
+  };
+  return std::equal(mine.operations.begin(), mine.operations.end(), its.operations.begin(), its.operations.end(), same) &&
+         std::equal(mine.fixed.begin(), mine.fixed.end(), its.fixed.begin(), its.fixed.end(), same_input);
+}
+
 std::optional<Program> Program::planned(Outline outline, Graph graph, const mx::array& slot, const mx::array& output,
                                         int64_t count) {
   Program program(std::move(outline));

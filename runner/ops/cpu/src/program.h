@@ -23,6 +23,9 @@ class Outline {
   std::optional<Program> record(const mx::array& slot, const mx::array& output, const std::vector<mx::array>& caches,
                                 int64_t count) const;
 
+  // Whether both are of the same step, but for caches and positions, and these advance alike.
+  bool same_as(const Outline& other) const;
+
   struct Operation;
   struct Content;
 
