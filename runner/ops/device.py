@@ -16,6 +16,7 @@ from runner.ops import metal as apple
 from runner.ops import per_expert as per_expert
 from runner.ops.fusion import fusing
 from runner.ops.metal import Metal
+from runner.ops.picking import Draw
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.side_by_side import Buffers
 from runner.ops.table import PORTABLE, Ops, biased
@@ -222,6 +223,13 @@ def _cuda_attention_rows(
     return prompts.attention(_FUSED.attention_rows, query, histories, counts, **settings)
 
 
+def _cuda_draw(logits: mx.array, rows: Sequence[Draw]) -> tuple[mx.array, mx.array]:
+    """By a kernel that does not sort."""
+    from runner.ops.cuda.draw import draw  # not where there is no such GPU
+
+    return draw(logits, rows)
+
+
 def _cuda_write_rows(
     buffers: Sequence[Buffers], keys: mx.array, values: mx.array, at: Sequence[int], counts: Sequence[int]
 ) -> list[Buffers]:
@@ -235,6 +243,7 @@ CUDA = dataclasses.replace(
     _FUSED,
     name="mlx, cuda",
     attention_rows=_cuda_attention_rows,
+    draw=_cuda_draw,
     storage=dataclasses.replace(PLAIN, write_rows=_cuda_write_rows),
     quantized_linear=_cuda_quantized_linear,
     gather_quantized_linear=_cuda_gather_quantized_linear,

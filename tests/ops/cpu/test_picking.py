@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from draws import KINDS as ALL_KINDS
+from draws import in_order, made, shares
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twins import FLOATS, rand
@@ -20,48 +22,13 @@ fast_settings = settings(
 )
 SEEDS = st.integers(0, 2**31)
 SIZES = st.one_of(st.integers(1, 700), st.sampled_from([1023, 1024, 1025, 4099, 49152, 300_001]))
-KINDS = st.sampled_from(["normal", "sharp", "tied", "equal", "mostly impossible", "one possible", "far apart"])
-
-
-def made(kind: str, size: int, seed: int) -> Any:
-    """Logits float32 `[size]` of a kind."""
-    random = np.random.default_rng(seed)
-    x = random.normal(size=size) * {"sharp": 12, "far apart": 1e30}.get(kind, 2)
-    if kind == "tied":
-        x = np.round(x)
-    if kind == "equal":
-        x[:] = x[0]
-    if kind == "mostly impossible":
-        x[random.permutation(size)[: size * 9 // 10]] = -math.inf
-    if kind == "one possible":
-        x[np.arange(size) != random.integers(size)] = -math.inf
-    return x.astype(np.float32)
+KINDS = st.sampled_from(ALL_KINDS)
 
 
 def draw(ops: Ops, logits: mx.array, chance: float, **options: Any) -> tuple[mx.array, mx.array]:
     """A draw from one row `[V]`."""
     token, peak = ops.draw(logits[None], [Draw(chance, **options)])
     return token[0], peak[0]
-
-
-def in_order(x: Any) -> Any:
-    """Ids, the greatest value first, of equal ones the lowest."""
-    return np.lexsort((np.arange(len(x)), -x))
-
-
-def shares(x: Any, temperature: float, top_k: int, top_p: float, min_p: float) -> Any:
-    """Probabilities float64 after the filters, one step after the other."""
-    scaled = ((x - x.max()) / np.float32(temperature)).astype(np.float32)
-    weights = np.exp(scaled.astype(np.float64))
-    order = in_order(x)
-    if top_k:
-        weights[order[top_k:]] = 0
-    if top_p < 1:
-        before = np.cumsum(weights[order]) - weights[order]
-        weights[order[(before >= top_p * weights.sum()) & (np.arange(len(x)) > 0)]] = 0
-    if min_p:
-        weights[scaled < np.float32(math.log(min_p))] = 0
-    return weights / weights.sum()
 
 
 @fast_settings
