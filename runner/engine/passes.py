@@ -79,6 +79,15 @@ class Flight:
             self._known = cast(list[int], self.tokens.tolist())
         return self._known[place]
 
+    def step_logits(self) -> mx.array:
+        """The logits of its step by kernels, once that has ended.
+
+        Raises:
+            Broken: it has failed.
+        """
+        assert self.step is not None and self.compiled is not None
+        return self.compiled.row_logits(self.step)
+
     def rest(self) -> None:
         """Wait until its kernels have ended, if it is computed by any."""
         if self.step is not None:
@@ -163,11 +172,7 @@ class Passes:
                 for state in states:
                     state.position += 1
                 return
-            try:
-                flight.logits = self._loaded.compiled.row_logits(flight.step)
-            except Broken:
-                flight.lost = True
-        if flight.logits is None:
+        elif flight.logits is None:
             return
         for row, count in flight.rows:
             assert row.course is not None
@@ -177,7 +182,12 @@ class Passes:
             if count == 1:
                 row.course.plan(0)
             flight.states += row.course.rows
-        flight.sampled = self._sampler(flight.logits, flight.states)
+        try:
+            given = flight.step_logits if flight.logits is None else flight.logits
+            flight.sampled = self._sampler(given, flight.states)
+        except Broken:
+            flight.lost = True
+            return
         flight.logits = None
         self._ops.schedule(*[array for array in flight.sampled if array is not None], *flight.waits)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -140,11 +140,15 @@ class Sampler:
         self._bias: mx.array | None = None
         self._penalties: _Penalties | None = None
 
-    def __call__(self, logits: mx.array, states: Sequence[SamplingState]) -> Sampled:
-        """Pick a token from each row of logits `[R, V]`, without evaluating anything, and move the states on by one."""
+    def __call__(self, given: mx.array | Callable[[], mx.array], states: Sequence[SamplingState]) -> Sampled:
+        """Pick a token from each row of logits `[R, V]`, without evaluating anything, and move the states on by one.
+
+        Where a function is given that waits for the logits, it is called when all else is ready.
+        """
         if len(states) != len(self._states) or any(a is not b for a, b in zip(states, self._states, strict=True)):
             self._gather(list(states))
         draws = [state.draw() for state in states]
+        logits = given() if callable(given) else given
         # Greedy decoding without log-probabilities needs no float32: the order of the logits is all that counts.
         greedy = all(draw is GREEDY for draw in draws)
         raw = logits if greedy and not self._scored else logits.astype(mx.float32)
