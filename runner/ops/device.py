@@ -14,6 +14,7 @@ from runner.cache.storage import PLAIN, Storage
 from runner.errors import UsageError
 from runner.ops import metal as apple
 from runner.ops import per_expert as per_expert
+from runner.ops.attention import MaskRule
 from runner.ops.fusion import fusing
 from runner.ops.metal import Metal
 from runner.ops.picking import Draw
@@ -214,6 +215,13 @@ METAL = dataclasses.replace(fusing(PORTABLE, delta_kernel=True), name="mlx, meta
 _FUSED = fusing(PORTABLE, delta_kernel=False)
 
 
+def _cuda_attention(query: mx.array, key: mx.array, value: mx.array, mask: MaskRule, **settings: Any) -> mx.array:
+    """Of prompts whose lengths are filled up."""
+    from runner.ops.cuda import prompts  # not where there is no such GPU
+
+    return prompts.attention_of_one(_FUSED.attention, query, key, value, mask, **settings)
+
+
 def _cuda_attention_rows(
     query: mx.array, histories: Sequence[History], counts: Sequence[int], **settings: Any
 ) -> mx.array:
@@ -242,6 +250,7 @@ def _cuda_write_rows(
 CUDA = dataclasses.replace(
     _FUSED,
     name="mlx, cuda",
+    attention=_cuda_attention,
     attention_rows=_cuda_attention_rows,
     draw=_cuda_draw,
     storage=dataclasses.replace(PLAIN, write_rows=_cuda_write_rows),

@@ -60,6 +60,24 @@ def test_attention_of_each(case: int, sinks: bool) -> None:
     assert len(asked) == (case in (3, 4))
 
 
+@pytest.mark.parametrize(
+    ("count", "more", "window", "filled"),
+    [(70, 0, None, 128), (100, 512, None, 640), (64, 0, None, 64), (70, 0, 80, 70)],
+)
+def test_a_piece_of_one_prompt(count: int, more: int, window: int | None, filled: int) -> None:
+    one, query, lengths = history(count, more), numbers(1, 4, count, 16, seed=9), []
+
+    def others(*arguments: object, **options: object) -> mx.array:
+        lengths.append(options["length"])
+        found: mx.array = PORTABLE.attention(*arguments, **options)
+        return found
+
+    settings = {"scale": 0.25, "window": window, "sinks": None, "length": one.length}
+    want = PORTABLE.attention(query, one.stored_keys, one.stored_values, "causal", **settings)
+    got = prompts.attention_of_one(others, query, one.stored_keys, one.stored_values, "causal", **settings)
+    assert got.shape == want.shape and np.allclose(np.array(got), np.array(want), atol=2e-6) and lengths == [filled]
+
+
 def test_attention_with_counts_that_do_not_fit() -> None:
     with pytest.raises(UsageError):
         prompts.attention(PORTABLE.attention_rows, numbers(1, 4, 100, 16), CASES[0], [64, 64, 64], scale=1.0)
