@@ -20,13 +20,13 @@ from runner.engine.loaded import Loaded
 from runner.engine.part import Memories, Own, Whole
 from runner.errors import RunnerError
 from runner.families import Model
-from runner.nn.batch import Batch, Segment
 from runner.ops.device import Device
 from runner.ops.exchange import CODES, Exchange
 from runner.ops.memory import capacity
 from runner.ops.owner import OWNER
 from runner.ranks.link import ENDED, Link, Message
 from runner.ranks.part import Held, fingerprint, held, sizes, without_recording
+from runner.ranks.passes import batch_of
 from runner.ranks.settings import Settings
 from runner.weights.loading import read_nbytes
 from runner.weights.plan import ModulePlan
@@ -202,11 +202,7 @@ class _Passes:
         ids = mx.zeros(shape, mx.int32)
         if self._follower.reads_ids:
             ids = self._follower.exchange.from_first(ids)
-        if message["segments"]:
-            batch = Batch.of(ids, [Segment(*segment) for segment in message["segments"]])
-        else:
-            batch = Batch(ids, message["offset"], message["length"])
-        hidden = self._engine.model(batch, caches)
+        hidden = self._engine.model(batch_of(message, ids), caches)
         arrays = caches.arrays
         # A chunk's activations are not to be held beside the next one's; a token's may be.
         (mx.eval if shape[1] > len(each) else mx.async_eval)(hidden, arrays)

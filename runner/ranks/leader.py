@@ -30,7 +30,8 @@ from runner.ops.device import Device
 from runner.ops.exchange import CODES, Exchange
 from runner.ranks.led import Led, LedCaches
 from runner.ranks.link import ENDED, GONE, Link, Lost, Message, read_message
-from runner.ranks.part import Held, difference, fingerprint, held, room_beside, sizes, without_recording
+from runner.ranks.part import Held, difference, fingerprint, held, least_room, sizes, without_recording
+from runner.ranks.passes import described
 from runner.ranks.settings import PIPELINE, Settings
 from runner.weights.plan import ModulePlan
 from runner.weights.tags import Header
@@ -252,13 +253,7 @@ class Leader:
 
     def room(self, limit: int, room: int, footprint: Footprint) -> int:
         """See `Part.room`."""
-        own = sizes(footprint)
-        for peer, answer in zip(self._peers, self._ready, strict=True):
-            found = room_beside(limit, answer, own)
-            if found <= 0:
-                raise UsageError(f"{peer} has no memory beside its weights for what requests need")
-            room = min(room, found)
-        return room
+        return least_room(limit, room, sizes(footprint), zip(map(str, self._peers), self._ready, strict=True))
 
     # What a model and its caches do.
 
@@ -271,17 +266,11 @@ class Leader:
 
     def passed(self, batch: Batch, caches: Given) -> Batch:
         """Tell the others of a pass, and return it with the ids that all have."""
-        if batch.mask is not None or isinstance(batch.offset, mx.array):
-            raise UsageError("a batch with a mask or with offsets of its own cannot be shared out over processes")
-        several = isinstance(caches, SeveralCaches)
         self.tell(
             do="pass",
             caches=[one.name for one in caches.each if isinstance(one, LedCaches)],
             counts=list(caches.counts) if isinstance(caches, SeveralCaches) else None,
-            shape=list(batch.ids.shape),
-            offset=None if several else batch.offset,
-            length=None if several else batch.length,
-            segments=[[s.count, s.offset, s.length] for s in batch.segments],
+            **described(batch),
         )
         assert self._held is not None
         return replace(batch, ids=self.exchange.from_first(batch.ids)) if self._held.reads_ids else batch

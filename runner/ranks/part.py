@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,24 @@ def room_beside(limit: int, ready: Mapping[str, Any], own: Sequence[int]) -> int
     most = limit if memory is None else min(limit, int(memory * SHARE))
     ratio = max(there / here for there, here in zip(ready["caches"], own, strict=True))
     return int((most - ready["loaded"]) / ratio)
+
+
+def least_room(limit: int, room: int, own: Sequence[int], others: Iterable[tuple[str, Mapping[str, Any]]]) -> int:
+    """Bytes that rank 0's caches may take, `room` at most, so that those of every other rank have room as well.
+
+    Args:
+        limit: as for `room_beside`, and `own`, too.
+        others: what to call each other rank, and what it has said when it was ready.
+
+    Raises:
+        UsageError: one has no room at all; the message names it.
+    """
+    for name, ready in others:
+        found = room_beside(limit, ready, own)
+        if found <= 0:
+            raise UsageError(f"{name} has no memory beside its weights for what requests need")
+        room = min(room, found)
+    return room
 
 
 def without_recording(device: Device) -> Device:
