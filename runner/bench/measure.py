@@ -138,13 +138,14 @@ def measure_many(engine: Loaded, case: Case, repetitions: int, seed: int) -> Res
 
 
 def wired(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
-    """`measure`, with the memory wired that answers have wired."""
+    """`measure`, on the thread that owns the device, with the memory wired that answers have wired."""
     if case.batch > 1:
         return measure_many(engine, case, repetitions, seed)
     holder = object()
     engine.run(lambda: engine.wire(holder, case.batch * (case.depth + case.tokens)))
     try:
-        return measure(engine, case, repetitions, seed)
+        # On the thread that measures several sequences, too: what one has prepared, no other thread could use.
+        return engine.run(lambda: measure(engine, case, repetitions, seed))
     finally:
         OWNER.post(lambda: engine.unwire(holder))
 
