@@ -218,6 +218,7 @@ class _Reader:
         if router.bias is not None or type(router) not in (PlainLinear, QuantizedLinear):
             raise Unfit("a router of another kind")
         matrix = mx.contiguous(router.weight if type(router) is PlainLinear else _unpacked(router.quantized))
+        mx.eval(matrix)  # what a thread has built and not computed, no other thread can
         common = {
             "experts": matrix.shape[0],
             "chosen": mlp.num_experts_per_tok,

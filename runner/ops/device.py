@@ -14,6 +14,7 @@ from runner.cache.storage import PLAIN, Storage
 from runner.errors import UsageError
 from runner.ops import metal as apple
 from runner.ops import per_expert as per_expert
+from runner.ops import side_by_side
 from runner.ops.attention import MaskRule
 from runner.ops.fusion import fusing
 from runner.ops.metal import Metal
@@ -247,10 +248,30 @@ def _cuda_write_rows(
     return prompts.write_rows(buffers, keys, values, at, counts)
 
 
+def _cuda_rope(x: mx.array, offset: int | mx.array | tuple[int, ...], *, dims: int, **settings: Any) -> mx.array:
+    """Tokens with a position each, as many at once as MLX can start a kernel for."""
+    if not isinstance(offset, tuple):
+        return PORTABLE.rope(x, offset, dims=dims, **settings)
+    most = most_turned_on_cuda(x.shape[1], dims)
+    return side_by_side.rope(PORTABLE.rope, x, offset, most=most, dims=dims, **settings)
+
+
+def most_turned_on_cuda(heads: int, dims: int) -> int | None:
+    """How many sequences of one token MLX 0.32.4's RoPE takes on an NVIDIA GPU; None: any number.
+
+    A block has 1,024 threads at most, first over the pairs of a head, then over sequences and fours of heads; of these
+    it is given as many as there are (a power of two), and CUDA starts none of more than 64: "invalid argument". So it
+    was for 36 tokens of four heads with 8 rotated numbers. (MLX: `backend/cuda/rope.cu`, `get_block_dims_common`.)
+    """
+    pairs = max(1, dims // 2)
+    return None if pairs >= 16 else max(1, 127 // -(-heads // 4))
+
+
 CUDA = dataclasses.replace(
     _FUSED,
     name="mlx, cuda",
     attention=_cuda_attention,
+    rope=_cuda_rope,
     attention_rows=_cuda_attention_rows,
     draw=_cuda_draw,
     storage=dataclasses.replace(PLAIN, write_rows=_cuda_write_rows),

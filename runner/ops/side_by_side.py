@@ -86,15 +86,26 @@ def append_rows(
     ]
 
 
-def rope(turn: Callable[..., mx.array], x: mx.array, places: tuple[int, ...], **settings: Any) -> mx.array:
+def rope(
+    turn: Callable[..., mx.array], x: mx.array, places: tuple[int, ...], *, most: int | None = None, **settings: Any
+) -> mx.array:
     """RoPE of tokens `[1, H, T, D]` with a position for each, by the op `turn`, which takes `[B]` positions.
+
+    Args:
+        most: how many tokens `turn` can take at once; None: any number.
 
     Raises:
         UsageError: there is not one position for each token of a single row.
     """
     if x.shape[0] != 1 or x.shape[2] != len(places):
         raise UsageError(f"RoPE: {len(places)} positions, one for each token of a single row, for x {x.shape}")
-    return turn(x.swapaxes(0, 2), mx.array(places, dtype=mx.int32), **settings).swapaxes(0, 2)
+    tokens, positions = x.swapaxes(0, 2), mx.array(places, dtype=mx.int32)
+    count = len(places) if most is None else most
+    turned = [
+        turn(tokens[first : first + count], positions[first : first + count], **settings)
+        for first in range(0, len(places), count)
+    ]
+    return (turned[0] if len(turned) == 1 else mx.concatenate(turned)).swapaxes(0, 2)
 
 
 def segments(counts: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import TESTS
 from plain_path import decode_step
+from references import routed
 from sources import Arrays
 
 import runner
@@ -157,9 +158,10 @@ def test_stored_dtype_runs_close_to_float32(case: Path) -> None:
     prompt = expected(case)["prompts"]["long"]
     stored = open_loaded(base(case), adapters=adapters(case)).logits(prompt)
     exact = open_loaded(base(case), dtype="float32", adapters=adapters(case)).logits(prompt)
-    assert error(stored, exact) < 1  # where bfloat16 is what the device computes in
+    most = 2 if routed(json.loads((base(case) / "config.json").read_text())) else 1  # rounding picks other experts
+    assert error(stored, exact) < most  # where bfloat16 is what the device computes in
     half = open_loaded(base(case), dtype="bfloat16", adapters=adapters(case))
-    assert error(half.logits(prompt), exact) < 1
+    assert error(half.logits(prompt), exact) < most
     assert half.model(Batch(mx.array([prompt])), half.new_caches()).dtype == mx.bfloat16
 
 

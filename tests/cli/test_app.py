@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from command_line import own, run
 from places import TESTS
@@ -63,7 +64,8 @@ def test_an_answer_loads_only_what_it_needs() -> None:
         f"print([name for name in {spared!r} if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stderr.strip().splitlines()[-1] == "[]"
+    # The kernels for NVIDIA GPUs are given their numbers by NumPy.
+    assert done.stderr.strip().splitlines()[-1] == ("['numpy']" if mx.cuda.is_available() else "[]")
 
 
 def test_importing_the_package_loads_no_part_of_it() -> None:
@@ -210,6 +212,7 @@ def test_list_and_pull_without_a_hub(tmp_path: Path) -> None:
     assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr
 
 
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU is not slower without kernels for CPUs")
 def test_doctor_calls_missing_kernels_slow_and_not_broken() -> None:
     done = run("doctor", "--json", RUNNER_KERNELS_ISA="none")
     report = json.loads(done.stdout)

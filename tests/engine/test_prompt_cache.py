@@ -71,7 +71,8 @@ def test_an_answer_left_early_can_go_on() -> None:
     prompt = [*FIRST, *said, 40, 41]
     again = answer(lm, prompt, kept)
     assert tokens(again) == tokens(answer(lm, prompt, None))
-    assert cached(again) == len(FIRST) + len(said)
+    # One kernel for whole steps reads a token when it is asked for the next one.
+    assert cached(again) == len(FIRST) + len(said) - lm.engine.compiled.whole
 
 
 def test_a_window_that_moved_on_starts_again() -> None:

@@ -148,6 +148,8 @@ def test_peak_memory_counts_freed_buffers() -> None:
     del freed
     mx.reset_peak_memory()
     held = mx.get_cache_memory()
+    if mx.cuda.is_available():
+        pytest.skip("there the driver keeps freed buffers, and MLX none")
     timings = lm.generate(PROMPT, max_tokens=2).timings
     assert timings.peak_memory >= held > 1 << 23 > mx.get_peak_memory()
     mx.clear_cache()

@@ -52,6 +52,14 @@ def test_models_that_fit(path: str) -> None:
             assert matrix.weight.shape == (rows, columns * packed // 32)
 
 
+def test_what_is_read_in_one_thread_can_be_used_in_another() -> None:
+    """`runner bench` prepares a model's kernels in the thread that owns the device, and decodes in its own."""
+    loaded = open_loaded(TESTS / "fixtures" / "families" / "qwen3_moe-base")
+    _, tensors = loaded.run(lambda: read(loaded.model, loaded.config.vocab_size, loaded.dtype))
+    assert all(layer.router is not None for layer in tensors.layers)
+    mx.eval([layer.router for layer in tensors.layers])
+
+
 @pytest.mark.parametrize("path", REFUSED)
 def test_models_that_do_not_fit(path: str) -> None:
     loaded = open_loaded(TESTS / "fixtures" / path)

@@ -20,6 +20,7 @@ from runner.config.rope import depends_on_length
 from runner.engine.loaded import Loaded, open_loaded
 from runner.nn.batch import Batch
 from runner.ops import cpu as kernels
+from runner.ops.device import current
 
 FAMILIES = {path.parent.name: path.parent for path in (TESTS / "fixtures" / "families").glob("*/config.json")}
 FEW = [
@@ -31,7 +32,7 @@ FEW = [
 LONG = [1 + (7 * i + i // 5) % 30 for i in range(100)]
 PROMPT = LONG[:37]
 
-pytestmark = pytest.mark.skipif(kernels.unavailable() is not None, reason="a promise of the kernels")
+pytestmark = pytest.mark.skipif(not current().ops.one_form, reason="a promise of the CPU kernels")
 
 
 def read(engine: Loaded, cuts: list[int], prompt: list[int] = PROMPT) -> tuple[mx.array, Caches]:

@@ -64,4 +64,5 @@ def test_counting() -> None:
     with one_kernel_each():
         normed = mx.fast.rms_norm(x, w.astype(mx.float16), 1e-5)
         assert operations(normed) == {"AsType": 1, "Compiled": 1}
-    assert operations(mx.fast.rms_norm(x, w, 1e-5)).total() > 1  # put back, and many operations on a CPU
+    if mx.default_device() == mx.Device(mx.cpu):
+        assert operations(mx.fast.rms_norm(x, w, 1e-5)).total() > 1  # put back, and many operations on a CPU

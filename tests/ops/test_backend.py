@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from apple import metal
 
@@ -15,6 +16,7 @@ from runner.ops import backend, device
 
 def on(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tuple[str, str, str, str | None]]:
     """The checks of a machine whose device has these settings."""
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     here = dataclasses.replace(device.current(), notice=None, fix=None, needs=None, **settings)
     monkeypatch.setattr(device, "current", lambda: here)
     return [(check.name, check.state, check.value, check.fix) for check in check_mlx(backend.describe())]

@@ -29,6 +29,7 @@ def info(**more: Any) -> Any:
 @pytest.fixture
 def a_mac(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     monkeypatch.setattr(mx, "device_info", info())
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     return monkeypatch

@@ -9,7 +9,8 @@ import pytest
 from runner.cache.kv import History
 from runner.cache.storage import PLAIN, Storage
 from runner.errors import UsageError
-from runner.ops.device import METAL, current
+from runner.ops.device import METAL, current, most_turned_on_cuda
+from runner.ops.side_by_side import rope
 from runner.ops.table import PORTABLE, Ops
 
 TABLES = list({ops.name: ops for ops in (PORTABLE, METAL, current().ops)}.values())
@@ -110,6 +111,35 @@ def test_each_token_is_turned_by_its_own_position(ops: Ops, traditional: bool, f
         one = x[:, :, index : index + 1]
         wanted = ops.rope(one, place, dims=dims, traditional=traditional, base=base, scale=0.5, freqs=table)
         assert mx.allclose(found[:, :, index : index + 1], wanted, atol=1e-6)
+
+
+def block(first: int, last: int) -> int:
+    """Threads in the third dimension of the block that MLX takes for RoPE, of `first` pairs, a token and `last`."""
+    sizes, powers = (first, 1, last), [0, 0, 0]
+    while True:
+        before = sum(powers)
+        for index, size in enumerate(sizes):
+            if sum(powers) < 10 and size >= 2 ** (powers[index] + 1):
+                powers[index] += 1
+        if sum(powers) in (before, 10):
+            return int(2 ** powers[2])
+
+
+@pytest.mark.parametrize("heads", [1, 4, 6, 32, 71, 128])
+@pytest.mark.parametrize("dims", [2, 4, 8, 10, 16, 24, 32, 64, 128])
+def test_no_more_tokens_are_turned_at_once_than_cuda_starts_threads_for(heads: int, dims: int) -> None:
+    most, fours = most_turned_on_cuda(heads, dims), -(-heads // 4)
+    if most is None:
+        assert max(block(dims // 2, tokens * fours) for tokens in (1, 36, 500, 2048)) <= 64
+    else:
+        assert block(dims // 2, most * fours) <= 64 < block(dims // 2, (most + 1) * fours)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7])
+def test_tokens_turned_a_few_at_a_time(most: int) -> None:
+    places, x = (0, 7, 3, 3, 1000, 8, 9), rand(1, HEADS, 7, SIZE, seed=1)
+    how = {"dims": SIZE, "traditional": True, "base": 1e4, "scale": 1.0, "freqs": None}
+    assert mx.array_equal(rope(PORTABLE.rope, x, places, most=most, **how), PORTABLE.rope(x, places, **how))
 
 
 @by_table

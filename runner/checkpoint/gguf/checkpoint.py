@@ -162,7 +162,8 @@ class GGUF:
         for each, made in wanted.items():
             whole = cuts[each]
             shape = made.shape if whole is None else cut_shape(made.shape, whole)
-            array = mx.array(filled.pop(each).reshape(shape))
+            # MLX takes a view with its steps: one of each block's first byte would keep all of the file's bytes.
+            array = mx.array(np.ascontiguousarray(filled.pop(each)).reshape(shape))
             array = array.view(mx.bfloat16) if made.dtype == "BF16" else array
             if each == name:
                 asked = array

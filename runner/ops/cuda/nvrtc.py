@@ -47,7 +47,7 @@ class Nvrtc:
         if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"step.cu", 0, None, None):
             raise BackendError("NVRTC cannot begin a program")
         try:
-            # A lambda with a parameter of type `auto` is a device function to NVRTC 13.5, and to 13.0 only when told so.
+            # A lambda with a parameter `auto` is a device function to NVRTC 13.5, to 13.0 only when told so.
             options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
             options.append(b"--device-as-default-execution-space")
             failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))

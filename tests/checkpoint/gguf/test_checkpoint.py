@@ -280,6 +280,16 @@ class Dense:
 
 
 @pytest.mark.parametrize("name", MIXES)
+def test_arrays_hold_their_own_numbers_alone(name: str, tmp_path: Path) -> None:
+    """A view of a file's blocks would keep all of them, and MLX's kernels on NVIDIA GPUs take none."""
+    mixed_model(tmp_path / "m.gguf", name)
+    found = GGUF.open(tmp_path / "m.gguf")
+    for each in found.headers:
+        array = found.read(each)
+        assert memoryview(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).c_contiguous, each
+
+
+@pytest.mark.parametrize("name", MIXES)
 def test_packed_models_compute_what_their_blocks_say(name: str, tmp_path: Path) -> None:
     """The logits of a quantized file equal those of its dequantized numbers in float32."""
     path = tmp_path / "m.gguf"

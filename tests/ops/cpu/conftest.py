@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import mlx.core as mx
 import pytest
 from instruction_sets import available
 
@@ -16,6 +17,15 @@ collect_ignore = [] if kernels.unavailable() is None else ["test_built.py"]
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "ops" in metafunc.fixturenames:
         metafunc.parametrize("ops", available(), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    """MLX computes on the CPU here, on machines with a GPU too."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
 
 
 @pytest.fixture(scope="module")
