@@ -126,13 +126,13 @@ class Passes:
         self._several: tuple[SeveralCaches, AnySteps] | None = None  # of the last passes, while the rows are the same
         self._known: Known = WeakKeyDictionary()
 
-    def waits(self, row: Row, *, alone: bool) -> bool:
-        """Whether the next pass of a row is made only when the token before it is known.
+    def waits(self, row: Row, rows: int) -> bool:
+        """Whether the next pass of a row, which is one of so many, is made only when the token before it is known.
 
-        Guesses are read behind tokens that are certain; so do a kernel's steps begin, for one that is `alone`.
+        Guesses are read behind tokens that are certain; so do a kernel's steps begin, for one that is alone.
         """
         assert row.course is not None
-        return row.course.waits or (alone and self._fits_kernel(row))
+        return row.course.waits(rows) or (rows == 1 and self._fits_kernel(row))
 
     def launch(self, feeds: Sequence[tuple[Row, Feed]]) -> Flight:
         """Begin a pass; the caches of the rows go forward by what they are fed."""

@@ -81,7 +81,7 @@ class Scheduler:
         self._sweep()
         self._admit()
         begun = time.perf_counter()
-        if any(self._maker.waits(row, alone=len(self.live) == 1) for row in self.live if row.unread):
+        if any(self._maker.waits(row, len(self.live)) for row in self.live if row.unread):
             self._land()
         flights = []
         try:

@@ -152,12 +152,15 @@ class Continuation:
         """Whether each pass feeds one token and nothing needs to be known before the next is drawn."""
         return self.guide is None and self.proposer is None
 
-    @property
-    def waits(self) -> bool:
-        """Whether the next pass is made only when its token is certain, as there are guesses behind it."""
+    def waits(self, rows: int) -> bool:
+        """Whether the next pass, of so many rows, is made only when its token is certain: there are guesses behind it.
+
+        Reading a run of n tokens that must come spares n steps of one row; waiting, and building a pass and the next
+        step anew, costs all rows about half a step.
+        """
         if self._single:
             return False
-        if self.guide is not None and len(self._run()) > 1:
+        if self.guide is not None and len(self._run()) > max(1, rows // 2):
             return True
         return self.proposer is not None and self._depth.pays
 

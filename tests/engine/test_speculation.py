@@ -24,7 +24,7 @@ from runner.engine.prompt_cache import PromptCache
 from runner.engine.request import Run
 from runner.engine.sampler import SamplingState, Token
 from runner.engine.sampling import SamplingParams
-from runner.engine.speculation import PAUSE, START, Depth, Proposer
+from runner.engine.speculation import PAUSE, START, Continuation, Depth, Proposer
 from runner.engine.ticket import Order
 from runner.errors import UsageError
 
@@ -359,6 +359,16 @@ class Sieve:
             run.append(self.last)
         self.last = before
         return run
+
+
+def test_others_are_held_up_for_forced_tokens_where_these_spare_more() -> None:
+    """Of a run of four; and a run is taken along where somebody waits anyway."""
+    guide = Sieve()
+    guide.last = next(last for last in range(64) if len((setattr(guide, "last", last), guide.forced(16))[1]) == 4)
+    state = SamplingState(SamplingParams(), 336, [5, 6])
+    answer = Continuation(state, [5, 6], guide=guide)
+    assert [rows for rows in range(1, 64) if answer.waits(rows)] == [1, 2, 3, 4, 5, 6, 7]
+    assert answer.plan(16) == guide.forced(16)
 
 
 class Unforced(Sieve):
