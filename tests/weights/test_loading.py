@@ -97,7 +97,10 @@ def test_a_fused_field_is_held_once_and_its_parts_one_by_one(
     ("stored", "dtype"), [(mx.bfloat16, ""), (mx.bfloat16, "float32"), (mx.float32, "bfloat16")], ids=str
 )
 def test_loading_holds_little_more_than_the_model(tmp_path: Path, stored: mx.Dtype, dtype: str) -> None:
-    """The head is a fifth of the model and its last field: cast at the end, it would be in memory three times."""
+    """The head is a fifth of the model and its last field: cast at the end, it would be in memory three times.
+
+    Where it is moved into large pages, it is there twice for a moment.
+    """
     config_class, model_class = find(LLAMA)
     arrays = plan(model_class, config_class.from_dict(LLAMA), None).arrays()
     stores = (leaf_shapes(array.tree, array.sizes) for array in arrays)
@@ -107,5 +110,5 @@ def test_loading_holds_little_more_than_the_model(tmp_path: Path, stored: mx.Dty
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=ROOT)
     resident, counted, held = json.loads(done.stdout)
     assert held > 150e6
-    assert counted < 1.15 * held
-    assert resident < 1.15 * held
+    assert counted < 1.25 * held
+    assert resident < 1.25 * held

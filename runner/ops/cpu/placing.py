@@ -16,7 +16,11 @@ SmolLM2-135M (98 MB), whose loading the copy did not make slower by more than ca
 """
 
 CHUNK = 64 << 20
-"""Bytes of memory taken at a time: enough that the C library asks the system for it, so that nobody has touched it."""
+"""Bytes of memory taken at a time, while there is so much to come."""
+
+LEAST = 33 << 20
+"""Bytes that the C library always asks the system for, so that nobody has touched them (mallopt(3): up to 32 MiB it may
+take what the process has freed)."""
 
 SMALL = 4096
 """Bytes of arrays that stay where they are: norms and biases, which a step reads little of."""
@@ -31,12 +35,15 @@ class Pages:
     it does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int = CHUNK) -> None:
+        """`nbytes` of all arrays together: the last memory that is taken for them is no larger than it need be."""
         self._chunks: list[_Chunk] = []
+        self._to_come = nbytes
 
     def __call__(self, array: mx.array) -> None:
         """Move an evaluated array; one that shares its numbers with another, or is no plain row of them, stays."""
         size = -(-array.nbytes // LINE) * LINE
+        to_come, self._to_come = self._to_come, self._to_come - array.nbytes
         if size < SMALL:
             return
         if size > CHUNK // 2:
@@ -44,9 +51,11 @@ class Pages:
             return
         chunk = next((each for each in self._chunks if each.left >= size), None)
         if chunk is None:
-            chunk = _Chunk(_C.pages(CHUNK))
+            room = min(CHUNK, max(LEAST, to_come + to_come // 64))  # a little more, as each begins at a line
+            room = -(-room // LINE) * LINE
+            chunk = _Chunk(_C.pages(room), room)
             self._chunks.append(chunk)
-        if _C.move_into(array, chunk.pages, CHUNK - chunk.left):
+        if _C.move_into(array, chunk.pages, chunk.pages.nbytes - chunk.left):
             chunk.left -= size
 
 
@@ -55,9 +64,9 @@ class _Chunk:
     """Memory that arrays are put into from its beginning on; `left` bytes are free."""
 
     pages: mx.array
-    left: int = CHUNK
+    left: int
 
 
 def placing(nbytes: int) -> Pages | None:
     """What moves the weights of a model of so many bytes as they are read; None: they may stay where they are."""
-    return Pages() if nbytes >= HUGE else None
+    return Pages(nbytes) if nbytes >= HUGE else None

@@ -85,6 +85,15 @@ def test_memory_lives_as_long_as_an_array_in_it() -> None:
     assert mx.get_active_memory() <= before - CHUNK
 
 
+def test_the_last_memory_is_no_larger_than_it_need_be() -> None:
+    arrays = [numbers(20 << 20, seed=seed) for seed in range(5)]
+    before, place = mx.get_active_memory(), Pages(100 << 20)
+    for array in arrays:
+        place(array)
+    # 64 MiB hold three of them; the last two take what is left, and a little more.
+    assert (60 << 20) + 2 * (20 << 20) <= mx.get_active_memory() - before + (100 << 20) <= (64 << 20) + (42 << 20)
+
+
 @pytest.mark.parametrize(
     "size, at, message",
     [(0, 0, "positive multiple of 64"), (100, 0, "multiple"), (64, 4, "not fit"), (128, 2, "not fit")],
