@@ -35,7 +35,7 @@ def messages(serving: Serving) -> Handler:
         omitted = body.thinking is not None and body.thinking.display == "omitted"
         reply = Reply(body.model or served.name, running, omitted)
         if body.stream:
-            return Stream(reply.stream(), ping=PING, done=running.close)
+            return Stream(reply.stream(), ping=PING, done=running.close, cut=running.cut)
         with running:
             return json(await while_there(request, reply.whole()))
 
@@ -102,7 +102,7 @@ class Reply:
                         ended = {"stop_reason": _reason(delta), "stop_sequence": delta.stopped_by}
                         yield event("message_delta", {"type": "message_delta", "delta": ended, "usage": self._usage()})
                 yield event("message_stop", {"type": "message_stop"})
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             yield event("error", anthropic_form(self._running.failed(error)))
 
     async def whole(self) -> dict[str, Any]:

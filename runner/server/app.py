@@ -27,7 +27,7 @@ from runner.server import (
     operations,
     page_files,
 )
-from runner.server.errors import ApiError, form_for
+from runner.server.errors import ApiError, ending, form_for
 from runner.server.limits import MAX_HEADERS, ClientDisconnect, Door
 from runner.server.log import say
 from runner.server.operations import Handler
@@ -123,9 +123,9 @@ class App:
             except (Gone, ClientDisconnect):
                 status = status or 499
             except asyncio.CancelledError:  # the server ends, and has waited for as long as it may
-                told = ApiError(503, "the server was told to end", "server_error", code="shutting_down")
+                told = ending()
                 note.values["error"] = told.message
-                if not status:  # a stream breaks off, which its client sees
+                if not status:  # a stream has said so itself
                     await self._refusal(path, told)(scope, receive, sending)
             except Exception as error:
                 told = self.serving.told(error)

@@ -53,6 +53,11 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def ending() -> ApiError:
+    """The end of an answer that had no more time, as the server was told to end."""
+    return ApiError(503, "the server was told to end", "server_error", code="shutting_down")
+
+
 def of_exception(error: BaseException) -> ApiError:
     """The error that a client sees for an exception; what nobody foresaw is a 500 without its details."""
     if isinstance(error, ApiError):

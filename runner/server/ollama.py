@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
@@ -69,7 +70,7 @@ async def _answer(
     running = await serving.begin(request, prepared, keep=keep)
     reply = Reply(body.model or served.name, running, chat=chat)
     if body.stream is not False:
-        return Stream(reply.stream(), LINES, ping=b"", done=running.close)
+        return Stream(reply.stream(), LINES, ping=b"", done=running.close, cut=running.cut)
     with running:
         return json(await while_there(request, reply.whole()))
 
@@ -148,7 +149,7 @@ class Reply:
                     yield line(self._frame(delta.text, delta.reasoning, whole))
                 if delta.finish is not None:
                     yield line({**self._frame("", "", []), **self._end(delta)})
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             yield line(ollama_form(self._running.failed(error)))
 
     async def whole(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -33,7 +34,7 @@ def chat(serving: Serving) -> Handler:
         running = await serving.begin(request, prepared)
         reply = Reply(served.name if body.model is None else body.model, running, bool(body.logprobs))
         if body.stream:
-            return Stream(reply.stream(*usage_asked), done=running.close)
+            return Stream(reply.stream(*usage_asked), done=running.close, cut=running.cut)
         with running:
             return json(await while_there(request, reply.whole()))
 
@@ -130,7 +131,7 @@ class Reply:
             if usage:
                 yield chunk([])
             yield b"data: [DONE]\n\n"
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             yield data(openai_form(self._running.failed(error)))
 
     async def whole(self) -> dict[str, Any]:

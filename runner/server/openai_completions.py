@@ -90,7 +90,7 @@ def completions(serving: Serving) -> Handler:
         running = await serving.begin(request, *prepared)
         reply = Reply(served, served.name if body.model is None else body.model, running, body)
         if body.stream:
-            return Stream(reply.stream(*usage_asked), done=running.close)
+            return Stream(reply.stream(*usage_asked), done=running.close, cut=running.cut)
         with running:
             return json(await while_there(request, reply.whole()))
 
@@ -216,7 +216,7 @@ class Reply:
             if usage:
                 yield chunk([])
             yield b"data: [DONE]\n\n"
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             yield data(openai_form(self._running.failed(error)))
 
     def _ends(self, index: int) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -31,7 +32,7 @@ def responses(serving: Serving) -> Handler:
         running = await serving.begin(request, ready)
         reply = Reply(served.name, body, running)
         if body.stream:
-            return Stream(reply.stream(), done=running.close)
+            return Stream(reply.stream(), done=running.close, cut=running.cut)
         with running:
             return json(await while_there(request, reply.whole()))
 
@@ -112,7 +113,7 @@ class Reply:
                         yield self._event(kind, value)
                     status = "incomplete" if delta.finish == "length" else "completed"
                     yield self._event(f"response.{status}", {"response": self._response(status, items.done)})
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             told = self._running.failed(error)
             why = {"code": told.code or "server_error", "message": told.message}
             yield self._event("response.failed", {"response": self._response("failed", items.done, why)})

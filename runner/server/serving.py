@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 from starlette.requests import Request
 
 from runner.server.answering import Answering
-from runner.server.errors import ApiError, of_exception
+from runner.server.errors import ApiError, ending, of_exception
 from runner.server.fields import parse, read
 from runner.server.limits import Options, Places, body_of
 from runner.server.log import LOG
@@ -58,6 +58,7 @@ class Running:
         self._count = sum(each.prepared.ask.choices for each in answers)
         serving.places.take(self._count)
         self._open = True
+        self._cut = False
 
     def __enter__(self) -> Self:
         return self
@@ -67,9 +68,22 @@ class Running:
     ) -> None:
         self.close()
 
-    def failed(self, error: Exception) -> ApiError:
-        """The error to tell of where the answers broke off, after the response had begun; the log has it in full."""
-        told = self._serving.told(error)
+    def cut(self) -> None:
+        """Have the answers end, which are cancelled next, with an error that says that the server ends."""
+        self._cut = True
+
+    def failed(self, error: BaseException) -> ApiError:
+        """The error to tell of where the answers broke off, after the response had begun; the log has it in full.
+
+        Raises:
+            BaseException: `error`, where it is no failure: the client has left.
+        """
+        if self._cut:
+            told = ending()
+        elif isinstance(error, Exception):
+            told = self._serving.told(error)
+        else:
+            raise error
         self._note.values["error"] = told.message
         return told
 

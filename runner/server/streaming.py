@@ -55,8 +55,13 @@ async def _gone(receive: Receive) -> Any:
     raise Gone
 
 
-async def _first(work: Coroutine[Any, Any, T], *others: Coroutine[Any, Any, Any]) -> T:
-    """The result of `work`, unless one of the others fails before; none of them outlives the call."""
+async def _first(
+    work: Coroutine[Any, Any, T], *others: Coroutine[Any, Any, Any], cut: Callable[[], None] = lambda: None
+) -> T:
+    """The result of `work`, unless one of the others fails before; none of them outlives the call.
+
+    `cut` is called where the call itself is cancelled, before they are.
+    """
     main = asyncio.ensure_future(work)
     tasks: list[asyncio.Future[Any]] = [main, *map(asyncio.ensure_future, others)]
     try:
@@ -65,6 +70,9 @@ async def _first(work: Coroutine[Any, Any, T], *others: Coroutine[Any, Any, Any]
             for task in done:
                 task.result()
         return await main
+    except asyncio.CancelledError:
+        cut()
+        raise
     finally:
         for task in tasks:
             task.cancel()
@@ -83,8 +91,12 @@ class Stream(Response):
         headers: Mapping[str, str] | None = None,
         ping: bytes = b": still at it\n\n",
         done: Callable[[], None] = lambda: None,
+        cut: Callable[[], None] = lambda: None,
     ) -> None:
-        """Send `pieces`, and call `done` at the end, even where sending never began."""
+        """Send `pieces`, and call `done` at the end, even where sending never began.
+
+        Where the server ends, `cut` is called and `pieces` are cancelled; what they still yield then is sent.
+        """
         # No proxy is to keep pieces back.
         usual = {"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})}
         super().__init__(None, 200, usual, media_type)
@@ -92,13 +104,15 @@ class Stream(Response):
         self._pieces = pieces
         self._ping = ping
         self._done = done
+        self._cut = cut
         self._sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all, unless the client leaves."""
         try:
             with contextlib.suppress(Gone, TimeoutError):
-                await _first(self._write(send), _gone(receive), *([self._pinging(send)] if self._ping else []))
+                pinging = [self._pinging(send)] if self._ping else []
+                await _first(self._write(send), _gone(receive), *pinging, cut=self._cut)
         finally:
             self._done()
 

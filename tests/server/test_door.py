@@ -276,14 +276,43 @@ def test_answers_have_so_long_to_end_and_no_longer() -> None:
             assert waited(lambda: told.open == 2)
             began = time.monotonic()
             server.end()
-            with pytest.raises(httpx2.RemoteProtocolError):  # no "[DONE]", and no end that looks like one
-                for _ in pieces:
-                    pass
+            rest = "".join(pieces)
+            assert json.loads(rest.rpartition("data: ")[2])["error"]["message"] == "the server was told to end"
+            assert "[DONE]" not in rest
             assert 0.4 < time.monotonic() - began < 5
         assert whole.result().status_code == 503 and whole.result().json() == {"error": "the server was told to end"}
         assert waited(lambda: server.code == 0) and told.open == 0 and server.serving.places.taken == 0
         with pytest.raises(ConnectionError):
             server.raw(b"")
+        assert not [line for line in server.lines if "Traceback" in line.get("text", "")]
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        ("/v1/chat/completions", '"code":"shutting_down"'),
+        ("/v1/messages", 'event: error\ndata: {"type":"error"'),
+        ("/v1/responses", '"status":"failed"'),
+        ("/api/chat", '{"error":"the server was told to end"}'),
+    ],
+)
+def test_a_stream_that_is_cut_says_so_in_the_words_of_its_api(path: str, last: str) -> None:
+    told = ToldBackend(lambda prompt, order: "x" * 1000)
+    told.pause = 0.05
+    hello = {"role": "user", "content": "Hi"}
+    body = {"model": "told", "stream": True, **({"input": "Hi"} if "responses" in path else {"messages": [hello]})}
+    if path == "/v1/messages":
+        body["max_tokens"] = 900
+    with Running([told], shutdown_timeout=0.2) as server:
+        with httpx2.stream("POST", server.url + path, json=body) as sent:
+            pieces = sent.iter_text()
+            next(pieces)
+            assert waited(lambda: told.open == 1)
+            server.end()
+            end = "".join(pieces).rstrip("\n").split("\n\n")[-1]
+        assert last in end and "the server was told to end" in end, end
+        assert waited(lambda: server.code == 0) and told.open == 0 and server.serving.places.taken == 0
+        assert [line["error"] for line in server.lines if line.get("path") == path] == ["the server was told to end"]
         assert not [line for line in server.lines if "Traceback" in line.get("text", "")]
 
 
