@@ -30,7 +30,6 @@ from runner.server.log import say
 from runner.server.model import Served
 from runner.server.pool import Lease, Pool, Slot
 from runner.text.tokenizer import Tokenizer
-from runner.weights.plan import count_by_form
 
 if TYPE_CHECKING:
     from runner.adapters import AdapterFiles
@@ -167,21 +166,6 @@ class LocalModels:
             if note not in self.notes:
                 say(logging.WARNING, event="note", model=facts.name, note=note)
         return dataclasses.replace(lm, tokenizer=facts.tokenizer)  # one of the two is enough
-
-
-def facts_of(name: str, lm: LanguageModel) -> Facts:
-    """What is known of a loaded model."""
-    return Facts(
-        name=name,
-        family=lm.config.model_type,
-        tokenizer=lm.tokenizer,
-        defaults=lm.defaults,
-        eos_token_ids=lm.eos_token_ids,
-        context_length=lm.context_length,
-        vocab_size=lm.config.vocab_size,
-        nbytes=lm.nbytes,
-        forms=count_by_form(lm.engine.layout),
-    )
 
 
 class LocalBackend:

@@ -24,13 +24,14 @@ from runner.engine.sampler import Token
 from runner.language_model import LanguageModel
 from runner.server.backend import Facts, Order, Status, Step
 from runner.server.limits import Options
-from runner.server.local import LocalBackend, facts_of
+from runner.server.local import LocalBackend
 from runner.server.log import LOG
 from runner.server.model import Served
 from runner.server.pool import Lease, Pool
 from runner.server.process import address_of, listening, serve_on
 from runner.server.serving import Serving
 from runner.text.tokenizer import Tokenizer
+from runner.weights.plan import count_by_form
 
 END = "<|im_end|>"
 CHATML = (
@@ -172,6 +173,21 @@ class ToldBackend:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def facts_of(name: str, lm: LanguageModel) -> Facts:
+    """What is known of a loaded model."""
+    return Facts(
+        name=name,
+        family=lm.config.model_type,
+        tokenizer=lm.tokenizer,
+        defaults=lm.defaults,
+        eos_token_ids=lm.eos_token_ids,
+        context_length=lm.context_length,
+        vocab_size=lm.config.vocab_size,
+        nbytes=lm.nbytes,
+        forms=count_by_form(lm.engine.layout),
+    )
 
 
 def local(lm: LanguageModel, name: str, *, memory: int = 1 << 40) -> LocalBackend:

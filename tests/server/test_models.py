@@ -17,7 +17,7 @@ import mlx.core as mx
 import pytest
 from gguf_cases import mixed_model
 from places import ROOT
-from told_backend import Running, ToldBackend, waited
+from told_backend import Running, ToldBackend, facts_of, waited
 
 import runner
 from runner.engine.scheduler import Scheduler
@@ -25,7 +25,7 @@ from runner.errors import UsageError
 from runner.inspect_model import inspect
 from runner.server.backend import STUCK, Status
 from runner.server.durations import seconds_of
-from runner.server.local import LocalModels, facts_of
+from runner.server.local import LocalModels
 from runner.server.ollama_models import size
 from runner.server.pool import Pool
 
