@@ -70,6 +70,7 @@ class Status:
         nbytes: bytes of the caches of those under way.
         room: bytes that the caches of all models may take together; 0 where there is no bound.
         loaded: whether its weights are in memory.
+        pinned: whether they stay, whatever a client asks for.
         expires_in: seconds after which they go if nobody asks; endless: when others need their memory, or never.
         guesses: counts of a draft model's guesses; None: there is none.
     """
@@ -81,6 +82,7 @@ class Status:
     nbytes: int = 0
     room: int = 0
     loaded: bool = True
+    pinned: bool = False
     expires_in: float = math.inf
     guesses: Guesses | None = None
 

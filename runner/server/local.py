@@ -247,7 +247,7 @@ class LocalBackend:
         slot = self._slot
         state = self._pool.status(slot)
         if state is None:
-            return Status(loaded=False, guesses=self._guesses)
+            return Status(loaded=False, pinned=slot.pinned, guesses=self._guesses)
         running, waiting, nbytes = state.running, state.waiting, state.nbytes
         if self._shared:  # the engine's numbers are those of all names together
             running = sum(1 for ticket in self._tickets if ticket.read or ticket.reused)
@@ -260,6 +260,7 @@ class LocalBackend:
             waiting=waiting,
             nbytes=nbytes,
             room=self._pool.engine.budget.room,
+            pinned=slot.pinned,
             expires_in=slot.expires - time.monotonic(),
             guesses=self._guesses,
         )

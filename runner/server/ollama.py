@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from runner.server.ollama_models import found, written
 from runner.server.operations import Handler
 from runner.server.pool import Lease
 from runner.server.request import Ask, Chat, Text
-from runner.server.serving import Running, Serving
+from runner.server.serving import Running, Serving, note_of
 from runner.server.streaming import LINES, Stream, json, line, while_there
 from runner.server.tool_calls import Call, CallPart, arguments_of, gathered
 
@@ -65,7 +66,7 @@ def generate(serving: Serving) -> Handler:
 async def _answer(
     serving: Serving, request: Request, served: Served, body: Common, ask: Ask, *, chat: bool
 ) -> Response:
-    keep = body.keep()
+    keep = _keep(request, served, body)
     prepared = await serving.prepare(request, served, ask)
     running = await serving.begin(request, prepared, keep=keep)
     reply = Reply(body.model or served.name, running, chat=chat)
@@ -79,11 +80,22 @@ def _now() -> str:
     return written(datetime.now(UTC))
 
 
+def _keep(request: Request, served: Served, body: Common) -> float | None:
+    """For how long the model is to stay; a pinned one stays anyway, which is said where it was to go."""
+    keep = body.keep()
+    if keep is not None and math.isfinite(keep) and served.backend.status().pinned:
+        note_of(request).ignored.append("keep_alive")
+    return keep
+
+
 async def _loaded(serving: Serving, request: Request, served: Served, body: Common, *, chat: bool) -> Response:
     """Ollama's way to have a model loaded, or unloaded."""
-    keep = body.keep()
+    keep = _keep(request, served, body)
     serving.check_alive(served)
-    if keep == 0 and not served.backend.status().loaded:
+    status = served.backend.status()
+    if keep == 0 and status.pinned:
+        raise invalid(f"keep_alive: {served.name} is pinned, and stays loaded", "keep_alive")
+    if keep == 0 and not status.loaded:
         lease = Lease()
     else:
         lease = await while_there(request, served.backend.hold(keep))

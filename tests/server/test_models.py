@@ -203,7 +203,17 @@ def test_a_pinned_model_stays(tmp_path: Path, wanted: str) -> None:
     with several(tmp_path, "a", "b", "c", room=2.5, pinned=("a",), keep=0.05) as one:
         for name in "abcb":
             assert one.text(name) == wanted
-        one.load("a", 0)
+        away = {"model": "a", "keep_alive": 0}
+        refused = httpx2.post(f"{one.server.url}/api/generate", json=away)
+        assert refused.status_code == 400 and "a is pinned" in refused.json()["error"]
+        answer = httpx2.post(
+            f"{one.server.url}/api/generate", json={**away, "prompt": "Hi", "raw": True, "options": {"num_predict": 2}}
+        )
+        assert answer.status_code == 200 and answer.headers["x-runner-ignored"] == "keep_alive"
+        assert (
+            "x-runner-ignored"
+            not in httpx2.post(f"{one.server.url}/api/generate", json={"model": "a", "keep_alive": -1}).headers
+        )
         assert waited(lambda: one.there() == ["a"])
     with pytest.raises(UsageError, match=r"weights of b take .* MB, and .* MB are allowed, .* for what always stays"):
         several(tmp_path / "other", "a", "b", room=1.5, pinned=("a",)).__enter__()
