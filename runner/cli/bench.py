@@ -155,8 +155,10 @@ def bench(
 
     model = named_model(model, named)
     backend.require()
-    from runner.bench import cases, open_subject, report, run
+    from runner.bench import report
     from runner.bench.bandwidth import read_bandwidth
+    from runner.bench.measure import cases, run
+    from runner.bench.models import open_subject
 
     # Everything that can be refused is checked before anything is loaded or measured.
     wanted = cases(

@@ -105,7 +105,7 @@ def load(message: Mapping[str, Any], part: Follower) -> Loaded:
 
     def job() -> Loaded:
         if "subject" in what:
-            from runner.bench import open_subject
+            from runner.bench.models import open_subject
 
             return open_subject(what.pop("subject"), **what, part=part).engine
         files = open_files(resolve(what["model"]))

@@ -88,7 +88,7 @@ class Runner(Engine):
     """This project; MODEL is a directory, or `NAME:FORM` for a published shape packed as FORM."""
 
     def __init__(self, model: str, activations: str = "exact") -> None:
-        from runner.bench import open_subject
+        from runner.bench.models import open_subject
 
         name, _, form = model.partition(":")
         self.subject = open_subject(name, quantize=form or None, activations=activations)

@@ -15,10 +15,10 @@ import pytest
 from places import TESTS
 
 from runner import resources
-from runner.bench import Case, cases, measure, open_subject, report, run
+from runner.bench import measure, report
 from runner.bench.bandwidth import _numpy_pass, read_bandwidth
-from runner.bench.measure import cache_bytes, filled, generate, read, rewind, weight_bytes
-from runner.bench.models import describe, random_weights
+from runner.bench.measure import Case, cache_bytes, cases, filled, generate, read, rewind, run, weight_bytes
+from runner.bench.models import describe, open_subject, random_weights
 from runner.cli.app import run as command
 from runner.convert.quantize import QUANTIZATIONS
 from runner.engine.loaded import Loaded, assemble, open_loaded

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from told_backend import Running, ToldBackend
@@ -42,6 +44,11 @@ def test_words_for_a_server_that_takes_no_ids(capsys: pytest.CaptureFixture[str]
     assert len(set(seen)) == 3 and all(prompt[0] == " " and len(prompt.split()) == 5 for prompt in seen)
     assert main(["bench", "--text-prompts"]) == 2
     assert "--text-prompts needs a server" in capsys.readouterr().err
+
+
+def test_the_client_loads_nothing_that_computes() -> None:
+    found = "import sys, runner.cli.bench, runner.bench.serving; print('mlx.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", found], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_words_mean_what_vllm_means() -> None:
