@@ -26,6 +26,7 @@ from runner.engine.ticket import Order
 from runner.errors import BackendError
 from runner.nn.batch import Batch
 from runner.ops.cuda.decoder import Picking, Said
+from runner.ops.cuda.driver import Driver
 from runner.ops.device import current
 
 GQA = TESTS / "fixtures/llama/llama-gqa"
@@ -215,6 +216,17 @@ def test_tokens_are_picked_as_by_operations(options: dict[str, Any]) -> None:
     first = answer(loaded, **options)
     assert first == answer(loaded, **options) == answer(by_operations(loaded), **options)
     assert loaded.compiled.refused is None
+
+
+@needs_gpu
+@pytest.mark.parametrize("path", ["llama/llama-gqa", "llama/llama-mlx-4bit", "llama/llama-mlx-tied"])
+def test_a_ring_that_lanes_fill(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs without bulk copies have it."""
+    expected = answer(open_loaded(TESTS / "fixtures" / path, dtype="float32"), temperature=0)
+    monkeypatch.setattr(Driver, "bulk", False)
+    loaded = open_loaded(TESTS / "fixtures" / path, dtype="float32")
+    assert answer(loaded, temperature=0) == expected
+    assert loaded.compiled.refused is None and loaded.compiled.decoder.division.copies
 
 
 @needs_gpu

@@ -6,6 +6,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,36 @@ extern "C" void product(int index, int rows, const float* x, const char* stages,
 """
 
 
+_RUN_BOX = """
+inline void unit(unsigned d, u64 p, int n, u64) {
+  memset(sm + d, 0, 16);
+  memcpy(sm + d, (const void*)p, n);
+}
+%s
+extern "C" void boxes(
+    const char* matrix, int pitch, int all, int row, int rows, int line, int lines, int width, char* out) {
+  in_warps(1, [&](int, int) { box(0, 0, (u64)matrix, pitch, all, row, rows, line, lines, width, 0, 0); });
+  memcpy(out, sm, (size_t)rows * lines * width);
+}
+"""
+
+
+def boxes(product: Product, matrix: list[np.ndarray], base: int, piece: int, tmp: Path) -> np.ndarray:
+    """A stage as the producer's lanes fill it, on GPUs without bulk copies."""
+    source = text("step.cu")
+    start = source.index("DI void box(")
+    run = _RUN_BOX % source[start : source.index("DI void done(", start)]
+    library = _built([_lanes(), text("forms.cu"), run], tmp)
+    stage = np.zeros(product.bytes, np.uint8)
+    places = (0, product.scale_at, product.bias_at)
+    for array, box, place in zip(matrix, product.boxes, places, strict=False):
+        part = np.zeros(box.rows * box.lines * box.width, np.uint8)
+        line = piece * box.lines
+        library.boxes(_at(array), box.pitch, len(array), base, box.rows, line, box.lines, box.width, _at(part))
+        stage[place : place + part.size] = part
+    return stage
+
+
 def elements(
     form: Form, words: np.ndarray, scales: np.ndarray, biases: np.ndarray, count: int, tmp: Path
 ) -> np.ndarray:
@@ -103,7 +134,7 @@ def block(division: Division, index: int, x: np.ndarray, matrix: list[np.ndarray
         _RUN_PRODUCT,
     ]
     stages = [
-        (_mapped if product.mapped else _loose)(product, matrix, base, piece, division.stage)
+        (mapped if product.mapped else _loose)(product, matrix, base, piece, division.stage)
         for base in range(0, rows, 16 * product.tiles)
         for piece in range(product.pieces)
     ]
@@ -113,7 +144,7 @@ def block(division: Division, index: int, x: np.ndarray, matrix: list[np.ndarray
     return slots[:rows, : product.shares].sum(1)
 
 
-def _mapped(product: Product, matrix: list[np.ndarray], base: int, piece: int, size: int) -> np.ndarray:
+def mapped(product: Product, matrix: list[np.ndarray], base: int, piece: int, size: int) -> np.ndarray:
     """A stage as tensor maps fill it: lines of bytes from all rows, units of 16 bytes exchanged by the row."""
     stage, rows = np.zeros(size, np.uint8), 16 * product.tiles
     places = (0, product.scale_at, product.bias_at)
@@ -159,11 +190,11 @@ def _lanes() -> str:
 
 def _built(parts: list[str], tmp: Path) -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler here")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("there is no C++ compiler here, or no Linux")
     source = tmp / "kernel.cpp"
     source.write_text("\n".join(parts))
-    command = [compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", str(source)]
+    command = [compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", str(source)]
     subprocess.run([*command, "-o", str(tmp / "kernel.so")], check=True)
     return ctypes.CDLL(str(tmp / "kernel.so"))
 

@@ -1,12 +1,13 @@
-// What texts of runner/ops/cuda need to be run on a CPU, warp after warp: a lane is a thread, and what lanes do together
-// goes through arrays that they wait at. Slow, and meant to be read: the tensor core is three loops.
+// What texts of runner/ops/cuda need to be run on a CPU, warp after warp: lanes take turns, and give up their turn where
+// they do something together, through arrays. Slow, and meant to be read: the tensor core is three loops.
+#include <ucontext.h>
+
 #include <algorithm>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
+#include <functional>
 #include <vector>
 #define __device__
 #define __forceinline__ inline
@@ -41,25 +42,46 @@ inline unsigned permuted(unsigned a, unsigned b, unsigned s) {
 inline int __float2int_rn(float f) { return (int)nearbyintf(f); }
 template <class T> T __ldg(const T* p) { return *p; }
 
-struct Warp { std::barrier<> all{32}; unsigned words[32][8]; };
-thread_local Warp* warp_of;
-thread_local struct { int x; } threadIdx;
+inline unsigned words[32][8];  // what the lanes of a warp show each other
+inline struct { int x; } threadIdx;
 inline int lane_of() { return threadIdx.x & 31; }
-inline void together() { warp_of->all.arrive_and_wait(); }
+inline ucontext_t others, lanes[32];
+inline std::function<void()> job;
+inline bool ended[32];
+inline void run_lane() {
+  job();
+  ended[lane_of()] = true;
+}
+// All lanes come here equally often: when a lane goes on, all others have come, or are ahead of nothing they share.
+inline void together() { swapcontext(&lanes[lane_of()], &others); }
 template <class Work> void in_warps(int count, Work work) {
-  for (int w = 0; w < count; w++) {
-    Warp warp;
-    std::vector<std::thread> lanes;
-    for (int lane = 0; lane < 32; lane++)
-      lanes.emplace_back([&, lane] { warp_of = &warp; threadIdx.x = w * 32 + lane; work(w, lane); });
-    for (std::thread& lane : lanes) lane.join();
+  static std::vector<char> stacks(32 << 18);
+  for (int warp = 0; warp < count; warp++) {
+    job = [&] { work(warp, lane_of()); };
+    for (int lane = 0; lane < 32; lane++) {
+      getcontext(&lanes[lane]);
+      lanes[lane].uc_stack.ss_sp = stacks.data() + ((size_t)lane << 18);
+      lanes[lane].uc_stack.ss_size = 1 << 18;
+      lanes[lane].uc_link = &others;
+      makecontext(&lanes[lane], run_lane, 0);
+      ended[lane] = false;
+    }
+    for (bool more = true; more;) {
+      more = false;
+      for (int lane = 0; lane < 32; lane++) {
+        if (ended[lane]) continue;
+        threadIdx.x = warp * 32 + lane;
+        swapcontext(&others, &lanes[lane]);
+        more = more || !ended[lane];
+      }
+    }
   }
 }
 template <class T> T __shfl_xor_sync(unsigned, T mine, int other) {
-  memcpy(&warp_of->words[lane_of()][0], &mine, 4);
+  memcpy(&words[lane_of()][0], &mine, 4);
   together();
   T theirs;
-  memcpy(&theirs, &warp_of->words[lane_of() ^ other][0], 4);
+  memcpy(&theirs, &words[lane_of() ^ other][0], 4);
   together();
   return theirs;
 }
@@ -67,8 +89,8 @@ template <class T> T __shfl_xor_sync(unsigned, T mine, int other) {
 // m16n8kK, K numbers of 256 / K bits: a lane (g, t) holds rows g and g + 8 of A in turn, column g of B, and of both the
 // numbers of word t of each half of K.
 template <int K, class Sum, class NumberA, class NumberB>
-void multiplied(Sum (&c)[4], const unsigned (&words)[6], NumberA a_of, NumberB b_of) {
-  memcpy(warp_of->words[lane_of()], words, sizeof(words));
+void multiplied(Sum (&c)[4], const unsigned (&mine)[6], NumberA a_of, NumberB b_of) {
+  memcpy(words[lane_of()], mine, sizeof(mine));
   together();
   constexpr int EACH = K / 8, BITS = 32 / EACH;
   const int g = lane_of() >> 2, t = lane_of() & 3;
@@ -77,8 +99,8 @@ void multiplied(Sum (&c)[4], const unsigned (&words)[6], NumberA a_of, NumberB b
     double sum = 0;
     for (int k = 0; k < K; k++) {
       const int half = k / (K / 2), word = k % (K / 2) / EACH, shift = k % EACH * BITS;
-      const unsigned a = warp_of->words[(row & 7) * 4 + word][(row >> 3) + 2 * half] >> shift;
-      const unsigned b = warp_of->words[column * 4 + word][4 + half] >> shift;
+      const unsigned a = words[(row & 7) * 4 + word][(row >> 3) + 2 * half] >> shift;
+      const unsigned b = words[column * 4 + word][4 + half] >> shift;
       sum += (double)a_of(a) * (double)b_of(b);
     }
     c[i] += (Sum)sum;

@@ -6,6 +6,9 @@ import dataclasses
 
 from runner.ops.cuda.shape import Form, StepShape
 
+HOPPER, AMPERE = (132, 232448), (108, 166912)
+"""Multiprocessors, and bytes of shared memory for a block, of an H200 and of an A100."""
+
 PACKED = Form(4, 64)
 FORMS = {
     "4 bits": PACKED,
@@ -30,6 +33,10 @@ QWEN = dataclasses.replace(
     biased=(True, False, False, False, False),
 )  # fmt: skip
 MIXED = dataclasses.replace(LLAMA_8B, forms=(PACKED, PACKED, PACKED, PACKED, Form()), head_norms=True, gated=False)
+MIXTURE = dataclasses.replace(
+    LLAMA_8B, hidden=2048, kv_heads=4, intermediate=768, vocab=151936, experts=128, chosen=8, chosen_norm=True,
+    head_norms=True,
+)  # fmt: skip
 FLOATS = {
     name: dataclasses.replace(LLAMA_8B, forms=(form,) * 5, embedding=form)
     for name, form in FORMS.items()

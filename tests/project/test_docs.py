@@ -116,6 +116,7 @@ RUN_BY = {
     "scripts/setup_venv": "scripts/test",
     "scripts/wheel": "tests/project/test_packaging.py",
     "scripts/check_mac": "tests/project/test_check_mac.py",
+    "scripts/check_cuda": "tests/ops/cuda/test_compiling.py",
     "scripts/fixtures/make_fixtures": "scripts/fixtures/requirements-oracle.txt",
     "scripts/fixtures/make_config_keys": "scripts/fixtures/requirements-oracle.txt",
     "scripts/compare/compare_configs": "scripts/fixtures/requirements-oracle.txt",

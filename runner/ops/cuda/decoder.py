@@ -189,7 +189,7 @@ class StepDecoder:
         driver.enter()
         if (why := impossible()) is not None:
             raise BackendError(why)
-        self.division: Division = divide(shape, driver.processors, driver.shared_memory)
+        self.division: Division = divide(shape, driver.processors, driver.shared_memory, copies=not driver.bulk)
         code = compiled(self.division.source, driver.architecture)
         self._kernel = driver.kernel(code, "decode_steps", self.division.shared_memory)
         if driver.resident(self._kernel, THREADS) < 1:
@@ -433,7 +433,7 @@ class StepDecoder:
         products, maps = self.division.products, bytearray(len(self._layers) * 4 * 3 * 128)
         for number, entry in enumerate(self._layers):
             for index, product in enumerate(products[:HEAD] if number < len(self._layers) - 1 else products[HEAD:]):
-                boxes = product.boxes if product.mapped else ()
+                boxes = product.boxes if product.mapped and not self.division.copies else ()
                 for kind, (field, box) in enumerate(zip("wsz", boxes, strict=False)):
                     start = ((number * 4 + index) * 3 + kind) * 128
                     address = int(entry[field][index])

@@ -71,6 +71,11 @@ class Driver:
         return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
     @property
+    def bulk(self) -> bool:
+        """Whether the GPU copies whole boxes of memory to shared memory by itself."""
+        return self.capability >= (9, 0)
+
+    @property
     def processors(self) -> int:
         """How many multiprocessors the GPU has."""
         return self._attribute(_PROCESSORS)
@@ -320,8 +325,8 @@ def impossible() -> str | None:
     try:
         driver = Driver()
         major, minor = driver.capability
-        if major < 9:
-            return f"the GPU has compute capability {major}.{minor}, and the kernel needs 9.0"
+        if major < 8:
+            return f"the GPU has compute capability {major}.{minor}, and the kernel needs 8.0"
         Nvrtc()
     except BackendError as error:
         return str(error)

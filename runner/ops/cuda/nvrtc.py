@@ -17,8 +17,8 @@ from pathlib import Path
 
 from runner.errors import BackendError
 
-ARCHITECTURES = ("sm_90a", "sm_100a", "sm_120a")
-"""What the kernels are written for: they need the bulk copies of compute capability 9.0 and later."""
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+"""What the kernels are written for, and tested to compile for; others in between take the code of the same texts."""
 
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
@@ -73,6 +73,9 @@ def _open() -> ctypes.CDLL:
         for folder in ("nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"):
             for name in _NAMES:
                 if (found := Path(root, folder, name)).is_file():
+                    # What it opens by name later, and 13.0 would look for elsewhere.
+                    for part in found.parent.glob("libnvrtc-builtins.so.*"):
+                        ctypes.CDLL(str(part))
                     return ctypes.CDLL(str(found))
     for name in _NAMES:
         try:

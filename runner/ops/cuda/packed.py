@@ -40,7 +40,7 @@ def fits(x: mx.array, matrix: QuantizedWeight) -> bool:
 def linear(x: mx.array, matrix: QuantizedWeight) -> mx.array:
     """`x W^T` for up to `FEW` vectors x `[R, in]`: `[R, out]`. A vector's sums do not depend on the others."""
     rows, tiles = x.shape[0], 1 if x.shape[0] <= 8 else 4
-    made = _kernels(_Product.of(x, matrix, tiles, experts=0))
+    made = _kernels(Product.of(x, matrix, tiles, experts=0))
     return made.run(_arrays(x, matrix), rows, -(-rows // (8 * tiles)), (rows, made.outputs), x.dtype)
 
 
@@ -50,7 +50,7 @@ def by_expert(x: mx.array, matrices: QuantizedWeight, chosen: mx.array) -> mx.ar
     `chosen` is uint32, in ascending order.
     """
     rows, experts = x.shape[0], matrices.weight.shape[0]
-    made = _kernels(_Product.of(x, matrices, 4, experts=experts))
+    made = _kernels(Product.of(x, matrices, 4, experts=experts))
     most = rows // 32 + min(experts, rows)
     (parts,) = mx.fast.precompiled_cuda_kernel(
         name=f"parts_{made.name}",
@@ -71,8 +71,8 @@ def _arrays(x: mx.array, matrix: QuantizedWeight) -> list[mx.array]:
     return [x, matrix.weight, matrix.scales, matrix.scales if matrix.biases is None else matrix.biases]
 
 
-class _Product(NamedTuple):
-    """What a kernel is made for."""
+class Product(NamedTuple):
+    """What a kernel is made for: K `inputs` and N `outputs`, for `tiles` tiles of 8 vectors a block."""
 
     kind: int
     bits: int
@@ -84,11 +84,36 @@ class _Product(NamedTuple):
     tiles: int
 
     @classmethod
-    def of(cls, x: mx.array, matrix: QuantizedWeight, tiles: int, *, experts: int) -> _Product:
+    def of(cls, x: mx.array, matrix: QuantizedWeight, tiles: int, *, experts: int) -> Product:
         inputs = matrix.weight.shape[-1] * 32 // matrix.bits
         form = Form(matrix.bits, matrix.group_size, matrix.mode)
         kind, outputs = _TYPES[x.dtype], matrix.weight.shape[-2]
         return cls(kind, form.bits, form.group, form.scaled, inputs, outputs, experts, tiles)
+
+    @property
+    def name(self) -> str:
+        """Of the kernel, behind `product_`; and of that which assigns blocks to experts, behind `parts_`."""
+        return "_".join(map(str, self))
+
+    @property
+    def warps(self) -> tuple[int, int, int]:
+        """How a block divides a product: tiles of 16 rows a warp, warps along the rows, and along the columns."""
+        if self.experts:  # there are blocks enough, whatever each of them takes
+            return 2, 4, min(2, self.inputs // columns_at_once(self.bits))
+        return divided(self.outputs, self.inputs, self.bits)
+
+    @property
+    def source(self) -> str:
+        """The kernels' text."""
+        tiles, down, along = self.warps
+        constants = {
+            "XT": self.kind, "BITS": self.bits, "G": self.group, "S": self.scaled, "K": self.inputs, "N": self.outputs,
+            "RT": self.tiles, "MT": tiles, "WM": down, "WK": along,
+        }  # fmt: skip
+        lines = [f"constexpr int {key} = {value};" for key, value in constants.items()]
+        lines += [f"#define EXPERTS {self.experts}"]
+        lines += [f"#define PARTS parts_{self.name}", f"#define PRODUCT product_{self.name}"]
+        return "\n".join([*lines, text("forms.cu"), text("tiles.cu"), text("packed.cu")])
 
 
 class _Kernels(NamedTuple):
@@ -118,22 +143,12 @@ class _Kernels(NamedTuple):
 
 
 @functools.cache
-def _kernels(product: _Product) -> _Kernels:
+def _kernels(product: Product) -> _Kernels:
     """The kernels of a product, compiled unless they were kept."""
-    kind, bits, group, scaled, inputs, outputs, experts, vectors = product
-    # Of experts there are blocks enough, whatever each of them takes.
-    tiles, down, along = (2, 4, min(2, inputs // columns_at_once(bits))) if experts else divided(outputs, inputs, bits)
-    name = "_".join(map(str, product))
-    constants = {
-        "XT": kind, "BITS": bits, "G": group, "S": scaled, "K": inputs, "N": outputs, "RT": vectors, "MT": tiles,
-        "WM": down, "WK": along,
-    }  # fmt: skip
-    lines = [f"constexpr int {key} = {value};" for key, value in constants.items()]
-    lines += [f"#define EXPERTS {experts}", f"#define PARTS parts_{name}", f"#define PRODUCT product_{name}"]
-    source = "\n".join([*lines, text("forms.cu"), text("tiles.cu"), text("packed.cu")])
-    code = compiled(source, Driver().architecture)
-    memory = along * down * tiles * 16 * (8 * vectors + 1) * 4
-    return _Kernels(name, code, outputs, down * tiles * 16, 32 * down * along, memory)
+    tiles, down, along = product.warps
+    code = compiled(product.source, Driver().architecture)
+    memory = along * down * tiles * 16 * (8 * product.tiles + 1) * 4
+    return _Kernels(product.name, code, product.outputs, down * tiles * 16, 32 * down * along, memory)
 
 
 @functools.cache

@@ -219,7 +219,11 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Division:
-    """A step divided among `blocks` blocks, each with `stages` stages of `stage` bytes."""
+    """A step divided among `blocks` blocks, each with `stages` stages of `stage` bytes.
+
+    Attributes:
+        copies: whether lanes fill the stages, 16 bytes each, on GPUs that have no bulk copies.
+    """
 
     shape: StepShape
     blocks: int
@@ -235,6 +239,7 @@ class Division:
     logits: int
     owned: int
     shared_memory: int
+    copies: bool = False
 
     @property
     def group(self) -> int:
@@ -279,6 +284,7 @@ class Division:
         lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
         lines += [f"constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()]
         lines += [f"constexpr float {name} = {value!r}f;" for name, value in floats.items()]
+        lines.append(f"#define COPIES {int(self.copies)}")
         lines.append(f"#define STORE_X {self._by_form(_STORE)}")
         lines.append(f"#define PRODUCT {self._by_form(_PRODUCT)}")
         fields = ", ".join("{" + ", ".join(str(int(v)) for v in vars(p).values()) + "}" for p in self.products)
@@ -325,13 +331,27 @@ _PRODUCT = (
 )
 
 
-def divide(shape: StepShape, processors: int, memory: int) -> Division:
+def divide(shape: StepShape, processors: int, memory: int, *, copies: bool = False) -> Division:
     """Divide a step among a GPU's `processors`, each of which has `memory` bytes of shared memory for a block.
+
+    Args:
+        copies: whether it has no bulk copies, as before compute capability 9.0.
 
     Raises:
         Unfit: the shape is one that the kernel does not take.
     """
     _check(shape)
+    # Of GPUs with less memory, half of the warps multiply a stage's rows: such GPUs read half as fast, too.
+    for warps in (WARPS, WARPS // 2):
+        division = _divided(shape, processors, memory, warps, copies=copies)
+        if division.stages >= 3:
+            return division
+    work = division.shared_memory - division.stages * division.stage
+    raise Unfit(f"{work} bytes of work for a block, beside which no ring of {division.stage}-byte stages fits")
+
+
+def _divided(shape: StepShape, processors: int, memory: int, warps: int, *, copies: bool) -> Division:
+    """`divide` with stages for so many warps, of which there may be too few."""
     packed = [form.bits > 0 for form in shape.forms]
     # Two rows are exchanged in one word. A tensor core takes 16 at once.
     cores = [_on_cores(shape, index, processors) for index in range(5)]
@@ -343,8 +363,8 @@ def divide(shape: StepShape, processors: int, memory: int) -> Division:
     if shape.kv_heads > blocks:
         raise Unfit(f"{shape.kv_heads} heads of keys and values, for {blocks} blocks")
     parts = 1 << (min(32, blocks // shape.kv_heads).bit_length() - 1)
-    stage = _stage(shape)
-    products = tuple(_product(shape, index, units[index], stage, cores[index]) for index in range(5))
+    stage = _stage(shape, warps)
+    products = tuple(_product(shape, index, units[index], stage, cores[index], warps) for index in range(5))
     stage = _up(max(stage, *(p.bytes for p in products)), 1024)
     most = [_most(rows, unit, blocks) for rows, unit in zip(shared, units, strict=True)]
     biases = max([most[i] * (2 if i == GATE_UP and shape.gated else 1) for i in range(5) if shape.biased[i]], default=0)
@@ -366,11 +386,9 @@ def divide(shape: StepShape, processors: int, memory: int) -> Division:
     owned = _even(most[OUTPUT])
     static = 4 * (16 + owned + 2 * dim + max(blocks, 16) + 4 * CANDIDATES + 64) + 128 + 16 * 64
     stages = min(24, (memory - SPARE - dynamic - static) // stage)
-    if stages < 3:
-        raise Unfit(f"{dynamic + static} bytes of work for a block, beside which no ring of {stage}-byte stages fits")
     return Division(
         shape, blocks, parts, products, stage, stages, steps, planes, inputs, work, _even(biases), _even(logits), owned,
-        stages * stage + dynamic,
+        stages * stage + dynamic, copies,
     )  # fmt: skip
 
 
@@ -398,9 +416,9 @@ def _check(shape: StepShape) -> None:
         raise Unfit("scales in float32")
 
 
-def _stage(shape: StepShape) -> int:
+def _stage(shape: StepShape, warps: int) -> int:
     """Bytes of a stage, at least, for plain rows and for norms."""
-    plain = PLAIN_STAGE if any(not form.bits for form in shape.forms) else 0
+    plain = PLAIN_STAGE * warps // WARPS if any(not form.bits for form in shape.forms) else 0
     return max(plain, shape.hidden * size_of(shape.small) + 4096)
 
 
@@ -416,14 +434,16 @@ def _on_cores(shape: StepShape, index: int, processors: int) -> bool:
     return shape.intermediate % 16 == 0 and tiles >= IDLE * processors * _over(tiles, processors)
 
 
-def _product(shape: StepShape, index: int, unit: int, stage: int, cores: bool) -> Product:
+def _product(shape: StepShape, index: int, unit: int, stage: int, cores: bool, warps: int) -> Product:
+    """How a product's rows are brought; `warps` of a block multiply those of a stage."""
+    most = MOST_STAGE * warps // WARPS
     rows, columns, form = shape.rows[index], shape.columns[index], shape.forms[index]
     pair = 2 if index == GATE_UP and shape.gated else 1
     norm, biased = index in (QKV, GATE_UP, HEAD), shape.biased[index]
     if cores:
-        piece = min(columns, 64 * WARPS)
+        piece = min(columns, 64 * warps)
         pieces, shares = _over(columns, piece), _over(piece, 64)
-        tiles = max(1, min(WARPS // shares, MOST_STAGE // (16 * 128 * shares)))
+        tiles = max(1, min(warps // shares, most // (16 * 128 * shares)))
         end = 16 * tiles * 128 * shares
         chunk = max(1, CHUNK // (16 * tiles * pair)) * 16 * tiles * pair
         return Product(
@@ -445,7 +465,7 @@ def _product(shape: StepShape, index: int, unit: int, stage: int, cores: bool) -
             shares.bit_length() - 1,
         )  # fmt: skip
     span = 256 if form.bits == 4 else 128
-    pieces = _over(columns, span * WARPS)
+    pieces = _over(columns, span * warps)
     size, arrays = form.scale_size, 1 if form.scaled else 2
     units = 16 // size * form.group  # columns whose scales are a unit of 16 bytes
     mapped = columns % span == 0 and columns % units == 0
@@ -455,14 +475,14 @@ def _product(shape: StepShape, index: int, unit: int, stage: int, cores: bool) -
     shares = _over(piece, span)
     if mapped:
         line, scale_line = 128 * shares, piece // form.group * size
-        tiles = max(1, min(WARPS // shares, MOST_STAGE // (16 * (line + arrays * scale_line))))
+        tiles = max(1, min(warps // shares, most // (16 * (line + arrays * scale_line))))
         scale_at, scale_bytes = 16 * tiles * line, 16 * tiles * scale_line
         pitch, scale_pitch = 128, 16
     else:
         # 16 rows side by side, each a quarter of the banks behind the one before (half of them in 8 bits).
         pitch = _up(piece * form.bits // 8, 128) + (32 if form.bits == 4 else 64)
         scale_pitch = _up(_up(piece // form.group * size + 16 - size, 16) - 16, 128) + 16
-        tiles = max(1, min(WARPS // shares, MOST_STAGE // (16 * (pitch + arrays * scale_pitch))))
+        tiles = max(1, min(warps // shares, most // (16 * (pitch + arrays * scale_pitch))))
         scale_at, scale_bytes = 16 * tiles * pitch, 16 * tiles * scale_pitch
     chunk = max(1, CHUNK // (16 * tiles * pair)) * 16 * tiles * pair
     bias_at, end = scale_at + (arrays - 1) * scale_bytes, scale_at + arrays * scale_bytes

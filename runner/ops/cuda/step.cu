@@ -111,9 +111,15 @@ template <int N> DI void fetch(const uint2* const (&p)[N], unsigned ep, float (&
 }
 DI float fetch1(const uint2* p, unsigned ep) { const uint2* q[1] = {p}; float v[1]; fetch<1>(q, ep, v); return v[0]; }
 
+// Before compute capability 9.0 (COPIES), the producer's lanes copy 16 bytes each, and arrive when theirs have come.
+#if COPIES
+#define WAIT "test_wait"
+#else
+#define WAIT "try_wait"
+#endif
 DI unsigned tried(unsigned m, unsigned par) {
   unsigned ok;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p,[%1],%2; selp.u32 %0,1,0,p;}" : "=r"(ok) : "r"(m), "r"(par) : "memory");
+  asm volatile("{.reg .pred p; mbarrier." WAIT ".parity.shared::cta.b64 p,[%1],%2; selp.u32 %0,1,0,p;}" : "=r"(ok) : "r"(m), "r"(par) : "memory");
   return ok;
 }
 NOINLINE void wait_long(unsigned m, unsigned par) { Patience w{0, 0}; while (!tried(m, par) && !tired(w)); }
@@ -126,13 +132,47 @@ DI void release(const Ring& r, int lane) {
   __syncwarp();
   if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(r.empty + 8 * r.st) : "memory");
 }
+// Writes before this are seen by copies after it.
+DI void behind() {
+#if !COPIES
+  asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+// What the producer orders: `bulk` copies n bytes, `box` rows of a matrix of bytes, whose rows have `pitch`: all from `row`
+// on, of each `lines` of `width` bytes from `line` on, as line after line of the rows; of 128 bytes with its units of 16
+// exchanged by the row's lowest three bits. What lies beyond the matrix is zero. `done` says that a stage is complete.
+// Where there are bulk copies, the calling lane alone starts one; else all lanes call.
+#if COPIES
+DI void unit(unsigned d, u64 p, int n, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0],[%1],16,%2,%3;" ::"r"(d), "l"(p), "r"(n), "l"(policy) : "memory");
+}
+DI void bulk(unsigned d, u64 p, int n, unsigned m, u64 policy) {
+#pragma unroll 2
+  for (int i = (threadIdx.x & 31) * 16; i < n; i += 512) unit(d + i, p + i, 16, policy);
+}
+DI void box(unsigned d, u64 map, u64 matrix, int pitch, int all, int row, int rows, int line, int lines, int width, unsigned m, u64 policy) {
+  const int units = width >> 4, count = lines * units, from = line * width, swap = units > 1 ? 7 : 0;
+#pragma unroll 1
+  for (int r = 0; r < rows; r++) {
+    const u64 p = matrix + (u64)min(row + r, all - 1) * pitch + from;
+    const int n = row + r < all ? pitch - from : 0;
+#pragma unroll 2
+    for (int i = threadIdx.x & 31; i < count; i += 32) {
+      const int l = units > 1 ? i >> 3 : i, u = units > 1 ? i & 7 : 0;
+      unit(d + (l * rows + r) * width + ((u ^ (r & swap)) << 4), i * 16 < n ? p + i * 16 : matrix, i * 16 < n ? 16 : 0, policy);
+    }
+  }
+}
+DI void done(unsigned m) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(m) : "memory"); }
+#else
 DI void bulk(unsigned d, u64 p, int n, unsigned m, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(d), "l"(p), "r"(n), "r"(m), "l"(policy) : "memory");
 }
-// A box of the matrix that a tensor map describes: all of dimension 0, rows from `row` on, lines from `line` on.
-DI void tensor(unsigned d, u64 map, int row, int line, unsigned m, u64 policy) {
+DI void box(unsigned d, u64 map, u64 matrix, int pitch, int all, int row, int rows, int line, int lines, int width, unsigned m, u64 policy) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1,{%2,%3,%4}],[%5],%6;" ::"r"(d), "l"(map), "r"(0), "r"(row), "r"(line), "r"(m), "l"(policy) : "memory");
 }
+DI void done(unsigned m) {}
+#endif
 // The producer's side of a stage: waits until it is free, says how many bytes are to come, and returns its number, or -1
 // where the block gives up or has ended. No more than FLIGHT stages are on order at once, or what blocks exchange waits
 // behind them. Its state is in shared memory, so that there is one copy of this: code that does not fit the instruction
@@ -149,7 +189,9 @@ NOINLINE int order(int bytes) {
       mwait(full + 8 * j, pj);
     }
     quit = *(volatile int*)&sh.bad | *(volatile int*)&sh.over;
+#if !COPIES
     if (!quit) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(full + 8 * st), "r"(bytes) : "memory");
+#endif
     sh.ordered++;
     if (st + 1 == NST) { sh.ordered_st = 0; sh.ordered_ph = ph ^ 1; } else sh.ordered_st = st + 1;
   }
@@ -719,10 +761,12 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
   if (state->stop || state->error) return;  // all blocks alike: nothing writes it while they start
   if (threadIdx.x == 0) {
     _Pragma("unroll 1") for (int i = 0; i < NST; i++) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(rg.full + 8 * i));
+      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(rg.full + 8 * i), "r"(COPIES ? 32 : 1));
       asm volatile("mbarrier.init.shared::cta.b64 [%0],16;" ::"r"(rg.empty + 8 * i));
     }
+#if !COPIES
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
     sh.bad = sh.over = sh.written = sh.ordered = sh.ordered_st = sh.ordered_ph = 0; sh.limit = launch->limit_ns; sh.state = state;
   }
   _Pragma("unroll 1") for (int i = threadIdx.x; i < (L + 1) * (int)sizeof(Layer) / 4; i += blockDim.x) ((int*)layers)[i] = ((const int*)table)[i];
@@ -743,6 +787,7 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
   constexpr int KROWS = STAGE / (2 * HD * Size<CT>::B), AB = Size<AT>::B;
   if (warp == 16) {
     int st = 0;  // of the stage that was ordered last; -1: no more are wanted
+    const bool sends = COPIES || lane == 0;
     u64 policy, keep;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(keep));
@@ -758,10 +803,11 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
           const int a0 = r0 & ~7, an = ((r1 + 7) & ~7) - a0, nb = p.norm ? D * AB : 0, bb = HAS_BIAS && p.biased ? an * AB : 0, hb = QKN && ph == 0 ? HD * AB : 0;
           st = order(nb + bb * (pair ? 2 : 1) + 2 * hb);
           const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
-          if (lane == 0 && st >= 0) {
+          if (sends && st >= 0) {
             if (nb) bulk(d, nw, nb, f, keep);
             if (bb) { bulk(d + nb, y.bias[w_i] + (u64)a0 * AB, bb, f, keep); if (pair) bulk(d + nb + bb, y.bias[w_i] + (u64)(F + a0) * AB, bb, f, keep); }
             if (hb) { bulk(d + nb + bb * (pair ? 2 : 1), y.qn, hb, f, keep); bulk(d + nb + bb * (pair ? 2 : 1) + hb, y.kn, hb, f, keep); }
+            done(f);
           }
         }
         const int chunk = pair ? p.chunk / 2 : p.chunk;
@@ -777,7 +823,10 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
                 for (int k0 = 0; k0 < p.columns; k0 += p.piece) {
                   const int bytes = p.pieces > 1 ? min(p.piece, p.columns - k0) * Size<WT>::B : min(p.tiles, c1 - s) * p.columns * Size<WT>::B;
                   st = order(bytes);
-                  if (lane == 0 && st >= 0) bulk(rg.data + st * STAGE, y.w[w_i] + ((u64)(s + part * F) * p.columns + k0) * Size<WT>::B, bytes, rg.full + 8 * st, policy);
+                  if (sends && st >= 0) {
+                    bulk(rg.data + st * STAGE, y.w[w_i] + ((u64)(s + part * F) * p.columns + k0) * Size<WT>::B, bytes, rg.full + 8 * st, policy);
+                    done(rg.full + 8 * st);
+                  }
                 }
             } else if (HAS_MAPPED && p.mapped) {
               const u64 map = maps + (u64)((l * 4 + w_i) * 3) * 128;
@@ -787,13 +836,15 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
                 for (int ch = 0; ch < p.pieces; ch++) {
                   st = order(p.bytes);
                   const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
-                  if (lane == 0 && st >= 0) {
-                    tensor(d, map, s + part * F, ch * (p.piece * (p.bits ? p.bits : 16) / 1024), f, policy);
+                  if (sends && st >= 0) {
+                    const int at = s + part * F, bits = p.bits ? p.bits : 16, lines = p.piece * bits / 1024;
+                    box(d, map, y.w[w_i], p.columns * bits / 8, p.rows, at, 16 * p.tiles, ch * lines, lines, 128, f, policy);
                     if (p.bits) {
-                      const int at = ch * (p.piece / p.group * (p.scaled ? 1 : 2) / 16);
-                      tensor(d + p.scale_at, map + 128, s + part * F, at, f, policy);
-                      if (!p.scaled) tensor(d + p.bias_at, map + 256, s + part * F, at, f, policy);
+                      const int each = p.scaled ? 1 : 2, all = p.columns / p.group * each, units = p.piece / p.group * each / 16;
+                      box(d + p.scale_at, map + 128, y.s[w_i], all, p.rows, at, 16 * p.tiles, ch * units, units, 16, f, policy);
+                      if (!p.scaled) box(d + p.bias_at, map + 256, y.z[w_i], all, p.rows, at, 16 * p.tiles, ch * units, units, 16, f, policy);
                     }
+                    done(f);
                   }
                 }
             } else if (HAS_LOOSE) {
@@ -812,11 +863,12 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
                   const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
                   if (st >= 0) {
                     const u64 w = y.w[w_i] + row * (p.columns * p.bits / 8) + k0 * p.bits / 8, at = row * line + k0 / p.group * each;
-                    _Pragma("unroll 1") for (int i = lane; i < n; i += 32) bulk(d + i * p.pitch, w + (u64)i * (p.columns * p.bits / 8), wb, f, policy);
-                    _Pragma("unroll 1") for (int i = lane; i < arrays * n; i += 32) {
+                    _Pragma("unroll 1") for (int i = COPIES ? 0 : lane; i < n; i += COPIES ? 1 : 32) bulk(d + i * p.pitch, w + (u64)i * (p.columns * p.bits / 8), wb, f, policy);
+                    _Pragma("unroll 1") for (int i = COPIES ? 0 : lane; i < arrays * n; i += COPIES ? 1 : 32) {
                       const int z = i >= n, q = i - z * n, off = (q * line) & 15;
                       bulk(d + (z ? p.bias_at : p.scale_at) + q * p.scale_pitch, (z ? y.z[w_i] : y.s[w_i]) + at + (u64)q * line - off, (off + sb + 15) & ~15, f, policy);
                     }
+                    done(f);
                   }
                   __syncwarp();
                 }
@@ -825,7 +877,7 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
           }
         if (ph == 0 && attends) {
           ROWS(y)
-          if (newest && step > 0 && lane == 0) { Patience w{0, 0}; while (*(volatile int*)&sh.written < (step - 1) * L + l + 1 && !tired(w)); asm volatile("fence.proxy.async;" ::: "memory"); }
+          if (newest && step > 0 && lane == 0) { Patience w{0, 0}; while (*(volatile int*)&sh.written < (step - 1) * L + l + 1 && !tired(w)); behind(); }
           __syncwarp();
 #pragma unroll 1
           for (int j = j0; j < j1 && st >= 0; j += KROWS) {
@@ -833,12 +885,16 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
             const u64 at = (((u64)kh * y.cap) + j) * (HD * Size<CT>::B);
             st = order(2 * n);
             const unsigned f = rg.full + 8 * st, d = rg.data + st * STAGE;
-            if (lane == 0 && st >= 0) { bulk(d, y.kc + at, n, f, keep); bulk(d + n, y.vc + at, n, f, keep); }
+            if (sends && st >= 0) { bulk(d, y.kc + at, n, f, keep); bulk(d + n, y.vc + at, n, f, keep); done(f); }
           }
         }
       }
     // Nothing may be on its way into the shared memory of a block that has ended.
+#if COPIES
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
     if (st < 0) { u64 since = now(); while (now() - since < 2000000ull); }
+#endif
     return;
   }
   int tok = ln->first ? ln->token : state->token;
@@ -996,7 +1052,7 @@ extern "C" __global__ void __launch_bounds__(544, 1) decode_steps(
               store_one<CT>(recent, (h - GH) * HD + d, o[d]);
             }
             // The next step's copy, by this block's own producer, must find it.
-            asm volatile("fence.proxy.async;" ::: "memory"); __threadfence();
+            behind(); __threadfence();
           }
         }
         meet();

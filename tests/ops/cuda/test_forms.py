@@ -9,9 +9,9 @@ import cuda_cpu
 import mlx.core as mx
 import numpy as np
 import pytest
-from cuda_shapes import FORMS, LLAMA_8B
+from cuda_shapes import AMPERE, FLOATS, FORMS, HOPPER, LLAMA_8B
 
-from runner.ops.cuda.shape import DOWN, QKV, Form, divide
+from runner.ops.cuda.shape import DOWN, QKV, Form, StepShape, divide
 
 
 def packed(rows: int, columns: int, form: Form, dtype: mx.Dtype) -> tuple[list[np.ndarray], np.ndarray]:
@@ -61,19 +61,45 @@ BLOCKS = [  # with tensor maps, and without, where rows' scales are no whole uni
 ]
 
 
-@pytest.mark.parametrize(("name", "hidden", "index"), BLOCKS)
-def test_a_block_multiplies_its_rows(name: str, hidden: int, index: int, tmp_path: Path) -> None:
+def shaped(name: str, hidden: int) -> StepShape:
     form = FORMS[name]
     heads = {"heads": hidden // 64, "kv_heads": 2, "head_dim": 64, "rope_dims": 64}
     forms = {"forms": (form,) * 5, "embedding": form}
     shape = dataclasses.replace(LLAMA_8B, hidden=hidden, intermediate=4864, **heads, **forms)  # type: ignore[arg-type]
-    division = divide(shape, 132, 232448)
+    return shape
+
+
+@pytest.mark.parametrize(("name", "hidden", "index"), BLOCKS)
+def test_a_block_multiplies_its_rows(name: str, hidden: int, index: int, tmp_path: Path) -> None:
+    check(shaped(name, hidden), HOPPER, index, tmp_path)
+
+
+def test_half_of_a_blocks_warps_multiply_where_memory_is_short(tmp_path: Path) -> None:
+    shape = FLOATS["nvfp4"]
+    assert divide(shape, *HOPPER).products[QKV].shares == 16 and divide(shape, *AMPERE).products[QKV].shares == 8
+    check(shape, AMPERE, QKV, tmp_path)
+
+
+def check(shape: StepShape, device: tuple[int, int], index: int, tmp_path: Path) -> None:
+    division, form = divide(shape, *device), shape.forms[index]
     matrix, numbers = packed(20, shape.columns[index], form, mx.bfloat16)
     first, second = np.random.default_rng(1).standard_normal((2, numbers.shape[1]))
     x = (first * np.exp(second)).astype(np.float32)
     want = numbers @ x.astype(np.float64)
     got = cuda_cpu.block(division, index, x, matrix, tmp_path)
     assert np.abs(got - want).max() < 1e-5 * want.std()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "8 bits"])
+def test_lanes_copy_what_tensor_maps_do(name: str, tmp_path: Path) -> None:
+    shape = shaped(name, 2048)
+    division = divide(shape, *AMPERE, copies=True)
+    product = division.products[QKV]
+    matrix, _ = packed(24, 2048, FORMS[name], mx.bfloat16)
+    assert product.mapped and product.tiles * 16 > 8
+    for base, piece in ((0, 0), (16, product.pieces - 1)):
+        want = cuda_cpu.mapped(product, matrix, base, piece, division.stage)[: product.bytes]
+        assert (cuda_cpu.boxes(product, matrix, base, piece, tmp_path) == want).all()
 
 
 TILES = [

@@ -1,21 +1,15 @@
-"""Kernels for steps of several sequences: what needs no GPU to be checked, and that they compile."""
+"""Kernels for steps of several sequences: what needs no GPU to be checked."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
-from cuda_shapes import FLOATS, LLAMA_8B, MIXED, QWEN, SMOLLM2
+from cuda_shapes import FLOATS, LLAMA_8B, MIXED, MIXTURE, QWEN, SMOLLM2
 
-from runner.errors import BackendError
-from runner.ops.cuda.nvrtc import Nvrtc
 from runner.ops.cuda.rows_shape import MOST_WARPS, RowsPlan, columns_at_once
-from runner.ops.cuda.shape import DOWN, GATE_UP, Form, StepShape, Unfit, divide
+from runner.ops.cuda.shape import DOWN, GATE_UP, Form, Unfit, divide
 
-MIXTURE = dataclasses.replace(
-    LLAMA_8B, hidden=2048, kv_heads=4, intermediate=768, vocab=151936, experts=128, chosen=8, chosen_norm=True,
-    head_norms=True,
-)  # fmt: skip
 SHAPES = {"8b": LLAMA_8B, "smollm2": SMOLLM2, "qwen": QWEN, "mixed": MIXED, "mixture": MIXTURE, **FLOATS}
 
 
@@ -70,15 +64,3 @@ def test_what_there_are_no_kernels_for(changes: dict[str, object], why: str) -> 
 def test_one_kernel_takes_no_mixture() -> None:
     with pytest.raises(Unfit, match="mixture"):
         divide(MIXTURE, 132, 232448)
-
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("name", ["smollm2", "mixture"])
-def test_they_compile(name: str, architecture: str) -> None:
-    shape: StepShape = SHAPES[name]
-    try:
-        nvrtc = Nvrtc()
-    except BackendError:
-        pytest.skip("there is no NVRTC here")
-    code, log = nvrtc.compile(RowsPlan(shape, 8).source, architecture)
-    assert code and " 0 bytes spill stores" in log
