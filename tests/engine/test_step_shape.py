@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from places import TESTS
 
 from runner.engine.loaded import open_loaded
 from runner.engine.step_shape import read, rows_of
+from runner.families import FAMILIES
 from runner.ops.cuda.shape import Form, Unfit, divide
 
 FITS = {
@@ -36,6 +39,70 @@ REFUSED = {
     "families/lfm2-base": "GatedConv",
     "llama/llama-mlx-mixed": "JoinedLinear",
 }
+
+KINDS = {
+    "one kernel; several sequences by a graph of kernels": "one kernel",
+    "a graph of kernels: mixtures by softmax": "a graph",
+    "operations: layers of another form (norms behind sublayers, LayerNorm, attention beside the MLP)": (
+        r"[a-z]Block|\bBlock\."
+    ),
+    "operations: a pass of its own (ALiBi, inputs of each layer, keys of other layers)": r"\.run$",
+    "operations: heads or attention of its own (norms over all heads, gates, sinks, temperatures, indexers)": (
+        r" Attention\.|SinkAttend"
+    ),
+    "operations: latent attention": "LatentAttention",
+    "operations: recurrences and convolutions": r"SingleBlock|Mamba|GatedConv|GatedDeltaNet",
+    "operations: mixtures of another kind (sigmoid scores, shared experts, biases)": r"MoE\.",
+    "operations: an activation of its own": r"\(MLP\)$",
+}
+"""Rows of the table in docs/cuda.md, and what `way` says of their families; of several that match, the last."""
+FAMILY = {"internlm3": "internlm3-v5", "llama": "../llama/llama-gqa", "mistral": "../llama/mistral-window"}
+"""Fixtures that stand for families whose first one would not."""
+
+
+def table() -> dict[str, str]:
+    """Each family's row."""
+    page = (TESTS.parent / "docs" / "cuda.md").read_text()
+    rows = [
+        row.split("|")
+        for row in page.splitlines()
+        if row.startswith(("| one kernel;", "| a graph of", "| operations: "))
+    ]
+    assert [row[1].strip() for row in rows] == list(KINDS)
+    named = [(family.strip(), row[1].strip()) for row in rows for family in row[2].split(",")]
+    assert len(named) == len(dict(named)), "a family has one row"
+    return dict(named)
+
+
+def way(family: str) -> str:
+    """How steps of a family's fixture are computed, or the reason why by operations."""
+    folder = TESTS / "fixtures" / "families"
+    first = sorted(path for path in folder.iterdir() if path.name.startswith(f"{family}-"))
+    loaded = open_loaded(folder / FAMILY[family] if family in FAMILY else first[0], dtype="bfloat16")
+    assert loaded.config.model_type == family
+    try:
+        shape, _ = read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+    except Unfit as error:
+        return str(error)
+    if shape.experts:
+        return "a graph"
+    return "one kernel" if divide(shape, 132, 232448).blocks else ""
+
+
+def test_the_page_has_a_row_for_each_family() -> None:
+    assert set(table()) == set(FAMILIES)
+
+
+SOME = ("qwen3", "mixtral", "olmo2", "bloom", "olmoe", "kimi_k2", "mamba2", "glm4_moe", "apertus")
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in SOME else pytest.param(name, marks=pytest.mark.long) for name in sorted(FAMILIES)]
+)
+def test_the_page_says_how_a_familys_steps_are_computed(family: str) -> None:
+    said = way(family)
+    (*_, kind) = [kind for kind, pattern in KINDS.items() if re.search(pattern, said)]
+    assert table()[family] == kind, said
 
 
 @pytest.mark.parametrize("path", FITS)

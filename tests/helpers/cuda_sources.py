@@ -10,7 +10,7 @@ from cuda_shapes import AMPERE, FLOATS, HOPPER, LLAMA_8B, MIXED, MIXTURE, QWEN, 
 
 from runner.ops.cuda.packed import Product
 from runner.ops.cuda.rows_shape import RowsPlan
-from runner.ops.cuda.shape import StepShape, divide
+from runner.ops.cuda.shape import StepShape, divide, text
 
 SHAPES: Mapping[str, StepShape] = {
     "SmolLM2-135M": SMOLLM2,
@@ -36,7 +36,10 @@ class Used(NamedTuple):
 def sources(architecture: str) -> dict[str, Callable[[], str]]:
     """What is compiled for a GPU of this architecture, by a name each."""
     copies = architecture == "sm_80"
-    found: dict[str, Callable[[], str]] = {}
+    found: dict[str, Callable[[], str]] = {
+        name: lambda n=name: text(f"{n}.cu")  # type: ignore[misc]
+        for name in ("prompts", "draw")
+    }
     for name, shape in SHAPES.items():
         if not shape.experts:
             found[f"step, {name}"] = lambda s=shape: divide(s, *(AMPERE if copies else HOPPER), copies=copies).source

@@ -13,6 +13,8 @@ from runner.ops.cuda.nvrtc import ARCHITECTURES, Nvrtc
 from runner.ops.cuda.shape import divide
 
 MOST_REGISTERS = {
+    "prompts": 168,
+    "draw": 64,
     "step": 96,
     "8 rows": 144,
     "64 rows": 224,
