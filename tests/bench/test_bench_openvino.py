@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from places import ROOT, TESTS
 
-from runner.ops import cpu as kernels
+from runner.ops.device import current
 
 SCRIPT = str(ROOT / "scripts" / "bench" / "bench_openvino")
 PACKED = str(TESTS / "fixtures" / "llama" / "llama-mlx-4bit")
@@ -42,7 +42,7 @@ def test_what_it_refuses(arguments: list[str], said: str) -> None:
     assert found.returncode != 0 and said in found.stderr
 
 
-@pytest.mark.skipif(kernels.unavailable() is not None, reason="activations of 8 bits are the kernels'")
+@pytest.mark.skipif(current().int8 is None, reason="activations of 8 bits are the CPU kernels'")
 def test_engines_side_by_side(tmp_path: Path) -> None:
     exported, python = tmp_path / "exported", tmp_path / "python"
     exported.mkdir()

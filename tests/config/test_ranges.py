@@ -136,13 +136,13 @@ def test_no_count_makes_reading_endless(model_type: str) -> None:
     for key in keys:
         for value in (1 << 24, 10**400):
             raw = {**raw_of(model_type), key: value}
-            started = time.process_time()
+            started = time.thread_time()
             try:
                 found, model_class = find(raw)
                 plan(model_class, found.from_dict(raw), headers)
             except RunnerError as error:
                 assert str(error), key
-            assert time.process_time() - started < 2, (key, value)
+            assert time.thread_time() - started < 2, (key, value)
 
 
 def test_further_layers_of_deepseek_are_told_by_number() -> None:

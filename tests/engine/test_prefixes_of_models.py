@@ -64,7 +64,8 @@ def check(loaded: Loaded, ids: list[int], logits: mx.array) -> None:
     if current().ops.one_form:  # a row's sums are the same in any cut of a prompt
         assert np.array_equal(found, wanted)
     else:
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-4 * np.abs(wanted).max())
+        most = 2e-4 if logits.dtype == mx.float32 else 0.03
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=most * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("kind", MODELS)

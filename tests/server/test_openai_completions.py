@@ -15,6 +15,7 @@ from places import ROOT
 from told_backend import SPECIAL, Running, ToldBackend, local, tokenizer
 
 import runner
+from runner.ops.device import current
 
 FIXTURE = ROOT / "tests" / "fixtures" / "llama" / "llama-gqa"
 
@@ -120,7 +121,7 @@ def test_refused_by_name(client: openai.OpenAI, extra: dict, named: str) -> None
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[tuple[openai.OpenAI, runner.LanguageModel]]:
-    lm = runner.load(FIXTURE)
+    lm = runner.load(FIXTURE, dtype=None if current().ops.one_form else "float32")
     with Running([local(lm, "tiny")]) as running:
         yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0), lm
 

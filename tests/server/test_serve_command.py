@@ -146,4 +146,5 @@ def test_what_was_computed_outlives_the_server(tmp_path: Path) -> None:
                 assert list(lines)[-2] == "data: [DONE]"
             assert process.wait(30) == 0
     assert found == [(found[0][0], 0), (found[0][0], 40)]
-    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
+    # One of each prompt; of the answer that was under way, as far as each server came.
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) in (2, 3)

@@ -189,9 +189,9 @@ def test_a_million_characters_are_searched_in_linear_time(text: str) -> None:
     scanner = TokenScanner((AddedToken(content, lstrip=True, rstrip=True), n) for n, content in enumerate(contents))
     content = text * (1_000_000 // len(text))
     markers = choose_markers(content)
-    start = time.process_time()
+    start = time.thread_time()
     scanner.touches([content])
     marked = scanner.unmark(scanner.mark(content, markers), markers)
     assert scanner.find(content, marked) == []
     scanner.find(content)
-    assert time.process_time() - start < 3
+    assert time.thread_time() - start < 3

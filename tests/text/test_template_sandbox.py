@@ -91,14 +91,15 @@ def test_memory_is_bounded() -> None:
     code = (
         "import resource, sys\nfrom runner.text.chat_inputs import chat_inputs\n"
         "from runner.text.chat_template import ChatTemplates\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"  # MLX for NVIDIA GPUs holds much
         f"for source in {list(LARGE.values())!r}:\n"
         "    try: ChatTemplates({}, {}).render(source, chat_inputs([{'role': 'user', 'content': 'hi'}]))\n"
         "    except ValueError: pass\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     unit = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout) * unit < 600 << 20
+    assert int(done.stdout) * unit < 500 << 20
 
 
 LITERALS = "{{ [" + "1," * (MAX_TOKENS // 2) + "] }}"
