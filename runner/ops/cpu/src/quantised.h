@@ -24,10 +24,11 @@ RUNNER_INLINE Panels panels_of(const LinearArgs& a, int64_t rows) {
   return p;
 }
 
-// Rows [n, n + kStrips * W) of the matrix against the panels [p, end), which `add` multiplies with a tile as `add_tile_of`.
+// Rows [n, n + kStrips * W) of the matrix against the panels [p, end), which `add` multiplies with a tile as `add_tile_of`;
+// `paired`: a tile whose lanes hold two steps each.
 template <class Add>
 RUNNER_INLINE void strips_by(const LinearArgs& a, const Panels& panels, char* packed, int64_t n, int64_t p, int64_t end,
-                             const Add& add) {
+                             bool paired, const Add& add) {
   const int64_t first = panels.first(p), rows = panels.first(end) - first;
   const int strips = a.n - n > W ? kStrips : 1;
   constexpr int64_t kSums = kRunning * kStrips * W;
@@ -42,7 +43,7 @@ RUNNER_INLINE void strips_by(const LinearArgs& a, const Panels& panels, char* pa
     add_tile_memory(a, next ? n : n + kStrips * W, next, left < kTileValues ? left : kTileValues, ahead);
     const int groups = (int)(depth / a.group);
     ahead.divide(groups + depth * (a.bits == 4 ? 4 : 8) / 8 / (16 * kPiecesAhead));
-    unpack_tile(a, n, k, depth, ahead, w);
+    unpack_tile(a, n, k, depth, paired, ahead, w);
     for (int64_t i = p; i < end; ++i) {
       const Panel x = from_column(a, panels.at(a, packed, i), k);
       add(w, x, groups, strips, k == 0, ahead, t + (panels.first(i) - first) * kSums);
@@ -70,16 +71,24 @@ void quantised_strips(const LinearArgs& a, const Panels& panels, char* packed, i
   if constexpr (By::kTiles) {
     if (panels.tiled) {
       By registers(panels.widest(), a.group);
-      return strips_by(a, panels, packed, n, p, end, [&](const Tile& w, const Panel& x, int groups, int strips, bool first,
-                                                         Ahead& ahead, float* t) {
+      return strips_by(a, panels, packed, n, p, end, false, [&](const Tile& w, const Panel& x, int groups, int strips,
+                                                                bool first, Ahead& ahead, float* t) {
         add_tile_of(registers, w, x, groups, a.group, strips, first, ahead, t);
       });
     }
   }
-  strips_by(a, panels, packed, n, p, end, [&](const Tile& w, const Panel& x, int groups, int strips, bool first,
-                                              Ahead& ahead, float* t) {
-    add_tile_of(w, x, groups, a.group, strips, first, ahead, t);
-  });
+  auto by_vectors = [&](auto paired) {
+    constexpr bool kPaired = decltype(paired)::value;
+    strips_by(a, panels, packed, n, p, end, kPaired, [&](const Tile& w, const Panel& x, int groups, int strips, bool first,
+                                                         Ahead& ahead, float* t) {
+      add_tile_of<kPaired>(w, x, groups, a.group, strips, first, ahead, t);
+    });
+  };
+  if constexpr (RUNNER_ISA == 512) {
+    // Drawn apart once more for each panel, they would cost many panels more than unpacking them.
+    if (end - p == 1 && paired_steps(a)) return by_vectors(Int<1>{});
+  }
+  by_vectors(Int<0>{});
 }
 
 constexpr int64_t kShared = 2048;      // values of x from which threads share the work of rounding them

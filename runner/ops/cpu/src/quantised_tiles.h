@@ -41,10 +41,11 @@ RUNNER_INLINE VF as_float(VI32 v) { return _mm256_cvtepi32_ps(v); }
 
 // Sums of one row that are added to in turns, so that few rows do not wait for each multiply_add before the next.
 template <int N, int M>
-constexpr int kTurns = RUNNER_ISA != 512 || N * M >= 16 ? 1 : N * M >= 4 ? 2 : 4;
+constexpr int kTurns = RUNNER_ISA != 512 || N * M >= 12 ? 1 : N * M >= 4 ? 2 : 4;
 
-// acc[s][m] += over `steps` of a plane, for N strips and M of x's rows, which are `width` side by side.
-template <int N, int M>
+// acc[s][m] += over `steps` of a plane, for N strips and M of x's rows, which are `width` side by side. PAIRED: a lane of w
+// holds two steps.
+template <int N, int M, bool PAIRED = false>
 RUNNER_INLINE void add_steps(const int32_t* w, const int32_t* x, int width, int steps, VI32 acc[N][M]) {
   constexpr int T = kTurns<N, M>;
   VI32 more[T][N][M];
@@ -56,12 +57,23 @@ RUNNER_INLINE void add_steps(const int32_t* w, const int32_t* x, int width, int 
       for (int m = 0; m < M; ++m) more[t][s][m] = no_sum();
     }
   }
-  for (const int32_t* end = w + steps * W; w < end;) {
+  constexpr int L = PAIRED ? 2 : 1, kStrip = kTileValues / kStep / L * W;
+  for (const int32_t* end = w + steps / L * W; w < end;) {
+    VI32 lanes[N][kLaneSteps<4>];
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t, w += W, x += width) {
+    for (int i = 0; i < (T > L ? T : L); ++i, x += width) {
+      const int t = i % T;
       VI32 wv[N];
 #pragma GCC unroll 4
-      for (int s = 0; s < N; ++s) wv[s] = load_step(w + s * (kTileValues / kStep) * W);
+      for (int s = 0; s < N; ++s) {
+        if constexpr (PAIRED) {
+          if (i % 2 == 0) spread<4, false>(load_step(w + s * kStrip), lanes[s]);
+          wv[s] = lanes[s][i % 2];
+        } else {
+          wv[s] = load_step(w + s * kStrip);
+        }
+      }
+      if (i % L == L - 1) w += W;
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         VI32 xv = repeated(x + m);
@@ -104,7 +116,7 @@ RUNNER_INLINE void add_rests(const VI32 rests[N][1], const VF scale[N], float sc
 
 // t[m][g % 4][s] += over the groups of a tile, for N strips and the M rows of a panel; x begins at the tile's first
 // column, whose group's number is a multiple of four. With `first`, t is filled and not added to.
-template <int N, int M>
+template <int N, int M, bool PAIRED>
 void add_tile(const Tile& tile, const Panel& panel, int groups, int group, bool first, Ahead& ahead, float* t) {
   // Copies: what is stored below could change the arguments, for all that the compiler knows.
   const Tile w = tile;
@@ -112,21 +124,21 @@ void add_tile(const Tile& tile, const Panel& panel, int groups, int group, bool 
   const int steps = group / kStep;
   for (int g = 0; g < groups; ++g) {
     ahead.some();
-    const int32_t *wq = w.q + g * steps * W, *xq = x.q + g * steps * M;
+    const int32_t *wq = w.q + g * (PAIRED ? steps / 2 : steps) * W, *xq = x.q + g * steps * M;
     VI32 acc[N][M];
 #pragma GCC unroll 4
     for (int s = 0; s < N; ++s) {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) acc[s][m] = no_sum();
     }
-    add_steps<N, M>(wq, xq, M, steps, acc);
+    add_steps<N, M, PAIRED>(wq, xq, M, steps, acc);
     if (kPlanes == 2 && !x.coarse) {
 #pragma GCC unroll 4
       for (int s = 0; s < N; ++s) {
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) acc[s][m] = next_plane(acc[s][m]);
       }
-      add_steps<N, M>(wq, xq + x.steps * M, M, steps, acc);
+      add_steps<N, M, PAIRED>(wq, xq + x.steps * M, M, steps, acc);
     }
     VF scale[N], shift[N];
 #pragma GCC unroll 4
@@ -155,19 +167,19 @@ void add_tile(const Tile& tile, const Panel& panel, int groups, int group, bool 
       VI32 rest[N][1];
 #pragma GCC unroll 4
       for (int s = 0; s < N; ++s) rest[s][0] = no_sum();
-      add_steps<N, 1>(wq, x.rest + g * steps * M + m, M, steps, rest);
+      add_steps<N, 1, PAIRED>(wq, x.rest + g * steps * M + m, M, steps, rest);
       add_rests<N>(rest, scale, scales[m], to + m * kRunning * kStrips * W);
     }
   }
 }
 
-template <int M = kPanelRows>
+template <bool PAIRED, int M = kPanelRows>
 RUNNER_INLINE void add_tile_of(const Tile& w, const Panel& x, int groups, int group, int strips, bool first, Ahead& ahead,
                                float* t) {
   if constexpr (M > kRowsApart) {
-    if (x.rows < M) return add_tile_of<M - 1>(w, x, groups, group, strips, first, ahead, t);
-    if (strips == 1) return add_tile<1, M>(w, x, groups, group, first, ahead, t);
-    add_tile<kStrips, M>(w, x, groups, group, first, ahead, t);
+    if (x.rows < M) return add_tile_of<PAIRED, M - 1>(w, x, groups, group, strips, first, ahead, t);
+    if (strips == 1) return add_tile<1, M, PAIRED>(w, x, groups, group, first, ahead, t);
+    add_tile<kStrips, M, PAIRED>(w, x, groups, group, first, ahead, t);
   }
 }
 

@@ -453,6 +453,38 @@ RUNNER_INLINE void turn_columns(F&& part, VF r[4]) {
 }
 #endif
 
+#if RUNNER_ISA == 512
+// Eight columns likewise; part(j): the eight values of row j, a __m256. Half of the loads, which are what four at a time
+// wait for.
+template <class F>
+RUNNER_INLINE void turn_eight_columns(F&& part, VF r[8]) {
+  VF u[4], v[2][4];
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {  // rows 8 h and on, and those four behind them
+    VF t[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_insertf32x8(_mm512_castps256_ps512(part(8 * h + i)), part(8 * h + i + 4), 1);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+      u[i] = _mm512_unpacklo_ps(t[i], t[i + 1]);
+      u[i + 1] = _mm512_unpackhi_ps(t[i], t[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      v[h][2 * j] = _mm512_shuffle_ps(u[j], u[j + 2], 0x44);
+      v[h][2 * j + 1] = _mm512_shuffle_ps(u[j], u[j + 2], 0xee);
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    r[c] = _mm512_shuffle_f32x4(v[0][c], v[1][c], 0x88);
+    r[c + 4] = _mm512_shuffle_f32x4(v[0][c], v[1][c], 0xdd);
+  }
+}
+#endif
+
 // The same of rows in memory, W values of 32 bits at the place `at` of each: parts of rows are put side by side as they are
 // loaded, which takes half of the shuffles.
 template <class S>

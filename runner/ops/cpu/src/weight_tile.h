@@ -2,7 +2,8 @@
 //
 // W rows of a matrix, a strip, are turned around: a vector holds one step of each, so that a lane sums up one row's
 // products, exactly and in the order of the groups, and nothing has to be added across lanes. Codes become bytes
-// (AVX-512) or words (AVX2), groups of W scales and shifts likewise one vector each.
+// (AVX-512) or words (AVX2), groups of W scales and shifts likewise one vector each. Codes of four bits stay as they are
+// with AVX-512's products by vectors, which leave ports free that draw them apart: half the stores, half the cache.
 
 constexpr int kStrips = 2;                                 // of a tile
 constexpr int kTileValues = RUNNER_ISA == 512 ? 1024 : 512;  // of a row, at most
@@ -10,7 +11,7 @@ constexpr int kTileValues = RUNNER_ISA == 512 ? 1024 : 512;  // of a row, at mos
 constexpr int kTileGroups = kTileValues / 32 + W;           // whole vectors of scales are written
 
 struct Tile {
-  int32_t* q;            // [kStrips][kTileValues / kStep][W]
+  int32_t* q;            // [kStrips][kTileValues / kStep][W], or of two steps in each lane [kStrips][kTileValues / kStep / 2][W]
   float *scale, *shift;  // [kStrips][kTileGroups][W]
 };
 
@@ -36,6 +37,11 @@ constexpr int kVectorBytes = 4 * W;
 // Steps that a lane of packed weights holds: eight nibbles, or four codes of a byte each.
 template <int BITS>
 constexpr int kLaneSteps = (BITS == 4 ? 8 : 4) / kStep;
+
+// Whether a tile's lanes hold two steps each, for products by vectors.
+RUNNER_INLINE bool paired_steps(const LinearArgs& a) {
+  return RUNNER_ISA == 512 && a.bits == 4 && a.format == Format::affine;
+}
 
 // Vectors of single steps from one with four bytes in each lane.
 template <int BITS, bool FP4>
@@ -91,13 +97,27 @@ inline Rows copied_rows(const Rows& rows, int count, int last, int64_t bytes) {
 }
 
 // Calls f(s, i, r) for each 16 bytes of N strips' rows: r[j] holds the j-th lane of piece i of each row of strip s. Reads
-// whole pieces, which never lie in two lines of the cache where rows begin at multiples of 16.
+// whole pieces, alone or in pairs, which never lie in two lines of the cache where rows begin at multiples of as much.
 template <int N, class F>
 RUNNER_INLINE void by_columns(const Rows& rows, int64_t bytes, F&& f) {
   const int64_t stride = rows.stride;
   const uint8_t* four[N * W / 4];
   for (int i = 0; i < N * W / 4; ++i) four[i] = rows.first + 4 * i * stride;
-  for (int64_t i = 0; i * 16 < bytes; ++i) {
+  int64_t i = 0;
+#if RUNNER_ISA == 512
+  for (; (i + 2) * 16 <= bytes; i += 2) {
+#pragma GCC unroll 2
+    for (int s = 0; s < N; ++s) {
+      VF r[8];
+      turn_eight_columns([&](int j) {
+        return _mm256_loadu_ps((const float*)(four[s * (W / 4) + j / 4] + j % 4 * stride + i * 16));
+      }, r);
+      f(s, i, r);
+      f(s, i + 1, r + 4);
+    }
+  }
+#endif
+  for (; i * 16 < bytes; ++i) {
 #pragma GCC unroll 2
     for (int s = 0; s < N; ++s) {
       VF r[4];
@@ -145,17 +165,22 @@ class Ahead {
 
 constexpr int kPiecesAhead = 4;  // 16 bytes of each row: unpacked in about the time that a group is multiplied in
 
-// The codes of N strips' rows, `bytes` bytes of each.
-template <int N, int BITS, bool FP4>
+// The codes of N strips' rows, `bytes` bytes of each; PAIRED: two steps in each lane.
+template <int N, int BITS, bool FP4, bool PAIRED = false>
 RUNNER_INLINE void unpack_codes(const Rows& rows, int64_t bytes, Ahead& ahead, int32_t* to) {
-  constexpr int S = kLaneSteps<BITS>;
+  constexpr int S = PAIRED ? 1 : kLaneSteps<BITS>;
+  constexpr int kStrip = kTileValues / kStep * S / kLaneSteps<BITS>;
   by_columns<N>(rows, bytes, [&](int s, int64_t piece, const VF r[4]) {
     if (s == 0 && piece % kPiecesAhead == 0) ahead.some();
-    int32_t* at = to + (s * (kTileValues / kStep) + piece * 4 * S) * W;
+    int32_t* at = to + (s * kStrip + piece * 4 * S) * W;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       VI32 steps[S];
-      spread<BITS, FP4>(as_integers(r[i]), steps);
+      if constexpr (PAIRED) {
+        steps[0] = as_integers(r[i]);
+      } else {
+        spread<BITS, FP4>(as_integers(r[i]), steps);
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < S; ++j) memcpy(at + (i * S + j) * W, &steps[j], sizeof steps[j]);
     }
@@ -183,13 +208,16 @@ RUNNER_INLINE void unpack_scales(const Rows& rows, int64_t count, float* to) {
 // N strips of rows [first, ...) of the matrix, the last of which is number `last` of them, from column k0 on, `depth`
 // values of each.
 template <int N>
-void unpack_strips(const LinearArgs& a, int64_t first, int last, int64_t k0, int64_t depth, Ahead& ahead, const Tile& to) {
+void unpack_strips(const LinearArgs& a, int64_t first, int last, int64_t k0, int64_t depth, bool paired, Ahead& ahead,
+                   const Tile& to) {
   constexpr int kRows = N * W;
   const int64_t row_bytes = a.k * a.bits / 8, groups = groups_of(a), bytes = depth * a.bits / 8;
   Rows rows{(const uint8_t*)a.w + first * row_bytes + k0 * a.bits / 8, row_bytes};
   if (last < kRows - 1) rows = copied_rows(rows, kRows, last, bytes);
   if (a.bits == 8) {
     unpack_codes<N, 8, false>(rows, bytes, ahead, to.q);
+  } else if (paired) {
+    unpack_codes<N, 4, false, true>(rows, bytes, ahead, to.q);
   } else if (a.bits == 4 && a.format == Format::affine) {
     unpack_codes<N, 4, false>(rows, bytes, ahead, to.q);
   } else if (a.bits == 4) {
@@ -225,11 +253,11 @@ void unpack_strips(const LinearArgs& a, int64_t first, int last, int64_t k0, int
   });
 }
 
-// Rows [n, n + kStrips * W) of the matrix from column k0 on, `depth` values of each.
-inline void unpack_tile(const LinearArgs& a, int64_t n, int64_t k0, int64_t depth, Ahead& ahead, const Tile& to) {
+// Rows [n, n + kStrips * W) of the matrix from column k0 on, `depth` values of each; `paired`: two steps in each lane.
+inline void unpack_tile(const LinearArgs& a, int64_t n, int64_t k0, int64_t depth, bool paired, Ahead& ahead, const Tile& to) {
   const int64_t rows = a.n - n;
-  if (rows <= W) return unpack_strips<1>(a, n, (int)rows - 1, k0, depth, ahead, to);
-  unpack_strips<kStrips>(a, n, (int)(rows < kStrips * W ? rows : kStrips * W) - 1, k0, depth, ahead, to);
+  if (rows <= W) return unpack_strips<1>(a, n, (int)rows - 1, k0, depth, paired, ahead, to);
+  unpack_strips<kStrips>(a, n, (int)(rows < kStrips * W ? rows : kStrips * W) - 1, k0, depth, paired, ahead, to);
 }
 
 // The memory of what `unpack_tile` reads.
