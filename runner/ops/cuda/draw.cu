@@ -4,7 +4,7 @@
 // filters leave is found from the top bits of logits to the lowest, three at a time, and not by sorting them.
 typedef unsigned long long u64;
 constexpr unsigned ALL = 0xffffffffu;
-constexpr int WARPS = 32, THREADS = 32 * WARPS, LIST = 4096, DIGITS = 8;
+constexpr int WARPS = 16, THREADS = 32 * WARPS, LIST = 4096, DIGITS = 8, AT_ONCE = 16;
 struct Options { unsigned chance; float temperature; int top_k; float top_p, log_min_p; };  // chance: parts of 2^-32
 
 // Its order among numbers; NaN is the greatest, and zeros are equal.
@@ -27,6 +27,21 @@ struct Row {
   __device__ float scaled(unsigned key) const { return (value_of(key) - peak) / temperature; }
   __device__ u64 weight(unsigned key) const { return __float2ull_rn(expf(scaled(key)) * 17592186044416.f); }
 };
+
+// The keys of every `step`-th logit, with their ids. Many are on their way at once: a block has a multiprocessor to itself.
+template <class Use> static __device__ void over(const float* x, int from, int to, int step, Use use) {
+  int i = from;
+#pragma unroll 1
+  for (; i + (AT_ONCE - 1) * step < to; i += AT_ONCE * step) {
+    float v[AT_ONCE];
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) v[u] = x[i + u * step];
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) use(key_of(v[u]), i + u * step);
+  }
+#pragma unroll 1
+  for (; i < to; i += step) use(key_of(x[i]), i);
+}
 
 struct Shared {
   u64 sums[WARPS][DIGITS], all[DIGITS];
@@ -68,16 +83,17 @@ template <bool WEIGHT> static __device__ unsigned lowest(Shared& sh, const Row& 
     unsigned counts[DIGITS];
 #pragma unroll
     for (int d = 0; d < DIGITS; d++) { sums[d] = 0; counts[d] = 0; }
-    const int end = listed ? (int)sh.listed : row.size;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < end; i += THREADS) {
-      const unsigned key = listed ? sh.list[i] : key_of(row.x[i]);
-      if ((key ^ found) & decided) continue;
+    const auto count = [&](unsigned key, int) {
+      if ((key ^ found) & decided) return;
       const unsigned digit = (key >> shift) & 7;
       const u64 w = WEIGHT ? row.weight(key) : 1;
 #pragma unroll
       for (unsigned d = 0; d < DIGITS; d++) { sums[d] += digit >= d ? w : 0; counts[d] += digit == d; }
-    }
+    };
+    if (!listed) over(row.x, threadIdx.x, row.size, THREADS, count);
+    else
+#pragma unroll 1
+      for (int i = threadIdx.x; i < (int)sh.listed; i += THREADS) count(sh.list[i], i);
     add_up(sh, sums, counts);
     int digit = 0;
     for (int d = 1; d < DIGITS; d++)
@@ -89,11 +105,9 @@ template <bool WEIGHT> static __device__ unsigned lowest(Shared& sh, const Row& 
       if (threadIdx.x == 0) sh.listed = 0;
       __syncthreads();
       const unsigned same = ALL << shift;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < row.size; i += THREADS) {
-        const unsigned key = key_of(row.x[i]);
+      over(row.x, threadIdx.x, row.size, THREADS, [&](unsigned key, int) {
         if (((key ^ found) & same) == 0) sh.list[atomicAdd(&sh.listed, 1u)] = key;
-      }
+      });
       listed = true;
     }
     __syncthreads();
@@ -105,18 +119,16 @@ template <bool WEIGHT> static __device__ unsigned lowest(Shared& sh, const Row& 
 static __device__ u64 weight_above(Shared& sh, const Row& row, unsigned key, bool all) {
   u64 sums[DIGITS] = {0, 0, 0, 0, 0, 0, 0, 0};
   unsigned counts[DIGITS] = {0, 0, 0, 0, 0, 0, 0, 0};
-#pragma unroll 1
-  for (int i = threadIdx.x; i < row.size; i += THREADS) {
-    const unsigned k = key_of(row.x[i]);
+  over(row.x, threadIdx.x, row.size, THREADS, [&](unsigned k, int) {
     if (all || k > key) sums[0] += row.weight(k);
-  }
+  });
   add_up(sh, sums, counts);
   const u64 found = sh.all[0];
   __syncthreads();
   return found;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) runner_draw(const float* logits, const Options* options, unsigned* tokens, float* peaks, int size) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) runner_draw(const float* logits, const Options* options, unsigned* tokens, float* peaks, int size) {
   __shared__ Shared sh;
   __shared__ u64 best[WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -124,10 +136,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) runner_draw(const float* l
   Row row = {logits + (long)blockIdx.x * size, size, 0.f, how.temperature, how.log_min_p};
   // The greatest, of equal ones the lowest id.
   u64 most = 0;
-  for (int i = threadIdx.x; i < size; i += THREADS) {
-    const u64 k = ((u64)key_of(row.x[i]) << 32) | (ALL - (unsigned)i);
+  over(row.x, threadIdx.x, size, THREADS, [&](unsigned key, int i) {
+    const u64 k = ((u64)key << 32) | (ALL - (unsigned)i);
     most = k > most ? k : most;
-  }
+  });
 #pragma unroll
   for (int o = 16; o; o >>= 1) { const u64 other = __shfl_xor_sync(ALL, most, o); most = other > most ? other : most; }
   if (lane == 0) best[warp] = most;
@@ -163,12 +175,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) runner_draw(const float* l
   const int share = (size + WARPS - 1) / WARPS, from = min(size, warp * share), to = min(size, from + share);
   const u64 tied = !all && row.scaled(bound) >= how.log_min_p ? row.weight(bound) : 0;
   u64 mine = 0, equal = 0;
-#pragma unroll 1
-  for (int i = from + lane; i < to; i += 32) {
-    const unsigned k = key_of(row.x[i]);
+  over(row.x, from + lane, to, 32, [&](unsigned k, int) {
     if ((all || k > bound) && row.scaled(k) >= how.log_min_p) mine += row.weight(k);
     equal += !all && k == bound;
-  }
+  });
   mine = warp_sum(mine); equal = warp_sum(equal);
   if (lane == 0) { sh.sums[warp][0] = mine; sh.sums[warp][1] = equal; }
   __syncthreads();

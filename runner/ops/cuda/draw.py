@@ -15,7 +15,7 @@ from runner.ops.cuda.shape import text
 from runner.ops.picking import Draw
 from runner.ops.picking import draw as by_sorting
 
-THREADS = 1024
+THREADS = 512
 """Of a block, which takes a row."""
 
 _OPTIONS = np.dtype([("chance", "u4"), ("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("log_min_p", "f4")])

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 from draws import KINDS, in_order, made, shares
 
-from runner.errors import BackendError
-from runner.ops.cuda.nvrtc import Nvrtc
-from runner.ops.cuda.shape import text
 from runner.ops.device import current
 from runner.ops.picking import Draw
 
@@ -30,15 +27,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"top_k": 40, "top_p": 0.95, "min_p": 0.01},
     {"top_k": 1000, "top_p": 0.5},
 ]
-
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_it_compiles(architecture: str) -> None:
-    try:
-        nvrtc = Nvrtc()
-    except BackendError:
-        pytest.skip("there is no NVRTC here")
-    assert nvrtc.compile(text("draw.cu"), architecture)[0]
 
 
 @needs_gpu
