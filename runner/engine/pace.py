@@ -7,8 +7,8 @@ are measured as passes go by. Where a prompt is cut changes nothing of what is c
 from __future__ import annotations
 
 PAUSE = 0.02
-"""Seconds by which a piece of a prompt may prolong a step; or as long as the step takes, where that is longer: at least
-half of a pass, which reads all weights, is then the piece's."""
+"""Seconds by which a piece of a prompt may prolong a step, where nothing else is said; or as long as the step takes,
+where that is longer: at least half of a pass, which reads all weights, is then the piece's."""
 
 LEAST = 16
 """Tokens of a piece, however slow the machine is: fewer cost nearly as much."""
@@ -23,7 +23,9 @@ MOST_TIMES = 8
 class Pace:
     """Measures passes, and says how much of prompts the next one is to read."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float = PAUSE) -> None:
+        """`pause` is for a device's `PAUSE`."""
+        self._pause = pause
         self._step = 0.0  # seconds of a step; 0: not known yet, as below
         self._rows = 1  # of that step
         self._token = 0.0  # seconds that a prompt's token adds
@@ -39,7 +41,7 @@ class Pace:
 
     def room(self, rows: int) -> int:
         """Tokens of prompts for the next pass with so many rows that decode: few where nothing is known, to learn."""
-        return max(LEAST, int(max(PAUSE, self._beside(rows)) / self._token)) if self._token else LEAST
+        return max(LEAST, int(max(self._pause, self._beside(rows)) / self._token)) if self._token else LEAST
 
     def _beside(self, rows: int) -> float:
         """Seconds of a step of so many rows: no less than the last one's, and growing with them. While prompts are read

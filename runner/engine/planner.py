@@ -31,7 +31,7 @@ class Planner:
     def __init__(self, loaded: Loaded, keeper: Keeper) -> None:
         self._loaded = loaded
         self._keeper = keeper
-        self.pace = Pace()
+        self.pace = Pace(loaded.device.pause)
 
     def plan(self, live: Sequence[Row]) -> list[Feeds]:
         """What the rows put into the next pass; into several, where adapters differ and layers cannot share one."""

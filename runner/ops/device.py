@@ -27,6 +27,9 @@ PREFILL_CHUNK = 512
 """Prompt tokens per forward pass on a CPU: enough to fill it, few enough to cancel soon and keep activations small."""
 
 
+CUDA_PAUSE = 0.05
+"""`Device.pause` of an NVIDIA GPU: the host takes some 20 ms for a pass with prompts, whatever their length."""
+
 EXACT = "exact"
 ACTIVATIONS = (EXACT, "int8")
 """Values of `activations` in `runner.load`."""
@@ -43,6 +46,7 @@ class Device:
         threads: threads of our kernels; None where MLX decides.
         chunk: prompt tokens per forward pass.
         cut: prompts are cut at multiples of so many tokens, where attention is compiled for each length it meets.
+        pause: seconds by which a piece of a prompt may prolong a step of others.
         clears: whether MLX's freed buffers are given back after each chunk and now and then between tokens: on a GPU
             they pile up, as each length has sizes of its own.
         tf32: whether MLX multiplies float32 matrices in TF32 there, 10 bits of mantissa, unless MLX_ENABLE_TF32=0.
@@ -64,6 +68,7 @@ class Device:
     threads: int | None = None
     chunk: int = PREFILL_CHUNK
     cut: int = 1
+    pause: float = 0.02
     clears: bool = False
     tf32: bool = False
     metal: Metal | None = None
@@ -107,8 +112,8 @@ def current() -> Device:
     if mx.default_device() != mx.Device(mx.cpu):
         if mx.cuda.is_available():
             return Device(
-                "MLX's CUDA kernels", CUDA, storage=CUDA.storage, chunk=2048, cut=512, clears=True, tf32=True,
-                compiles=True,
+                "MLX's CUDA kernels", CUDA, storage=CUDA.storage, chunk=2048, cut=512, pause=CUDA_PAUSE,
+                clears=True, tf32=True, compiles=True,
             )  # fmt: skip
         # Half of a CUDA device's: an M1 reads some hundred tokens a second, and a prompt is cancelled between chunks.
         tf32 = metal is not None and metal.tf32

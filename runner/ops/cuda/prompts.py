@@ -28,7 +28,7 @@ UNIT = 16
 """Bytes that it copies at a time."""
 
 PAD = 64
-"""Prompts are attended to together where their lengths are equal once they are filled up to a multiple of this."""
+"""Tokens to a multiple of which prompts are filled up at least, so that many have the same length."""
 
 
 def write_rows(
@@ -101,7 +101,7 @@ def attention_of_one(
     MLX has cuDNN make a plan for each pair of lengths, which takes 37 ms.
     """
     keys = key.shape[2] if length is None else length
-    filled = -(-keys // PAD) * PAD
+    filled = _up(keys, query.shape[2])
     sees_all = isinstance(mask, str) and softcap is None and (window is None or window >= filled)
     if keys < filled <= key.shape[2] and sees_all and query.shape[2] >= PAD:
         more = mx.pad(query, [(0, 0), (0, 0), (0, filled - keys), (0, 0)])
@@ -129,12 +129,12 @@ def attention(
     for i, (history, count) in enumerate(zip(histories, counts, strict=True)):
         if softcap is None and (length := _filled(history, count)):
             groups.setdefault(length, []).append(i)
-    groups = {length: group for length, group in groups.items() if len(group) > 1}
-    if not groups:
+    calls = [(length, part) for length, group in groups.items() for part in _parts(group)]
+    if not calls:
         return others(query, histories, counts, scale=scale, sinks=sinks, softcap=softcap)
     places = list(segments(counts))
     found: dict[int, mx.array] = {}
-    for length, group in groups.items():
+    for length, group in calls:
         together = _attended(query, [places[i] for i in group], [histories[i] for i in group], length, scale, sinks)
         if len(group) == len(histories) and len(group) * length == query.shape[2]:
             return together.swapaxes(0, 1).reshape(1, query.shape[1], query.shape[2], -1)
@@ -152,12 +152,28 @@ def attention(
     return mx.concatenate([found[i] for i in range(len(histories))], axis=2)
 
 
+def _parts(group: list[int]) -> list[list[int]]:
+    """A group of prompts in parts of 8, 4 and 2, of which there are few plans; one may be left out."""
+    found: list[list[int]] = []
+    while len(group) > 1:
+        count = min(AT_ONCE, 1 << (len(group).bit_length() - 1))
+        found.append(group[:count])
+        group = group[count:]
+    return found
+
+
+def _up(length: int, queries: int) -> int:
+    """A length filled up: by a quarter of the queries at most, so that there are few."""
+    step = max(PAD, 1 << max(0, queries.bit_length() - 3))
+    return -(-length // step) * step
+
+
 def _filled(history: History, count: int) -> int:
     """The length up to which a prompt is filled, whose first pass this is; 0: it is none, or sees not all of itself."""
     limits = [limit for limit in (history.window, history.chunk) if limit is not None]
     if count < PAD or history.length != count or history.split is not None or any(one < count for one in limits):
         return 0
-    length = -(-count // PAD) * PAD
+    length = _up(count, count)
     return length if length <= capacity(history.stored_keys) else 0
 
 

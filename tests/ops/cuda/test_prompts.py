@@ -31,8 +31,9 @@ def history(count: int, more: int = 0, window: int | None = None, seed: int = 0)
 
 
 CASES: list[list[History]] = [
-    [history(64, seed=1), history(64, seed=2), history(64, seed=3)],
-    [history(70, seed=1), history(128, seed=2), history(65, seed=3)],  # filled up to 128
+    [history(64, seed=1), history(64, seed=2), history(64, seed=3), history(64, seed=4)],
+    [history(70, seed=1), history(128, seed=2)],  # filled up to 128
+    [history(70, seed=1), history(128, seed=2), history(65, seed=3)],  # of which two are taken together
     [history(70, seed=1), history(200, seed=2), history(90, seed=3), history(193, seed=4)],  # two groups
     [history(100, seed=1), history(5, seed=2), history(100, seed=3), history(100, more=40, seed=4)],
     [history(100, window=50, seed=1), history(100, window=50, seed=2)],  # sees not all of itself
@@ -57,7 +58,7 @@ def test_attention_of_each(case: int, sinks: bool) -> None:
     want = PORTABLE.attention_rows(query, histories, counts, **settings)
     got = prompts.attention(others, query, histories, counts, **settings)
     assert got.shape == want.shape and np.allclose(np.array(got), np.array(want), atol=2e-6)
-    assert len(asked) == (case in (3, 4))
+    assert len(asked) == (case in (2, 4, 5))
 
 
 @pytest.mark.parametrize(
