@@ -222,9 +222,9 @@ def test_tokens_are_picked_as_by_operations(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", ["llama/llama-gqa", "llama/llama-mlx-4bit", "llama/llama-mlx-tied"])
 def test_a_ring_that_lanes_fill(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As GPUs without bulk copies have it."""
-    expected = answer(open_loaded(TESTS / "fixtures" / path, dtype="float32"), temperature=0)
+    expected = answer(open_loaded(TESTS / "fixtures" / path), temperature=0)
     monkeypatch.setattr(Driver, "bulk", False)
-    loaded = open_loaded(TESTS / "fixtures" / path, dtype="float32")
+    loaded = open_loaded(TESTS / "fixtures" / path)
     assert answer(loaded, temperature=0) == expected
     assert loaded.compiled.refused is None and loaded.compiled.decoder.division.copies
 

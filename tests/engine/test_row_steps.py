@@ -19,7 +19,7 @@ from runner.cache.caches import Caches
 from runner.cache.several import SeveralCaches
 from runner.convert.quantize import QUANTIZATIONS
 from runner.engine import compiled as module
-from runner.engine.compiled import Compiled, RowSteps
+from runner.engine.compiled import Compiled, RowSteps, SingleSteps
 from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.engine.prompt_cache import PromptCache
@@ -317,8 +317,33 @@ def test_logits_are_as_near_to_float32_as_those_of_operations(
     want = exact.run(lambda: logits(exact, False, count))
     mine, others = loaded.run(lambda: logits(loaded, True, count)), loaded.run(lambda: logits(loaded, False, count))
     assert loaded.compiled.refused_rows is None
-    assert np.abs(mine - want).max() < 1.2 * np.abs(others - want).max()
+    # Of two experts that are nearly equal a row may take the other, which changes its logits by a third of a deviation.
+    of_all = np.median if loaded.compiled.rows_decoder.shape.experts else np.max
+    errors = [of_all(np.abs(one - want).max(-1)) for one in (mine, others)]
+    assert errors[0] < 1.2 * errors[1]
     assert (loaded.run(lambda: logits(loaded, True, 2)) == mine[:, :2]).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("form", ["mxfp4", "mxfp8", "nvfp4"])  # the scales of others have the activations' type
+@pytest.mark.parametrize("shape", ["Llama-3.2-1B", "Qwen2.5-0.5B"])  # whose 896 columns are no whole boxes
+def test_one_sequence_of_a_model_in_a_packed_form(shape: str, form: str) -> None:
+    """By one kernel a step, whose logits are those of operations with the unpacked matrices, in float32."""
+    loaded = made(shape, form, "float32", {"vocab_size": 4096})
+    plain = dataclasses.replace(loaded.device, compiles=False)
+    exact = dataclasses.replace(loaded, device=plain)
+
+    def logits(one: Loaded, kernel: bool) -> np.ndarray:
+        caches = one.new_caches()
+        one.model(Batch(mx.array([PROMPT], mx.int32)), caches)
+        mx.eval(caches.arrays)
+        steps = Steps(one.model, caches, one.device.ops)
+        step = SingleSteps(one.compiled, caches, steps) if kernel else steps
+        return np.stack([np.array(step(mx.array([[token]], mx.int32))[0].astype(mx.float32)) for token in (5, 1000, 7)])
+
+    want, got = exact.run(lambda: logits(exact, False)), loaded.run(lambda: logits(loaded, True))
+    assert loaded.compiled.refused is None and loaded.compiled.whole
+    assert np.abs(got - want).max() < 2e-3 * want.std()
 
 
 @needs_gpu
