@@ -19,9 +19,9 @@ def packed(rows: int, columns: int, form: Form, dtype: mx.Dtype) -> tuple[list[n
     generator = np.random.default_rng(0)
     numbers = generator.standard_normal((rows, columns)) * generator.uniform(0.05, 4, (rows, columns // 8)).repeat(8, 1)
     matrix = mx.array(numbers.astype(np.float32)).astype(dtype)
-    arrays = mx.quantize(matrix, group_size=form.group, bits=form.bits, mode=form.mode)
+    arrays = mx.quantize(matrix, group_size=form.group, bits=form.bits, mode=form.mode, stream=mx.cpu)
     wide = [array.astype(mx.float32) if form.mode == "affine" else array for array in arrays[1:]]
-    found = mx.dequantize(arrays[0], *wide, group_size=form.group, bits=form.bits, mode=form.mode)
+    found = mx.dequantize(arrays[0], *wide, group_size=form.group, bits=form.bits, mode=form.mode, stream=mx.cpu)
     return [bytes_of(array) for array in arrays], np.array(found.astype(mx.float32)).astype(np.float64)
 
 
@@ -48,7 +48,7 @@ def test_every_code_and_every_scale(name: str, tmp_path: Path) -> None:
     arrays = [mx.array(words.view(np.uint32))[None], mx.array(scales)[None]]
     if not form.scaled:
         arrays = [arrays[0], *(mx.array(array.astype(np.float32))[None] for array in (scales, biases))]
-    want = mx.dequantize(*arrays, group_size=form.group, bits=form.bits, mode=form.mode)
+    want = mx.dequantize(*arrays, group_size=form.group, bits=form.bits, mode=form.mode, stream=mx.cpu)
     np.testing.assert_allclose(got, np.array(want.astype(mx.float32))[0], rtol=1e-6, atol=0)
 
 
