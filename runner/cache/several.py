@@ -18,11 +18,54 @@ from runner.cache.recurrent import StateCache
 
 
 @dataclass(frozen=True)
-class Histories:
-    """What the tokens of each request may attend to; `counts` is how many of the pass' tokens each of them has."""
+class New:
+    """Keys and values `[1, KV, T, D]` of a pass' tokens, which are still to be written into the `caches`."""
 
-    each: tuple[History, ...]
-    counts: tuple[int, ...]
+    caches: tuple[KVCache, ...]
+    keys: mx.array
+    values: mx.array
+
+    def written(self, counts: tuple[int, ...]) -> tuple[History, ...]:
+        """Write them; returns what each request's tokens may attend to."""
+        write = self.caches[0].storage.write_rows
+        if write is None:
+            ends = list(itertools.accumulate(counts[:-1]))
+            parts = zip(self.caches, mx.split(self.keys, ends, 2), mx.split(self.values, ends, 2), strict=True)
+            return tuple(cache.append(k, v) for cache, k, v in parts)
+        each = list(zip(self.caches, counts, strict=True))
+        buffers, at = zip(*(cache.place(self.keys, self.values, count) for cache, count in each), strict=True)
+        found = zip(each, write(buffers, self.keys, self.values, at, counts), strict=True)
+        return tuple(cache.placed(pair, count) for (cache, count), pair in found)
+
+
+class Histories:
+    """What the tokens of each request may attend to.
+
+    Attributes:
+        counts: how many of the pass' tokens each of them has.
+    """
+
+    def __init__(self, each: tuple[History, ...] | New, counts: tuple[int, ...]) -> None:
+        """`New` ones are written when somebody looks at them, unless that is what attention does itself."""
+        self._each = each
+        self.counts = counts
+
+    @property
+    def each(self) -> tuple[History, ...]:
+        """That of each request."""
+        if isinstance(self._each, New):
+            self._each = self._each.written(self.counts)
+        return self._each
+
+    @property
+    def new(self) -> New | None:
+        """What is still to be written, if it is."""
+        return self._each if isinstance(self._each, New) else None
+
+    def written(self) -> None:
+        """Take note that somebody has written the new ones, and has placed them in their caches."""
+        if isinstance(self._each, New):
+            self._each = tuple(cache.history for cache in self._each.caches)
 
 
 @dataclass(frozen=True)
@@ -34,15 +77,7 @@ class SeveralKV:
 
     def append(self, keys: mx.array, values: mx.array) -> Histories:
         """Add keys and values `[1, KV, T, D]` of the pass' tokens; returns what each request's may attend to."""
-        write = self.each[0].storage.write_rows
-        if write is None:
-            ends = list(itertools.accumulate(self.counts[:-1]))
-            parts = zip(self.each, mx.split(keys, ends, 2), mx.split(values, ends, 2), strict=True)
-            return Histories(tuple(cache.append(k, v) for cache, k, v in parts), self.counts)
-        each = list(zip(self.each, self.counts, strict=True))
-        buffers, at = zip(*(cache.place(keys, values, count) for cache, count in each), strict=True)
-        written = zip(each, write(buffers, keys, values, at, self.counts), strict=True)
-        return Histories(tuple(cache.placed(pair, count) for (cache, count), pair in written), self.counts)
+        return Histories(New(self.each, keys, values), self.counts)
 
     @property
     def history(self) -> Histories:

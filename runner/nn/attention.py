@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -60,9 +61,13 @@ class Attend(Module):
         """Attention by the device's op, over what `history` has stored."""
         if isinstance(history, Histories):
             if not batch.masked:
-                rows = self.ops.attention_rows
-                each, counts = history.each, history.counts
-                return rows(query, each, counts, scale=self.scale, sinks=sinks, softcap=self.softcap)
+                how: Any = {"scale": self.scale, "sinks": sinks, "softcap": self.softcap}
+                if history.new is not None:
+                    found = self.ops.attention_step(query, history.new, history.counts, batch.steps, **how)
+                    if found is not None:
+                        history.written()
+                        return found
+                return self.ops.attention_rows(query, history.each, history.counts, **how)
             pieces = zip(batch.split(query, 2), history.each, batch.parts, strict=True)
             return together([self.attended(*piece, sinks) for piece in pieces], 2)
         mask, window, make = own_mask(query, history, batch), history.window, self.ops.window_mask

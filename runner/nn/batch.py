@@ -73,6 +73,11 @@ class Batch:
         return found
 
     @property
+    def steps(self) -> tuple[bool, ...]:
+        """Whether each request has a single token here, which was decoded."""
+        return self.once("steps", lambda: tuple(one.count == 1 and one.length is None for one in self.segments))
+
+    @property
     def parts(self) -> tuple[Batch, ...]:
         """The pass as one batch for each request; itself where there are no segments."""
         return self.once("parts", self._parts) if self.segments else (self,)

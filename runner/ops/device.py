@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.cache.kv import History
+from runner.cache.several import New
 from runner.cache.storage import PLAIN, Storage
 from runner.errors import UsageError
 from runner.ops import metal as apple
@@ -53,6 +54,7 @@ class Device:
         metal: the Apple GPU that it computes on; None: it is none.
         dtype: of weights and activations alike, where none was asked for; None: what suits the model.
         placing: what moves each array of a model of so many bytes once it is read, if anything does.
+        shared_out: the operations of a model that is shared out over processes, if they are others.
         int8: the operations with activations of 8 bits in products with packed weights; None: it has none.
         notice: why the device is slower than this machine can be; None if it is not.
         fix: the command that removes the notice.
@@ -74,6 +76,7 @@ class Device:
     metal: Metal | None = None
     dtype: mx.Dtype | None = None
     placing: Callable[[int], Callable[[mx.array], None] | None] | None = None
+    shared_out: Ops | None = None
     int8: Ops | None = None
     notice: str | None = None
     fix: str | None = None
@@ -113,7 +116,7 @@ def current() -> Device:
         if mx.cuda.is_available():
             return Device(
                 "MLX's CUDA kernels", CUDA, storage=CUDA.storage, chunk=2048, cut=512, pause=CUDA_PAUSE,
-                clears=True, tf32=True, compiles=True,
+                clears=True, tf32=True, compiles=True, shared_out=CUDA_SHARED_OUT,
             )  # fmt: skip
         # Half of a CUDA device's: an M1 reads some hundred tokens a second, and a prompt is cancelled between chunks.
         tf32 = metal is not None and metal.tf32
@@ -183,6 +186,15 @@ def _cuda_gather_quantized_linear(
     if sorted_indices and packed.fits(x, matrices):
         return biased(packed.by_expert(x, matrices, experts), bias, experts)
     return PORTABLE.gather_quantized_linear(x, matrices, experts, bias, sorted_indices=sorted_indices)
+
+
+def _cuda_attention_step(
+    query: mx.array, new: New, counts: Sequence[int], steps: Sequence[bool], **how: Any
+) -> mx.array | None:
+    """By our kernel, for those sequences that have a decoded token each."""
+    from runner.ops.cuda.several import attention_step  # not where there is no such GPU
+
+    return attention_step(CUDA.attention_rows, query, new, counts, steps, **how)
 
 
 def wrong_on_cuda(x: mx.array, outputs: int, group_size: int, mode: str) -> bool:
@@ -283,3 +295,6 @@ CUDA = dataclasses.replace(
     quantized_linear=_cuda_quantized_linear,
     gather_quantized_linear=_cuda_gather_quantized_linear,
 )
+
+CUDA_SHARED_OUT = dataclasses.replace(CUDA, name="mlx, cuda, shared out", attention_step=_cuda_attention_step)
+"""Where no kernels for whole steps take several sequences."""

@@ -320,6 +320,10 @@ def _no_step(*arguments: Any) -> Stepped | None:
     return None
 
 
+def _no_attention_step(*arguments: Any, **how: Any) -> mx.array | None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ops:
     """The operations for a device. Each entry has the signature of `PORTABLE`'s and, within rounding, the same result.
@@ -344,6 +348,10 @@ class Ops:
     `[B, H, L, D]`. `add_gated(routed, gate, shared)` is `routed` plus `shared`, both `[..., D]`, times the sigmoid of a
     gate `[..., 1]`. `clamped_glu(gate_up, alpha, limit)` is gpt-oss's `gate * sigmoid(alpha * gate) * (up + 1)`, with
     the gate held below `limit`, and up to both sides of it.
+
+    `attention_step(query, new, counts, steps, scale=, sinks=, softcap=)` is `append_rows` and `attention_rows` at once
+    for what is `new` (`runner.cache.several.New`); `steps` says which sequences have one decoded token. None, with
+    nothing written: the device has no such step for these.
 
     `linear_each(x, weight)` is a product for each of G groups, of x `[G, M, K]` and weight `[G, N, K]`: `[G, M, N]`.
     With `one_form`, what a token gets is the same bits however many tokens stand beside it: layers that could compute
@@ -377,6 +385,7 @@ class Ops:
     rope: Callable[..., mx.array] = _rope
     attention: Callable[..., mx.array] = _attention
     attention_rows: Callable[..., mx.array] = _attention_rows
+    attention_step: Callable[..., mx.array | None] = _no_attention_step
     append_rows: Callable[..., list[side_by_side.Buffers]] = side_by_side.append_rows
     glu: Callable[[mx.array, str], mx.array] = _glu
     activate: Callable[[mx.array, str], mx.array] = _activate

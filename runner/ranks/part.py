@@ -189,7 +189,8 @@ def least_room(limit: int, room: int, own: Sequence[int], others: Iterable[tuple
 
 def without_recording(device: Device) -> Device:
     """The device without what replays a step's graph, or computes it by one kernel: neither can hold an exchange."""
-    return dataclasses.replace(device, ops=dataclasses.replace(device.ops, recorder=None), compiles=False)
+    ops = device.shared_out or device.ops
+    return dataclasses.replace(device, ops=dataclasses.replace(ops, recorder=None), compiles=False)
 
 
 def flat(memories: Sequence[Sequence[Memory]]) -> list[Memory]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,68 @@ extern "C" void product(int index, int rows, const float* x, const char* stages,
   in_warps(16, [&](int warp, int lane) { Ring rg{0, 0}; float* out = slots; PRODUCT });
 }
 """
+_BLOCKS = """
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(threads)
+#define __expf expf
+#define __shfl_xor_sync shown
+struct { int x, y; } blockIdx, gridDim;
+constexpr int THREADS = 256;
+ucontext_t block_of, threads[THREADS];
+float shows[THREADS];
+int waiting, meetings;
+std::function<void()> work_of;
+bool done[THREADS];
+void run_thread() { work_of(); done[threadIdx.x] = true; }
+// Threads take turns: those of a warp stop equally often, so that after each turn all have come as far.
+void turn() { const int own = threadIdx.x; swapcontext(&threads[own], &block_of); }
+float shown(unsigned, float mine, int other) {
+  shows[threadIdx.x] = mine;
+  turn();
+  const float theirs = shows[threadIdx.x ^ other];
+  turn();
+  return theirs;
+}
+void __syncthreads() {
+  const int meeting = meetings;
+  if (++waiting == THREADS) waiting = 0, meetings++;
+  while (meeting == meetings) turn();
+}
+unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+"""
+_RUN_SEVERAL = """
+extern "C" void several(int rows, int heads, const Number* q, const Number* k, const Number* v, const int* places,
+                        const Number* sinks, Number** b, Number* out) {
+  static std::vector<char> stacks(THREADS << 16);
+  gridDim = {rows, heads};
+  for (int block = 0; block < rows * heads; block++) {
+    blockIdx = {block % rows, block / rows};
+    work_of = [&] { ATTEND(q, k, v, places, sinks, GIVEN, out, rows); };
+    for (int t = 0; t < THREADS; t++) {
+      getcontext(&threads[t]);
+      threads[t].uc_stack.ss_sp = stacks.data() + ((size_t)t << 16);
+      threads[t].uc_stack.ss_size = 1 << 16;
+      threads[t].uc_link = &block_of;
+      makecontext(&threads[t], run_thread, 0);
+      done[t] = false;
+    }
+    for (bool more = true; more;) {
+      more = false;
+      for (int t = 0; t < THREADS; t++)
+        if (!done[t]) threadIdx.x = t, swapcontext(&block_of, &threads[t]), more = true;
+    }
+  }
+}
+"""
+
+
+def several(kernel: Any, arrays: list[np.ndarray], buffers: list[np.ndarray], out: np.ndarray, tmp: Path) -> None:
+    """What a kernel of `runner.ops.cuda.several` does with queries, keys, values, places and sinks, and its buffers."""
+    given = "#define GIVEN " + ", ".join(f"b[{i}]" for i in range(2 * kernel.most))
+    library = _built([_lanes(), _BLOCKS, kernel.source, given, _RUN_SEVERAL], tmp)
+    pointers = (ctypes.c_void_p * (2 * kernel.most))(*(buffer.ctypes.data for buffer in buffers))
+    library.several(out.shape[0], arrays[1].shape[1], *map(_at, arrays), pointers, _at(out))
 
 
 _RUN_BOX = """

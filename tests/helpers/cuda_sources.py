@@ -10,6 +10,7 @@ from cuda_shapes import AMPERE, FLOATS, HOPPER, LLAMA_8B, MIXED, MIXTURE, QWEN, 
 
 from runner.ops.cuda.packed import Product
 from runner.ops.cuda.rows_shape import RowsPlan
+from runner.ops.cuda.several import Kernel
 from runner.ops.cuda.shape import StepShape, divide, text
 
 SHAPES: Mapping[str, StepShape] = {
@@ -50,6 +51,8 @@ def sources(architecture: str) -> dict[str, Callable[[], str]]:
             product = Product(2, *form, 2048, 4096, experts, tiles)
             what = f"{tiles * 8} vectors" if not experts else "experts' vectors"
             found[f"{what}, {name}"] = lambda p=product: p.source
+    for name, kind in (("float32", 0), ("bfloat16", 2)):
+        found[f"several sequences, {name}"] = lambda k=kind: Kernel(k, 128, 128, 8, 32, True, 0.1, 0.0).source
     return found
 
 
