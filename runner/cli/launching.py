@@ -36,6 +36,14 @@ LEAVE = 3.0
 """Seconds that the other processes have to end after rank 0."""
 
 
+LONGEST_WORDS = 1 << 20
+"""Bytes that are looked at of what `mlx.launch` prints."""
+
+STUCK = 6.0
+"""Seconds that rank 0 has to end once another process has failed. It connects to the others by a call of MLX in which no
+other thread of it runs: over NCCL, it would wait there for ever, and never learn what has become of them."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the processes run.
@@ -187,7 +195,7 @@ def supervise(place: Place, settings: Settings, backend: str, command: list[str]
             try:
                 if place.local and process.stdin is not None:
                     feed(process.stdin)
-                code = attend(server, process, settings.wait, ends_itself=command[0] == "serve")
+                code = attend(server, process, settings.wait, said, ends_itself=command[0] == "serve")
             finally:
                 end(process)
                 signal.signal(signal.SIGINT, before)
@@ -198,10 +206,16 @@ def supervise(place: Place, settings: Settings, backend: str, command: list[str]
             return code
 
 
+def ended(said: IO[bytes]) -> re.Match[str] | None:
+    """The rank and the exit code of the first process that has failed, as `mlx.launch` tells."""
+    # Read from its start by a call that leaves the place alone: `mlx.launch` writes where this file stands.
+    data = os.pread(said.fileno(), LONGEST_WORDS, 0)
+    return re.search(r"Node with rank (\d+) exited with code (-?\d+)", data.decode(errors="replace"))
+
+
 def first_to_end(said: IO[bytes]) -> str:
     """Which process ended first, and took the others with it, as `mlx.launch` tells."""
-    said.seek(0)
-    found = re.search(r"Node with rank (\d+) exited with code (-?\d+)", said.read().decode(errors="replace"))
+    found = ended(said)
     if found is None:
         return "the processes were not started in time"
     if found[1] == "0":
@@ -255,10 +269,13 @@ def terminal_kept() -> Iterator[None]:
             termios.tcsetattr(0, termios.TCSADRAIN, mode)
 
 
-def attend(server: socket.socket, process: subprocess.Popen[bytes], wait: float, *, ends_itself: bool) -> int | None:
-    """Lend rank 0 this process's files, and return its exit code; None if it ended without one.
+def attend(
+    server: socket.socket, process: subprocess.Popen[bytes], wait: float, said: IO[bytes], *, ends_itself: bool
+) -> int | None:
+    """Lend rank 0 this process's files, and return its exit code; None if it ended without one, or is stuck.
 
     Args:
+        said: what `mlx.launch` prints.
         ends_itself: whether rank 0 is told of a first SIGTERM, and ends when its answers have.
     """
     end_of_wait = time.monotonic() + wait
@@ -281,8 +298,17 @@ def attend(server: socket.socket, process: subprocess.Popen[bytes], wait: float,
                     connection.send(b"e")
 
             signal.signal(signal.SIGTERM, ask)
-        code = connection.recv(1)
-        return code[0] if code else None
+        connection.settimeout(1)
+        failed: float | None = None  # when another process was seen to have
+        while True:
+            try:
+                code = connection.recv(1)
+                return code[0] if code else None
+            except TimeoutError:
+                if failed is None and ended(said) is not None:
+                    failed = time.monotonic()
+                if failed is not None and time.monotonic() - failed > STUCK:
+                    return None
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -194,6 +194,17 @@ def test_a_rank_that_is_stopped_ends_the_run_by_name() -> None:
 
 @linux
 @pytest.mark.long
+def test_a_rank_0_that_is_stuck_does_not_outlive_the_others() -> None:
+    """As in MLX's call that connects by NCCL, in which none of its threads runs."""
+    started = Started("-n", "2")
+    os.kill(started.ranks[0], signal.SIGSTOP)
+    os.kill(started.ranks[1], signal.SIGKILL)
+    errors = started.ended()
+    assert started.process.returncode == 1 and "rank 1 has ended with code -9" in errors, errors
+
+
+@linux
+@pytest.mark.long
 def test_a_rank_that_is_killed_ends_a_server_by_name() -> None:
     with served(MODEL, "--port", "0", launched=TWO) as (process, address, lines):
         (launcher,) = children(process.pid)
