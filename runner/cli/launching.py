@@ -40,8 +40,10 @@ LONGEST_WORDS = 1 << 20
 """Bytes that are looked at of what `mlx.launch` prints."""
 
 STUCK = 6.0
-"""Seconds that rank 0 has to end once another process has failed. It connects to the others by a call of MLX in which no
-other thread of it runs: over NCCL, it would wait there for ever, and never learn what has become of them."""
+"""Seconds that rank 0 has to end once another process has failed.
+
+It connects to the others by a call of MLX in which none of its threads runs: over NCCL, it would wait there for ever.
+"""
 
 
 @dataclass(frozen=True)
