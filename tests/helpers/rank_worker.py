@@ -50,6 +50,9 @@ from runner.weights.loading import read_nbytes
 from runner.weights.plan import plan
 from runner.weights.tags import Source
 
+DTYPE = "float32" if mx.cuda.is_available() else None
+"""Of weights and activations: on a GPU, 16 bits would hide a fault behind their rounding."""
+
 PROMPT = [1 + i % 30 for i in range(12)]
 CHUNK = 5
 
@@ -146,7 +149,7 @@ class Deep:
 def follow(message: Mapping[str, Any], part: Follower) -> Loaded:
     """Open what rank 0 has."""
     config, source = deepened(Path(message["model"]), message["times"], last=message["last"])
-    return OWNER.run(lambda: assemble(config, source, part=part))
+    return OWNER.run(lambda: assemble(config, source, dtype=DTYPE, part=part))
 
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -202,7 +205,7 @@ def expected(raw: Mapping[str, Any], source: Source, settings: Settings) -> list
     config_class, model_class = find(raw)
     config = config_class.from_dict(raw)
     device = current()
-    dtypes = choose(None, device, raw, source.headers)
+    dtypes = choose(DTYPE, device, raw, source.headers)
     provided = {"ops": device.ops, "activations": dtypes.activations}
     layout = plan(model_class, config, source.headers, provided)
     whole = Whole(model_class, layout, config, source, provided, dtypes.weights)
@@ -214,7 +217,7 @@ def compared(path: Path, leader: Leader, tokens: int, requests: int, times: int)
     for often, last in ((times, False), (times, True), (1, False)):
         try:
             config, source = deepened(path, often, last=last)
-            single = OWNER.run(lambda config=config, source=source: assemble(config, source))
+            single = OWNER.run(lambda config=config, source=source: assemble(config, source, dtype=DTYPE))
             break
         except (ConfigError, WeightsError):  # layers are told apart by their numbers
             if often == 1:
@@ -227,7 +230,7 @@ def compared(path: Path, leader: Leader, tokens: int, requests: int, times: int)
 
     def shared() -> Loaded:
         leader.begin(model=str(path), times=often, last=last)
-        return assemble(config, source, part=leader)
+        return assemble(config, source, dtype=DTYPE, part=leader)
 
     engine = OWNER.run(shared)
     before = OWNER.run(leader.sent)  # on loading, models look at how large keys are

@@ -44,7 +44,12 @@ def over_fixtures(
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     if backend == "nccl":
-        environment |= {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(first), "MLX_WORLD_SIZE": str(size)}
+        environment |= {
+            "MLX_ENABLE_TF32": "0",
+            "NCCL_HOST_IP": "127.0.0.1",
+            "NCCL_PORT": str(first),
+            "MLX_WORLD_SIZE": str(size),
+        }
     else:
         environment["MLX_HOSTFILE"] = str(hosts)
     arguments = [sys.executable, str(WORKER), str(results), str(tokens), str(requests), str(times), *map(str, fixtures)]

@@ -38,7 +38,8 @@ def checked(found: Sequence[dict[str, Any]], *, exact: bool, requests: int = 0) 
         count += 1
         assert one["tokens"], one
         # The CPU kernels round what they multiply to 16 bits, row by row: a part of a row is rounded otherwise.
-        limit = 3e-4 if one["path"] == "llama-mlx-4bit" else 1e-4
+        # So do kernels for whole steps, which one GPU takes.
+        limit = 3e-4 if one["path"] == "llama-mlx-4bit" or mx.cuda.is_available() else 1e-4
         assert one["equal"] if exact else one["error"] < limit, one
         assert one["sent"] == one["sent_said"], one
         assert one["held"] == one["held_said"], one
