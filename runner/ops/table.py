@@ -24,6 +24,7 @@ from runner.ops.quantized import QuantizedWeight
 if TYPE_CHECKING:
     from runner.ops.delta_rule import Gates, Recurrence
     from runner.ops.routing import Routing
+    from runner.ops.selective import Selective
     from runner.ops.state_space import Dynamics, Scanned
 
 
@@ -148,6 +149,12 @@ def _short_conv(
     x: mx.array, rows: mx.array, weight: mx.array, bias: mx.array | None, activation: str | None
 ) -> mx.array:
     return convolved(_fused, x, rows, weight, bias, activation)
+
+
+def _selective_scan(told: Selective, state: mx.array) -> tuple[mx.array, mx.array]:
+    from runner.ops import selective
+
+    return selective.token_by_token(_fused, told, state)
 
 
 def _state_space(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.array) -> Scanned:
@@ -339,8 +346,9 @@ class Ops:
     module and works element by element. `window_mask` makes the array that `attention` gets as the mask of several
     queries under a window; None: it gets the window and no array. `short_conv(x, rows, weight, bias, activation)`
     convolves each channel of `x` `[B, L, C]`, behind `rows` `[B, taps - 1, C]`, with its `weight` `[taps, C]`, in
-    float32. `state_space(mixed, dt, dynamics, state)` is the recurrence of Mamba 2 over x, B and C side by side,
-    `mixed` `[B, L, H * P + 2 * groups * N]`, and steps `dt` `[B, L, H]`, from a state `[B, H, P, N]` in float32.
+    float32. `selective_scan(told, state)` is the recurrence of Mamba, from a state `[B, C, N]`: outputs `[B, L, C]` and
+    the state behind them, in float32. `state_space(mixed, dt, dynamics, state)` is Mamba 2's over x, B and C side by
+    side, `mixed` `[B, L, H * P + 2 * groups * N]`, and steps `dt` `[B, L, H]`, from a state `[B, H, P, N]` in float32.
     `gated_delta(q, k, v, gates, state)` applies the gated delta rule to queries and keys `[B, L, key heads, dk]` of
     any length, values `[B, L, heads, dv]` and `gates`, from a state `[B, heads, dv, dk]` in float32. `gated_norm(x,
     gate, weight, eps, groups, gate_first)` normalizes `groups` parts of `x` `[B, L, C]`, each by itself, and
@@ -370,7 +378,8 @@ class Ops:
     delta rule, with the i-th one's states before its token `at[i]` in slot `at[i] % 2` of the i-th buffers "conv" and
     "delta" that `slots()` makes. It returns what is put out, and all buffers; None where the device has no such step.
     In the same way, `space_step(slots, at, mixed, dt, taps, dynamics)` applies Mamba 2's recurrence to the buffers
-    "conv" and "states", and `conv_step(slots, at, x, taps)` only convolves. A sequence's bits are those it has alone.
+    "conv" and "states", and `conv_step(slots, at, x, taps)` only convolves; `selective_step(slots, at, told)` moves
+    Mamba's "states". A sequence's bits are those it has alone.
     """
 
     name: str
@@ -392,10 +401,12 @@ class Ops:
     fused: Callable[..., mx.array] = _fused
     short_conv: Callable[..., mx.array] = _short_conv
     state_space: Callable[[mx.array, mx.array, Dynamics, mx.array], Scanned] = _state_space
+    selective_scan: Callable[[Selective, mx.array], tuple[mx.array, mx.array]] = _selective_scan
     gated_delta: Callable[[mx.array, mx.array, mx.array, Gates, mx.array], Recurrence] = _gated_delta
     delta_step: Callable[[Slots, Sequence[int], mx.array, Taps, Gates, int], Stepped | None] = _no_step
     space_step: Callable[[Slots, Sequence[int], mx.array, mx.array, Taps, Dynamics], Stepped | None] = _no_step
     conv_step: Callable[[Slots, Sequence[int], mx.array, Taps], Stepped | None] = _no_step
+    selective_step: Callable[[Slots, Sequence[int], Selective], Stepped | None] = _no_step
     gated_norm: Callable[[mx.array, mx.array, mx.array, float, int, bool], mx.array] = _gated_norm
     gate: Callable[[mx.array, mx.array], mx.array] = _gate
     add_gated: Callable[[mx.array, mx.array, mx.array], mx.array] = _add_gated

@@ -134,6 +134,19 @@ def state_space(
     least: float,
     most: float,
 ) -> tuple[mx.array, mx.array]: ...
+def selective_scan(
+    x: mx.array, steps: mx.array, b: mx.array, c: mx.array, rates: mx.array, skip: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]: ...
+def selective_step(
+    states: Sequence[mx.array],
+    at: Sequence[int],
+    x: mx.array,
+    steps: mx.array,
+    b: mx.array,
+    c: mx.array,
+    rates: mx.array,
+    skip: mx.array,
+) -> list[mx.array]: ...
 def conv_step(
     rows: Sequence[mx.array],
     at: Sequence[int],

@@ -21,6 +21,7 @@ from runner.ops.table import PORTABLE, Ops, Recorder, Taps
 if TYPE_CHECKING:
     from runner.ops.delta_rule import Gates, Recurrence
     from runner.ops.routing import Routing
+    from runner.ops.selective import Selective
     from runner.ops.state_space import Dynamics, Scanned
 
 _PACKED = (2, 3, 4, 5, 6, 8)
@@ -211,6 +212,19 @@ def _space_step(
     return out.flatten(2), {"conv": moved[: len(at)], "states": moved[len(at) :]}
 
 
+def _selective_scan(told: Selective, state: mx.array) -> tuple[mx.array, mx.array]:
+    if not _wide(*told):
+        return PORTABLE.selective_scan(told, state)
+    return _C.selective_scan(*told, state)
+
+
+def _selective_step(slots: Slots, at: Sequence[int], told: Selective) -> Stepped | None:
+    if not _wide(*told):
+        return None
+    *moved, out = _C.selective_step(_each(slots(), "states"), at, *told)
+    return out, {"states": moved}
+
+
 def _conv_step(slots: Slots, at: Sequence[int], x: mx.array, taps: Taps) -> Stepped | None:
     if not _wide(x) or taps.activation not in _CONV:
         return None
@@ -272,6 +286,8 @@ KERNELS = Ops(
     delta_step=_delta_step,
     space_step=_space_step,
     conv_step=_conv_step,
+    selective_scan=_selective_scan,
+    selective_step=_selective_step,
     state_space=_state_space,
     gated_norm=_gated_norm,
     gate=_gate,

@@ -111,6 +111,9 @@ NB_MODULE(_C, m) {
   m.def("gated_delta", &runner::gated_delta_op, "q"_a, "k"_a, "v"_a, "a"_a, "b"_a, "a_log"_a, "dt_bias"_a, "state"_a);
   m.def("state_space", &runner::state_space_op, "mixed"_a, "dt"_a, "a_log"_a, "d"_a, "dt_bias"_a, "state"_a, "groups"_a,
         "least"_a, "most"_a);
+  m.def("selective_scan", &runner::selective_scan_op, "x"_a, "steps"_a, "b"_a, "c"_a, "rates"_a, "skip"_a, "state"_a);
+  m.def("selective_step", &runner::selective_step_op, "states"_a, "at"_a, "x"_a, "steps"_a, "b"_a, "c"_a, "rates"_a,
+        "skip"_a);
   m.def("conv_step", &runner::conv_step_op, "rows"_a, "at"_a, "x"_a, "weight"_a, "bias"_a.none(), "activation"_a.none());
   m.def("recurrent_step", &runner::recurrent_step_op, "rows"_a, "states"_a, "at"_a, "mixed"_a, "weight"_a,
         "bias"_a.none(), "activation"_a.none(), "a"_a, "b"_a.none(), "a_log"_a, "dt_bias"_a, "d"_a.none(), "groups"_a,

@@ -63,7 +63,7 @@ void linear(const LinearArgs& a) {
 template <class By>
 constexpr Kernels table_of(const char* name) {
   return {name, linear<By>, embed, gather<By>, route, mixture, norm, rope, attention, append,
-          glu, argmax, simple, conv, recurrence, gated_norm, gate, peak, weigh, keep, weights_from, between};
+          glu, argmax, simple, conv, recurrence, selective, gated_norm, gate, peak, weigh, keep, weights_from, between};
 }
 
 constexpr Kernels kTable = table_of<Vectors>(RUNNER_ISA_NAME);

@@ -201,6 +201,20 @@ struct RecurrenceArgs {
   float least, most;
 };
 
+// States S[C, N] that each of L tokens lets decay and adds to, S = S exp(dt rates) + dt x B, and reads,
+// out = S C + skip x, with dt = softplus(steps). All float32; last dimensions contiguous, other strides free; rates,
+// skip, states and out contiguous.
+struct SelectiveArgs {
+  const float *x, *steps, *b, *c;  // [B, L, C] twice, [B, L, N] twice
+  int64_t xb, xl, sb, sl, bb, bl, cb, cl;
+  const float *rates, *skip;  // [C, N], [C]
+  const float* from;          // [B, C, N]
+  float* to;                  // the same shape; it may be `from`
+  const Moved* each;          // null, or [B] in the places of both
+  float* out;                 // [B, L, C]
+  int64_t batch, l, channels, states;
+};
+
 // out[r, :] = normalise(x[r, :] (* silu(gate))) * weight (* silu(gate)), the gate before or after; float32. Row r has
 // the gate's row r % per of the line r / per, whose lines lie `line` apart, and the weight's row r % per if it has them.
 struct GatedNormArgs {
@@ -242,6 +256,7 @@ struct Kernels {
   void (*simple)(const SimpleArgs&);
   void (*conv)(const ConvArgs&);
   void (*recurrence)(const RecurrenceArgs&);
+  void (*selective)(const SelectiveArgs&);
   void (*gated_norm)(const GatedNormArgs&);
   void (*gate)(const GateArgs&);
   // The greatest of x[0, n); NaN where x holds NaN. The greatest of each of *groups disjoint parts goes to `most`.

@@ -61,6 +61,12 @@ std::pair<mx::array, mx::array> gated_delta_op(const mx::array& q, const mx::arr
 std::pair<mx::array, mx::array> state_space_op(const mx::array& mixed, const mx::array& dt, const mx::array& a_log,
                                                const mx::array& skip, const mx::array& dt_bias,
                                                const mx::array& state, int groups, float least, float most);
+std::pair<mx::array, mx::array> selective_scan_op(const mx::array& x, const mx::array& steps, const mx::array& b,
+                                                  const mx::array& c, const mx::array& rates, const mx::array& skip,
+                                                  const mx::array& state);
+std::vector<mx::array> selective_step_op(const std::vector<mx::array>& states, const std::vector<int>& at,
+                                         const mx::array& x, const mx::array& steps, const mx::array& b,
+                                         const mx::array& c, const mx::array& rates, const mx::array& skip);
 std::vector<mx::array> conv_step_op(const std::vector<mx::array>& rows, const std::vector<int>& at, const mx::array& x,
                                     const mx::array& weight, const MaybeArray& bias,
                                     const std::optional<std::string>& activation);

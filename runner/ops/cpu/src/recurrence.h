@@ -172,6 +172,47 @@ inline void recurrence(const RecurrenceArgs& a) {
   });
 }
 
+constexpr int64_t kChannels = 64;  // that a thread moves through all tokens: their states stay in its first cache
+
+inline void selective(const SelectiveArgs& a) {
+  const int64_t n = a.states, whole = n / W * W, blocks = (a.channels + kChannels - 1) / kChannels;
+  Pool::get().parallel_for((int)(a.batch * blocks), [&](int piece) {
+    const int64_t i = piece / blocks, first = piece % blocks * kChannels;
+    const int64_t last = first + kChannels < a.channels ? first + kChannels : a.channels;
+    const int64_t all = i * a.channels * n;
+    const float* from = a.each ? a.each[i].from : a.from + all;
+    float* to = a.each ? a.each[i].to : a.to + all;
+    for (int64_t t = 0; t < a.l; ++t) {
+      const float *x = a.x + i * a.xb + t * a.xl, *steps = a.steps + i * a.sb + t * a.sl;
+      const float *b = a.b + i * a.bb + t * a.bl, *c = a.c + i * a.cb + t * a.cl;
+      float* out = a.out + (i * a.l + t) * a.channels;
+      float rest_b[W] = {}, rest_c[W] = {};
+      for (int64_t j = whole; j < n; ++j) rest_b[j - whole] = b[j], rest_c[j - whole] = c[j];
+      for (int64_t k = first; k < last; ++k) {
+        const float step = softplus(steps[k]);
+        const float *rates = a.rates + k * n, *old = from + k * n;
+        const VF wide = set1(step), taken = set1(step * x[k]);
+        VF sum = zero();
+        for (int64_t j = 0; j < whole; j += W) {
+          const VF s = fma(taken, load(b + j), load(old + j) * vexp(wide * load(rates + j)));
+          store(to + k * n + j, s);
+          sum = fma(s, load(c + j), sum);
+        }
+        if (whole < n) {
+          float line[W] = {}, by[W] = {};
+          for (int64_t j = whole; j < n; ++j) line[j - whole] = old[j], by[j - whole] = rates[j];
+          const VF s = fma(taken, load(rest_b), load(line) * vexp(wide * load(by)));
+          store(line, s);
+          for (int64_t j = whole; j < n; ++j) to[k * n + j] = line[j - whole];
+          sum = fma(s, load(rest_c), sum);
+        }
+        out[k] = hsum(sum) + a.skip[k] * x[k];
+      }
+      from = to;
+    }
+  });
+}
+
 inline void gated_norm(const GatedNormArgs& a) {
   const int64_t size = a.weight_by_row ? a.per * a.dim : a.dim;
   const float* weight = vector_as_float(a.weight, a.wt, size, (float*)scratch(Slot::packed, size * 4));

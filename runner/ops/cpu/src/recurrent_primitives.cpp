@@ -148,6 +148,13 @@ struct Slots {
   std::vector<float*> buffers;
   int64_t size;  // of a slot
 
+  // `count` outputs from `first` on.
+  static Slots of(Arrays& outputs, size_t first, size_t count) {
+    Slots found{{}, static_cast<int64_t>(outputs[first].size()) / 2};
+    for (size_t i = 0; i < count; ++i) found.buffers.push_back(outputs[first + i].data<float>());
+    return found;
+  }
+
   // Where the states of each of `each` rows lie before a token, and where they go: the i-th buffer's is the token at[i].
   std::vector<Moved> moved(const std::vector<int>& at, int64_t ahead, int64_t each) const {
     std::vector<Moved> found;
@@ -161,6 +168,18 @@ struct Slots {
     return found;
   }
 };
+
+// The first `count` outputs are the memory of as many inputs.
+void take_over(const Arrays& inputs, Arrays& outputs, size_t count, Dispatcher& d) {
+  for (size_t i = 0; i < count; ++i) {
+    // As in Append: whoever reads the slot that is not written now is queued before whoever writes it.
+    if (inputs[i].flags().row_contiguous) {
+      outputs[i].copy_shared_buffer(inputs[i]);
+    } else {
+      d.copy(inputs[i], outputs[i]);
+    }
+  }
+}
 
 // One token of each sequence. Buffers [2, B, ..] hold the state behind a token in the slot of its parity, so that the
 // state before the last token stays until the next one. inputs: the buffers of the convolution and (with a recurrence)
@@ -178,23 +197,20 @@ class Step : public CpuPrimitive {
   }
   bool same_but_position(const mx::Primitive& other) const override {
     auto& o = static_cast<const Step&>(other);
-    return conv_ == o.conv_ && form_ == o.form_ && same_steps(at_, o.at_);
+    return same_but_places(other) && same_steps(at_, o.at_);
+  }
+  bool same_but_places(const mx::Primitive& other) const override {
+    auto& o = static_cast<const Step&>(other);
+    return conv_ == o.conv_ && form_ == o.form_ && at_.size() == o.at_.size();
   }
 
   void plan(const Arrays& inputs, Arrays& outputs, Dispatcher& d) override {
-    for (size_t i = 0; i < written(); ++i) {
-      // As in Append: whoever reads the slot that is not written now is queued before whoever writes it.
-      if (inputs[i].flags().row_contiguous) {
-        outputs[i].copy_shared_buffer(inputs[i]);
-      } else {
-        d.copy(inputs[i], outputs[i]);
-      }
-    }
+    take_over(inputs, outputs, written(), d);
     size_t next = written() + 1;
     ConvArgs a = conv_.args(inputs[written()], inputs, next, d);
     if (at_.size() > 1) a.b = a.l, a.l = 1, a.xb = a.xl;
     const int64_t each = inputs[0].shape(1);
-    const Slots rows = slots(outputs, 0);
+    const Slots rows = Slots::of(outputs, 0, at_.size());
     float* out = d.allocate(outputs[written()]).data<float>();
     if (!form_) {
       a.out = out;
@@ -207,7 +223,7 @@ class Step : public CpuPrimitive {
     }
     RecurrenceArgs r = form_->args(inputs[at_.size()], inputs, next, d);
     if (at_.size() > 1) r.batch = r.l, r.l = 1, r.ab = r.al, r.bb = r.bl;
-    const Slots states = slots(outputs, at_.size());
+    const Slots states = Slots::of(outputs, at_.size(), at_.size());
     r.out = out;
     d.run([a, r, rows, states, each, form = *form_, at = at_](int64_t ahead) mutable {
       const std::vector<Moved> moved = rows.moved(at, ahead, each), stirred = states.moved(at, ahead, each);
@@ -221,15 +237,76 @@ class Step : public CpuPrimitive {
   }
 
  private:
-  // Those of the outputs from `first` on.
-  Slots slots(Arrays& outputs, size_t first) const {
-    Slots found{{}, static_cast<int64_t>(outputs[first].size()) / 2};
-    for (size_t i = 0; i < at_.size(); ++i) found.buffers.push_back(outputs[first + i].data<float>());
-    return found;
-  }
-
   ConvForm conv_;
   std::optional<RecurrenceForm> form_;
+  std::vector<int> at_;
+};
+
+// What a selective scan reads: inputs x, steps, b, c, rates, skip from the `next` one on.
+SelectiveArgs selective_args(const Arrays& inputs, size_t next, const mx::Shape& state, Dispatcher& d) {
+  SelectiveArgs a{};
+  mx::Strides s;
+  const mx::array &x = inputs[next], &steps = inputs[next + 1], &b = inputs[next + 2], &c = inputs[next + 3];
+  a.x = floats(d.last_contiguous(x, s)), a.xb = s[0], a.xl = s[1];
+  a.steps = floats(d.last_contiguous(steps, s)), a.sb = s[0], a.sl = s[1];
+  a.b = floats(d.last_contiguous(b, s)), a.bb = s[0], a.bl = s[1];
+  a.c = floats(d.last_contiguous(c, s)), a.cb = s[0], a.cl = s[1];
+  a.rates = floats(d.contiguous(inputs[next + 4]));
+  a.skip = floats(d.contiguous(inputs[next + 5]));
+  a.batch = x.shape(0), a.l = x.shape(1), a.channels = state[0], a.states = state[1];
+  return a;
+}
+
+class Selective : public CpuPrimitive {
+ public:
+  using CpuPrimitive::CpuPrimitive;
+  const char* name() const override { return "runner::Selective"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  // inputs: state, x, steps, b, c, rates, skip; outputs: out, the new state
+  void plan(const Arrays& inputs, Arrays& outputs, Dispatcher& d) override {
+    const mx::Shape& state = inputs[0].shape();
+    SelectiveArgs a = selective_args(inputs, 1, {state[1], state[2]}, d);
+    a.from = floats(d.contiguous(inputs[0]));
+    a.out = d.allocate(outputs[0]).data<float>();
+    a.to = d.allocate(outputs[1]).data<float>();
+    if (outputs[0].size()) d.run([a] { kernels().selective(a); });
+  }
+};
+
+// One token of each sequence, in buffers [2, B, C, N] as those of Step. inputs: the buffers, x, ..; outputs: the
+// buffers, in place, and the result.
+class SelectiveStep : public CpuPrimitive {
+ public:
+  SelectiveStep(mx::Stream stream, std::vector<int> at) : CpuPrimitive(stream), at_(std::move(at)) {}
+  const char* name() const override { return "runner::SelectiveStep"; }
+  size_t written() const override { return at_.size(); }
+  int64_t position() const override { return at_[0]; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return at_ == static_cast<const SelectiveStep&>(other).at_;
+  }
+  bool same_but_position(const mx::Primitive& other) const override {
+    return same_steps(at_, static_cast<const SelectiveStep&>(other).at_);
+  }
+  bool same_but_places(const mx::Primitive& other) const override {
+    return at_.size() == static_cast<const SelectiveStep&>(other).at_.size();
+  }
+
+  void plan(const Arrays& inputs, Arrays& outputs, Dispatcher& d) override {
+    take_over(inputs, outputs, at_.size(), d);
+    const mx::Shape& buffer = inputs[0].shape();
+    SelectiveArgs a = selective_args(inputs, at_.size(), {buffer[2], buffer[3]}, d);
+    if (at_.size() > 1) a.batch = a.l, a.l = 1, a.xb = a.xl, a.sb = a.sl, a.bb = a.bl, a.cb = a.cl;
+    const int64_t each = buffer[1];
+    const Slots states = Slots::of(outputs, 0, at_.size());
+    a.out = d.allocate(outputs.back()).data<float>();
+    d.run([a, states, each, at = at_](int64_t ahead) mutable {
+      const std::vector<Moved> moved = states.moved(at, ahead, each);
+      a.each = moved.data();
+      kernels().selective(a);
+    });
+  }
+
+ private:
   std::vector<int> at_;
 };
 
@@ -365,7 +442,7 @@ void need_slots(const char* op, const char* what, const Arrays& slots, const std
 }
 
 // The first `written` inputs again, moved in place, and what is put out.
-Arrays stepped(std::shared_ptr<Step> primitive, const Arrays& inputs, size_t written, const mx::Shape& out) {
+Arrays stepped(std::shared_ptr<mx::Primitive> primitive, const Arrays& inputs, size_t written, const mx::Shape& out) {
   std::vector<mx::Shape> shapes;
   for (size_t i = 0; i < written; ++i) shapes.push_back(inputs[i].shape());
   shapes.push_back(out);
@@ -478,6 +555,52 @@ std::vector<mx::array> recurrent_step_op(const Arrays& rows, const Arrays& state
   RecurrenceForm recurrence{b.has_value(), groups, least, most};
   auto primitive = std::make_shared<Step>(cpu_stream(), form, recurrence, at);
   return stepped(std::move(primitive), inputs, 2 * rows.size(), {batch, length, state[0], state[1]});
+}
+
+namespace {
+
+// Adds x, steps, b, c, rates, skip, checked for states [C, N].
+void add_selective(const char* op, Arrays& inputs, const mx::array& x, const mx::array& steps, const mx::array& b,
+                   const mx::array& c, const mx::array& rates, const mx::array& skip, const mx::Shape& state) {
+  need_dims(op, "x", x, 3);
+  if (x.shape(1) < 1) refuse(op, ": no tokens");
+  const mx::Shape line{x.shape(0), x.shape(1), state[0]}, keys{x.shape(0), x.shape(1), state[1]};
+  auto add = [&](const char* what, const mx::array& array, const mx::Shape& shape) {
+    need_float32(op, what, array);
+    need_shape(op, what, array, shape);
+    inputs.push_back(array);
+  };
+  add("x", x, line), add("steps", steps, line), add("b", b, keys), add("c", c, keys);
+  add("rates", rates, state), add("skip", skip, {state[0]});
+}
+
+}  // namespace
+
+std::pair<mx::array, mx::array> selective_scan_op(const mx::array& x, const mx::array& steps, const mx::array& b,
+                                                  const mx::array& c, const mx::array& rates, const mx::array& skip,
+                                                  const mx::array& state) {
+  const char* op = "selective_scan";
+  need_float32(op, "state", state);
+  need_dims(op, "state", state, 3);
+  need_dims(op, "x", x, 3);
+  if (state.shape(0) != x.shape(0)) refuse(op, ": state has shape ", state.shape(), " for ", x.shape(0), " rows");
+  Arrays inputs{state};
+  add_selective(op, inputs, x, steps, b, c, rates, skip, {state.shape(1), state.shape(2)});
+  auto out = mx::array::make_arrays({x.shape(), state.shape()}, {mx::float32, mx::float32},
+                                    std::make_shared<Selective>(cpu_stream()), inputs);
+  return {out[0], out[1]};
+}
+
+std::vector<mx::array> selective_step_op(const Arrays& states, const std::vector<int>& at, const mx::array& x,
+                                         const mx::array& steps, const mx::array& b, const mx::array& c,
+                                         const mx::array& rates, const mx::array& skip) {
+  const char* op = "selective_step";
+  need_dims(op, "rates", rates, 2);
+  need_dims(op, "x", x, 3);
+  need_slots(op, "states", states, at, x, rates.shape());
+  Arrays inputs = states;
+  add_selective(op, inputs, x, steps, b, c, rates, skip, rates.shape());
+  return stepped(std::make_shared<SelectiveStep>(cpu_stream(), at), inputs, states.size(), x.shape());
 }
 
 mx::array gated_norm_op(const mx::array& x, const mx::array& gate, const mx::array& weight, float eps, int groups,
