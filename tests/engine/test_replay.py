@@ -28,7 +28,7 @@ from runner.ops.table import Ops, Outline
 TOGETHER = [
     "llama/llama-gqa", "llama/mistral-window", "llama/llama-mlx-4bit", "families/qwen3_moe-base",
     "families/gpt_oss-base", "families/lfm2-base", "families/qwen3_next-base", "families/mamba2-base",
-    "families/nemotron_h-base",
+    "families/nemotron_h-base", "families/mamba-base",
 ]  # fmt: skip
 FIXTURES = sorted(str(path.parent.relative_to(TESTS)) for path in TESTS.glob("fixtures/*/**/config.json"))
 PROMPT = [1 + i % 30 for i in range(12)]
@@ -116,10 +116,11 @@ def test_four_positions_speak_for_all(path: str) -> None:
 
 REPLAYED = """
     afmoe arcee bamba codegen cohere cohere2 cohere2_moe cwm dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon
-    gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_neox gpt_oss gptj granite granite_swa granitemoe granitemoehybrid
-    helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 lfm2 lfm2_moe llama mamba2 mellum
-    mimo mimo_v2_flash mistral mixtral nanochat nemotron nemotron_h olmo persimmon phi phi3 qwen2 qwen2_moe qwen3
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2
+    falcon_mamba gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_neox gpt_oss gptj granite granite_swa granitemoe
+    granitemoehybrid helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 jamba lfm2
+    lfm2_moe llama mamba mamba2 mellum mimo mimo_v2_flash mistral mixtral nanochat nemotron nemotron_h olmo
+    persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3
+    solar_open stablelm starcoder2
 """
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -15,6 +15,7 @@ from runner.cache.storage import HEADER_ROWS, SCALE_COLUMNS, Powers, Storage, un
 from runner.config.activations import ACTIVATIONS
 from runner.ops import cpu as kernels
 from runner.ops.cpu import _C
+from runner.ops.gates import gated
 from runner.ops.quantized import QuantizedWeight
 from runner.ops.table import PORTABLE, Ops, Recorder, Taps
 
@@ -163,6 +164,18 @@ def _activate(x: mx.array, activation: str) -> mx.array:
     return PORTABLE.activate(x, activation)
 
 
+def _gated(x: mx.array, gate: mx.array) -> mx.array:
+    """`gates.gated`, of whose operations a step can be recorded."""
+    return x * _C.activate(gate, "silu") if _wide(x, gate) else gated(x, gate)
+
+
+_FUSED: dict[Callable[..., mx.array], Callable[..., mx.array]] = {gated: _gated}
+
+
+def _fused(function: Callable[..., mx.array], *arguments: Any) -> mx.array:
+    return _FUSED.get(function, function)(*arguments)
+
+
 def _short_conv(
     x: mx.array, rows: mx.array, weight: mx.array, bias: mx.array | None, activation: str | None
 ) -> mx.array:
@@ -286,6 +299,7 @@ KERNELS = Ops(
     delta_step=_delta_step,
     space_step=_space_step,
     conv_step=_conv_step,
+    fused=_fused,
     selective_scan=_selective_scan,
     selective_step=_selective_step,
     state_space=_state_space,
