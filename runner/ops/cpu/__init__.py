@@ -86,10 +86,10 @@ def num_threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "scalar".
+    """The instruction set in use: "amx", "avx512", "avx2" or "scalar".
 
     RUNNER_KERNELS_ISA selects another that the CPU has; "none" loads no kernels. "amx" is "avx512" with AMX's products
-    of bytes for eight rows and more: the same bits, where Linux lets a process use them.
+    of bytes for the rows of prompts: the same bits, where Linux lets a process use them.
     """
     return _C.isa()
 

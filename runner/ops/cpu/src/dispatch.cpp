@@ -29,6 +29,7 @@ const Kernels* best() {
   if (const char* forced = std::getenv("RUNNER_KERNELS_ISA")) {
     if (const Kernels* table = by_name(forced)) return table;
   }
+  if (const Kernels* table = amx_kernels()) return table;
   if (const Kernels* table = avx512_kernels()) return table;
   if (const Kernels* table = avx2_kernels()) return table;
   return scalar_kernels();

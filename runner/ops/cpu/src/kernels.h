@@ -277,7 +277,7 @@ const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL and VNNI
 const Kernels* amx_kernels();     // those, and AMX for products of packed weights with many rows; the same bits
 const Kernels* amx_emulated_kernels();  // its twin where there is AVX-512, many times slower: for tests
 
-// The table in use: RUNNER_KERNELS_ISA, or the best this CPU has but for AMX.
+// The table in use: the best this CPU has, or RUNNER_KERNELS_ISA.
 const Kernels& kernels();
 // Chooses a table by name; false when this CPU cannot run it.
 bool select_isa(const char* name);
