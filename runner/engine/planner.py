@@ -50,8 +50,10 @@ class Planner:
                 self._keeper.begin(row)
                 readers.append(row)
         room = max(1, room - len(deciding))
-        if deciding:
-            room = min(room, max(self._loaded.device.cut, self.pace.room(len(deciding))))
+        if deciding and readers:
+            left = len(readers[0].ids) - readers[0].offset
+            paced = self.pace.room(len(deciding), len(ready), left)
+            room = min(room, max(self._loaded.device.cut, paced))
         exact = self._loaded.config.rope_depends_on_length
         chosen = [(row, self._next(row)) for row in deciding]
         room -= sum(feed.count - 1 for _, feed in chosen)

@@ -47,7 +47,7 @@ class Device:
         threads: threads of our kernels; None where MLX decides.
         chunk: prompt tokens per forward pass.
         cut: prompts are cut at multiples of so many tokens, where attention is compiled for each length it meets.
-        pause: seconds by which a piece of a prompt may prolong a step of others.
+        pause: seconds by which a piece of a prompt may prolong a step of others in any case; see `runner.engine.pace`.
         clears: whether MLX's freed buffers are given back after each chunk and now and then between tokens: on a GPU
             they pile up, as each length has sizes of its own.
         tf32: whether MLX multiplies float32 matrices in TF32 there, 10 bits of mantissa, unless MLX_ENABLE_TF32=0.
@@ -70,7 +70,7 @@ class Device:
     threads: int | None = None
     chunk: int = PREFILL_CHUNK
     cut: int = 1
-    pause: float = 0.02
+    pause: float = 0.0
     clears: bool = False
     tf32: bool = False
     metal: Metal | None = None
