@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from runner.ops import cpu as kernels
+from runner.ops.table import PORTABLE, Ops
 
 
 def available() -> list[str]:
@@ -15,3 +16,14 @@ def available() -> list[str]:
     found = [name for name in ("scalar", "avx2", "avx512", "amx") if _C.set_isa(name)]
     _C.set_isa(best)
     return ["mlx", *found]
+
+
+def table_at(name: str) -> Ops:
+    """The table of one of these names; the extension stays at its level (see the fixture `best_level`)."""
+    if name == "mlx":
+        return PORTABLE
+    from runner.ops.cpu import _C
+    from runner.ops.cpu.ops import KERNELS
+
+    assert _C.set_isa(name)
+    return KERNELS

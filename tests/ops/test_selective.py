@@ -9,34 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import available
+from instruction_sets import available, table_at
 from twins import assert_close, numpy, rand
 
-from runner.ops import cpu as kernels
 from runner.ops.selective import Selective
-from runner.ops.table import PORTABLE, Ops
 
+pytestmark = pytest.mark.usefixtures("best_level")
 by_table = pytest.mark.parametrize("table", available())
-
-
-def table_of(name: str) -> Ops:
-    """`PORTABLE`, or the CPU's kernels at a level."""
-    if name == "mlx":
-        return PORTABLE
-    from runner.ops.cpu import _C
-    from runner.ops.cpu.ops import KERNELS
-
-    assert _C.set_isa(name)
-    return KERNELS
-
-
-@pytest.fixture(autouse=True)
-def best_level() -> Any:
-    yield
-    if kernels.unavailable() is None:
-        from runner.ops.cpu import _C
-
-        _C.set_isa(available()[-1])
 
 
 def case(batch: int, length: int, channels: int, states: int, seed: int) -> tuple[Selective, mx.array]:
@@ -72,7 +51,7 @@ def part(told: Selective, first: int, last: int) -> Selective:
 def test_it_is_the_loop_wherever_it_is_cut(
     table: str, batch: int, cuts: list[int], seed: int, channels: int, states: int
 ) -> None:
-    scan = table_of(table).selective_scan
+    scan = table_at(table).selective_scan
     told, state = case(batch, sum(cuts), channels, states, seed)
     outputs, last = scan(told, state)
     wanted, after = looped(told, state)
@@ -90,7 +69,7 @@ def test_it_is_the_loop_wherever_it_is_cut(
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_step_of_several_requests_is_that_of_each_alone(table: str, rows: int) -> None:
     """In place, each at a position of its own, bit for bit what the scan makes of it."""
-    ops = table_of(table)
+    ops = table_at(table)
     each = [case(1, 5, 40, 16, seed) for seed in range(rows)]
     each = [(told._replace(rates=each[0][0].rates, skip=each[0][0].skip), state) for told, state in each]
     slots = [{"states": mx.stack([state, state])} for _, state in each]

@@ -12,35 +12,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import available
+from instruction_sets import available, table_at
 from twins import assert_close, numpy, rand
 
-from runner.ops import cpu as kernels
 from runner.ops.device import METAL
 from runner.ops.state_space import Dynamics, each_token
-from runner.ops.table import PORTABLE, Ops, Taps
+from runner.ops.table import Ops, Taps
 
+pytestmark = pytest.mark.usefixtures("best_level")
 by_table = pytest.mark.parametrize("table", [*available(), "metal"])
 
 
 def table_of(name: str) -> Ops:
     """`PORTABLE`, a GPU's chunks (of MLX ops, which a CPU computes as well), or the CPU's kernels at a level."""
-    if name in ("mlx", "metal"):
-        return {"mlx": PORTABLE, "metal": METAL}[name]
-    from runner.ops.cpu import _C
-    from runner.ops.cpu.ops import KERNELS
-
-    assert _C.set_isa(name)
-    return KERNELS
-
-
-@pytest.fixture(autouse=True)
-def best_level() -> Any:
-    yield
-    if kernels.unavailable() is None:
-        from runner.ops.cpu import _C
-
-        _C.set_isa(available()[-1])
+    return METAL if name == "metal" else table_at(name)
 
 
 def looped(mixed: mx.array, dt: mx.array, dynamics: Dynamics, state: mx.array) -> tuple[Any, Any]:

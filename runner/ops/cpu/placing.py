@@ -51,8 +51,8 @@ class Pages:
             return
         chunk = next((each for each in self._chunks if each.left >= size), None)
         if chunk is None:
-            room = min(CHUNK, max(LEAST, to_come + to_come // 64))  # a little more, as each begins at a line
-            room = -(-room // LINE) * LINE
+            wanted = to_come + to_come // 64  # a little more, as each array begins at a line
+            room = min(CHUNK, max(LEAST, -(-wanted // LINE) * LINE))
             chunk = _Chunk(_C.pages(room), room)
             self._chunks.append(chunk)
         if _C.move_into(array, chunk.pages, chunk.pages.nbytes - chunk.left):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
-from instruction_sets import available
+from instruction_sets import available, table_at
 
 from runner.ops import cpu as kernels
 from runner.ops.table import PORTABLE, Ops
@@ -35,9 +35,7 @@ def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
         yield PORTABLE
         return
     from runner.ops.cpu import _C
-    from runner.ops.cpu.ops import KERNELS
 
     best = _C.isa()
-    assert _C.set_isa(request.param)
-    yield KERNELS
+    yield table_at(request.param)
     _C.set_isa(best)
