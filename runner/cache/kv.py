@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from runner.cache.mark import Mark
-from runner.cache.storage import PLAIN, Powers, Storage, capacity, cut, fill, gathered
+from runner.cache.storage import PLAIN, Powers, Storage, WriteRows, capacity, cut, fill, gathered
 from runner.errors import UsageError
 
 STEP = 256
@@ -103,6 +103,11 @@ class KVCache:
     def forgets(self) -> bool:
         """Whether there are tokens behind to which only a mark can go back."""
         return self.window is not None
+
+    @property
+    def write_rows(self) -> WriteRows | None:
+        """What writes the rows of several caches like this one at once; None: each appends its own."""
+        return self.storage.write_rows
 
     @property
     def nbytes(self) -> int:
@@ -277,6 +282,10 @@ class JoinedKVCache(KVCache):
 
     The buffer of values has no columns.
     """
+
+    @property
+    def write_rows(self) -> None:
+        """None: what writes several caches' rows puts keys into one buffer and values into the other."""
 
     def append(self, keys: mx.array, values: mx.array) -> History:
         count, split = keys.shape[2], keys.shape[3]

@@ -27,7 +27,7 @@ class New:
 
     def written(self, counts: tuple[int, ...]) -> tuple[History, ...]:
         """Write them; returns what each request's tokens may attend to."""
-        write = self.caches[0].storage.write_rows
+        write = self.caches[0].write_rows
         if write is None:
             ends = list(itertools.accumulate(counts[:-1]))
             parts = zip(self.caches, mx.split(self.keys, ends, 2), mx.split(self.values, ends, 2), strict=True)

@@ -16,6 +16,9 @@ HEADER_ROWS = 1
 Powers = tuple[mx.array, mx.array]
 """The powers of the channels of keys and of values, int16 `[KV, D]` each: the same in all caches of a layer."""
 
+WriteRows = Callable[..., Sequence[tuple[mx.array, mx.array]]]
+"""`Storage.write_rows`."""
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -41,7 +44,7 @@ class Storage:
     read: Callable[[mx.array, int], mx.array]
     joins: bool = False
     powers: Callable[[mx.array, mx.array], Powers] | None = None
-    write_rows: Callable[..., Sequence[tuple[mx.array, mx.array]]] | None = None
+    write_rows: WriteRows | None = None
 
 
 def _empty(rows: mx.array, capacity: int, powers: mx.array | None = None) -> mx.array:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_memories import CHUNK, KINDS, WINDOW, feed, fresh, shown
+from toy_memories import CHUNK, KINDS, WINDOW, feed, fresh, row, shown
 
 from runner.cache.caches import Caches, SharedCache, agreeing
 from runner.cache.kv import KVCache
 from runner.cache.mark import Edge, Marks
 from runner.cache.recurrent import StateCache
+from runner.cache.several import SeveralCaches
+from runner.cache.storage import PLAIN, Storage
 from runner.config.memory import Rows, State, needed
 from runner.errors import UsageError
+from runner.ops.side_by_side import append_rows
 
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -88,6 +92,30 @@ def test_what_was_taken_back_was_never_fed(kind: str, steps: list[tuple[str, Any
             other.hold([edge.part(0, half), edge.part(half, len(then))], place)
         feed(other, kinds, [78, 79])
         assert shown(other, kinds) == fresh(kinds, [*then, 78, 79])
+
+
+@pytest.mark.parametrize("kind", ["rows", "window", "chunk", "latent", "joined"])
+@pytest.mark.parametrize(
+    "storage", [PLAIN, dataclasses.replace(PLAIN, write_rows=append_rows)], ids=["apart", "at once"]
+)
+def test_rows_of_several_sequences_are_those_of_each(kind: str, storage: Storage) -> None:
+    """Written one by one, or at once as on NVIDIA GPUs; each of them was alone before, or comes alone afterwards."""
+    kinds, lines = KINDS[kind], [[8, 9], [5], list[int]()]
+    each = [Caches.of(kinds, storage) for _ in lines]
+    for caches, tokens in zip(each, lines, strict=True):
+        if tokens:
+            feed(caches, kinds, tokens)
+    for parts in ([[1, 2, 3], [4], [5, 6]], [[7], [8], [9]], [list(range(10, 22)), [1], [2, 3]]):
+        several, new = SeveralCaches(each, [len(part) for part in parts]), sum(parts, list[int]())
+        for layer, (memory,) in zip(several.layers, kinds, strict=True):
+            assert isinstance(memory, Rows)
+            rows = (row(new, memory.heads, memory.key_size), -row(new, memory.heads, memory.value_size))
+            assert len(layer.append(*rows).each) == len(each)
+        lines = [[*line, *part] for line, part in zip(lines, parts, strict=True)]
+        assert [shown(caches, kinds) for caches in each] == [fresh(kinds, line) for line in lines]
+    for caches, line in zip(each, lines, strict=True):
+        feed(caches, kinds, [77])
+        assert shown(caches, kinds) == fresh(kinds, [*line, 77])
 
 
 def test_rows_of_int16_are_held_together_where_their_powers_are_equal() -> None:
