@@ -212,7 +212,12 @@ def test_list_and_pull_without_a_hub(tmp_path: Path) -> None:
     assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr
 
 
-@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU is not slower without kernels for CPUs")
+on_a_cpu = pytest.mark.skipif(
+    mx.default_device() != mx.Device(mx.cpu), reason="a GPU is not slower without kernels for CPUs"
+)
+
+
+@on_a_cpu
 def test_doctor_calls_missing_kernels_slow_and_not_broken() -> None:
     done = run("doctor", "--json", RUNNER_KERNELS_ISA="none")
     report = json.loads(done.stdout)
@@ -223,6 +228,7 @@ def test_doctor_calls_missing_kernels_slow_and_not_broken() -> None:
     assert "unset RUNNER_KERNELS_ISA" in shown and shown.endswith("\nready\n")
 
 
+@on_a_cpu
 def test_kernels_missing_is_said_once_on_stderr() -> None:
     done = run("generate", MODEL, "abc", "--raw", *GREEDY, RUNNER_KERNELS_ISA="none")
     assert done.returncode == 0

@@ -142,7 +142,8 @@ def test_no_count_makes_reading_endless(model_type: str) -> None:
                 plan(model_class, found.from_dict(raw), headers)
             except RunnerError as error:
                 assert str(error), key
-            assert time.thread_time() - started < 2, (key, value)
+            # Some 0.5 s; three times as long where two threads share a core and memory is new to the system.
+            assert time.thread_time() - started < 8, (key, value)
 
 
 def test_further_layers_of_deepseek_are_told_by_number() -> None:

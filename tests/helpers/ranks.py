@@ -34,7 +34,7 @@ def over_fixtures(
 ) -> list[dict[str, Any]]:
     """What `rank_worker` finds for each fixture, with `size` processes."""
     first = free_ports(size + 1)
-    settings = Settings(size, mode, (), "127.0.0.1", first + size, secrets.token_hex(8), 60, backend, sends)
+    settings = Settings(size, mode, (), "127.0.0.1", first + size, secrets.token_hex(8), 180, backend, sends)
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(size)]))
     results = folder / "results.jsonl"

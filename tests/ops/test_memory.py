@@ -14,6 +14,7 @@ SIZE = 4 << 20  # MLX keeps no buffers of a CPU that are much larger
 def free_some() -> None:
     array = mx.zeros(SIZE // 4, dtype=mx.float32)
     mx.eval(array)
+    mx.synchronize()  # a GPU holds it until then
 
 
 def test_freed_buffers_count_and_are_given_back() -> None:
@@ -23,6 +24,7 @@ def test_freed_buffers_count_and_are_given_back() -> None:
     free_some()
     larger = mx.zeros(2 * SIZE // 4, dtype=mx.float32)  # does not fit where the other was
     mx.eval(larger)
+    mx.synchronize()
     del larger
     assert mx.get_peak_memory() < 3 * SIZE <= mx.get_active_memory() + mx.get_cache_memory()
     memory.settle()

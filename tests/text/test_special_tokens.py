@@ -183,7 +183,7 @@ def test_markers_when_all_of_private_use_area_a_is_in_use() -> None:
 
 @pytest.mark.parametrize("text", ["<", "<|", "<|im_", "<|im_end|", "<|im_end|>", "|>", "<|reserved_special", " "])
 def test_a_million_characters_are_searched_in_linear_time(text: str) -> None:
-    """Measured at 0.05 to 1.7 s on one core; trying every length at every place took minutes."""
+    """Measured at 0.05 to 1.7 s on one core, 4.4 s on half of one; trying every length at every place took minutes."""
     contents = ["<|im_start|>", "<|im_end|>", *(f"<|reserved_special_token_{n}|>" for n in range(250))]
     contents += [f"<|{'x' * n}|>" for n in range(1, 200)]
     scanner = TokenScanner((AddedToken(content, lstrip=True, rstrip=True), n) for n, content in enumerate(contents))
@@ -194,4 +194,4 @@ def test_a_million_characters_are_searched_in_linear_time(text: str) -> None:
     marked = scanner.unmark(scanner.mark(content, markers), markers)
     assert scanner.find(content, marked) == []
     scanner.find(content)
-    assert time.thread_time() - start < 3
+    assert time.thread_time() - start < 12

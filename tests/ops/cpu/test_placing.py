@@ -104,6 +104,7 @@ def test_what_does_not_fit_is_refused(size: int, at: int, message: str) -> None:
 
 
 @pytest.mark.skipif(not HAS_LARGE_PAGES, reason="this system has no pages of 2 MiB, or they are switched off")
+@pytest.mark.skipif(mx.cuda.is_available(), reason="MLX takes its memory from CUDA's driver there")
 def test_memory_is_held_in_large_pages() -> None:
     def held() -> int:
         found = re.search(r"AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
