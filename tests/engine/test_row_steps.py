@@ -10,18 +10,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from made_models import made
 from places import TESTS
 
-from runner import resources
-from runner.bench.models import random_weights
 from runner.cache import kv
 from runner.cache.caches import Caches
 from runner.cache.several import SeveralCaches
-from runner.convert.quantize import QUANTIZATIONS
 from runner.engine import compiled as module
 from runner.engine.compiled import Compiled, RowSteps, SingleSteps
 from runner.engine.engine import Engine
-from runner.engine.loaded import Loaded, assemble, open_loaded
+from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.prompt_cache import PromptCache
 from runner.engine.replay import Steps
 from runner.engine.request import Run
@@ -245,30 +243,6 @@ def test_an_answer_of_a_model_without_a_single_kernel(
 def test_a_model_that_does_not_fit_says_why(loaded: Loaded) -> None:
     kernel = Compiled(SimpleNamespace(layers=[]), 32, mx.float32, None)
     assert kernel.rows() is None and kernel.refused_rows is not None and "the model has" in kernel.refused_rows
-
-
-class Jittered:
-    """A source of random weights, whose groups have scales of their own."""
-
-    def __init__(self, source: Any) -> None:
-        self._source, self.headers = source, source.headers
-
-    def read(self, name: str) -> mx.array:
-        array: mx.array = self._source.read(name)
-        if not name.endswith((".scales", ".biases")):
-            return array
-        if array.dtype == mx.uint8:  # exponents, or numbers of few bits
-            steps = np.random.default_rng(len(name)).integers(-1, 2, array.shape)
-            return (array.astype(mx.int32) + mx.array(steps.astype(np.int32))).astype(mx.uint8)
-        numbers = np.random.default_rng(len(name)).uniform(0.5, 1.5, array.shape).astype(np.float32)
-        return (array.astype(mx.float32) * mx.array(numbers)).astype(array.dtype)
-
-
-def made(shape: str, quantize: str | None, run: str, changes: dict[str, Any]) -> Loaded:
-    """Two layers of a published shape with random weights in bfloat16, computed in `run`."""
-    raw = {**resources.read("shapes", shape), "num_hidden_layers": 2, **changes}
-    form = None if quantize is None else QUANTIZATIONS[quantize]
-    return assemble(raw, Jittered(random_weights(raw, form=form, dtype="bfloat16")), dtype=run)
 
 
 SMALL_MIXTURE = {"vocab_size": 4096, "num_experts": 32}
