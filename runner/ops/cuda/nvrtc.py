@@ -50,6 +50,9 @@ class Nvrtc:
             # A lambda with a parameter `auto` is a device function to NVRTC 13.5, to 13.0 only when told so.
             options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
             options.append(b"--device-as-default-execution-space")
+            if int(self.version.partition(".")[0]) >= 13:
+                # What it kept of an earlier process says nothing of registers, and we keep kernels ourselves.
+                options.append(b"--no-cache")
             failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
             log = self._read(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode()
             if failed:
