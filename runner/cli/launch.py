@@ -10,6 +10,7 @@ import typer
 
 from runner.cli.sharing_options import SharingOptions
 from runner.errors import UsageError
+from runner.ranks.settings import NCCL
 
 COMMANDS = ("generate", "chat", "run", "serve", "bench", "perplexity")
 """Commands that can be shared out."""
@@ -20,7 +21,7 @@ BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
 INITIALIZED = {"jaccl-ring": "jaccl"}
 """What `mx.distributed.init` calls those that it calls otherwise."""
 
-UNSENDING = ("nccl",)
+UNSENDING = (NCCL,)
 """Those that cannot send from one process to another."""
 
 Processes = Annotated[int, typer.Option("-n", "--processes", metavar="N", min=1, help="Processes on this machine.")]

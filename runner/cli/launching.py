@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.errors import BackendError, UsageError
-from runner.ranks.settings import GPUS, LAUNCHER, VARIABLE, Settings
+from runner.ranks.settings import GPUS, LAUNCHER, NCCL, VARIABLE, Settings
 
 LAUNCH = "mlx._distributed_utils.launch"
 """Where `mlx.launch` is."""
-
-NCCL = "nccl"
-"""The backend for NVIDIA GPUs: a process has one."""
 
 PORT = 32323
 """The first port of a hostfile's addresses, as of `mlx.launch`. On one machine, free ones are looked for."""

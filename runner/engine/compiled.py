@@ -21,6 +21,7 @@ from runner.errors import BackendError, NumericsError
 from runner.ops.cuda.shape import Unfit
 
 if TYPE_CHECKING:
+    from runner.engine.part import Part
     from runner.engine.step_shape import ReadModel
     from runner.ops.cuda.decoder import Picking, StepDecoder
     from runner.ops.cuda.rows_decoder import Bound, RowsDecoder, RowsStep
@@ -52,15 +53,18 @@ class Compiled:
         refused_rows: the same of several sequences.
     """
 
-    def __init__(self, model: object, vocab_size: int, dtype: mx.Dtype, refused: str | None) -> None:
-        """`refused` says why none is to be made at all."""
+    def __init__(
+        self, model: object, vocab_size: int, dtype: mx.Dtype, refused: str | None, part: Part | None = None
+    ) -> None:
+        """`refused` says why none is to be made at all; of the model, `part` may be one of several processes'."""
+        self.part = part
         self._model: object | None = model
         self._vocab_size = vocab_size
         self._dtype = dtype
         self._decoder: StepDecoder | None = None
         self._rows: RowsDecoder | None = None
         self._busy = False
-        self._single = True  # whether one kernel for a whole step may be made, or was
+        self._single = part is None  # whether one kernel for a whole step may be made, or was
         self.holder: object | None = None  # a mark of whose caches the kernel knows
         self.refused = self.refused_rows = refused
 
@@ -83,6 +87,8 @@ class Compiled:
                 self._single = False
                 if self.rows() is None:
                     self.refused = _reason(error)
+        if not self._single and self.refused is None and self.rows() is None:
+            self.refused = self.refused_rows
         return (self._decoder is not None or self._rows is not None) and self.refused is None and not self._busy
 
     def rows(self) -> RowsDecoder | None:
@@ -97,10 +103,32 @@ class Compiled:
                 self.refused_rows = _reason(error)
         return self._rows
 
+    def connect(self) -> None:
+        """Connect this process's kernels with those of the others, at the same time in all of them.
+
+        Where one has none, none has: `refused_rows` says why. A job of the owner's thread.
+        """
+        assert self.part is not None
+        exchange, rows = self.part.exchange, self.rows()
+        if exchange.agreed(rows is not None) and rows is not None:
+            try:
+                rows.connect(exchange)
+            except BackendError as error:
+                self.refused_rows = str(error)
+            if exchange.agreed(self.refused_rows is None):
+                return
+        self._rows, self.refused_rows = None, self.refused_rows or "another process has no kernels"
+
+    def rest(self) -> None:
+        """Wait until the steps of all processes have ended: what MLX exchanges must not come between theirs."""
+        if self.part is not None and self._rows is not None:
+            self._rows.settle()
+
     def _read(self) -> ReadModel:
         from runner.engine import step_shape
 
-        return step_shape.read(self._model, self._vocab_size, self._dtype)
+        ranks = 1 if self.part is None else self.part.exchange.size
+        return step_shape.read(self._model, self._vocab_size, self._dtype, ranks)
 
     @property
     def decoder(self) -> StepDecoder:
@@ -206,8 +234,7 @@ class Compiled:
         try:
             best = step.best
         except BackendError as error:
-            self.give_up_rows(error)
-            raise Broken from error
+            raise self.failed(error) from error
         found = [(token, problem(peak)) for token, peak in best]
         return [Token(token) if why is None else NumericsError(why) for token, why in found]
 
@@ -220,8 +247,12 @@ class Compiled:
         try:
             return step.logits
         except BackendError as error:
-            self.give_up_rows(error)
-            raise Broken from error
+            raise self.failed(error) from error
+
+    def failed(self, error: BackendError) -> Exception:
+        """What to raise where a step that was begun has failed: where other processes wait in it, all is lost."""
+        self.give_up_rows(error)
+        return Broken() if self.part is None else BackendError(f"a step of several processes has failed: {error}")
 
 
 class RowSteps:
@@ -260,32 +291,48 @@ class RowSteps:
 
         Raises:
             Broken: the kernels cannot, now or ever.
+            BackendError: they have failed, and other processes with them.
         """
         from runner.ops.cuda.rows_shape import MOST_ROWS
 
         decoder = self._compiled.rows() if len(self._each) <= MOST_ROWS else None
-        try:
-            if decoder is not None:
-                return self._begun(decoder, tokens)
-        except (Unfit, BackendError) as error:
-            self._compiled.give_up_rows(error)
-        for one in self._each:
-            self._bound.pop(one, None)
+        if decoder is not None:
+            try:
+                bound = self._ready(decoder, len(tokens))
+            except (Unfit, BackendError) as error:
+                self._compiled.give_up_rows(error)
+            else:
+                try:
+                    return self._begun(decoder, tokens, bound)
+                except BackendError as error:
+                    self._forget()
+                    raise self._compiled.failed(error) from error
+        self._forget()
         raise Broken
 
-    def _begun(self, decoder: RowsDecoder, tokens: Sequence[int]) -> RowsStep:
+    def _forget(self) -> None:
+        for one in self._each:
+            self._bound.pop(one, None)
+
+    def _ready(self, decoder: RowsDecoder, count: int) -> list[Bound]:
+        """Where the caches lie, once all is there that a step takes."""
         mx.synchronize()  # whoever reads the last step's logits has done so
         if not self._found:
             decoder.refresh()
             self._found = True
-        offsets = [one.offset for one in self._each]
         moved = []
-        for one, offset in zip(self._each, offsets, strict=True):
+        for one in self._each:
             place = self._bound.get(one)
-            if place is None or place.limit <= offset:
+            if place is None or place.limit <= one.offset:
                 moved.append(one)
         self._bind(decoder, moved)
-        step = decoder.begin(tokens, offsets, [self._bound[one].bound for one in self._each])
+        decoder.ready(count)
+        return [self._bound[one].bound for one in self._each]
+
+    def _begun(self, decoder: RowsDecoder, tokens: Sequence[int], bound: Sequence[Bound]) -> RowsStep:
+        if self._compiled.part is not None:
+            self._compiled.part.step(self._each, tokens)
+        step = decoder.begin(tokens, [one.offset for one in self._each], bound)
         self._caches.advance()
         return step
 

@@ -96,7 +96,8 @@ class Loaded:
             refused = "this device has no other way"
         elif self.adapters is not None:
             refused = "the model has adapters"
-        self.compiled = Compiled(self.model, self.config.vocab_size, self.dtype, refused)
+        here = self.model if self.part is None else self.part.here(self.model)
+        self.compiled = Compiled(here, self.config.vocab_size, self.dtype, refused, self.part)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.nbytes / 1e6:.1f} MB on {self.device.name}"
@@ -327,6 +328,10 @@ def assemble(
     )
     # Here, on the owner's thread: any thread may ask for them.
     assert loaded.footprint and loaded.prediction_footprint
+    if part is not None:
+        if device.compiles:
+            loaded.compiled.connect()
+        part.ready(loaded.compiled.rest)
     return loaded
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from runner.config.memory import Memory
 from runner.engine.budget import Footprint
 from runner.families import Model
 from runner.ops.device import Device
+from runner.ops.exchange import Exchange
 from runner.weights.plan import ModulePlan
 from runner.weights.tags import Header, Source
 
@@ -62,7 +63,13 @@ class Own:
 
 
 class Part(Protocol):
-    """One process's part of a model."""
+    """One process's part of a model.
+
+    Attributes:
+        exchange: what it sends and receives by.
+    """
+
+    exchange: Exchange
 
     @property
     def elsewhere(self) -> int:
@@ -91,6 +98,19 @@ class Part(Protocol):
 
     def led(self, model: Model) -> Model:
         """The model as this process's callers see it: calling it makes the others compute their parts."""
+
+    def here(self, model: Model) -> Model:
+        """What is in this process of the model that its callers see."""
+
+    def ready(self, rest: Callable[[], None]) -> None:
+        """Wait until all processes have read their parts.
+
+        Args:
+            rest: waits for the end of steps by kernels; to be called before anything is exchanged otherwise.
+        """
+
+    def step(self, caches: Sequence[Caches], tokens: Sequence[int]) -> None:
+        """Make the others begin a step by kernels, as `RowSteps.begin`."""
 
     def caches(self, caches: Caches, memories: Memories) -> Caches:
         """Caches of this process's layers, as its callers see them: the others' follow them.

@@ -26,6 +26,8 @@ from runner.nn.fast import RMSNorm, RoPE
 from runner.nn.linear import PlainEmbedding, PlainLinear, QuantizedEmbedding, QuantizedFields, QuantizedLinear
 from runner.nn.mlp import GLU, Activation, GatedMLP, PlainMLP
 from runner.nn.moe import BareExperts, MoE, PlainExperts, QuantizedExperts
+from runner.nn.stages import NoHead
+from runner.nn.tensor import Gathered, Summed
 from runner.ops.cuda.decoder import LayerTensors, Matrix, Rows, StepTensors
 from runner.ops.cuda.shape import Form, StepShape, Unfit
 from runner.ops.quantized import QuantizedWeight
@@ -41,13 +43,16 @@ class ReadModel(NamedTuple):
     tensors: StepTensors
 
 
-def read(model: object, vocab_size: int, dtype: mx.Dtype) -> ReadModel:
+def read(model: object, vocab_size: int, dtype: mx.Dtype, ranks: int = 1) -> ReadModel:
     """Read a model whose activations, and thus its caches, have `dtype`.
+
+    Args:
+        ranks: processes that it is shared out over by tensors, of which this one has a part.
 
     Raises:
         Unfit: the model computes something that the kernel does not.
     """
-    return _Reader(model, vocab_size, _named(dtype)).read()
+    return _Reader(model, vocab_size, _named(dtype), ranks).read()
 
 
 def rows_of(caches: Caches) -> list[Rows]:
@@ -74,9 +79,10 @@ def rows_of(caches: Caches) -> list[Rows]:
 class _Reader:
     """One reading of one model."""
 
-    def __init__(self, model: object, vocab_size: int, dtype: str) -> None:
+    def __init__(self, model: object, vocab_size: int, dtype: str, ranks: int) -> None:
         self._model: Any = model
         self._vocab_size = vocab_size
+        self._ranks = ranks
         self._dtype = dtype
         self._kinds: list[tuple[object, tuple[np.ndarray, float]]] = []
 
@@ -92,8 +98,11 @@ class _Reader:
             if each[0] != first[0]:
                 raise Unfit("layers that differ in more than windows and positions")
         common = dict(first[0])
-        head = self._matrix(model.lm_head)
         embedding = self._embedding(model.embed_tokens)
+        # The head may be of all ranks, or another's: then the table stands for it, which it is for most models.
+        linear = model.lm_head.inner if type(model.lm_head) is Gathered else model.lm_head
+        headless = type(linear) is NoHead
+        head = embedding if headless else self._matrix(linear)
         embedding_scale, logit_scale = self._multipliers()
         self._norm(model.norm)
         plain = {_named(m.weight.dtype) for m in [*first[1].products, head] if m.scales is None}
@@ -105,21 +114,24 @@ class _Reader:
         eps = (common.pop("eps"), float(model.norm_eps), common.pop("head_eps"))
         shape = StepShape(
             layers=len(layers),
-            vocab=head.weight.shape[0],
-            forms=(*common.pop("forms"), _form(model.lm_head)),
+            vocab=head.weight.shape[0] * (self._ranks if linear is not model.lm_head else 1),
+            forms=(*common.pop("forms"), _form(model.embed_tokens if headless else linear)),
             embedding=_form(model.embed_tokens),
             weights=plain.pop() if plain else "bfloat16",
             scales=scales.pop() if scales else "bfloat16",
             small=small,
             cache=self._dtype,
             table=_named(embedding.weight.dtype) if embedding.scales is None else "bfloat16",
-            biased=(*(m.bias is not None for m in first[1].products), head.bias is not None),  # type: ignore[arg-type]
+            biased=(*common.pop("biased"), head.bias is not None),
             norm_eps=eps,
             ropes=max(1, len(self._kinds)),
             rope_dims=self._rope_dims(),
             embedding_scale=embedding_scale,
             logit_scale=logit_scale,
             logit_cap=float(model.final_logit_softcapping or 0.0),
+            ranks=self._ranks,
+            gathered=linear is not model.lm_head,
+            headless=headless,
             **common,
         )
         tensors = StepTensors(
@@ -176,10 +188,16 @@ class _Reader:
         kind = self._rope(attention.rope)
         mixture, router = self._mixture(layer.mlp)
         mlp, gated, activation = self._mlp(layer.mlp)
-        linears = (attention.qkv_proj, attention.o_proj, *mlp)
-        products = tuple(self._matrix(linear) for linear in linears)
+        parts = (attention.qkv_proj, attention.o_proj, *mlp)
+        linears = [linear.inner if type(linear) is Summed else linear for linear in parts]
+        products = tuple(map(self._summand, parts))
         common = {
             **mixture,
+            "biased": tuple(linear.bias is not None for linear in parts),
+            "summed": (
+                type(attention.o_proj) is Summed,
+                type(mlp[1]) is Summed or (isinstance(layer.mlp, MoE) and layer.mlp.exchange is not None),
+            ),
             "hidden": products[1].weight.shape[0],
             "heads": attention.num_attention_heads,
             "kv_heads": attention.num_key_value_heads,
@@ -211,7 +229,7 @@ class _Reader:
         """What a mixture's layers have in common, and the router's matrix; nothing of other layers."""
         if not isinstance(mlp, MoE):
             return {}, None
-        _same(mlp, MoE, "__call__", "route", "routing", "logits", "mixed", "outputs", "feed", "sorted")
+        _same(mlp, MoE, "__call__", "route", "routing", "logits", "mixed", "complete", "outputs", "feed", "sorted")
         router: Any = mlp.router
         if mlp.scoring_func != "softmax" or mlp.correction is not None or mlp.n_group != mlp.topk_group:
             raise Unfit("experts that are chosen in another way")
@@ -278,6 +296,13 @@ class _Reader:
         if type(linear) in (QuantizedLinear, QuantizedExperts):
             return _packed(linear, linear.bias)
         raise Unfit(f"linear layers of another kind ({type(linear).__name__})")
+
+    def _summand(self, linear: Any) -> Matrix:
+        """What this rank gives to a layer: with its bias, or the bias of a sum over ranks if it is to add that."""
+        if type(linear) is not Summed:
+            return self._matrix(linear)
+        matrix = self._matrix(linear.inner)
+        return matrix if linear.exchange.rank else matrix._replace(bias=linear.bias)
 
     def _embedding(self, table: Any) -> Matrix:
         if type(table) is PlainEmbedding:

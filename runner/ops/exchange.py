@@ -7,9 +7,12 @@ rank has is added to zeros of all others, who all take part in every such step, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    from runner.ops.cuda.nccl import Communicator
 
 CODES = (mx.float32, mx.bfloat16, mx.float16)
 """Dtypes that hidden states may have, by the number that is sent for them."""
@@ -24,6 +27,7 @@ class Exchange:
         rank: which of the processes this is.
         size: how many there are.
         sent: bytes that this process has sent, by what it was asked; those of a ring's inner steps included.
+        beside: what kernels of this package exchange by, once that is open.
     """
 
     def __init__(self, rank: int, size: int, backend: str = "any", *, sends: bool = True) -> None:
@@ -33,6 +37,7 @@ class Exchange:
         self._backend = backend
         self._sends = sends
         self._group: Any = None
+        self.beside: Communicator | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -53,6 +58,19 @@ class Exchange:
         group = mx.distributed.init(strict=True, backend=self._backend)
         assert (group.rank(), group.size()) == (self.rank, self.size)
         self._group = group
+
+    def agreed(self, here: bool) -> bool:
+        """Whether it is so on all ranks."""
+        count = mx.distributed.all_sum(mx.array([int(here)]), group=self._group)
+        mx.eval(count)  # as in `arriving`
+        return count.item() == self.size
+
+    def word(self, content: bytes) -> bytes:
+        """Rank 0's `content`, everywhere; of the other ranks' only the length counts."""
+        own = mx.array(list(content if self.rank == 0 else bytes(len(content))), mx.int32)
+        found = mx.distributed.all_sum(own, group=self._group)
+        mx.eval(found)  # as in `arriving`
+        return bytes(cast(list[int], found.tolist()))
 
     def onward(self, x: mx.array) -> mx.array:
         """Send `x` to the next rank, from now on; returns an array that is there when it has left."""

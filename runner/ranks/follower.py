@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -16,6 +17,7 @@ from runner.cache.mark import Edge, Marks
 from runner.cache.several import Memories as Given
 from runner.cache.several import SeveralCaches
 from runner.engine.budget import Footprint
+from runner.engine.compiled import Broken, Known, RowSteps
 from runner.engine.loaded import Loaded
 from runner.engine.part import Memories, Own, Whole
 from runner.errors import RunnerError
@@ -25,7 +27,7 @@ from runner.ops.exchange import CODES, Exchange
 from runner.ops.memory import capacity
 from runner.ops.owner import OWNER
 from runner.ranks.link import ENDED, Link, Message
-from runner.ranks.part import Held, fingerprint, held, sizes, without_recording
+from runner.ranks.part import Held, fingerprint, held, sizes, suited
 from runner.ranks.passes import batch_of
 from runner.ranks.settings import Settings
 from runner.weights.loading import read_nbytes
@@ -73,6 +75,8 @@ class Follower:
             self._give_up(str(error))
         except MemoryError:
             self._give_up("out of memory")
+        except Broken:
+            self._give_up("its kernels do not take a step that rank 0's take")
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
@@ -91,7 +95,7 @@ class Follower:
 
     def suited(self, device: Device) -> Device:
         """See `Part.suited`."""
-        return without_recording(device)
+        return suited(device, self.settings)
 
     def agree(self, raw: Mapping[str, Any], headers: Mapping[str, Header], needed: int, available: int | None) -> None:
         """See `Part.agree`: tells rank 0 what is here, and waits until it says go."""
@@ -103,6 +107,16 @@ class Follower:
     def led(self, model: Model) -> Model:
         """See `Part.led`."""
         return model
+
+    def here(self, model: Model) -> Model:
+        """See `Part.here`."""
+        return model
+
+    def ready(self, rest: Callable[[], None]) -> None:
+        """See `Part.ready`; rank 0 is told once the model is there."""
+
+    def step(self, caches: Sequence[Caches], tokens: Sequence[int]) -> None:
+        """See `Part.step`; rank 0 leads."""
 
     def caches(self, caches: Caches, memories: Memories) -> Caches:
         """See `Part.caches`."""
@@ -127,6 +141,8 @@ class _Passes:
         self._caches: dict[int, Caches] = {}
         self._marks: dict[int, Marks] = {}
         self._edges: dict[int, Edge] = {}
+        self._steps: tuple[list[int], RowSteps] | None = None  # of the last caches, while nothing else comes between
+        self._places: Known = WeakKeyDictionary()
         self._done = 0
 
     def run(self) -> Message:
@@ -138,6 +154,13 @@ class _Passes:
 
     def _do(self, message: Message) -> None:
         do = message["do"]
+        if do == "step":
+            self._step(message["caches"], message["tokens"])
+            return
+        if do != "new":  # nobody looks at caches, or lets go of them, while kernels write into them
+            self._engine.compiled.rest()
+        if do not in ("new", "drop", "logits"):
+            self._steps, self._places = None, WeakKeyDictionary()
         if do == "pass":
             self._pass(message)
         elif do == "logits":
@@ -148,6 +171,7 @@ class _Passes:
             kept = len(self._caches) + len(self._marks) + len(self._edges)
             self._follower.link.send(sent=self._follower.exchange.sent, kept=kept)
         elif do == "drop":
+            self._steps = None
             for name in message["names"]:
                 for held in (self._caches, self._marks, self._edges):
                     held.pop(name, None)  # those of an earlier model went with it
@@ -193,6 +217,14 @@ class _Passes:
             made = edge.joined([self._edges[name] for name in message["others"]])
             mx.eval(made.arrays)  # now, before anybody writes into what is copied
         self._edges[message["made"]] = made
+
+    def _step(self, names: list[int], tokens: Sequence[int]) -> None:
+        """Begin a step by kernels behind a token of each sequence."""
+        if self._steps is None or self._steps[0] != names:
+            each = [self._caches[name] for name in names]
+            caches: Given = each[0] if len(each) == 1 else SeveralCaches(each, [1] * len(each))
+            self._steps = names, RowSteps(self._engine.compiled, caches, None, self._places)
+        self._steps[1].begin(tokens)
 
     def _pass(self, message: Message) -> None:
         each = [self._caches[name] for name in message["caches"]]

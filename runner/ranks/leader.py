@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ from runner.ops.device import Device
 from runner.ops.exchange import CODES, Exchange
 from runner.ranks.led import Led, LedCaches
 from runner.ranks.link import ENDED, GONE, Link, Lost, Message, read_message
-from runner.ranks.part import Held, difference, fingerprint, held, least_room, sizes, without_recording
+from runner.ranks.part import Held, difference, fingerprint, held, least_room, sizes, suited
 from runner.ranks.passes import described
 from runner.ranks.settings import PIPELINE, Settings
 from runner.weights.plan import ModulePlan
@@ -83,6 +83,7 @@ class Leader:
         self.whole: ModulePlan | None = None
         self.loaded: list[int] = []  # bytes of weights that each other rank has read
         self._ready: list[Message] = []  # what each said then
+        self._rest: Callable[[], None] = lambda: None
         self._fail = fail
         self._versions = versions
         self._losses: list[tuple[Peer, str]] = []
@@ -206,6 +207,7 @@ class Leader:
     def begin(self, **what: Any) -> None:
         """Make the others open the model that `what` describes, in place of the one that they had, if any."""
         self.elsewhere = 0
+        self._rest = lambda: None
         self.exchange.reset()
         self.tell(do="load", **what)
 
@@ -218,7 +220,7 @@ class Leader:
 
     def suited(self, device: Device) -> Device:
         """See `Part.suited`."""
-        return without_recording(device)
+        return suited(device, self.settings)
 
     def agree(self, raw: Mapping[str, Any], headers: Mapping[str, Header], needed: int, available: int | None) -> None:
         """See `Part.agree`: compares what the others have found, lets all read, and connects."""
@@ -240,10 +242,19 @@ class Leader:
         self.exchange.open()
 
     def led(self, model: Model) -> Model:
-        """See `Part.led`: waits until all have read their parts."""
+        """See `Part.led`."""
+        return Led(model, self)
+
+    def here(self, model: Model) -> Model:
+        """See `Part.here`."""
+        assert isinstance(model, Led)
+        return model.model
+
+    def ready(self, rest: Callable[[], None]) -> None:
+        """See `Part.ready`."""
+        self._rest = rest
         self._ready = self.answers()
         self.loaded = [answer["loaded"] for answer in self._ready]
-        return Led(model, self)
 
     def caches(self, caches: Caches, memories: Memories) -> Caches:
         """See `Part.caches`."""
@@ -264,11 +275,16 @@ class Leader:
         weakref.finalize(made, self._dropped.append, self._named).atexit = False
         return made
 
+    def step(self, caches: Sequence[Caches], tokens: Sequence[int]) -> None:
+        """See `Part.step`."""
+        self.tell(do="step", caches=_names(caches), tokens=list(tokens))
+
     def passed(self, batch: Batch, caches: Given) -> Batch:
         """Tell the others of a pass, and return it with the ids that all have."""
+        self._rest()
         self.tell(
             do="pass",
-            caches=[one.name for one in caches.each if isinstance(one, LedCaches)],
+            caches=_names(caches.each),
             counts=list(caches.counts) if isinstance(caches, SeveralCaches) else None,
             **described(batch),
         )
@@ -280,5 +296,13 @@ class Leader:
         assert self._held is not None
         if not self._held.gathers:
             return hidden
+        self._rest()
         self.tell(do="logits", shape=list(hidden.shape), dtype=CODES.index(hidden.dtype))
         return self.exchange.from_first(hidden)
+
+
+def _names(caches: Sequence[Caches]) -> list[int]:
+    """The numbers by which all ranks know these caches."""
+    found = [one.name for one in caches if isinstance(one, LedCaches)]
+    assert len(found) == len(caches), "caches of one process alone"
+    return found

@@ -17,7 +17,7 @@ from runner.nn.stages import HEAD, LAYERS, NORM, TABLE, reads_ids, shared_out, s
 from runner.nn.tensor import divided, gathers, shared, sums
 from runner.ops.device import Device
 from runner.ops.exchange import Exchange, ring_bytes
-from runner.ranks.settings import PIPELINE, Settings
+from runner.ranks.settings import NCCL, PIPELINE, TENSOR, Settings
 from runner.weights.division import Divider, Parts
 from runner.weights.loading import planned_nbytes, twin_nbytes
 from runner.weights.plan import ModulePlan, plan
@@ -187,10 +187,14 @@ def least_room(limit: int, room: int, own: Sequence[int], others: Iterable[tuple
     return room
 
 
-def without_recording(device: Device) -> Device:
-    """The device without what replays a step's graph, or computes it by one kernel: neither can hold an exchange."""
+def suited(device: Device, settings: Settings) -> Device:
+    """The device without what replays a step's graph, or computes it by kernels, where those cannot hold an exchange.
+
+    By tensors over NCCL, kernels for steps of several sequences can.
+    """
     ops = device.shared_out or device.ops
-    return dataclasses.replace(device, ops=dataclasses.replace(ops, recorder=None), compiles=False)
+    compiles = device.compiles and settings.mode == TENSOR and settings.backend == NCCL
+    return dataclasses.replace(device, ops=dataclasses.replace(ops, recorder=None), compiles=compiles)
 
 
 def flat(memories: Sequence[Sequence[Memory]]) -> list[Memory]:

@@ -21,6 +21,9 @@ GPUS = "RUNNER_GPUS"
 PIPELINE, TENSOR = "pipeline", "tensor"
 MODES = (PIPELINE, TENSOR)
 
+NCCL = "nccl"
+"""The backend of NVIDIA GPUs, as `mx.distributed.init` calls it."""
+
 
 @dataclass(frozen=True)
 class Settings:

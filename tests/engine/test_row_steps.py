@@ -94,6 +94,8 @@ class Twin:
 
     def refresh(self) -> None: ...
 
+    def ready(self, count: int) -> None: ...
+
     def settle(self) -> None:
         for step in self.begun[-2:]:
             step.wait()
@@ -177,6 +179,20 @@ def test_kernels_that_fail_are_not_asked_again(loaded: Loaded, monkeypatch: pyte
     assert [ids[:4] for ids in got] == [ids[:4] for ids in expected] and {len(ids) for ids in got} == {16}
     assert twin.steps == 5 and loaded.compiled.refused_rows == "the driver is gone"
     assert "gone" in loaded.compiled.way
+
+
+@pytest.mark.parametrize("failure", ["fails_at", "breaks_at"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_steps_of_several_processes_that_fail_are_the_end(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, temperature: float, failure: str
+) -> None:
+    """The others wait in them: were operations to go on here, they would wait for ever."""
+    told: list[list[int]] = []
+    twin = twinned(loaded, monkeypatch, **{failure: 4})
+    loaded.compiled.part = SimpleNamespace(step=lambda caches, tokens: told.append(list(tokens)))  # type: ignore[assignment]
+    with pytest.raises(BackendError, match="several processes has failed: the driver is gone"):
+        served(loaded, 3, True, options=SamplingParams(temperature=temperature, seed=3))
+    assert len(told) == twin.steps >= 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

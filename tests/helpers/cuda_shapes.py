@@ -37,6 +37,15 @@ MIXTURE = dataclasses.replace(
     LLAMA_8B, hidden=2048, kv_heads=4, intermediate=768, vocab=151936, experts=128, chosen=8, chosen_norm=True,
     head_norms=True,
 )  # fmt: skip
+PLAIN_8B = dataclasses.replace(LLAMA_8B, forms=(Form(),) * 5, embedding=Form())
+PART = dataclasses.replace(
+    PLAIN_8B, heads=16, kv_heads=4, intermediate=7168, biased=(False, True, False, True, False),
+    ranks=2, summed=(True, True), gathered=True,
+)  # fmt: skip
+PART_OF_EXPERTS = dataclasses.replace(
+    MIXTURE, heads=16, kv_heads=2, intermediate=384, forms=(Form(),) * 5, embedding=Form(), ranks=2,
+    summed=(True, True), gathered=True,
+)  # fmt: skip
 FLOATS = {
     name: dataclasses.replace(LLAMA_8B, forms=(form,) * 5, embedding=form)
     for name, form in FORMS.items()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from cuda_shapes import AMPERE, FLOATS, HOPPER, LLAMA_8B, MIXED, MIXTURE, QWEN, SMOLLM2
+from cuda_shapes import AMPERE, FLOATS, HOPPER, LLAMA_8B, MIXED, MIXTURE, PART, PART_OF_EXPERTS, QWEN, SMOLLM2
 
 from runner.ops.cuda.packed import Product
 from runner.ops.cuda.rows_shape import RowsPlan
@@ -19,6 +19,8 @@ SHAPES: Mapping[str, StepShape] = {
     "Qwen2.5-0.5B 8 bits": QWEN,
     "mixed forms": MIXED,
     "Qwen3-30B-A3B 4 bits": MIXTURE,
+    "a part of Llama-3.1-8B": PART,
+    "a part of Qwen3-30B-A3B": PART_OF_EXPERTS,
     **{f"Llama-3.1-8B {name}": shape for name, shape in FLOATS.items()},
 }
 OPERATIONS = {"4 bits": (4, 64, 0), "8 bits": (8, 32, 0), "mxfp4": (4, 32, 1), "mxfp8": (8, 32, 1), "nvfp4": (4, 16, 2)}
@@ -42,7 +44,7 @@ def sources(architecture: str) -> dict[str, Callable[[], str]]:
         for name in ("prompts", "draw")
     }
     for name, shape in SHAPES.items():
-        if not shape.experts:
+        if not shape.experts and shape.ranks == 1:
             found[f"step, {name}"] = lambda s=shape: divide(s, *(AMPERE if copies else HOPPER), copies=copies).source
         for rows in (8, 64):
             found[f"{rows} rows, {name}"] = lambda s=shape, r=rows: RowsPlan(s, r).source

@@ -12,6 +12,7 @@ from runner import resources
 from runner.bench.models import random_weights
 from runner.convert.quantize import QUANTIZATIONS
 from runner.engine.loaded import Loaded, assemble
+from runner.engine.part import Part
 
 
 class Jittered:
@@ -31,8 +32,8 @@ class Jittered:
         return (array.astype(mx.float32) * mx.array(numbers)).astype(array.dtype)
 
 
-def made(shape: str, quantize: str | None, run: str, changes: Mapping[str, Any]) -> Loaded:
+def made(shape: str, quantize: str | None, run: str, changes: Mapping[str, Any], part: Part | None = None) -> Loaded:
     """Two layers of a published shape with random weights in bfloat16, computed in `run`."""
     raw = {**resources.read("shapes", shape), "num_hidden_layers": 2, **changes}
     form = None if quantize is None else QUANTIZATIONS[quantize]
-    return assemble(raw, Jittered(random_weights(raw, form=form, dtype="bfloat16")), dtype=run)
+    return assemble(raw, Jittered(random_weights(raw, form=form, dtype="bfloat16")), dtype=run, part=part)

@@ -25,6 +25,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from rank_twin import Twin, take_twins
 
 from runner.bench.models import random_weights
 from runner.checkpoint.model_files import open_files
@@ -179,7 +180,8 @@ def served(engine: Loaded, requests: int) -> tuple[list[list[Token]], int]:
     """
     draw = random.Random(0)
     begun = [draw.choices(range(1, 31), k=24) for _ in range(3)]
-    params = SamplingParams(temperature=0.0, logprobs=0)
+    # Every second one's tokens may be picked where they are computed.
+    kinds = [SamplingParams(temperature=0.0, logprobs=0), SamplingParams(temperature=0.0)]
     found: list[list[Token]] = []
     with Engine(engine, memory=1 << 30, prefixes=int(engine.footprint.of(1) * 2.5)) as answering:
         while len(found) < requests:
@@ -187,6 +189,7 @@ def served(engine: Loaded, requests: int) -> tuple[list[list[Token]], int]:
             for _ in range(min(draw.randint(1, 3), requests - len(found))):
                 at = draw.choice((6, 12, 18, 24))
                 prompt = [*draw.choice(begun)[:at], *draw.choices(range(1, 31), k=draw.randint(1, 9))]
+                params = kinds[(len(found) + len(waiting)) % 2]
                 waiting.append(answering.submit(prompt, params, max_tokens=draw.randint(1, 6), turns=(at,)))
             found += [list(ticket) for ticket in waiting]
         return found, answering.status().prefixes.reused
@@ -197,7 +200,8 @@ def distance(ones: list[list[Token]], others: list[list[Token]]) -> float:
     pairs = [pair for one, other in zip(ones, others, strict=True) for pair in itertools.zip_longest(one, other)]
     if any(one is None or other is None or one.id != other.id for one, other in pairs):
         return float("inf")
-    return max((abs(one.logprob - other.logprob) for one, other in pairs), default=0.0)
+    known = [(one.logprob, other.logprob) for one, other in pairs if one.logprob is not None]
+    return max((abs(one - other) for one, other in known), default=0.0)
 
 
 def expected(raw: Mapping[str, Any], source: Source, settings: Settings) -> list[Held]:
@@ -241,6 +245,7 @@ def compared(path: Path, leader: Leader, tokens: int, requests: int, times: int)
     # Of a table and a head that are stored apart, the files alone do not say whether they are equal and so one.
     arrays = [array for array in engine.part.whole.arrays() if array.same_as is not None]
     apart = any(not mx.array_equal(*(source.read(t.name) for t in (a.tree, a.same_as))) for a in arrays)
+    begun = Twin.begun
     several = [served(one, requests) for one in (single, engine)] if requests else [([], 0)] * 2
     gc.collect()
     OWNER.run(leader.sent)  # tells of what is gone, too
@@ -255,11 +260,14 @@ def compared(path: Path, leader: Leader, tokens: int, requests: int, times: int)
         "served": distance(several[0][0], several[1][0]) / deviation,
         "reused": several[1][1],
         "kept": max(OWNER.run(leader.kept)),
+        "steps": Twin.begun - begun,
     }
 
 
 def main() -> None:
     settings, rank = Settings.from_json(os.environ[VARIABLE]), int(os.environ["MLX_RANK"])
+    if os.environ.get("RANK_TWIN") == "1":
+        take_twins()
     if rank:
         run_follower(settings, rank, versions(), follow)
     results, tokens, requests, times, *fixtures = sys.argv[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import secrets
@@ -11,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from places import ROOT, TESTS
 
 from runner.cli.launching import free_ports
-from runner.ranks.settings import VARIABLE, Settings
+from runner.ranks.settings import NCCL, VARIABLE, Settings
 
 WORKER = TESTS / "helpers" / "rank_worker.py"
 
@@ -31,19 +33,31 @@ def over_fixtures(
     sends: bool = True,
     backend: str = "ring",
     patience: float = 300,
+    twin: bool = False,
 ) -> list[dict[str, Any]]:
-    """What `rank_worker` finds for each fixture, with `size` processes."""
+    """What `rank_worker` finds for each fixture, with `size` processes; `twin`: with `rank_twin` for kernels."""
+    arguments = [str(tokens), str(requests), str(times), *map(str, fixtures)]
+    settings = Settings(size, mode, (), "127.0.0.1", 0, secrets.token_hex(8), 180, backend, sends)
+    return over_processes(folder, WORKER, arguments, settings, patience=patience, twin=twin)
+
+
+def over_processes(
+    folder: Path, worker: Path, arguments: Sequence[str], settings: Settings, *, patience: float, twin: bool = False
+) -> list[dict[str, Any]]:
+    """What a worker writes to the file that comes before its `arguments`, with `settings` and free ports."""
+    size = settings.size
     first = free_ports(size + 1)
-    settings = Settings(size, mode, (), "127.0.0.1", first + size, secrets.token_hex(8), 180, backend, sends)
+    settings = dataclasses.replace(settings, port=first + size)
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(size)]))
     results = folder / "results.jsonl"
     environment = {
         **os.environ,
         VARIABLE: settings.to_json(),
+        "RANK_TWIN": str(int(twin)),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    if backend == "nccl":
+    if settings.backend == NCCL:
         environment |= {
             "MLX_ENABLE_TF32": "0",
             "NCCL_HOST_IP": "127.0.0.1",
@@ -52,11 +66,10 @@ def over_fixtures(
         }
     else:
         environment["MLX_HOSTFILE"] = str(hosts)
-    arguments = [sys.executable, str(WORKER), str(results), str(tokens), str(requests), str(times), *map(str, fixtures)]
     processes = [
         subprocess.Popen(
-            arguments,
-            env={**environment, "MLX_RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)},
+            [sys.executable, str(worker), str(results), *arguments],
+            env={**environment, "MLX_RANK": str(rank), **(on_gpu(rank, size) if settings.backend == NCCL else {})},
             stderr=subprocess.PIPE,
         )
         for rank in range(size)
@@ -65,3 +78,14 @@ def over_fixtures(
     found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     assert [process.returncode for process in processes] == [0] * size, (errors, found[-1:])
     return found
+
+
+def on_gpu(rank: int, size: int) -> dict[str, str]:
+    """The environment of a rank that has a GPU of its own, or shares one where there are fewer than ranks.
+
+    NCCL refuses the same GPU twice, of one host: those that share one say that they are on several, whose network is
+    this machine's loopback.
+    """
+    count = mx.device_count(mx.gpu)
+    apart = {"NCCL_HOSTID": f"rank-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"}
+    return {"CUDA_VISIBLE_DEVICES": str(rank % count), **(apart if count < size else {})}

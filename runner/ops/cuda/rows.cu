@@ -37,12 +37,13 @@ DI int id_of(u64 key) { return (int)(0xffffffffu - (unsigned)key); }
 extern __shared__ __align__(16) float sm[];
 
 // What becomes of a product: 0 a vector in float32, 1 added to the residual stream, 2 the input of the next product, 3
-// logits, and the greatest of each row: its order as a number, then the lowest id.
+// logits, and the greatest of each row: its order as a number, then the lowest id. `id` is that of the first logit.
+// A bias may be another rank's to add: then it is not there.
 // N rows of weights; PAIR: row i goes with row i + N / 2, gate and up. A block has WM x WK warps: WM of them take MT tiles
 // of weights each, and WK divide the columns. Grid: groups of RT tiles x blocks of weights' rows, so that all groups read
 // the same weights at about the same time: more than the cache holds would come from memory for each.
 template <int BITS, int G, int S, int K, int N, int MT, int WM, int WK, int MODE, bool PAIR, int NEXT_BITS, int NEXT_K, bool BIAS, int RT>
-DI void product(const void* weight, const void* scales, const void* biases, const void* bias, const char* x, void* out, u64* best) {
+DI void product(const void* weight, const void* scales, const void* biases, const void* bias, const char* x, void* out, u64* best, int id) {
   constexpr int OUT = PAIR ? N / 2 : N, BLOCK = WM * (PAIR ? 16 : 16 * MT), LINES = WM * 16 * MT, LD = RT * 8 + 1, THREADS = WM * WK * 32;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wm = warp % WM, wk = warp / WM, g = lane >> 2, t = lane & 3;
   const int block = blockIdx.y * BLOCK, first = block + wm * (PAIR ? 16 : 16 * MT), row0 = blockIdx.x * RT * 8;
@@ -73,7 +74,7 @@ DI void product(const void* weight, const void* scales, const void* biases, cons
     float v = 0, up = 0;
 #pragma unroll
     for (int w = 0; w < WK; w++) { v += sm[(w * LINES + at) * LD + n]; if (PAIR) up += sm[(w * LINES + at + 16) * LD + n]; }
-    if (BIAS && column < OUT) { v += one<AT>(bias, column); if (PAIR) up += one<AT>(bias, OUT + column); }
+    if (BIAS && bias && column < OUT) { v += one<AT>(bias, column); if (PAIR) up += one<AT>(bias, OUT + column); }
     if (MODE == 0) ((float*)out)[(long)row * N + column] = v;
     if (MODE == 1) { float* h = (float*)out + (long)row * N + column; *h = v * RES_SCALE + *h; }
     if (MODE == 2) { v = activation(v); if (PAIR) v *= up; put<NEXT_BITS, NEXT_K>((char*)out, row, column, v, 8); }
@@ -81,7 +82,7 @@ DI void product(const void* weight, const void* scales, const void* biases, cons
       v *= LOGIT_SCALE;
       if (LOGIT_CAP > 0.f) v = LOGIT_CAP * tanhf(v * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f)));
       u64 key = 0;
-      if (column < OUT) { ((float*)out)[(long)row * N + column] = v; key = key_of(v, column); }
+      if (column < OUT) { ((float*)out)[(long)row * N + column] = v; key = key_of(v, id + column); }
       // Lines of a row lie side by side.
 #pragma unroll
       for (int o = (BLOCK < 32 ? BLOCK : 32) / 2; o; o >>= 1) { const u64 other = __shfl_xor_sync(ALL, key, o); key = other > key ? other : key; }
@@ -104,13 +105,22 @@ KERNEL(256) embed(const Step* step, const void* table, const void* scales, const
     h[(long)row * D + c] = v * EMB_SCALE;
   }
 }
-template <int BITS> DI void normed(const float* h, const void* weight, char* x, float* plain, float eps) {
+// `sum`, where there is one, is what all ranks have added up: it goes into the residual stream first.
+template <int BITS> DI void normed(float* h, const void* weight, char* x, float* plain, const float* sum, float eps) {
   __shared__ float red[8];
   const int row = blockIdx.x;
   next(); join();
-  const float4* from = (const float4*)(h + (long)row * D);
+  float4* from = (float4*)(h + (long)row * D);
   float ss = 0;
-  for (int u = threadIdx.x; u < D / 4; u += 256) { const float4 a = from[u]; ss += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w; }
+  for (int u = threadIdx.x; u < D / 4; u += 256) {
+    float4 a = from[u];
+    if (sum) {
+      const float4 b = ((const float4*)(sum + (long)row * D))[u];
+      a.x += b.x * RES_SCALE; a.y += b.y * RES_SCALE; a.z += b.z * RES_SCALE; a.w += b.w * RES_SCALE;
+      from[u] = a;
+    }
+    ss += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
+  }
   const float rs = rsqrtf(block_sum<8>(ss, red) / D + eps);
   for (int u = threadIdx.x; u < D / 8; u += 256) {
     const float4 a = from[2 * u], b = from[2 * u + 1];
@@ -431,7 +441,8 @@ template <int BITS, int G, int S, int WM, int WK> DI void opened(const Step* ste
   for (int w = 0; w < WK; w++) { v += sm[w * LINES + at]; up += sm[w * LINES + at + 16]; }
   put<BITS_DOWN, F>(out, pair, column, activation(v) * up, 1);
 }
-// Down of all experts of a row, weighed and added: WK warps of a block for each expert.
+// Down of all experts of a row, weighed and added: WK warps of a block for each expert. Where ranks add theirs up, `h` is
+// not the residual stream, but where that begins.
 template <int BITS, int G, int S, int WK> DI void closed(const Step* step, const Choice* choices, const void* weight, const void* scales, const void* biases, const char* x, float* h) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, k = warp / WK, g = lane >> 2, t = lane & 3, row = blockIdx.y, first = blockIdx.x * 16;
   next(); join();
@@ -451,6 +462,6 @@ template <int BITS, int G, int S, int WK> DI void closed(const Step* step, const
   float v = 0;
   for (int w = 0; w < CHOSEN * WK; w++) v += sm[w * 16 + threadIdx.x];
   float* to = h + (long)row * D + column;
-  *to = v * RES_SCALE + *to;
+  *to = DOWN_SUMMED ? v : v * RES_SCALE + *to;
 }
 #endif

@@ -3,12 +3,16 @@
 As in `runner.ops.cuda.decoder`, kernels read weights and caches where MLX keeps them, on a stream of their own. A step
 is begun, and waited for later: meanwhile the host hands out the tokens of the one before. As long as it is under way,
 nobody else may touch the caches of its sequences, or let go of them.
+
+Where a model is shared out over ranks, all of them take the same steps in the same order. What they exchange is
+recorded with the kernels: a step takes no more of the host's time than one of a whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_int, c_uint64, c_void_p, memmove
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -16,9 +20,11 @@ import numpy as np
 from runner.errors import BackendError
 from runner.ops.cuda.decoder import Matrix, Rows, StepTensors, addresses
 from runner.ops.cuda.driver import Driver
+from runner.ops.cuda.nccl import Communicator, Nccl, check, connected
 from runner.ops.cuda.nvrtc import compiled
 from runner.ops.cuda.rows_shape import MOST_ROWS, NAMES, PART, TILE, Launch, RowsPlan
 from runner.ops.cuda.shape import DOWN, GATE_UP, HEAD, OUTPUT, QKV, StepShape, Unfit
+from runner.ops.exchange import Exchange, ring_bytes
 
 _CACHE = np.dtype([("keys", "u8"), ("values", "u8"), ("capacity", "i4"), ("start", "i4")])
 """`Cache` in `rows.cu`."""
@@ -30,6 +36,14 @@ _AT_ONCE = 2
 """Steps under way at most: the next one waits on the device for the end of the last."""
 
 
+class Logits(NamedTuple):
+    """Where a step's logits are found: in float32, rank by rank, `used` rows of each rank's part of the vocabulary."""
+
+    array: mx.array
+    ranks: int
+    used: int
+
+
 class RowsStep:
     """A step that was begun, and what comes of it.
 
@@ -37,7 +51,7 @@ class RowsStep:
         latest: whether none was begun after it.
     """
 
-    def __init__(self, driver: Driver, slot: _Slot, logits: mx.array, count: int) -> None:
+    def __init__(self, driver: Driver, slot: _Slot, logits: Logits, count: int) -> None:
         self.latest = True
         self._driver, self._slot = driver, slot
         self._logits = logits
@@ -76,8 +90,10 @@ class RowsStep:
             BackendError: the driver reports an error.
         """
         self._ended()
+        array, ranks, used = self._logits
+        parts = array.reshape(-1)[: ranks * used * array.shape[-1]].reshape(ranks, used, -1)[:, : self._count]
         # A copy: whoever reads an array on the host moves its buffer, and the kernels know the address of this one.
-        return self._logits[: self._count] * 1
+        return parts.swapaxes(0, 1).reshape(self._count, -1) * 1
 
     def _ended(self) -> np.ndarray:
         self.wait()
@@ -115,12 +131,16 @@ class RowsDecoder:
     def __init__(self, shape: StepShape, tensors: StepTensors) -> None:
         """Check that there are kernels for the shape; they are compiled when they are first used.
 
+        Those of a part of a model need a `connect` first.
+
         Raises:
             Unfit: there are none.
-            BackendError: the driver refuses.
+            BackendError: the driver refuses, or there is no NCCL for a part of a model.
         """
         RowsPlan(shape, MOST_ROWS)
         self.shape = shape
+        self._nccl = Nccl() if shape.ranks > 1 else None
+        self._ranks: _Ranks | None = None
         self._tensors = tensors
         self.driver = driver = Driver()
         driver.enter()
@@ -142,6 +162,18 @@ class RowsDecoder:
         self._weights.append(tensors.last_norm)
         self._found: list[int] = []
         self._places: dict[int, int] = {}
+
+    def connect(self, exchange: Exchange) -> None:
+        """Connect the kernels of a part of a model with those of the other ranks, which do so at the same time.
+
+        Raises:
+            BackendError: a sum over all ranks does not come about, or is wrong.
+        """
+        assert self._nccl is not None
+        self.driver.enter()
+        self._ranks = _Ranks(exchange, connected(self._nccl, exchange))
+        mx.synchronize()  # MLX's exchanges have ended
+        check(self._ranks.kernels, exchange.size, self.driver, self._stream)
 
     def close(self) -> None:
         """Give the GPU's memory back."""
@@ -198,17 +230,10 @@ class RowsDecoder:
         """
         count = len(tokens)
         assert 0 < count <= MOST_ROWS and len(positions) == len(caches) == count
-        self.driver.enter()
+        size = self._size(count)
         slot = self._slots[self._begun % _AT_ONCE]
         if slot.step is not None:
             slot.step.wait()
-        rows = next(rows for rows in (8, 16, 32, 64) if rows >= count)
-        size = self._sizes.get(rows)
-        if size is None:
-            plan = RowsPlan(self.shape, rows)
-            code = compiled(plan.source, self._architecture)
-            size = _Size(self.driver, self._stream, plan, code, self._best_at, early=self._early)
-            self._sizes[rows] = size
         size.run(self._tensors, self._places, self._windows, tokens, positions, caches, slot.number)
         best = self._best_at + slot.number * 8 * MOST_ROWS
         self.driver.fetch(slot.address, best, 8 * count, self._stream)
@@ -220,6 +245,25 @@ class RowsDecoder:
         slot.step = RowsStep(self.driver, slot, size.logits, count)
         return slot.step
 
+    def ready(self, count: int) -> None:
+        """Compile, unless that was done, what `begin` needs for so many sequences.
+
+        Raises:
+            BackendError: the compiler or the driver reports an error.
+        """
+        self._size(count)
+
+    def _size(self, count: int) -> _Size:
+        self.driver.enter()
+        rows = next(rows for rows in (8, 16, 32, 64) if rows >= count)
+        size = self._sizes.get(rows)
+        if size is None:
+            plan = RowsPlan(self.shape, rows)
+            code = compiled(plan.source, self._architecture)
+            size = _Size(self.driver, self._stream, plan, code, self._best_at, self._ranks, early=self._early)
+            self._sizes[rows] = size
+        return size
+
     def settle(self) -> None:
         """Wait for the end of all steps that were begun."""
         for slot in self._slots:
@@ -227,21 +271,38 @@ class RowsDecoder:
                 slot.step.wait()
 
 
+class _Ranks(NamedTuple):
+    """The ranks that a model is shared out over: what MLX has between them, and what kernels have."""
+
+    exchange: Exchange
+    kernels: Communicator
+
+
 class _Size:
     """The kernels of one number of rows, with the buffers they work in."""
 
     def __init__(
-        self, driver: Driver, stream: c_void_p, plan: RowsPlan, code: bytes, best_at: int, *, early: bool
+        self,
+        driver: Driver,
+        stream: c_void_p,
+        plan: RowsPlan,
+        code: bytes,
+        best_at: int,
+        ranks: _Ranks | None,
+        *,
+        early: bool,
     ) -> None:
         """`best_at` is where the steps' greatest logits are found, those of one slot behind those of the other."""
         self._early = early
+        self._ranks = ranks
         self._best_at = best_at
         self._driver, self._stream, self._plan = driver, stream, plan
         self._module = driver.module(code)
         self._functions: dict[str, c_void_p] = {}
         s, rows = plan.shape, plan.rows
-        self.logits = mx.zeros((rows, s.vocab), mx.float32)
-        mx.eval(self.logits)
+        parts = s.ranks if s.gathered else 1
+        self._found = mx.zeros((parts * rows, s.rows[HEAD]), mx.float32)  # logits
+        mx.eval(self._found)
         width = max(2, s.rope_dims)
         self._step = np.zeros(
             (), [("token", "i4", rows), ("position", "i4", rows), ("rope", "f4", (rows, s.ropes, width))]
@@ -256,6 +317,8 @@ class _Size:
             "x": 2 * rows * s.hidden, "attended": 2 * rows * s.heads * s.head_dim, "inner": 2 * rows * vectors,
             "qkv": 4 * rows * s.rows[QKV], "counters": 4 * rows * (s.heads + 1), "plain": 4 * rows * s.hidden,
             "scores": 4 * rows * max(1, s.experts), "choices": 8 * rows * max(1, s.chosen),
+            "sum": 4 * rows * s.hidden if any(s.summed) else 0,
+            "part": 4 * rows * s.rows[HEAD] if s.gathered else 0,
         }  # fmt: skip
         self._at = {name: driver.allocate(max(16, size)) for name, size in sizes.items()}
         self._partial, self._parts = 0, 0
@@ -273,6 +336,12 @@ class _Size:
             self._driver.free(self._partial)
         self._driver.free_host(self._here)
         self._driver.unload(self._module)
+
+    @property
+    def logits(self) -> Logits:
+        """Where those of the last step are found."""
+        s = self._plan.shape
+        return Logits(self._found, s.ranks if s.gathered else 1, self._used)
 
     def forget(self) -> None:
         """Forget the recorded graphs: they hold addresses."""
@@ -316,6 +385,15 @@ class _Size:
         if (graph := self._graphs.get((self._used, parts, slot))) is None:
             graph = self._graphs[self._used, parts, slot] = self._recorded(tensors, places, windows, parts)
         driver.replay(graph, self._stream)
+        if self._ranks is not None:
+            self._ranks.exchange.sent += self._sent
+
+    @property
+    def _sent(self) -> int:
+        """Bytes that each rank sends in a step."""
+        s, used = self._plan.shape, self._used
+        sums = s.layers * sum(s.summed) * ring_bytes(4 * used * s.hidden, s.ranks) + ring_bytes(8 * used, s.ranks)
+        return sums + ((s.ranks - 1) * 4 * used * s.rows[HEAD] if s.gathered else 0)
 
     def _recorded(self, tensors: StepTensors, places: dict[int, int], windows: Sequence[int], parts: int) -> c_void_p:
         driver, s = self._driver, self._plan.shape
@@ -326,7 +404,7 @@ class _Size:
                 driver.free(self._partial)
             self._parts = parts
             self._partial = driver.allocate(4 * self._plan.rows * s.heads * parts * (s.head_dim + 2))
-        (self._logits_at,) = addresses([self.logits])
+        (self._logits_at,) = addresses([self._found])
         return driver.record(lambda: self._step_of(tensors, places, windows, parts), self._stream)
 
     def _load(self) -> None:
@@ -349,9 +427,10 @@ class _Size:
         first = [_place(places, array) for array in (table.weight, table.scales, table.biases)]
         best, before = (self._best(slot) for slot in (self._slot, 1 - self._slot))
         self._start(Launch("embed", (used, 1, 1), 256), at["step"], *first, at["h"], best, before, early=False)
+        attended, fed = s.summed
         for number, layer in enumerate(tensors.layers):
             products = layer.products
-            self._norm(QKV, places[id(layer.input_norm)], 0)
+            self._norm(QKV, places[id(layer.input_norm)], 0, summed=fed and number > 0)
             self._multiply(QKV, products[QKV], places, at["x"], at["qkv"])
             self._start(
                 plan.attention(parts, used), at["caches"] + number * each, at["step"], at["qkv"],
@@ -359,30 +438,45 @@ class _Size:
                 at["counters"], c_int(windows[number]), c_int(-1 if layer.rope is None else layer.rope), c_int(parts),
                 c_int(plan.parts_each(parts, used)),
             )  # fmt: skip
-            self._multiply(OUTPUT, products[OUTPUT], places, at["attended"], at["h"])
-            self._norm(GATE_UP, places[id(layer.inner_norm)], at["plain"] if s.experts else 0)
+            self._multiply(OUTPUT, products[OUTPUT], places, at["attended"], at["sum" if attended else "h"])
+            self._norm(GATE_UP, places[id(layer.inner_norm)], at["plain"] if s.experts else 0, summed=attended)
+            to = at["sum" if fed else "h"]
             if layer.router is None:
                 self._multiply(GATE_UP, products[GATE_UP], places, at["x"], at["inner"])
-                self._multiply(DOWN, products[DOWN], places, at["inner"], at["h"])
+                self._multiply(DOWN, products[DOWN], places, at["inner"], to)
                 continue
             counters, router = at["counters"] + 4 * rows * s.heads, places[id(layer.router)]
             self._start(plan.route(used), at["step"], at["plain"], router, at["scores"], counters, at["choices"])
-            for launch, matrix, source, to in (
+            for launch, matrix, source, out in (
                 (plan.opened(used), products[GATE_UP], at["x"], at["inner"]),
-                (plan.closed(used), products[DOWN], at["inner"], at["h"]),
+                (plan.closed(used), products[DOWN], at["inner"], to),
             ):
                 arrays = [_place(places, array) for array in (matrix.weight, matrix.scales, matrix.biases)]
-                self._start(launch, at["step"], at["choices"], *arrays, source, to)
-        self._norm(HEAD, places[id(tensors.last_norm)], 0)
-        self._multiply(HEAD, tensors.head, places, at["x"], self._logits_at)
+                self._start(launch, at["step"], at["choices"], *arrays, source, out)
+        self._norm(HEAD, places[id(tensors.last_norm)], 0, summed=fed)
+        if not s.headless:
+            out = at["part"] if s.gathered else self._logits_at
+            self._multiply(HEAD, tensors.head, places, at["x"], out)
+        if self._ranks is not None:
+            if s.gathered:
+                self._ranks.kernels.gather(at["part"], self._logits_at, used * s.rows[HEAD], self._stream)
+            self._ranks.kernels.greatest(best, used, self._stream)
 
-    def _norm(self, index: int, weight: int, plain: int) -> None:
+    def _norm(self, index: int, weight: int, plain: int, *, summed: bool) -> None:
+        """Start a norm; `summed`: of the residual stream with what all ranks add to it, each its part."""
+        at, sums = self._at, 0
+        if summed and self._ranks is not None:
+            sums = at["sum"]
+            self._ranks.kernels.add(sums, self._used * self._plan.shape.hidden, self._stream)
+        # Nothing can come before the end of what another library has started.
         launch = Launch(f"norm_{NAMES[index]}", (self._used, 1, 1), 256)
-        self._start(launch, self._at["h"], weight, self._at["x"], plain)
+        self._start(launch, at["h"], weight, at["x"], plain, sums, early=not sums)
 
     def _multiply(self, index: int, matrix: Matrix, places: dict[int, int], x: int, out: int) -> None:
         arrays = [_place(places, array) for array in matrix]
-        self._start(self._plan.product(index), *arrays, x, out, self._best(self._slot))
+        first = 0 if self._ranks is None or not self._plan.shape.gathered else self._ranks.exchange.rank
+        id_ = c_int(first * self._plan.shape.rows[HEAD])
+        self._start(self._plan.product(index), *arrays, x, out, self._best(self._slot), id_)
 
     def _best(self, slot: int) -> int:
         """Where the greatest logits of the step in a slot are found."""

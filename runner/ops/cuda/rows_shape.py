@@ -190,7 +190,10 @@ class RowsPlan:
             "ATT_CAP": s.attention_cap, "EMB_SCALE": s.embedding_scale, "RES_SCALE": s.residual_scale,
             "LOGIT_SCALE": s.logit_scale, "LOGIT_CAP": s.logit_cap, "CHOSEN_SCALE": s.chosen_scale,
         }  # fmt: skip
-        flags = {"QKN": s.head_norms, "TRADITIONAL": s.traditional, "CHOSEN_NORM": s.chosen_norm}
+        flags = {
+            "QKN": s.head_norms, "TRADITIONAL": s.traditional, "CHOSEN_NORM": s.chosen_norm,
+            "DOWN_SUMMED": s.summed[1],
+        }  # fmt: skip
         lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
         lines += [f"constexpr float {name} = {value!r}f;" for name, value in floats.items()]
         lines += [f"constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()]
@@ -203,14 +206,15 @@ class RowsPlan:
         found = []
         for index, eps in ((QKV, "EPS"), (GATE_UP, "EPS"), (HEAD, "EPS_LAST")):
             found.append(
-                f"KERNEL(256) norm_{NAMES[index]}(const float* h, const void* w, char* x, float* plain) "
-                f"{{ normed<{s.forms[index].bits}>(h, w, x, plain, {eps}); }}"
+                f"KERNEL(256) norm_{NAMES[index]}(float* h, const void* w, char* x, float* plain, const float* sum) "
+                f"{{ normed<{s.forms[index].bits}>(h, w, x, plain, sum, {eps}); }}"
             )
         for index in range(5):
             if s.experts and index in (GATE_UP, DOWN):
                 continue
             launch, (tiles, down, along), form = self.product(index), self.warps(index), s.forms[index]
-            mode = {QKV: 0, GATE_UP: 2, HEAD: 3}.get(index, 1)
+            added = {OUTPUT: s.summed[0], DOWN: s.summed[1]}  # over ranks, and then to the residual stream
+            mode = {QKV: 0, GATE_UP: 2, HEAD: 3}.get(index, 0 if added.get(index) else 1)
             pair = index == GATE_UP and s.gated
             arguments = [
                 form.arguments, s.columns[index], s.rows[index], tiles, down, along, mode,
@@ -218,8 +222,8 @@ class RowsPlan:
             ]  # fmt: skip
             found.append(
                 f"KERNEL({launch.threads}) {launch.name}(const void* w, const void* s, const void* z, const void* b, "
-                f"const char* x, void* out, u64* best) {{ "
-                f"product<{', '.join(map(str, arguments))}>(w, s, z, b, x, out, best); }}"
+                f"const char* x, void* out, u64* best, int id) {{ "
+                f"product<{', '.join(map(str, arguments))}>(w, s, z, b, x, out, best, id); }}"
             )
         if s.experts:
             given = (

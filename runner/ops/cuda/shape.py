@@ -113,6 +113,10 @@ class StepShape:
         experts: of a mixture, `chosen` of them for each token; 0: the layer is dense. `intermediate` is one's width.
         chosen_norm: whether the weights of the chosen experts add up to 1, before `chosen_scale`.
         router: type of the router's matrix.
+        ranks: processes that the model is shared out over; heads and widths are this one's.
+        summed: whether what attention and feed-forward layers give is to be added up over all ranks.
+        gathered: whether each rank has a part of the head's rows, of which there are `vocab` in all.
+        headless: whether another rank has the head.
     """
 
     hidden: int
@@ -148,12 +152,17 @@ class StepShape:
     chosen_norm: bool = False
     chosen_scale: float = 1.0
     router: str = "float32"
+    ranks: int = 1
+    summed: tuple[bool, bool] = (False, False)
+    gathered: bool = False
+    headless: bool = False
 
     @property
     def rows(self) -> tuple[int, int, int, int, int]:
         """Rows of the five matrices."""
         wide = self.intermediate * (2 if self.gated else 1)
-        return ((self.heads + 2 * self.kv_heads) * self.head_dim, self.hidden, wide, self.hidden, self.vocab)
+        head = self.vocab // (self.ranks if self.gathered else 1)
+        return ((self.heads + 2 * self.kv_heads) * self.head_dim, self.hidden, wide, self.hidden, head)
 
     @property
     def columns(self) -> tuple[int, int, int, int, int]:
@@ -395,6 +404,8 @@ def _divided(shape: StepShape, processors: int, memory: int, warps: int, *, copi
 def _check(shape: StepShape) -> None:
     if shape.experts:
         raise Unfit("a mixture of experts")
+    if shape.ranks > 1:
+        raise Unfit("parts on other ranks")
     group = shape.heads // shape.kv_heads
     if group > WARPS:
         raise Unfit(f"{group} heads for each head of keys and values")
