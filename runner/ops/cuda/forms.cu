@@ -39,6 +39,8 @@ template <int S> DI float scale_of(unsigned u) {
   if (S == E8M0) { const unsigned e = (u & 255) << 23; return as_float(e ? e : 0x00400000u); }
   return as_float((u & 0x7f) << 20 | (u & 0x80) << 24) * as_float(247u << 23);  // 2^120: the exponents' biases are 7, 127
 }
+// The numbers of bytes 0 and 2, as two float16 that are too small by a factor 2^8.
+DI unsigned halves_of(unsigned u) { return ((u << 7) & 0x3f803f80u) | ((u << 8) & 0x80008000u); }
 // A number without its scale, from the lowest bits of `u`.
 template <int BITS> DI float number_of(unsigned u) {
   if (BITS == 4) return as_float((u & 7) << 22 | (u & 8) << 28) * as_float(253u << 23);

@@ -320,8 +320,10 @@ template <int G> DI void store_halves(char* xs, float2* xn, int c, bool in, floa
   store_group<G>(xn, c, m * 256.f, total);  // 2^8 is what E4M3 as float16 lacks
 }
 
-// Scale `i` of those that a lane has read, of S.
+// Scale `i` of those that a lane has read, of S or as float16.
+constexpr int AS_HALF = -1;
 template <int S, int N> DI float scale_in(const unsigned (&s)[N], int i) {
+  if (S == AS_HALF) return half_of((unsigned short)(i & 1 ? s[i >> 1] >> 16 : s[i >> 1]));
   if (S != AFFINE) return scale_of<S>(s[i >> 2] >> (8 * (i & 3)));
   const unsigned u = s[i >> 1];
   return ST == 1 ? half_of((unsigned short)(i & 1 ? u >> 16 : u)) : i & 1 ? highf(u) : lowf(u);
@@ -348,7 +350,8 @@ template <int BITS, int G, int S, bool MAPPED> DI void packed_product(Ring& r, c
   // its group, or both halves; an odd one the lowest plane.
   const bool high = t == 0 || (EACH == 2 && t == 2), low = t == 1 || (EACH == 2 && t == 3);
   const int ma = high ? 256 : 0;
-  const float fs = HALVES ? (high ? 1.f : 0.f) : (high ? 256.f : low ? 1.f : 0.f) * (E2M1 ? 0.5f : 1.f), fb = high ? (E2M1 ? -6.f : 1.f) : 0.f;
+  constexpr float lacks = EACH == 2 ? 256.f : 1.f;  // what scales as float16 lack
+  const float fs = HALVES ? (high ? 1.f : 0.f) : (high ? 256.f : low ? 1.f : 0.f) * (E2M1 ? 0.5f : 1.f) * lacks, fb = high ? (E2M1 ? -6.f : 1.f) * lacks : 0.f;
   const int line = tile * 16 + rho, lines = p.tiles * 16;
   const unsigned row0 = MAPPED ? (share * lines + line) * 128 : line * p.pitch + share * SPAN * TILE + t * WORD;
   const unsigned sr0 = p.scale_at + (MAPPED ? ((share * SPANNED >> 4) * lines + line) * 16 + (share * SPANNED & 15)
@@ -414,9 +417,12 @@ template <int BITS, int G, int S, bool MAPPED> DI void packed_product(Ring& r, c
             }
       }
       release(r, lane);
+      // Of groups of 16, the two of a word's four scales that this lane's weights have, as float16 but for a factor 2^8.
       if (EACH == 2)
 #pragma unroll
-        for (int i = 0; i < NS; i++) { s[0][i] >>= 8 * half; s[1][i] >>= 8 * half; }
+        for (int e = 0; e < 2; e++)
+#pragma unroll
+          for (int i = 0; i < NS; i++) s[e][i] = halves_of(s[e][i] >> (8 * half));
 #pragma unroll
       for (int j = 0; j < SPAN; j++) {
         if (j >= nt) break;
@@ -455,8 +461,8 @@ template <int BITS, int G, int S, bool MAPPED> DI void packed_product(Ring& r, c
 #pragma unroll
         for (int q = 0; q < PER; q++) {
           const float2 n = xn[((first + j) * PER + q) * EACH + half];
-          const int i = G <= 32 ? (2 * j + q) * EACH : j * 64 / G;
-          const float s0 = scale_in<S>(s[0], i), s1 = scale_in<S>(s[1], i);
+          const int i = G <= 32 ? 2 * j + q : j * 64 / G;
+          const float s0 = EACH == 2 ? scale_in<AS_HALF>(s[0], i) : scale_in<S>(s[0], i), s1 = EACH == 2 ? scale_in<AS_HALF>(s[1], i) : scale_in<S>(s[1], i);
           A0 += s0 * n.x * (float)(c[q][0] * ma + c[q][1]);
           A1 += s1 * n.x * (float)(c[q][2] * ma + c[q][3]);
           B0 += (S == AFFINE ? scale_in<S>(z[0], i) : s0) * n.y;
