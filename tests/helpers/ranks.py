@@ -37,7 +37,7 @@ def over_fixtures(
 ) -> list[dict[str, Any]]:
     """What `rank_worker` finds for each fixture, with `size` processes; `twin`: with `rank_twin` for kernels."""
     arguments = [str(tokens), str(requests), str(times), *map(str, fixtures)]
-    settings = Settings(size, mode, (), "127.0.0.1", 0, secrets.token_hex(8), 180, backend, sends)
+    settings = Settings(size, mode, (), "127.0.0.1", 0, secrets.token_hex(8), 60, backend, sends)
     return over_processes(folder, WORKER, arguments, settings, patience=patience, twin=twin)
 
 
