@@ -118,6 +118,8 @@ class Compiled:
             if exchange.agreed(self.refused_rows is None):
                 return
         self._rows, self.refused_rows = None, self.refused_rows or "another process has no kernels"
+        if rows is not None:
+            rows.close()
 
     def rest(self) -> None:
         """Wait until the steps of all processes have ended: what MLX exchanges must not come between theirs."""
