@@ -9,26 +9,23 @@ of the config. Rank 0 writes a line of JSON for each.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from made_models import made
+from rank_run import run_rank
 
 from runner.cache.several import SeveralCaches
-from runner.cli.rank import versions
 from runner.engine.compiled import RowSteps
 from runner.engine.loaded import Loaded
 from runner.engine.replay import Steps
 from runner.nn.batch import Batch, Segment
 from runner.ops.owner import OWNER
-from runner.ranks.follower import Follower, run_follower
+from runner.ranks.follower import Follower
 from runner.ranks.leader import Leader
-from runner.ranks.settings import VARIABLE, Settings
 
 LENGTHS = [7 + 37 * index for index in range(11)]
 
@@ -106,26 +103,8 @@ def follow(message: Mapping[str, Any], part: Follower) -> Loaded:
 
 
 def main() -> None:
-    settings, rank = Settings.from_json(os.environ[VARIABLE]), int(os.environ["MLX_RANK"])
-    if rank:
-        run_follower(settings, rank, versions(), follow)
     results, *cases = sys.argv[1:]
-
-    def fail(message: str) -> None:
-        with Path(results).open("a") as lost:
-            lost.write(json.dumps({"lost": message}) + "\n")
-        os._exit(1)
-
-    leader = Leader(settings, versions(), fail)
-    with Path(results).open("w") as lines:
-        for case in cases:
-            try:
-                found = compared(json.loads(case), leader)
-            except Exception as error:
-                found = {"raised": f"{type(error).__name__}: {error}"}
-            lines.write(json.dumps({"case": json.loads(case), **found}) + "\n")
-            lines.flush()
-    leader.close()
+    run_rank(results, [json.loads(case) for case in cases], follow, compared, lambda case: {"case": case})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import os
 import random
 import re
@@ -25,11 +24,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from rank_run import run_rank
 from rank_twin import Twin, take_twins
 
 from runner.bench.models import random_weights
 from runner.checkpoint.model_files import open_files
-from runner.cli.rank import versions
 from runner.engine.dtypes import choose
 from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded, assemble
@@ -43,10 +42,10 @@ from runner.families import find
 from runner.ops.device import current
 from runner.ops.exchange import Exchange
 from runner.ops.owner import OWNER
-from runner.ranks.follower import Follower, run_follower
+from runner.ranks.follower import Follower
 from runner.ranks.leader import Leader
 from runner.ranks.part import Held, held
-from runner.ranks.settings import VARIABLE, Settings
+from runner.ranks.settings import Settings
 from runner.weights.loading import read_nbytes
 from runner.weights.plan import plan
 from runner.weights.tags import Source
@@ -265,29 +264,14 @@ def compared(path: Path, leader: Leader, tokens: int, requests: int, times: int)
 
 
 def main() -> None:
-    settings, rank = Settings.from_json(os.environ[VARIABLE]), int(os.environ["MLX_RANK"])
     if os.environ.get("RANK_TWIN") == "1":
         take_twins()
-    if rank:
-        run_follower(settings, rank, versions(), follow)
     results, tokens, requests, times, *fixtures = sys.argv[1:]
 
-    def fail(message: str) -> None:
-        with Path(results).open("a") as lost:
-            lost.write(json.dumps({"lost": message}) + "\n")
-        os._exit(1)
+    def found(path: Path, leader: Leader) -> dict[str, Any]:
+        return compared(path, leader, int(tokens), int(requests), int(times))
 
-    leader = Leader(settings, versions(), fail)
-    with Path(results).open("w") as lines:
-        for fixture in fixtures:
-            path = Path(fixture)
-            try:
-                found = compared(path, leader, int(tokens), int(requests), int(times))
-            except Exception as error:
-                found = {"raised": f"{type(error).__name__}: {error}"}
-            lines.write(json.dumps({"path": path.name, **found}) + "\n")
-            lines.flush()
-    leader.close()
+    run_rank(results, [Path(fixture) for fixture in fixtures], follow, found, lambda path: {"path": path.name})
 
 
 if __name__ == "__main__":
