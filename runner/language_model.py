@@ -493,8 +493,8 @@ def load(
     Args:
         dtype: "float32", "float16" or "bfloat16" for weights and activations; None: what suits this machine and the
             model. With the CPU kernels, weights as they are stored and float32; without them, both in float32; on a
-            GPU both in bfloat16, or in config.json's float16 where the family's numbers are known to fit, or in float32
-            if all matrices are.
+            GPU both in bfloat16, or in float16 where the family's numbers are known to fit and config.json says so or
+            nothing says bfloat16 (GGUF files), or in float32 if all matrices are.
         revision: branch, tag or commit of a hub id.
         adapters: adapters in PEFT's format or mlx-lm's, by directory or hub id: a list of "PATH" or "PATH=WEIGHT", or
             a mapping from paths to weights. Their updates add up; the base model's weights stay as they are.

@@ -47,15 +47,16 @@ def choose(asked: str | None, device: Device, raw: Mapping[str, Any], headers: M
 
 
 def suitable(raw: Mapping[str, Any], headers: Mapping[str, Header]) -> mx.Dtype:
-    """The dtype for a device that multiplies numbers of one dtype: bfloat16, with two exceptions.
+    """The dtype for a device that multiplies numbers of one dtype: bfloat16, with exceptions.
 
-    float16 where config.json names it and the family's activations are known to stay in its range. float32 where all
-    matrices are stored so and config.json names nothing smaller: only who asks for it gets a rounded copy of them.
+    float16 where the family's activations are known to stay in its range, and config.json names it, or names nothing
+    and no matrix or scale is stored in bfloat16, as in GGUF files: that would round them, and all that is computed, to
+    8 bits. float32 where all matrices are stored so and config.json names nothing smaller: only who asks for it gets a
+    rounded copy of them.
     """
     declared = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
-    if declared == "float16" and family_of(raw).float16:
-        return mx.float16
-    matrices = {info.dtype for name, info in headers.items() if len(info.shape) > 1 and not HARMLESS.search(name)}
-    if declared not in ("float16", "bfloat16") and matrices == {"F32"}:
+    stored = {info.dtype for name, info in headers.items() if len(info.shape) > 1 and not HARMLESS.search(name)}
+    if declared not in ("float16", "bfloat16") and stored == {"F32"}:
         return mx.float32
-    return mx.bfloat16
+    finer = declared == "float16" or (declared not in DTYPES and "BF16" not in stored)
+    return mx.float16 if finer and family_of(raw).float16 else mx.bfloat16

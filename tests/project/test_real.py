@@ -12,15 +12,12 @@ import pytest
 from places import ROOT
 
 import runner
-from runner.ops.device import current
 from runner.perplexity import perplexity, read_ids
 
 MODEL = os.environ.get("RUNNER_DEMO_MODEL")
 pytestmark = pytest.mark.real
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
-DTYPE = None if current().activations is not None else "float32"
-"""16 bits could not tell the answer's two likeliest first tokens, "The" and "L", whose logits are 25.33 and 25.24."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,7 @@ def lm() -> Iterator[runner.LanguageModel]:
     assert MODEL, (
         "RUNNER_DEMO_MODEL must name the demo checkpoint: run scripts/test, or export it from scripts/fetch_demo"
     )
-    yield runner.load(MODEL, dtype=DTYPE)
+    yield runner.load(MODEL)
 
 
 def test_it_knows_the_capital_of_france(lm: runner.LanguageModel) -> None:
@@ -62,7 +59,6 @@ def test_too_long_a_prompt_is_refused_with_both_numbers(lm: runner.LanguageModel
 
 def test_the_command_line_streams_the_answer_to_stdout_alone() -> None:
     command = [sys.executable, "-m", "runner", "generate", str(MODEL), "What is the capital of France?", "--chat"]
-    command += [] if DTYPE is None else ["--dtype", DTYPE]
     done = subprocess.run([*command, "--temperature", "0"], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == ANSWER
     done = subprocess.run(
