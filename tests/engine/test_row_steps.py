@@ -233,7 +233,9 @@ def test_caches_are_not_touched_while_a_step_is_under_way(loaded: Loaded, monkey
         unwanted.cancel()
         answers = [[token.id for token in ticket] for ticket in (ends, whole, late, unwanted, sampled)]
     assert answers[0] == expected[: expected.index(expected[7]) + 1] and answers[1][:16] == expected
-    assert (began + answers[3])[:16] == expected[: len(began + answers[3])] and answers[2][:16] == expected
+    assert (began + answers[3])[:16] == expected[: len(began + answers[3])] and answers[2][:16] == expected[
+        : len(answers[2])
+    ]
     assert [one.finish_reason for one in (ends, whole, late, unwanted)] == ["stop", "length", "timeout", "cancelled"]
     assert left == [True] * 5 and len(answers[4]) == 12 and twin.ahead > 0
 
