@@ -113,6 +113,7 @@ class Compiled:
         if exchange.agreed(rows is not None) and rows is not None:
             try:
                 rows.connect(exchange)
+                rows.ready(1)  # to be told of a step that cannot be compiled is too late
             except BackendError as error:
                 self.refused_rows = str(error)
             if exchange.agreed(self.refused_rows is None):

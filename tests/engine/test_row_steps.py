@@ -195,6 +195,47 @@ def test_steps_of_several_processes_that_fail_are_the_end(
     assert len(told) == twin.steps >= 4
 
 
+@pytest.mark.parametrize("lacking", ["kernels", "connection", "compiler", "another's"])
+def test_where_one_process_has_no_kernels_none_has(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """All have to know before the first step is begun: those that could take it would wait in it for ever."""
+    done: list[str] = []
+
+    def doing(name: str) -> Any:
+        def do(*arguments: object) -> None:
+            done.append(name)
+            if name == lacking:
+                raise BackendError(f"there is no {lacking}")
+
+        return do
+
+    def agreed(here: bool) -> bool:
+        done.append(f"{here}")
+        return here and (lacking != "another's" or "connection" not in done)
+
+    twin = twinned(loaded, monkeypatch)
+    twin.connect, twin.ready, twin.close = map(doing, ("connection", "compiler", "close"))  # type: ignore[attr-defined, method-assign]
+    kernel = loaded.compiled
+    kernel.part = SimpleNamespace(exchange=SimpleNamespace(agreed=agreed))  # type: ignore[assignment]
+    if lacking == "kernels":
+        kernel._rows, kernel.refused_rows = None, "there is no kernels"
+    kernel.connect()
+    another = "another process has no kernels"
+    assert kernel.rows() is None and kernel.refused_rows == (
+        another if lacking == "another's" else f"there is no {lacking}"
+    )
+    assert (
+        done
+        == {
+            "kernels": ["False"],
+            "connection": ["True", "connection", "False", "close"],
+            "compiler": ["True", "connection", "compiler", "False", "close"],
+            "another's": ["True", "connection", "compiler", "True", "close"],
+        }[lacking]
+    )
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_steps_that_fail_when_they_are_waited_for(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, temperature: float
