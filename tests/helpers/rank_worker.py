@@ -173,7 +173,9 @@ def answered(engine: Loaded, tokens: int) -> tuple[list[int], np.ndarray]:
 
 
 def served(engine: Loaded, requests: int) -> tuple[list[list[Token]], int]:
-    """Answers to requests that begin alike, up to three at once, and how many tokens of them were not read again.
+    """Answers to requests that begin alike, and how many tokens of them were not read again.
+
+    Up to five come together, of which three are computed at once: others begin beside answers that are under way.
 
     Few bytes are kept of earlier ones, so that some go, and others are copied.
     """
@@ -182,10 +184,10 @@ def served(engine: Loaded, requests: int) -> tuple[list[list[Token]], int]:
     # Every second one's tokens may be picked where they are computed.
     kinds = [SamplingParams(temperature=0.0, logprobs=0), SamplingParams(temperature=0.0)]
     found: list[list[Token]] = []
-    with Engine(engine, memory=1 << 30, prefixes=int(engine.footprint.of(1) * 2.5)) as answering:
+    with Engine(engine, memory=1 << 30, rows=3, prefixes=int(engine.footprint.of(1) * 2.5)) as answering:
         while len(found) < requests:
             waiting = []
-            for _ in range(min(draw.randint(1, 3), requests - len(found))):
+            for _ in range(min(draw.randint(1, 5), requests - len(found))):
                 at = draw.choice((6, 12, 18, 24))
                 prompt = [*draw.choice(begun)[:at], *draw.choices(range(1, 31), k=draw.randint(1, 9))]
                 params = kinds[(len(found) + len(waiting)) % 2]
