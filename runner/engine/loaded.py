@@ -127,6 +127,8 @@ class Loaded:
 
         def job() -> None:
             self.closed = True
+            if self.part is not None and self.part.over:
+                return  # the process ends: MLX would not come back from a call, and hold up all threads
             self.compiled.close()
             self.recordings.clear()
             self.model, self.adapters, self.prediction = ClosedModel(), None, None

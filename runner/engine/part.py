@@ -76,6 +76,10 @@ class Part(Protocol):
         """Bytes of weights that other processes hold."""
 
     @property
+    def over(self) -> bool:
+        """Whether another process was lost: what MLX still computes may wait for it for ever."""
+
+    @property
     def whole(self) -> ModulePlan | None:
         """The plan of the whole model, once `own` was asked."""
 

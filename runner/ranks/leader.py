@@ -158,6 +158,11 @@ class Leader:
             self._fail(f"{blamed}: {why}; the run is over")
 
     @property
+    def over(self) -> bool:
+        """See `Part.over`."""
+        return bool(self._losses)
+
+    @property
     def local(self) -> list[int]:
         """Processes of other ranks on this machine."""
         return [peer.pid for peer in self._peers if peer.host in ("127.0.0.1", self.settings.host)]

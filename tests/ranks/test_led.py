@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import pytest
+from places import TESTS
 from toy_memories import KINDS, feed
 
 from runner.cache.caches import Caches
 from runner.cache.mark import Edge
 from runner.cache.several import Memories
 from runner.engine.budget import SHARE
+from runner.engine.loaded import open_loaded
 from runner.errors import UsageError
 from runner.nn.batch import Batch, Segment
 from runner.ranks.led import LedCaches
@@ -141,3 +144,13 @@ def test_requests_have_room_on_every_rank() -> None:
     assert least_room(10_000, 20, [10, 100], ranks) == 20
     with pytest.raises(UsageError, match="rank 1 has no memory beside its weights"):
         least_room(1900, 9000, [10, 100], ranks)
+
+
+def test_a_model_of_a_run_that_is_over_is_closed_without_a_call_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX waits for a ring that is broken and holds up all threads, also the one that says which rank was lost."""
+    loaded = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa")
+    called: list[str] = []
+    monkeypatch.setattr("runner.engine.loaded.mx.clear_cache", lambda: called.append("clear_cache"))
+    loaded.part = SimpleNamespace(over=True)  # type: ignore[assignment]
+    loaded.close()
+    assert loaded.closed and not called
