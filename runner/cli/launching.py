@@ -36,6 +36,9 @@ LEAVE = 3.0
 LONGEST_WORDS = 1 << 20
 """Bytes that are looked at of what `mlx.launch` prints."""
 
+TOLD = 1.5
+"""Seconds in which `mlx.launch` sees that a process has ended, and says which; it looks every second."""
+
 STUCK = 6.0
 """Seconds that rank 0 has to end once another process has failed.
 
@@ -205,21 +208,23 @@ def supervise(place: Place, settings: Settings, backend: str, command: list[str]
             return code
 
 
-def ended(said: IO[bytes]) -> re.Match[str] | None:
-    """The rank and the exit code of the first process that has failed, as `mlx.launch` tells."""
+def ended(said: IO[bytes]) -> dict[int, int]:
+    """The exit codes of the processes that have failed, by their ranks and in their order, as `mlx.launch` tells."""
     # Read from its start by a call that leaves the place alone: `mlx.launch` writes where this file stands.
-    data = os.pread(said.fileno(), LONGEST_WORDS, 0)
-    return re.search(r"Node with rank (\d+) exited with code (-?\d+)", data.decode(errors="replace"))
+    data = os.pread(said.fileno(), LONGEST_WORDS, 0).decode(errors="replace")
+    return {int(rank): int(code) for rank, code in re.findall(r"Node with rank (\d+) exited with code (-?\d+)", data)}
 
 
 def first_to_end(said: IO[bytes]) -> str:
     """Which process ended first, and took the others with it, as `mlx.launch` tells."""
     found = ended(said)
-    if found is None:
+    if not found:
         return "the processes were not started in time"
-    if found[1] == "0":
-        return f"rank 0 has ended with code {found[2]}"
-    return f"rank {found[1]} has ended with code {found[2]}: its host cannot be reached, or has no runner to start"
+    # Of those that are seen to have ended together, one that was killed has not done so because of another.
+    rank = next((rank for rank, code in found.items() if code < 0), next(iter(found)))
+    if rank == 0:
+        return f"rank 0 has ended with code {found[0]}"
+    return f"rank {rank} has ended with code {found[rank]}: its host cannot be reached, or has no runner to start"
 
 
 def own_words(said: IO[bytes]) -> str:
@@ -301,18 +306,23 @@ def attend(
         failed: float | None = None  # when another process was seen to have
         while True:
             try:
-                code = connection.recv(1)
-                return code[0] if code else None
+                if code := connection.recv(1):
+                    return code[0]
+                limit = time.monotonic() + TOLD
+                while 0 not in ended(said) and process.poll() is None and time.monotonic() < limit:
+                    time.sleep(0.05)
+                return None
             except TimeoutError:
-                if failed is None and ended(said) is not None:
+                if failed is None and ended(said):
                     failed = time.monotonic()
                 if failed is not None and time.monotonic() - failed > STUCK:
+                    end(process, 0)  # it has had its time
                     return None
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Let the processes end by themselves, and end those that do not."""
-    limit = time.monotonic() + LEAVE
+def end(process: subprocess.Popen[bytes], leave: float = LEAVE) -> None:
+    """Let the processes end by themselves, for so many seconds, and end those that do not."""
+    limit = time.monotonic() + leave
     while time.monotonic() < limit and children(process.pid):
         time.sleep(0.05)
     for child in children(process.pid):
