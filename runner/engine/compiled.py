@@ -107,12 +107,16 @@ class Compiled:
         """Connect this process's kernels with those of the others, at the same time in all of them.
 
         Where one has none, none has: `refused_rows` says why. A job of the owner's thread.
+
+        Raises:
+            BackendError: they cannot be connected, which is the end of the run.
         """
         assert self.part is not None
         exchange, rows = self.part.exchange, self.rows()
         if exchange.agreed(rows is not None) and rows is not None:
+            rows.connect(exchange)
             try:
-                rows.connect(exchange)
+                rows.check()
                 rows.ready(1)  # to be told of a step that cannot be compiled is too late
             except BackendError as error:
                 self.refused_rows = str(error)

@@ -45,6 +45,7 @@ class Follower:
     """The side of a rank after 0: a `Part` of the model."""
 
     elsewhere = 0
+    over = False  # where rank 0 is lost, this process ends at once
     whole: ModulePlan | None = None
 
     def __init__(self, settings: Settings, rank: int, versions: Mapping[str, str]) -> None:
@@ -76,7 +77,8 @@ class Follower:
         except MemoryError:
             self._give_up("out of memory")
         except Broken:
-            self._give_up("its kernels do not take a step that rank 0's take")
+            why = engine.compiled.refused_rows or "for these caches"
+            self._give_up(f"its kernels do not take a step that rank 0's take: {why}")
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())}")
 

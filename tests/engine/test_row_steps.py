@@ -195,7 +195,7 @@ def test_steps_of_several_processes_that_fail_are_the_end(
     assert len(told) == twin.steps >= 4
 
 
-@pytest.mark.parametrize("lacking", ["kernels", "connection", "compiler", "another's"])
+@pytest.mark.parametrize("lacking", ["kernels", "sums", "compiler", "another's"])
 def test_where_one_process_has_no_kernels_none_has(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
@@ -215,7 +215,8 @@ def test_where_one_process_has_no_kernels_none_has(
         return here and (lacking != "another's" or "connection" not in done)
 
     twin = twinned(loaded, monkeypatch)
-    twin.connect, twin.ready, twin.close = map(doing, ("connection", "compiler", "close"))  # type: ignore[attr-defined, method-assign]
+    names = ("connection", "sums", "compiler", "close")
+    twin.connect, twin.check, twin.ready, twin.close = map(doing, names)  # type: ignore[attr-defined, method-assign]
     kernel = loaded.compiled
     kernel.part = SimpleNamespace(exchange=SimpleNamespace(agreed=agreed))  # type: ignore[assignment]
     if lacking == "kernels":
@@ -229,11 +230,23 @@ def test_where_one_process_has_no_kernels_none_has(
         done
         == {
             "kernels": ["False"],
-            "connection": ["True", "connection", "False", "close"],
-            "compiler": ["True", "connection", "compiler", "False", "close"],
-            "another's": ["True", "connection", "compiler", "True", "close"],
+            "sums": ["True", "connection", "sums", "False", "close"],
+            "compiler": ["True", "connection", "sums", "compiler", "False", "close"],
+            "another's": ["True", "connection", "sums", "compiler", "True", "close"],
         }[lacking]
     )
+
+
+def test_a_process_that_cannot_be_connected_ends_the_run(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for it where nothing can be agreed upon."""
+
+    def connect(exchange: object) -> None:
+        raise BackendError("ncclCommInitRank: out of memory")
+
+    twinned(loaded, monkeypatch).connect = connect  # type: ignore[attr-defined]
+    loaded.compiled.part = SimpleNamespace(exchange=SimpleNamespace(agreed=bool))  # type: ignore[assignment]
+    with pytest.raises(BackendError, match="out of memory"):
+        loaded.compiled.connect()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -106,18 +106,25 @@ def connected(nccl: Nccl, exchange: Exchange) -> Communicator:
     return exchange.beside
 
 
-def check(communicator: Communicator, size: int, driver: Driver, stream: c_void_p) -> None:
+def check(communicator: Communicator, exchange: Exchange, driver: Driver, stream: c_void_p) -> None:
     """Add ones over all ranks, as a graph: whether that can be recorded is known before anything depends on it.
 
     Raises:
-        BackendError: it cannot, or the sum is wrong.
+        BackendError: a rank cannot, or the sum is wrong.
     """
     count = 8
     here, _ = driver.host_buffer(4 * count)
     there = driver.allocate(4 * count)
     numbers = (c_float * count).from_address(here)
     numbers[:] = [1.0] * count
-    graph = driver.record(lambda: communicator.add(there, count, stream), stream)
+    graph, failed = None, BackendError("another process cannot record NCCL's sums")
+    try:
+        graph = driver.record(lambda: communicator.add(there, count, stream), stream)
+    except BackendError as error:
+        failed = error
+    # Nobody is to wait in a sum that another does not begin.
+    if not exchange.agreed(graph is not None) or graph is None:
+        raise failed
     driver.copy(there, here, 4 * count, stream)
     driver.replay(graph, stream)
     driver.fetch(here, there, 4 * count, stream)
@@ -126,5 +133,5 @@ def check(communicator: Communicator, size: int, driver: Driver, stream: c_void_
     driver.forget(graph)
     driver.free(there)
     driver.free_host(here)
-    if found != [float(size)] * count:
-        raise BackendError(f"NCCL adds ones of {size} ranks up to {found[0]}")
+    if found != [float(exchange.size)] * count:
+        raise BackendError(f"NCCL adds ones of {exchange.size} ranks up to {found[0]}")

@@ -167,13 +167,21 @@ class RowsDecoder:
         """Connect the kernels of a part of a model with those of the other ranks, which do so at the same time.
 
         Raises:
-            BackendError: a sum over all ranks does not come about, or is wrong.
+            BackendError: NCCL reports an error; the others may wait for this process then.
         """
         assert self._nccl is not None
         self.driver.enter()
         self._ranks = _Ranks(exchange, connected(self._nccl, exchange))
-        mx.synchronize()  # MLX's exchanges have ended
-        check(self._ranks.kernels, exchange.size, self.driver, self._stream)
+
+    def check(self) -> None:
+        """Try a sum over all ranks, which do so at the same time, behind `connect`.
+
+        Raises:
+            BackendError: it does not come about, or is wrong.
+        """
+        assert self._ranks is not None
+        self.driver.enter()
+        check(self._ranks.kernels, self._ranks.exchange, self.driver, self._stream)
 
     def close(self) -> None:
         """Give the GPU's memory back."""
