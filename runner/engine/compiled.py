@@ -53,13 +53,10 @@ class Compiled:
         refused_rows: the same of several sequences.
     """
 
-    def __init__(
-        self, model: object, vocab_size: int, dtype: mx.Dtype, refused: str | None, part: Part | None = None
-    ) -> None:
+    def __init__(self, model: object, dtype: mx.Dtype, refused: str | None, part: Part | None = None) -> None:
         """`refused` says why none is to be made at all; of the model, `part` may be one of several processes'."""
         self.part = part
         self._model: object | None = model
-        self._vocab_size = vocab_size
         self._dtype = dtype
         self._decoder: StepDecoder | None = None
         self._rows: RowsDecoder | None = None
@@ -135,7 +132,7 @@ class Compiled:
         from runner.engine import step_shape
 
         ranks = 1 if self.part is None else self.part.exchange.size
-        return step_shape.read(self._model, self._vocab_size, self._dtype, ranks)
+        return step_shape.read(self._model, self._dtype, ranks)
 
     @property
     def decoder(self) -> StepDecoder:

@@ -97,7 +97,7 @@ class Loaded:
         elif self.adapters is not None:
             refused = "the model has adapters"
         here = self.model if self.part is None else self.part.here(self.model)
-        self.compiled = Compiled(here, self.config.vocab_size, self.dtype, refused, self.part)
+        self.compiled = Compiled(here, self.dtype, refused, self.part)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.nbytes / 1e6:.1f} MB on {self.device.name}"

@@ -43,7 +43,7 @@ class ReadModel(NamedTuple):
     tensors: StepTensors
 
 
-def read(model: object, vocab_size: int, dtype: mx.Dtype, ranks: int = 1) -> ReadModel:
+def read(model: object, dtype: mx.Dtype, ranks: int = 1) -> ReadModel:
     """Read a model whose activations, and thus its caches, have `dtype`.
 
     Args:
@@ -52,7 +52,7 @@ def read(model: object, vocab_size: int, dtype: mx.Dtype, ranks: int = 1) -> Rea
     Raises:
         Unfit: the model computes something that the kernel does not.
     """
-    return _Reader(model, vocab_size, _named(dtype), ranks).read()
+    return _Reader(model, _named(dtype), ranks).read()
 
 
 def rows_of(caches: Caches) -> list[Rows]:
@@ -79,9 +79,8 @@ def rows_of(caches: Caches) -> list[Rows]:
 class _Reader:
     """One reading of one model."""
 
-    def __init__(self, model: object, vocab_size: int, dtype: str, ranks: int) -> None:
+    def __init__(self, model: object, dtype: str, ranks: int) -> None:
         self._model: Any = model
-        self._vocab_size = vocab_size
         self._ranks = ranks
         self._dtype = dtype
         self._kinds: list[tuple[object, tuple[np.ndarray, float]]] = []

@@ -123,7 +123,7 @@ def twinned(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, **settings: Any) ->
     twin_ids = twin._ids
 
     monkeypatch.setattr(step_shape, "rows_of", lambda caches: twin_ids)
-    loaded.compiled = Compiled(loaded.model, loaded.config.vocab_size, loaded.dtype, None)
+    loaded.compiled = Compiled(loaded.model, loaded.dtype, None)
     loaded.compiled._decoder = twin  # type: ignore[assignment]
     return twin
 

@@ -132,7 +132,7 @@ def twinned(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, **settings: Any) ->
 
     twin = Twin(loaded, **settings)
     monkeypatch.setattr(step_shape, "rows_of", lambda caches: caches)
-    kernel = Compiled(loaded.model, loaded.config.vocab_size, loaded.dtype, None)
+    kernel = Compiled(loaded.model, loaded.dtype, None)
     kernel._rows, kernel._single = twin, False  # type: ignore[assignment]
     loaded.compiled = kernel
     monkeypatch.setattr("runner.engine.loaded.Compiled", lambda *arguments: kernel)
@@ -313,7 +313,7 @@ def test_an_answer_of_a_model_without_a_single_kernel(
 
 
 def test_a_model_that_does_not_fit_says_why(loaded: Loaded) -> None:
-    kernel = Compiled(SimpleNamespace(layers=[]), 32, mx.float32, None)
+    kernel = Compiled(SimpleNamespace(layers=[]), mx.float32, None)
     assert kernel.rows() is None and kernel.refused_rows is not None and "the model has" in kernel.refused_rows
 
 

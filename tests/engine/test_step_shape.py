@@ -81,7 +81,7 @@ def way(family: str) -> str:
     loaded = open_loaded(folder / FAMILY[family] if family in FAMILY else first[0], dtype="bfloat16")
     assert loaded.config.model_type == family
     try:
-        shape, _ = read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+        shape, _ = read(loaded.model, loaded.dtype)
     except Unfit as error:
         return str(error)
     if shape.experts:
@@ -108,7 +108,7 @@ def test_the_page_says_how_a_familys_steps_are_computed(family: str) -> None:
 @pytest.mark.parametrize("path", FITS)
 def test_models_that_fit(path: str) -> None:
     loaded = open_loaded(TESTS / "fixtures" / path)
-    shape, tensors = read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+    shape, tensors = read(loaded.model, loaded.dtype)
     for name, value in FITS[path].items():
         assert getattr(shape, name) == value
     assert divide(shape, 132, 232448).blocks > 0
@@ -122,7 +122,7 @@ def test_models_that_fit(path: str) -> None:
 def test_what_is_read_in_one_thread_can_be_used_in_another() -> None:
     """`runner bench` prepares a model's kernels in the thread that owns the device, and decodes in its own."""
     loaded = open_loaded(TESTS / "fixtures" / "families" / "qwen3_moe-base")
-    _, tensors = loaded.run(lambda: read(loaded.model, loaded.config.vocab_size, loaded.dtype))
+    _, tensors = loaded.run(lambda: read(loaded.model, loaded.dtype))
     assert all(layer.router is not None for layer in tensors.layers)
     mx.eval([layer.router for layer in tensors.layers])
 
@@ -131,12 +131,12 @@ def test_what_is_read_in_one_thread_can_be_used_in_another() -> None:
 def test_models_that_do_not_fit(path: str) -> None:
     loaded = open_loaded(TESTS / "fixtures" / path)
     with pytest.raises(Unfit, match=REFUSED[path]):
-        read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+        read(loaded.model, loaded.dtype)
 
 
 def test_frequencies_are_those_of_the_layer() -> None:
     loaded = open_loaded(TESTS / "fixtures/llama/llama-rope-llama3")
-    _, tensors = read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+    _, tensors = read(loaded.model, loaded.dtype)
     ((turns, factor),) = tensors.frequencies
     rope = loaded.model.layers[0].self_attn.rope  # type: ignore[attr-defined]
     assert factor == rope.factor
@@ -154,7 +154,7 @@ def test_a_subclass_that_computes_otherwise_is_refused() -> None:
 
     layer.__class__ = Twice
     with pytest.raises(Unfit, match=r"Twice\.__call__"):
-        read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+        read(loaded.model, loaded.dtype)
 
 
 def test_where_the_rows_of_a_window_lie() -> None:
@@ -177,7 +177,7 @@ def test_where_the_rows_of_a_window_lie() -> None:
 
 def test_a_mixture_is_read_and_left_to_the_kernels_for_several_sequences() -> None:
     loaded = open_loaded(TESTS / "fixtures/families/qwen3_moe-base")
-    shape, tensors = read(loaded.model, loaded.config.vocab_size, loaded.dtype)
+    shape, tensors = read(loaded.model, loaded.dtype)
     layer = tensors.layers[0]
     assert shape.experts and 0 < shape.chosen <= shape.experts
     assert layer.router is not None and layer.router.shape == (shape.experts, shape.hidden)

@@ -41,7 +41,7 @@ def test_whatever_comes_between_steps_waits_for_them_and_rows_are_looked_up_agai
 ) -> None:
     """An operation may put rows elsewhere, and kernels still write them where they were."""
     loaded, kernels = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa"), Kernels()
-    loaded.compiled = Compiled(loaded.model, loaded.config.vocab_size, loaded.dtype, None)
+    loaded.compiled = Compiled(loaded.model, loaded.dtype, None)
     loaded.compiled.part = SimpleNamespace(step=lambda caches, tokens: None)  # type: ignore[assignment]
     loaded.compiled._rows = kernels  # type: ignore[assignment]
     monkeypatch.setattr(step_shape, "rows_of", lambda caches: caches)
