@@ -8,13 +8,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy  # noqa: F401 (loaded before anything is read: its own files would count)
 import pytest
+from cuda_shapes import HOPPER
 from cuts import read_so_far
+from places import TESTS
 
 from runner.bench.models import random_weights
 from runner.checkpoint.model_files import open_files
 from runner.engine.dtypes import choose
 from runner.engine.part import Whole
+from runner.engine.step_shape import ReadModel, read
 from runner.families import find
+from runner.ops.cuda.shape import DOWN, HEAD, OUTPUT, Unfit, divide
 from runner.ops.device import current
 from runner.ops.exchange import Exchange
 from runner.ranks.part import Held, held
@@ -66,3 +70,30 @@ def test_a_rank_reads_the_bytes_of_its_part_and_no_others(model: Path, mode: str
         shares.append(part.nbytes / whole)
     # By tensors each has half; in a pipeline the experts are three quarters.
     assert max(shares) < 0.55 if mode == TENSOR else 0.95 < sum(shares) < 1.05
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kernels_are_told_what_is_a_part_of_a_sum(rank: int) -> None:
+    """A bias of a sum is one rank's to add; a head that is the table is rank 0's alone, else each has a part of it."""
+
+    def found(path: str) -> ReadModel:
+        part, _ = part_of(TESTS / "fixtures" / path, TENSOR, rank, 2)
+        model = loading.build(part.own.layout, part.own.source, dtype=mx.bfloat16)
+        return read(model, mx.bfloat16, 2)
+
+    tied, mixture, whole = map(found, ("llama/llama-both-biases-tied", "families/qwen3_moe-base", "llama/llama-v1"))
+    for one in (tied, mixture, whole):
+        shape = one.shape
+        assert (shape.ranks, shape.summed, shape.heads) == (2, (True, True), 2)
+        assert shape.rows[OUTPUT] == shape.rows[DOWN] == shape.hidden == 32
+        assert [m.weight.shape[-1] for m in one.tensors.layers[0].products] == list(shape.columns[:4])
+    assert tied.shape.biased == (True, True, True, True, False)
+    biases = [matrix.bias is not None for matrix in tied.tensors.layers[0].products]
+    assert biases == [True, rank == 0, True, rank == 0]
+    assert (tied.shape.intermediate, mixture.shape.intermediate) == (16, 8)
+    assert [one.shape.gathered for one in (tied, mixture, whole)] == [False, True, True]
+    assert [one.shape.headless for one in (tied, mixture, whole)] == [rank == 1, False, False]
+    assert (tied.shape.vocab, tied.shape.rows[HEAD]) == (128, 128)
+    assert (mixture.shape.vocab, mixture.shape.rows[HEAD]) == (48, mixture.tensors.head.weight.shape[0]) == (48, 24)
+    with pytest.raises(Unfit, match="other ranks"):
+        divide(whole.shape, *HOPPER)
