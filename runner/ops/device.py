@@ -297,4 +297,4 @@ CUDA = dataclasses.replace(
 )
 
 CUDA_SHARED_OUT = dataclasses.replace(CUDA, name="mlx, cuda, shared out", attention_step=_cuda_attention_step)
-"""Where no kernels for whole steps take several sequences."""
+"""Over ranks: tokens of several sequences stand beside pieces of prompts, or no graph of kernels takes the model."""

@@ -7,12 +7,9 @@ rank has is added to zeros of all others, who all take part in every such step, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
-
-if TYPE_CHECKING:
-    from runner.ops.cuda.nccl import Communicator
 
 CODES = (mx.float32, mx.bfloat16, mx.float16)
 """Dtypes that hidden states may have, by the number that is sent for them."""
@@ -27,7 +24,6 @@ class Exchange:
         rank: which of the processes this is.
         size: how many there are.
         sent: bytes that this process has sent, by what it was asked; those of a ring's inner steps included.
-        beside: what kernels of this package exchange by, once that is open.
     """
 
     def __init__(self, rank: int, size: int, backend: str = "any", *, sends: bool = True) -> None:
@@ -37,7 +33,6 @@ class Exchange:
         self._backend = backend
         self._sends = sends
         self._group: Any = None
-        self.beside: Communicator | None = None
         self.reset()
 
     def reset(self) -> None:

@@ -7,6 +7,7 @@ MLX exchanges must have ended before, and the other way round: all ranks must ex
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref, c_char, c_float, c_int, c_size_t, c_void_p
 
 from runner.errors import BackendError
@@ -95,15 +96,13 @@ class Communicator:
 
 
 def connected(nccl: Nccl, exchange: Exchange) -> Communicator:
-    """What connects the GPUs of the ranks of `exchange`, made unless that was done; all ranks ask at the same time.
+    """What connects the GPUs of the ranks of `exchange`; all ranks ask at the same time.
 
     Raises:
         BackendError: NCCL reports an error.
     """
-    if exchange.beside is None:
-        word = exchange.word(nccl.word() if exchange.rank == 0 else bytes(WORD))
-        exchange.beside = Communicator(nccl, word, exchange.rank, exchange.size)
-    return exchange.beside
+    word = exchange.word(nccl.word() if exchange.rank == 0 else bytes(WORD))
+    return Communicator(nccl, word, exchange.rank, exchange.size)
 
 
 def check(communicator: Communicator, exchange: Exchange, driver: Driver, stream: c_void_p) -> None:
@@ -113,25 +112,32 @@ def check(communicator: Communicator, exchange: Exchange, driver: Driver, stream
         BackendError: a rank cannot, or the sum is wrong.
     """
     count = 8
-    here, _ = driver.host_buffer(4 * count)
-    there = driver.allocate(4 * count)
-    numbers = (c_float * count).from_address(here)
-    numbers[:] = [1.0] * count
+    size = ctypes.sizeof(c_float) * count
+    here, _ = driver.host_buffer(size)
+    there = driver.allocate(size)
+    try:
+        numbers = (c_float * count).from_address(here)
+        numbers[:] = [1.0] * count
+        graph = _recorded(lambda: communicator.add(there, count, stream), exchange, driver, stream)
+        driver.copy(there, here, size, stream)
+        driver.replay(graph, stream)
+        driver.fetch(here, there, size, stream)
+        driver.wait(stream)
+        driver.forget(graph)
+        if (found := list(numbers)) != [float(exchange.size)] * count:
+            raise BackendError(f"NCCL adds ones of {exchange.size} ranks up to {found[0]}")
+    finally:
+        driver.free(there)
+        driver.free_host(here)
+
+
+def _recorded(work: Callable[[], None], exchange: Exchange, driver: Driver, stream: c_void_p) -> c_void_p:
+    """`Driver.record` on all ranks or on none: nobody is to wait in an exchange that another does not begin."""
     graph, failed = None, BackendError("another process cannot record NCCL's sums")
     try:
-        graph = driver.record(lambda: communicator.add(there, count, stream), stream)
+        graph = driver.record(work, stream)
     except BackendError as error:
         failed = error
-    # Nobody is to wait in a sum that another does not begin.
     if not exchange.agreed(graph is not None) or graph is None:
         raise failed
-    driver.copy(there, here, 4 * count, stream)
-    driver.replay(graph, stream)
-    driver.fetch(here, there, 4 * count, stream)
-    driver.wait(stream)
-    found = list(numbers)
-    driver.forget(graph)
-    driver.free(there)
-    driver.free_host(here)
-    if found != [float(exchange.size)] * count:
-        raise BackendError(f"NCCL adds ones of {exchange.size} ranks up to {found[0]}")
+    return graph

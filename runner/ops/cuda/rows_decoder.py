@@ -473,7 +473,8 @@ class _Size:
     def _norm(self, index: int, weight: int, plain: int, *, summed: bool) -> None:
         """Start a norm; `summed`: of the residual stream with what all ranks add to it, each its part."""
         at, sums = self._at, 0
-        if summed and self._ranks is not None:
+        if summed:
+            assert self._ranks is not None, "a part of a model that is not connected"
             sums = at["sum"]
             self._ranks.kernels.add(sums, self._used * self._plan.shape.hidden, self._stream)
         # Nothing can come before the end of what another library has started.
@@ -482,9 +483,13 @@ class _Size:
 
     def _multiply(self, index: int, matrix: Matrix, places: dict[int, int], x: int, out: int) -> None:
         arrays = [_place(places, array) for array in matrix]
-        first = 0 if self._ranks is None or not self._plan.shape.gathered else self._ranks.exchange.rank
-        id_ = c_int(first * self._plan.shape.rows[HEAD])
-        self._start(self._plan.product(index), *arrays, x, out, self._best(self._slot), id_)
+        self._start(self._plan.product(index), *arrays, x, out, self._best(self._slot), c_int(self._first_id))
+
+    @property
+    def _first_id(self) -> int:
+        """The id of this rank's first logit."""
+        s = self._plan.shape
+        return self._ranks.exchange.rank * s.rows[HEAD] if s.gathered and self._ranks is not None else 0
 
     def _best(self, slot: int) -> int:
         """Where the greatest logits of the step in a slot are found."""
