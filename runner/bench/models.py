@@ -25,9 +25,11 @@ from runner.local_files import quoted
 from runner.nn.linear import Embedding, Linear, Quantization
 from runner.nn.moe import ExpertLinear
 from runner.ops.device import EXACT
+from runner.ops.owner import OWNER
 from runner.weights import loading
 from runner.weights.cuts import Cut, cut_shape
 from runner.weights.plan import ArrayPlan, ModulePlan, count_parameters, packed_as, plan
+from runner.weights.tags import Source
 from runner.weights.tree import Leaf, leaf_shapes, leaves
 
 if TYPE_CHECKING:
@@ -204,16 +206,26 @@ def open_subject(
             form = dataclasses.replace(form, group_size=group_size)
         raw = resources.read("shapes", shape)
         source = random_weights(raw, form=form, dtype=dtype, seed=seed)
-        engine = assemble(raw, source, dtype=dtype, activations=activations, part=part)
-        return describe(shape, engine)
+        return describe(shape, _loaded(raw, source, dtype, activations, part))
     if quantize is not None:
         raise UsageError(
             f"--quantize applies to published shapes only ({', '.join(resources.names('shapes'))}); "
             "quantize a checkpoint with 'runner convert' first"
         )
     files = open_files(names.resolve(model))
-    engine = assemble(files.config, files.source, dtype=dtype, activations=activations, part=part)
-    return describe(name_of(files.path), engine)
+    return describe(name_of(files.path), _loaded(files.config, files.source, dtype, activations, part))
+
+
+def _loaded(raw: Mapping[str, Any], source: Source, dtype: str | None, activations: str, part: Part | None) -> Loaded:
+    """The model, loaded on the thread that computes with it: another could leave it arrays that it cannot compute."""
+
+    def update(done: int, total: int) -> None:
+        OWNER.check_wanted()  # Ctrl-C in the waiting thread ends the loading too
+
+    def job() -> Loaded:
+        return assemble(raw, source, dtype=dtype, progress=update, activations=activations, part=part)
+
+    return OWNER.run(job, mx.default_device())
 
 
 def published(model: str) -> str | None:

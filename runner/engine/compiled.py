@@ -19,6 +19,7 @@ from runner.engine.sampler import Sampler, SamplingState, Token
 from runner.engine.sampling import SMALLEST
 from runner.errors import BackendError, NumericsError
 from runner.ops.cuda.shape import Unfit
+from runner.ops.owner import OWNER
 
 if TYPE_CHECKING:
     from runner.engine.part import Part
@@ -108,7 +109,7 @@ class Compiled:
         Raises:
             BackendError: they cannot be connected, which is the end of the run.
         """
-        assert self.part is not None
+        assert self.part is not None and OWNER.here
         exchange, rows = self.part.exchange, self.rows()
         if exchange.agreed(rows is not None) and rows is not None:
             rows.connect(exchange)

@@ -87,6 +87,11 @@ class Owner:
         self._ended = False
         self.wired = Wired()
 
+    @property
+    def here(self) -> bool:
+        """Whether this is its thread."""
+        return threading.current_thread() is self._thread
+
     def run(self, work: Callable[[], T], device: mx.Device | None = None) -> T:
         """Run `work` on the owning thread and return its result, or raise its exception.
 
@@ -101,7 +106,7 @@ class Owner:
         """
         if self._thread is None:
             self._start()
-        if threading.current_thread() is self._thread:
+        if self.here:
             return work()
         self._check_alive()
         job = _Job(work, device)

@@ -25,6 +25,7 @@ from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.errors import UsageError
 from runner.families import FAMILIES
 from runner.nn.linear import Quantization
+from runner.ops.owner import OWNER
 from runner.weights.cuts import Axis, Cut, cut_out, cut_shape
 
 FIXTURES = TESTS / "fixtures" / "llama"
@@ -115,6 +116,21 @@ def test_results_add_up() -> None:
     assert 0 < result.peak_memory < result.peak_rss
     (prompt,) = run(subject, [Case("pp", 6)], repetitions=1)
     assert prompt.bandwidth is None and prompt.tps_sd == 0
+
+
+@pytest.mark.parametrize("name", [str(MODEL), "shape:SmolLM2-135M"])
+def test_a_model_is_loaded_on_the_thread_that_computes_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the loading thread has made and not computed, no other can compute: ranks' kernels were made so."""
+    seen: list[bool] = []
+
+    def assemble(*arguments: Any, **options: Any) -> Loaded:
+        seen.append(OWNER.here)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("runner.bench.models.assemble", assemble)
+    with pytest.raises(UsageError, match="enough"):
+        open_subject(name)
+    assert seen == [True]
 
 
 def test_a_table_that_is_only_looked_up_is_not_counted_as_read() -> None:

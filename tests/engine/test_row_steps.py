@@ -30,6 +30,7 @@ from runner.engine.ticket import Order
 from runner.errors import BackendError
 from runner.nn.batch import Batch
 from runner.ops.device import current
+from runner.ops.owner import OWNER
 
 GQA = TESTS / "fixtures/llama/llama-gqa"
 PROMPT = [1 + index % 30 for index in range(40)]
@@ -221,7 +222,7 @@ def test_where_one_process_has_no_kernels_none_has(
     kernel.part = SimpleNamespace(exchange=SimpleNamespace(agreed=agreed))  # type: ignore[assignment]
     if lacking == "kernels":
         kernel._rows, kernel.refused_rows = None, "there is no kernels"
-    kernel.connect()
+    OWNER.run(kernel.connect)
     another = "another process has no kernels"
     assert kernel.rows() is None and kernel.refused_rows == (
         another if lacking == "another's" else f"there is no {lacking}"
@@ -246,7 +247,7 @@ def test_a_process_that_cannot_be_connected_ends_the_run(loaded: Loaded, monkeyp
     twinned(loaded, monkeypatch).connect = connect  # type: ignore[attr-defined]
     loaded.compiled.part = SimpleNamespace(exchange=SimpleNamespace(agreed=bool))  # type: ignore[assignment]
     with pytest.raises(BackendError, match="out of memory"):
-        loaded.compiled.connect()
+        OWNER.run(loaded.compiled.connect)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
