@@ -239,7 +239,7 @@ class Engine:
             beside=prepared.beside,
             model=model,
         )
-        answer = Answer(prepared.ends, prepared.text, len(prepared.ids), Memory(clears=False))
+        answer = Answer(prepared.ends, prepared.text, len(prepared.ids), Memory(keeps=None))
         return Answering(ticket, answer, prepared.budget)
 
     def status(self, model: str = "") -> Status:

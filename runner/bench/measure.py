@@ -157,7 +157,7 @@ def measure(engine: Loaded, case: Case, repetitions: int, seed: int) -> Result:
     before, after = ids[:, : case.depth], ids[:, case.depth :]
     mx.clear_cache()
     mx.reset_peak_memory()
-    memory = Memory(engine.device.clears)
+    memory = Memory(engine.device.keeps)
     caches = filled(engine, before, memory)
     seconds = []
     for index in range(repetitions + 1):
@@ -212,7 +212,7 @@ def read(engine: Loaded, ids: np.ndarray, caches: Caches, memory: Memory | None 
         hidden = engine.model(Batch(piece, offset + start, offset + count), caches)
         if start + chunk < count:
             mx.eval(caches.arrays)
-            (memory or Memory(engine.device.clears)).settle()
+            (memory or Memory(engine.device.keeps)).settle()
     return engine.device.ops.argmax(engine.model.logits(hidden[:, -1:])[:, 0])
 
 

@@ -46,7 +46,7 @@ class Run:
         """
         self.engine = engine
         self.active = False  # whether it uses the prompt cache
-        self.memory = Memory(engine.device.clears)
+        self.memory = Memory(engine.device.keeps)
         self.budget = order.budget
         self._kept = kept
         self._order = order

@@ -65,7 +65,7 @@ class Scheduler:
         self.live: list[Row] = []
         self.passes = 0
         self.held = 0  # bytes of their caches, when these were last weighed
-        self.memory = memory or Memory(loaded.device.clears)
+        self.memory = memory or Memory(loaded.device.keeps)
         self.keeper = keeper
         self._maker = Passes(loaded)
         self._planner = Planner(loaded, keeper)

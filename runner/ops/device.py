@@ -18,6 +18,7 @@ from runner.ops import per_expert as per_expert
 from runner.ops import side_by_side
 from runner.ops.attention import MaskRule
 from runner.ops.fusion import fusing
+from runner.ops.memory import capacity
 from runner.ops.metal import Metal
 from runner.ops.picking import Draw
 from runner.ops.quantized import QuantizedWeight
@@ -30,6 +31,10 @@ PREFILL_CHUNK = 512
 
 CUDA_PAUSE = 0.05
 """`Device.pause` of an NVIDIA GPU: the host takes some 20 ms for a pass with prompts, whatever their length."""
+
+KEPT = 16
+"""The part of an NVIDIA GPU's memory that freed buffers may take, one in so many: to get them anew takes as long as a
+third of a pass of 2,048 tokens of an 8B model."""
 
 EXACT = "exact"
 ACTIVATIONS = (EXACT, "int8")
@@ -48,8 +53,8 @@ class Device:
         chunk: prompt tokens per forward pass.
         cut: prompts are cut at multiples of so many tokens, where attention is compiled for each length it meets.
         pause: seconds by which a piece of a prompt may prolong a step of others in any case; see `runner.engine.pace`.
-        clears: whether MLX's freed buffers are given back after each chunk and now and then between tokens: on a GPU
-            they pile up, as each length has sizes of its own.
+        keeps: bytes of MLX's freed buffers up to which they are not given back after each chunk, and now and then
+            between tokens; None: they never are. On a GPU they pile up, as each length has sizes of its own.
         tf32: whether MLX multiplies float32 matrices in TF32 there, 10 bits of mantissa, unless MLX_ENABLE_TF32=0.
         metal: the Apple GPU that it computes on; None: it is none.
         dtype: of weights and activations alike, where none was asked for; None: what suits the model.
@@ -71,7 +76,7 @@ class Device:
     chunk: int = PREFILL_CHUNK
     cut: int = 1
     pause: float = 0.0
-    clears: bool = False
+    keeps: int | None = None
     tf32: bool = False
     metal: Metal | None = None
     dtype: mx.Dtype | None = None
@@ -116,11 +121,12 @@ def current() -> Device:
         if mx.cuda.is_available():
             return Device(
                 "MLX's CUDA kernels", CUDA, storage=CUDA.storage, chunk=2048, cut=512, pause=CUDA_PAUSE,
-                clears=True, tf32=True, compiles=True, shared_out=CUDA_SHARED_OUT,
+                keeps=(capacity(mx.default_device()) or 0) // KEPT, tf32=True, compiles=True,
+                shared_out=CUDA_SHARED_OUT,
             )  # fmt: skip
         # Half of a CUDA device's: an M1 reads some hundred tokens a second, and a prompt is cancelled between chunks.
         tf32 = metal is not None and metal.tf32
-        return Device("MLX's GPU kernels", METAL, chunk=1024, clears=True, tf32=tf32, metal=metal)
+        return Device("MLX's GPU kernels", METAL, chunk=1024, keeps=0, tf32=tf32, metal=metal)
     from runner.ops import cpu as kernels
 
     why = kernels.unavailable()

@@ -15,11 +15,11 @@ class Memory:
     """Watches the memory of one piece of work.
 
     Attributes:
-        clears: whether `settle` gives freed buffers back.
+        keeps: bytes of freed buffers from which on `settle` gives them back; None: never.
         peak: bytes that MLX held at most, as far as was looked.
     """
 
-    clears: bool
+    keeps: int | None
     peak: int = 0
 
     def look(self) -> int:
@@ -32,10 +32,11 @@ class Memory:
         return self.peak
 
     def settle(self) -> None:
-        """Between two passes: look, and give freed buffers back where that is wanted."""
-        if self.clears:
+        """Between two passes: look, and give freed buffers back where they have become too many."""
+        if self.keeps is not None:
             self.look()
-            mx.clear_cache()
+            if mx.get_cache_memory() > self.keeps:
+                mx.clear_cache()
 
 
 def capacity(device: mx.Device, root: Path = Path("/")) -> int | None:

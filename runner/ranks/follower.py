@@ -24,7 +24,7 @@ from runner.errors import RunnerError
 from runner.families import Model
 from runner.ops.device import Device
 from runner.ops.exchange import CODES, Exchange
-from runner.ops.memory import capacity
+from runner.ops.memory import Memory, capacity
 from runner.ops.owner import OWNER
 from runner.ranks.link import ENDED, Link, Message
 from runner.ranks.part import Held, fingerprint, held, sizes, suited
@@ -146,6 +146,7 @@ class _Passes:
         self._steps: tuple[list[int], RowSteps] | None = None  # of the last caches, while nothing else comes between
         self._places: Known = WeakKeyDictionary()
         self._done = 0
+        self._memory = Memory(engine.device.keeps)
 
     def run(self) -> Message:
         """Compute until another model is to be loaded; returns the message that says so."""
@@ -242,8 +243,8 @@ class _Passes:
         (mx.eval if shape[1] > len(each) else mx.async_eval)(hidden, arrays)
         del arrays, hidden
         self._done += 1
-        if self._engine.device.clears and (shape[1] > len(each) or self._done % SETTLED_EVERY == 0):
-            mx.clear_cache()
+        if shape[1] > len(each) or self._done % SETTLED_EVERY == 0:
+            self._memory.settle()
 
 
 def _connected(settings: Settings) -> socket.socket:

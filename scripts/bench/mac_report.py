@@ -412,7 +412,7 @@ def memory(options: Options) -> Iterator[str]:
     for name in ("Llama-3.2-1B", "Gemma-3-1B"):
         engine = random_engine(options, name, form="4")
         mx.reset_peak_memory()
-        watched = Memory(engine.device.clears)
+        watched = Memory(engine.device.keeps)
         for _ in answer(engine, 8000, 300):
             watched.look()
         sizes = (engine.nbytes, cache_bytes(engine, 8300), mx.get_peak_memory(), watched.peak, mx.get_cache_memory())

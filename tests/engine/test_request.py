@@ -127,8 +127,8 @@ def test_the_tokens_are_those_of_another_device() -> None:
 
 
 def test_a_prompt_is_read_in_the_devices_chunks_and_buffers_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    settles: list[int] = []
-    monkeypatch.setattr(Memory, "settle", lambda self: settles.append(self.clears))
+    settles: list[int | None] = []
+    monkeypatch.setattr(Memory, "settle", lambda self: settles.append(self.keeps))
     monkeypatch.setattr("runner.engine.scheduler.SETTLED_EVERY", 8)
     monkeypatch.setattr("runner.engine.scheduler.LEAST", 3)
     seen: list[tuple[int, int]] = []
@@ -136,7 +136,7 @@ def test_a_prompt_is_read_in_the_devices_chunks_and_buffers_are_given_back(monke
     bias = dict.fromkeys(lm.eos_token_ids, -1e9)
     lm.generate([3 + i for i in range(12)], max_tokens=17, logit_bias=bias, on_prefill=lambda *at: seen.append(at))
     assert seen == [(5, 12), (10, 12), (12, 12)]
-    assert settles == [True] * 4  # after two chunks that are not the last, and after 8 and 16 tokens
+    assert settles == [0] * 4  # after two chunks that are not the last, and after 8 and 16 tokens
 
 
 def test_peak_memory_counts_freed_buffers() -> None:

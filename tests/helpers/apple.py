@@ -28,5 +28,5 @@ def metal(generation: int = 14, *, working_set: int = 12 << 30, limit: Limit | N
 
 def on_a_mac(engine: Loaded, gpu: Metal, **settings: int) -> Loaded:
     """`engine` as if it computed on `gpu`."""
-    device = dataclasses.replace(engine.device, metal=gpu, clears=True, **settings)
+    device = dataclasses.replace(engine.device, metal=gpu, keeps=0, **settings)
     return dataclasses.replace(engine, device=device)

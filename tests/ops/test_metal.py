@@ -60,7 +60,7 @@ def test_a_chip_is_known_by_its_generation(
     assert (found.chip, found.working_set, found.memory) == ("Apple M1 Pro", 11 * GB, 16 * GB)
     device = current()
     assert device.metal == found and device.tf32 is tf32
-    assert (device.chunk, device.clears, device.name) == (1024, True, "MLX's GPU kernels")
+    assert (device.chunk, device.keeps, device.name) == (1024, 0, "MLX's GPU kernels")
 
 
 def test_a_mac_without_a_device_is_said_to_have_none(a_mac: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_a_mac_without_a_device_is_said_to_have_none(a_mac: pytest.MonkeyPatch) 
 def test_on_its_cpu_a_mac_has_no_gpu_to_wire_for(a_mac: pytest.MonkeyPatch) -> None:
     a_mac.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     device = current()
-    assert device.metal is None and device.chunk == 512 and not device.clears
+    assert device.metal is None and device.chunk == 512 and device.keeps is None
 
 
 def test_notes_on_a_model() -> None:
