@@ -185,5 +185,6 @@ class Gemma4(gemma.Decoder):
     def run(self, x: mx.array, batch: Batch, caches: Memories) -> mx.array:
         inputs = None if self.layer_inputs is None else self.layer_inputs(batch.ids, x)
         for index, (layer, cache) in enumerate(zip(self.layers, caches.layers, strict=True)):
-            x = layer(x, batch, cache, None if inputs is None else inputs[:, :, index])
+            given = None if inputs is None else inputs[:, :, index]
+            x = self.begun(layer(x, batch, cache, given), index, batch)
         return self.norm(x, self.norm_eps)

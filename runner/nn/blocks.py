@@ -201,9 +201,15 @@ class BaseDecoder(Module):
 
     def run(self, x: mx.array, batch: Batch, caches: Memories) -> mx.array:
         """Pass `x` `[B, L, hidden_size]` through the layers and the final norm; the shape stays."""
-        for layer, cache in zip(self.layers, caches.layers, strict=True):
-            x = layer(x, batch, cache)
+        for index, (layer, cache) in enumerate(zip(self.layers, caches.layers, strict=True)):
+            x = self.begun(layer(x, batch, cache), index, batch)
         return x if self.norm is None else self.norm(x, self.norm_eps)
+
+    def begun(self, x: mx.array, index: int, batch: Batch) -> mx.array:
+        """`x`, what comes out of layer `index`: of many tokens, it is computed while later layers are still built."""
+        if self.ops.eager is not None and index % 2 == 0 and batch.ids.size >= self.ops.eager:
+            self.ops.schedule(x)
+        return x
 
     def embed(self, batch: Batch) -> mx.array:
         """The input of the first layer, `[B, L, hidden_size]`."""

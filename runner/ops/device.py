@@ -36,6 +36,9 @@ KEPT = 16
 """The part of an NVIDIA GPU's memory that freed buffers may take, one in so many: to get them anew takes as long as a
 third of a pass of 2,048 tokens of an 8B model."""
 
+EAGER = 256
+"""`Ops.eager` of an NVIDIA GPU, which would wait some 5 ms until the host has built a pass of 32 layers."""
+
 EXACT = "exact"
 ACTIVATIONS = (EXACT, "int8")
 """Values of `activations` in `runner.load`."""
@@ -293,6 +296,7 @@ def most_turned_on_cuda(heads: int, dims: int) -> int | None:
 CUDA = dataclasses.replace(
     _FUSED,
     name="mlx, cuda",
+    eager=EAGER,
     attention=_cuda_attention,
     rope=_cuda_rope,
     attention_rows=_cuda_attention_rows,

@@ -341,7 +341,8 @@ class Ops:
     `storage` keeps them; `softcap` c makes a score `c * tanh(score / c)` before the mask. `attention_rows` and
     `append_rows` are attention and a cache's `write` for the newest tokens of several sequences side by side
     (`runner.ops.side_by_side`); `rope` takes a tuple of T positions for their queries and keys `[1, H, T, D]`, one
-    for each token. `schedule(*arrays)` starts computing the arrays, as `mx.async_eval` does. `fused(function,
+    for each token. `schedule(*arrays)` starts computing the arrays, as `mx.async_eval` does; from so many
+    tokens of a pass on as `eager` says, layers are begun so while later ones are still built. `fused(function,
     *arguments)` is `function(*arguments)`, where the device can in one kernel: the function stands at the top of a
     module and works element by element. `window_mask` makes the array that `attention` gets as the mask of several
     queries under a window; None: it gets the window and no array. `short_conv(x, rows, weight, bias, activation)`
@@ -418,6 +419,7 @@ class Ops:
     log_probabilities: Callable[[mx.array, mx.array, Sequence[int]], list[mx.array]] = picking.log_probabilities
     masked: Callable[[mx.array, mx.array], mx.array] = picking.masked
     schedule: Callable[..., None] = mx.async_eval
+    eager: int | None = None
     recorder: Recorder | None = None
     one_form: bool = False
     gather_linear: Callable[..., mx.array] = _gather_linear
