@@ -147,6 +147,7 @@ class _Passes:
         self._places: Known = WeakKeyDictionary()
         self._done = 0
         self._memory = Memory(engine.device.keeps)
+        self._reading: mx.array | None = None  # what a prompt's piece gives, until that was waited for
 
     def run(self) -> Message:
         """Compute until another model is to be loaded; returns the message that says so."""
@@ -160,6 +161,8 @@ class _Passes:
         if do == "step":
             self._step(message["caches"], message["tokens"])
             return
+        if do != "logits":  # which rank 0 asks for while the pass is computed
+            self._wait()
         if do != "new":  # nobody looks at caches, or lets go of them, while kernels write into them
             self._engine.compiled.rest()
         if do not in ("new", "drop", "logits"):
@@ -238,12 +241,18 @@ class _Passes:
         if self._follower.reads_ids:
             ids = self._follower.exchange.from_first(ids)
         hidden = self._engine.model(batch_of(message, ids), caches)
-        arrays = caches.arrays
-        # A chunk's activations are not to be held beside the next one's; a token's may be.
-        (mx.eval if shape[1] > len(each) else mx.async_eval)(hidden, arrays)
-        del arrays, hidden
+        mx.async_eval(hidden, caches.arrays)
         self._done += 1
-        if shape[1] > len(each) or self._done % SETTLED_EVERY == 0:
+        if shape[1] > len(each):
+            self._reading = hidden
+        elif self._done % SETTLED_EVERY == 0:
+            self._memory.settle()
+
+    def _wait(self) -> None:
+        """Wait for a prompt's piece: its activations are not to be held beside the next one's; a token's may be."""
+        if self._reading is not None:
+            mx.eval(self._reading)
+            self._reading = None
             self._memory.settle()
 
 

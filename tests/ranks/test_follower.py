@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from places import TESTS
 
@@ -71,3 +72,28 @@ def test_whatever_comes_between_steps_waits_for_them_and_rows_are_looked_up_agai
     assert do(do="step", caches=[1], tokens=[5]) == ["settle", "bound 1", "step [5] at [8]"]
     assert do(do="drop", names=[2, 3]) == ["settle"]
     assert do(do="step", caches=[1], tokens=[~0]) == ["step [-1] at [9]"]
+
+
+def test_logits_are_begun_before_a_prompts_end_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 begins them so: whoever begins later holds up the sums of both."""
+    loaded, done = open_loaded(TESTS / "fixtures" / "llama" / "llama-gqa"), []
+    part = SimpleNamespace(reads_ids=False, exchange=SimpleNamespace(from_first=lambda rows: rows))
+    passes = _Passes(part, loaded)  # type: ignore[arg-type]
+    begin, logits = mx.async_eval, loaded.model.logits
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (done.append("begun"), begin(*arrays)))
+    monkeypatch.setattr(mx, "eval", lambda *arrays: done.append("waited"))
+    monkeypatch.setattr(type(loaded.model), "logits", lambda model, rows: (done.append("logits"), logits(rows))[1])
+
+    def do(**message: Any) -> list[str]:
+        done.clear()
+        loaded.run(lambda: passes._do(message))
+        return list(done)
+
+    reads = {"do": "pass", "caches": [1], "counts": None, "shape": [1, 4], "segments": [], "length": 8}
+    do(do="new", caches=1)
+    assert do(**reads, offset=0) == ["begun"]
+    assert do(do="logits", shape=[1, 1, loaded.config.hidden_size], dtype=0) == ["logits", "begun"]
+    assert do(**reads, offset=4) == ["waited", "begun"]  # the activations of one piece at a time
+    assert do(do="rewind", caches=1, offset=4, marks=[]) == ["waited"]
+    assert do(**{**reads, "shape": [1, 1]}, offset=4) == ["begun"]
+    assert do(do="rewind", caches=1, offset=4, marks=[]) == []  # a token's is not waited for
