@@ -181,6 +181,17 @@ def _cuda_quantized_linear(x: mx.array, matrix: QuantizedWeight, bias: mx.array 
     return y.reshape(*x.shape[:-1], outputs)
 
 
+def _cuda_gather_linear(
+    x: mx.array, weight: mx.array, experts: mx.array, bias: mx.array | None = None, *, sorted_indices: bool = False
+) -> mx.array:
+    """Expert by expert, where rows are sorted: MLX's takes 5 ms for a layer of 128 experts and a prompt of 2,048."""
+    from runner.ops.cuda import packed  # not where there is no such GPU
+
+    if sorted_indices and packed.fits_plain(x, weight):
+        return biased(packed.by_expert(x, weight, experts), bias, experts)
+    return PORTABLE.gather_linear(x, weight, experts, bias, sorted_indices=sorted_indices)
+
+
 def _cuda_gather_quantized_linear(
     x: mx.array,
     matrices: QuantizedWeight,
@@ -303,6 +314,7 @@ CUDA = dataclasses.replace(
     draw=_cuda_draw,
     storage=dataclasses.replace(PLAIN, write_rows=_cuda_write_rows),
     quantized_linear=_cuda_quantized_linear,
+    gather_linear=_cuda_gather_linear,
     gather_quantized_linear=_cuda_gather_quantized_linear,
 )
 

@@ -53,6 +53,9 @@ def sources(architecture: str) -> dict[str, Callable[[], str]]:
             product = Product(2, *form, 2048, 4096, experts, tiles)
             what = f"{tiles * 8} vectors" if not experts else "experts' vectors"
             found[f"{what}, {name}"] = lambda p=product: p.source
+    for tiles in (2, 4):
+        plain = Product(2, 0, 1, 0, 2048, 4096, 128, tiles)
+        found[f"experts' vectors, {8 * tiles} of plain matrices"] = lambda p=plain: p.source
     for name, kind in (("float32", 0), ("bfloat16", 2)):
         found[f"several sequences, {name}"] = lambda k=kind: Kernel(k, 128, 128, 8, 32, True, 0.1, 0.0).source
     return found

@@ -1,4 +1,4 @@
-// Packed rows of weights times up to 64 vectors, or times those of each expert: y[i] = W x[i]. Before this come constants,
+// Packed rows of weights times up to 64 vectors, or packed or plain ones times those of each expert: y[i] = W x[i]. Before this come constants,
 // `forms.cu` and `tiles.cu`: BITS, G (numbers of a group), S (what they share), K columns, N rows, EXPERTS (0: one matrix), RT tiles of 8 vectors a
 // block, WM warps of MT tiles along the rows, WK warps along the columns, and the kernels' names.
 struct Part { int expert, first, count; };  // some of an expert's vectors, RT * 8 at most

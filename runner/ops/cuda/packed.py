@@ -1,4 +1,4 @@
-"""Products of packed matrices with a few vectors, and with those of each expert, by kernels of our own.
+"""Products of packed matrices with a few vectors, and of experts' matrices with theirs, by kernels of our own.
 
 MLX 0.32.4 multiplies packed matrices well for one vector, and for many once they are unpacked. Between these, and for
 experts, what it does takes ten times as long as reading the weights, or 40 seconds to compile.
@@ -37,6 +37,13 @@ def fits(x: mx.array, matrix: QuantizedWeight) -> bool:
     return known and same and columns % columns_at_once(bits) == 0 and experts <= MOST_EXPERTS and not _impossible()
 
 
+def fits_plain(x: mx.array, matrices: mx.array) -> bool:
+    """Whether there is a kernel for vectors of this type and a stack of matrices `[E, out, in]` that are not packed."""
+    experts, _, columns = matrices.shape
+    same = x.dtype == matrices.dtype and x.dtype in _TYPES
+    return same and columns % columns_at_once(0) == 0 and experts <= MOST_EXPERTS and not _impossible()
+
+
 def linear(x: mx.array, matrix: QuantizedWeight) -> mx.array:
     """`x W^T` for up to `FEW` vectors x `[R, in]`: `[R, out]`. A vector's sums do not depend on the others."""
     rows, tiles = x.shape[0], 1 if x.shape[0] <= 8 else 4
@@ -44,14 +51,16 @@ def linear(x: mx.array, matrix: QuantizedWeight) -> mx.array:
     return made.run(_arrays(x, matrix), rows, -(-rows // (8 * tiles)), (rows, made.outputs), x.dtype)
 
 
-def by_expert(x: mx.array, matrices: QuantizedWeight, chosen: mx.array) -> mx.array:
+def by_expert(x: mx.array, matrices: QuantizedWeight | mx.array, chosen: mx.array) -> mx.array:
     """The product of each vector of x `[R, 1, in]` with the matrix of its expert `chosen` `[R]`: `[R, 1, out]`.
 
-    `chosen` is uint32, in ascending order.
+    `chosen` is uint32, in ascending order. Matrices that are not packed are `[E, out, in]`.
     """
-    rows, experts = x.shape[0], matrices.weight.shape[0]
-    made = _kernels(Product.of(x, matrices, 4, experts=experts))
-    most = rows // 32 + min(experts, rows)
+    stack, plain = (matrices, True) if isinstance(matrices, mx.array) else (matrices.weight, False)
+    rows, experts = x.shape[0], stack.shape[0]
+    tiles = 2 if plain and rows <= 8 * experts else 4
+    made = _kernels(Product.of(x, matrices, tiles, experts=experts))
+    most = rows // (8 * tiles) + min(experts, rows)
     (parts,) = mx.fast.precompiled_cuda_kernel(
         name=f"parts_{made.name}",
         compiled_source=made.code,
@@ -66,13 +75,18 @@ def by_expert(x: mx.array, matrices: QuantizedWeight, chosen: mx.array) -> mx.ar
     return made.run([*_arrays(x, matrices), parts], rows, most, (rows, 1, made.outputs), x.dtype)
 
 
-def _arrays(x: mx.array, matrix: QuantizedWeight) -> list[mx.array]:
-    """What the kernel is given; of a form without biases something that it does not read."""
+def _arrays(x: mx.array, matrix: QuantizedWeight | mx.array) -> list[mx.array]:
+    """What the kernel is given; of a form without scales or biases something that it does not read."""
+    if isinstance(matrix, mx.array):
+        return [x, matrix, matrix, matrix]
     return [x, matrix.weight, matrix.scales, matrix.scales if matrix.biases is None else matrix.biases]
 
 
 class Product(NamedTuple):
-    """What a kernel is made for: K `inputs` and N `outputs`, for `tiles` tiles of 8 vectors a block."""
+    """What a kernel is made for: K `inputs` and N `outputs`, for `tiles` tiles of 8 vectors a block.
+
+    `bits` is 0 for matrices that are not packed.
+    """
 
     kind: int
     bits: int
@@ -84,7 +98,10 @@ class Product(NamedTuple):
     tiles: int
 
     @classmethod
-    def of(cls, x: mx.array, matrix: QuantizedWeight, tiles: int, *, experts: int) -> Product:
+    def of(cls, x: mx.array, matrix: QuantizedWeight | mx.array, tiles: int, *, experts: int) -> Product:
+        if isinstance(matrix, mx.array):
+            _, outputs, inputs = matrix.shape
+            return cls(_TYPES[x.dtype], 0, 1, 0, inputs, outputs, experts, tiles)
         inputs = matrix.weight.shape[-1] * 32 // matrix.bits
         form = Form(matrix.bits, matrix.group_size, matrix.mode)
         kind, outputs = _TYPES[x.dtype], matrix.weight.shape[-2]
