@@ -348,7 +348,8 @@ class RowSteps:
             return
         decoder.settle()  # a step under way writes where they lie now
         for one in which:
-            one.make_room(ROOM)
+            if not one.room:  # to grow the caches of 32 rows takes as long as some 20 steps
+                one.make_room(ROOM)
         for one, bound in zip(which, decoder.bound([rows_of(one) for one in which]), strict=True):
             self._bound[one] = Place(bound, one.offset + one.room)
 

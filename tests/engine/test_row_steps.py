@@ -171,6 +171,20 @@ def test_rows_are_looked_up_when_they_have_moved_and_not_when_neighbours_come(
     assert twin.bound_rows <= 4 * 3
 
 
+def test_rows_that_have_room_stay_where_they_are(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To move those of many sequences at an answer's first step takes as long as many steps."""
+    twinned(loaded, monkeypatch)
+    caches = loaded.new_caches()
+    mx.eval(loaded.model(Batch(mx.array([[1, 2, 3]])), caches))
+    before, room = caches.arrays, caches.room
+    steps = RowSteps(loaded.compiled, caches, None)
+    for index in range(room):
+        steps.begin([4 + index])
+        assert all(one is other for one, other in zip(caches.arrays, before, strict=True))
+    steps.begin([3])
+    assert caches.room and not any(one is other for one, other in zip(caches.arrays, before, strict=True))
+
+
 def test_kernels_that_fail_are_not_asked_again(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     options = SamplingParams(temperature=0)
     expected = served(loaded, 3, False, options=options)
