@@ -184,10 +184,10 @@ class MoE(Module):
         chosen = experts.flatten()
         # Row i of the flattened choices belongs to token i // K.
         order = mx.argsort(chosen)
-        rows = x.reshape(-1, 1, x.shape[-1])[order // experts.shape[-1]]
+        rows = self.ops.take_rows(x.reshape(-1, 1, x.shape[-1]), order // experts.shape[-1])
         outputs = self.feed(rows, chosen[order], sorted_indices=True)
-        # Sorting the order gives its inverse: back to the order of the tokens.
-        return outputs[mx.argsort(order)].reshape(*experts.shape, 1, -1)
+        # Back to the order of the tokens.
+        return self.ops.put_rows(outputs, order).reshape(*experts.shape, 1, -1)
 
 
 @dataclass

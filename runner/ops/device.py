@@ -192,6 +192,24 @@ def _cuda_gather_linear(
     return PORTABLE.gather_linear(x, weight, experts, bias, sorted_indices=sorted_indices)
 
 
+def _cuda_take_rows(x: mx.array, ids: mx.array) -> mx.array:
+    from runner.ops.cuda import experts  # not where there is no such GPU
+
+    return experts.take_rows(x, ids)
+
+
+def _cuda_put_rows(x: mx.array, ids: mx.array) -> mx.array:
+    from runner.ops.cuda import experts  # not where there is no such GPU
+
+    return experts.put_rows(x, ids)
+
+
+def _cuda_mixture(outputs: mx.array, weights: mx.array) -> mx.array:
+    from runner.ops.cuda import experts  # not where there is no such GPU
+
+    return experts.mixture(outputs, weights)
+
+
 def _cuda_gather_quantized_linear(
     x: mx.array,
     matrices: QuantizedWeight,
@@ -315,6 +333,9 @@ CUDA = dataclasses.replace(
     storage=dataclasses.replace(PLAIN, write_rows=_cuda_write_rows),
     quantized_linear=_cuda_quantized_linear,
     gather_linear=_cuda_gather_linear,
+    mixture=_cuda_mixture,
+    take_rows=_cuda_take_rows,
+    put_rows=_cuda_put_rows,
     gather_quantized_linear=_cuda_gather_quantized_linear,
 )
 

@@ -275,6 +275,15 @@ def _mixture(outputs: mx.array, weights: mx.array) -> mx.array:
     return routing.mixture(_fused, outputs, weights)
 
 
+def _take_rows(x: mx.array, ids: mx.array) -> mx.array:
+    return x[ids]
+
+
+def _put_rows(x: mx.array, ids: mx.array) -> mx.array:
+    # Sorting an order gives its inverse.
+    return x[mx.argsort(ids)]
+
+
 def _argmax(x: mx.array) -> mx.array:
     return mx.argmax(x, axis=-1)
 
@@ -372,7 +381,8 @@ class Ops:
     `gathers_by_expert` they bring the rows of an expert together by themselves, so that nobody needs to sort them.
     `route(logits, correction, how)` chooses experts `[..., count]` by the router's logits `[..., E]` and a correction
     `[E]` of their scores, in float32, and gives them routing weights (`runner.ops.routing`); `mixture(outputs,
-    weights)` is the weighted sum of outputs `[..., count, D]`.
+    weights)` is the weighted sum of outputs `[..., count, D]`. `take_rows(x, ids)` are the rows `ids` `[N]` of x
+    `[R, ..]`; `put_rows(x, ids)` puts each row of x `[N, ..]` to its place of `ids`, which are all of 0 to N - 1.
 
     A step moves states in place by one token of each of N sequences, `[1, N, ..]`, or of B that go in step and share
     their buffers, `[B, 1, ..]`: `delta_step(slots, at, mixed, taps, gates, key_heads)` convolves and then applies the
@@ -427,6 +437,8 @@ class Ops:
     gathers_by_expert: bool = False
     route: Callable[[mx.array, mx.array | None, Routing], tuple[mx.array, mx.array]] = _route
     mixture: Callable[[mx.array, mx.array], mx.array] = _mixture
+    take_rows: Callable[[mx.array, mx.array], mx.array] = _take_rows
+    put_rows: Callable[[mx.array, mx.array], mx.array] = _put_rows
     storage: Storage = PLAIN
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cuda_shapes import AMPERE, FLOATS, HOPPER, LLAMA_8B, MIXED, MIXTURE, PART, PART_OF_EXPERTS, QWEN, SMOLLM2
 
+from runner.ops.cuda.experts import source
 from runner.ops.cuda.packed import Product
 from runner.ops.cuda.rows_shape import RowsPlan
 from runner.ops.cuda.several import Kernel
@@ -53,6 +54,8 @@ def sources(architecture: str) -> dict[str, Callable[[], str]]:
             product = Product(2, *form, 2048, 4096, experts, tiles)
             what = f"{tiles * 8} vectors" if not experts else "experts' vectors"
             found[f"{what}, {name}"] = lambda p=product: p.source
+    for name, kind in (("float16", 1), ("bfloat16", 2)):
+        found[f"rows of experts, {name}"] = lambda k=kind: source(k)
     for tiles in (2, 4):
         plain = Product(2, 0, 1, 0, 2048, 4096, 128, tiles)
         found[f"experts' vectors, {8 * tiles} of plain matrices"] = lambda p=plain: p.source

@@ -21,10 +21,18 @@ MOST_REGISTERS = {
     "8 vectors": 168,
     "32 vectors": 255,
     "experts' vectors": 255,
+    "rows of experts": 64,
 }
 """Of a thread: with more, a block of `step` does not fit a multiprocessor; others hide less of the memory's time."""
 
-FEW = ("draw", "prompts", "step, Llama-3.1-8B nvfp4", "8 rows, Qwen3-30B-A3B 4 bits", "32 vectors, mxfp8")
+FEW = (
+    "draw",
+    "prompts",
+    "step, Llama-3.1-8B nvfp4",
+    "8 rows, Qwen3-30B-A3B 4 bits",
+    "32 vectors, mxfp8",
+    "rows of experts, float16",
+)
 ALL = [name if name in FEW else pytest.param(name, marks=pytest.mark.long) for name in sources("sm_90a")]
 
 
