@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cuda_shapes import AMPERE, FLOATS, HOPPER, LLAMA_8B, MIXED, MIXTURE, PART, PART_OF_EXPERTS, QWEN, SMOLLM2
 
 from runner.ops.cuda.experts import source
-from runner.ops.cuda.packed import Product
+from runner.ops.cuda.packed import WIDE, Product
 from runner.ops.cuda.rows_shape import RowsPlan
 from runner.ops.cuda.several import Kernel
 from runner.ops.cuda.shape import StepShape, divide, text
@@ -56,7 +56,7 @@ def sources(architecture: str) -> dict[str, Callable[[], str]]:
             found[f"{what}, {name}"] = lambda p=product: p.source
     for name, kind in (("float16", 1), ("bfloat16", 2)):
         found[f"rows of experts, {name}"] = lambda k=kind: source(k)
-    for tiles in (2, 4):
+    for tiles in (2, 4, WIDE):
         plain = Product(2, 0, 1, 0, 2048, 4096, 128, tiles)
         found[f"experts' vectors, {8 * tiles} of plain matrices"] = lambda p=plain: p.source
     for name, kind in (("float32", 0), ("bfloat16", 2)):

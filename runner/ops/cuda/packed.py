@@ -24,6 +24,12 @@ FEW = 64
 MOST_EXPERTS = 1024
 """Experts that one block finds the vectors of."""
 
+WIDE = 16
+"""Tiles of 8 vectors of a block of `grouped.cu`, which has shared memory for both of what it multiplies."""
+
+_GROUPED = {"lines": 128, "threads": 256, "shared_memory": 3 * 2 * 16384}
+"""Its rows of weights, its threads, and its bytes of shared memory."""
+
 _TYPES = {mx.float16: 1, mx.bfloat16: 2}
 
 
@@ -58,7 +64,9 @@ def by_expert(x: mx.array, matrices: QuantizedWeight | mx.array, chosen: mx.arra
     """
     stack, plain = (matrices, True) if isinstance(matrices, mx.array) else (matrices.weight, False)
     rows, experts = x.shape[0], stack.shape[0]
-    tiles = 2 if plain and rows <= 8 * experts else 4
+    tiles = 4
+    if plain:
+        tiles = 2 if rows <= 8 * experts else WIDE if rows >= 32 * experts and stack.shape[1] % 8 == 0 else 4
     made = _kernels(Product.of(x, matrices, tiles, experts=experts))
     most = rows // (8 * tiles) + min(experts, rows)
     (parts,) = mx.fast.precompiled_cuda_kernel(
@@ -122,7 +130,7 @@ class Product(NamedTuple):
     @property
     def source(self) -> str:
         """The kernels' text."""
-        tiles, down, along = self.warps
+        tiles, down, along = (0, 0, 0) if self.tiles == WIDE else self.warps
         constants = {
             "XT": self.kind, "BITS": self.bits, "G": self.group, "S": self.scaled, "K": self.inputs, "N": self.outputs,
             "RT": self.tiles, "MT": tiles, "WM": down, "WK": along,
@@ -130,7 +138,8 @@ class Product(NamedTuple):
         lines = [f"constexpr int {key} = {value};" for key, value in constants.items()]
         lines += [f"#define EXPERTS {self.experts}"]
         lines += [f"#define PARTS parts_{self.name}", f"#define PRODUCT product_{self.name}"]
-        return "\n".join([*lines, text("forms.cu"), text("tiles.cu"), text("packed.cu")])
+        name = "grouped.cu" if self.tiles == WIDE else "packed.cu"
+        return "\n".join([*lines, *map(text, ("forms.cu", "tiles.cu", "parts.cu", name))])
 
 
 class _Kernels(NamedTuple):
@@ -162,8 +171,10 @@ class _Kernels(NamedTuple):
 @functools.cache
 def _kernels(product: Product) -> _Kernels:
     """The kernels of a product, compiled unless they were kept."""
-    tiles, down, along = product.warps
     code = compiled(product.source, Driver().architecture)
+    if product.tiles == WIDE:
+        return _Kernels(product.name, code, product.outputs, **_GROUPED)
+    tiles, down, along = product.warps
     memory = along * down * tiles * 16 * (8 * product.tiles + 1) * 4
     return _Kernels(product.name, code, product.outputs, down * tiles * 16, 32 * down * along, memory)
 
