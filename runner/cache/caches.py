@@ -34,10 +34,15 @@ class Caches(Sequence[Cache]):
 
     As a sequence it is every cache once, in the order of the layers. `layers` is what each layer is given: its cache,
     a tuple where it has none or several.
+
+    Attributes:
+        moves: how often rows were put elsewhere, other than by a pass: what was found out about where they lie holds no
+            longer.
     """
 
     def __init__(self, layers: list[Any], caches: list[Cache]) -> None:
         self.layers = layers
+        self.moves = 0
         self._caches = caches
 
     def __repr__(self) -> str:
@@ -104,6 +109,7 @@ class Caches(Sequence[Cache]):
 
     def make_room(self, count: int) -> None:
         """Reallocate rows, where needed, so that `room` is at least `count`; a token must be in them already."""
+        self.moves += 1
         for cache in self._caches:
             if isinstance(cache, KVCache):
                 cache.make_room(count)
@@ -148,6 +154,7 @@ class Caches(Sequence[Cache]):
 
     def rewind(self, offset: int, marks: Sequence[Marks] = ()) -> None:
         """Go to a place that `reach` named, with the same marks. All caches go, or none."""
+        self.moves += 1
         if all(cache.reach(offset) == offset for cache in self._caches):
             for cache in self._caches:
                 cache.go_back(offset)
@@ -173,6 +180,7 @@ class Caches(Sequence[Cache]):
         Args:
             marks: of the place where the last edge ends; needed where `needs_marks` is true.
         """
+        self.moves += 1
         offset = edges[-1].last
         for index, cache in enumerate(self._caches):
             if keeps_all(cache):
@@ -183,6 +191,7 @@ class Caches(Sequence[Cache]):
 
     def clear(self) -> None:
         """Forget everything."""
+        self.moves += 1
         for cache in self._caches:
             cache.go_back(0)
 

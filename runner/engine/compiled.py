@@ -29,10 +29,15 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """Where the rows of a sequence lie, for the kernels, and up to which offset they have room there."""
+    """Where the rows of a sequence lie, for the kernels, and up to which offset they have room there.
+
+    Attributes:
+        moves: those of the caches when that was found out.
+    """
 
     bound: Bound
     limit: int
+    moves: int
 
 
 Known = MutableMapping[Caches, Place]
@@ -328,7 +333,7 @@ class RowSteps:
         moved = []
         for one in self._each:
             place = self._bound.get(one)
-            if place is None or place.limit <= one.offset:
+            if place is None or place.limit <= one.offset or place.moves != one.moves:
                 moved.append(one)
         self._bind(decoder, moved)
         decoder.ready(count)
@@ -351,7 +356,7 @@ class RowSteps:
             if not one.room:  # to grow the caches of 32 rows takes as long as some 20 steps
                 one.make_room(ROOM)
         for one, bound in zip(which, decoder.bound([rows_of(one) for one in which]), strict=True):
-            self._bound[one] = Place(bound, one.offset + one.room)
+            self._bound[one] = Place(bound, one.offset + one.room, one.moves)
 
 
 class SingleSteps:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -183,6 +184,20 @@ def test_rows_that_have_room_stay_where_they_are(loaded: Loaded, monkeypatch: py
         assert all(one is other for one, other in zip(caches.arrays, before, strict=True))
     steps.begin([3])
     assert caches.room and not any(one is other for one, other in zip(caches.arrays, before, strict=True))
+
+
+def test_rows_that_went_back_are_looked_up_again(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next request with the same caches finds them elsewhere, though they have room for its token."""
+    twin = twinned(loaded, monkeypatch)
+    caches, known = loaded.new_caches(), WeakKeyDictionary[Caches, Any]()
+    mx.eval(loaded.model(Batch(mx.array([[1, 2, 3]])), caches))
+    for token in (4, 5):
+        RowSteps(loaded.compiled, caches, None, known).begin([token])
+    assert twin.bound_rows == 1
+    for again, go in enumerate((lambda: caches.rewind(3), lambda: caches.hold([caches.rows(0, 2)])), start=2):
+        go()
+        RowSteps(loaded.compiled, caches, None, known).begin([6])
+        assert twin.bound_rows == again
 
 
 def test_kernels_that_fail_are_not_asked_again(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
