@@ -177,7 +177,7 @@ class Gemma3n(gemma.Decoder):
         inputs = self.layer_inputs(batch.ids, x)
         streams = mx.stack([x, *(sized(project(x), x) for project in self.projections)], axis=2)
         for index, (layer, cache) in enumerate(zip(self.layers, caches.layers, strict=True)):
-            streams = self.begun(layer(streams, batch, cache, inputs[:, :, index]), index, batch)
+            streams = self.begun(layer(streams, batch, cache, inputs[:, :, index]), index, batch, caches)
         first = streams[:, :, 0]
         others = [sized(project(streams[:, :, i + 1]), first) for i, project in enumerate(self.unembeddings)]
         return self.norm(mx.mean(mx.stack([first, *others]), axis=0), self.norm_eps)

@@ -186,5 +186,5 @@ class Gemma4(gemma.Decoder):
         inputs = None if self.layer_inputs is None else self.layer_inputs(batch.ids, x)
         for index, (layer, cache) in enumerate(zip(self.layers, caches.layers, strict=True)):
             given = None if inputs is None else inputs[:, :, index]
-            x = self.begun(layer(x, batch, cache, given), index, batch)
+            x = self.begun(layer(x, batch, cache, given), index, batch, caches)
         return self.norm(x, self.norm_eps)

@@ -88,6 +88,11 @@ class Caches(Sequence[Cache]):
         return iter(self._caches)
 
     @property
+    def last(self) -> int:
+        """The last layer that remembers something of its own; those behind it only serve a token's logits."""
+        return max((index for index, given in enumerate(self.layers) if _own(given)), default=0)
+
+    @property
     def offset(self) -> int:
         """Tokens seen so far: the position of the next one."""
         return self._caches[0].offset
@@ -194,6 +199,11 @@ class Caches(Sequence[Cache]):
         self.moves += 1
         for cache in self._caches:
             cache.go_back(0)
+
+
+def _own(given: Any) -> bool:
+    """Whether what a layer is given is its own, at least in part."""
+    return any(map(_own, given)) if isinstance(given, tuple) else not isinstance(given, SharedCache)
 
 
 def keeps_all(cache: Cache) -> TypeGuard[KVCache]:

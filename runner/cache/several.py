@@ -114,6 +114,11 @@ class SeveralCaches:
         self.layers = [_several(given, tuple(counts)) for given in zip(*(one.layers for one in each), strict=True)]
 
     @property
+    def last(self) -> int:
+        """As `Caches.last`."""
+        return self.each[0].last
+
+    @property
     def offset(self) -> tuple[int, ...]:
         """Tokens that each of them has seen."""
         return tuple(caches.offset for caches in self.each)

@@ -202,12 +202,16 @@ class BaseDecoder(Module):
     def run(self, x: mx.array, batch: Batch, caches: Memories) -> mx.array:
         """Pass `x` `[B, L, hidden_size]` through the layers and the final norm; the shape stays."""
         for index, (layer, cache) in enumerate(zip(self.layers, caches.layers, strict=True)):
-            x = self.begun(layer(x, batch, cache), index, batch)
+            x = self.begun(layer(x, batch, cache), index, batch, caches)
         return x if self.norm is None else self.norm(x, self.norm_eps)
 
-    def begun(self, x: mx.array, index: int, batch: Batch) -> mx.array:
-        """`x`, what comes out of layer `index`: of many tokens, it is computed while later layers are still built."""
-        if self.ops.eager is not None and index % 2 == 0 and batch.ids.size >= self.ops.eager:
+    def begun(self, x: mx.array, index: int, batch: Batch, caches: Memories) -> mx.array:
+        """`x`, what comes out of layer `index`: of many tokens, it is computed while later layers are still built.
+
+        Not so where no later layer remembers anything of it: perhaps nobody asks for its logits.
+        """
+        eager = self.ops.eager
+        if eager is not None and index % 2 == 0 and batch.ids.size >= eager and index < caches.last:
             self.ops.schedule(x)
         return x
 
