@@ -158,11 +158,11 @@ class _Passes:
 
     def _do(self, message: Message) -> None:
         do = message["do"]
+        if do != "logits":  # which rank 0 asks for while the pass is computed
+            self._wait()
         if do == "step":
             self._step(message["caches"], message["tokens"])
             return
-        if do != "logits":  # which rank 0 asks for while the pass is computed
-            self._wait()
         if do != "new":  # nobody looks at caches, or lets go of them, while kernels write into them
             self._engine.compiled.rest()
         if do not in ("new", "drop", "logits"):

@@ -95,5 +95,9 @@ def test_logits_are_begun_before_a_prompts_end_is_waited_for(monkeypatch: pytest
     assert do(do="logits", shape=[1, 1, loaded.config.hidden_size], dtype=0) == ["logits", "begun"]
     assert do(**reads, offset=4) == ["waited", "begun"]  # the activations of one piece at a time
     assert do(do="rewind", caches=1, offset=4, marks=[]) == ["waited"]
+    assert do(**reads, offset=4) == ["begun"]
+    monkeypatch.setattr(passes, "_step", lambda caches, tokens: done.append("step"))
+    assert do(do="step", caches=[1], tokens=[3]) == ["waited", "step"]
+    do(do="rewind", caches=1, offset=4, marks=[])
     assert do(**{**reads, "shape": [1, 1]}, offset=4) == ["begun"]
     assert do(do="rewind", caches=1, offset=4, marks=[]) == []  # a token's is not waited for
