@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
 
+import mlx.core as mx
+
 from runner.errors import BackendError
 from runner.ops.cuda.nvrtc import Nvrtc
 from runner.ops.cuda.shape import Box
@@ -124,7 +126,11 @@ class Driver:
     def allocate(self, size: int) -> int:
         """The address of `size` bytes of the GPU's memory, all of them zero."""
         address = c_uint64()
-        self._do("cuMemAlloc_v2", byref(address), c_size_t(size))
+        try:
+            self._do("cuMemAlloc_v2", byref(address), c_size_t(size))
+        except BackendError:
+            mx.clear_cache()  # MLX may keep what it has freed
+            self._do("cuMemAlloc_v2", byref(address), c_size_t(size))
         self._do("cuMemsetD8_v2", address, c_int(0), c_size_t(size))
         # It returns before the memory is zero, on a stream that ours do not wait for: what they write would be erased.
         self._do("cuStreamSynchronize", None)
