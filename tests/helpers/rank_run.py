@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlx.core as mx
+
 from runner.cli.rank import versions
 from runner.engine.loaded import Loaded
+from runner.ops.owner import OWNER
 from runner.ranks.follower import Follower, run_follower
 from runner.ranks.leader import Leader
-from runner.ranks.settings import VARIABLE, Settings
+from runner.ranks.settings import NCCL, VARIABLE, Settings
 
 T = TypeVar("T")
 
@@ -26,6 +29,11 @@ def run_rank(
 ) -> None:
     """Be the rank that the environment says: rank 0 writes what `compared` finds; the others `follow`, and end."""
     settings, rank = Settings.from_json(os.environ[VARIABLE]), int(os.environ["MLX_RANK"])
+    if settings.backend != NCCL:
+        # A ring is for machines without NCCL, and processes that share a GPU wait long for each other. On both threads:
+        # each has a default of its own, or all have one.
+        mx.set_default_device(mx.cpu)
+        OWNER.run(lambda: mx.set_default_device(mx.cpu))
     if rank:
         run_follower(settings, rank, versions(), follow)
 

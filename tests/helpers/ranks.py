@@ -18,9 +18,6 @@ from places import ROOT, TESTS
 from runner.cli.launching import free_ports
 from runner.ranks.settings import NCCL, VARIABLE, Settings
 
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""For ranks of a ring, which is for machines without NCCL: processes that share a GPU wait long for each other."""
-
 WORKER = TESTS / "helpers" / "rank_worker.py"
 
 
@@ -72,7 +69,7 @@ def over_processes(
     processes = [
         subprocess.Popen(
             [sys.executable, str(worker), str(results), *arguments],
-            env={**environment, "MLX_RANK": str(rank), **(on_gpu(rank, size) if settings.backend == NCCL else NO_GPU)},
+            env={**environment, "MLX_RANK": str(rank), **(on_gpu(rank, size) if settings.backend == NCCL else {})},
             stderr=subprocess.PIPE,
         )
         for rank in range(size)
