@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import mlx.core as mx
@@ -36,8 +37,8 @@ class Caches(Sequence[Cache]):
     a tuple where it has none or several.
 
     Attributes:
-        moves: how often rows were put elsewhere, other than by a pass: what was found out about where they lie holds no
-            longer.
+        moves: how often rows may have been put elsewhere, other than by a pass: what was found out about where they lie
+            before holds no longer.
     """
 
     def __init__(self, layers: list[Any], caches: list[Cache]) -> None:
@@ -87,7 +88,7 @@ class Caches(Sequence[Cache]):
     def __iter__(self) -> Iterator[Cache]:
         return iter(self._caches)
 
-    @property
+    @cached_property
     def last(self) -> int:
         """The last layer that remembers something of its own; those behind it only serve a token's logits."""
         return max((index for index, given in enumerate(self.layers) if _own(given)), default=0)

@@ -371,6 +371,7 @@ class SingleSteps:
         self._caches = caches
         self._steps = steps  # by operations
         self._mark = object()
+        self._moves = 0  # those of the caches when the kernel was told of their rows
 
     def __call__(self, token: mx.array) -> mx.array:
         if token.size == 1 and self._compiled.prepare() and self._compiled.whole:
@@ -389,9 +390,10 @@ class SingleSteps:
         decoder = compiled.decoder
         (known,) = cast(list[int], token.reshape(-1).tolist())
         mx.synchronize()  # whoever reads the last step's logits has done so
-        if compiled.holder is not self._mark or not caches.room:
+        if compiled.holder is not self._mark or not caches.room or caches.moves != self._moves:
             compiled.holder = None
             caches.make_room(1)
+            self._moves = caches.moves
             decoder.refresh()
             decoder.bind(rows_of(caches))
             compiled.holder = self._mark

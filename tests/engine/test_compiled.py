@@ -128,6 +128,20 @@ def twinned(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, **settings: Any) ->
     return twin
 
 
+def test_rows_that_others_have_moved_are_looked_up_again(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kernels for several sequences move those of one that was alone before, and is again."""
+    twin = twinned(loaded, monkeypatch)
+    caches = loaded.new_caches()
+    mx.eval(loaded.model(Batch(mx.array([PROMPT])), caches))
+    caches.make_room(30)
+    steps = SingleSteps(loaded.compiled, caches, Steps(loaded.model, caches, loaded.device.ops))
+    for bound, room in enumerate((0, 50), start=1):
+        caches.make_room(room)
+        for _ in range(2):
+            mx.eval(steps(mx.array([[3]])))
+            assert twin.bound == bound
+
+
 def test_an_answer_in_launches(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = answer(loaded, 30, temperature=0)
     twin = twinned(loaded, monkeypatch)
