@@ -207,7 +207,7 @@ def _cuda_put_rows(x: mx.array, ids: mx.array) -> mx.array:
 def _cuda_mixture(outputs: mx.array, weights: mx.array) -> mx.array:
     from runner.ops.cuda import experts  # not where there is no such GPU
 
-    return experts.mixture(outputs, weights)
+    return experts.mixture(_FUSED.mixture, outputs, weights)
 
 
 def _cuda_gather_quantized_linear(

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from runner.ops.cuda.driver import Driver, impossible
-from runner.ops.cuda.nvrtc import compiled
+from runner.ops.cuda.driver import code_of
 from runner.ops.cuda.shape import text
 from runner.ops.picking import Draw
 from runner.ops.picking import draw as by_sorting
@@ -51,4 +50,4 @@ def _numbers(row: Draw, size: int) -> tuple[int, float, int, float, float]:
 @functools.cache
 def _code() -> bytes | None:
     """The kernel; None where none can be made."""
-    return None if impossible() is not None else compiled(text("draw.cu"), Driver().architecture)
+    return code_of(text("draw.cu"))

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.errors import BackendError
-from runner.ops.cuda.nvrtc import Nvrtc
+from runner.ops.cuda.nvrtc import Nvrtc, compiled
 from runner.ops.cuda.shape import Box
 
 _PROCESSORS, _SHARED_MEMORY, _MAJOR, _MINOR, _COOPERATIVE = 16, 97, 75, 76, 95
@@ -129,7 +129,8 @@ class Driver:
         try:
             self._do("cuMemAlloc_v2", byref(address), c_size_t(size))
         except BackendError:
-            mx.clear_cache()  # MLX may keep what it has freed
+            mx.clear_cache()  # MLX may keep what it has freed, and gives it back behind what it computes
+            mx.synchronize()
             self._do("cuMemAlloc_v2", byref(address), c_size_t(size))
         self._do("cuMemsetD8_v2", address, c_int(0), c_size_t(size))
         # It returns before the memory is zero, on a stream that ours do not wait for: what they write would be erased.
@@ -337,3 +338,16 @@ def impossible() -> str | None:
     except BackendError as error:
         return str(error)
     return None if driver.cooperative else "the GPU cannot hold all blocks of a kernel at once"
+
+
+def code_of(source: str) -> bytes | None:
+    """The machine code of a kernel's text for this machine's GPU; None where it can run none, or none can be made.
+
+    Operations do without.
+    """
+    if impossible() is not None:
+        return None
+    try:
+        return compiled(source, Driver().architecture)
+    except BackendError:
+        return None

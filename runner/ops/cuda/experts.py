@@ -7,11 +7,11 @@ MLX 0.32.4 takes rows out of an array at 0.2 TB/s on an H200, of 4.3: for a prom
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 
-from runner.ops.cuda.driver import Driver, impossible
-from runner.ops.cuda.nvrtc import compiled
+from runner.ops.cuda.driver import code_of
 from runner.ops.cuda.shape import NUMBERS, text
 from runner.ops.table import PORTABLE
 
@@ -19,10 +19,10 @@ UNIT = 16
 """Bytes that a thread moves at a time."""
 
 THREADS = 256
-"""Of a block, which takes a row."""
+"""Threads of a block, which takes a row."""
 
 KINDS = {mx.float16: NUMBERS["float16"], mx.bfloat16: NUMBERS["bfloat16"]}
-"""Types of rows that are added up."""
+"""Types of the rows that are added up, by the kernels' numbers for them."""
 
 
 def take_rows(x: mx.array, ids: mx.array) -> mx.array:
@@ -37,12 +37,12 @@ def put_rows(x: mx.array, ids: mx.array) -> mx.array:
     return PORTABLE.put_rows(x, ids) if found is None else found
 
 
-def mixture(outputs: mx.array, weights: mx.array) -> mx.array:
-    """`Ops.mixture`, which rounds once, at its end."""
+def mixture(others: Callable[..., mx.array], outputs: mx.array, weights: mx.array) -> mx.array:
+    """`Ops.mixture`, which rounds once, at its end; `others` where there is no kernel for such outputs."""
     *shape, count, width = outputs.shape
     code = _code(KINDS[outputs.dtype]) if outputs.dtype in KINDS and width % 8 == 0 and outputs.size else None
     if code is None:
-        return PORTABLE.mixture(outputs, weights)
+        return others(outputs, weights)
     tokens = outputs.size // (count * width)
     (y,) = mx.fast.precompiled_cuda_kernel(
         name="runner_mixture",
@@ -59,7 +59,7 @@ def mixture(outputs: mx.array, weights: mx.array) -> mx.array:
 
 
 def _moved(x: mx.array, ids: mx.array, *, back: bool) -> mx.array | None:
-    """Rows taken from `ids`, or put there; None where there is no kernel for such rows."""
+    """The rows that `ids` name, or rows put there; None where there is no kernel for such rows."""
     nbytes = x.nbytes // max(1, x.shape[0])
     code = None if nbytes % UNIT or not x.size or not ids.size else _code(NUMBERS["bfloat16"])
     if code is None:
@@ -86,4 +86,4 @@ def source(kind: int) -> str:
 @functools.cache
 def _code(kind: int) -> bytes | None:
     """The kernels; None where none can be made."""
-    return None if impossible() is not None else compiled(source(kind), Driver().architecture)
+    return code_of(source(kind))

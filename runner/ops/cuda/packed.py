@@ -1,4 +1,4 @@
-"""Products of packed matrices with a few vectors, and of experts' matrices with theirs, by kernels of our own.
+"""Products of packed matrices with a few vectors, and of experts' matrices, packed or not, with theirs.
 
 MLX 0.32.4 multiplies packed matrices well for one vector, and for many once they are unpacked. Between these, and for
 experts, what it does takes ten times as long as reading the weights, or 40 seconds to compile.
@@ -28,7 +28,7 @@ WIDE = 16
 """Tiles of 8 vectors of a block of `grouped.cu`, which has shared memory for both of what it multiplies."""
 
 _GROUPED = {"lines": 128, "threads": 256, "shared_memory": 3 * 2 * 16384}
-"""Its rows of weights, its threads, and its bytes of shared memory."""
+"""What such a block takes: rows of weights, threads, and bytes of shared memory."""
 
 _TYPES = {mx.float16: 1, mx.bfloat16: 2}
 

@@ -16,8 +16,7 @@ import numpy as np
 from runner.cache.kv import History
 from runner.cache.storage import PLAIN, capacity
 from runner.ops.attention import MaskRule
-from runner.ops.cuda.driver import Driver, impossible
-from runner.ops.cuda.nvrtc import compiled
+from runner.ops.cuda.driver import code_of
 from runner.ops.cuda.shape import text
 from runner.ops.side_by_side import Buffers, append_rows, check_counts, segments
 
@@ -81,7 +80,7 @@ def _made(
 @functools.cache
 def _code() -> bytes | None:
     """The kernel; None where none can be made."""
-    return None if impossible() is not None else compiled(text("prompts.cu"), Driver().architecture)
+    return code_of(text("prompts.cu"))
 
 
 def attention_of_one(

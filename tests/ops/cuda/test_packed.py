@@ -75,11 +75,12 @@ def test_vectors_of_experts(rows: int, bits: int, group: int, mode: str) -> None
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-@pytest.mark.parametrize("rows", [1, 70, 1000])  # of the last, blocks of 32 vectors
-def test_vectors_of_experts_that_are_not_packed(rows: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("outputs", [100, 104, 264])
+@pytest.mark.parametrize("rows", [1, 70, 200, 1000])  # of the last, blocks of 128 vectors, unless it is 100 outputs
+def test_vectors_of_experts_that_are_not_packed(rows: int, outputs: int, dtype: mx.Dtype) -> None:
     from runner.ops.cuda.packed import by_expert, fits_plain
 
-    numbers = np.random.default_rng(1).standard_normal((12, 104, 288)).astype(np.float32)
+    numbers = np.random.default_rng(1).standard_normal((12, outputs, 288)).astype(np.float32)
     matrices, x = mx.array(numbers).astype(dtype), vectors(rows, 288, dtype)
     assert fits_plain(x[:, None], matrices)
     chosen = np.sort(np.random.default_rng(3).choice([0, 1, 5, 11], rows, p=[0.1, 0.05, 0.8, 0.05])).astype(np.uint32)
