@@ -18,6 +18,10 @@ from places import ROOT, TESTS
 from runner.cli.launching import free_ports
 from runner.ranks.settings import NCCL, VARIABLE, Settings
 
+FEW = {"RUNNER_NUM_THREADS": "2"}
+"""For ranks of a ring, which compute on the CPU: on a large machine, those of all tests at once would have a thread for
+each core."""
+
 WORKER = TESTS / "helpers" / "rank_worker.py"
 
 
@@ -69,7 +73,7 @@ def over_processes(
     processes = [
         subprocess.Popen(
             [sys.executable, str(worker), str(results), *arguments],
-            env={**environment, "MLX_RANK": str(rank), **(on_gpu(rank, size) if settings.backend == NCCL else {})},
+            env={**environment, "MLX_RANK": str(rank), **(on_gpu(rank, size) if settings.backend == NCCL else FEW)},
             stderr=subprocess.PIPE,
         )
         for rank in range(size)
