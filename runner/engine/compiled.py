@@ -197,10 +197,13 @@ class Compiled:
             raise Broken
         self._busy, self.holder = True, None
         last = token if isinstance(token, int) else token.id
+        session: _Session | None = None
         try:
             decoder.refresh()
             session = _Session(decoder, caches, state)
             while made < count:
+                if self._decoder is not decoder:  # somebody has closed the model
+                    raise Broken
                 found = (session.next if session.picking is not None else session.alone)(last, count - made)
                 made += 1
                 if isinstance(found, Token):
@@ -212,6 +215,8 @@ class Compiled:
             self.give_up(error)
             raise Broken from error
         finally:
+            if session is not None:
+                session.count()
             if self._decoder is not None:
                 decoder.finish()
             self._busy = False
@@ -223,12 +228,18 @@ class Compiled:
         steps, sampler = RowSteps(self, caches, None), Sampler()
         for _ in range(count):
             found: Token | NumericsError
-            if state is None or greatest(state):
-                (found,) = self.likeliest(steps.begin([last]))
-                if state is not None:
-                    state.position += 1
-            else:
-                (found,) = sampler(steps(mx.array([[last]], mx.int32)), [state]).read([state])
+            before = caches.offset
+            try:
+                if state is None or greatest(state):
+                    (found,) = self.likeliest(steps.begin([last]))
+                    if state is not None:
+                        state.position += 1
+                else:
+                    (found,) = sampler(steps(mx.array([[last]], mx.int32)), [state]).read([state])
+            except Broken:
+                if caches.offset > before:  # its token was counted when the step was begun
+                    caches.rewind(caches.reach(before))
+                raise
             if isinstance(found, Token):
                 last = found.id
             yield found
@@ -417,7 +428,15 @@ class _Session:
         self._state = state
         self._sampler = Sampler()
         self._bound = False  # whether the kernel knows the buffers of the caches
+        self._made: list[int] = []  # tokens that it has picked, and that were read, since the state has counted any
         self.picking = _picking(state, decoder.division.blocks)
+
+    def count(self) -> None:
+        """Let the state count what the kernel has picked, as far as it was read: the kernel is ahead of that."""
+        if self._state is not None and self._state.seen is not None and self._made:
+            self._state.seen.count(self._made)
+            self._state.counted += len(self._made)
+        self._made = []
 
     def next(self, token: int, wanted: int) -> Token | NumericsError:
         """The token after `token`, picked by the kernel, which is given up to `wanted` steps."""
@@ -442,7 +461,10 @@ class _Session:
             return self._sampled()
         if self._state is not None:
             self._state.position += 1
-        return Token(said.token) if said.problem is None else NumericsError(said.problem)
+        if said.problem is not None:
+            return NumericsError(said.problem)
+        self._made.append(said.token)
+        return Token(said.token)
 
     def alone(self, token: int, wanted: int) -> Token | NumericsError:
         """The token after `token`, picked by operations from the logits of one step."""
@@ -460,6 +482,7 @@ class _Session:
 
     def _sampled(self) -> Token | NumericsError:
         assert self._state is not None
+        self.count()
         (found,) = self._sampler(self._decoder.logits[None], [self._state]).read([self._state])
         if self.picking is not None:  # with the counts that operations have made anew
             self.picking = _picking(self._state, self._decoder.division.blocks)
@@ -505,8 +528,9 @@ def _picking(state: SamplingState | None, blocks: int) -> Picking | None:
     if state.seen is not None:
         if params.penalty_window or state.seen.counts.shape[0] != 1:
             return None
-        # The kernel counts on in place; operations read the same row afterwards.
-        counts = state.seen.counts = mx.contiguous(state.seen.counts)
+        counts = (
+            mx.contiguous(state.seen.counts) * 1
+        )  # a copy: the kernel counts on in place, tokens that nobody reads too
     return Picking(
         0.0 if greedy else params.temperature,
         params.top_k,

@@ -145,7 +145,9 @@ class Sampler:
 
         Where a function is given that waits for the logits, it is called when all else is ready.
         """
-        if len(states) != len(self._states) or any(a is not b for a, b in zip(states, self._states, strict=True)):
+        same = len(states) == len(self._states) and all(a is b for a, b in zip(states, self._states, strict=True))
+        # The same sequences may have been counted by another sampler meanwhile, as the one that goes with a kernel.
+        if not same or (self._penalties is not None and not self._penalties.current):
             self._gather(list(states))
         draws = [state.draw() for state in states]
         logits = given() if callable(given) else given
@@ -210,6 +212,10 @@ class _Seen:
         ]
         return cls(_stacked(rows), _stacked(latest))
 
+    def count(self, ids: Sequence[int]) -> None:
+        """Count tokens of a single sequence that forgets none."""
+        self.counts = self.counts.at[0, mx.array(list(ids))].add(1)
+
     def add(self, tokens: mx.array, states: Sequence[SamplingState]) -> None:
         """Count `tokens` `[R]` as seen by each sequence that counts any, and forget what leaves its window."""
         adds = [float(state.seen is not None) for state in states]
@@ -240,6 +246,11 @@ class _Penalties:
         for row, state in enumerate(states):
             if state.seen is not None:
                 state.seen, state.row = self._seen, row
+
+    @property
+    def current(self) -> bool:
+        """Whether nobody else has counted for these sequences since."""
+        return all(state.seen is None or state.seen is self._seen for state in self._states)
 
     def apply(self, logits: mx.array) -> mx.array:
         counts = self._seen.counts

@@ -77,7 +77,13 @@ class Scheduler:
         bisect.insort(self.waiting, Row(order, mailbox), key=lambda row: row.rank)
 
     def step(self) -> bool:
-        """Begin the next pass, and read the last one's tokens; false where there is nothing more to do."""
+        """Begin the next pass, and read the last one's tokens; false where there is nothing more to do.
+
+        Raises:
+            UsageError: the model was closed while there is something to do.
+        """
+        if self.live or self.waiting:
+            self.loaded.check_open()
         self._sweep()
         self._admit()
         begun = time.perf_counter()

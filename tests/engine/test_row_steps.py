@@ -18,7 +18,7 @@ from runner.cache import kv
 from runner.cache.caches import Caches
 from runner.cache.several import SeveralCaches
 from runner.engine import compiled as module
-from runner.engine.compiled import Compiled, RowSteps, SingleSteps
+from runner.engine.compiled import Broken, Compiled, RowSteps, SingleSteps
 from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.prompt_cache import PromptCache
@@ -30,6 +30,7 @@ from runner.engine.sharing import Sharing
 from runner.engine.ticket import Order
 from runner.errors import BackendError
 from runner.nn.batch import Batch
+from runner.ops.cuda.rows_decoder import Logits, RowsDecoder, RowsStep
 from runner.ops.device import current
 from runner.ops.owner import OWNER
 
@@ -223,6 +224,38 @@ def test_steps_of_several_processes_that_fail_are_the_end(
     with pytest.raises(BackendError, match="several processes has failed: the driver is gone"):
         served(loaded, 3, True, options=SamplingParams(temperature=temperature, seed=3))
     assert len(told) == twin.steps >= 4
+
+
+def test_a_step_that_fails_for_one_sequence_leaves_its_caches_before_it(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its token was counted when it was begun; operations feed it again."""
+    twinned(loaded, monkeypatch, breaks_at=4)
+    caches, found = loaded.new_caches(), []
+    mx.eval(loaded.model(Batch(mx.array([[1, 2, 3]])), caches))
+    with pytest.raises(Broken):
+        for token in loaded.compiled.decode(caches, 4, 10, None):
+            found.append(token)
+    assert 0 < len(found) < 10 and caches.offset == 3 + len(found)
+
+
+def test_closing_waits_for_steps_that_were_begun() -> None:
+    """What they have found is still asked for, and lies in memory that is given back."""
+    done: list[str] = []
+    driver = SimpleNamespace(
+        enter=lambda: None, wait=lambda stream: None, reach=lambda event: done.append("waited"),
+        free_event=lambda event: done.append("freed"), free_host=lambda address: None, free=lambda address: None,
+        free_stream=lambda stream: None,
+    )  # fmt: skip
+    slot: Any = SimpleNamespace(
+        event=1, best=np.zeros(8, np.uint64), address=0, free=lambda driver: driver.free_event(1)
+    )
+    slot.step = RowsStep(driver, slot, Logits(mx.zeros((1, 1)), 1, 1), 1)  # type: ignore[arg-type]
+    decoder = object.__new__(RowsDecoder)
+    decoder.driver, decoder._sizes, decoder._slots = driver, {}, [slot]  # type: ignore[assignment]
+    decoder._stream, decoder._best_at = 0, 0  # type: ignore[assignment]
+    decoder.close()
+    assert done == ["waited", "freed"] and len(slot.step.best) == 1
 
 
 @pytest.mark.parametrize("lacking", ["kernels", "sums", "compiler", "another's"])

@@ -332,6 +332,7 @@ class StepDecoder:
         while int(self._said[at + 3]) != wanted:
             time.sleep(min(pause, 0.0002))
             if time.perf_counter() - asked > 3 * self._limit + 1:
+                self.driver.wait(self._stream)  # what it has begun would still be written while others move the rows
                 self._fail("it does not answer")
         token, bits, status = (int(value) for value in self._said[at : at + 3])
         if status == 2:

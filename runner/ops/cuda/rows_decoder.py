@@ -184,7 +184,8 @@ class RowsDecoder:
         check(self._ranks.kernels, self._ranks.exchange, self.driver, self._stream)
 
     def close(self) -> None:
-        """Give the GPU's memory back."""
+        """Give the GPU's memory back; what steps have found can still be asked of them."""
+        self.settle()
         self.driver.enter()
         self.driver.wait(self._stream)
         for size in self._sizes.values():
