@@ -248,7 +248,7 @@ class PrefixFiles:
         if nbytes > self.limit or (room is not None and nbytes > room):
             return None
         # Copies, made here: the other thread knows nothing of MLX.
-        buffers = [bytes(bytes_of(array)) for array in arrays.values()]
+        buffers = [bytes(bytes_of(_copied(array))) for array in arrays.values()]
         stored = Stored(path, edge.first, edge.last, marks is not None, nbytes, waiting=True)
 
         def job() -> None:
@@ -380,8 +380,13 @@ def fingerprint(loaded: Loaded) -> str:
     found.update(repr((versions, computed, storage, loaded.config)).encode())
     for name, array in loading.arrays(loaded.model):
         found.update(f"{name} {array.dtype} {array.shape} ".encode())
-        found.update(bytes_of(array))
+        found.update(bytes_of(_copied(array)))
     return found.hexdigest()
+
+
+def _copied(array: mx.array) -> mx.array:
+    """The bytes of an array, in memory of their own: one that the host reads may move, and kernels know its place."""
+    return array.flatten().view(mx.uint8) + 0
 
 
 def _encoded(arrays: dict[str, tuple[mx.Dtype, tuple[int, ...], int]], about: dict[str, str]) -> bytes:

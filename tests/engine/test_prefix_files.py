@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from engine_requests import KINDS as MODELS
 from engine_requests import idle, ids, naive, opened, prompts
@@ -22,10 +23,11 @@ from places import ROOT
 from toy_memories import KINDS, feed, fresh, shown
 
 from runner.cache.caches import Caches
+from runner.checkpoint.shard_writer import bytes_of
 from runner.engine.background import Background
 from runner.engine.engine import Engine
 from runner.engine.loaded import open_loaded
-from runner.engine.prefix_files import PrefixFiles, fingerprint
+from runner.engine.prefix_files import PrefixFiles, _copied, fingerprint
 from runner.engine.prefixes import Prefixes
 from runner.errors import UsageError
 from runner.ops.device import current
@@ -342,3 +344,14 @@ def test_a_forked_child_that_closes_an_engine_ends(tmp_path: Path) -> None:
         "assert list(pathlib.Path(sys.argv[2]).glob('*.safetensors'))\n"
     )
     subprocess.run([sys.executable, "-c", script, MODELS["rows"], tmp_path / "kept"], cwd=ROOT, check=True)
+
+
+def test_what_is_written_is_a_copy() -> None:
+    """An array that the host has read may lie elsewhere on a GPU, whose kernels go on where it was."""
+    for array in (mx.arange(5000, dtype=mx.int32).reshape(2, 2500), mx.array(3.5, mx.bfloat16), mx.zeros((2, 0))):
+        mx.eval(array)
+        copy = bytes_of(_copied(array))
+        assert bytes(copy) == bytes(bytes_of(array))
+        if array.size > 1:
+            places = [np.asarray(data).ctypes.data for data in (copy, bytes_of(array))]
+            assert abs(places[0] - places[1]) >= array.nbytes
