@@ -66,3 +66,7 @@ class UserFileError(RunnerError, ValueError):
 
 class BackendError(RunnerError, RuntimeError):
     """MLX has no usable backend on this machine, or it failed."""
+
+
+class RunOver(BackendError):
+    """A run of several processes is over: nothing can be computed any more."""

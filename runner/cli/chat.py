@@ -37,7 +37,7 @@ from runner.cli.options import (
 from runner.cli.server_options import ServerOptions
 from runner.cli.template_options import TemplateArg, parsed
 from runner.cli.thinking import AnswerOutput
-from runner.errors import ContextLengthError, RunnerError, UsageError
+from runner.errors import ContextLengthError, RunnerError, RunOver, UsageError
 
 if TYPE_CHECKING:
     from runner.answer import Chunk
@@ -162,6 +162,8 @@ class Chat:
                 self.turn(*entry)
             except (RunnerError, OSError) as problem:
                 if not self.reader.interactive or isinstance(problem, BrokenPipeError):
+                    raise
+                if isinstance(problem, RunOver):
                     raise
                 terminal.error(str(problem))
                 if isinstance(problem, ContextLengthError):

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.errors import BackendError, UsageError
-from runner.ranks.settings import GPUS, LAUNCHER, NCCL, VARIABLE, Settings
+from runner.ranks.link import LIMIT, SILENT
+from runner.ranks.settings import CODE, CONNECTING, GPUS, LAUNCHER, NCCL, VARIABLE, Settings
 
 LAUNCH = "mlx._distributed_utils.launch"
 """Where `mlx.launch` is."""
@@ -222,6 +223,8 @@ def first_to_end(said: IO[bytes]) -> str:
         return "the processes were not started in time"
     # Of those that are seen to have ended together, one that was killed has not done so because of another.
     rank = next((rank for rank, code in found.items() if code < 0), next(iter(found)))
+    if found[rank] == SILENT:
+        return f"rank 0 has given no sign of life for {LIMIT:.0f} seconds: rank {rank} has ended for that"
     if rank == 0:
         return f"rank 0 has ended with code {found[0]}"
     return f"rank {rank} has ended with code {found[rank]}: its host cannot be reached, or has no runner to start"
@@ -248,8 +251,12 @@ def feed(stdin: Any) -> None:
 
 
 def environment() -> list[str]:
-    """Options of `mlx.launch` that give the processes this one's variables of ours, NCCL's, and Python's path."""
+    """Options of `mlx.launch` that give the processes this one's variables of ours, NCCL's, and Python's path.
+
+    But for keys: everybody on these machines can read a command line. Rank 0, which asks for them, has them from here.
+    """
     names = [name for name in os.environ if name.startswith(("RUNNER_", "NCCL_")) or name == "PYTHONPATH"]
+    names = [name for name in names if not name.endswith("_KEY")]
     return [word for name in sorted(names) for word in ("--env", f"{name}={os.environ[name]}")]
 
 
@@ -279,8 +286,13 @@ def attend(
     """Lend rank 0 this process's files, and return its exit code; None if it ended without one, or is stuck.
 
     Args:
+        wait: seconds until rank 0 must have come, and, once all processes have, for them to connect to each other: the
+            call of MLX that does it lets none of rank 0's threads run.
         said: what `mlx.launch` prints.
         ends_itself: whether rank 0 is told of a first SIGTERM, and ends when its answers have.
+
+    Raises:
+        BackendError: the processes have not connected in time.
     """
     end_of_wait = time.monotonic() + wait
     server.settimeout(0.2)
@@ -293,7 +305,8 @@ def attend(
                 return None
     with connection:
         connection.settimeout(None)
-        socket.send_fds(connection, [b"f"], [0, 1, 2])
+        with contextlib.suppress(ConnectionError):  # it has ended already
+            socket.send_fds(connection, [b"f"], [0, 1, 2])
         if ends_itself:
 
             def ask(number: int, frame: object) -> None:
@@ -304,18 +317,37 @@ def attend(
             signal.signal(signal.SIGTERM, ask)
         connection.settimeout(1)
         failed: float | None = None  # when another process was seen to have
+        connected: float | None = None  # when all must have
+        told = b""
         while True:
             try:
-                if code := connection.recv(1):
-                    return code[0]
+                found = b""
+                with contextlib.suppress(ConnectionError):  # an end without a word, too
+                    found = connection.recv(2)
+                told += found
+                if len(told) >= 2:
+                    kind, value, told = told[:1], told[1], told[2:]
+                    if kind == CODE:
+                        return value
+                    connected = time.monotonic() + wait if kind == CONNECTING else None
+                if found:
+                    continue
                 limit = time.monotonic() + TOLD
                 while 0 not in ended(said) and process.poll() is None and time.monotonic() < limit:
                     time.sleep(0.05)
                 return None
             except TimeoutError:
-                if failed is None and ended(said):
+                if connected is not None and time.monotonic() > connected:
+                    end(process, 0)
+                    raise BackendError(
+                        f"all processes have come, but have not connected to each other within {wait:.0f} seconds: one "
+                        "is stopped, or the ports of the hostfile's addresses cannot be reached"
+                    ) from None
+                codes = ended(said)
+                if failed is None and codes:
                     failed = time.monotonic()
-                if failed is not None and time.monotonic() - failed > STUCK:
+                stopped = SILENT in codes.values()  # rank 0 will not say anything
+                if stopped or (failed is not None and time.monotonic() - failed > STUCK):
                     end(process, 0)  # it has had its time
                     return None
 

@@ -15,9 +15,10 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from runner.ranks.settings import GPUS, LAUNCHER, VARIABLE, Settings
+from runner.ranks.settings import CODE, CONNECTED, CONNECTING, GPUS, LAUNCHER, VARIABLE, Settings
 
 if TYPE_CHECKING:
     from runner.engine.loaded import Loaded
@@ -66,12 +67,17 @@ def lead(what: Mapping[str, Any]) -> Leader:
     def fail(message: str) -> NoReturn:
         terminal.error(message)
         for pid in leader.local:  # one that is stopped hears nothing else
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+            if of_run(pid, settings.token):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
         _leave(int(launcher), 1)
 
+    def connects(begins: bool) -> None:
+        with contextlib.suppress(OSError):
+            os.write(int(launcher), (CONNECTING if begins else CONNECTED) + b"\0")
+
     try:
-        leader = Leader(settings, versions(), fail, others_failed)
+        leader = Leader(settings, versions(), fail, others_failed, connects)
     except OSError as error:
         raise BackendError(
             f"rank 0 cannot wait for the others at {settings.host}:{settings.port}: {error.strerror or error}"
@@ -79,6 +85,18 @@ def lead(what: Mapping[str, Any]) -> Leader:
     atexit.register(leader.close)
     leader.begin(**_absolute(what))
     return leader
+
+
+def of_run(pid: int, token: str) -> bool:
+    """Whether a process of this machine is one of this run: its number is what somebody at the socket has said.
+
+    Where the system does not tell, it is left to `runner launch`, which ends its own.
+    """
+    with contextlib.suppress(OSError):
+        for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if word.startswith(f"{VARIABLE}=".encode()):
+                return token.encode() in word
+    return False
 
 
 def _absolute(what: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +177,7 @@ def speak(arguments: Sequence[str]) -> NoReturn:
 def _leave(launcher: int, code: int) -> NoReturn:
     """End this process, and let `runner launch` end with its code."""
     with contextlib.suppress(OSError):
-        os.write(launcher, bytes([code]))
+        os.write(launcher, CODE + bytes([code]))
     os._exit(code)
 
 

@@ -17,7 +17,7 @@ from runner.engine.chance import chance
 from runner.engine.replay import Steps
 from runner.engine.sampler import Sampler, SamplingState, Token
 from runner.engine.sampling import SMALLEST
-from runner.errors import BackendError, NumericsError
+from runner.errors import BackendError, NumericsError, RunOver
 from runner.ops.cuda.shape import Unfit
 from runner.ops.owner import OWNER
 
@@ -273,7 +273,7 @@ class Compiled:
     def failed(self, error: BackendError) -> Exception:
         """What to raise where a step that was begun has failed: where other processes wait in it, all is lost."""
         self.give_up_rows(error)
-        return Broken() if self.part is None else BackendError(f"a step of several processes has failed: {error}")
+        return Broken() if self.part is None else RunOver(f"a step of several processes has failed: {error}")
 
 
 class RowSteps:

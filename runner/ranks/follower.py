@@ -26,7 +26,7 @@ from runner.ops.device import Device
 from runner.ops.exchange import CODES, Exchange
 from runner.ops.memory import Memory, capacity
 from runner.ops.owner import OWNER
-from runner.ranks.link import ENDED, Link, Message
+from runner.ranks.link import ENDED, QUIET, SILENT, Link, Message
 from runner.ranks.part import Held, fingerprint, held, sizes, suited
 from runner.ranks.passes import batch_of
 from runner.ranks.settings import Settings
@@ -268,7 +268,7 @@ def _connected(settings: Settings) -> socket.socket:
 
 def _end(reason: str) -> None:
     """The end of the connection to rank 0 is the end of this process, whatever it is waiting for."""
-    os._exit(0 if reason == ENDED else 1)
+    os._exit(0 if reason == ENDED else SILENT if reason.startswith(QUIET) else 1)
 
 
 def run_follower(

@@ -6,7 +6,9 @@ to the other ranks before they are done here, so that generation, scoring and me
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+import json
 import socket
 import threading
 import time
@@ -23,13 +25,13 @@ from runner.cache.several import Memories as Given
 from runner.cache.several import SeveralCaches
 from runner.engine.budget import Footprint
 from runner.engine.part import Memories, Own, Whole
-from runner.errors import BackendError, UsageError
+from runner.errors import BackendError, RunOver, UsageError
 from runner.families import Model
 from runner.nn.batch import Batch
 from runner.ops.device import Device
 from runner.ops.exchange import CODES, Exchange
 from runner.ranks.led import Led, LedCaches
-from runner.ranks.link import ENDED, GONE, Link, Lost, Message, read_message
+from runner.ranks.link import ENDED, GONE, Link, Message
 from runner.ranks.part import Held, difference, fingerprint, held, least_room, sizes, suited
 from runner.ranks.passes import described
 from runner.ranks.settings import PIPELINE, Settings
@@ -37,6 +39,9 @@ from runner.weights.plan import ModulePlan
 from runner.weights.tags import Header
 
 T = TypeVar("T")
+
+PATIENCE, LONGEST_HELLO = 2.0, 4096
+"""Seconds in which somebody who has connected must have said who it is, and in how many bytes at most."""
 
 GRACE = 0.7
 """Seconds after the first sign of a failure until it is told: the rank that died is named, not those that it took down.
@@ -65,6 +70,7 @@ class Leader:
         versions: Mapping[str, str],
         fail: Callable[[str], None],
         warned: Callable[[], bool] = lambda: False,
+        connects: Callable[[bool], None] = lambda begins: None,
     ) -> None:
         """Wait for the other ranks.
 
@@ -72,6 +78,7 @@ class Leader:
             versions: what must be the same in all processes, by name.
             fail: called once, on any thread, if a rank is lost: tells the user, and ends this process.
             warned: whether a process has ended already, so that there is nobody to wait for.
+            connects: told before and after the call of MLX that connects all ranks, which lets no thread run.
 
         Raises:
             BackendError: not all came in time, or one has other versions; the message names it.
@@ -85,6 +92,7 @@ class Leader:
         self._ready: list[Message] = []  # what each said then
         self._rest: Callable[[], None] = lambda: None
         self._fail = fail
+        self._connects = connects
         self._versions = versions
         self._losses: list[tuple[Peer, str]] = []
         self._telling = threading.Lock()
@@ -102,36 +110,33 @@ class Leader:
         end = time.monotonic() + self.settings.wait
         while len(found) < self.settings.size - 1:
             server.settimeout(0.2)
-            try:
+            peer = None
+            with contextlib.suppress(TimeoutError):
                 connection, address = server.accept()
-                connection.settimeout(2)
                 peer = self._greeted(connection, str(address[0]))
-            except TimeoutError:
-                if time.monotonic() < end and not warned():
-                    continue
+            if peer is not None:
+                found[peer.rank] = peer
+            elif time.monotonic() > end or warned():
                 missing = ", ".join(str(rank) for rank in range(1, self.settings.size) if rank not in found)
                 if warned():
-                    raise BackendError(f"a process has ended before all had come; missing: rank {missing}") from None
+                    raise BackendError(f"a process has ended before all had come; missing: rank {missing}")
                 raise BackendError(
                     f"rank {missing} of {self.settings.size} has not come within {self.settings.wait:.0f} seconds: "
                     "its host cannot be reached, or has no runner to start (see --wait)"
-                ) from None
-            if peer is not None:
-                found[peer.rank] = peer
+                )
         self._peers = [found[rank] for rank in sorted(found)]
         for peer in self._peers:
             peer.link.start()
 
     def _greeted(self, connection: socket.socket, host: str) -> Peer | None:
         """The rank that has connected; None if it is no rank of this run."""
-        with connection.makefile("rb", buffering=0) as lines:
-            try:
-                hello = read_message(lines)
-                token, rank, pid = str(hello["token"]), int(hello["rank"]), int(hello["pid"])
-            except (Lost, OSError, KeyError, ValueError, TypeError):
-                connection.close()
-                return None
-        if not hmac.compare_digest(token, self.settings.token) or not 0 < rank < self.settings.size:
+        hello = _hello(connection)
+        # The run's word first: of strangers nothing else is looked at.
+        if not hmac.compare_digest(str(hello.get("token")).encode(errors="replace"), self.settings.token.encode()):
+            connection.close()
+            return None
+        rank, pid = hello.get("rank"), hello.get("pid")
+        if type(rank) is not int or type(pid) is not int or not 0 < rank < self.settings.size:
             connection.close()
             return None
         link = Link(connection, lambda reason: self._lost(peer, reason))
@@ -183,10 +188,10 @@ class Leader:
         """Send a message to all other ranks.
 
         Raises:
-            BackendError: the run is over.
+            RunOver: the run is over.
         """
         if self._closed:
-            raise BackendError("the run of several processes is over: nothing can be computed any more")
+            raise RunOver("the run of several processes is over: nothing can be computed any more")
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
         for peer in self._peers:
             if dropped:
@@ -244,7 +249,9 @@ class Leader:
                     "needs a smaller --share, or the run more ranks"
                 )
         self.tell(do="go")
+        self._connects(True)
         self.exchange.open()
+        self._connects(False)
 
     def led(self, model: Model) -> Model:
         """See `Part.led`."""
@@ -304,6 +311,22 @@ class Leader:
         self._rest()
         self.tell(do="logits", shape=list(hidden.shape), dtype=CODES.index(hidden.dtype))
         return self.exchange.from_first(hidden)
+
+
+def _hello(connection: socket.socket) -> Message:
+    """What somebody says first, a line of JSON; {} where that is no such message, too long, or takes too long."""
+    end, line = time.monotonic() + PATIENCE, bytearray()
+    try:
+        while not line.endswith(b"\n") and len(line) < LONGEST_HELLO:
+            connection.settimeout(max(0.001, end - time.monotonic()))
+            byte = connection.recv(1)  # what comes behind the line is for others to read
+            if not byte:
+                return {}
+            line += byte
+        found = json.loads(line)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _names(caches: Sequence[Caches]) -> list[int]:

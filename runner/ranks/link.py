@@ -34,6 +34,13 @@ GONE = "its process has ended"
 """Why a connection is lost to a rank that said nothing."""
 
 
+QUIET = "it has given no sign of life"
+"""How the reason begins why a connection is lost to a process that is stopped."""
+
+SILENT = 3
+"""The exit code of a rank to which rank 0 has given no sign of life."""
+
+
 class Lost(Exception):
     """The other end has gone, is silent, or sent something else than messages; the text says which."""
 
@@ -106,7 +113,7 @@ class Link:
                 self._heard = now
             looked, silent = now, now - self._heard
             if silent > LIMIT:
-                self._lose(f"it has given no sign of life for {silent:.0f} seconds")
+                self._lose(f"{QUIET} for {silent:.0f} seconds")
                 return
             time.sleep(BEAT)
 

@@ -15,6 +15,10 @@ VARIABLE = "RUNNER_RANKS"
 LAUNCHER = "RUNNER_LAUNCHER"
 """The environment variable with the path of the socket at which `runner launch` waits for rank 0."""
 
+CODE, CONNECTING, CONNECTED = b"x", b"c", b"d"
+"""What rank 0 says at that socket, each before another byte: that it ends, with the exit code in that byte; that it
+connects to the other ranks now, in a call that lets none of its threads run; and that it has."""
+
 GPUS = "RUNNER_GPUS"
 """The environment variable with the GPUs of a machine that its processes share, as CUDA_VISIBLE_DEVICES lists them."""
 

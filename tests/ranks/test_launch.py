@@ -6,8 +6,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -19,11 +21,12 @@ from command_line import own, run
 from places import TESTS
 from served_process import served
 
-from runner.cli.launching import children, gpus, here, on_hosts
+from runner.cli.launching import attend, children, environment, first_to_end, gpus, here, on_hosts
 from runner.cli.rank import take_gpu
 from runner.cli.serve_options import AnswerOptions, ModelOptions
-from runner.errors import UsageError
+from runner.errors import BackendError, UsageError
 from runner.ops.device import current
+from runner.ranks.link import SILENT
 from runner.ranks.settings import GPUS
 
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
@@ -197,6 +200,16 @@ def test_a_rank_that_is_stopped_ends_the_run_by_name() -> None:
 
 @linux
 @pytest.mark.long
+def test_a_rank_0_that_is_stopped_ends_the_run_by_name() -> None:
+    started = Started("-n", "2")
+    os.kill(started.ranks[0], signal.SIGSTOP)
+    errors = started.ended()
+    assert started.process.returncode == 1
+    assert "rank 0 has given no sign of life" in errors, errors
+
+
+@linux
+@pytest.mark.long
 def test_a_rank_0_that_is_stuck_does_not_outlive_the_others() -> None:
     """As in MLX's call that connects by NCCL, in which none of its threads runs."""
     started = Started("-n", "2")
@@ -297,3 +310,60 @@ def test_a_backend_that_mlx_was_built_without_is_refused() -> None:
         pytest.skip("it has NCCL here")
     done = run(*TWO, "--backend", "nccl", "generate", MODEL, *PROMPT)
     assert done.returncode == 1 and "MLX has no nccl here" in done.stderr, done.stderr
+
+
+def test_keys_are_not_on_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody on a machine can read those of all processes."""
+    monkeypatch.setenv("RUNNER_API_KEY", "sesame")
+    monkeypatch.setenv("RUNNER_NUM_THREADS", "3")
+    found = environment()
+    assert "RUNNER_NUM_THREADS=3" in found and not any("sesame" in word for word in found)
+
+
+def attended(*said: bytes, wait: float = 20, leaves: bool = False) -> tuple[int | None, float]:
+    """What becomes of a run whose rank 0 says this, and seconds until then."""
+    with (
+        socket.socket(socket.AF_UNIX) as server,
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryFile() as log,
+    ):
+        server.bind(f"{folder}/rank0")
+        server.listen(1)
+        process = subprocess.Popen(["sleep", "60"])
+        rank = socket.socket(socket.AF_UNIX)
+        rank.connect(f"{folder}/rank0")
+        for word in said:
+            rank.sendall(word)
+        if leaves:
+            rank.close()  # with what it was sent still unread
+            process.kill()
+        begun = time.monotonic()
+        try:
+            return attend(server, process, wait, log, ends_itself=False), time.monotonic() - begun
+        finally:
+            rank.close()
+            process.kill()
+            process.wait()
+
+
+@linux
+def test_rank_0_says_how_it_ends_and_may_end_without_a_word() -> None:
+    assert attended(b"c\0", b"d\0x\7")[0] == 7
+    assert attended(b"c", b"\0x", b"\0")[0] == 0
+    assert attended(leaves=True)[0] is None
+    assert attended(b"c\0", leaves=True)[0] is None
+
+
+@linux
+def test_processes_that_do_not_connect_to_each_other_end() -> None:
+    """MLX lets no thread of rank 0 run meanwhile: it cannot see that another is stopped."""
+    with pytest.raises(BackendError, match="have not connected to each other within 1 seconds"):
+        attended(b"c\0", wait=1)
+    assert attended(b"c\0", b"d\0", b"x\1", wait=0.5)[0] == 1
+
+
+def test_a_stopped_rank_0_is_named() -> None:
+    with tempfile.TemporaryFile() as said:
+        said.write(f"[WARN] Node with rank 1 exited with code {SILENT}\n".encode())
+        said.flush()
+        assert first_to_end(said).startswith("rank 0 has given no sign of life")

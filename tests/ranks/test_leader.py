@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ from places import ROOT, TESTS
 
 from runner.checkpoint.model_files import open_files
 from runner.cli.launching import free_ports
+from runner.cli.rank import of_run
 from runner.engine.loaded import assemble
 from runner.errors import BackendError, UsageError
 from runner.ranks import leader as leading
 from runner.ranks.leader import Leader
 from runner.ranks.link import LONGEST, Link
-from runner.ranks.settings import Settings
+from runner.ranks.settings import VARIABLE, Settings
 
 VERSIONS = {"version of runner": "1"}
 MODEL = TESTS / "fixtures" / "llama" / "llama-gqa"
@@ -40,6 +42,14 @@ def load(message, part):
 
 run_follower(Settings.from_json(sys.argv[1]), 1, {"version of runner": "1"}, load)
 """
+
+
+STRANGE: list[dict[str, Any]] = [
+    *({"token": word} for word in ("another", "wörd", "\ud800", None, ["word"])),
+    *({"rank": rank} for rank in (2, 0, "x", 1.0, float("inf"), True)),
+    *({"pid": pid} for pid in (None, "x" * 5000)),
+]
+"""What somebody may say first who is no rank of the run."""
 
 
 def settings(wait: float = 20) -> Settings:
@@ -72,17 +82,20 @@ def test_another_version_is_refused_by_name() -> None:
 
 def test_strangers_are_not_let_in() -> None:
     """Another run's word, a rank that there is not, and what is no message at all; then nobody has come."""
-    where, closed = settings(wait=2), []
+    where, closed = settings(wait=3), []
 
     def strangers() -> None:
-        for changes in ({"token": "another"}, {"rank": 2}, {"rank": 0}, {"rank": "x"}, {"pid": None}):
+        for changes in STRANGE:
             connection = greet(where, **changes)
-            closed.append(connection.recv(1))
+            try:
+                closed.append(connection.recv(1))
+            except ConnectionResetError:  # what was not read of it
+                closed.append(b"")
 
     in_background(strangers)
-    with pytest.raises(BackendError, match=r"rank 1 of 2 has not come within 2 seconds"):
+    with pytest.raises(BackendError, match=r"rank 1 of 2 has not come within 3 seconds"):
         Leader(where, VERSIONS, lambda message: None)
-    assert closed == [b""] * 5
+    assert closed == [b""] * len(STRANGE)
 
 
 def test_no_more_is_read_of_a_line_than_a_message_may_have() -> None:
@@ -152,3 +165,35 @@ def test_the_rank_that_died_is_named_and_not_those_that_it_took_down(monkeypatch
     first.close()
     assert done.wait(10)
     assert told == ["rank 1 (process 1 on 127.0.0.1): its process has ended; the run is over"]
+
+
+def test_nobody_holds_up_the_start_for_longer_than_it_may_take() -> None:
+    """A stranger who says a byte now and then, and others who say nothing."""
+    where, begun = settings(wait=2), time.monotonic()
+
+    def drip() -> None:
+        with greet(where, token="another"), socket.create_connection((where.host, where.port)) as slow:
+            for _ in range(40):
+                try:
+                    slow.sendall(b" ")
+                except OSError:
+                    return
+                time.sleep(0.2)
+
+    in_background(drip)
+    with pytest.raises(BackendError, match=r"has not come within 2 seconds"):
+        Leader(where, VERSIONS, lambda message: None)
+    assert time.monotonic() - begun < 6
+
+
+def test_only_processes_of_this_run_are_ended() -> None:
+    """A peer says which process it is; that may be any."""
+    where = settings()
+    for environment, ours in (({VARIABLE: where.to_json()}, True), ({VARIABLE: "{}"}, False), ({}, False)):
+        with subprocess.Popen(["sleep", "60"], env={**os.environ, **environment}) as other:
+            end = time.monotonic() + 10
+            while of_run(other.pid, where.token) != ours and time.monotonic() < end:
+                time.sleep(0.05)  # until it is no copy of this process any more
+            assert of_run(other.pid, where.token) is ours or not Path("/proc/self/environ").exists()
+            other.kill()
+    assert not any(of_run(pid, where.token) for pid in (-1, 0, 1, os.getpid(), 1 << 40))
