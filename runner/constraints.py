@@ -74,7 +74,8 @@ class Lark:
 
     def __post_init__(self) -> None:
         _short("grammar", self.grammar)
-        if re.search(r"\[[^\]\n]*\btemperature\s*=", self.grammar):
+        # From the last bracket before it, so that none is looked at twice: the text is a stranger's.
+        if re.search(r"\[[^\[\]\n]*\btemperature\s*=", self.grammar):
             raise UsageError("a rule's temperature cannot be obeyed: pass temperature with the answer's options")
 
 

@@ -172,6 +172,7 @@ def test_forced_tokens_are_read_in_one_pass(lm: LanguageModel, monkeypatch: pyte
         (lambda: Regex(""), "empty"),
         (lambda: Lark("start: nothing"), "nothing"),
         (lambda: Lark('start[temperature=0.5]: "a"'), "temperature"),
+        (lambda: Lark("[" * 200_000 + "temperature ="), "temperature"),
         (lambda: Choice([]), "list of texts"),
         (lambda: Choice("yes"), "list of texts"),
         (lambda: {"type": "object"}, "JsonSchema"),
@@ -322,3 +323,9 @@ def test_the_demo_model_fits_every_schema(number: int) -> None:
         for seed in range(20):
             answer = real.chat(question, constraint=JsonSchema(schema), max_tokens=200, temperature=1.0, seed=seed)
             assert check(schema, answer) in ("stop", "length")
+
+
+def test_a_strangers_grammar_is_looked_through_once() -> None:
+    """Were all beginnings tried to the end, this would take minutes."""
+    for text in ("[" * 250_000, "[temperature" * 20_000, "[" + " " * 250_000, "[temperature" + " " * 250_000):
+        assert Lark(text).grammar == text

@@ -8,7 +8,6 @@ names, hub ids have one: what a name means changes with the models here, what a 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from runner.checkpoint import hub, hub_ids
 from runner.checkpoint.kept import UNFINISHED, Kept, read_names
 from runner.errors import HubError, UsageError
 from runner.local_files import is_gguf, quoted
+from runner.reprs import similar
 
 _WORD_END = re.compile(r"(?=[-_])")
 
@@ -164,8 +164,8 @@ def near_name(typed: str) -> str | None:
 def nearest(typed: str, names: Sequence[str]) -> str | None:
     """The one of `names` that comes nearest to what was typed, None where none comes near; cases are one."""
     folded = {name.casefold(): name for name in reversed(names) if name}
-    found = difflib.get_close_matches(typed.casefold(), list(folded), n=1, cutoff=0.7)
-    return folded[found[0]] if found else None
+    found = similar(typed.casefold(), folded, 0.7)
+    return None if found is None else folded[found]
 
 
 def either(names: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ refused where the file lacks the key that was meant.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from runner import resources
 from runner.config.harmless_keys import HARMLESS
 from runner.config.layer_types import FULL
 from runner.config.problems import misspelt, short
+from runner.reprs import similar
 
 FOREIGN: Mapping[str, str] = {
     "model_file": "it names Python code that replaces the model (mlx-lm), and code from a checkpoint is never run",
@@ -61,7 +61,7 @@ def judge(
         # A key that some other model_type has is spelled right (`v_head_dim` beside `head_dim`).
         candidates = [] if name in anywhere else sorted(known)
         meant = misspelt(name, candidates)
-        near = meant or next(iter(difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)), None)
+        near = meant or similar(name, candidates, 0.8)
         if name in FOREIGN:
             problems.append(f"key {said} is not supported: {FOREIGN[name]}")
         elif name in own and not changes_nothing(name, values[name]):

@@ -115,7 +115,8 @@ class Reply:
         if made.text:
             content.append({"type": "text", "text": made.text})
         content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments_of(call)} for call in made.calls
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments_of(call) or {}}
+            for call in made.calls
         ]
         return self._message(content, made.last)
 

@@ -177,7 +177,8 @@ class App:
         given["x-request-id"] = given["request-id"] = note.request_id
         if note.ignored:
             names = ", ".join(dict.fromkeys(note.ignored))
-            given["x-runner-ignored"] = names.encode("ascii", "replace").decode().replace("\n", " ")[:1000]
+            shown = "".join(each if each.isprintable() else " " for each in names[:1000])
+            given["x-runner-ignored"] = shown.encode("ascii", "replace").decode()
         origin = headers.get("origin")
         if origin is not None and self._door.granted(origin):
             given["access-control-allow-origin"] = origin

@@ -6,6 +6,8 @@ import math
 import re
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+LONGEST = 64
+"""Characters of a duration at most: of a stranger's, all beginnings of a part are tried."""
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 
 
@@ -17,6 +19,8 @@ def seconds_of(value: str | float) -> float:
     """
     if isinstance(value, int | float):
         return _checked(float(value), value)
+    if len(value) > LONGEST:
+        raise ValueError(f"{value[:40]!r} and so on is no duration, such as 5m, 30s or -1")
     text = value.strip()
     try:
         return _checked(float(text), value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any, Literal, TypeVar
 
@@ -10,6 +9,7 @@ import msgspec
 from msgspec import inspect
 
 from runner.local_files import quoted
+from runner.reprs import similar
 from runner.server.errors import invalid
 from runner.server.inert import Table
 
@@ -144,8 +144,8 @@ class _Cleaner:
         if name in inert:
             allowed = " or ".join(msgspec.json.encode(each).decode() for each in inert[name].values)
             raise invalid(f"{where}: only {allowed} is understood here", where, "unsupported_value")
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = similar(name, known)
+        hint = "" if near is None else f"; did you mean {near!r}?"
         raise invalid(f"unknown field {quoted(where, 120)}{hint}", where[:120], "unknown_parameter")
 
 

@@ -128,7 +128,10 @@ class Door:
         """Whether a page of `origin` may send requests: the server's own, and those that it was told of."""
         if origin in self._options.allow_origins:
             return True
-        parts = urlsplit(origin)
+        try:
+            parts = urlsplit(origin)
+        except ValueError:  # `http://[`
+            return False
         return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
 
     def granted(self, origin: str) -> bool:

@@ -124,6 +124,8 @@ class Reply:
         if not self._chat:
             return {**frame, "response": text, **thought, "done": False}
         message: dict[str, Any] = {"role": "assistant", "content": text, **thought}
+        # One that the length has cut is no call: with what it has of arguments, nobody should make it.
+        calls = [call for call in calls if arguments_of(call) is not None]
         if calls:
             message["tool_calls"] = [
                 {

@@ -15,7 +15,7 @@ from runner.server.inert import Table
 from runner.server.model import Served
 from runner.server.operations import Handler
 from runner.server.serving import Serving
-from runner.server.streaming import json
+from runner.server.streaming import json, while_there
 
 
 class Tokenize(msgspec.Struct):
@@ -82,14 +82,15 @@ def tokenize(serving: Serving) -> Handler:
         body = await serving.read(request, Tokenize)
         facts = serving.model(body.model).backend.facts
 
-        def work() -> list[int]:
-            return facts.tokenizer.encode(body.prompt, body.add_special_tokens, parse_special=True)
+        def work() -> Response:
+            ids = facts.tokenizer.encode(body.prompt, body.add_special_tokens, parse_special=True)
+            result: dict[str, object] = {"count": len(ids), "max_model_len": facts.context_length, "tokens": ids}
+            if body.return_token_strs:
+                result["token_strs"] = [facts.tokenizer.piece(index) for index in ids]
+            return json(result)
 
-        ids = await asyncio.to_thread(work)
-        result: dict[str, object] = {"count": len(ids), "max_model_len": facts.context_length, "tokens": ids}
-        if body.return_token_strs:
-            result["token_strs"] = [facts.tokenizer.piece(index) for index in ids]
-        return json(result)
+        # All of it elsewhere: of millions of tokens, texts and JSON take seconds, too.
+        return await while_there(request, asyncio.to_thread(work))
 
     return answer
 

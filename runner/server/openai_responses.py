@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from runner.server.openai_responses_body import Body, NamedTool, functions_in, p
 from runner.server.operations import Handler
 from runner.server.serving import Running, Serving, note_of
 from runner.server.streaming import Stream, event, json, while_there
-from runner.server.tool_calls import Call
+from runner.server.tool_calls import Call, arguments_of
 
 
 def responses(serving: Serving) -> Handler:
@@ -109,7 +110,7 @@ class Reply:
                 for kind, value in items.add(delta):
                     yield self._event(kind, value)
                 if delta.finish is not None:
-                    for kind, value in items.end():
+                    for kind, value in items.end(cut=delta.finish == "length"):
                         yield self._event(kind, value)
                     status = "incomplete" if delta.finish == "length" else "completed"
                     yield self._event(f"response.{status}", {"response": self._response(status, items.done)})
@@ -125,7 +126,7 @@ class Reply:
             items.add(delta)
             if delta.finish == "length":
                 status = "incomplete"
-        items.end()
+        items.end(cut=status == "incomplete")
         return self._response(status, items.done)
 
 
@@ -163,14 +164,15 @@ class Items:
                 events.append(("response.function_call_arguments.delta", {**place, "delta": text}))
         return events
 
-    def end(self) -> list[Event]:
-        """Close the open item."""
+    def end(self, *, cut: bool = False) -> list[Event]:
+        """Close the open item, as one that the length may have cut."""
         if self._kind is None:
             return []
+        status = "incomplete" if cut else "completed"
         if self._call is not None:
-            return self._end_call(self._call)
+            return self._end_call(self._call, status)
         text, kind, place = "".join(self._pieces), self._kind, self._place()
-        item = self._item("completed", text)
+        item = self._item(status, text)
         (part,) = item["content"]
         name = "response.output_text.done" if kind == "message" else "response.reasoning_text.done"
         events: list[Event] = [
@@ -222,9 +224,11 @@ class Items:
         item = self._call_item(call, "in_progress", "")
         return [("response.output_item.added", {"output_index": len(self.done), "item": item})]
 
-    def _end_call(self, call: Call) -> list[Event]:
+    def _end_call(self, call: Call, status: str) -> list[Event]:
         arguments = "".join(self._pieces)
-        item = self._call_item(call, "completed", arguments)
+        if arguments_of(replace(call, arguments=arguments)) is not None:
+            status = "completed"  # perhaps the last thing that there was room for
+        item = self._call_item(call, status, arguments)
         place = {"item_id": self._id, "output_index": len(self.done)}
         self.done.append(item)
         self._kind, self._call, self._pieces = None, None, []

@@ -225,7 +225,8 @@ def _messages(given: str | list[Item]) -> list[dict[str, Any]]:
 
     for item in given:
         if isinstance(item, ReasoningItem):
-            thought = "".join(part.text for part in item.content or item.summary)
+            said = "".join(part.text for part in item.content or item.summary)
+            thought = f"{thought}\n{said}" if thought else said
         elif isinstance(item, CallItem):
             function = {"name": item.name, "arguments": item.arguments}
             call = {"id": item.call_id, "type": "function", "function": function}
@@ -241,6 +242,8 @@ def _messages(given: str | list[Item]) -> list[dict[str, Any]]:
                 message = assistant()
                 message["content"] += content
             else:
+                if thought:  # of a turn that came to nothing else
+                    assistant()
                 result.append({"role": item.role, "content": content})
     return result
 

@@ -69,13 +69,13 @@ def gathered(calls: Sequence[Call | CallPart]) -> list[Call]:
     return list(made.values())
 
 
-def arguments_of(call: Call) -> dict[str, Any]:
-    """The arguments as an object; {} where the length cut them off."""
+def arguments_of(call: Call) -> dict[str, Any] | None:
+    """The arguments as an object; None where the length cut them off."""
     try:
         value = json.loads(call.arguments)
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class ValueEnd:

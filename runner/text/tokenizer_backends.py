@@ -7,7 +7,7 @@ import secrets
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -21,6 +21,9 @@ from runner.text.detokenizer import Detokenizer, TokenStream
 from runner.text.special_tokens import AddedToken, Match, TokenScanner
 from runner.text.token_bounds import TokenBound
 from runner.text.tokenizer_files import TokenizerFiles
+
+LONG = 1 << 14
+"""Characters from which a text is encoded as a batch: by that call the library lets other threads run."""
 
 MAX_VOCABULARY_FILE = 128 << 20
 _SAMPLED = 2048  # pieces that tell what kind a vocabulary is
@@ -123,7 +126,10 @@ class JsonBackend:
     def _run(self, text: str, add_special_tokens: bool, parse_special: bool) -> tokenizers.Encoding:
         with self._lock:
             self._library.encode_special_tokens = not parse_special
-            return guarded("encoding", lambda: self._library.encode(text, add_special_tokens=add_special_tokens))
+            if len(text) < LONG:
+                return guarded("encoding", lambda: self._library.encode(text, add_special_tokens=add_special_tokens))
+            batch = partial(self._library.encode_batch, [text], add_special_tokens=add_special_tokens)
+            return guarded("encoding", batch)[0]
 
     def _special_in(self, encoding: tokenizers.Encoding, text: str) -> list[tuple[int, tuple[int, int]]]:
         """Id and place of each special token that stands for a part of `text`; not those put around the text."""

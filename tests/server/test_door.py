@@ -70,7 +70,13 @@ def test_a_request_of_http_1_0_without_a_host(server: Running) -> None:
 
 @pytest.mark.parametrize(
     ("origin", "status"),
-    [("https://chat.example.org", 200), ("https://evil.example", 403), ("null", 403), ("file://", 403)],
+    [
+        ("https://chat.example.org", 200),
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("file://", 403),
+        ("http://[", 403),
+    ],
 )
 def test_origins(server: Running, origin: str, status: int) -> None:
     answer = ask(server, origin=origin)

@@ -369,6 +369,12 @@ def test_durations(text: str | float, seconds: float) -> None:
     assert seconds_of(text) == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize("text", ["1" * 1_000_000 + "x", "1h" * 500_000, "9" * 5000, "1" * 65])
+def test_no_duration_is_looked_at_for_long(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration"):
+        seconds_of(text)
+
+
 @pytest.mark.parametrize("text", ["-1", -1, "-1m", "-5s"])
 def test_endless_durations(text: str | float) -> None:
     assert seconds_of(text) == float("inf")

@@ -90,6 +90,19 @@ def test_tools_there_and_back(told: ToldBackend, client: ollama.Client) -> None:
     assert [len(calls) for calls in streamed if calls] == [1]
 
 
+def test_a_call_that_the_length_has_cut_is_no_call(client: ollama.Client) -> None:
+    """With what it has of arguments, a client would make it."""
+    add: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    whole = client.chat("told", HELLO, tools=[add]).eval_count or 0
+    for count in range(1, whole):
+        options = {"num_predict": count}
+        parts = [client.chat("told", HELLO, tools=[add], options=options)]
+        parts += client.chat("told", HELLO, tools=[add], options=options, stream=True)
+        assert parts[0].done_reason == parts[-1].done_reason == "length"
+        for part in parts:
+            assert all(call.function.arguments == {"a": 1} for call in part.message.tool_calls or ())
+
+
 def test_generate(told: ToldBackend, client: ollama.Client) -> None:
     answer = client.generate("told", "Say hello", system="Be brief.", think=False)
     assert answer.response == "Hello!"

@@ -7,9 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx2
+import msgspec
 import openai
 import pytest
 from told_backend import Running, ToldBackend, events, tokenizer
+
+from runner.server.answering import Delta
+from runner.server.openai_responses import Items
+from runner.server.openai_responses_body import Item, _messages
+from runner.server.tool_calls import Call
 
 THINKING = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{%- if m.reasoning_content -%}"
@@ -167,3 +173,46 @@ def test_a_failure_within_a_stream() -> None:
         last = list(events(sent.text))[-1]
         assert last["type"] == "response.failed" and last["response"]["error"]["code"] == "server_error"
         assert "secret" not in sent.text
+
+
+def test_names_in_a_header_have_no_controls(server: Running) -> None:
+    body = {"model": "told", "input": "Say hello", "tools": [{"type": "web_search_\rX: y\x00\x7f"}]}
+    sent = httpx2.post(f"{server.url}/v1/responses", json=body)
+    assert sent.status_code == 200 and "web_search_ X: y" in sent.headers["x-runner-ignored"]
+
+
+def test_an_unknown_name_of_any_length_is_refused(server: Running) -> None:
+    """To look for a similar one among those that are known would take minutes."""
+    sent = httpx2.post(f"{server.url}/v1/responses", json={"model": "told", "input": "x", "n" * 2_000_000: 1})
+    assert sent.status_code == 400 and len(sent.text) < 1000
+
+
+def test_reasoning_belongs_to_the_turn_it_came_in() -> None:
+    def reasoning(text: str) -> dict[str, Any]:
+        return {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+
+    def said(role: str, text: str) -> dict[str, Any]:
+        return {"type": "message", "role": role, "content": text}
+
+    items = [
+        said("user", "U1"), reasoning("R1"), said("user", "U2"), said("assistant", "A2"), said("user", "U3"),
+        reasoning("R3"), reasoning("R4"), said("assistant", "A3"),
+    ]  # fmt: skip
+    found = [
+        (m["role"], m["content"], m.get("reasoning_content")) for m in _messages(msgspec.convert(items, list[Item]))
+    ]
+    assert found == [
+        ("user", "U1", None), ("assistant", "", "R1"), ("user", "U2", None), ("assistant", "A2", None),
+        ("user", "U3", None), ("assistant", "A3", "R3\nR4"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "status"), [('{"cmd": "l', "incomplete"), ('{"cmd": "ls"}', "completed")])
+def test_a_call_that_the_length_has_cut_says_so(arguments: str, status: str) -> None:
+    items = Items()
+    items.add(Delta(0, calls=[Call(0, "call_1", "exec_command", arguments)]))
+    items.end(cut=True)
+    assert [(item["status"], item["arguments"]) for item in items.done] == [(status, arguments)]
+    items.add(Delta(0, text="Half a sen"))
+    items.end(cut=True)
+    assert items.done[-1]["status"] == "incomplete"

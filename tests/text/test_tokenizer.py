@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from places import TESTS
 
 from runner.errors import TokenizerError
+from runner.text import tokenizer_backends
 from runner.text.special_tokens import AddedToken, TokenScanner, choose_markers
 from runner.text.tokenizer import Tokenizer
 
@@ -71,6 +72,14 @@ def test_ids_and_texts_equal_transformers(kind: str) -> None:
         assert tokenizer.encode(text, add_special_tokens=False) == row["plain"], text
         assert tokenizer.decode(row["ids"]) == row["decoded"], text
         assert tokenizer.decode(row["ids"], skip_special_tokens=False) == row["decoded_all"], text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_texts_have_the_same_ids(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a call of the library that lets other threads run."""
+    monkeypatch.setattr(tokenizer_backends, "LONG", 1)
+    test_ids_and_texts_equal_transformers(kind)
+    test_chat_ids_equal_transformers(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
