@@ -266,8 +266,11 @@ class KVCache:
 
 
 def _moved(old: mx.array | None, new: mx.array, stored: int, kept: int) -> mx.array:
-    """The buffer `new` with the last `kept` of the rows stored in `old` at its front."""
-    if old is not None and kept:
+    """The buffer `new` with the last `kept` of the rows stored in `old` at its front.
+
+    The powers come along also where no row does: one that was made like rows of codes knows none.
+    """
+    if old is not None:
         fill(new, old, stored - kept, stored)
     return new
 

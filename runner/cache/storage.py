@@ -98,7 +98,8 @@ def gathered(pieces: Sequence[mx.array], spare: mx.array | None = None) -> mx.ar
 
 def fill(buffer: mx.array, old: mx.array, first: int, last: int) -> None:
     """Put the rows of `old` from `first` up to `last` at the front of a new `buffer`, and the powers at its end."""
-    buffer[..., : last - first, :] = old[..., first:last, :]
+    if last > first:
+        buffer[..., : last - first, :] = old[..., first:last, :]
     if _header(buffer):
         buffer[..., capacity(buffer) :, :] = old[..., capacity(old) :, :]
 
