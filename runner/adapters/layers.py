@@ -7,6 +7,8 @@ the norm of each row is computed once, when the layer is made.
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -233,3 +235,19 @@ def _names(deltas: list[Delta], tokens: list[TokenRows] | tuple[()] = ()) -> set
 def _counts(runs: list[tuple[int, Weights]]) -> list[int]:
     """Of runs that differ, how many tokens each has."""
     return [count for count, _ in runs] if len(runs) > 1 else []
+
+
+def factors(module: object, path: str = "") -> Iterator[tuple[str, mx.array | float]]:
+    """What adapters do to a model besides the arrays of its fields: numbers, and what was computed from magnitudes."""
+    if isinstance(module, list | tuple):
+        for index, item in enumerate(module):
+            yield from factors(item, f"{path}.{index}")
+    elif isinstance(module, Delta):
+        if not isinstance(module.scale, mx.array):
+            yield f"{path} {module.adapter}", module.scale
+    elif dataclasses.is_dataclass(module):
+        if isinstance(module, AdaptedLinear):
+            for adapter, pair in module.gains.items():
+                yield from ((f"{path} {adapter} {index}", array) for index, array in enumerate(pair))
+        for item in dataclasses.fields(module):
+            yield from factors(vars(module).get(item.name), f"{path}.{item.name}")

@@ -381,6 +381,12 @@ def fingerprint(loaded: Loaded) -> str:
     for name, array in loading.arrays(loaded.model):
         found.update(f"{name} {array.dtype} {array.shape} ".encode())
         found.update(bytes_of(_copied(array)))
+    if loaded.adapters is not None:
+        from runner.adapters.layers import factors  # not for those who have none
+
+        for name, number in factors(loaded.model):
+            found.update(f"{name} ".encode())
+            found.update(bytes_of(_copied(number)) if isinstance(number, mx.array) else repr(number).encode())
     return found.hexdigest()
 
 

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import stat
 import struct
 import subprocess
@@ -13,15 +14,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from engine_requests import KINDS as MODELS
 from engine_requests import idle, ids, naive, opened, prompts
-from places import ROOT
+from places import ROOT, TESTS
 from toy_memories import KINDS, feed, fresh, shown
 
+import runner
 from runner.cache.caches import Caches
 from runner.checkpoint.shard_writer import bytes_of
 from runner.engine.background import Background
@@ -293,6 +296,30 @@ def test_the_fingerprint_is_of_all_that_the_numbers_depend_on() -> None:
     weight = next(array for name, array in _arrays(models[1]) if name.endswith("weight"))
     weight[..., -1] += 0.01
     assert fingerprint(models[1]) != one
+
+
+@pytest.mark.parametrize(("adapter", "changed"), [("llama-qv", "lora_alpha"), ("llama-dora", "magnitude")])
+def test_the_fingerprint_is_of_what_adapters_compute_too(adapter: str, changed: str, tmp_path: Path) -> None:
+    """Of a factor that is one number, and of what is computed from magnitudes when a layer is made."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(TESTS / "fixtures" / "adapters" / adapter / "adapter", folder)
+
+    def taken() -> str:
+        with runner.load(MODELS["rows"], adapters=[folder]) as lm:
+            return lm.engine.run(lambda: fingerprint(lm.engine))
+
+    before = taken()
+    assert taken() == before
+    if changed == "lora_alpha":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 64}))
+    else:
+        weights: Any = mx.load(str(folder / "adapter_model.safetensors"))
+        weights = {name: array * (2 if changed in name else 1) for name, array in weights.items()}
+        mx.eval(weights)
+        (folder / "adapter_model.safetensors").unlink()
+        mx.save_safetensors(str(folder / "adapter_model.safetensors"), weights)
+    assert taken() != before
 
 
 def _arrays(model: object) -> list[tuple[str, mx.array]]:
