@@ -151,9 +151,10 @@ class Sampler:
             self._gather(list(states))
         draws = [state.draw() for state in states]
         logits = given() if callable(given) else given
-        # Greedy decoding without log-probabilities needs no float32: the order of the logits is all that counts.
+        # Greedy decoding without log-probabilities needs no float32: the order of the logits is all that counts. With
+        # penalties it does: what these come to would be rounded as neighbours ask.
         greedy = all(draw is GREEDY for draw in draws)
-        raw = logits if greedy and not self._scored else logits.astype(mx.float32)
+        raw = logits if greedy and not self._scored and self._penalties is None else logits.astype(mx.float32)
         logits = raw if self._bias is None else raw + self._bias
         if self._penalties is not None:
             logits = self._penalties.apply(logits)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 
 from runner.engine.sampler import SamplingState, Token
-from runner.errors import NumericsError
+from runner.errors import NumericsError, RunnerError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,7 +184,10 @@ class Continuation:
         guesses = self._run()[:most]
         self._own = 0
         if not guesses and most and self.proposer is not None and self._depth.pays:
-            guesses = self.proposer.propose(min(self._depth.now(), most), self.state)
+            try:
+                guesses = self.proposer.propose(min(self._depth.now(), most), self.state)
+            except RunnerError:  # its model was closed, say: it only guesses, and the answer goes on without
+                self.proposer = None
             self._own = len(guesses)
             if not guesses:
                 self._depth.none()

@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from engine_requests import DRAWN, KINDS, chunked, idle, ids, naive, opened, prompts
+from places import TESTS
 
+import runner
 from runner.cache.several import Memories
 from runner.engine.draft import DraftModel
 from runner.engine.engine import Engine
-from runner.engine.loaded import Loaded
+from runner.engine.loaded import Loaded, open_loaded
 from runner.engine.rows import Row
-from runner.engine.sampler import Sampled
+from runner.engine.sampler import Sampled, Sampler, SamplingState
 from runner.engine.sampling import SamplingParams
 from runner.engine.scheduler import Scheduler
 from runner.engine.ticket import Ticket
@@ -434,3 +437,47 @@ def test_steps_of_several_rows_are_recorded(monkeypatch: pytest.MonkeyPatch) -> 
         found = [ids(ticket) for ticket in [engine.submit(p, max_tokens=100) for p in asked]]
     assert gate.passes < 60
     assert found == [naive(loaded, p, 100) for p in asked]
+
+
+@pytest.mark.parametrize("kind", ["chunks", "window"])
+def test_each_answer_is_what_it_is_alone_in_rows_of_codes(kind: str) -> None:
+    """In the default dtype, which keeps rows as codes on a CPU: beyond borders of chunks, where no row is kept."""
+    loaded = open_loaded(KINDS[kind])
+    some = np.random.default_rng(3)
+    asked = [some.integers(1, loaded.config.vocab_size, 1 + index % 8).tolist() for index in range(12)]
+    options = SamplingParams(temperature=1.0, seed=1)
+    with Engine(loaded, prefixes=0, rows=1) as engine:
+        alone = [ids(engine.submit(each, options, max_tokens=40)) for each in asked]
+    with Engine(loaded, prefixes=0, rows=6) as engine:
+        tickets = [engine.submit(each, options, max_tokens=40) for each in asked]
+        together = [ids(ticket) for ticket in tickets]
+    assert together == alone or loaded.device.compiles  # in 16 bits, GPUs' sums depend on what is computed beside them
+
+
+def test_a_draft_model_that_is_closed_ends_no_answer() -> None:
+    """It only guesses."""
+    path = TESTS / "fixtures" / "llama" / "llama-spm-json"
+    lm, draft = runner.load(path), runner.load(path)
+    with runner.Engine(lm) as engine:
+        wanted = [[chunk.token for chunk in engine.submit(p, max_tokens=30, temperature=0.0)] for p in ([1, 5], [1, 7])]
+        guessed = engine.submit([1, 5], max_tokens=30, temperature=0.0, draft=draft)
+        beside = engine.submit([1, 7], max_tokens=30, temperature=0.0)
+        first = [chunk.token for _, chunk in zip(range(2), guessed, strict=False)]
+        draft.close()
+        assert [first + [chunk.token for chunk in guessed], [chunk.token for chunk in beside]] == wanted
+
+
+@pytest.mark.parametrize("neighbour", [{"temperature": 1.0}, {"temperature": 0.0, "logprobs": 2}])
+def test_a_penalty_does_not_depend_on_what_neighbours_ask_for(neighbour: dict[str, Any]) -> None:
+    """Divided in 16 bits, two logits may become equal; in float32 beside one that is drawn they would not."""
+    # Neighbours among the numbers of 8 bits from 1 to 2, the greater one behind.
+    steps = np.arange(128, dtype=np.float32) / 128
+    pairs = np.stack([1 + steps, 1 + steps + 1 / 128], axis=1)
+    logits = mx.array(np.pad(pairs, [(0, 0), (0, 62)], constant_values=-4.0)).astype(mx.bfloat16)
+    params = SamplingParams(temperature=0.0, repetition_penalty=1.1)
+    for row in range(logits.shape[0]):
+        one, other, alone = (
+            SamplingState(each, 64, list(range(64))) for each in (params, SamplingParams(seed=1, **neighbour), params)
+        )
+        beside = Sampler()(mx.stack([logits[row], logits[row]]), [one, other]).tokens[0].item()
+        assert beside == Sampler()(logits[row][None], [alone]).tokens[0].item()
