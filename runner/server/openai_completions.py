@@ -101,18 +101,33 @@ class Pieces:
     """Tokens in the form of completions: texts, their places, and log-probabilities."""
 
     def __init__(self, texts: TokenTexts, offset: int) -> None:
+        """`offset` is the place of the first character of the answer."""
         self._texts = texts
         self._offset = offset
+        self._answer = texts.tokenizer.detokenizer()
         self.tokens: list[str] = []
         self.logprobs: list[float | None] = []
         self.top: list[dict[str, float] | None] = []
         self.offsets: list[int] = []
 
-    def add(self, token: Token, text: str | None = None) -> None:
-        """Add a token; `text` is what it adds to the whole where that is known."""
+    def add_prompt(self, prompt: Sequence[Token], text: str) -> None:
+        """Add the tokens of a prompt whose text is before the answer's."""
+        reads, place = self._texts.tokenizer.detokenizer(skip_special_tokens=False), 0
+        for index, token in enumerate(prompt):
+            self._add(token, place)
+            piece = reads.add(token.id)
+            # What is put before a text is no part of it.
+            if index or text.startswith(piece):
+                place += len(piece)
+
+    def add(self, token: Token) -> None:
+        """Add a token of the answer. One that is no whole character begins where the character does."""
+        self._add(token, self._offset)
+        self._offset += len(self._answer.add(token.id))
+
+    def _add(self, token: Token, place: int) -> None:
         self.tokens.append(self._texts.shown(token.id))
-        self.offsets.append(self._offset)
-        self._offset += len(self._texts.text(token.id) if text is None else text)
+        self.offsets.append(place)
         self.logprobs.append(None if token.logprob is None else bounded(token.logprob))
         if token.logprob is None:
             self.top.append(None)
@@ -244,11 +259,9 @@ class Reply:
             prompt = self._prompt_text(prepared) if self._echo else ""
             logprobs = None
             if self._texts is not None:
-                pieces = Pieces(self._texts, 0 if self._echo else len(prompt))
-                if self._echo:
-                    pieces.add(Token(prepared.ids[0]))  # nothing stands before it
-                    for token in scored[index // self._each]:
-                        pieces.add(token)
+                pieces = Pieces(self._texts, len(prompt))
+                if self._echo:  # nothing stands before the first token
+                    pieces.add_prompt([Token(prepared.ids[0]), *scored[index // self._each]], prompt)
                 for token in tokens[index]:
                     pieces.add(token)
                 logprobs = pieces.take()

@@ -16,17 +16,17 @@ class TokenTexts:
     """Texts and bytes of a tokenizer's tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._alphabet = byte_alphabet()
 
     def text(self, token: int) -> str:
         """The text of one token by itself; an incomplete character is U+FFFD."""
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        return self.tokenizer.decode([token], skip_special_tokens=False)
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes of one token."""
         text = self.text(token)
-        piece = self._tokenizer.piece(token)
+        piece = self.tokenizer.piece(token)
         if "\ufffd" not in text or piece is None:
             return text.encode()
         if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):

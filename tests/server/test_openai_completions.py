@@ -176,6 +176,27 @@ def test_echo_and_logprobs_as_lm_eval_reads_them(real: tuple[openai.OpenAI, runn
     assert only.choices[0].logprobs.token_logprobs == found.token_logprobs[:-1]
 
 
+@pytest.mark.parametrize("prompt", ["", "abc é ", "<s>", "ids"])
+def test_offsets_are_where_tokens_stand_in_the_text(
+    real: tuple[openai.OpenAI, runner.LanguageModel], prompt: str
+) -> None:
+    """What is put before a text is not in it, and parts of a character begin where it does."""
+    client, lm = real
+    given: Any = [lm.tokenizer.encode("déf")] if prompt == "ids" else prompt
+    for echo in (False, True):
+        answer = client.completions.create(
+            model="tiny", prompt=given, max_tokens=20, temperature=1.5, logprobs=0, echo=echo, seed=5
+        ).choices[0]
+        found = answer.logprobs
+        assert found is not None and found.tokens and found.text_offset
+        assert found.text_offset == sorted(found.text_offset) and found.text_offset[-1] <= len(answer.text)
+        for token, place in list(zip(found.tokens, found.text_offset, strict=True))[1:]:
+            stands = answer.text[place : place + len(token)]
+            # Behind bytes that have become no character, their sign comes first.
+            broken = token.startswith("bytes:") or stands.startswith("\ufffd")
+            assert broken or stands == token or lm.tokenizer.decode([lm.tokenizer.encode(token)[-1]]) == "", token
+
+
 def test_a_directory_is_no_model_name(real: tuple[openai.OpenAI, runner.LanguageModel], tmp_path: Path) -> None:
     client, _ = real
     for name in (str(FIXTURE), "../../etc/passwd", str(tmp_path)):
