@@ -73,11 +73,27 @@ def new_directory(directory: Path, config: dict[str, Any], extra_files: Mapping[
             raise CheckpointError(f"{directory}: cannot be written: {error.strerror or error}") from error
         yield temporary
         try:
+            _settle(temporary)
             temporary.rename(target)  # replaces an empty directory, fails if it was filled meanwhile
+            _settle_one(target.parent)
         except OSError as error:
             raise CheckpointError(f"{directory}: cannot be put in place: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _settle(directory: Path) -> None:
+    """Have the disk take all that is in a directory, else its new name could be there before its contents."""
+    for path in (*directory.rglob("*"), directory):
+        _settle_one(path)
+
+
+def _settle_one(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _config_text(config: dict[str, Any]) -> str:

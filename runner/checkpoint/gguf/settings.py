@@ -293,7 +293,9 @@ class _Metadata:
         # Written as a period where the family has a key for one and one fits (the usual one is tried first); not at all
         # where the family's usual period fits; else as a list.
         usual = table.window_period
-        periods = [p for p in (usual, *range(1, layers + 1)) if local == [(i + 1) % p != 0 for i in range(layers)]]
+        # Of others only the place of the first layer without a window can be one.
+        first = local.index(False) + 1 if False in local else usual
+        periods = [p for p in (usual, first) if local == [(i + 1) % p != 0 for i in range(layers)]]
         if table.period_key is not None and periods:
             config[table.period_key] = periods[0]
         elif usual not in periods:

@@ -402,10 +402,11 @@ def _merges(vocabulary: Vocabulary, scores: Any) -> list[list[str]]:
         if kind == _NORMAL
     }
     # Sorting these tuples gives the order: negated score of the joined piece, then the ids of its halves.
-    found: list[tuple[float, int, int, str, str]] = []
+    found: list[tuple[float, int, int]] = []
     for piece, number in index.items():
-        for cut in range(1, min(len(piece), _MAX_PIECE)):
-            left, right = piece[:cut], piece[cut:]
-            if left in index and right in index:
-                found.append((-float(scores[number]), index[left], index[right], left, right))
-    return [[left, right] for *_, left, right in sorted(found)]
+        for cut in range(1, len(piece) if len(piece) <= _MAX_PIECE else 0):
+            left, right = index.get(piece[:cut]), index.get(piece[cut:])
+            if left is not None and right is not None:
+                found.append((-float(scores[number]), left, right))
+    # The vocabulary's own texts, of which no merge holds a copy.
+    return [[vocabulary.tokens[left], vocabulary.tokens[right]] for _, left, right in sorted(found)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from gguf_bytes import substring_vocabulary
 from places import TESTS
 
 from runner.checkpoint.gguf.pretokenizers import PRE_TOKENIZERS
-from runner.checkpoint.gguf.tokenizer import tokenizer_files, tokenizer_of, vocabulary_of
+from runner.checkpoint.gguf.tokenizer import _merges, tokenizer_files, tokenizer_of, vocabulary_of
 from runner.errors import TokenizerError
 from runner.text.tokenizer import Tokenizer
 
@@ -287,3 +288,12 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
 def test_long_templates_are_refused() -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer\.chat_template has 600000 characters"):
         vocabulary_of({**sentencepiece_keys(), "tokenizer.chat_template": "x" * 600_000})
+
+
+def test_long_pieces_are_not_split_into_merges() -> None:
+    """Of a stranger's vocabulary of letters, each piece would be split everywhere, and every half be kept."""
+    tokens = ["a" * length for length in range(1, 5000)]
+    vocabulary: Any = SimpleNamespace(tokens=tokens, types=[1] * len(tokens))
+    merges = _merges(vocabulary, np.zeros(len(tokens), np.float32))
+    assert len(merges) == 256 * 255 // 2
+    assert all(half is tokens[len(half) - 1] for merge in merges for half in merge)
