@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import gc
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -34,6 +35,8 @@ def program() -> NoReturn:
     # Python looks for cycles each time that 700 objects more have been made, and a vocabulary is many.
     gc.set_threshold(50_000, 20, 100)
     code = main()
+    # Who does not wait for what is still under way ends it, without Python's words.
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         # None where it was closed; `main` has reported what could not be written.

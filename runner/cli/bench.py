@@ -123,6 +123,8 @@ class LoadOptions:
                 found[name] = float(limit)
             except ValueError:
                 name = ""
+            if not 0 < found.get(name, 0) < float("inf"):  # NaN neither
+                name = ""
             if name not in ("ttft", "tpot", "e2el"):
                 raise UsageError(f"--goodput takes ttft:MS, tpot:MS or e2el:MS, not {each!r}")
         return found
@@ -149,6 +151,15 @@ def bench(
     """Measure tokens per second. Tests are named as in llama-bench: pp512 prefills, tg128 generates."""
     load.check()
     if load.url is not None:
+        if model is not None and named is not None:
+            raise UsageError(f"two models are named, {model!r} and -m {named!r}: leave one out")
+        asked = {
+            "-p": prompts != "512", "-n": generated != "128", "-d": depths != "0", "-b": batches != "1",
+            "-r": repetitions != 5, "--quantize": quantize is not None, "--group-size": group_size is not None,
+            "--dtype": dtype is not None, "--activations": activations != "exact", "--plot": plot is not None,
+        }  # fmt: skip
+        if name := next((name for name, given in asked.items() if given), None):
+            raise UsageError(f"{name} is for a model that is measured here, and not for a server (--url)")
         ask(load, model if named is None else named, seed, output)
         return
     from runner.ops import backend

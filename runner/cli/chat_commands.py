@@ -17,7 +17,7 @@ import typer
 
 from runner.cli import terminal
 from runner.cli.chat_settings import NAMES, ChatSettings
-from runner.cli.conversation import Conversation
+from runner.cli.conversation import Conversation, path_of
 from runner.errors import UsageError
 
 COMMAND = re.compile(r"/(?:[A-Za-z]+|\?)")
@@ -187,7 +187,7 @@ class Commands:
         """Run `/read FILE`: keep its text for the next message."""
         if not rest:
             raise UsageError("/read needs the name of a file, as in /read notes.txt")
-        path = Path(rest).expanduser()
+        path = path_of(rest)
         text = text_of(path)
         self.read.append(text)
         terminal.note(f"({len(text)} characters of {path} go with your next message)\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,11 @@ def _text(option: str, given: str, sign: str) -> str:
     """The text that was given, which has a `sign` in it, or that of the file which it names."""
     if sign in given:
         return given
+    path = Path(os.path.expanduser(given))
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe would wait for a writer
+            raise UsageError(f"{option} {given}: no text of its own, and no regular file")
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"{option} {given}: no text of its own, and no file that can be read: {why}") from error

@@ -68,9 +68,10 @@ class Conversation:
             plain = [{"role": message["role"], "content": message["content"]} for message in self.all()]
             unfinished.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
             unfinished.replace(path)
-        except OSError as problem:
+        except (OSError, UnicodeEncodeError) as problem:
             unfinished.unlink(missing_ok=True)
-            raise UsageError(f"cannot write {path}: {problem.strerror}") from None
+            why = problem.strerror if isinstance(problem, OSError) else "a message has half of a character"
+            raise UsageError(f"cannot write {path}: {why}") from None
         return path
 
     def load(self, name: str) -> None:
@@ -82,7 +83,18 @@ def file_path(command: str, name: str) -> Path:
     """Path of the file that follows a command; expands `~`."""
     if not name:
         raise UsageError(f"{command} needs the name of a file, as in {command} chat.json")
-    return Path(name).expanduser()
+    return path_of(name)
+
+
+def path_of(name: str) -> Path:
+    """The path that a user has typed; `~` is expanded where there is such a user.
+
+    Raises:
+        UsageError: no file can have that name.
+    """
+    if "\0" in name:
+        raise UsageError(f"no file can be called {name!r}")
+    return Path(os.path.expanduser(name))
 
 
 def read_messages(path: Path) -> list[Message]:

@@ -62,12 +62,18 @@ class Answers:
         """Find out what is done. The rest of a line that was being written when the last run ended is cut off.
 
         Raises:
-            UsageError: the file has answers to other prompts, or lines that are none.
+            UsageError: the file has answers to other prompts, or lines that are none; it is another run's; or it is no
+                file of a disk.
         """
         if self.path is None:
             self._file = sys.stdout
             return
-        whole = self.path.read_bytes() if self.path.exists() else b""
+        if self.path.exists() and not self.path.is_file():  # a pipe has no beginning, a device no end
+            raise UsageError(f"--output {self.path}: no regular file; answers go to stdout where there is no --output")
+        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        if not _locked(self._file):
+            raise UsageError(f"--output {self.path}: another run writes its answers there")
+        whole = self.path.read_bytes()
         kept = whole[: whole.rfind(b"\n") + 1]
         lines = kept.splitlines()
         for number, line in enumerate(lines, 1):
@@ -77,8 +83,10 @@ class Answers:
                 raise UsageError(f"{self.path} line {number} is no answer: give --output another file") from None
             if number > len(asked) or mark != asked[number - 1].mark:
                 raise UsageError(f"{self.path} line {number} answers another prompt: give --output another file")
-        self.done = len(lines)
-        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        self.done, rest = len(lines), whole[len(kept) :]
+        # What is cut off is the beginning of the line that comes next, and nothing of somebody else's.
+        if rest and (self.done == len(asked) or not _begins(rest, asked[self.done], self.done)):
+            raise UsageError(f"{self.path} ends with what is no answer: give --output another file")
         self._file.truncate(len(kept))
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -91,6 +99,27 @@ class Answers:
         """The end."""
         if self.path is not None and self._file is not None:
             self._file.close()
+
+
+def _begins(text: bytes, asked: Asked, index: int) -> bool:
+    """Whether a text is the beginning of an answer's line, as `answer` makes it."""
+    head = json.dumps({"index": index, "prompt_sha256": asked.mark})[:-1].encode()
+    return text.startswith(head) or head.startswith(text)
+
+
+def _locked(file: TextIO) -> bool:
+    """Whether this process alone has a file now, until it is closed, as far as the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a disk without locks
+        return True
+    return True
 
 
 def read(path: Path) -> list[Asked]:
@@ -125,6 +154,10 @@ def _asked(line: bytes, place: str) -> Asked:
         raise UsageError(f"{place}: prompt must be a text, and not empty")
     if messages is not None and not isinstance(messages, list):
         raise UsageError(f"{place}: messages must be a list")
+    try:
+        json.dumps(given.get("id"), allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        raise UsageError(f"{place}: the id cannot be written as JSON") from None
     mark = hashlib.sha256(json.dumps([prompt, messages], sort_keys=True).encode()).hexdigest()[:16]
     return Asked(prompt or "", messages, mark, given.get("id"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from command_line import run
 from places import TESTS
 
 import runner
+from runner.cli.prompt_file import Answers, Asked, read
+from runner.errors import UsageError
 from runner.ops.device import current
 
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-spm")
@@ -84,3 +87,56 @@ def test_lines_of_another_form_are_named_before_anything_runs(line: str, words: 
 def test_options_that_do_not_go_together(arguments: list[str], words: str) -> None:
     done = run("generate", MODEL, *arguments)
     assert done.returncode == 2 and words in done.stderr
+
+
+ASKED = [Asked("The cat", None, "ab12"), Asked("Of all", None, "cd34")]
+
+
+def begun(path: Path) -> Answers:
+    answers = Answers(path)
+    answers.open(ASKED)
+    return answers
+
+
+@pytest.mark.parametrize(
+    "content", ["precious", "a\nprecious", '{"index": 0, "prompt_sha256": "ab13", "te', '"The cat"']
+)
+def test_what_is_no_answer_stays(content: str, tmp_path: Path) -> None:
+    """A text without a line's end is no line that was broken off."""
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"is no answer|ends with what is no answer"):
+        begun(path)
+    assert path.read_text() == content
+
+
+def test_the_beginning_of_an_answer_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    line = json.dumps({"index": 0, "prompt_sha256": "ab12", "text": "sat"}) + "\n"
+    for count in range(len(line)):
+        path.write_text(line[:count])
+        begun(path).close()
+        assert path.read_text() == ""
+    path.write_text(line + '{"index": 1, "prompt_sha256": "cd34", "text": "th')
+    begun(path).close()
+    assert path.read_text() == line
+
+
+def test_one_run_at_a_time_writes_and_only_to_files(tmp_path: Path) -> None:
+    answers = begun(tmp_path / "answers.jsonl")
+    with pytest.raises(UsageError, match="another run"):
+        begun(tmp_path / "answers.jsonl")
+    answers.close()
+    begun(tmp_path / "answers.jsonl").close()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(UsageError, match="no regular file"):
+            begun(path)
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", '"\\ud800"', "[-1e999]"])
+def test_an_id_that_cannot_be_written_is_named(number: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'"fine"\n{{"prompt": "x", "id": {number}}}\n')
+    with pytest.raises(UsageError, match="line 2: the id cannot be written"):
+        read(path)
