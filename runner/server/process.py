@@ -30,10 +30,16 @@ TELL_SECONDS = 2.0
 """Seconds in which clients are told that their answers will not end."""
 
 
+STALL_SECONDS = 65.0
+"""Seconds after which a client that reads nothing of what it was sent is left; a stream's next piece waits for less."""
+
+
 class Protocol(H11Protocol):
-    """uvicorn's, with a limit on the time that headers take, and errors in the APIs' form."""
+    """uvicorn's, with limits on the time that headers take, and reading, and errors in the APIs' form."""
 
     _timer: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
+    _unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -49,6 +55,32 @@ class Protocol(H11Protocol):
         """The connection has ended."""
         super().connection_lost(exc)
         self._unwatch()
+        self._flows()
+
+    def pause_writing(self) -> None:
+        """There is much that the client has not read."""
+        super().pause_writing()
+        self._unread = self.transport.get_write_buffer_size()
+        self._stall = self._stall or self.loop.call_later(STALL_SECONDS, self._stalled)
+
+    def resume_writing(self) -> None:
+        """It has read most of that."""
+        super().resume_writing()
+        self._flows()
+
+    def _flows(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _stalled(self) -> None:
+        """Leave a client that has read nothing: to close would wait until it has read all."""
+        self._stall, before = None, self._unread
+        self._unread = self.transport.get_write_buffer_size()
+        if self._unread < before:
+            self._stall = self.loop.call_later(STALL_SECONDS, self._stalled)
+        else:
+            self.transport.abort()
 
     def _watch(self) -> None:
         """Bound the time from a request's first byte, or the connection, to the end of its headers."""

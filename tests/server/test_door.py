@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -169,6 +170,32 @@ def test_one_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None
             assert waited(lambda: backend.made > 100)
             assert waited(lambda: backend.open == 0, 20)
         assert backend.made < 200_000
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_one_that_does_not_read_a_whole_answer_is_left_too(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    """One that reads slowly is not."""
+    monkeypatch.setattr("runner.server.process.STALL_SECONDS", 1.5)
+    with Running([ToldBackend(lambda prompt, order: "x")]) as server, socket.socket() as client:
+        if not reads:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(server.address)
+        body = json.dumps({"prompt": "abc " * 400_000, "return_token_strs": True})
+        head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        client.sendall(head.encode())
+        client.settimeout(20)
+        found = client.recv(1 << 16)  # it has begun
+        size = int(found.partition(b"content-length: ")[2].partition(b"\r")[0])
+        assert size > 4_000_000
+        got = len(found.partition(b"\r\n\r\n")[2])
+        if not reads:
+            time.sleep(4)
+        with contextlib.suppress(ConnectionResetError):
+            while got < size and (piece := client.recv(1 << 16)):
+                got += len(piece)
+                if reads and got < 1_000_000:
+                    time.sleep(0.05)
+        assert (got == size) == reads
 
 
 def test_paths_and_methods(server: Running) -> None:
