@@ -22,6 +22,7 @@ MOST_REGISTERS = {
     "32 vectors": 255,
     "experts' vectors": 255,
     "rows of experts": 64,
+    "several sequences": 180,
 }
 """Of a thread: with more, a block of `step` does not fit a multiprocessor; others hide less of the memory's time."""
 
