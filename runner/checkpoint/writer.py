@@ -89,11 +89,13 @@ def _settle(directory: Path) -> None:
 
 
 def _settle_one(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    # Some disks and systems do so by themselves for directories, and refuse to be asked.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _config_text(config: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import typer
 
 from runner.cli import completion, engine
 from runner.cli.options import Activations, DType, NamedModel, named_model
+from runner.cli.variables import typed
 from runner.errors import UsageError
 
 Model = Annotated[
@@ -55,6 +56,22 @@ Output = Annotated[
 ]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot t/s against depth or batch, as .png or .svg.")]
 
+
+HERE = frozenset(
+    [
+        "prompts",
+        "generated",
+        "depths",
+        "batches",
+        "repetitions",
+        "quantize",
+        "group_size",
+        "dtype",
+        "activations",
+        "plot",
+    ],
+)
+"""Options for a model that this process measures."""
 
 SERVER = "A server (--url)"
 
@@ -131,6 +148,7 @@ class LoadOptions:
 
 
 def bench(
+    context: typer.Context,
     model: Model = None,
     *,
     named: NamedModel = None,
@@ -153,13 +171,8 @@ def bench(
     if load.url is not None:
         if model is not None and named is not None:
             raise UsageError(f"two models are named, {model!r} and -m {named!r}: leave one out")
-        asked = {
-            "-p": prompts != "512", "-n": generated != "128", "-d": depths != "0", "-b": batches != "1",
-            "-r": repetitions != 5, "--quantize": quantize is not None, "--group-size": group_size is not None,
-            "--dtype": dtype is not None, "--activations": activations != "exact", "--plot": plot is not None,
-        }  # fmt: skip
-        if name := next((name for name, given in asked.items() if given), None):
-            raise UsageError(f"{name} is for a model that is measured here, and not for a server (--url)")
+        if (option := typed(context, HERE)) is not None:
+            raise UsageError(f"{option} is for a model that is measured here, and not for a server (--url)")
         ask(load, model if named is None else named, seed, output)
         return
     from runner.ops import backend

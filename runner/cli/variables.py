@@ -33,6 +33,14 @@ def let_preset_win(context: Any, names: Collection[str]) -> None:
             context.params[name] = None
 
 
+def typed(context: Any, names: Collection[str]) -> str | None:
+    """The first of the options `names`, by parameter, that the command line has, as it is written there; None: none."""
+    for option in context.command.params:
+        if option.name in names and _source(context, option.name) == "COMMANDLINE":
+            return str(option.opts[0])
+    return None
+
+
 def _source(context: Any, name: str) -> str | None:
     """Where the value of an option is from, in click's words; None if the command has no such option."""
     source = context.get_parameter_source(name)

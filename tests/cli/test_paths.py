@@ -40,6 +40,8 @@ def test_a_pipe_is_no_file_of_a_grammar(tmp_path: Path) -> None:
     [
         (("--plot", "x.png"), "--plot is for a model that is measured here"),
         (("-p", "7"), "-p is for a model"),
+        (("-p", "512"), "-p is for a model"),  # what is measured where nothing is said
+        (("--dtype", "float32"), "--dtype is for a model"),
         (("a", "-m", "b"), "two models are named"),
         (("--goodput", "ttft:nan"), "--goodput takes"),
         (("--goodput", "ttft:-5"), "--goodput takes"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,6 +27,7 @@ from runner.checkpoint.directory import Checkpoint
 from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.checkpoint.shard_writer import WIDTHS
 from runner.checkpoint.side_files import NAMES
+from runner.checkpoint.writer import new_directory
 from runner.convert.convert import convert, pieces
 from runner.convert.plan import plan_conversion
 from runner.convert.quantize import QUANTIZATIONS, RECIPES, Quantizer, dequantize, quantize, quantizer
@@ -566,3 +570,26 @@ def test_the_command(tmp_path: Path) -> None:
     text.write_text("short")
     done = run(*eval_command[:2], str(tmp_path / "short"), "--quantize", "8", "--group-size", "32", "--eval", str(text))
     assert done.returncode == 2 and "fewer than one chunk of 128" in done.stderr and not (tmp_path / "short").exists()
+
+
+@pytest.mark.parametrize("directories", [True, False])
+def test_all_is_on_the_disk_before_it_has_its_name(
+    directories: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave whole headers before zeros. Some disks refuse to be asked for directories."""
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def settled(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            if not directories:
+                raise OSError(errno.EINVAL, "not supported")
+        else:
+            done.append("file")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", settled)
+    monkeypatch.setattr(Path, "rename", lambda path, to: (done.append("named"), rename(path, to))[1])
+    with new_directory(tmp_path / "model", {"model_type": "x"}, {"notes.txt": "a"}) as place:
+        (place / "model.safetensors").write_bytes(b"weights")
+    assert done == ["file"] * 3 + ["named"] and (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"

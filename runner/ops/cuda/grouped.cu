@@ -6,7 +6,7 @@
 // places by the row's number, so that the eight rows that lanes read together lie in different banks. Eight warps, four
 // down the vectors and two along the weights, take 32 x 64 results each. A result's products are added in the order of the
 // columns, whatever stands beside it.
-constexpr int BLOCK = 128, STEP = 64, UNITS = STEP / 8, STAGES = 3, TILE_BYTES = BLOCK * STEP * 2;
+constexpr int UNITS = STEP / 8, TILE_BYTES = BLOCK * STEP * 2;
 extern __shared__ __align__(128) char sm[];
 
 DI unsigned address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }

@@ -27,8 +27,8 @@ MOST_EXPERTS = 1024
 WIDE = 16
 """Tiles of 8 vectors of a block of `grouped.cu`, which has shared memory for both of what it multiplies."""
 
-_GROUPED = {"lines": 128, "threads": 256, "shared_memory": 3 * 2 * 16384}
-"""What such a block takes: rows of weights, threads, and bytes of shared memory."""
+_STEP, _STAGES = 64, 3
+"""Columns of such a block's step, and steps whose tiles are on their way at once."""
 
 _TYPES = {mx.float16: 1, mx.bfloat16: 2}
 
@@ -136,6 +136,8 @@ class Product(NamedTuple):
             "RT": self.tiles, "MT": tiles, "WM": down, "WK": along,
         }  # fmt: skip
         lines = [f"constexpr int {key} = {value};" for key, value in constants.items()]
+        if self.tiles == WIDE:
+            lines += [f"constexpr int BLOCK = {8 * WIDE}, STEP = {_STEP}, STAGES = {_STAGES};"]
         lines += [f"#define EXPERTS {self.experts}"]
         lines += [f"#define PARTS parts_{self.name}", f"#define PRODUCT product_{self.name}"]
         name = "grouped.cu" if self.tiles == WIDE else "packed.cu"
@@ -173,7 +175,8 @@ def _kernels(product: Product) -> _Kernels:
     """The kernels of a product, compiled unless they were kept."""
     code = compiled(product.source, Driver().architecture)
     if product.tiles == WIDE:
-        return _Kernels(product.name, code, product.outputs, **_GROUPED)
+        lines = 8 * WIDE  # as many rows of weights as vectors
+        return _Kernels(product.name, code, product.outputs, lines, 256, _STAGES * 2 * lines * _STEP * 2)
     tiles, down, along = product.warps
     memory = along * down * tiles * 16 * (8 * product.tiles + 1) * 4
     return _Kernels(product.name, code, product.outputs, down * tiles * 16, 32 * down * along, memory)

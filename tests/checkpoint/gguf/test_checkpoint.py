@@ -34,7 +34,7 @@ from places import TESTS
 from references import QUANTISED, TOLERANCE, error, expected
 
 from runner.checkpoint.directory import Checkpoint
-from runner.checkpoint.gguf import GGUF, container
+from runner.checkpoint.gguf import GGUF, container, settings
 from runner.checkpoint.gguf.blocks import FORMATS
 from runner.checkpoint.gguf.container import open_container
 from runner.checkpoint.model_files import open_files
@@ -449,3 +449,18 @@ def test_sorted_heads_of_packed_matrices(kind: Type, tmp_path: Path) -> None:
         numbers = mx.dequantize(*parts, group_size=form["group_size"], bits=form["bits"])
         same = gguf.dequantize(gguf.quantize(wanted, kind), kind)
         assert np.max(np.abs(np.array(numbers.astype(mx.float32)) - same)) < 1e-2, name
+
+
+@pytest.mark.parametrize(("layers", "period"), [(200_000, 6), (200_000, 5), (3, 6)])
+def test_the_period_of_windows_is_found_in_one_look(layers: int, period: int, tmp_path: Path) -> None:
+    """As many layers as a header says: to try every period over all of them would take hours."""
+    numbers = {"block_count": layers, "embedding_length": 64, "feed_forward_length": 64, "context_length": 128}
+    numbers |= {"attention.head_count": 4, "attention.head_count_kv": 2, "attention.sliding_window": 32}
+    numbers |= {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window_pattern": period}
+    metadata: dict[str, Any] = {"general.architecture": "gemma3", "gemma3.attention.layer_norm_rms_epsilon": 1e-6}
+    metadata |= {f"gemma3.{name}": number for name, number in numbers.items()}
+    path = tmp_path / "model.gguf"
+    path.write_bytes(file_bytes(metadata, {"token_embd.weight": (np.zeros((8, 64), np.float32), Type.F32)}))
+    config = settings.config_of(open_container(path))
+    assert config["num_hidden_layers"] == layers
+    assert (config.get("sliding_window_pattern", 6) == period) or "layer_types" in config
