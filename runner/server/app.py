@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -143,21 +143,27 @@ class App:
         return path.removeprefix(root) or "/" if root and path.startswith(root + "/") else path
 
     async def _routed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        methods: set[str] = set()
-        for route in self._router.routes:
-            assert isinstance(route, Route)
-            found = route.path_regex.match(scope["path"])
-            if found is None:
-                continue
+        for route, values in self._at(scope["path"]):
             if scope["method"] in (route.methods or ()):
-                scope["path_params"] = found.groupdict()
+                scope["path_params"] = values
                 response = await route.endpoint(Request(scope, receive))
                 await response(scope, receive, send)
                 return
-            methods |= route.methods or set()
-        if methods:
-            raise ApiError(405, f"{scope['path'][:200]} takes {' and '.join(sorted(methods))}, not {scope['method']}")
+        if methods := self._methods(scope["path"]):
+            message = f"{scope['path'][:200]} takes {' and '.join(methods)}, not {scope['method']}"
+            raise ApiError(405, message, methods=methods)
         raise ApiError(404, f"there is nothing at {scope['path'][:200]!r}", code="not_found")
+
+    def _at(self, path: str) -> Iterator[tuple[Route, dict[str, str]]]:
+        """The routes of a path, each with the values of the path's variables."""
+        for route in self._router.routes:
+            assert isinstance(route, Route)
+            if found := route.path_regex.match(path):
+                yield route, found.groupdict()
+
+    def _methods(self, path: str) -> tuple[str, ...]:
+        """The methods that a path takes, in the alphabet's order."""
+        return tuple(sorted({method for route, _ in self._at(path) for method in route.methods or ()}))
 
     def _preflight(self, scope: Scope, headers: Headers) -> Response | None:
         """The answer to a browser that asks whether a page of another origin may send a request; None for others."""
@@ -167,7 +173,7 @@ class App:
         if not self._door.granted(headers.get("origin", "")):
             raise ApiError(403, "requests from pages of this origin are not allowed", code="origin_not_allowed")
         allowed = {
-            "access-control-allow-methods": "GET, POST",
+            "access-control-allow-methods": ", ".join(self._methods(scope["path"])) or "GET, POST",
             "access-control-allow-headers": headers.get("access-control-request-headers", "*"),
             "access-control-max-age": "600",
         }

@@ -29,6 +29,7 @@ class ApiError(Exception):
         param: the path of the field that is wrong, such as `messages[0].role`.
         code: a word that programs act on.
         retry_after: seconds after which another try may succeed.
+        methods: those that the path takes, where the request had another one.
     """
 
     status: int
@@ -38,6 +39,7 @@ class ApiError(Exception):
     code: str | None = None
     retry_after: int | None = None
     anthropic_message: str | None = None
+    methods: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.message
@@ -45,7 +47,8 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Headers that go with it."""
-        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        return {**headers, "allow": ", ".join(self.methods)} if self.methods else headers
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

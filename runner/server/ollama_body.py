@@ -103,6 +103,8 @@ class Common(msgspec.Struct, kw_only=True):
         count = options.num_predict
         if count is not None and count < -2:
             raise invalid("options.num_predict must be at least 1, or -1 for no limit", "options.num_predict")
+        if options.num_ctx is not None and options.num_ctx < 1:
+            raise invalid("options.num_ctx must be at least 1", "options.num_ctx")
         return Ask(
             prompt=prompt,
             sampling=options.sampling(),

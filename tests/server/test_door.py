@@ -200,7 +200,12 @@ def test_one_that_does_not_read_a_whole_answer_is_left_too(monkeypatch: pytest.M
 
 def test_paths_and_methods(server: Running) -> None:
     assert ask(server, "/v1/nothing").status_code == 404
-    assert ask(server, "/v1/chat/completions").status_code == 405
+    for path, taken in (("/v1/chat/completions", "POST"), ("/api/delete", "DELETE"), ("/health", "GET, HEAD")):
+        answer = httpx2.patch(server.url + path, headers={"authorization": "Bearer s3cret"})
+        assert (answer.status_code, answer.headers["allow"]) == (405, taken)
+        headers = {"origin": server.url, "access-control-request-method": "POST"}
+        asked = httpx2.options(server.url + path, headers=headers)
+        assert asked.headers["access-control-allow-methods"] == taken
     assert ask(server, "/v1/models/..%2f..%2fetc%2fpasswd").status_code == 404
     assert httpx2.head(f"{server.url}/health").status_code == 200
 

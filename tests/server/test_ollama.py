@@ -68,6 +68,9 @@ def test_thinking_off_and_options(told: ToldBackend, client: ollama.Client) -> N
     with pytest.raises(ollama.ResponseError, match="maximum context length is 20 tokens"):
         client.chat("told", HELLO, options={"num_ctx": 20})
     client.chat("told", HELLO, options={"num_predict": -1, "repeat_last_n": 0, "repeat_penalty": 1.5})
+    for name in ("num_predict", "num_ctx"):
+        with pytest.raises(ollama.ResponseError, match=f"options.{name} must be at least 1"):
+            client.chat("told", HELLO, options={name: -5})
     assert told.orders[-1].params.repetition_penalty == 1.0
 
 
