@@ -24,6 +24,11 @@ class Exchange:
         rank: which of the processes this is.
         size: how many there are.
         sent: bytes that this process has sent, by what it was asked; those of a ring's inner steps included.
+        apart: whether ranks talk on the CPU, as a ring's do, and compute on an NVIDIA GPU. What was begun on one of the
+            two must then be there before it is used on the other, but for what one evaluation holds, within which MLX
+            waits itself. Of what another evaluation has begun, the CPU would read what the GPU has not written yet; and
+            the GPU would wait by a kernel that spins, and for whose end calls of CUDA wait (to free memory, to load a
+            kernel) on the very thread that has to say that the CPU is done: for ever (MLX 0.32.4).
     """
 
     def __init__(self, rank: int, size: int, backend: str = "any", *, sends: bool = True) -> None:
@@ -33,6 +38,7 @@ class Exchange:
         self._backend = backend
         self._sends = sends
         self._group: Any = None
+        self.apart = False
         self.reset()
 
     def reset(self) -> None:
@@ -53,6 +59,13 @@ class Exchange:
         group = mx.distributed.init(strict=True, backend=self._backend)
         assert (group.rank(), group.size()) == (self.rank, self.size)
         self._group = group
+        self.apart = self._sends and mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
+
+    def there(self, x: mx.array) -> mx.array:
+        """`x`, waited for where it must not cross before (`apart`); its computation has begun on all ranks."""
+        if self.apart:
+            mx.eval(x)
+        return x
 
     def agreed(self, here: bool) -> bool:
         """Whether it is so on all ranks."""
@@ -120,9 +133,9 @@ class Exchange:
 
     def from_first(self, x: mx.array) -> mx.array:
         """`x` of rank 0, everywhere; of the other ranks, only its shape and dtype count."""
-        found = self.total(x if self.rank == 0 else mx.zeros_like(x))
+        found = self.total(self.there(x if self.rank == 0 else mx.zeros_like(x)))
         mx.async_eval(found)  # begun now: a later receive may be waited for before this result is needed
-        return found
+        return self.there(found)
 
     def total(self, x: mx.array) -> mx.array:
         """The sum of all ranks' `x`, the same bits for each of them."""

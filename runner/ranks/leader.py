@@ -303,6 +303,10 @@ class Leader:
         assert self._held is not None
         return replace(batch, ids=self.exchange.from_first(batch.ids)) if self._held.reads_ids else batch
 
+    def there(self, hidden: mx.array) -> mx.array:
+        """See `Exchange.there`."""
+        return self.exchange.there(hidden)
+
     def asked(self, hidden: mx.array) -> mx.array:
         """Tell the others that the logits of `hidden` are wanted, if they have a part of the head."""
         assert self._held is not None

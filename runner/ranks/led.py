@@ -33,6 +33,7 @@ class Voice(Protocol):
     def tell(self, **message: Any) -> None: ...
     def answers(self) -> list[Message]: ...
     def passed(self, batch: Batch, caches: Given) -> Batch: ...
+    def there(self, hidden: mx.array) -> mx.array: ...
     def asked(self, hidden: mx.array) -> mx.array: ...
 
 
@@ -47,7 +48,7 @@ class Led(Module):
         hidden = self.model(self.leader.passed(batch, caches), caches)
         # Begun at once: the others have begun, too, and wait for what this rank sends.
         mx.async_eval(hidden)
-        return hidden
+        return self.leader.there(hidden)
 
     def logits(self, hidden: mx.array) -> mx.array:
         return self.model.logits(self.leader.asked(hidden))

@@ -41,5 +41,8 @@ def served(
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            try:
+                process.wait(30)
+            finally:
+                process.kill()  # one that does not end is a failure, and not waited for without end
             reader.join(5)

@@ -41,8 +41,9 @@ TWO = ("launch", "--wait", "60", "-n", "2")
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which rank a process is, /proc tells")
 
 
-def test_the_answer_is_that_of_one_process() -> None:
-    alone, together = (run(*how, "generate", MODEL, *PROMPT) for how in ((), TWO))
+@pytest.mark.parametrize("mode", ["--pipeline", "--tensor"])
+def test_the_answer_is_that_of_one_process(mode: str) -> None:
+    alone, together = (run(*how, "generate", MODEL, *PROMPT) for how in ((), (*TWO, mode)))
     assert (together.returncode, own(together.stderr)) == (alone.returncode, own(alone.stderr)) == (0, "")
     assert together.stdout == alone.stdout != ""
 

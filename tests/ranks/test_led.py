@@ -50,6 +50,9 @@ class Voice:
     def passed(self, batch: Batch, caches: Memories) -> Batch:
         raise AssertionError
 
+    def there(self, hidden: mx.array) -> mx.array:
+        raise AssertionError
+
     def asked(self, hidden: mx.array) -> mx.array:
         raise AssertionError
 

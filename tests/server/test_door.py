@@ -203,7 +203,7 @@ def test_paths_and_methods(server: Running) -> None:
     for path, taken in (("/v1/chat/completions", "POST"), ("/api/delete", "DELETE"), ("/health", "GET, HEAD")):
         answer = httpx2.patch(server.url + path, headers={"authorization": "Bearer s3cret"})
         assert (answer.status_code, answer.headers["allow"]) == (405, taken)
-        headers = {"origin": server.url, "access-control-request-method": "POST"}
+        headers = {"origin": "https://chat.example.org", "access-control-request-method": "POST"}
         asked = httpx2.options(server.url + path, headers=headers)
         assert asked.headers["access-control-allow-methods"] == taken
     assert ask(server, "/v1/models/..%2f..%2fetc%2fpasswd").status_code == 404
