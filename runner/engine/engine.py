@@ -177,7 +177,11 @@ class Worker:
             elif self.loaded.closed:
                 mailbox.put(Ended("error", UsageError(CLOSED)))
             else:
-                self._scheduler.add(order, mailbox)
+                try:
+                    self._scheduler.add(order, mailbox)
+                except BaseException as error:  # nobody else knows of it yet: it would be waited for without end
+                    mailbox.put(Ended("error", error))
+                    raise
 
     def _fail(self, error: BaseException) -> None:
         """The end for all: those that wait as well as those that come."""
@@ -305,8 +309,14 @@ class Engine:
         least = 0 if scores is not None else 1
         if type(max_tokens) is not int or max_tokens < least:
             raise UsageError(f"max_tokens must be an integer of at least {least}, not {max_tokens!r}")
-        if timeout is not None and not timeout >= 0:
+        if timeout is not None and not (isinstance(timeout, int | float) and timeout >= 0):
             raise UsageError(f"timeout must be a number of seconds, or None, not {timeout!r}")
+        if type(choice) is not int or not 0 <= choice < 1 << 64:
+            raise UsageError(f"choice must be an integer from 0 to 2^64 - 1, not {choice!r}")
+        if type(priority) is not int:
+            raise UsageError(f"priority must be an integer, not {priority!r}")
+        if scores is not None and (type(scores) is not int or scores < 0):
+            raise UsageError(f"scores must be a number of tokens, or None, not {scores!r}")
         loaded = worker.loaded
         weights = loaded.adapter_weights if adapters is None else loaded.weights_of(adapters)
         deadline = math.inf if timeout is None else time.monotonic() + timeout

@@ -205,7 +205,7 @@ class _Seen:
     def joined(cls, states: Sequence[SamplingState]) -> _Seen:
         """A copy for these sequences; those that count nothing have rows of zeros."""
         found = [(state.seen, state.row) for state in states]
-        width = max(state.params.penalty_window for state in states)
+        width = max(state.params.penalty_window for state in states if state.seen is not None)
         nothing = next(mx.zeros_like(seen.counts[0]) for seen, _ in found if seen is not None)
         rows = [nothing if seen is None else seen.counts[row] for seen, row in found]
         latest = [

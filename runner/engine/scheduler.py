@@ -7,6 +7,7 @@ are read. All of it happens on the thread that owns the device. What each row is
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import time
 import traceback
 from collections.abc import Mapping
@@ -229,8 +230,10 @@ class Scheduler:
         self.keeper.begin(row)
 
     def _course(self, order: Order) -> Continuation:
-        config = self.loaded.config
-        state = SamplingState(order.params, config.vocab_size, order.ids, choice=order.choice)
+        config, params = self.loaded.config, order.params
+        if params.penalty_window >= len(order.ids) + order.budget:  # it would never forget, and hold room for all of it
+            params = dataclasses.replace(params, penalty_window=0)
+        state = SamplingState(params, config.vocab_size, order.ids, choice=order.choice)
         single = config.rope_depends_on_length
         proposer = None if single or order.proposer is None else order.proposer()
         return Continuation(state, order.ids, guide=order.guide, proposer=proposer, single=single)

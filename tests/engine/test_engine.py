@@ -418,12 +418,42 @@ def test_models_come_and_go() -> None:
         ({"ids": [1], "max_tokens": 0}, "max_tokens"),
         ({"ids": [1], "max_tokens": True}, "max_tokens"),
         ({"ids": [1], "timeout": float("nan")}, "timeout"),
+        ({"ids": [1], "timeout": "1"}, "timeout"),
+        ({"ids": [1], "choice": -1}, "choice"),
+        ({"ids": [1], "choice": 1 << 64}, "choice"),
+        ({"ids": [1], "choice": 1.0}, "choice"),
+        ({"ids": [1], "priority": "high"}, "priority"),
+        ({"ids": [1], "priority": None}, "priority"),
+        ({"ids": [1], "scores": -1}, "scores"),
         ({"ids": [10**6]}, "vocab_size"),
     ],
 )
 def test_wrong_arguments(engine: Engine, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         engine.submit(**{"max_tokens": 1, **arguments})
+
+
+def test_one_that_cannot_be_taken_in_is_told_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No list holds it yet when the scheduler fails: it would be waited for without end."""
+
+    def add(*arguments: object) -> None:
+        raise TypeError("no order")
+
+    monkeypatch.setattr(Scheduler, "add", add)
+    with pytest.raises(TypeError, match="no order"):
+        list(engine.submit([1, 2], max_tokens=1))
+
+
+def test_a_window_that_is_never_full_takes_no_room(engine: Engine) -> None:
+    """Of 16 million tokens each row would hold 67 MB, and copy it for each token of any of them."""
+    penalty: dict[str, Any] = {"temperature": 0.0, "frequency_penalty": 5.0}
+    wide, none, narrow = (SamplingParams(**penalty, penalty_window=window) for window in (1 << 24, 0, 1))
+    asked = [engine.submit([5, 6, 7], params, max_tokens=20) for params in (wide, none, narrow)]
+    found = [ids(ticket) for ticket in asked]
+    assert found[0] == found[1] == naive(opened("rows"), [5, 6, 7], 20, none) != found[2]
+    peak = mx.get_peak_memory()
+    ids(engine.submit([5, 6, 7], wide, max_tokens=4))
+    assert mx.get_peak_memory() - peak < 1 << 24
 
 
 @pytest.mark.skipif(current().ops.recorder is None, reason="this device records nothing")
