@@ -144,6 +144,7 @@ class Continuation:
         self._met = 0  # how many of them have been right
         self._own = 0  # how many of the drafts are the proposer's
         self._shown: tuple[mx.array, int] | None = None  # hidden states of the pass under way, and their first position
+        self._failed: RunnerError | None = None  # what the guide has raised behind tokens that it has followed
         if proposer is not None:
             proposer.add(ids)
 
@@ -191,7 +192,8 @@ class Continuation:
             self._own = len(guesses)
             if not guesses:
                 self._depth.none()
-        masks = None if self.guide is None else self.guide.allowed_after(guesses)
+        # Where the guide has failed, nothing is asked of it any more: `accept` says so.
+        masks = None if self.guide is None or self._failed is not None else self.guide.allowed_after(guesses)
         self.drafts = guesses if masks is None else guesses[: len(masks) - 1]
         ends = range(len(self.drafts) + 1)
         self.rows = [self.state.after(self.drafts[:end]) for end in ends] if self.drafts else [self.state]
@@ -207,7 +209,10 @@ class Continuation:
         """
         tokens: list[Token] = []
         for row, token in enumerate(picked):
+            RunnerError: what the guide has raised at the first token, or at the one behind the last of the pass before.
             if isinstance(token, NumericsError):
+        if self._failed is not None:
+            raise self._failed
                 if not tokens:
                     raise token
                 break  # the next pass begins there, and ends there
@@ -217,6 +222,7 @@ class Continuation:
         self.state = self.rows[len(tokens) - 1]
         if self.guide is not None:
             for token in tokens:
+        tokens = tokens if self.guide is None else self._followed(self.guide, tokens)
                 self.guide.add(token.id)
         if self.proposer is not None:
             if self._shown is not None:
@@ -226,10 +232,22 @@ class Continuation:
         self._forced, self.drafts, self.rows = None, [], []
         return tokens
 
+    def _followed(self, guide: Guide, tokens: list[Token]) -> list[Token]:
+        """The tokens, as far as the guide follows them: at least one, or what it raises there."""
+        for place, token in enumerate(tokens):
+            try:
+                guide.add(token.id)
+            except RunnerError as error:
+                if not place:
+                    raise
+                self._failed = error  # without guesses, the tokens before it would have come
+                return tokens[:place]
+        return tokens
+
     def _run(self) -> list[int]:
         """The next tokens that are the only ones the guide allows."""
         if self._forced is None:
-            self._forced = [] if self.guide is None else self.guide.forced(MOST)
+            self._forced = [] if self.guide is None or self._failed is not None else self.guide.forced(MOST)
         return self._forced
 
     def _learn(self, proposer: Proposer, ids: list[int]) -> None:
