@@ -15,6 +15,7 @@ from runner.engine.prefill import prefill
 from runner.engine.replay import Steps
 from runner.engine.sampler import Sampler, SamplingState
 from runner.errors import UsageError
+from runner.nn.batch import Batch
 from runner.text.tokenizer import Tokenizer
 
 
@@ -73,6 +74,7 @@ class DraftModel:
         self._draft = draft
         self._sampler = Sampler(draft.device.ops)
         self._ids: list[int] = []  # certain
+        self._knows = True  # whether its table has a row for each of them
         self.rest()
 
     @property
@@ -89,22 +91,33 @@ class DraftModel:
     def add(self, ids: Sequence[int]) -> None:
         """Append tokens that are certain."""
         self._ids += ids
+        # The other model's table may be padded further than this one's: of such an id there is nothing to be read.
+        self._knows = self._knows and max(ids, default=0) < self._draft.config.vocab_size
 
     def saw(self, hidden: mx.array, position: int) -> None:
         """The other model's hidden states tell nothing here."""
 
-    def propose(self, most: int, state: SamplingState) -> list[int]:
-        """Up to `most` tokens, each what the draft model itself would answer."""
+    def propose(self, most: int, state: SamplingState) -> list[int] | None:
+        """Up to `most` tokens, each what the draft model itself would answer.
+
+        None where only a piece of the text was read: others wait for no more than that.
+        """
         most = min(most, self._draft.config.context_length - len(self._ids))
-        if most < 1:
+        if most < 1 or not self._knows:
             return []
+        self._draft.use_adapters((1, self._draft.adapter_weights))
         pairs = zip(self._fed, self._ids[:-1], strict=False)
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         place = self._caches.reach(common)
         self._caches.rewind(place)
-        new = self._ids[place:]
+        new, chunk = self._ids[place:], self._draft.device.chunk
         self._steps.forget()
-        logits = prefill(self._draft.model, new, self._caches, chunk=self._draft.device.chunk)[None]
+        if len(new) > chunk:
+            self._draft.model(Batch(mx.array([new[:chunk]], mx.int32), place, len(self._ids)), self._caches)
+            mx.eval(self._caches.arrays)
+            self._fed = self._ids[: place + chunk]
+            return None
+        logits = prefill(self._draft.model, new, self._caches, chunk=chunk)[None]
         later, tokens = state.after([]), []
         for index in range(most):
             token = self._sampler(self._fitted(logits), [later]).tokens

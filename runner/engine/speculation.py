@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from runner.engine.sampler import SamplingState, Token
 from runner.errors import NumericsError, RunnerError
+from runner.nn.batch import Apart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,9 +50,10 @@ class Proposer(Protocol):
     """Guesses how one sequence goes on.
 
     `add` tells it tokens that are certain; `propose` guesses up to `most` that follow them, to be drawn as `state`
-    would; `free` says whether guesses cost next to nothing. One that `watches` is shown by `saw` the model's hidden
-    states `[1, L, H]` at certain tokens from a position on, as far as passes have them to show. `nbytes` are those of
-    its caches, which `rest` lets go of: it goes on by computing them anew, or by guessing worse.
+    would, or is not ready yet: None; `free` says whether guesses cost next to nothing. One that `watches` is shown by
+    `saw` the model's hidden states `[1, L, H]` at certain tokens from a position on, as far as passes have them to
+    show. `nbytes` are those of its caches, which `rest` lets go of: it goes on by computing them anew, or by guessing
+    worse.
     """
 
     @property
@@ -63,7 +65,7 @@ class Proposer(Protocol):
     def rest(self) -> None: ...
     def add(self, ids: Sequence[int]) -> None: ...
     def saw(self, hidden: mx.array, position: int) -> None: ...
-    def propose(self, most: int, state: SamplingState) -> list[int]: ...
+    def propose(self, most: int, state: SamplingState) -> list[int] | None: ...
 
 
 class Depth:
@@ -143,8 +145,8 @@ class Continuation:
         self._compared: list[int] = []  # guesses that no pass was made of, to be compared with what comes
         self._met = 0  # how many of them have been right
         self._own = 0  # how many of the drafts are the proposer's
-        self._shown: tuple[mx.array, int] | None = None  # hidden states of the pass under way, and their first position
         self._failed: RunnerError | None = None  # what the guide has raised behind tokens that it has followed
+        self._shown: tuple[mx.array, int] | None = None  # hidden states of the pass under way, and their first position
         if proposer is not None:
             proposer.add(ids)
 
@@ -185,12 +187,14 @@ class Continuation:
         guesses = self._run()[:most]
         self._own = 0
         if not guesses and most and self.proposer is not None and self._depth.pays:
+            found: list[int] | None = []
             try:
-                guesses = self.proposer.propose(min(self._depth.now(), most), self.state)
-            except RunnerError:  # its model was closed, say: it only guesses, and the answer goes on without
+                found = self.proposer.propose(min(self._depth.now(), most), self.state)
+            except (RunnerError, Apart):  # its model was closed, say: it only guesses, and the answer goes on without
                 self.proposer = None
+            guesses = found or []
             self._own = len(guesses)
-            if not guesses:
+            if found == []:
                 self._depth.none()
         # Where the guide has failed, nothing is asked of it any more: `accept` says so.
         masks = None if self.guide is None or self._failed is not None else self.guide.allowed_after(guesses)
@@ -206,24 +210,21 @@ class Continuation:
 
         Raises:
             NumericsError: none can be picked from the first row.
-        """
-        tokens: list[Token] = []
-        for row, token in enumerate(picked):
             RunnerError: what the guide has raised at the first token, or at the one behind the last of the pass before.
-            if isinstance(token, NumericsError):
+        """
         if self._failed is not None:
             raise self._failed
+        tokens: list[Token] = []
+        for row, token in enumerate(picked):
+            if isinstance(token, NumericsError):
                 if not tokens:
                     raise token
                 break  # the next pass begins there, and ends there
             tokens.append(token)
             if row < len(self.drafts) and token.id != self.drafts[row]:
                 break
-        self.state = self.rows[len(tokens) - 1]
-        if self.guide is not None:
-            for token in tokens:
         tokens = tokens if self.guide is None else self._followed(self.guide, tokens)
-                self.guide.add(token.id)
+        self.state = self.rows[len(tokens) - 1]
         if self.proposer is not None:
             if self._shown is not None:
                 self.proposer.saw(self._shown[0][:, : len(tokens)], self._shown[1])
@@ -270,4 +271,4 @@ class Continuation:
                 self._depth.note(len(self._compared), self._met)
             self._compared, self._met = [], 0
         if not self._compared and not self._single:
-            self._compared = proposer.propose(START, self.state)
+            self._compared = proposer.propose(START, self.state) or []

@@ -80,10 +80,11 @@ class CountedProposer:
         """Show it hidden states."""
         self._inner.saw(hidden, position)
 
-    def propose(self, most: int, state: SamplingState) -> list[int]:
-        """Guess up to `most` tokens."""
-        self._guessed = self._inner.propose(most, state)
+    def propose(self, most: int, state: SamplingState) -> list[int] | None:
+        """Guess up to `most` tokens; None: it is not ready yet."""
+        found = self._inner.propose(most, state)
+        self._guessed = found or []
         if self._guessed:
             self._counts.rounds += 1
             self._counts.tokens += len(self._guessed)
-        return self._guessed
+        return found

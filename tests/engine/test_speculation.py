@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from places import TESTS
 
 import runner
+from runner.adapters.files import AdapterFiles
 from runner.engine.draft import DraftModel
 from runner.engine.engine import Engine
 from runner.engine.loaded import Loaded, open_loaded
@@ -27,6 +29,7 @@ from runner.engine.sampling import SamplingParams
 from runner.engine.speculation import PAUSE, START, Continuation, Depth, Proposer
 from runner.engine.ticket import Order
 from runner.errors import UsageError
+from runner.nn.batch import Apart
 
 LLAMA = TESTS / "fixtures" / "llama"
 FAMILIES = TESTS / "fixtures" / "families"
@@ -301,6 +304,99 @@ def test_a_draft_of_another_width() -> None:
         proposer.add(PROMPT)
         state = SamplingState(SamplingParams(temperature=0, frequency_penalty=0.1), wanted, PROMPT)
         assert all(0 <= token < min(size, wanted) for token in proposer.propose(5, state))
+
+
+def test_ids_that_a_draft_has_no_row_for_are_not_looked_up() -> None:
+    """A model's table may be padded further: beyond the draft's is memory of somebody else, or none."""
+    draft = open_loaded(MEMORIES["rows"], dtype="float32")
+    size = draft.config.vocab_size
+    state = SamplingState(SamplingParams(temperature=0), size + 5, PROMPT)
+    proposer = DraftModel(draft, size + 5)
+    proposer.add([*PROMPT[:-1], size - 1])
+    assert proposer.propose(5, state)
+    proposer.add([size])
+    assert proposer.propose(5, state) == []
+    proposer.add([1])  # it has not been read, so what follows it is not either
+    assert proposer.propose(5, state) == []
+
+
+def test_a_draft_reads_a_long_text_in_pieces() -> None:
+    """One for each of its answers: those who decode beside it wait for no more."""
+    draft = open_loaded(MEMORIES["rows"], dtype="float32")
+    text = [1 + i * i % 40 for i in range(70)]
+    whole = DraftModel(draft, draft.config.vocab_size)
+    whole.add(text)
+    state = SamplingState(SamplingParams(temperature=0), draft.config.vocab_size, text)
+    wanted = whole.propose(5, state)
+    draft.device = dataclasses.replace(draft.device, chunk=16)
+    pieces = DraftModel(draft, draft.config.vocab_size)
+    pieces.add(text[:60])
+    found = []
+    for token in text[60:]:
+        found.append(pieces.propose(5, state))
+        pieces.add([token])
+    assert found[:3] == [None] * 3 and None not in found[3:]  # 60 to 62 tokens: three pieces, and what is left
+    assert pieces.propose(5, state) == wanted
+    pieces.rest()
+    assert [pieces.propose(5, state) for _ in range(5)] == [None] * 4 + [wanted]
+    continuation = Continuation(state, text, proposer=DraftModel(draft, draft.config.vocab_size))
+    assert continuation.plan(5) == [] and continuation._depth._rate == 1.0  # not as if it had nothing to say
+
+
+def test_a_draft_has_the_adapters_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it has computed for others before, of several sets at once."""
+    path = TESTS / "fixtures" / "adapters" / "llama-qv" / "adapter"
+    files = [AdapterFiles.open(path, "adapter")]
+    draft = open_loaded(MEMORIES["rows"], dtype="float32", adapters=files)
+    state = SamplingState(SamplingParams(temperature=0), draft.config.vocab_size, PROMPT)
+
+    def guesses() -> list[int] | None:
+        proposer = DraftModel(draft, draft.config.vocab_size)
+        proposer.add(PROMPT)
+        return proposer.propose(5, state)
+
+    wanted = guesses()
+    draft.use_adapters((3, {"adapter": 1.0}), (4, {"adapter": 0.0}))
+    assert guesses() == wanted
+
+    def apart(*given: object) -> None:
+        raise Apart("rows")
+
+    monkeypatch.setattr(DraftModel, "propose", apart)
+    continuation = Continuation(state, PROMPT, proposer=DraftModel(draft, draft.config.vocab_size))
+    assert continuation.plan(5) == [] and continuation.proposer is None  # and no answer is read again for it
+
+
+class Ending(Even):
+    """A guide that follows so many tokens."""
+
+    def __init__(self, vocab_size: int, most: int) -> None:
+        super().__init__(vocab_size)
+        self.most = most
+
+    def add(self, token: int) -> None:
+        if not self.most:
+            raise UsageError("it cannot be followed any further")
+        self.most -= 1
+        super().add(token)
+
+
+def test_what_a_guide_has_followed_comes_before_its_error(engine: Loaded) -> None:
+    """However many tokens were guessed."""
+    params, size = SamplingParams(**OPTIONS[1]), engine.config.vocab_size
+    with Engine(engine, prefixes=0) as many:
+        wanted = [token.id for token in many.submit(PROMPT, params, max_tokens=24, guide=Even(size))]
+        for most in (1, 6, 11):
+            for wrong in (None, 0.0, 0.3):
+                ticket = many.submit(
+                    PROMPT, params, max_tokens=24, guide=Ending(size, most),
+                    proposer=None if wrong is None else lambda wrong=wrong: Scripted(PROMPT, wanted, wrong),
+                )  # fmt: skip
+                found = []
+                with pytest.raises(UsageError, match="followed any further"):
+                    for token in ticket:
+                        found.append(token.id)
+                assert found == wanted[:most], (most, wrong)
 
 
 def test_a_draft_of_another_kind_is_refused(tmp_path: Path) -> None:
