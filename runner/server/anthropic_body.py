@@ -200,6 +200,7 @@ class Body(Counted, kw_only=True):
             max_tokens=self.max_tokens,
             stop=self.stop_sequences or None,
             constraint=None if form is None else JsonSchema(form.schema),
+            fields={"stop": "stop_sequences"},
         )
 
 

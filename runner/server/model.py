@@ -146,11 +146,14 @@ class Served:
         if not 1 <= ask.choices <= MAX_CHOICES:
             raise invalid(f"n must be from 1 to {MAX_CHOICES}", "n")
         if ask.max_tokens is not None and ask.max_tokens < 1:
-            raise invalid("max_tokens must be at least 1", "max_tokens")
+            raise ask.wrong("max_tokens", "max_tokens must be at least 1")
         stops = facts.defaults.stop if ask.stop is None else ask.stop
         if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-            raise invalid(f"stop takes up to {MAX_STOPS} texts of up to {MAX_STOP_LENGTH} characters", "stop")
-        StopMatcher(stops)
+            raise ask.wrong("stop", f"stop takes up to {MAX_STOPS} texts of up to {MAX_STOP_LENGTH} characters")
+        try:
+            StopMatcher(stops)
+        except UsageError as error:
+            raise ask.wrong("stop", f"stop: {error}") from error
         params = self._params(ask)
         ids, text, ignored = self._prompt(ask.prompt)
         context = facts.context_length if ask.context is None else min(ask.context, facts.context_length)
@@ -218,14 +221,19 @@ class Served:
 
     def _params(self, ask: Ask) -> SamplingParams:
         given = {name: value for name, value in ask.sampling.items() if value is not None}
+        size = self.backend.facts.vocab_size
+        biases: Mapping[int, float] = {}
+        for name, value in given.items():
+            try:
+                biases = SamplingParams(**{name: value}).logit_bias or biases  # its ids are numbers there
+            except UsageError as error:
+                raise ask.wrong(name, str(error)) from error
+        if outside := [token for token in biases if not 0 <= token < size]:
+            raise ask.wrong("logit_bias", f"logit_bias: token {outside[0]} is not in the vocabulary")
         if ask.ignore_eos:
-            bias = {token: -LARGEST for token in self.backend.facts.eos_token_ids}
-            given["logit_bias"] = {**given.get("logit_bias", {}), **bias}
-        params = self.sampling(given)
-        outside = [token for token in params.logit_bias if not 0 <= token < self.backend.facts.vocab_size]
-        if outside:
-            raise invalid(f"logit_bias: token {outside[0]} is not in the vocabulary", "logit_bias")
-        return params
+            ends = {token: -LARGEST for token in self.backend.facts.eos_token_ids if token < size}
+            given["logit_bias"] = {**biases, **ends}
+        return self.sampling(given)
 
     def _prompt(self, prompt: Chat | Text) -> tuple[list[int], str, tuple[str, ...]]:
         """Ids and text of a prompt, and what of it has no effect."""

@@ -71,7 +71,7 @@ class Options(msgspec.Struct):
         if self.repeat_last_n == 0:  # looks back at nothing
             given |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         elif self.repeat_last_n is not None:
-            given["penalty_window"] = max(self.repeat_last_n, 0)
+            given["penalty_window"] = min(max(self.repeat_last_n, 0), 1 << 24)  # as much as all there ever is
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -101,7 +101,7 @@ class Common(msgspec.Struct, kw_only=True):
         """The request, as all APIs make it."""
         options = self.options or Options()
         count = options.num_predict
-        if count is not None and count < -2:
+        if count is not None and (count < -2 or count == 0):
             raise invalid("options.num_predict must be at least 1, or -1 for no limit", "options.num_predict")
         if options.num_ctx is not None and options.num_ctx < 1:
             raise invalid("options.num_ctx must be at least 1", "options.num_ctx")
@@ -112,6 +112,8 @@ class Common(msgspec.Struct, kw_only=True):
             stop=[options.stop] if isinstance(options.stop, str) else options.stop,
             constraint=self._constraint(),
             context=options.num_ctx,
+            fields={name: f"options.{name}" for name in Options.__struct_fields__}
+            | {"repetition_penalty": "options.repeat_penalty"},
         )
 
     def _constraint(self) -> Constraint | None:

@@ -190,6 +190,7 @@ class Body(Common, kw_only=True):
             constraint=constraint_of(self.response_format, self.structured_outputs),
             ignore_eos=bool(self.ignore_eos),
             priority=self.rank(),
+            fields={} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"},
         )
 
     def continues(self) -> bool:

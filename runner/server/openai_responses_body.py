@@ -188,6 +188,7 @@ class Body(msgspec.Struct, kw_only=True):
             sampling={"temperature": self.temperature, "top_p": self.top_p},
             max_tokens=self.max_output_tokens,
             constraint=None if self.text is None else self.text.constraint(),
+            fields={"max_tokens": "max_output_tokens"},
         )
 
 

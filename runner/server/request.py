@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.constraints import Constraint
-from runner.server.errors import invalid
+from runner.server.errors import ApiError, invalid
 
 MAX_CHOICES = 32
 MAX_TOOLS = 512
@@ -92,6 +92,8 @@ class Ask:
         context: how many tokens prompt and answer may have together; None: as many as the model can hold.
         priority: requests with a higher one go first.
         ignore_eos: whether end tokens are kept from coming, so that an answer has its full length.
+        fields: what the request calls a field of this, or of `SamplingParams`, where that is another name: errors name
+            what the client has written.
     """
 
     prompt: Chat | Text
@@ -103,3 +105,9 @@ class Ask:
     context: int | None = None
     priority: int = 0
     ignore_eos: bool = False
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    def wrong(self, name: str, message: str) -> ApiError:
+        """The error for a field of this, or of `SamplingParams`; `message` begins with its name."""
+        called = self.fields.get(name, name)
+        return invalid(called + message.removeprefix(name), called)

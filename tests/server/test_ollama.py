@@ -71,6 +71,10 @@ def test_thinking_off_and_options(told: ToldBackend, client: ollama.Client) -> N
     for name in ("num_predict", "num_ctx"):
         with pytest.raises(ollama.ResponseError, match=f"options.{name} must be at least 1"):
             client.chat("told", HELLO, options={name: -5})
+    for name, value in (("repeat_penalty", 0), ("temperature", -1), ("num_predict", 0), ("stop", [""])):
+        with pytest.raises(ollama.ResponseError, match=f"^options.{name}"):
+            client.chat("told", HELLO, options={name: value})
+    client.chat("told", HELLO, options={"repeat_last_n": 10**12})
     assert told.orders[-1].params.repetition_penalty == 1.0
 
 

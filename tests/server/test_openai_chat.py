@@ -214,6 +214,24 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(client: openai.OpenAI, e
     assert caught.value.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("extra", "field"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"seed": 10**20}, "seed"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"stop": [""]}, "stop"),
+    ],
+)
+def test_an_error_has_the_name_of_the_field_as_it_was_sent(client: openai.OpenAI, extra: dict, field: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="told", messages=HELLO, extra_body=extra)
+    assert caught.value.param == field and field in caught.value.message
+
+
 def test_inert_fields_are_left_out_and_said(client: openai.OpenAI) -> None:
     answer = client.chat.completions.with_raw_response.create(
         model="told", messages=HELLO, user="me", metadata={"a": "b"}, store=False, prompt_cache_key="k"

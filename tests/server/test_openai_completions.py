@@ -97,6 +97,9 @@ def test_an_end_that_is_kept_from_coming(told: ToldBackend, client: openai.OpenA
     client.completions.create(model="told", prompt="x", max_tokens=2, extra_body={"ignore_eos": True})
     (end,) = told.facts.eos_token_ids
     assert told.orders[-1].params.logit_bias[end] < -1e30
+    biased = {"ignore_eos": True, "logit_bias": {str(end): 2, "5": 1}}
+    client.completions.create(model="told", prompt="x", max_tokens=2, extra_body=biased)
+    assert told.orders[-1].params.logit_bias[5] == 1 and told.orders[-1].params.logit_bias[end] < -1e30
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,8 @@ def test_forms_and_forced_calls(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "unheard_of"}]}, "tools[0].type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
         ({"input": []}, "input"),
+        ({"max_output_tokens": 0}, "max_output_tokens must"),
+        ({"top_p": 2}, "top_p must"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
         ({"mood": 1}, "mood"),
         ({"input": "x" * 9000}, "maximum context length"),
