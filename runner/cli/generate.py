@@ -133,7 +133,8 @@ def generate(
         keywords, untold = engine.sampling_of(lm, keywords)
         if untold is not None:
             terminal.note(untold)
-        prompt_file.answer_all(lm, asked, answers, asking, thinking, keywords)
+        told = engine.print_timings if verbose else lambda timings: None
+        prompt_file.answer_all(lm, asked, answers, asking, thinking, keywords, told)
         return
     model, prompt = model_and_text((model, prompt), named, given, option="-p")
     if prompt is None and not terminal.stdin_is_piped():

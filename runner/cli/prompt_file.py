@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from runner.cli import terminal
 from runner.errors import ContextLengthError, NumericsError, RunnerError, TemplateError, TokenizerError, UsageError
 
 if TYPE_CHECKING:
+    from runner.answer import Timings
     from runner.cli.asking import AskingOptions
     from runner.language_model import LanguageModel
     from runner.many import Answering
@@ -169,13 +171,19 @@ def answer_all(
     asking: AskingOptions,
     thinking: str | None,
     keywords: Mapping[str, Any],
+    told: Callable[[Timings], None],
 ) -> None:
     """Answer what is not answered yet, many at once.
+
+    Args:
+        told: is given, at the end, the tokens of all together, each kind over the whole time.
 
     Raises:
         UsageError: an option does not go with the model or with chats, or some prompts could not be answered.
     """
+    from runner.answer import Timings
     from runner.many import Engine
+    from runner.ops.memory import Memory
 
     if asking.system is not None and any(one.messages is not None for one in asked):
         raise UsageError("--system is for prompts, and some lines have messages: put it among these")
@@ -183,20 +191,39 @@ def answer_all(
         terminal.note(f"({answers.done} of {len(asked)} prompts are answered already)")
     # Whether prompts are asked through the template is the same for all, and noted once.
     chat = asking.messages(lm, "", [], thinking=thinking) is not None
+    begun, counts, memory = time.perf_counter(), Counts(), Memory(lm.engine.device.keeps)
     with Engine(lm) as many:
 
         def begin(one: Asked) -> Answering:
             messages = one.messages if one.messages is not None or not chat else asking.chat_of(one.prompt)
             return asking.put(lm, one.prompt, messages, thinking, many.submit, many.submit_chat, **keywords)
 
-        failed = answer(asked, answers, begin)
+        answer(asked, answers, begin, counts)
     answers.close()
-    if failed:
-        raise UnansweredError(f"{failed} of {len(asked)} prompts could not be answered: their lines say why")
+    seconds = time.perf_counter() - begun
+    told(Timings(counts.read, seconds, counts.made, seconds, memory.look(), counts.reused))
+    if counts.failed:
+        raise UnansweredError(f"{counts.failed} of {len(asked)} prompts could not be answered: their lines say why")
 
 
-def answer(asked: Sequence[Asked], answers: Answers, begin: Callable[[Asked], Answering]) -> int:
-    """Answer what is not answered yet; returns how many could not be.
+@dataclass
+class Counts:
+    """What came of a file's prompts.
+
+    Attributes:
+        failed: prompts that could not be answered.
+        read: tokens of prompts that were read; `reused`: those that came of earlier prompts.
+        made: tokens of answers.
+    """
+
+    failed: int = 0
+    read: int = 0
+    reused: int = 0
+    made: int = 0
+
+
+def answer(asked: Sequence[Asked], answers: Answers, begin: Callable[[Asked], Answering], counts: Counts) -> None:
+    """Answer what is not answered yet, and count it.
 
     Args:
         begin: gives a prompt to the engine.
@@ -204,18 +231,20 @@ def answer(asked: Sequence[Asked], answers: Answers, begin: Callable[[Asked], An
     status = terminal.Status()
     waiting: deque[tuple[int, Answering | RunnerError]] = deque()
     following = iter(range(answers.done, len(asked)))
-    failed = 0
     try:
         while True:
             while len(waiting) < AHEAD and (index := next(following, None)) is not None:
                 waiting.append((index, _begun(begin, asked[index])))
             if not waiting:
-                return failed
+                return
             index, begun = waiting.popleft()
             line = {"index": index, "prompt_sha256": asked[index].mark, **_line(begun)}
             if asked[index].id is not None:
                 line["id"] = asked[index].id
-            failed += "error" in line
+            counts.failed += "error" in line
+            if not isinstance(begun, RunnerError):
+                counts.read, counts.reused = counts.read + begun.read, counts.reused + begun.reused
+                counts.made += line.get("tokens", 0)
             answers.write(line)
             status.show(f"answered {index + 1}/{len(asked)} prompts")
     finally:

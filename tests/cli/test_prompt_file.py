@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,16 @@ def test_answers_are_those_of_single_prompts_in_order(prompts: Path) -> None:
     for line, text in zip(lines[3:], map(str, range(9)), strict=True):
         alone = lm.generate(text, max_tokens=6, temperature=0.8, seed=3)
         assert (line["text"], line["tokens"]) == (alone.text, len(alone.tokens))
+
+
+def test_verbose_counts_all_answers_together(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(text) + "\n" for text in ("a cat", "a dog", "a cat")))
+    done = run("generate", MODEL, "--file", str(path), "--verbose", *OPTIONS)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    prompt, made, memory = re.findall(r"(?m)^(?:Prompt|Generation): (\d+) tokens|^Peak (memory)", done.stderr)
+    assert int(made[0]) == sum(line["tokens"] for line in lines) > 0 and memory[1]
+    assert 0 < int(prompt[0]) <= sum(line["prompt_tokens"] for line in lines)
 
 
 def test_a_run_goes_on_where_the_last_one_was_left(prompts: Path, tmp_path: Path) -> None:
