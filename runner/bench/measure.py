@@ -208,6 +208,7 @@ def read(engine: Loaded, ids: np.ndarray, caches: Caches, memory: Memory | None 
     offset, count, chunk = caches.offset, ids.shape[1], engine.device.chunk
     tokens = mx.array(ids)
     for start in range(0, count, chunk):
+        OWNER.check_wanted()  # Ctrl-C ends it within a piece
         piece = tokens[:, start : start + chunk]
         hidden = engine.model(Batch(piece, offset + start, offset + count), caches)
         if start + chunk < count:
@@ -224,12 +225,13 @@ def generate(engine: Loaded, first: np.ndarray, caches: Caches, count: int) -> N
             mx.eval(Steps(engine.model, caches, ops)(mx.array(first)))
             count -= 1
         for _ in engine.compiled.decode(caches, int(first[0, 0]), count, None):
-            pass
+            OWNER.check_wanted()
         return
     steps = Steps(engine.model, caches, ops, engine.recordings)
     token = mx.array(first)
     previous = token
     for _ in range(count):
+        OWNER.check_wanted()
         token = ops.argmax(steps(token.reshape(-1, 1)))
         ops.schedule(token)
         mx.eval(previous)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -54,6 +55,16 @@ def test_cases_are_every_combination_in_llama_bench_words() -> None:
     assert names[:4] == ["pp512", "pp16", "pp512 @ d64", "pp16 @ d64"]
     assert names[-2:] == ["tg128 x 4", "tg128 @ d64 x 4"] and len(names) == 12
     assert [case.name for case in cases([0], [3])] == ["tg3"]
+
+
+def test_ctrl_c_is_looked_for_in_each_piece_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, looked = tiny(), []
+    engine.device = dataclasses.replace(engine.device, chunk=16)
+    monkeypatch.setattr(OWNER, "check_wanted", lambda: looked.append(1))
+    engine.run(lambda: mx.eval(read(engine, np.ones((1, 40), np.int32), engine.new_caches())))
+    assert len(looked) == 3
+    engine.run(lambda: generate(engine, np.ones((1, 1), np.int32), engine.new_caches(), 5))
+    assert len(looked) >= 3 + 4  # a kernel for whole steps begins behind one by operations
 
 
 @pytest.mark.parametrize("numbers", [([0], [0]), ([-1], [1]), ([1], [1], [-4]), ([1], [1], [0], [0])])
