@@ -18,7 +18,7 @@ from runner.server.errors import invalid
 from runner.server.request import MAX_CHOICES, MAX_STOP_LENGTH, MAX_STOPS, Ask, Chat, Text
 from runner.server.roles import Roles
 from runner.server.structure import calls_of
-from runner.server.tool_calls import CallFinder, KeepMarks
+from runner.server.tool_calls import CallFinder
 from runner.server.tooling import Tooling
 from runner.text.answer_text import AnswerText
 from runner.text.infill import Infill, infill_of, one_token
@@ -340,7 +340,7 @@ class Served:
     def separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
         """What tells reasoning from content in an answer to the prompt `ids`, and leaves the marks of calls in it."""
         found = self._plain_separator(ids, prompt)
-        return KeepMarks(found, self.tooling.special) if isinstance(prompt, Chat) and prompt.offered else found
+        return self.tooling.keeping(found) if isinstance(prompt, Chat) and prompt.offered else found
 
     def _plain_separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
         if isinstance(prompt, Text):

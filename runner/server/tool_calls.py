@@ -10,12 +10,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from runner.server.call_values import dumped, read_object
 from runner.server.tool_formats import Called, Marks, read_calls
 from runner.text.separator import Separator, Split
 from runner.text.stop import unfinished
 
 SPECIAL = "\ufdd0"
 """Around the text of a special token that is a mark: no text has this character, so no text spells the token."""
+
+MOST_ENDS = 64
+"""Closing marks at which a call is tried to be read: arguments may spell the mark, and each time all is read."""
 
 
 class KeepMarks:
@@ -30,7 +34,8 @@ class KeepMarks:
         """Take the next piece."""
         if special and text in self._kept:
             return self._inner.add(f"{SPECIAL}{text}{SPECIAL}", False)
-        return self._inner.add(text, special)
+        # A model can write that character, too.
+        return self._inner.add(text if special else text.replace(SPECIAL, "\ufffd"), special)
 
     def flush(self) -> Split:
         """Take the end."""
@@ -71,11 +76,11 @@ def gathered(calls: Sequence[Call | CallPart]) -> list[Call]:
 
 def arguments_of(call: Call) -> dict[str, Any] | None:
     """The arguments as an object; None where the length cut them off."""
-    try:
-        value = json.loads(call.arguments)
+    value = read_object(call.arguments)
+    try:  # what was passed on as it was made has not been looked at
+        return None if value is None else read_object(dumped(value))
     except ValueError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 class ValueEnd:
@@ -148,7 +153,12 @@ class CallFinder:
         self._held = ""
         self._inside: Marks | None = None
         self._searched = 0  # characters of the held text that were searched for the closing text
+        self._tries = 0  # closing texts at which it was no call
         self._fresh = True  # nothing but white space so far
+        self._before = ""  # white space before the call: it belongs to the text only if this is none
+        self._trailing: str | None = None  # behind a call, white space and this are left out
+        self._space = ""  # such white space, so far
+        self._spoke = False  # whether there was text for the reader
         self._count = 0
 
     def _spelled(self, text: str) -> str:
@@ -160,11 +170,9 @@ class CallFinder:
         shown = ""
         calls: list[Call | CallPart] = []
         while True:
-            if self._inside is None:
-                more, found = self._outside()
-                shown += more
-            else:
-                found = self._within(calls)
+            more, found = self._outside() if self._inside is None else self._within(calls)
+            shown += more
+            self._spoke = self._spoke or bool(more)
             if not found:
                 return shown, calls
 
@@ -176,18 +184,25 @@ class CallFinder:
         marks, self._inside = self._inside, None
         if self._begun:  # what comes behind the arguments is of no use, and cut arguments were passed on
             return "", []
-        found = read_calls(self._plain(text), self._schemas)
+        found = read_calls(self._plain(text), self._schemas, cut=bool(marks.opening))
         # A bare answer is a call only if there is such a function: people talk in JSON, too.
         if found is None or (not marks.opening and any(call.name not in self._schemas for call in found)):
-            return ("" if marks.kept else marks.opening) + self._plain(text), []
+            return self._uncalled(marks, text), []
         return "", list(self._numbered(found))
+
+    def _uncalled(self, marks: Marks, text: str) -> str:
+        """What has turned out to be no call, as it was written."""
+        before, self._before = self._before, ""
+        return before + ("" if marks.kept else marks.opening) + self._plain(text)
 
     def _outside(self) -> tuple[str, bool]:
         """Text before the next call, and whether one begins."""
+        if self._trailing is not None and not self._behind(self._trailing):
+            return "", False
         if self._fresh and self._held.strip():
             self._fresh = False
             if self._bare and self._held.lstrip()[0] == "{":
-                self._inside, self._searched = Marks(""), 0
+                self._begin(Marks(""))
                 return "", True
         places = {self._held.find(opening): opening for opening in self._openings}
         places.pop(-1, None)
@@ -199,13 +214,35 @@ class CallFinder:
             return self._plain(ready), False
         place = min(places)
         opening = places[place]
-        self._inside, self._searched = self._openings[opening], 0
+        marks = self._openings[opening]
         before = self._held[:place].rstrip()
-        self._held = self._held[place if self._inside.kept else place + len(opening) :]
+        self._begin(marks, self._held[len(before) : place])
+        self._held = self._held[place if marks.kept else place + len(opening) :]
         return self._plain(before), True
 
-    def _within(self, calls: list[Call | CallPart]) -> bool:
-        """Whether the call that has begun is complete; then it is added to `calls`."""
+    def _begin(self, marks: Marks, before: str = "") -> None:
+        self._inside, self._before, self._searched, self._tries = marks, before, 0, 0
+
+    def _behind(self, trailing: str) -> bool:
+        """Leave out what may stand behind a call; whether something else follows."""
+        self._unspace()
+        if trailing and self._held.startswith(trailing):
+            self._held, self._trailing, trailing, self._space = self._held[len(trailing) :], "", "", ""
+            self._unspace()
+        if not self._held or (trailing and trailing.startswith(self._held)):
+            return False
+        if self._spoke:  # between two texts it stays
+            self._held = self._space + self._held
+        self._trailing, self._space = None, ""
+        return True
+
+    def _unspace(self) -> None:
+        rest = self._held.lstrip()
+        self._space += self._held[: len(self._held) - len(rest)]
+        self._held = rest
+
+    def _within(self, calls: list[Call | CallPart]) -> tuple[str, bool]:
+        """Whether the call that has begun is complete; then it is added to `calls`, or is text after all."""
         assert self._inside is not None
         if self._led and not self._begun and (head := HEAD.match(self._held)):
             self._held, self._value, self._begun = self._held[head.end() :], ValueEnd(), True
@@ -217,28 +254,39 @@ class CallFinder:
                 calls.append(CallPart(self._count - 1, self._held[:count]))
             self._held = self._held[count:]
             if not ended:
-                return False
+                return "", False
             self._value, self._searched = None, 0
         closing = self._spelled(self._inside.closing)
         if not closing:
-            return False
+            return "", False
         if self._begun:
             behind = self._held.find(closing)
             if behind >= 0:
-                self._held, self._inside, self._begun = self._held[behind + len(closing) :].lstrip(), None, False
-            return behind >= 0
+                self._begun = False
+                self._end(behind + len(closing))
+            return "", behind >= 0
         while (place := self._held.find(closing, self._searched)) >= 0:
             end = place + len(closing)
             body = self._held[: end if self._inside.kept else place]
             found = read_calls(self._plain(body), self._schemas)
             if found is not None:
-                self._held, self._inside = self._held[end:].lstrip(), None
+                self._end(end)
                 calls += self._numbered(found)
-                return True
+                return "", True
             # An argument may spell the mark: the call may end at a later one.
-            self._searched = end
+            self._searched, self._tries = end, self._tries + 1
+            if self._tries == MOST_ENDS:
+                marks, self._inside = self._inside, None
+                text, self._held = self._held[:end], self._held[end:]
+                return self._uncalled(marks, text), True
         self._searched = max(self._searched, len(self._held) - len(closing) + 1)
-        return False
+        return "", False
+
+    def _end(self, end: int) -> None:
+        """Go on behind a call."""
+        assert self._inside is not None
+        self._trailing = self._spelled(self._inside.trailing)
+        self._held, self._inside, self._before = self._held[end:], None, ""
 
     def _numbered(self, found: Sequence[Called]) -> list[Call]:
         first = self._count

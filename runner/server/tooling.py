@@ -8,11 +8,13 @@ from functools import cached_property
 from typing import Any
 
 from runner.errors import TemplateError
+from runner.server.call_values import dumped
 from runner.server.errors import invalid
 from runner.server.roles import Message, text_of
-from runner.server.tool_calls import CallFinder
-from runner.server.tool_formats import GENERIC, HARMONY, INNER, Marks, bare_json, dumped, marks_in
-from runner.text.harmony import CHANNEL, MESSAGE
+from runner.server.tool_calls import SPECIAL, CallFinder, KeepMarks
+from runner.server.tool_formats import GENERIC, HARMONY, INNER, Marks, bare_json, marks_in
+from runner.text.harmony import CHANNEL, MESSAGE, HarmonySeparator
+from runner.text.separator import Separator
 from runner.text.tokenizer import Tokenizer
 
 _NAME = "f60174285"
@@ -99,7 +101,15 @@ class Tooling:
     def special(self) -> frozenset[str]:
         """The special tokens among the marks."""
         texts = {text for marks in self.marks for text in (marks.opening, marks.closing)}
-        return frozenset((texts | set(INNER)) & set(self._tokenizer.special_tokens)) - {HARMONY.opening}
+        return frozenset((texts | set(INNER)) & set(self._tokenizer.special_tokens))
+
+    def keeping(self, separator: Separator) -> Separator:
+        """The separator of an answer, which leaves the marks of calls in its text, told from text that spells them."""
+        if not isinstance(separator, HarmonySeparator):
+            return KeepMarks(separator, self.special)
+        if HARMONY.opening in self.special:  # it takes that mark itself, and writes it in front of calls
+            separator.around = SPECIAL
+        return KeepMarks(separator, self.special - {HARMONY.opening})
 
     @cached_property
     def _nine(self) -> bool:

@@ -36,6 +36,7 @@ class HarmonySeparator:
 
     def __init__(self, special: Collection[str], prompt: Iterable[tuple[str, bool]] = ()) -> None:
         """Begin an answer; `prompt` is the end of the prompt in pieces, which may have begun a message."""
+        self.around = ""  # written on both sides of a header's first mark, for who has to tell it from a quoted one
         self._spelled = [mark for mark in MARKS if mark not in special]
         self._held = ""
         self._header: str | None = None  # None within a message's text
@@ -112,7 +113,7 @@ class HarmonySeparator:
         author, _, channel = header.partition(CHANNEL)
         if not author.startswith(AUTHOR) or re.search(r"\bto=", header):
             self._reasons = False
-            return self._shows(START + header + MESSAGE)
+            return self._shows(self.around + START + self.around + header + MESSAGE)
         self._reasons = channel.split(maxsplit=1)[:1] == ["analysis"]
         return Split()
 

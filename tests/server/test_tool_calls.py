@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from runner.server.tool_calls import SPECIAL, CallFinder, KeepMarks
+from runner.server.tool_calls import SPECIAL, Call, CallFinder, KeepMarks, arguments_of
 from runner.server.tool_formats import GENERIC, HARMONY, TABLE, Marks, bare_json, marks_in, read_calls
+from runner.text.harmony import HarmonySeparator
 from runner.text.separator import PlainText
 
 SCHEMAS = {
@@ -205,3 +206,178 @@ def test_ids_of_nine() -> None:
     finder = CallFinder((GENERIC,), SCHEMAS, nine=True)
     _, calls = finder.add(FORMS["hermes"][0])
     assert len(calls[0].id) == 9 and calls[0].id.isalnum()
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "<arg_key>", "<arg_key></arg_key>", "<arg_key></arg_key><arg_value>", "<function=f>", "<parameter=a>",
+        '<invoke name="f">', "[ARGS]", "call:f{", "{a:", "<escape>", "[CALL_ID]", " to=", " ", "a", ":0", "functions.",
+        "f(", "(a=", "```json", "<|start|>assistant to=",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("before", ["", "f", "<function=f>", "call:f{a:", "<|start|>assistant", "[f(a="])
+def test_a_call_is_read_in_a_time_that_grows_with_its_length(mark: str, before: str) -> None:
+    """By an expression that tries all ways, 1,200 tokens took seconds, in which nobody else got an answer."""
+    text = before + mark * (300_000 // len(mark)) + "!"
+    assert read_calls(text, SCHEMAS) is None and read_calls(text, SCHEMAS, cut=True) is None
+
+
+def test_a_call_whose_end_is_spelled_all_the_time_is_text() -> None:
+    text = "<tool_call>" + '{"name": "' + "</tool_call>" * 2000
+    assert run(CallFinder((GENERIC,), SCHEMAS), [text[:500], text[500:]]) == (text, [])
+
+
+def test_a_quoted_message_of_harmony_is_no_call() -> None:
+    """Only the token is a mark: a document may have its text."""
+    quote = FORMS["gpt-oss"][0]
+    tokens = frozenset({"<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"})
+    final = [("<|channel|>", True), ("final", False), ("<|message|>", True), ("It says: ", False), (quote, False)]
+    separator = HarmonySeparator(tokens)
+    separator.around = SPECIAL
+    kept = KeepMarks(separator, ())
+    pieces = [kept.add(text, special).content for text, special in final]
+    assert run(CallFinder((HARMONY,), SCHEMAS, special=tokens), pieces) == ("It says: " + quote, [])
+    header = [
+        ("<|start|>", True),
+        ("assistant", False),
+        ("<|channel|>", True),
+        ("commentary to=functions.weather", False),
+    ]
+    made = [*header, ("<|message|>", True), ('{"city":"Paris","days":2}', False)]
+    pieces = [kept.add(text, special).content for text, special in (("<|end|>", True), *made)]
+    assert run(CallFinder((HARMONY,), SCHEMAS, special=tokens), pieces) == ("", ONE)
+
+
+def test_the_character_around_marks_makes_none() -> None:
+    separator = KeepMarks(PlainText(), {"<tool_call>", "</tool_call>"})
+    finder = CallFinder((GENERIC,), SCHEMAS, special={"<tool_call>", "</tool_call>"})
+    spelled = FORMS["hermes"][0].replace("<tool_call>", f"{SPECIAL}<tool_call>{SPECIAL}")
+    text, calls = run(finder, [separator.add(spelled, False).content])
+    assert not calls and text == spelled.replace(SPECIAL, "\ufffd")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "f", "arguments": {"a": VALUE}}', "f[ARGS]{\"a\": VALUE}", "f(a=VALUE)",
+        "f<arg_key>a</arg_key><arg_value>VALUE</arg_value>", "<function=f><parameter=a>VALUE</parameter></function>",
+    ],
+)  # fmt: skip
+def test_arguments_are_json_that_everybody_can_read(text: str) -> None:
+    """No half of a surrogate pair, which no UTF-8 has, and no number that JSON has not."""
+    half = read_calls(text.replace("VALUE", '"\\ud83d"'), {})
+    assert half is not None and json.loads(half[0].arguments) == {"a": "\ufffd"}
+    whole = read_calls(text.replace("VALUE", '"\\ud83d\\ude00"'), {})
+    assert whole is not None and whole[0].arguments.encode() and ("(" in text or "\U0001f600" in whole[0].arguments)
+    for number in ("NaN", "1e999", "[-Infinity]"):
+        assert not any("N" in call.arguments or "I" in call.arguments
+                       for call in read_calls(text.replace("VALUE", number), {}) or ())  # fmt: skip
+    passed_on = Call(0, "id", "f", '{"a": "\\ud83d", "b": [1]}')
+    assert arguments_of(passed_on) == {"a": "\ufffd", "b": [1]}
+    assert arguments_of(Call(0, "id", "f", '{"a": 1e999}')) is None
+
+
+def test_what_looks_whole_wherever_it_is_cut_needs_its_mark() -> None:
+    """A call with the first of its arguments alone would be another one."""
+    text = FORMS["glm"][0]
+    for end in range(text.index("weather"), text.index("</tool_call>") + 11):
+        assert run(CallFinder((GENERIC,), SCHEMAS), list(text[:end])) == (text[:end], [])
+
+
+@pytest.mark.parametrize("form", ["mistral 3", "deepseek 3", "kimi"])
+def test_whole_calls_before_one_that_is_cut_are_made(form: str) -> None:
+    text, wanted = FORMS[form]
+    text = (
+        text.partition("<|tool_calls_section_end|>")[0] + '<|tool_call_begin|>time[ARGS]{"a": "b'
+        if form == "kimi"
+        else (text[: text.rindex("{") + 1] + '"a": "b')
+    )
+    assert run(CallFinder(marks_of(text + "<|tool_calls_section_end|><｜tool▁calls▁end｜>"), SCHEMAS), [text]) == (
+        "",
+        [wanted[0]],
+    )
+
+
+def test_values_within_values_of_gemma() -> None:
+    for quote in ("<escape>", '<|"|>'):
+        text = "call:weather{tags:['a','b,]}'],at:{city:'Paris',zip:'75',on:{x:true}},days:3,none:null,many:[[1,2],[]]}"
+        found = read_calls(text.replace("'", quote), SCHEMAS)
+        assert found is not None and json.loads(found[0].arguments) == {
+            "tags": ["a", "b,]}"], "at": {"city": "Paris", "zip": "75", "on": {"x": True}}, "days": 3, "none": None,
+            "many": [[1, 2], []],
+        }  # fmt: skip
+    for text in ("call:f{a:{b:1}", "call:f{a:1}}", "call:f{a:[1}", "call:f{a 1}", "call:f{" + "a:{" * 2000):
+        assert read_calls(text, {}) is None
+
+
+def test_words_of_json_among_literals_of_python() -> None:
+    found = read_calls('[f(a={"x": true, "y": [null, False]}, b=false)]', {})
+    assert found is not None and json.loads(found[0].arguments) == {"a": {"x": True, "y": [None, False]}, "b": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "wanted"),
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "10115"),
+        ({"oneOf": [{"type": "string"}]}, "10115"),
+        ({"enum": ["1", "10115"]}, "10115"),
+        ({"const": "10115"}, "10115"),
+        ({"allOf": [{"minLength": 1}, {"type": "string"}]}, "10115"),
+        ({"$ref": "#/$defs/Zip"}, "10115"),
+        ({"$ref": "#/$defs/Round"}, 10115),
+        ({"$ref": "#/nowhere"}, 10115),
+        ({"$ref": "https://example.org/x"}, 10115),
+        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, 10115),
+        ({"anyOf": [{"type": "string"}, {}]}, 10115),
+        ({"type": "number"}, 10115),
+        ({"enum": [1, 2]}, 10115),
+        ({}, 10115),
+        (True, 10115),
+    ],
+)
+def test_a_text_means_what_its_schema_allows(schema: object, wanted: object) -> None:
+    whole = {
+        "properties": {"zip": schema},
+        "$defs": {"Zip": {"type": "string"}, "Round": {"anyOf": [{"$ref": "#/$defs/Round"}, {"type": "string"}]}},
+    }
+    found = read_calls("<function=f><parameter=zip>10115</parameter></function>", {"f": whole})
+    assert found is not None and json.loads(found[0].arguments) == {"zip": wanted}
+
+
+@pytest.mark.parametrize("name", ["a/b", "ns:f", "a.b-c", "functions", "f:0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|start|>assistant<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{}", "NAME[ARGS]{}",
+        "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{}<｜tool▁call▁end｜>", "call:NAME{}", "<function=NAME></function>",
+        "functions.NAME:0<|tool_call_argument_begin|>{}", "NAME<arg_key>a</arg_key><arg_value>1</arg_value>",
+    ],
+)  # fmt: skip
+def test_every_name_that_a_tool_may_have_can_be_called(name: str, text: str) -> None:
+    found = read_calls(text.replace("NAME", name), {name: {}})
+    assert found is not None and [call.name for call in found] == [name]
+
+
+def test_white_space_around_calls_does_not_depend_on_how_text_comes() -> None:
+    call = FORMS["hermes"][0]
+    for text, wanted in (
+        (f"{call}\n\n text", "text"), (f"Well.\n{call}\n\n text \n", "Well.\n\n text"), (f"a {call} {call} ", "a"),
+        ("a \n<tool_call>x", "a \n<tool_call>x"), ("a <tool_call>x</tool_call> b", "a <tool_call>x</tool_call> b"),
+    ):  # fmt: skip
+        for size in (1, 2, 5, 11, 1000):
+            pieces = [text[start : start + size] for start in range(0, len(text), size)]
+            assert run(CallFinder((GENERIC,), SCHEMAS), pieces)[0] == wanted, (text, size)
+
+
+def test_a_closing_mark_whose_opening_was_forgotten_is_no_text() -> None:
+    text = FORMS["qwen3-coder, no mark"][0]
+    for end, wanted in (("\n</tool_call>", "Ok."), ("\n</tool_call> And on", "Ok. And on"), ("</tool", "Ok.</tool")):
+        for pieces in ([f"Ok. {text}{end}"], list(f"Ok. {text}{end}")):
+            assert run(CallFinder(marks_in(f"<tool_call></tool_call>{text}"), SCHEMAS), pieces) == (wanted, ONE)
+
+
+def test_no_arguments_are_none() -> None:
+    for written in ("null", '""', "{}"):
+        found = read_calls(f'{{"name": "time", "arguments": {written}}}', SCHEMAS)
+        assert found is not None and found[0].arguments == "{}"

@@ -1,0 +1,178 @@
+"""Values of a call's arguments: what a schema allows, texts brought to that, and JSON that every client can read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+DEEPEST = 16
+"""Levels of references and alternatives in a schema that are followed, and of values within values."""
+
+_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+
+
+def dumped(value: Any) -> str:
+    """JSON text, as templates write it; half of a surrogate pair, which no UTF-8 has, becomes U+FFFD.
+
+    Raises:
+        ValueError: a number is infinite or none.
+        TypeError: it is no JSON.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_object(text: str) -> dict[str, Any] | None:
+    """The object that a JSON text is; None where it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
+    """JSON's names of the types that a schema allows; None: any, or it does not say.
+
+    Args:
+        root: the schema that references of `schema` point into.
+    """
+    if not isinstance(schema, Mapping) or depth > DEEPEST:
+        return None
+    found: list[frozenset[str] | None] = []
+    kinds = schema.get("type")
+    if isinstance(kinds, str | list):
+        found.append(frozenset([kinds] if isinstance(kinds, str) else filter(lambda one: isinstance(one, str), kinds)))
+    values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else []
+    if values:
+        found.append(frozenset(map(kind_of, values)))
+    for word in ("anyOf", "oneOf"):
+        if isinstance(schema.get(word), list):
+            each = [kinds_of(one, root, depth + 1) for one in schema[word][:DEEPEST]]
+            found.append(None if None in each else frozenset().union(*filter(None, each)))
+    if isinstance(schema.get("allOf"), list):
+        found += [kinds_of(one, root, depth + 1) for one in schema["allOf"][:DEEPEST]]
+    if isinstance(schema.get("$ref"), str):
+        found.append(kinds_of(_pointed(schema["$ref"], root), root, depth + 1))
+    said = [one for one in found if one is not None]
+    return frozenset.intersection(*said) if said else None
+
+
+def kind_of(value: Any) -> str:
+    """JSON's name of a value's type."""
+    return "null" if value is None else _NAMES.get(type(value), "object")
+
+
+def _pointed(reference: str, root: Any) -> Any:
+    """What `#/$defs/Name` points to; None where it points nowhere, or out of the schema."""
+    if not reference.startswith("#/"):
+        return None
+    for step in reference[2:].split("/"):
+        root = root.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(root, Mapping) else None
+    return root
+
+
+def property_of(schema: Any, name: str) -> Any:
+    """The schema of an argument; None where there is none."""
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    return properties.get(name) if isinstance(properties, Mapping) else None
+
+
+def typed(text: str, schema: Any, root: Any) -> Any:
+    """What a text without a type of its own means as a value of a schema: the value it spells, or the text itself."""
+    kinds = kinds_of(schema, root)
+    if kinds == frozenset({"string"}):
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {"True": True, "False": False, "None": None}.get(text.strip(), text)
+    # A text where texts are allowed and the value's own kind is not.
+    kind = kind_of(value)
+    fits = kinds is None or kind in kinds or (kind == "integer" and "number" in kinds)
+    return text if kinds is not None and "string" in kinds and not fits else value
+
+
+_QUOTE = re.compile(r'<escape>|<\|"\|>')
+_KEY = re.compile(r"\s*([\w.$-]+)\s*:")
+_BARE = re.compile(r"[^,\[\]{}<]*")
+
+
+class Gemma:
+    """Reads the arguments of Gemma's calls: {a:<escape>text<escape>,b:[1,2],c:{d:true}}; Gemma 4 quotes by <|"|>.
+
+    Raises ValueError where the text is something else.
+    """
+
+    def __init__(self, text: str, schema: Any) -> None:
+        """Begin with the text of all arguments, braces included."""
+        self._text = text
+        self._schema = schema
+        self._place = 0
+
+    def read(self) -> dict[str, Any]:
+        """The arguments."""
+        found = self._object(self._schema, 0)
+        if self._text[self._place :].strip():
+            raise ValueError("text behind the arguments")
+        return found
+
+    def _value(self, schema: Any, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise ValueError("values within values")
+        self._space()
+        if quote := _QUOTE.match(self._text, self._place):
+            end = self._text.find(quote[0], quote.end())
+            if end < 0:
+                raise ValueError("a text without its end")
+            self._place = end + len(quote[0])
+            return self._text[quote.end() : end]
+        if self._next("{"):
+            return self._object(schema, depth)
+        if self._next("["):
+            return self._several("]", lambda: self._value(_items(schema), depth + 1))
+        bare = _BARE.match(self._text, self._place)
+        assert bare is not None
+        self._place = bare.end()
+        return typed(bare[0].strip(), schema, self._schema)
+
+    def _object(self, schema: Any, depth: int) -> dict[str, Any]:
+        def pair() -> tuple[str, Any]:
+            key = _KEY.match(self._text, self._place)
+            if key is None:
+                raise ValueError("no key")
+            self._place = key.end()
+            return key[1], self._value(property_of(schema, key[1]), depth + 1)
+
+        if not self._next("{"):
+            raise ValueError("no object")
+        return dict(self._several("}", pair))
+
+    def _several(self, closing: str, read: Any) -> list[Any]:
+        """What stands between the bracket at hand and its end, with commas between."""
+        found: list[Any] = []
+        self._place += 1
+        self._space()
+        while not self._next(closing):
+            found.append(read())
+            self._space()
+            if self._next(","):
+                self._place += 1
+                self._space()
+            elif not self._next(closing):
+                raise ValueError("neither a comma nor an end")
+        self._place += 1
+        return found
+
+    def _next(self, sign: str) -> bool:
+        return self._text.startswith(sign, self._place)
+
+    def _space(self) -> None:
+        while self._place < len(self._text) and self._text[self._place].isspace():
+            self._place += 1
+
+
+def _items(schema: Any) -> Any:
+    return schema.get("items") if isinstance(schema, Mapping) else None
