@@ -8,16 +8,24 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runner.adapters.config import AdapterConfig
 from runner.adapters.mlx_config import MlxConfig, is_mlx
 from runner.checkpoint.directory import Checkpoint
-from runner.errors import CheckpointError, ConfigError, UsageError
+from runner.errors import CheckpointError, ConfigError, UsageError, WeightsError
 from runner.local_files import path_in, quoted, read_json
+from runner.weights.problems import Problems
 
 CONFIG = "adapter_config.json"
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 MLX_WEIGHTS, MLX_ARCHIVE = "adapters.safetensors", "adapters.npz"
+
+LONGEST_NAME = 512
+"""Characters of the name of a tensor or a module: as many as GGUF allows, and names of models have a tenth."""
+
+MAX_PROBLEMS = 1000
+"""Tensors without a place, or given twice, at which no more is looked for: it is another model's adapter."""
 
 Given = Mapping[str, float] | Iterable[str]
 """Adapters by directory or hub id: a mapping to their weights, or strings "PATH" (weight 1) or "PATH=WEIGHT"."""
@@ -55,13 +63,35 @@ class AdapterFiles:
         raw = read_json(path_in(path, CONFIG))
         mlx = is_mlx(raw)
         try:
+            _check_names(raw)
             config = MlxConfig.from_dict(raw) if mlx else AdapterConfig.from_dict(raw)
         except ConfigError as error:
             raise ConfigError(f"{path / CONFIG}: {error}") from error
         weights = MLX_WEIGHTS if mlx else WEIGHTS
         if not os.path.lexists(path / weights):
             raise CheckpointError(f"{path}: {_no_weights(path, weights)}")
-        return cls(name, weight, config, Checkpoint.open_file(path, weights, CONFIG), spec)
+        source = Checkpoint.open_file(path, weights, CONFIG)
+        for tensor in source.headers:
+            if len(tensor) > LONGEST_NAME:
+                raise CheckpointError(f"{path / weights}: a tensor's name has {len(tensor)} letters: {quoted(tensor)}")
+        return cls(name, weight, config, source, spec)
+
+
+def _check_names(raw: Mapping[str, Any]) -> None:
+    """Refuse names of modules that are none: every tensor is compared with each of them."""
+    for key, value in raw.items():
+        names = value if isinstance(value, list) or key == "trainable_token_indices" else ()  # other keys are patterns
+        for name in names if isinstance(names, list | dict) else ():
+            if isinstance(name, str) and len(name) > LONGEST_NAME:
+                raise ConfigError(f"{quoted(key)} has a name of {len(name)} letters: {quoted(name)}")
+
+
+def stop_at_many(problems: Problems, directory: Path) -> None:
+    """Raise a `WeightsError` with the problems so far, where they are very many."""
+    if problems.count > MAX_PROBLEMS:
+        raise WeightsError(
+            problems.message((), f"{directory}: the adapter does not fit the model; no more was looked for")
+        )
 
 
 def _no_weights(path: Path, weights: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 
 from runner.adapters.config import AdapterConfig
-from runner.adapters.files import CONFIG, AdapterFiles
+from runner.adapters.files import CONFIG, AdapterFiles, stop_at_many
 from runner.adapters.parts import Factors, Matched, SavedRows, StackFactors
 from runner.adapters.sites import FLOATS, HEAD, PREFIXES, TABLE, Site, Stack, short
 from runner.adapters.target import base_name, copies
@@ -74,7 +75,7 @@ class Matching:
         """Sort the adapter's tensors by their names, then check that each fits and none is missing."""
         # Factors of a module are checked together, once all of them are found.
         found: dict[str, dict[str, str]] = {}
-        self.left: list[str] = []
+        self.left: dict[str, None] = {}  # tensors that have no place, in their order
         # PEFT wraps the model and its layers: names start with `base_model.model.` and may contain `.base_layer.`.
         again = copies(self.adapter.source.headers)
         for full in self.adapter.source.headers:
@@ -118,12 +119,14 @@ class Matching:
 
     def unused(self, full: str) -> None:
         """Report a tensor of the adapter that has no place in the model."""
-        self.left.append(full)
+        self.left[full] = None
         self.problems.unused(full, self.adapter.source.headers[full].shape)
+        stop_at_many(self.problems, self.adapter.source.directory)
 
     def twice(self, full: str) -> None:
         """Report a second tensor for one place."""
         self.problems.other(f"{full} is given twice, under two names")
+        stop_at_many(self.problems, self.adapter.source.directory)
 
     def module(self, module: str, tensors: dict[str, str]) -> None:
         """Check the factors of one module; those that fit are kept."""
@@ -251,9 +254,9 @@ class Matching:
             if own and name.endswith(".bias") and name not in self.seen and not HARMLESS.search(name):
                 self.problems.missing(f"base_model.model.{name}", header.shape)
         # Modules trained as a whole.
-        saved = [short(name) for name in self.seen]
+        saved = [f".{short(name)}" for name in self.seen]
         for module in self.config.modules_to_save:
-            if not any(re.search(rf"(^|[._]){re.escape(module)}\.", name) for name in saved):
+            if not any(f".{module}." in name or f"_{module}." in name for name in saved):
                 self.problems.other(f"modules_to_save names {module!r}, but the adapter has none of its tensors")
         for key, indices in self.config.trainable_token_indices.items():
             table = key or next((name for name, site in self.sites.items() if site.group == TABLE), TABLE)
@@ -274,7 +277,7 @@ class Matching:
         elif own is not None:
             shape = self.base.headers[own].shape
         # PEFT may save embeddings and head without being asked; the config must name any other tensor.
-        saved = self.config.saves(module)
+        saved = own is not None and self.config.saves(module)
         table = site is not None and (site.kind is Embedding or site.name == self.head)
         if own is None or shape is None or not (saved or table or (last == "bias" and self.config.bias != "none")):
             self.unused(full)
@@ -297,7 +300,11 @@ class Matching:
 
     def has(self, name: str) -> bool:
         """Whether the adapter has a tensor for the base's `name` (without the prefixes in which files differ)."""
-        return any(short(base_name(full)) == name for full in self.adapter.source.headers)
+        return name in self._has
+
+    @cached_property
+    def _has(self) -> frozenset[str]:
+        return frozenset(short(base_name(full)) for full in self.adapter.source.headers)
 
     def tokens(self, module: str, full: str) -> None:
         """Match rows that replace single rows of a table; a head that shares the table shares them."""

@@ -14,7 +14,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from runner.adapters.files import AdapterFiles
+from runner.adapters.files import AdapterFiles, stop_at_many
 from runner.adapters.mlx_config import MlxConfig
 from runner.adapters.parts import Factors, Matched, SwitchFactors
 from runner.adapters.sites import FLOATS, Site, Stack, in_file_order, short
@@ -89,7 +89,7 @@ class MlxMatching:
         """Layers and names within them for which the adapter has tensors, right or wrong."""
         self.spelled: dict[str, str] = {}
         """Names within a layer as the adapter spells them, by their common spelling."""
-        self.left: list[str] = []
+        self.left: dict[str, None] = {}  # tensors that have no place, in their order
         self.match()
 
     def match(self) -> None:
@@ -118,8 +118,9 @@ class MlxMatching:
 
     def unused(self, full: str) -> None:
         """Report a tensor of the adapter that has no place in the model."""
-        self.left.append(full)
+        self.left[full] = None
         self.problems.unused(full, self.adapter.source.headers[full].shape)
+        stop_at_many(self.problems, self.adapter.source.directory)
 
     def site(self, module: str) -> Site | None:
         """The site of a module, by its full name or by the name without prefixes."""

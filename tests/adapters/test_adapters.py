@@ -510,6 +510,28 @@ def test_patterns_that_would_never_end_name_key_and_file(tmp_path: Path) -> None
         open_loaded(base(QV), adapters=[item])
 
 
+def test_names_that_no_model_has_are_refused(tmp_path: Path) -> None:
+    """Each is compared with every tensor, word by word: a file of a megabyte took minutes."""
+    long = "model." * 100 + "q_proj"
+    with pytest.raises(ConfigError, match="'modules_to_save' has a name of 606 letters"):
+        AdapterFiles.open(damaged(tmp_path, modules_to_save=["x", long]), "a")
+    with pytest.raises(ConfigError, match="'trainable_token_indices' has a name of 606 letters"):
+        AdapterFiles.open(damaged(tmp_path / "tokens", trainable_token_indices={long: [1]}), "a")
+    path = damaged(tmp_path / "tensor", tensors=lambda arrays: arrays.update({long: mx.zeros((1,))}))
+    with pytest.raises(CheckpointError, match="a tensor's name has 606 letters"):
+        AdapterFiles.open(path, "a")
+
+
+@pytest.mark.parametrize("kind", [mx.int8, mx.float32])
+def test_nothing_more_is_looked_for_where_a_thousand_tensors_have_no_place(kind: Any, tmp_path: Path) -> None:
+    def many(arrays: Arrays) -> None:
+        arrays.update({f"unknown.{index}.weight": mx.zeros((1,), kind) for index in range(3000)})
+
+    item = AdapterFiles.open(damaged(tmp_path, tensors=many), "a")
+    with pytest.raises(WeightsError, match=r"no more was looked for \(1001 problems\)"):
+        open_loaded(base(QV), adapters=[item])
+
+
 def test_every_bad_key_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"LOHA.*lora_bias.*r must"):
         AdapterFiles.open(damaged(tmp_path, peft_type="LOHA", lora_bias=True, r=0), "a")

@@ -246,6 +246,15 @@ def test_tensors_that_do_not_fit_are_named(
     assert isinstance(caught.value, WeightsError) and str(path) in str(caught.value)
 
 
+def test_nothing_more_is_looked_for_where_a_thousand_tensors_have_no_place(tmp_path: Path) -> None:
+    def many(arrays: dict[str, mx.array]) -> None:
+        arrays.update({f"unknown.{index}": mx.zeros((1,), mx.int8) for index in range(3000)})
+
+    item = AdapterFiles.open(damaged(tmp_path, tensors=many), "a")
+    with pytest.raises(WeightsError, match=r"no more was looked for \(1001 problems\)"):
+        open_loaded(base(QV), adapters=[item])
+
+
 def test_a_head_that_shares_the_embeddings_takes_their_adapter_too() -> None:
     """mlx-lm multiplies with the adapted table in both places; PEFT adapts the embeddings alone."""
     case = FIXTURES / "mlxlm-embeddings-tied"
