@@ -69,7 +69,7 @@ def fetch_weights(repo: str, commit: str, files: Sequence[str], cache: Path, *, 
         progress: show a bar with the rate and the time left on stderr; or what is told of it.
 
     Raises:
-        HubError: the disk has no room for them, or a file that was gone on with is not the hub's.
+        HubError: the disk has no room for them, or what came is not the file that the hub has described.
         Exception: what `huggingface_hub` raises; what came before is kept.
     """
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -136,28 +136,57 @@ def _download(blob: _Blob, counter: _Counter) -> None:
             begun = file.tell()
             if begun > blob.size:
                 file.truncate(begun := 0)
-            counted = cast(BinaryIO, _Counted(file, counter))
+            check = _Check(blob)
+            check.read(begun, counter)
+            counted = cast(BinaryIO, _Counted(file, counter, check))
             http_get(
                 blob.url, counted, resume_size=begun, headers=build_hf_headers(), expected_size=blob.size,
                 displayed_filename=blob.path.name,
             )  # fmt: skip
-        if begun and len(blob.path.name) == _SHA256_DIGITS and _sha256(blob.partial, counter) != blob.path.name:
+        if not check.passed:
             blob.partial.unlink()
-            raise HubError(
-                f"what an earlier run left of {quoted(blob.url)} was not that file's beginning, and is removed: "
-                "run it again"
-            )
+            what = f"what an earlier run left of {quoted(blob.url)} was not that file's beginning"
+            if not begun:
+                what = f"what came of {quoted(blob.url)} is not the file that its hash names"
+            raise HubError(f"{what}, and is removed: run it again")
         blob.partial.replace(blob.path)
 
 
-def _sha256(path: Path, counter: _Counter) -> str:
-    """Hash of a file, which takes a second per GB; ends early where the others have stopped."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(8 << 20):
-            counter.add(0)
-            found.update(piece)
-    return found.hexdigest()
+class _Check:
+    """Hashes a blob as it comes: its name is a hash of what it is to hold.
+
+    That is SHA-256 for large files and git's SHA-1 for small ones; mirrors may have that of the bytes alone.
+    """
+
+    def __init__(self, blob: _Blob) -> None:
+        self._blob = blob
+        self._begin()
+
+    def _begin(self) -> None:
+        if len(self._blob.path.name) == _SHA256_DIGITS:
+            self._hashes = [hashlib.sha256()]
+        else:
+            head = b"blob %d\0" % self._blob.size
+            self._hashes = [hashlib.sha1(start, usedforsecurity=False) for start in (head, b"")]
+
+    def read(self, count: int, counter: _Counter) -> None:
+        """Begin again with so many bytes that are there, a second per GB; ends early where the others have stopped."""
+        self._begin()
+        with self._blob.partial.open("rb") as file:
+            while count > 0 and (piece := file.read(min(count, 8 << 20))):
+                counter.add(0)
+                self.update(piece)
+                count -= len(piece)
+
+    def update(self, data: bytes) -> None:
+        """Take the next bytes."""
+        for each in self._hashes:
+            each.update(data)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bytes so far are the blob."""
+        return any(each.hexdigest() == self._blob.path.name for each in self._hashes)
 
 
 class _Stopped(Exception):
@@ -182,13 +211,14 @@ class _Counter:
 
 
 class _Counted:
-    """A file that counts what is written to it: what `http_get` needs of a file, and no more."""
+    """A file that counts and checks what is written to it: what `http_get` needs of a file, and no more."""
 
-    def __init__(self, file: BinaryIO, counter: _Counter) -> None:
-        self._file, self._counter = file, counter
+    def __init__(self, file: BinaryIO, counter: _Counter, check: _Check) -> None:
+        self._file, self._counter, self._check = file, counter, check
 
     def write(self, data: bytes) -> int:
         self._counter.add(len(data))
+        self._check.update(data)
         return self._file.write(data)
 
     def tell(self) -> int:
@@ -203,4 +233,6 @@ class _Counted:
         size = self._file.seek(0, os.SEEK_END)
         self._counter.add(place - size)
         self._file.seek(place)
-        return self._file.truncate()
+        count = self._file.truncate()
+        self._check.read(place, self._counter)
+        return count

@@ -184,6 +184,22 @@ def test_a_later_run_goes_on_where_an_earlier_one_ended(fake: FakeHub, tmp_path:
     assert [wanted.split("-")[0] for wanted in fake.ranges] == [f"bytes={20 << 20}"]
 
 
+@pytest.mark.parametrize(("length", "cut"), [(400, None), (3000, None), (24 << 20, None), (24 << 20, 21 << 20)])
+def test_what_is_not_the_file_that_its_hash_names_is_not_kept(
+    fake: FakeHub, tmp_path: Path, length: int, cut: int | None
+) -> None:
+    """By git for a small file, SHA-256 for others; also where the connection breaks, and the rest is another file's."""
+    content = os.urandom(length)
+    fake.add("org/name", SMALL | {"model.safetensors": content})
+    fake.wrong, fake.cut = "model.safetensors", cut
+    (refused,), _ = call(tmp_path, fake.endpoint, resolve("org/name"))
+    error_of(refused, "is not the file that its hash names, and is removed: run it again")
+    assert not list((tmp_path / "hf/hub/models--org--name/blobs").glob("*.incomplete"))
+    fake.wrong = None
+    (path,), _ = call(tmp_path, fake.endpoint, resolve("org/name"))
+    assert (Path(path) / "model.safetensors").read_bytes() == content
+
+
 @pytest.mark.parametrize("begun", [b"x" * 1000, b"x" * 5000])
 def test_what_is_not_the_files_beginning_is_not_taken_for_it(fake: FakeHub, tmp_path: Path, begun: bytes) -> None:
     content = os.urandom(3000)

@@ -29,6 +29,7 @@ class FakeHub:
     cut: int | None = None  # the next long answer ends after so many bytes
     failing: str | None = None  # a file that the server fails to give
     resumable: bool = True  # whether it answers those who ask for the rest of a file
+    wrong: str | None = None  # a file of which another one comes, of the same length
     pause: float = 0  # seconds between the pieces of a long answer, after a while
     requests: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
@@ -73,21 +74,22 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b"", body)
         if file == self.hub.failing and body:
             return self.send(500, {}, b"", body)
-        self.send_file(content, commit, body)
+        self.send_file(content, commit, body, wrong=file == self.hub.wrong)
 
     def listing(self, repo: str, commit: str, tree: bool) -> Any:
         files = self.hub.files[repo, commit]
         if not tree:
             return {"id": repo, "modelId": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
         return [
-            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for name, data in files.items()
+            {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)} for name, data in files.items()
         ]
 
-    def send_file(self, content: bytes, commit: str, body: bool) -> None:
+    def send_file(self, content: bytes, commit: str, body: bool, *, wrong: bool) -> None:
         # Files of weights go by SHA-256, as on the hub; the others by git's hash.
-        kind = hashlib.sha256 if len(content) > 500 else hashlib.sha1
-        headers = {"ETag": f'"{kind(content).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        name = hashlib.sha256(content).hexdigest() if len(content) > 500 else git_hash(content)
+        headers = {"ETag": f'"{name}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if wrong:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         wanted = self.headers.get("Range")
         if wanted is None:
             cut = self.hub.cut if body and len(content) > 500 else None
@@ -113,6 +115,11 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(self.hub.pause if start > 11 << 20 else 0)
         if body and cut is not None:
             self.close_connection = True
+
+
+def git_hash(content: bytes) -> str:
+    """What git calls a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @contextmanager
