@@ -202,7 +202,7 @@ def quotes_hint(message: str, arguments: Sequence[str]) -> str:
     from runner.checkpoint.names import names_model
 
     try:
-        first = default_model() is not None and not names_model(before[0])
+        first = not names_model(before[0]) and default_model() is not None
     except RunnerError:
         first = False
     prompt = " ".join([*before[0 if first or "-m" in arguments else 1 :], *extra])

@@ -328,13 +328,15 @@ def _says_model(words: Sequence[str], text: str | None) -> bool:
 
     if text is not None or (len(words) == 1 and words[0] == "-"):
         return words[0] != "-"
+    if names_model(words[0]):  # asked first: a mistake in the file of the default concerns nobody who names a model
+        return True
     default = default_model()
-    if len(words) == 1 and default is None and " " in words[0] and not names_model(words[0]):
+    if len(words) == 1 and default is None and " " in words[0]:
         raise UsageError(
             f"{quoted(words[0], 60)} is no model: name one before the text, or set a default "
             f'({VARIABLE}, or model = "..." in {settings_path()})'
         )
-    if default is None or names_model(words[0]):
+    if default is None:
         return True
     if len(words) > 1:
         raise UsageError(

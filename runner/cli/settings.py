@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.cli import terminal
 from runner.errors import RunnerError, UserFileError
 from runner.local_files import quoted
 from runner.user_files import config_directory
 
 VARIABLE = "RUNNER_MODEL"
-KEYS = ("model",)
+KEYS = frozenset({"model"})
 MAX_BYTES = 1 << 20
 
 
@@ -51,7 +52,7 @@ def default_model() -> DefaultModel | None:
     """The default model; an empty variable or setting is none.
 
     Raises:
-        UserFileError: the file is damaged, or has a key that is not understood.
+        UserFileError: the file is damaged, or has a key that is not understood and no default.
     """
     if named := os.environ.get(VARIABLE):
         return DefaultModel(named, VARIABLE)
@@ -70,9 +71,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise UserFileError(f"{path}: not valid TOML: {error}") from error
-    for key, value in settings.items():
-        if key not in KEYS:
-            raise UserFileError(f"{path}: {quoted(key)} is not a setting: there is {', '.join(KEYS)}")
-        if not isinstance(value, str):
-            raise UserFileError(f"{path}: {key} must be a text in quotes, not {value!r}")
+    for key in sorted(settings.keys() - KEYS):
+        told = f"{path}: {quoted(key)} is not a setting: there is {', '.join(KEYS)}"
+        if "model" not in settings:  # most likely it means that
+            raise UserFileError(told)
+        terminal.note(told, "yellow")
+    for key in KEYS & settings.keys():
+        if not isinstance(settings[key], str):
+            raise UserFileError(f"{path}: {key} must be a text in quotes, not {quoted(repr(settings[key]))}")
     return settings

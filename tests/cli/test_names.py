@@ -200,6 +200,12 @@ def test_the_default_comes_from_the_variable_or_the_file(account: Account) -> No
         settings.write_text(text)
         done = account.run("generate", "abc")
         assert done.returncode == 1 and words in done.stderr and str(settings) in done.stderr
+        # It concerns nobody who names a model.
+        done = account.run("generate", str(MODEL), "abc", *GREEDY)
+        assert done.returncode == 0 and own(done.stderr) == ""
+    settings.write_text(f'model = "{MODEL}"\ntheme = "dark"\n')
+    done = account.run("inspect", "--json")  # of a later version, say
+    assert done.stdout == wanted and "'theme' is not a setting" in done.stderr
 
 
 def test_list_marks_the_default(account: Account) -> None:
