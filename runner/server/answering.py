@@ -99,7 +99,7 @@ class Answering:
 
     async def _choice(self, choice: int) -> AsyncGenerator[Delta, None]:
         prepared, usage = self.prepared, self.usage
-        text, finder = prepared.answer_text(), prepared.finder()
+        text, finder = prepared.answer_text(choice), prepared.finder()
         made, reasoned, spoken, called, before = 0, False, False, False, 0.0
         async with contextlib.aclosing(prepared.served.backend.tokens(prepared.order(choice))) as steps:
             async for step in steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Prepared:
         text: the prompt as text; "" where it came as ids.
         ends: ids of the tokens that end an answer.
         turns: positions where the next prompt of a conversation may part from this one.
+        separators: for each choice what tells reasoning from content.
         guides: for each choice what says which tokens may come next; None: all may.
         ignored: what of the request has no effect with this model.
     """
@@ -55,6 +57,7 @@ class Prepared:
     budget: int
     stops: Sequence[str]
     ends: frozenset[int]
+    separators: Sequence[Separator]
     guides: Sequence[Guide | None] = (None,)
     turns: Sequence[int] = ()
     ignored: tuple[str, ...] = ()
@@ -73,11 +76,10 @@ class Prepared:
             guide=guide,
         )
 
-    def answer_text(self) -> AnswerText:
-        """The way of one answer from ids to text."""
+    def answer_text(self, choice: int) -> AnswerText:
+        """The way of one of the answers from ids to text."""
         facts = self.served.backend.facts
-        separator = self.served.separator(self.ids, self.ask.prompt)
-        return AnswerText(facts.tokenizer.detokenizer(), StopMatcher(self.stops), separator)
+        return AnswerText(facts.tokenizer.detokenizer(), StopMatcher(self.stops), self.separators[choice])
 
     def finder(self) -> CallFinder | None:
         """What finds calls in one answer; None where no function can be called."""
@@ -165,7 +167,7 @@ class Served:
         wanted = facts.defaults.budget(len(ids)) if ask.max_tokens is None else ask.max_tokens
         budget = room if wanted is None else min(wanted, room)
         special = facts.tokenizer.special_tokens
-        separator = self._plain_separator(ids, ask.prompt)
+        separator = self._separator(ids, ask.prompt)
         ends = facts.eos_token_ids | {special[token] for token in separator.ends if token in special}
         if isinstance(ask.prompt, Text) and ask.prompt.suffix is not None:
             ends |= self._middle_ends
@@ -182,7 +184,11 @@ class Served:
         if ask.ignore_eos:
             ends = frozenset()
         turns = [len(ids) - self._opening] if isinstance(ask.prompt, Chat) and len(ids) > self._opening else []
-        return Prepared(self, ask, ids, text, params, budget, stops, ends, guides, turns, ignored)
+        # Here, since it may render the chat again.
+        separators = [copy.deepcopy(separator) for _ in range(ask.choices)]
+        if isinstance(ask.prompt, Chat) and ask.prompt.offered:
+            separators = [self.tooling.keeping(each) for each in separators]
+        return Prepared(self, ask, ids, text, params, budget, stops, ends, separators, guides, turns, ignored)
 
     @cached_property
     def _opening(self) -> int:
@@ -337,12 +343,8 @@ class Served:
         except TemplateError:
             return None, False
 
-    def separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
-        """What tells reasoning from content in an answer to the prompt `ids`, and leaves the marks of calls in it."""
-        found = self._plain_separator(ids, prompt)
-        return self.tooling.keeping(found) if isinstance(prompt, Chat) and prompt.offered else found
-
-    def _plain_separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
+    def _separator(self, ids: Sequence[int], prompt: Chat | Text) -> Separator:
+        """What tells reasoning from content in an answer to the prompt `ids`."""
         if isinstance(prompt, Text):
             return PlainText()
         arguments, _ = self._arguments(prompt)

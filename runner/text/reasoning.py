@@ -45,6 +45,9 @@ WRAPPERS = (
 )
 """Marks that some models put around all of the content, if it follows a block of reasoning."""
 
+_MOST = 16
+"""Pairs of marks that a model has at most, since each is looked for in every piece of an answer."""
+
 _TAG = re.compile(r"<\|?/?[A-Za-z_][\w:.-]{0,40}\|?>|\[/?[A-Za-z_]{1,40}\]|◁/?\w{1,40}▷")
 _WORDS = {"think", "thinking", "thought", "thoughts", "reason", "reasoning", "cot", "scratchpad"}
 _AFFIXES = {"begin", "start", "open", "of"}
@@ -70,7 +73,7 @@ def block_format(named: str, special: Iterable[str], has_token: Callable[[str], 
     """Find out the marks of a model.
 
     Args:
-        named: the texts that tell a model its marks: the chat template and the system message.
+        named: the texts that tell a model its marks: the chat template, then the system message.
         special: the special tokens' texts.
         has_token: whether a text is one token of the vocabulary.
     """
@@ -86,8 +89,11 @@ def block_format(named: str, special: Iterable[str], has_token: Callable[[str], 
         for marks in TABLE
         if known(marks) or (_TAG.fullmatch(marks.opening) and (marks.opening in named or marks.closing in named))
     ]
-    tags = {*_TAG.findall(named), *(text for text in special if _TAG.fullmatch(text))}
-    for tag in sorted(tags):
+    # The model's own come first: a system message, which a client writes, may name any number of tags.
+    tags = dict.fromkeys([*(text for text in special if _TAG.fullmatch(text)), *_TAG.findall(named)])
+    for tag in tags:
+        if len(blocks) >= _MOST:
+            break
         closing = next((text for text in _closings(tag) if text in tags), None)
         if closing is not None and Marks(tag, closing) not in blocks:
             blocks.append(Marks(tag, closing))

@@ -46,6 +46,14 @@ def test_other_tags_are_no_marks(named: str) -> None:
     assert formats(named).blocks == (UNNAMED,)
 
 
+def test_a_system_message_cannot_name_any_number_of_pairs() -> None:
+    """Of 8000 pairs each was compared with all before it: 18 seconds for a message of 268 KB."""
+    many = "".join(f"<x{n}:think></x{n}:think>" for n in range(8000))
+    blocks = formats("<zz:think></zz:think>" + many, special=("<|think|>", "<|/think|>")).blocks
+    assert blocks[:2] == [Marks("<|think|>", "<|/think|>"), Marks("<zz:think>", "</zz:think>")]
+    assert len(blocks) == 16
+
+
 def test_granite_says_its_marks_in_words() -> None:
     named = "after 'Here is my thought process:' and the response after 'Here is my response:'"
     assert formats(named).blocks == [Marks("Here is my thought process:", "Here is my response:")]
