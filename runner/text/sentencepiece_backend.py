@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,34 +74,55 @@ class SentencePieceBackend:
             return ids
         return [*([] if self._bos is None else [self._bos]), *ids, *([] if self._eos is None else [self._eos])]
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Encode a rendered chat none of whose strings spells a special token: all in it are the template's."""
+    @cached_property
+    def added(self) -> Sequence[tuple[AddedToken, int]]:
+        """The tokens besides special ones that are matched as a whole: other files' and the model file's own."""
+        # The library does not tell a piece's type; user-defined ones have the score 0, as few others have.
+        count = self._library.get_piece_size()
+        own = {index: AddedToken(self._library.id_to_piece(index), index) for index in range(count)
+               if not self._library.get_score(index) and index not in self._names}  # fmt: skip
+        listed = [(token, index) for token, index in self._all.tokens if not token.special]
+        return [*listed, *((token, index) for index, token in own.items() if not self._library.is_byte(index))]
+
+    def encode_rendered(self, text: str, scanner: TokenScanner) -> list[int]:
+        """Encode a rendered chat none of whose strings spells a token of the scanner's: all are the template's."""
         return self.encode(text, add_special_tokens=False, parse_special=True)
 
-    def encode_matches(self, text: str, matches: Sequence[Match]) -> list[int]:
-        """Encode `text` with a special token at each of `matches` and all other special tokens as plain text.
+    def encode_matches(self, text: str, matches: Sequence[Match], scanner: TokenScanner) -> list[int]:
+        """Encode `text` with a token at each of `matches`, and no other token of the scanner's.
 
-        Added tokens that are not special are always recognised.
+        Other added tokens that are not special are always recognised.
         """
-        everywhere = list(matches)
-        for plain in self._plain.find(text):
-            if all(plain.end <= match.start or match.end <= plain.start for match in matches):
-                everywhere.append(plain)
-        return self._encode_parts(text, sorted(everywhere, key=lambda match: match.start))
+        taken = {place for match in matches for place in range(match.start, match.end)}
 
-    def _encode_parts(self, text: str, matches: Sequence[Match]) -> list[int]:
-        """Ids of the matches and of the text between them."""
+        def is_free(found: Match) -> bool:
+            return taken.isdisjoint(range(found.start, found.end))
+
+        plain = [each for each in self._plain.find(text) if each.id not in scanner.ids and is_free(each)]
+        # The library itself matches pieces that are not special: the text of one is cut in two.
+        special = self.scanner.ids
+        cuts = [(each.start + each.end) // 2 for each in scanner.find(text) if each.id not in special and is_free(each)]
+        return self._encode_parts(text, sorted([*matches, *plain], key=lambda match: match.start), cuts)
+
+    def _encode_parts(self, text: str, matches: Sequence[Match], cuts: Sequence[int] = ()) -> list[int]:
+        """Ids of the matches and of the text between them, no piece of which reaches over one of the `cuts`."""
         ids: list[int] = []
-        position = 0
-        for match in matches:
-            ids += [*self._encode_part(text[position : match.start], position == 0), match.id]
-            position = match.end
-        return ids + self._encode_part(text[position:], position == 0)
+        position, waiting = 0, deque(cuts)
+        for start, end, index in [*((m.start, m.end, [m.id]) for m in matches), (len(text), len(text), [])]:
+            edges = [position]
+            while waiting and waiting[0] < start:
+                edges.append(waiting.popleft())
+            for place, (left, right) in enumerate(pairwise([*edges, start])):
+                ids += self._encode_part(text[left:right], first=left == 0, follows=place > 0)
+            ids += index
+            position = end
+        return ids
 
-    def _encode_part(self, part: str, first: bool) -> list[int]:
+    def _encode_part(self, part: str, *, first: bool, follows: bool) -> list[int]:
+        """Ids of a part; `follows` one that a cut ends."""
         if not part:
             return []
-        wanted = self._prefix_first if first else self._prefix_every
+        wanted = not follows and (self._prefix_first if first else self._prefix_every)
         spaced = f" {part}" if wanted and not part.startswith((" ", "▁")) else part
         ids: list[int] = self._library.encode(spaced)
         return ids

@@ -63,7 +63,9 @@ class TokenScanner:
     """Finds added tokens in text: of those that overlap the leftmost, of those that start together the longest."""
 
     def __init__(self, tokens: Iterable[tuple[AddedToken, int]]) -> None:
-        self._tokens = {token.content: (token, token_id) for token, token_id in tokens if token.content}
+        self.tokens = tuple(tokens)
+        self.ids = frozenset(token_id for _, token_id in self.tokens)
+        self._tokens = {token.content: (token, token_id) for token, token_id in self.tokens if token.content}
         self._search = TokenSearch(self._tokens.keys())
         self._words = any(token.single_word for token, _ in self._tokens.values())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ from runner.errors import TemplateError, TokenizerError
 from runner.local_files import find_file, path_in
 from runner.text import tokenizer_rebuilt
 from runner.text.blocks import BlockSeparator
-from runner.text.chat_inputs import RESERVED, ChatInputs, Message, chat_inputs, checked_variables
+from runner.text.chat_inputs import RESERVED, Message, chat_inputs, checked_variables
 from runner.text.chat_template import ChatTemplates
 from runner.text.detokenizer import Detokenizer
+from runner.text.guard import Guard
 from runner.text.harmony import HarmonySeparator, speaks_harmony
 from runner.text.reasoning import BlockFormat, Marks, block_format, reasoning_key
 from runner.text.sentencepiece_backend import SentencePieceBackend
@@ -26,6 +26,7 @@ from runner.text.tokenizer_backends import Backend, JsonBackend, load_json
 from runner.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 _MAX_ID = 1 << 31
+_MAX_GUARDS = 16
 _PROMPT_END = 64  # ids at the end of a prompt in which an opening mark is looked for
 
 
@@ -39,6 +40,7 @@ class Tokenizer:
     def __init__(self, backend: Backend, files: TokenizerFiles) -> None:
         self._backend = backend
         self._special_ids = frozenset(backend.special.values())
+        self._guards: dict[str, Guard] = {}
         self.bos_token_id: int | None = _named_id(backend, files, "bos_token")
         eos = _named_id(backend, files, "eos_token")
         self.eos_token_ids: frozenset[int] = frozenset() if eos is None else frozenset([eos])
@@ -203,7 +205,8 @@ class Tokenizer:
         """Render a chat and return its ids, or its text, equal to that of transformers, if `tokenize` is False.
 
         The ids have the special tokens that the template writes, BOS among them, and no others: special tokens spelled
-        in messages, tools or keywords are plain text. If a template takes such a string apart, the ids are those of the
+        in messages, tools or keywords are plain text, and so are others that control the model, but in the assistant's
+        own messages (see `runner.text.guard`). If a template takes such a string apart, the ids are those of the
         text that it makes while the string is marked (see `runner.text.special_tokens`).
 
         Args:
@@ -230,13 +233,24 @@ class Tokenizer:
         if not tokenize:
             return text
         # The usual case: no string of the caller's spells a special token, so every one in the text is the template's.
-        scanner = self._backend.scanner
-        if not scanner.touches([inputs.messages, inputs.tools, inputs.extra]):
-            return self._backend.encode_rendered(_unicode(text))
+        guard = self._guard(source)
+        scanner = guard.scanner
+        if not guard.touches(inputs):
+            return self._backend.encode_rendered(_unicode(text), scanner)
         # Otherwise render again with the callers' spellings marked, and parse only the tokens that no mark touches.
         markers = choose_markers(source, text, inputs.messages, inputs.tools, inputs.extra)
-        marked = scanner.unmark(self._templates.render(source, _marked_inputs(inputs, scanner.mark, markers)), markers)
-        return self._backend.encode_matches(_unicode(marked.text), scanner.find(marked.text, marked))
+        marked = scanner.unmark(self._templates.render(source, guard.mark(inputs, markers)), markers)
+        return self._backend.encode_matches(_unicode(marked.text), scanner.find(marked.text, marked), scanner)
+
+    def _guard(self, source: str) -> Guard:
+        """The tokens that only the template `source` may write; that of the last few templates is kept."""
+        guard = self._guards.get(source)
+        if guard is None:
+            guard = Guard(self._backend.scanner, self._backend.added, source)
+            while len(self._guards) >= _MAX_GUARDS:
+                self._guards.pop(next(iter(self._guards)), None)
+            self._guards[source] = guard
+        return guard
 
     def template_kwargs(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return a caller's variables for the chat templates, checked, as keywords of `apply_chat_template`.
@@ -367,15 +381,6 @@ def _unicode(text: str) -> str:
             f"the text has a lone surrogate {text[error.start]!r} at {error.start}: it is not valid Unicode"
         ) from error
     return text
-
-
-def _marked_inputs(inputs: ChatInputs, mark: Any, markers: tuple[str, str]) -> ChatInputs:
-    return dataclasses.replace(
-        inputs,
-        messages=mark(inputs.messages, markers),
-        tools=mark(inputs.tools, markers),
-        extra=mark(inputs.extra, markers),
-    )
 
 
 def _named_id(backend: Backend, files: TokenizerFiles, name: str) -> int | None:

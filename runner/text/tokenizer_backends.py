@@ -46,9 +46,14 @@ class Backend(Protocol):
     make_stream: Callable[[], TokenStream]
     """Makes the streams that decode ids one by one."""
 
+    @property
+    def added(self) -> Sequence[tuple[AddedToken, int]]:
+        """The other tokens that are matched as a whole in any text, and their ids."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]: ...
-    def encode_rendered(self, text: str) -> list[int]: ...
-    def encode_matches(self, text: str, matches: Sequence[Match]) -> list[int]: ...
+    def encode_rendered(self, text: str, scanner: TokenScanner) -> list[int]: ...
+    def encode_matches(self, text: str, matches: Sequence[Match], scanner: TokenScanner) -> list[int]: ...
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def token(self, token_id: int) -> str | None: ...
     def token_id(self, token: str) -> int | None: ...
@@ -77,6 +82,7 @@ class JsonBackend:
         self._bos = self.token_id(files.named.get("bos_token", "")) if files.add_bos_token else None
         self._unknown_id = _unknown_id(self._library)
         self.scanner = TokenScanner((_flags(token), index) for index, token in added.items() if token.special)
+        self.added = [(_flags(token), index) for index, token in added.items() if not token.special]
         # The anchor stands for the special tokens that `encode_matches` is given, while the library takes all others as
         # plain text. It is random, so that no text can contain it.
         self._anchor = f"\U0010fffd{secrets.token_hex(16)}"
@@ -89,29 +95,29 @@ class JsonBackend:
         if parse_special:
             ids: list[int] = self._run(text, add_special_tokens, parse_special=True).ids
         else:
-            ids = self._encode_anchored([text], [], add_special_tokens)
+            ids = self._encode_anchored([text], [], add_special_tokens, self._special_ids)
         wanted = self._bos if add_special_tokens else None
         return ids if wanted is None or ids[:1] == [wanted] else [wanted, *ids]
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Encode a rendered chat none of whose strings spells a special token: all in it are the template's.
+    def encode_rendered(self, text: str, scanner: TokenScanner) -> list[int]:
+        """Encode a rendered chat none of whose strings spells a token of the scanner's: all in it are the template's.
 
         The library matches some tokens only after normalisation, which can make a special token of a user's text that
         spells none: full-width letters under NFKC, capitals under lower-casing. A match of the library's counts only
         where the text itself spells the token.
         """
-        matches = self.scanner.find(text)
+        matches = scanner.find(text)
         encoding = self._run(text, add_special_tokens=False, parse_special=True)
         spelled = iter(matches)
-        for index, (start, end) in self._special_in(encoding, text):
+        for index, (start, end) in self._found_in(encoding, text, scanner.ids):
             # Both are in the order of the text, so each match is asked for once.
             if not any(m.id == index and m.start <= start and end <= m.end for m in spelled):
-                return self.encode_matches(text, matches)
+                return self.encode_matches(text, matches, scanner)
         ids: list[int] = encoding.ids
         return ids
 
-    def encode_matches(self, text: str, matches: Sequence[Match]) -> list[int]:
-        """Encode `text` with a special token at each of `matches` and everything else as plain text.
+    def encode_matches(self, text: str, matches: Sequence[Match], scanner: TokenScanner) -> list[int]:
+        """Encode `text` with a token at each of `matches`, and no other token of the scanner's.
 
         The library sees an added token in the place of each match, so that the text around it is normalised and split
         as it is around the special token.
@@ -121,7 +127,8 @@ class JsonBackend:
         for match in matches:
             pieces.append(text[position : match.start])
             position = match.end
-        return self._encode_anchored([*pieces, text[position:]], [match.id for match in matches], False)
+        between = [match.id for match in matches]
+        return self._encode_anchored([*pieces, text[position:]], between, False, scanner.ids)
 
     def _run(self, text: str, add_special_tokens: bool, parse_special: bool) -> tokenizers.Encoding:
         with self._lock:
@@ -131,31 +138,36 @@ class JsonBackend:
             batch = partial(self._library.encode_batch, [text], add_special_tokens=add_special_tokens)
             return guarded("encoding", batch)[0]
 
-    def _special_in(self, encoding: tokenizers.Encoding, text: str) -> list[tuple[int, tuple[int, int]]]:
-        """Id and place of each special token that stands for a part of `text`; not those put around the text."""
-        if self._special_ids.isdisjoint(encoding.ids):
+    def _found_in(
+        self, encoding: tokenizers.Encoding, text: str, guarded: frozenset[int]
+    ) -> list[tuple[int, tuple[int, int]]]:
+        """Id and place of each guarded token that stands for a part of `text`; not those put around the text."""
+        if guarded.isdisjoint(encoding.ids):
             return []
         rows = zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True)
         return [
             (index, place)
             for index, around, place in rows
-            if index in self._special_ids
+            if index in guarded
             and not around
             # What stands for unknown characters is special too, and no harm where the text does not spell it.
             and (index != self._unknown_id or text[place[0] : place[1]] in self.special)
         ]
 
-    def _encode_anchored(self, pieces: list[str], between: Sequence[int], add_special_tokens: bool) -> list[int]:
+    def _encode_anchored(
+        self, pieces: list[str], between: Sequence[int], add_special_tokens: bool, guarded: frozenset[int]
+    ) -> list[int]:
         """Ids of plain text with the tokens `between` its pieces.
 
-        A vocabulary may hold special tokens among its ordinary pieces, so that plain text reaches them without a match.
-        Such text is cut in two by an anchor without an id, until no special token comes of it.
+        The library matches guarded tokens that are not special in any text, and a vocabulary may hold special ones
+        among its ordinary pieces, so that plain text reaches them without a match. Such text is cut in two by an anchor
+        without an id, until no guarded token comes of it.
         """
         wanted: list[int | None] = list(between)
         while True:
             text = self._anchor.join(pieces)
             encoding = self._run(text, add_special_tokens, parse_special=False)
-            reached = self._special_in(encoding, text)
+            reached = self._found_in(encoding, text, guarded)
             if not reached:
                 break
             pieces, wanted = self._cut([place for _, place in reached], pieces, wanted)

@@ -161,7 +161,7 @@ def test_marked_path_equals_the_library_where_all_tokens_are_parsed(kind: str, t
     """With nothing marked, our own search for special tokens gives the library's ids."""
     tokenizer = load(kind)
     backend = tokenizer._backend
-    found = backend.encode_matches(text, backend.scanner.find(text))
+    found = backend.encode_matches(text, backend.scanner.find(text), backend.scanner)
     assert found == tokenizer.encode(text, add_special_tokens=False, parse_special=True)
 
 
