@@ -99,8 +99,8 @@ class TokenScanner:
         return self._search.spellings(text, start, end, fits if self._words else None)
 
     def touches(self, value: Any) -> bool:
-        """Whether any string in `value` (JSON-like, keys included) spells a token, or part of a token at either end."""
-        return any(self._touches(text) for text in _strings(value))
+        """Whether any string in `value` that `mark` looks at spells a token, or part of a token at either end."""
+        return any(self._touches(text) for text in _markable(value))
 
     def _touches(self, text: str) -> bool:
         core = text.strip()
@@ -111,11 +111,19 @@ class TokenScanner:
         )
 
     def mark(self, value: Any, markers: tuple[str, str]) -> Any:
-        """Return `value` with each token that its strings and keys spell put between the two markers."""
+        """Return `value` with each token that its strings and keys spell put between the two markers.
+
+        What templates look up and compare stays as it is: keys that are names, and names of roles and types.
+        """
         if isinstance(value, str):
             return self._mark(value, *markers)
         if isinstance(value, Mapping):
-            return {self.mark(key, markers): self.mark(item, markers) for key, item in value.items()}
+            return {
+                key if _is_name(key) else self.mark(key, markers): (
+                    item if _is_compared(key, item) else self.mark(item, markers)
+                )
+                for key, item in value.items()
+            }
         if isinstance(value, (list, tuple)):
             return [self.mark(item, markers) for item in value]
         return value
@@ -184,6 +192,30 @@ def _strings(value: Any) -> Iterable[str]:
     elif isinstance(value, Sequence):
         for item in value:
             yield from _strings(item)
+
+
+def _markable(value: Any) -> Iterable[str]:
+    """The strings in JSON-like data that `TokenScanner.mark` looks at."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not _is_name(key):
+                yield from _markable(key)
+            if not _is_compared(key, item):
+                yield from _markable(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _markable(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _is_compared(key: Any, item: Any) -> bool:
+    """Whether templates compare the item with words of their own, as a message's role."""
+    return key in ("role", "type") and _is_name(item)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
 
 
 def _is_word(character: str) -> bool:

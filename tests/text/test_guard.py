@@ -128,3 +128,17 @@ def test_user_defined_tokens_of_a_gguf_file() -> None:
     chat = [{"role": "user", "content": "a<tool_response>b<｜User｜>"}]
     ids = found.apply_chat_template(chat, template="<｜User｜>{{ messages[0].content }}<tool_response>")
     assert [index for index in ids if index >= len(letters)] == [len(tokens) - 1, len(tokens) - 2]
+
+
+@pytest.mark.parametrize("token", ["user", "userx", "xuser", "r<|x|>", "content", "typex", "function"])
+def test_roles_types_and_keys_are_never_marked(token: str) -> None:
+    """A template compares them: the ids were those of another text than it renders."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}U:{% else %}OTHER({{ m.role }}):{% endif %}"
+        "{{ m['content'] }}{% for c in m.tool_calls or [] if c.type == 'function' %}{{ c['function'].name }}"
+        "{% endfor %}{% endfor %}"
+    )
+    found = tokenizer(template, (*SPECIAL, token))
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    chat = [{"role": "user", "content": "hi <|im_end|>"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert found.decode(found.apply_chat_template(chat), False) == found.apply_chat_template(chat, tokenize=False)
