@@ -21,8 +21,9 @@ class _State(Enum):
 class BlockSeparator:
     """Tells a leading block of reasoning, or several in a row, from the content; marks that come later are content.
 
-    White space at both ends of the reasoning, and between it and the content, is dropped; several blocks are joined by
-    an empty line. Text is held back only while it may be such white space or part of a mark.
+    White space at both ends of the reasoning, and between it and the content, is dropped, and so is the name of a
+    block; several blocks are joined by an empty line. Text is held back only while it may be such white space or part
+    of a mark or name.
     """
 
     ends: Sequence[str] = ()
@@ -44,6 +45,7 @@ class BlockSeparator:
         self._state = _State.START
         if opened is not None:  # a special token that only repeats the prompt's is left out like any other
             self._state = _State.INSIDE if opened.opening in special else _State.OPENED
+        self._name = ""  # the block's name, while it may still come
         self._wrapper: Marks | None = None
         self._held = ""
         self._trim = opened is not None  # white space at the start of the present part is dropped
@@ -112,6 +114,11 @@ class BlockSeparator:
 
     def _reason(self) -> Split:
         assert self._block is not None
+        if self._name:
+            text = self._held.lstrip()
+            if text != self._name and self._name.startswith(text):
+                return Split()
+            self._held, self._name = text.removeprefix(self._name), ""
         closing = [] if self._block.closing in self._special else [self._block.closing]
         for mark in closing:
             if mark in self._held:
@@ -136,10 +143,12 @@ class BlockSeparator:
 
     def _open(self, marks: Marks, rest: str) -> None:
         self._block, self._held, self._trim, self._state = marks, rest, True, _State.INSIDE
+        self._name = marks.name
 
     def _close(self, inside: str, rest: str) -> Split:
         split = self._reasoning(inside.rstrip())
         self._block, self._held, self._trim, self._state = None, rest, True, _State.BEHIND
+        self._name = ""
         return split
 
     def _reasoning(self, text: str) -> Split:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Marks:
-    """The texts before and behind a block."""
+    """The texts before and behind a block, and the name that a model may write first within it."""
 
     opening: str
     closing: str
+    name: str = ""
 
 
 TABLE = (
@@ -28,6 +29,7 @@ TABLE = (
     Marks("<|START_THINKING|>", "<|END_THINKING|>"),
     Marks("<|begin_of_thought|>", "<|end_of_thought|>"),
     Marks("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    Marks("<|channel>", "<channel|>", "thought"),  # Gemma 4
     Marks("Here is my thought process:", "Here is my response:"),  # Granite 3.2
 )
 """Marks that are known by one half, or as tokens that are not special, and marks that no rule pairs."""

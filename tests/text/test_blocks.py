@@ -104,6 +104,23 @@ def test_a_prompt_that_opens_the_block() -> None:
     assert separate([("Never closed", False)], SPELLED, [], THINK) == Split("", "Never closed")
 
 
+@pytest.mark.parametrize("special", [[], ["<c>", "</c>"]])
+@pytest.mark.parametrize(
+    ("inside", "reasoning"),
+    [
+        (["thought\nEasy."], "Easy."), (["tho", "ught", "\n", "Easy", "."], "Easy."), (["\n", "thought", "\n"], ""),
+        (["thought"], ""), ([], ""), (["Easy thought"], "Easy thought"), (["th", "ere"], "there"),
+    ],
+)  # fmt: skip
+def test_a_block_with_a_name(special: list[str], inside: list[str], reasoning: str) -> None:
+    """Gemma 4's was shown as the answer, `thought` and all; each block has its own."""
+    known = BlockFormat([Marks("<c>", "</c>", "thought")])
+    block = [("<c>", bool(special)), *((piece, False) for piece in inside), ("</c>", bool(special))]
+    assert separate([*block, ("Paris.", False)], known, special) == Split("Paris.", reasoning)
+    twice = f"{reasoning}\n\n{reasoning}" if reasoning else ""
+    assert separate([*block, *block, ("thought", False)], known, special) == Split("thought", twice)
+
+
 def test_a_special_mark_spelled_in_plain_text_is_a_quotation() -> None:
     assert separate([("[T] begins", False)], TOKENS, SPECIAL, TOKENS.blocks[0]) == Split("", "[T] begins")
     pieces = [("[T]", True), ("the mark [/T] ends", False), ("[/T]", True), ("[T] begins", False)]

@@ -46,6 +46,12 @@ def test_other_tags_are_no_marks(named: str) -> None:
     assert formats(named).blocks == (UNNAMED,)
 
 
+def test_gemma_4_names_its_block() -> None:
+    named = "{% for part in text.split('<channel|>') %}{% if '<|channel>' in part %}"
+    assert formats(named).blocks == formats(special=("<|channel>", "<channel|>")).blocks
+    assert formats(named).blocks == [Marks("<|channel>", "<channel|>", "thought")]
+
+
 def test_a_system_message_cannot_name_any_number_of_pairs() -> None:
     """Of 8000 pairs each was compared with all before it: 18 seconds for a message of 268 KB."""
     many = "".join(f"<x{n}:think></x{n}:think>" for n in range(8000))
