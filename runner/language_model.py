@@ -243,7 +243,7 @@ class LanguageModel:
         if isinstance(prompt, str):
             self._check_bytes(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._prepared(ids, PlainText(), **options)
+        return self._prepared(ids, PlainText(), goes_on=True, **options)
 
     def _check_bytes(self, text: str) -> None:
         """Refuse a text that is too long by its bytes alone, since splitting megabytes into tokens takes seconds."""
@@ -270,6 +270,7 @@ class LanguageModel:
         prompt: Sequence[int],
         separator: Separator,
         *,
+        goes_on: bool = False,
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         prompt_cache: PromptCache | None = None,
@@ -280,7 +281,10 @@ class LanguageModel:
         draft: Drafter | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Prepared:
-        """Check the arguments of `stream`; the answer's text goes through `separator`."""
+        """Check the arguments of `stream`; the answer's text goes through `separator`.
+
+        With `goes_on` it goes on with the prompt's text; else it begins one.
+        """
         ids = self.engine.checked(prompt)
         params = self.sampling.replace(**sampling)
         stops = [stop] if isinstance(stop, str) else list(self.defaults.stop if stop is None else stop)
@@ -297,7 +301,8 @@ class LanguageModel:
         proposer, beside = self._proposer(lookup, draft)
         special = self.tokenizer.special_tokens
         ends = self.eos_token_ids | {special[token] for token in separator.ends if token in special}
-        text = AnswerText(self.tokenizer.detokenizer(), StopMatcher(stops), separator)
+        detokenizer = self.tokenizer.detokenizer(after=ids if goes_on else ())
+        text = AnswerText(detokenizer, StopMatcher(stops), separator)
         return Prepared(ids, params, budget, ends, text, guide, proposer, beside)
 
     @functools.cached_property

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from places import TESTS
 from scripted import scripted
+from told_backend import spaced_tokenizer
 
 import runner
 from runner.errors import ContextLengthError, TemplateError, UsageError
@@ -90,6 +91,18 @@ def test_plain_text_is_continued_as_it_is(tmp_path: Path) -> None:
     prompt = lm.tokenizer.apply_chat_template(ASK, add_generation_prompt=True)
     found = lm.generate(prompt, temperature=0)
     assert (found.text, found.reasoning) == ("<think>Easy.</think>Paris.", "")
+
+
+def test_raw_text_goes_on_with_its_space(tmp_path: Path) -> None:
+    """The first word of an answer lost the space before it; a chat's answer begins a text, which has none."""
+    path = shutil.copytree(TESTS / "fixtures" / "llama" / "llama-gqa", tmp_path / "model")
+    (path / "tokenizer.json").unlink()
+    spaced_tokenizer(path)
+    lm = runner.load(path)
+    (big,) = lm.tokenizer.encode("big")
+    for prompt in ("Paris is", lm.tokenizer.encode("Paris is")):
+        assert lm.prepare(prompt).text.add(big)[0].content == " big"
+    assert lm.prepare_chat([{"role": "user", "content": "big"}]).text.add(big)[0].content == "big"
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "\n<|im_end|>", "<|im_end|>[user]", ["x", "</s>"]])

@@ -78,8 +78,13 @@ class Prepared:
 
     def answer_text(self, choice: int) -> AnswerText:
         """The way of one of the answers from ids to text."""
-        facts = self.served.backend.facts
-        return AnswerText(facts.tokenizer.detokenizer(), StopMatcher(self.stops), self.separators[choice])
+        detokenizer = self.served.facts.tokenizer.detokenizer(after=self.before)
+        return AnswerText(detokenizer, StopMatcher(self.stops), self.separators[choice])
+
+    @property
+    def before(self) -> Sequence[int]:
+        """The ids whose text the answer goes on with; none where it begins one."""
+        return self.ids if isinstance(self.ask.prompt, Text) or self.ask.prompt.continues else ()
 
     def finder(self) -> CallFinder | None:
         """What finds calls in one answer; None where no function can be called."""

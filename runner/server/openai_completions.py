@@ -100,11 +100,11 @@ def completions(serving: Serving) -> Handler:
 class Pieces:
     """Tokens in the form of completions: texts, their places, and log-probabilities."""
 
-    def __init__(self, texts: TokenTexts, offset: int) -> None:
-        """`offset` is the place of the first character of the answer."""
+    def __init__(self, texts: TokenTexts, prompt: Sequence[int], offset: int) -> None:
+        """`offset` is the place of the first character of the answer to the prompt."""
         self._texts = texts
         self._offset = offset
-        self._answer = texts.tokenizer.detokenizer()
+        self._answer = texts.tokenizer.detokenizer(after=prompt)
         self.tokens: list[str] = []
         self.logprobs: list[float | None] = []
         self.top: list[dict[str, float] | None] = []
@@ -221,7 +221,11 @@ class Reply:
                 async for index, delta in self._all():
                     logprobs = None
                     if self._texts is not None:
-                        mine = pieces.setdefault(index, Pieces(self._texts, len(prompts[index // self._each])))
+                        if index not in pieces:
+                            place = index // self._each
+                            before = self._answers[place].prepared.before
+                            pieces[index] = Pieces(self._texts, before, len(prompts[place]))
+                        mine = pieces[index]
                         if delta.token is not None and delta.token.id not in self._ends(index):
                             mine.add(delta.token)
                         if delta.text or delta.finish:
@@ -259,7 +263,7 @@ class Reply:
             prompt = self._prompt_text(prepared) if self._echo else ""
             logprobs = None
             if self._texts is not None:
-                pieces = Pieces(self._texts, len(prompt))
+                pieces = Pieces(self._texts, prepared.before, len(prompt))
                 if self._echo:  # nothing stands before the first token
                     pieces.add_prompt([Token(prepared.ids[0]), *scored[index // self._each]], prompt)
                 for token in tokens[index]:

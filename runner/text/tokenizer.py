@@ -27,7 +27,7 @@ from runner.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 _MAX_ID = 1 << 31
 _MAX_GUARDS = 16
-_PROMPT_END = 64  # ids at the end of a prompt in which an opening mark is looked for
+_PROMPT_END = 64  # ids at the end of a prompt that say how its answer begins
 
 
 class Tokenizer:
@@ -161,10 +161,17 @@ class Tokenizer:
         stream, tokens = self._backend.make_stream(), map(self._backend.token, range(self.vocab_size))
         return [b"" if token is None else stream.bytes_of(index, token) for index, token in enumerate(tokens)]
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """Return a new streaming decoder, whose pieces joined together equal `decode` of the same ids."""
+    def detokenizer(self, skip_special_tokens: bool = True, *, after: Sequence[int] = ()) -> Detokenizer:
+        """Return a new streaming decoder, whose pieces joined together equal `decode` of the same ids.
+
+        With `after` they equal what the ids add to the text of these: only at the start of a text do many vocabularies
+        drop a space.
+        """
         skip = self._special_ids if skip_special_tokens else frozenset()
-        return Detokenizer(self._backend.make_stream(), lambda index: self._backend.token(_checked_id(index)), skip)
+        stream = Detokenizer(self._backend.make_stream(), lambda index: self._backend.token(_checked_id(index)), skip)
+        for index in after[-_PROMPT_END:]:
+            stream.add(index)
+        return stream
 
     @overload
     def apply_chat_template(

@@ -61,6 +61,18 @@ def tokenizer(template: str = CHATML, special: Sequence[str] = SPECIAL, added: S
         return Tokenizer.from_directory(path)
 
 
+def spaced_tokenizer(to: Path) -> Tokenizer:
+    """A tokenizer of words with the space before them, the first of which a text loses, as Llama 2's."""
+    words = ["?", "▁", "user", "assistant", *(f"▁{word}" for word in ("user", "assistant", "Paris", "is", "big"))]
+    library = tokenizers.Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "?"))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    library.add_special_tokens(list(SPECIAL))
+    library.save(str(to / "tokenizer.json"))
+    (to / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML.replace("\n", " ")}))
+    return Tokenizer.from_directory(to)
+
+
 class ToldBackend:
     """Answers what `script` makes of each order.
 

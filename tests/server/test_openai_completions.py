@@ -13,7 +13,7 @@ import ollama
 import openai
 import pytest
 from places import ROOT
-from told_backend import SPECIAL, Running, ToldBackend, local, tokenizer
+from told_backend import SPECIAL, Running, ToldBackend, local, spaced_tokenizer, tokenizer
 
 import runner
 from runner.ops.device import current
@@ -199,6 +199,24 @@ def test_offsets_are_where_tokens_stand_in_the_text(
             # Behind bytes that have become no character, their sign comes first.
             broken = token.startswith("bytes:") or stands.startswith("\ufffd")
             assert broken or stands == token or lm.tokenizer.decode([lm.tokenizer.encode(token)[-1]]) == "", token
+
+
+def test_an_answer_goes_on_with_its_prompt(tmp_path: Path) -> None:
+    """The space between the two was lost, since a text begins without one: "Paris isbig"."""
+    with Running([ToldBackend(lambda prompt, order: "big", facts=spaced_tokenizer(tmp_path))]) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0)
+        assert client.completions.create(model="told", prompt="Paris is").choices[0].text == " big"
+        for stream in (False, True):
+            sent: dict[str, Any] = {"model": "told", "prompt": "Paris is", "logprobs": 0, "stream": stream}
+            made = client.completions.create(**sent, echo=not stream)
+            choices = [chunk.choices[0] for chunk in made] if stream else [made.choices[0]]
+            assert "".join(choice.text for choice in choices) == (" big" if stream else "Paris is big")
+            assert choices[0].logprobs.text_offset[-1] == (0 if stream else len("Paris is"))
+        asked, begun = {"role": "user", "content": "big"}, {"role": "assistant", "content": "Paris is"}
+        for messages, wanted in (([asked, begun], " big"), ([asked], "big")):
+            found = client.chat.completions.create(model="told", messages=messages)  # type: ignore[arg-type]
+            assert found.choices[0].message.content == wanted
+        assert ollama.Client(host=running.url).generate("told", "Paris is", raw=True).response == " big"
 
 
 def test_a_directory_is_no_model_name(real: tuple[openai.OpenAI, runner.LanguageModel], tmp_path: Path) -> None:
