@@ -353,6 +353,5 @@ class Served:
         if isinstance(prompt, Text):
             return PlainText()
         arguments, _ = self._arguments(prompt)
-        arguments.pop("continue_final_message", None)
         arguments.pop("add_generation_prompt", None)
         return self.backend.facts.tokenizer.separator(ids, self._messages(prompt), **arguments)

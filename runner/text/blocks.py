@@ -36,7 +36,7 @@ class BlockSeparator:
                 is a quotation. Other special tokens are left out.
             opened: the block that the prompt has opened already.
         """
-        self.blocks = known.blocks
+        self.blocks = known.blocks  # with which the answer may begin
         self.opened = opened
         self._format = known
         self._spelled = [marks for marks in known.blocks if marks.opening not in special]
@@ -50,6 +50,19 @@ class BlockSeparator:
         self._held = ""
         self._trim = opened is not None  # white space at the start of the present part is dropped
         self._between = ""  # what joins the present block to those before
+
+    @classmethod
+    def behind(cls, begun: str, known: BlockFormat, special: Collection[str] = ()) -> BlockSeparator:
+        """Begin an answer that goes on with the text `begun`, in which marks are texts, special or not."""
+        read = cls(known)
+        read.add(begun, False)
+        result = cls(known, special, read._block)
+        # Text that was held back as a possible mark is no part of the answer, and the mark was none.
+        result._state = _State.CONTENT if read._block is None and read._held.strip() else read._state
+        result._trim, result._between, result._wrapper = read._trim, read._between, read._wrapper
+        if result._state == _State.CONTENT:
+            result.blocks = ()
+        return result
 
     def add(self, text: str, special: bool) -> Split:
         if special:

@@ -120,6 +120,19 @@ def size_of(value: Any) -> int:
     return 1
 
 
+def system_texts(messages: Sequence[Message]) -> list[str]:
+    """Texts of the messages that tell the model how to answer."""
+    return [text_of(message) for message in messages if message.get("role") in ("system", "developer")]
+
+
+def text_of(message: Message) -> str:
+    """Text of a message, whose content may come in parts."""
+    content = message.get("content")
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
 def _message(message: Any, where: str) -> dict[str, Any]:
     """Checked copy of one message."""
     if not isinstance(message, Mapping):

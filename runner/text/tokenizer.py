@@ -12,11 +12,11 @@ from runner.errors import TemplateError, TokenizerError
 from runner.local_files import find_file, path_in
 from runner.text import tokenizer_rebuilt
 from runner.text.blocks import BlockSeparator
-from runner.text.chat_inputs import RESERVED, Message, chat_inputs, checked_variables
+from runner.text.chat_inputs import REASONING, RESERVED, Message, chat_inputs, checked_variables, system_texts, text_of
 from runner.text.chat_template import ChatTemplates
 from runner.text.detokenizer import Detokenizer
 from runner.text.guard import Guard
-from runner.text.harmony import HarmonySeparator, speaks_harmony
+from runner.text.harmony import START, HarmonySeparator, speaks_harmony
 from runner.text.reasoning import BlockFormat, Marks, block_format, reasoning_key
 from runner.text.sentencepiece_backend import SentencePieceBackend
 from runner.text.separator import Separator
@@ -274,22 +274,33 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
+        continue_final_message: bool | str = False,
         **kwargs: Any,
     ) -> Separator:
         """Return what tells reasoning from content in the answer to the prompt `ids`.
 
-        The other arguments are those from which `apply_chat_template` made the ids, with a generation prompt. The marks
-        of the reasoning are those that the template, the vocabulary or a system message names; see
-        `runner.text.reasoning`.
+        The other arguments are those from which `apply_chat_template` made the ids, a generation prompt left out. The
+        marks of the reasoning are those that the template, the vocabulary or a system message names; see
+        `runner.text.reasoning`. An answer that continues a message is what this text of it makes it: content, unless
+        the text has opened a block and not closed it.
         """
         source = self._templates.choose(template, tools)
         end = list(ids[-_PROMPT_END:])
         if speaks_harmony(source, self._has_token):
+            if (
+                continue_final_message and (start := self.token_id(START)) in ids
+            ):  # the message's header may be far back
+                end = list(ids[len(ids) - 1 - list(reversed(ids)).index(start) :])
             stream = self.detokenizer()
             pieces = [(stream.skipped(index) or stream.add(index), bool(stream.skipped(index))) for index in end]
             return HarmonySeparator(self.special_tokens, pieces)
-        named = "\n".join([source, *_system_texts(messages)])
+        named = "\n".join([source, *system_texts(messages)])
         known = block_format(named, self.special_tokens, self._has_token)
+        if continue_final_message in REASONING:
+            opened = known.opened(self.decode(ids, skip_special_tokens=False))
+            return BlockSeparator(known, self.special_tokens, opened)
+        if continue_final_message:
+            return BlockSeparator.behind(text_of(messages[-1]), known, self.special_tokens)
         opened = known.opened(self.decode(end, skip_special_tokens=False))
         if opened is not None:
             opened = self._opened_by_template(known, opened, messages, tools=tools, template=template, **kwargs)
@@ -304,7 +315,7 @@ class Tokenizer:
         if whole != bare and whole.startswith(bare):
             return known.opened(whole[len(bare) :])
         # The template does the same without the flag: the mark is the template's if no message ends with it.
-        quoted = _text_of(messages[-1]).rstrip().endswith(found.opening)
+        quoted = text_of(messages[-1]).rstrip().endswith(found.opening)
         return found if whole.rstrip().endswith(found.opening) and not quoted else None
 
     def token_id(self, text: str) -> int | None:
@@ -341,19 +352,6 @@ class Tokenizer:
             return reasoning_key(self._templates.choose(None, None))
         except TemplateError:
             return None
-
-
-def _system_texts(messages: Sequence[Message]) -> list[str]:
-    """Texts of the messages that tell the model how to answer."""
-    return [_text_of(message) for message in messages if message.get("role") in ("system", "developer")]
-
-
-def _text_of(message: Message) -> str:
-    """Text of a message, whose content may come in blocks."""
-    content = message.get("content")
-    blocks = content if isinstance(content, (list, tuple)) else [{"text": content}]
-    texts = [block.get("text") for block in blocks if isinstance(block, Mapping)]
-    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _from_model_file(directory: Path, files: TokenizerFiles) -> Backend:

@@ -165,6 +165,30 @@ def test_two_fields_say_whether_a_message_is_continued(server: Running) -> None:
     assert prompt([asked], continue_final_message=True) == "continue_final_message"
 
 
+@pytest.mark.parametrize("opening", ["", "<think>\\n"])
+@pytest.mark.parametrize(
+    ("user", "begun", "answer", "content", "reasoning"),
+    [
+        ("x", "Paris is", " big.", " big.", None),
+        ("what is <think>?", "It is", " a mark.", " a mark.", None),
+        ("x", "It is ", "<think> that opens.", "<think> that opens.", None),
+        ("x", "<think>\nLet me", " see</think>\n\nParis.", "Paris.", " see"),
+        ("x", "<think>\nLet me</think>\n\nPa", "ris.", "ris.", None),
+    ],
+)
+def test_a_continued_message_goes_on_as_what_it_is(
+    opening: str, user: str, begun: str, answer: str, content: str, reasoning: str | None
+) -> None:
+    """It was taken for a new one: all of it was reasoning where the template opens a block for new answers."""
+    template = CHATML.replace("assistant\n", f"assistant\n{opening}")
+    backend = ToldBackend(lambda prompt, order: answer, facts=tokenizer(template + "{# <think> </think> #}"))
+    with Running([backend]) as running:
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": begun}]
+        sent = httpx2.post(f"{running.url}/v1/chat/completions", json={"messages": messages}).json()
+    found = sent["choices"][0]["message"]
+    assert (found["content"], found.get("reasoning_content")) == (content, reasoning)
+
+
 def test_render_gives_the_prompt_of_the_same_chat(told: ToldBackend, server: Running, client: openai.OpenAI) -> None:
     shown = httpx2.post(f"{server.url}/v1/chat/completions/render", json={"messages": HELLO}).json()
     client.chat.completions.create(model="told", messages=HELLO)

@@ -134,3 +134,42 @@ def test_pieces_come_as_early_as_they_can() -> None:
     wanted = ["", "", "", "Ea", "sy", "", " </x", ".", "", "", "", "", ""]
     assert [split.reasoning for split in found] == wanted
     assert [split.content for split in found[-3:]] == ["Pa", "ris <think>", "<"]
+
+
+parts = st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "a", "b", " ", "\n"]), max_size=6).map("".join)
+
+
+@given(parts, parts)
+def test_an_answer_behind_a_text_is_the_rest_of_the_whole(begun: str, rest: str) -> None:
+    """But for white space at the cut, and for what a message of spaces may have been going to become."""
+
+    def bare(split: Split) -> Split:
+        return Split("".join(split.content.split()), "".join(split.reasoning.split()))
+
+    separator = BlockSeparator.behind(begun, SPELLED)
+    found = separator.add(rest, False) + separator.flush()
+    assert bare(separate([(begun, False)], SPELLED, []) + found) == bare(separate([(begun + rest, False)], SPELLED, []))
+
+
+@pytest.mark.parametrize(
+    ("begun", "rest", "content", "reasoning"),
+    [
+        ("Paris is", " big.", " big.", ""),
+        ("The mark is ", "<think>, which opens.", "<think>, which opens.", ""),
+        ("<think>\nLet me", " see</think>\n\nParis.", "Paris.", " see"),
+        ("<think>\nLet me</think>\n\nPa", "ris.", "ris.", ""),
+        ("<think>a</think>\n<answer>", "\nb</answer>", "b", ""),
+        ("", "<think>a</think>b", "b", "a"),
+        ("<thin", "<think>a", "<think>a", ""),
+    ],
+)
+def test_examples_of_answers_behind_a_text(begun: str, rest: str, content: str, reasoning: str) -> None:
+    separator = BlockSeparator.behind(begun, SPELLED)
+    assert separator.add(rest, False) + separator.flush() == Split(content, reasoning)
+
+
+def test_a_special_mark_in_the_text_before_counts_though_it_is_spelled() -> None:
+    """In a prompt the marks of a message are plain text, as all that a client spells."""
+    separator = BlockSeparator.behind("[T]Let me", TOKENS, SPECIAL)
+    found = separator.add(" see", False) + separator.add("[/T]", True) + separator.add("Paris.", False)
+    assert found + separator.flush() == Split("Paris.", " see")

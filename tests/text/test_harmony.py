@@ -7,6 +7,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from told_backend import tokenizer
 
 from runner.text.harmony import MARKS, HarmonySeparator, speaks_harmony
 from runner.text.separator import Split
@@ -118,3 +119,12 @@ def test_the_format_is_found_in_template_or_vocabulary() -> None:
     assert speaks_harmony("x <|channel|> y <|message|>", lambda text: False)
     assert speaks_harmony("", lambda text: text in MARKS)
     assert not speaks_harmony("<|channel|>", lambda text: text == "<|message|>")
+
+
+def test_a_continued_message_is_in_its_channel_however_long_it_is() -> None:
+    template = "<|start|>assistant<|channel|>analysis<|message|>{{ messages[0].thinking }}"
+    found = tokenizer(template, (*MARKS, "<|im_end|>"))
+    chat = [{"role": "assistant", "content": "x", "thinking": "Let me see. " * 20}]
+    ids = found.apply_chat_template(chat, continue_final_message="thinking")
+    separator = found.separator(ids, chat, continue_final_message="thinking")
+    assert separator.add("Easy.", False) == Split(reasoning="Easy.")
