@@ -287,10 +287,10 @@ class Tokenizer:
         source = self._templates.choose(template, tools)
         end = list(ids[-_PROMPT_END:])
         if speaks_harmony(source, self._has_token):
-            if (
-                continue_final_message and (start := self.token_id(START)) in ids
-            ):  # the message's header may be far back
-                end = list(ids[len(ids) - 1 - list(reversed(ids)).index(start) :])
+            # From the last header on, which may stand far before the end of a message that is continued.
+            start = self.token_id(START)
+            places = [place for place, index in enumerate(ids) if index == start]
+            end = list(ids[places[-1] :]) if places else end
             stream = self.detokenizer()
             pieces = [(stream.skipped(index) or stream.add(index), bool(stream.skipped(index))) for index in end]
             return HarmonySeparator(self.special_tokens, pieces)
