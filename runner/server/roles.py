@@ -13,9 +13,10 @@ from itertools import pairwise
 from typing import Any
 
 from runner.errors import TemplateError
+from runner.text.chat_inputs import REASONING
 from runner.text.tokenizer import Tokenizer
 
-_FIRST, _SECOND, _THIRD = "60174285", "39528160", "84630917"
+_FIRST, _SECOND, _THIRD, _FOURTH = "60174285", "39528160", "84630917", "27951346"
 """Digits: no change of case and no trimming alters them."""
 
 Message = Mapping[str, Any]
@@ -48,11 +49,18 @@ class Roles:
 
     @cached_property
     def _later_system(self) -> bool:
-        return self._shows(("user", _FIRST), ("system", _SECOND), ("user", _THIRD))
+        # In both places: templates that have users and assistants take turns count messages, and look at some.
+        return self._shows(("user", _FIRST), ("system", _SECOND), ("user", _THIRD)) and self._shows(
+            ("user", _FIRST), ("assistant", _SECOND), ("system", _THIRD), ("user", _FOURTH)
+        )
 
     @cached_property
     def _two_users(self) -> bool:
         return self._shows(("user", _FIRST), ("user", _SECOND))
+
+    @cached_property
+    def _two_assistants(self) -> bool:
+        return self._shows(("user", _FIRST), ("assistant", _SECOND), ("assistant", _THIRD), ("user", _FOURTH))
 
     def fit(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages in roles and an order that the template takes; most chats are returned as they are."""
@@ -62,8 +70,11 @@ class Roles:
         developers = "developer" in wanted and not self._developer
         if leading > 1 or late or developers or (leading and not self._system):
             messages = self._instructed(messages, leading, developers)
-        if any(first["role"] == second["role"] == "user" for first, second in pairs(messages)) and not self._two_users:
-            messages = _joined(messages)
+        twice = {first["role"] for first, second in pairs(messages) if first["role"] == second["role"]}
+        if "user" in twice and not self._two_users:
+            messages = _joined(messages, "user")
+        if "assistant" in twice and not self._two_assistants:
+            messages = _joined(messages, "assistant")
         return list(messages)
 
     def _instructed(self, messages: Sequence[Message], leading: int, developers: bool) -> list[Message]:
@@ -92,12 +103,21 @@ def pairs(messages: Sequence[Message]) -> list[tuple[Message, Message]]:
     return list(pairwise(messages))
 
 
-def _joined(messages: Sequence[Message]) -> list[Message]:
-    """Neighbouring messages of the user's as one."""
+def _joined(messages: Sequence[Message], role: str) -> list[Message]:
+    """Neighbouring messages of the role as one, which has the texts and calls of both."""
     result: list[Message] = []
     for message in messages:
-        if result and message["role"] == result[-1]["role"] == "user":
-            result[-1] = {"role": "user", "content": f"{text_of(result[-1])}\n\n{text_of(message)}"}
+        if result and message["role"] == result[-1]["role"] == role:
+            before = result[-1]
+            texts = {"content": [text_of(before), text_of(message)]}
+            texts |= {key: [str(each.get(key) or "") for each in (before, message)] for key in REASONING}
+            calls = [*(before.get("tool_calls") or ()), *(message.get("tool_calls") or ())]
+            joined = {key: "\n\n".join(filter(None, parts)) for key, parts in texts.items()}
+            result[-1] = {
+                "role": role,
+                **{key: text for key, text in joined.items() if text or key == "content"},
+                **({"tool_calls": calls} if calls else {}),
+            }
         else:
             result.append(message)
     return result

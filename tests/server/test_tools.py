@@ -8,6 +8,8 @@ import openai
 import pytest
 from told_backend import SPECIAL, Running, ToldBackend, tokenizer
 
+from runner.server.roles import Roles
+
 TOOLS = [
     {
         "type": "function",
@@ -169,3 +171,38 @@ def test_instructions_anywhere() -> None:
         client.chat.completions.create(model="told", messages=messages)
     wanted = "<|im_start|>system\none\n\ntwo<|im_end|>\n<|im_start|>user\nthree\n\nfour\n\nfive<|im_end|>\n"
     assert prompt_of(made) == wanted + "<|im_start|>assistant\n"
+
+
+TURNS = (
+    "{%- if messages[0].role == 'system' -%}{{ messages[0].content }}|{%- set messages = messages[1:] -%}{%- endif -%}"
+    "{%- for m in messages -%}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('turns') }}"
+    "{%- endif -%}{{ m.role }}: {{ m.content }}|{%- for c in m.tool_calls or [] -%}{{ c.function.name }}()|"
+    "{%- endfor -%}{%- endfor -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("roles", "wanted"),
+    [
+        ("user assistant system user", "user: 0|assistant: 1|user: 2\n\n3|"),
+        ("user system assistant user", "user: 0\n\n1|assistant: 2|user: 3|"),
+        ("system user system assistant user", "0|user: 1\n\n2|assistant: 3|user: 4|"),
+        ("user system user", "user: 0\n\n1\n\n2|"),
+        ("user assistant assistant user", "user: 0|assistant: 1\n\n2|user: 3|"),
+        ("user assistant user assistant assistant", "user: 0|assistant: 1|user: 2|assistant: 3\n\n4|"),
+    ],
+)
+def test_roles_where_users_and_assistants_take_turns(roles: str, wanted: str) -> None:
+    """Gemma 3's template looks at every other place only: it took one chat with a system message, not the next."""
+    made = tokenizer(TURNS)
+    messages = [{"role": role, "content": str(index)} for index, role in enumerate(roles.split())]
+    assert made.apply_chat_template(Roles(made).fit(messages), tokenize=False) == wanted
+
+
+def test_calls_and_reasoning_of_two_messages_of_the_assistants_stay() -> None:
+    made = tokenizer(TURNS)
+    calls = [{"type": "function", "function": {"name": name, "arguments": "{}"}} for name in "fg"]
+    own = [{"role": "assistant", "content": None, "reasoning_content": "a", "tool_calls": [call]} for call in calls]
+    fitted = Roles(made).fit([{"role": "user", "content": "x"}, *own])
+    assert fitted[1:] == [{"role": "assistant", "content": "", "reasoning_content": "a\n\na", "tool_calls": calls}]
+    assert made.apply_chat_template(fitted, tokenize=False) == "user: x|assistant: |f()|g()|"
