@@ -44,10 +44,11 @@ class _Content:
 
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
-    """Whether a call's arguments arrive as an object, and as JSON text."""
+    """Whether a call's arguments arrive as an object, and as JSON text; and what stands beside calls for no content."""
 
     as_object: bool
     as_text: bool
+    no_content: str | None = ""
 
 
 class TemplateShapes:
@@ -63,7 +64,7 @@ class TemplateShapes:
 
         A list of parts stays one where the template goes through it, and is joined to one text otherwise; text becomes
         a part where the template reads parts alone. Arguments become an object where the template takes objects, JSON
-        text where it takes only that.
+        text where it takes only that. No content beside calls becomes None where the template drops them otherwise.
 
         Raises:
             TemplateError: arguments are not the JSON text of an object, which the template needs; or the template
@@ -77,6 +78,8 @@ class TemplateShapes:
                 fitted["tool_calls"] = [
                     self._call(call, f"messages[{index}].tool_calls[{place}]", inputs) for place, call in calls
                 ]
+                if fitted["content"] == "":
+                    fitted["content"] = self._takes(inputs).no_content
             messages.append(fitted)
         return dataclasses.replace(inputs, messages=messages)
 
@@ -111,10 +114,7 @@ class TemplateShapes:
             return {**call, "function": self._call(call["function"], f"{where}.function", inputs)}
         if "name" not in call and "arguments" not in call:
             return call
-        has_tools = bool(inputs.tools)
-        if has_tools not in self._arguments:
-            self._arguments[has_tools] = self._probe_arguments(inputs)
-        takes, arguments = self._arguments[has_tools], call.get("arguments")
+        takes, arguments = self._takes(inputs), call.get("arguments")
         if arguments is None:
             arguments = {}
         if isinstance(arguments, str):
@@ -123,18 +123,31 @@ class TemplateShapes:
             arguments = json.dumps(arguments, ensure_ascii=False)
         return {**call, "arguments": arguments}
 
+    def _takes(self, inputs: ChatInputs) -> _Arguments:
+        """In which shape calls arrive."""
+        has_tools = bool(inputs.tools)
+        if has_tools not in self._arguments:
+            self._arguments[has_tools] = self._probe_arguments(inputs)
+        return self._arguments[has_tools]
+
     def _probe_arguments(self, inputs: ChatInputs) -> _Arguments:
-        def render(arguments: Any) -> str:
-            called = [_HELLO, _calling(arguments)]
+        def render(arguments: Any, content: str | None) -> str:
+            called = [_HELLO, _calling(arguments, content)]
             tools = [_TOOL] if inputs.tools else None
             for chat in ([*called, _result("5")], called):
                 if (text := self._try(chat, inputs, tools)) is not None:
                     return text
             return ""
 
-        text = render(dict(_ARGUMENTS))
-        as_object = all(word in text for pair in _ARGUMENTS.items() for word in pair) and str(_ARGUMENTS) not in text
-        return _Arguments(as_object, json.dumps(_ARGUMENTS) in render(json.dumps(_ARGUMENTS)))
+        for content in ("", None):  # DeepSeek V3's template looks for calls only where the content is null
+            text = render(dict(_ARGUMENTS), content)
+            as_object = all(word in text for pair in _ARGUMENTS.items() for word in pair) and (
+                str(_ARGUMENTS) not in text
+            )
+            as_text = json.dumps(_ARGUMENTS) in render(json.dumps(_ARGUMENTS), content)
+            if as_object or as_text:
+                return _Arguments(as_object, as_text, content)
+        return _Arguments(as_object=False, as_text=False)
 
     def _try(self, chat: Chat, inputs: ChatInputs, tools: list[Any] | None = None) -> str | None:
         """Text of a small chat with the variables of `inputs`; None if the template refuses it or fails."""
@@ -162,9 +175,9 @@ def _chats(role: str, content: Any) -> list[Chat]:
     return [[message, _HELLO], [_HELLO, message]]
 
 
-def _calling(arguments: Any) -> dict[str, Any]:
+def _calling(arguments: Any, content: str | None = "") -> dict[str, Any]:
     call = {"id": _CALL_ID, "type": "function", "function": {"name": "f", "arguments": arguments}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
 
 
 def _result(content: Any) -> dict[str, Any]:

@@ -131,6 +131,19 @@ def test_a_call_with_null_content() -> None:
     assert text == '<user>hi<assistant>{"a": 1}<tool>clear'
 
 
+@pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
+@pytest.mark.parametrize("content", [None, "", "absent"])
+def test_calls_that_are_looked_for_beside_null_content_alone(arguments: Any, content: str | None) -> None:
+    """DeepSeek V3's template dropped calls in silence, since their content had become an empty text."""
+    source = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and m['content'] is none %}"
+        "{% for c in m['tool_calls'] %}{{ c['function']['name'] + c['function']['arguments'] }}{% endfor %}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    given = {} if content == "absent" else {"content": content}
+    assert render(source, *calling(arguments, **given)) == '<user>hi<assistant>weather{"a": 1}'
+
+
 def test_each_question_is_put_once() -> None:
     asked: list[str] = []
     inputs = chat_inputs([{"role": "user", "content": [A]}, {"role": "assistant", "content": "x"}] * 50)
