@@ -21,6 +21,10 @@ MAX_PARTS = 100_000
 """Values in one request, containers included."""
 
 
+_HALF_AT_END = re.compile(rb"(\\u[dD][89abAB][0-9a-fA-F]{2})(?!\\u)[\s\S]{1,5}\Z")
+"""Half of a pair where no other half has room, which the library takes for an end that is missing."""
+
+
 def parse(body: bytes) -> Any:
     """The value of a JSON text, within bounds.
 
@@ -33,6 +37,10 @@ def parse(body: bytes) -> Any:
     except RecursionError:
         raise invalid(f"the request is nested more than {MAX_DEPTH} deep") from None
     except msgspec.MsgspecError as error:
+        if half := _HALF_AT_END.search(body):
+            raise invalid(
+                f"the request is not valid JSON: {half[1].decode()} is half of a surrogate pair: no character"
+            ) from None
         raise invalid(f"the request is not valid JSON: {error}") from None
     except (UnicodeError, ValueError) as error:
         raise invalid(f"the request is not valid JSON: {error}") from None

@@ -19,7 +19,8 @@ import pytest
 from told_backend import Running, ToldBackend, waited
 
 from runner.server import limits
-from runner.server.fields import MAX_DEPTH
+from runner.server.errors import ApiError
+from runner.server.fields import MAX_DEPTH, parse
 from runner.server.limits import host_of
 from runner.server.log import LOG
 from runner.server.model import Served
@@ -301,6 +302,15 @@ def test_how_deep_schemas_may_be_and_how_many_tools_there_may_be(path: str, monk
         for count, status in ((20, 200), (21, 400)):
             found, said = with_tools(server, path, count)
             assert found == status and (status == 200 or "at most 20" in said), (count, said)
+
+
+@pytest.mark.parametrize("end", ['"', '"}', '"}]}', '"}]}      ', ' and more"}', '\\u0041"}', '\\n"}'])
+def test_half_a_surrogate_pair_is_called_so(end: str) -> None:
+    """Near the end of a request it was said to be cut off."""
+    with pytest.raises(ApiError, match=r"not valid JSON: .*surrogate pair"):
+        parse(b'{"messages": [{"content": "a\\ud83d' + end.encode())
+    with pytest.raises(ApiError, match="not valid JSON: Input data was truncated"):
+        parse(b'{"messages": [{"content": "a\\ud83d\\ude00')
 
 
 def test_answers_have_so_long_to_end_and_no_longer() -> None:
