@@ -193,7 +193,7 @@ class Chat:
     def turn(self, text: str, may_be_command: bool) -> None:
         """Run a command, or answer a message."""
         if not (may_be_command and self.commands.take(text)) and text.strip():
-            self.answer(self.commands.with_read(text))
+            self.commands.ask(text)
 
     def answer(self, text: str) -> bool:
         """Stream the answer to `text` and remember both: after Ctrl-C what was shown, after an error nothing.

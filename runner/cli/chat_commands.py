@@ -105,10 +105,20 @@ class Commands:
         command.run(rest.strip())
         return True
 
-    def with_read(self, text: str) -> str:
-        """A message with the texts of the files that were read for it, each after a blank line."""
-        texts, self.read = [text, *self.read], []
-        return "\n\n".join(texts)
+    def ask(self, text: str) -> bool:
+        """Have the model answer a message with the texts of the files that were read for it, each after a blank line.
+
+        They wait for the next message unless the turn is kept, which is what this returns.
+        """
+        kept = False
+        try:
+            kept = self.answer("\n\n".join([text, *self.read]))
+        finally:
+            if kept:
+                self.read.clear()
+            elif self.read and self.interactive:
+                terminal.note("(what you read still goes with your next message; /read alone forgets it)")
+        return kept
 
     def _help(self, rest: str) -> None:
         """Run `/help`: list the commands."""
@@ -179,12 +189,15 @@ class Commands:
         if not text.strip() or text == before:
             terminal.note("(nothing has changed)\n")
         elif before is None:
-            self.answer(self.with_read(text))
+            self.ask(text)
         else:
             self._again(text)
 
     def _read(self, rest: str) -> None:
-        """Run `/read FILE`: keep its text for the next message."""
+        """Run `/read [FILE]`: keep its text for the next message, or forget what is kept."""
+        if not rest and self.read:
+            self.read.clear()
+            return terminal.note("(nothing goes with your next message)\n")
         if not rest:
             raise UsageError("/read needs the name of a file, as in /read notes.txt")
         path = path_of(rest)

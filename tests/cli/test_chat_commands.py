@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from runner.cli.chat_model import LocalModel
 from runner.cli.chat_settings import ChatSettings
 from runner.cli.conversation import Conversation
 from runner.cli.terminal import visible
-from runner.errors import UsageError
+from runner.errors import ContextLengthError, UsageError
 
 MODEL = str(TESTS / "fixtures" / "llama" / "llama-gqa")
 GREEDY = ("--temp", "0", "-n", "6")
@@ -160,6 +160,31 @@ def test_a_file_goes_with_the_next_message_alone(tmp_path: Path) -> None:
     ]
     note.write_bytes(b"caf\xe9")
     assert "not UTF-8" in chat(f"/read {note}", code=2)[1]
+
+
+@pytest.mark.parametrize("error", [None, ContextLengthError(9, 8)])
+def test_a_file_waits_until_a_turn_with_it_is_kept(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """It was forgotten where the answer failed, and the next message went without it."""
+    (tmp_path / "note.txt").write_text("line")
+    asked: list[str] = []
+
+    def answer(text: str) -> bool:
+        asked.append(text)
+        if len(asked) == 1 and error is not None:
+            raise error
+        return len(asked) > 1
+
+    monkeypatch.setattr(commands, "answer", answer)
+    commands.take(f"/read {tmp_path / 'note.txt'}")
+    with nullcontext() if error is None else pytest.raises(ContextLengthError):
+        commands.ask("one")
+    assert commands.ask("two") and commands.ask("three")
+    assert asked == ["one\n\nline", "two\n\nline", "three"]
+    commands.take(f"/read {tmp_path / 'note.txt'}")
+    commands.take("/read")
+    assert commands.ask("four") and asked[-1] == "four"
 
 
 def test_other_names_mean_the_same() -> None:
