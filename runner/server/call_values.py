@@ -33,31 +33,43 @@ def read_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
-    """JSON's names of the types that a schema allows; None: any, or it does not say.
+class Kinds:
+    """What the parts of a schema allow. Each is looked at once: alternatives may refer to each other without end."""
 
-    Args:
-        root: the schema that references of `schema` point into.
-    """
-    if not isinstance(schema, Mapping) or depth > DEEPEST:
-        return None
-    found: list[frozenset[str] | None] = []
-    kinds = schema.get("type")
-    if isinstance(kinds, str | list):
-        found.append(frozenset([kinds] if isinstance(kinds, str) else filter(lambda one: isinstance(one, str), kinds)))
-    values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else []
-    if values:
-        found.append(frozenset(map(kind_of, values)))
-    for word in ("anyOf", "oneOf"):
-        if isinstance(schema.get(word), list):
-            each = [kinds_of(one, root, depth + 1) for one in schema[word][:DEEPEST]]
-            found.append(None if None in each else frozenset().union(*filter(None, each)))
-    if isinstance(schema.get("allOf"), list):
-        found += [kinds_of(one, root, depth + 1) for one in schema["allOf"][:DEEPEST]]
-    if isinstance(schema.get("$ref"), str):
-        found.append(kinds_of(_pointed(schema["$ref"], root), root, depth + 1))
-    said = [one for one in found if one is not None]
-    return frozenset.intersection(*said) if said else None
+    def __init__(self, root: Any) -> None:
+        """Begin with the schema that references point into."""
+        self.root = root
+        self._known: dict[int, frozenset[str] | None] = {}
+
+    def of(self, schema: Any, depth: int = 0) -> frozenset[str] | None:
+        """JSON's names of the types that a part of the schema allows; None: any, or it does not say."""
+        if not isinstance(schema, Mapping) or depth > DEEPEST:
+            return None
+        if id(schema) not in self._known:
+            self._known[id(schema)] = None  # meanwhile: it may refer to itself
+            self._known[id(schema)] = self._look(schema, depth)
+        return self._known[id(schema)]
+
+    def _look(self, schema: Mapping[str, Any], depth: int) -> frozenset[str] | None:
+        found: list[frozenset[str] | None] = []
+        kinds = schema.get("type")
+        if isinstance(kinds, str | list):
+            kinds = [kinds] if isinstance(kinds, str) else kinds
+            found.append(frozenset(one for one in kinds if isinstance(one, str)))
+        enum = schema.get("enum")
+        values = enum if isinstance(enum, list) else [schema["const"]] if "const" in schema else []
+        if values:
+            found.append(frozenset(map(kind_of, values)))
+        for word in ("anyOf", "oneOf"):
+            if isinstance(schema.get(word), list):
+                each = [self.of(one, depth + 1) for one in schema[word]]
+                found.append(None if None in each else frozenset().union(*filter(None, each)))
+        if isinstance(schema.get("allOf"), list):
+            found += [self.of(one, depth + 1) for one in schema["allOf"]]
+        if isinstance(schema.get("$ref"), str):
+            found.append(self.of(_pointed(schema["$ref"], self.root), depth + 1))
+        said = [one for one in found if one is not None]
+        return frozenset.intersection(*said) if said else None
 
 
 def kind_of(value: Any) -> str:
@@ -80,9 +92,9 @@ def property_of(schema: Any, name: str) -> Any:
     return properties.get(name) if isinstance(properties, Mapping) else None
 
 
-def typed(text: str, schema: Any, root: Any) -> Any:
+def typed(text: str, schema: Any, known: Kinds) -> Any:
     """What a text without a type of its own means as a value of a schema: the value it spells, or the text itself."""
-    kinds = kinds_of(schema, root)
+    kinds = known.of(schema)
     if kinds == frozenset({"string"}):
         return text
     try:
@@ -109,12 +121,12 @@ class Gemma:
     def __init__(self, text: str, schema: Any) -> None:
         """Begin with the text of all arguments, braces included."""
         self._text = text
-        self._schema = schema
+        self._known = Kinds(schema)
         self._place = 0
 
     def read(self) -> dict[str, Any]:
         """The arguments."""
-        found = self._object(self._schema, 0)
+        found = self._object(self._known.root, 0)
         if self._text[self._place :].strip():
             raise ValueError("text behind the arguments")
         return found
@@ -136,7 +148,7 @@ class Gemma:
         bare = _BARE.match(self._text, self._place)
         assert bare is not None
         self._place = bare.end()
-        return typed(bare[0].strip(), schema, self._schema)
+        return typed(bare[0].strip(), schema, self._known)
 
     def _object(self, schema: Any, depth: int) -> dict[str, Any]:
         def pair() -> tuple[str, Any]:

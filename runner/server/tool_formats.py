@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runner.server.call_values import Gemma, dumped, property_of, read_object, typed
+from runner.server.call_values import Gemma, Kinds, dumped, property_of, read_object, typed
 from runner.text.harmony import START
 
 MAX_CALL = 1 << 20
@@ -307,5 +307,5 @@ class _Words(ast.NodeTransformer):
 
 def _typed(name: str, given: Mapping[str, str], schemas: Mapping[str, Any]) -> Called:
     """A call whose values are texts: brought to the types of its schema."""
-    schema = schemas.get(name)
-    return Called(name, dumped({key: typed(text, property_of(schema, key), schema) for key, text in given.items()}))
+    known = Kinds(schemas.get(name))
+    return Called(name, dumped({key: typed(text, property_of(known.root, key), known) for key, text in given.items()}))
