@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping
@@ -188,3 +189,51 @@ class Gemma:
 
 def _items(schema: Any) -> Any:
     return schema.get("items") if isinstance(schema, Mapping) else None
+
+
+MAX_PYTHONIC = 100_000
+"""Characters of arguments in Python's form."""
+
+_WORDS = {"true": True, "false": False, "null": None}
+_PIECE = re.compile(
+    r"""(?P<text>\"{3}(?:[^"\\]|\\.|"(?!""))*+\"{3}|'{3}(?:[^'\\]|\\.|'(?!''))*+'{3}|"(?:[^"\\\n]|\\.)*+"
+    |'(?:[^'\\\n]|\\.)*+')|(?P<quote>["'])|(?P<opening>[(\[{])|[)\]}]""",
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def python_end(text: str, place: int) -> int | None:
+    """Where the bracket at a place is closed, in Python's terms; None where it is not."""
+    depth = 0
+    for piece in _PIECE.finditer(text, place):
+        if piece["quote"]:
+            return None
+        if not piece["text"]:
+            depth += 1 if piece["opening"] else -1
+        if not depth:
+            return piece.end()
+    return None
+
+
+def python_arguments(text: str) -> dict[str, Any]:
+    """What (a="x", b=[1]) says; nothing is run, only literals are read, JSON's words among them.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    try:
+        if len(text) > MAX_PYTHONIC:
+            raise ValueError("too long")
+        node = ast.parse("f" + text, mode="eval").body
+        if not isinstance(node, ast.Call) or node.args or any(word.arg is None for word in node.keywords):
+            raise ValueError("no names of arguments")
+        return {str(word.arg): ast.literal_eval(_Words().visit(word.value)) for word in node.keywords}
+    except (SyntaxError, RecursionError, MemoryError, TypeError) as error:
+        raise ValueError("no literals") from error
+
+
+class _Words(ast.NodeTransformer):
+    """Puts values in place of JSON's words."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node

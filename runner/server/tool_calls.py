@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.server.call_values import dumped, read_object
-from runner.server.tool_formats import Called, Marks, read_calls
+from runner.server.tool_formats import Called, Marks, Reading, read_calls
 from runner.text.separator import Separator, Split
 from runner.text.stop import unfinished
 
@@ -19,7 +19,18 @@ SPECIAL = "\ufdd0"
 """Around the text of a special token that is a mark: no text has this character, so no text spells the token."""
 
 MOST_ENDS = 64
-"""Closing marks at which a call is tried to be read: arguments may spell the mark, and each time all is read."""
+"""How often a text is tried to be read as a call: arguments may spell the marks, and each time all is read."""
+
+
+def guarded(text: str, count: int) -> int:
+    """How long the start of a text is that holds `count` characters beside those around its marks."""
+    place = 0
+    for part in text.split(SPECIAL):
+        if count <= len(part):
+            break
+        count -= len(part)
+        place += len(part) + 1
+    return place + count
 
 
 class KeepMarks:
@@ -153,7 +164,7 @@ class CallFinder:
         self._held = ""
         self._inside: Marks | None = None
         self._searched = 0  # characters of the held text that were searched for the closing text
-        self._tries = 0  # closing texts at which it was no call
+        self._tries = 0  # how often the held text was read, and was no call
         self._fresh = True  # nothing but white space so far
         self._before = ""  # white space before the call: it belongs to the text only if this is none
         self._trailing: str | None = None  # behind a call, white space and this are left out
@@ -176,23 +187,62 @@ class CallFinder:
             if not found:
                 return shown, calls
 
-    def flush(self) -> tuple[str, list[Call | CallPart]]:
-        """Take the end of the answer."""
-        text, self._held = self._held, ""
-        if self._inside is None:
-            return "" if self._count and not text.strip() else self._plain(text), []
-        marks, self._inside = self._inside, None
-        if self._begun:  # what comes behind the arguments is of no use, and cut arguments were passed on
-            return "", []
-        found = read_calls(self._plain(text), self._schemas, cut=bool(marks.opening))
-        # A bare answer is a call only if there is such a function: people talk in JSON, too.
-        if found is None or (not marks.opening and any(call.name not in self._schemas for call in found)):
-            return self._uncalled(marks, text), []
-        return "", list(self._numbered(found))
+    def flush(self, *, ended: bool = False) -> tuple[str, list[Call | CallPart]]:
+        """Take the end of the answer.
 
-    def _uncalled(self, marks: Marks, text: str) -> str:
-        """What has turned out to be no call, as it was written."""
+        Args:
+            ended: whether the model ended it, so that nothing was cut off.
+        """
+        shown = ""
+        calls: list[Call | CallPart] = []
+        while True:
+            more, found = self._outside() if self._inside is None else self._within(calls)
+            if not found and self._inside is not None:
+                more, found = self._last(calls, ended), True
+            shown += more
+            self._spoke = self._spoke or bool(more)
+            if not found:
+                text, self._held = self._held, ""
+                return shown + ("" if self._count and not text.strip() else self._plain(text)), calls
+
+    def _last(self, calls: list[Call | CallPart], ended: bool) -> str:
+        """What is text of a call that the answer's end leaves open; calls that are whole are added to `calls`."""
+        marks, self._inside = self._inside, None
+        assert marks is not None
+        if self._begun:  # what comes behind the arguments is of no use, and cut arguments were passed on
+            self._held, self._begun = "", False
+            return ""
+        text = self._plain(self._held)
+        read = read_calls(text, self._schemas, cut=not ended)
+        if not marks.opening:
+            # A bare answer is a call only if there is such a function: people talk in JSON, too.
+            if read.end < len(text) or any(call.name not in self._schemas for call in read.calls):
+                read = Reading(begun=True)
+        elif not read.calls and not read.begun and self._again():
+            return self._uncalled(marks, self._start(marks))
+        if not read.calls:
+            return self._uncalled(marks, len(self._held))
+        calls += self._numbered(read.calls)
+        self._trailing, self._before = self._spelled(marks.trailing), ""
+        self._held = self._held[guarded(self._held, read.end) :]
+        if not read.begun:
+            return ""
+        cut, self._held = self._held, ""
+        return self._plain(cut)
+
+    def _start(self, marks: Marks) -> int:
+        """Where the held text goes on behind its opening mark."""
+        return len(self._spelled(marks.opening)) if marks.kept else 0
+
+    def _again(self) -> bool:
+        """Whether one more call may be looked for in what was no call: each time all is read."""
+        self._tries += 1
+        return self._tries <= MOST_ENDS
+
+    def _uncalled(self, marks: Marks, end: int) -> str:
+        """What has turned out to be no call, as it was written, up to a place in the held text."""
         before, self._before = self._before, ""
+        text, self._held, self._inside = self._held[:end], self._held[end:], None
         return before + ("" if marks.kept else marks.opening) + self._plain(text)
 
     def _outside(self) -> tuple[str, bool]:
@@ -221,7 +271,7 @@ class CallFinder:
         return self._plain(before), True
 
     def _begin(self, marks: Marks, before: str = "") -> None:
-        self._inside, self._before, self._searched, self._tries = marks, before, 0, 0
+        self._inside, self._before, self._searched = marks, before, 0
 
     def _behind(self, trailing: str) -> bool:
         """Leave out what may stand behind a call; whether something else follows."""
@@ -268,24 +318,29 @@ class CallFinder:
         while (place := self._held.find(closing, self._searched)) >= 0:
             end = place + len(closing)
             body = self._held[: end if self._inside.kept else place]
-            found = read_calls(self._plain(body), self._schemas)
-            if found is not None:
+            marks, text = self._inside, self._plain(body)
+            read = read_calls(text, self._schemas)
+            if read.calls and (read.end == len(text) or read.over):
                 self._end(end)
-                calls += self._numbered(found)
-                return "", True
+                calls += self._numbered(read.calls)
+                return text[read.end :], True
+            more = self._again()
+            if not read.begun and not read.calls and more:  # it only mentions the mark
+                return self._uncalled(marks, self._start(marks)), True
+            if read.over or not read.begun or not more:
+                self._tries = 0
+                if read.begun and not read.over:  # what else comes may be an argument's
+                    self._openings = {}
+                return self._uncalled(marks, end), True
             # An argument may spell the mark: the call may end at a later one.
-            self._searched, self._tries = end, self._tries + 1
-            if self._tries == MOST_ENDS:
-                marks, self._inside = self._inside, None
-                text, self._held = self._held[:end], self._held[end:]
-                return self._uncalled(marks, text), True
+            self._searched = end
         self._searched = max(self._searched, len(self._held) - len(closing) + 1)
         return "", False
 
     def _end(self, end: int) -> None:
         """Go on behind a call."""
         assert self._inside is not None
-        self._trailing = self._spelled(self._inside.trailing)
+        self._trailing, self._tries = self._spelled(self._inside.trailing), 0
         self._held, self._inside, self._before = self._held[end:], None, ""
 
     def _numbered(self, found: Sequence[Called]) -> list[Call]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.server.call_values import Gemma, Kinds, dumped, property_of, read_object, typed
-from runner.text.harmony import START
+from runner.server.call_values import Gemma, Kinds, dumped, property_of, python_arguments, python_end, typed
+from runner.text.harmony import AUTHOR, MESSAGE, START
 
 MAX_CALL = 1 << 20
 """Characters of one call."""
@@ -86,8 +85,39 @@ def bare_json(source: str) -> bool:
     return re.search(r'\{\\?"name\\?": function name', source) is not None
 
 
-def read_calls(text: str, schemas: Mapping[str, Any], *, cut: bool = False) -> list[Called] | None:
-    """The calls that the text between two marks spells, in whichever of the known forms; None if it is no call.
+class Begun(ValueError):
+    """A text that begins as a call does is none, or not yet.
+
+    Attributes:
+        place: how far it was read.
+        within: whether that is within an argument.
+    """
+
+    def __init__(self, place: int, *, within: bool = False) -> None:
+        super().__init__("no call")
+        self.place = place
+        self.within = within
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a text says of calls.
+
+    Attributes:
+        calls: those at its start that are whole.
+        end: where the last of them ends.
+        begun: whether another begins there, so that what follows may be an argument's.
+        over: whether nothing but brackets follows where that one can't be read on: no argument is open.
+    """
+
+    calls: Sequence[Called] = ()
+    end: int = 0
+    begun: bool = False
+    over: bool = False
+
+
+def read_calls(text: str, schemas: Mapping[str, Any], *, cut: bool = False) -> Reading:
+    """The calls that the text between two marks spells, in whichever of the known forms.
 
     Each form is read from left to right, in a time that grows with the text's length: a model writes what it likes, and
     others wait meanwhile.
@@ -95,40 +125,82 @@ def read_calls(text: str, schemas: Mapping[str, Any], *, cut: bool = False) -> l
     Args:
         schemas: JSON schemas of the arguments by the functions' names: forms without types of their own are read by
             them.
-        cut: whether the text ends with the answer, and not with its closing mark: of several calls those that are whole
-            count, and forms do not that look whole wherever they are cut.
+        cut: whether nothing says that the text's end is a call's: forms do not count that look whole wherever they are
+            cut.
     """
-    text = text.strip()
-    if not text or len(text) > MAX_CALL:
-        return None
-    for form in (_json_calls, _harmony, _colons, _named_json, _tagged, _keyed, _pythonic):
-        try:
-            if found := form(text, schemas, cut):
-                return found
-        except (ValueError, RecursionError):  # numbers that JSON does not have, say
-            continue
-    return None
+    if len(text) > MAX_CALL:
+        return Reading(begun=True)
+    prose = Reading()
+    for form in (_json_call, _harmony, _colons, _named_json, _tagged, _keyed, _pythonic):
+        found = _read(form, text, schemas, cut)
+        if found.begun or found.end == len(text):
+            return found
+        prose = found if found.calls else prose
+    return prose
 
 
-def _json_calls(text: str, _schemas: Mapping[str, Any], _cut: bool) -> list[Called] | None:
+_Form = Callable[[str, int, Mapping[str, Any], bool], tuple[Called, int]]
+"""Reads the call at a place; returns it, and where it ends.
+
+Raises Begun, or another ValueError where nothing there begins as a call of this form does.
+"""
+
+
+def _read(form: _Form, text: str, schemas: Mapping[str, Any], cut: bool) -> Reading:
+    calls: list[Called] = []
+    place = end = _behind(text, 0)
+    try:
+        while place < len(text):
+            call, place = form(text, place, schemas, cut)
+            calls.append(call)
+            place = end = _behind(text, place)
+    except Begun as error:
+        return Reading(calls, end, True, not error.within and not text[error.place :].strip(" \t\r\n)]},;"))
+    except ValueError:
+        pass
+    return Reading(calls, end if calls else 0)
+
+
+def _json(text: str, place: int) -> tuple[Any, int]:
+    """The JSON value at a place, and where it ends."""
+    try:
+        return json.JSONDecoder().raw_decode(text, place)
+    except json.JSONDecodeError as error:
+        raise Begun(error.pos) from error
+    except (ValueError, RecursionError) as error:
+        raise Begun(place, within=True) from error
+
+
+def _call(name: str, arguments: Any, end: int) -> Called:
+    try:
+        # Halves of surrogate pairs are replaced in both.
+        return Called(name if name.isascii() else json.loads(dumped(name)), dumped(arguments))
+    except (ValueError, TypeError, RecursionError) as error:  # numbers that JSON does not have, say
+        raise Begun(end) from error
+
+
+_OPEN, _CLOSE, _OBJECT = re.compile(r"[\s\[]*"), re.compile(r"[\s,;\]]*"), re.compile(r'\{\s*["}]')
+
+
+def _json_call(text: str, place: int, _schemas: Mapping[str, Any], _cut: bool) -> tuple[Called, int]:
     """{"name": "f", "arguments": {...}}, or a list of such; several may follow each other."""
-    if text[0] not in "[{":
-        return None
-    decoder, position, values = json.JSONDecoder(), 0, []
-    while position < len(text):
-        value, position = decoder.raw_decode(text, position)
-        values += value if isinstance(value, list) else [value]
-        while position < len(text) and text[position] in " \t\r\n;,":
-            position += 1
-    calls = [_from_object(value) for value in values]
-    return [call for call in calls if call is not None] if calls and None not in calls else None
+    place = _ended(_OPEN, text, place)
+    if not _OBJECT.match(text, place):
+        raise ValueError("no object")
+    value, end = _json(text, place)
+    try:
+        name, arguments = _from_object(value)
+    except (ValueError, RecursionError) as error:
+        raise Begun(end) from error
+    return _call(name, arguments, end), _ended(_CLOSE, text, end)
 
 
-def _from_object(value: Any) -> Called | None:
-    if not isinstance(value, dict):
-        return None
-    if isinstance(value.get("function"), dict):
+def _from_object(value: Any) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of a call; ValueError where it is none."""
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
+    if not isinstance(value, dict):
+        raise ValueError("no object")
     name = next((value[key] for key in ("name", "tool_name", "function") if isinstance(value.get(key), str)), None)
     arguments: Any = next((value[key] for key in ("arguments", "parameters") if key in value), {})
     if isinstance(arguments, str) and arguments:
@@ -136,8 +208,8 @@ def _from_object(value: Any) -> Called | None:
     if arguments is None or arguments == "":  # of a function that takes none
         arguments = {}
     if not name or not isinstance(arguments, dict):
-        return None
-    return Called(name, dumped(arguments))
+        raise ValueError("no call")
+    return name, arguments
 
 
 _NAME = r"[\w.:/-]+"
@@ -146,18 +218,21 @@ _NAME = r"[\w.:/-]+"
 _RECIPIENT = re.compile(rf"\bto=({_NAME})")
 
 
-def _harmony(text: str, schemas: Mapping[str, Any], _cut: bool) -> list[Called] | None:
+def _harmony(text: str, place: int, schemas: Mapping[str, Any], cut: bool) -> tuple[Called, int]:
     """<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{...}, one or several."""
-    if not text.startswith(START):
-        return None
-    calls = []
-    for piece in re.split(r"(?=<\|start\|>assistant)", text)[1:]:
-        header, sign, body = piece.strip().partition("<|message|>")
-        found, value = _RECIPIENT.search(header), read_object(body)
-        if found is None or not sign or value is None:
-            return None
-        calls.append(Called(_offered(found[1], schemas), dumped(value)))
-    return calls
+    if not text.startswith(START + AUTHOR, place):
+        raise ValueError("no message of the model's")
+    header, place = _until(text, place, MESSAGE)
+    found = _RECIPIENT.search(header)
+    if found is None:
+        raise Begun(place, within=True)
+    place = _behind(text, place)
+    value: Any = {}
+    if cut or not (place == len(text) or text.startswith(START, place)):  # else: of a function that takes none
+        value, place = _json(text, place)
+    if not isinstance(value, dict):
+        raise Begun(place)
+    return _call(_offered(found[1], schemas), value, place), place
 
 
 def _offered(written: str, schemas: Mapping[str, Any]) -> str:
@@ -174,138 +249,125 @@ _BEHIND = ("```", "<｜tool▁call▁end｜>", "<|tool_call_end|>")
 _ANY_NAME, _ID, _SPACE = re.compile(_NAME), re.compile(r"\[CALL_ID\]\w+"), re.compile(r"\s*")
 
 
-def _named_json(text: str, schemas: Mapping[str, Any], cut: bool) -> list[Called] | None:
+def _named_json(text: str, place: int, schemas: Mapping[str, Any], _cut: bool) -> tuple[Called, int]:
     """A name and the JSON of its arguments, a family's marks between: Mistral, DeepSeek, Kimi; several in a row."""
-    calls: list[Called] = []
-    position = 0
-    while position < len(text):
-        try:
-            call, position = _named(text, position, schemas)
-        except (ValueError, RecursionError):
-            return calls if cut else None
-        calls.append(call)
-    return calls
-
-
-def _named(text: str, position: int, schemas: Mapping[str, Any]) -> tuple[Called, int]:
-    """The call at a position, and where it ends."""
-    position = _behind(text, position, _BEFORE_NAME)
-    name = _ANY_NAME.match(text, position)
+    place = _behind(text, place, _BEFORE_NAME)
+    name = _ANY_NAME.match(text, place)
     if name is None:
         raise ValueError("no name")
-    position = _behind(text, name.end())
-    if call_id := _ID.match(text, position):
-        position = _behind(text, call_id.end())
-    position = _behind(text, position, _BEFORE_VALUE)
-    if text.startswith("```json", position):
-        position = _behind(text, position + len("```json"))
-    if not text.startswith("{", position):
+    place = _behind(text, name.end())
+    if call_id := _ID.match(text, place):
+        place = _behind(text, call_id.end())
+    place = _behind(text, place, _BEFORE_VALUE)
+    if text.startswith("```json", place):
+        place = _behind(text, place + len("```json"))
+    if not text.startswith("{", place):
         raise ValueError("no object")
-    value, position = json.JSONDecoder().raw_decode(text, position)
-    return Called(_offered(name[0], schemas), dumped(value)), _behind(text, position, _BEHIND)
+    value, place = _json(text, place)
+    return _call(_offered(name[0], schemas), value, place), _behind(text, place, _BEHIND)
 
 
-def _behind(text: str, position: int, marks: tuple[str, ...] = ()) -> int:
-    """The position behind white space, and behind those of the marks that stand there, each once, in their order."""
-    space = _SPACE.match(text, position)
-    position = space.end() if space else position
+def _ended(pattern: re.Pattern[str], text: str, place: int) -> int:
+    """Where what a pattern finds at a place ends."""
+    found = pattern.match(text, place)
+    return found.end() if found else place
+
+
+def _behind(text: str, place: int, marks: tuple[str, ...] = ()) -> int:
+    """The place behind white space, and behind those of the marks that stand there, each once, in their order."""
+    place = _ended(_SPACE, text, place)
     for mark in marks:
-        if text.startswith(mark, position):
-            return _behind(text, position + len(mark), marks[marks.index(mark) + 1 :])
-    return position
+        if text.startswith(mark, place):
+            return _behind(text, place + len(mark), marks[marks.index(mark) + 1 :])
+    return place
 
 
 _FUNCTION = re.compile(r"""<function=(?P<a>[^>\s]{1,256})>|<invoke\s{1,8}name="(?P<b>[^"]{1,256})">""")
 _PARAMETER = re.compile(r"""<parameter(?:=|\s{1,8}name=")([^>"]{1,256})"?>""")
 
 
-def _tagged(text: str, schemas: Mapping[str, Any], _cut: bool) -> list[Called] | None:
+def _tagged(text: str, place: int, schemas: Mapping[str, Any], _cut: bool) -> tuple[Called, int]:
     """<function=f><parameter=a>1</parameter></function> of Qwen3-Coder, <invoke name="f"> of MiniMax."""
-    calls, position = [], 0
-    while (position := _behind(text, position)) < len(text):
-        found = _FUNCTION.match(text, position)
-        if found is None:
-            return None
-        closing = "</function>" if found["a"] else "</invoke>"
-        body, position = _until(text, found.end(), closing)
-        given, place = {}, 0
-        while (place := _behind(body, place)) < len(body):
-            one = _PARAMETER.match(body, place)
-            if one is None:
-                return None
-            value, place = _until(body, one.end(), "</parameter>")
-            given[one[1].strip()] = value.removeprefix("\n").removesuffix("\n")
-        calls.append(_typed((found["a"] or found["b"]).strip(), given, schemas))
-    return calls
+    found = _FUNCTION.match(text, place)
+    if found is None:
+        raise ValueError("no function")
+    closing = "</function>" if found["a"] else "</invoke>"
+    given: dict[str, str] = {}
+    place = _behind(text, found.end())
+    while not text.startswith(closing, place):
+        one = _PARAMETER.match(text, place)
+        if one is None:
+            raise Begun(place, within=True)
+        value, place = _until(text, one.end(), "</parameter>")
+        given[one[1].strip()] = value.removeprefix("\n").removesuffix("\n")
+        place = _behind(text, place)
+    place += len(closing)
+    return _typed((found["a"] or found["b"]).strip(), given, schemas, place), place
 
 
 def _until(text: str, start: int, closing: str) -> tuple[str, int]:
-    """The text before a mark, and the position behind it; ValueError where it does not come."""
-    end = text.index(closing, start)
+    """The text before a mark, and the place behind it."""
+    end = text.find(closing, start)
+    if end < 0:
+        raise Begun(start, within=True)
     return text[start:end], end + len(closing)
 
 
-def _keyed(text: str, schemas: Mapping[str, Any], cut: bool) -> list[Called] | None:
-    """f<arg_key>a</arg_key><arg_value>1</arg_value> of GLM; only its closing mark says that no more pairs come."""
-    end = text.find("<arg_key>")
-    name = text[: len(text) if end < 0 else end].strip()
-    if cut or not _ANY_NAME.fullmatch(name):
-        return None
-    if end < 0 and name not in schemas:  # a word that is no function's name is no call
-        return None
+def _keyed(text: str, place: int, schemas: Mapping[str, Any], cut: bool) -> tuple[Called, int]:
+    """f<arg_key>a</arg_key><arg_value>1</arg_value> of GLM; only what closes it says that no more pairs come."""
+    found = _ANY_NAME.match(text, place)
+    if found is None:
+        raise ValueError("no name")
+    name, place = found[0], _behind(text, found.end())
     given: dict[str, str] = {}
-    place = len(text) if end < 0 else end
-    while (place := _behind(text, place)) < len(text):
-        pair = []
-        for mark in ("arg_key", "arg_value"):
-            place = _behind(text, place)
-            if not text.startswith(f"<{mark}>", place):
-                return None
-            found, place = _until(text, place + len(f"<{mark}>"), f"</{mark}>")
-            pair.append(found)
-        given[pair[0].strip()] = pair[1]
-    return [_typed(name, given, schemas)]
+    if not text.startswith("<arg_key>", place) and not (name == text.strip() and name in schemas):
+        raise ValueError("a word that is no function's name")
+    while text.startswith("<arg_key>", place):
+        key, place = _until(text, place + len("<arg_key>"), "</arg_key>")
+        place = _behind(text, place)
+        if not text.startswith("<arg_value>", place):
+            raise Begun(place, within=True)
+        given[key.strip()], place = _until(text, place + len("<arg_value>"), "</arg_value>")
+        place = _behind(text, place)
+    if cut:
+        raise Begun(place, within=True)
+    return _typed(name, given, schemas, place), place
 
 
 _COLON = re.compile(rf"call:({_NAME}?)\s{{0,8}}(?=\{{)")
 
 
-def _colons(text: str, schemas: Mapping[str, Any], _cut: bool) -> list[Called] | None:
+def _colons(text: str, place: int, schemas: Mapping[str, Any], _cut: bool) -> tuple[Called, int]:
     """call:f{a:<escape>text<escape>,b:1} of Gemma; `<|"|>` quotes in Gemma 4."""
-    found = _COLON.match(text)
+    found = _COLON.match(text, place)
     if found is None:
-        return None
-    return [Called(found[1], dumped(Gemma(text[found.end() :], schemas.get(found[1])).read()))]
-
-
-_WORDS = {"true": True, "false": False, "null": None}
-
-
-def _pythonic(text: str, _schemas: Mapping[str, Any], _cut: bool) -> list[Called] | None:
-    """[f(a="x", b=1)] of LFM2 and Llama 3.2; nothing is run, only literals are read, JSON's words among them."""
-    if not re.match(r"\[?\s{0,64}[A-Za-z_][\w.]{0,256}\s{0,8}\(", text) or len(text) > 100_000:
-        return None
+        raise ValueError("no call")
     try:
-        node = ast.parse(text, mode="eval").body
-        calls = []
-        for each in node.elts if isinstance(node, ast.List) else [node]:
-            if not isinstance(each, ast.Call) or each.args or any(word.arg is None for word in each.keywords):
-                return None
-            given = {str(word.arg): ast.literal_eval(_Words().visit(word.value)) for word in each.keywords}
-            calls.append(Called(ast.unparse(each.func), dumped(given)))
-        return calls
-    except (SyntaxError, MemoryError, TypeError):
-        return None
+        arguments = Gemma(text[found.end() :], schemas.get(found[1])).read()
+    except (ValueError, RecursionError) as error:
+        raise Begun(found.end(), within=True) from error
+    return _call(found[1], arguments, len(text)), len(text)
 
 
-class _Words(ast.NodeTransformer):
-    """Puts values in place of JSON's words."""
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node
+_PYTHONIC = re.compile(rf"({_NAME})\s{{0,8}}(?=\(\s{{0,64}}(?:\)|\w+\s{{0,8}}=(?!=)))")
 
 
-def _typed(name: str, given: Mapping[str, str], schemas: Mapping[str, Any]) -> Called:
+def _pythonic(text: str, place: int, schemas: Mapping[str, Any], _cut: bool) -> tuple[Called, int]:
+    """[f(a="x", b=1)] of LFM2 and Llama 3.2; nothing is run, only literals are read, JSON's words among them."""
+    found = _PYTHONIC.match(text, _ended(_OPEN, text, place))
+    if found is None:
+        raise ValueError("no call")
+    end = python_end(text, found.end())
+    if end is None:
+        raise Begun(found.end(), within=True)
+    try:
+        given = python_arguments(text[found.end() : end])
+    except ValueError as error:
+        raise Begun(end, within=True) from error
+    return _call(_offered(found[1], schemas), given, end), _ended(_CLOSE, text, end)
+
+
+def _typed(name: str, given: Mapping[str, str], schemas: Mapping[str, Any], end: int) -> Called:
     """A call whose values are texts: brought to the types of its schema."""
     known = Kinds(schemas.get(name))
-    return Called(name, dumped({key: typed(text, property_of(known.root, key), known) for key, text in given.items()}))
+    return _call(name, {key: typed(text, property_of(known.root, key), known) for key, text in given.items()}, end)

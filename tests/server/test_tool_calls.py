@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 
 import pytest
+from found_calls import read, run
 
 from runner.server.tool_calls import SPECIAL, Call, CallFinder, KeepMarks, arguments_of
-from runner.server.tool_formats import GENERIC, HARMONY, TABLE, Marks, bare_json, marks_in, read_calls
+from runner.server.tool_formats import GENERIC, HARMONY, TABLE, Marks, bare_json, marks_in
 from runner.text.harmony import HarmonySeparator
 from runner.text.separator import PlainText
 
@@ -106,20 +107,6 @@ FORMS: dict[str, tuple[str, Sequence[tuple[str, dict]]]] = {
 }
 
 
-def run(finder: CallFinder, pieces: Sequence[str]) -> tuple[str, list[tuple[str, dict]]]:
-    """Text and calls of an answer in pieces."""
-    text, calls = "", []
-    for piece in pieces:
-        shown, found = finder.add(piece)
-        text += shown
-        calls += found
-    shown, found = finder.flush()
-    calls += found
-    assert [call.index for call in calls] == list(range(len(calls)))
-    assert len({call.id for call in calls}) == len(calls)
-    return text + shown, [(call.name, json.loads(call.arguments)) for call in calls]
-
-
 def marks_of(text: str) -> tuple[Marks, ...]:
     """The marks that a template would name which writes calls so."""
     return (HARMONY,) if text.startswith("<|start|>") else marks_in(text)
@@ -174,20 +161,20 @@ def test_bare_json_is_a_call_only_of_a_function_that_is_there() -> None:
 
 
 def test_values_get_the_types_of_the_schema() -> None:
-    def read(key: str, value: str) -> object:
-        found = read_calls(f"<function=weather><parameter={key}>{value}</parameter></function>", SCHEMAS)
+    def value_of(key: str, value: str) -> object:
+        found = read(f"<function=weather><parameter={key}>{value}</parameter></function>", SCHEMAS)
         assert found is not None
         return json.loads(found[0].arguments)[key]
 
-    assert read("city", "12") == "12" and read("days", "12") == 12 and read("exact", "True") is True
-    assert read("tags", '["a"]') == ["a"] and read("zip", "075") == "075" and read("zip", "null") is None
-    assert read("zip", "75") == "75" and read("other", "x y") == "x y" and read("days", "many") == "many"
+    assert value_of("city", "12") == "12" and value_of("days", "12") == 12 and value_of("exact", "True") is True
+    assert value_of("tags", '["a"]') == ["a"] and value_of("zip", "075") == "075" and value_of("zip", "null") is None
+    assert value_of("zip", "75") == "75" and value_of("other", "x y") == "x y" and value_of("days", "many") == "many"
 
 
 def test_nothing_is_run() -> None:
     for text in ("[f(a=__import__('os'))]", "f(*[1])", "f(**{})", "(lambda: 1)()", "f(a=1+1)", "f(a=open('x'))"):
-        assert read_calls(text, {}) is None or "import" not in str(read_calls(text, {}))
-    assert read_calls("f(a=__import__('os').system('x'))", {}) is None
+        assert read(text, {}) is None or "import" not in str(read(text, {}))
+    assert read("f(a=__import__('os').system('x'))", {}) is None
 
 
 def test_special_tokens_are_marks_and_text_that_spells_them_is_not() -> None:
@@ -220,7 +207,7 @@ def test_ids_of_nine() -> None:
 def test_a_call_is_read_in_a_time_that_grows_with_its_length(mark: str, before: str) -> None:
     """By an expression that tries all ways, 1,200 tokens took seconds, in which nobody else got an answer."""
     text = before + mark * (300_000 // len(mark)) + "!"
-    assert read_calls(text, SCHEMAS) is None and read_calls(text, SCHEMAS, cut=True) is None
+    assert read(text, SCHEMAS) is None and read(text, SCHEMAS, cut=True) is None
 
 
 def test_a_call_whose_end_is_spelled_all_the_time_is_text() -> None:
@@ -266,13 +253,13 @@ def test_the_character_around_marks_makes_none() -> None:
 )  # fmt: skip
 def test_arguments_are_json_that_everybody_can_read(text: str) -> None:
     """No half of a surrogate pair, which no UTF-8 has, and no number that JSON has not."""
-    half = read_calls(text.replace("VALUE", '"\\ud83d"'), {})
+    half = read(text.replace("VALUE", '"\\ud83d"'), {})
     assert half is not None and json.loads(half[0].arguments) == {"a": "\ufffd"}
-    whole = read_calls(text.replace("VALUE", '"\\ud83d\\ude00"'), {})
+    whole = read(text.replace("VALUE", '"\\ud83d\\ude00"'), {})
     assert whole is not None and whole[0].arguments.encode() and ("(" in text or "\U0001f600" in whole[0].arguments)
     for number in ("NaN", "1e999", "[-Infinity]"):
         assert not any("N" in call.arguments or "I" in call.arguments
-                       for call in read_calls(text.replace("VALUE", number), {}) or ())  # fmt: skip
+                       for call in read(text.replace("VALUE", number), {}) or ())  # fmt: skip
     passed_on = Call(0, "id", "f", '{"a": "\\ud83d", "b": [1]}')
     assert arguments_of(passed_on) == {"a": "\ufffd", "b": [1]}
     assert arguments_of(Call(0, "id", "f", '{"a": 1e999}')) is None
@@ -285,34 +272,38 @@ def test_what_looks_whole_wherever_it_is_cut_needs_its_mark() -> None:
         assert run(CallFinder((GENERIC,), SCHEMAS), list(text[:end])) == (text[:end], [])
 
 
-@pytest.mark.parametrize("form", ["mistral 3", "deepseek 3", "kimi"])
-def test_whole_calls_before_one_that_is_cut_are_made(form: str) -> None:
-    text, wanted = FORMS[form]
-    text = (
-        text.partition("<|tool_calls_section_end|>")[0] + '<|tool_call_begin|>time[ARGS]{"a": "b'
-        if form == "kimi"
-        else (text[: text.rindex("{") + 1] + '"a": "b')
-    )
-    assert run(CallFinder(marks_of(text + "<|tool_calls_section_end|><｜tool▁calls▁end｜>"), SCHEMAS), [text]) == (
-        "",
-        [wanted[0]],
-    )
+def test_a_message_of_harmony_within_an_argument() -> None:
+    city = "<|start|>assistant to=functions.time<|message|>{}"
+    text = f'<|start|>assistant to=functions.weather<|channel|>commentary<|message|>{{"city": "{city}"}}'
+    assert run(CallFinder((HARMONY,), SCHEMAS), [text]) == ("", [("weather", {"city": city})])
+
+
+def test_literals_of_python_end_where_they_do() -> None:
+    found = read("""[a/b(x='\\')', y=\"\"\"a"b)\"\"\", z={"(": [1, ")"]}), time()]""", {"a/b": {}})
+    assert found is not None and [each.name for each in found] == ["a/b", "time"]
+    assert json.loads(found[0].arguments) == {"x": "')", "y": 'a"b)', "z": {"(": [1, ")"]}}
+    assert [read(text, {}) for text in ("f()()", "f(a=(1)", "f(a=1))", "f(a='", "f(1, a=2)")] == [None] * 5
+
+
+def test_names_have_no_halves_of_surrogate_pairs() -> None:
+    found = read('{"name": "\\ud83d", "arguments": {}}', {})
+    assert found is not None and found[0].name == "\ufffd"
 
 
 def test_values_within_values_of_gemma() -> None:
     for quote in ("<escape>", '<|"|>'):
         text = "call:weather{tags:['a','b,]}'],at:{city:'Paris',zip:'75',on:{x:true}},days:3,none:null,many:[[1,2],[]]}"
-        found = read_calls(text.replace("'", quote), SCHEMAS)
+        found = read(text.replace("'", quote), SCHEMAS)
         assert found is not None and json.loads(found[0].arguments) == {
             "tags": ["a", "b,]}"], "at": {"city": "Paris", "zip": "75", "on": {"x": True}}, "days": 3, "none": None,
             "many": [[1, 2], []],
         }  # fmt: skip
     for text in ("call:f{a:{b:1}", "call:f{a:1}}", "call:f{a:[1}", "call:f{a 1}", "call:f{" + "a:{" * 2000):
-        assert read_calls(text, {}) is None
+        assert read(text, {}) is None
 
 
 def test_words_of_json_among_literals_of_python() -> None:
-    found = read_calls('[f(a={"x": true, "y": [null, False]}, b=false)]', {})
+    found = read('[f(a={"x": true, "y": [null, False]}, b=false)]', {})
     assert found is not None and json.loads(found[0].arguments) == {"a": {"x": True, "y": [None, False]}, "b": False}
 
 
@@ -341,7 +332,7 @@ def test_a_text_means_what_its_schema_allows(schema: object, wanted: object) -> 
         "properties": {"zip": schema},
         "$defs": {"Zip": {"type": "string"}, "Round": {"anyOf": [{"$ref": "#/$defs/Round"}, {"type": "string"}]}},
     }
-    found = read_calls("<function=f><parameter=zip>10115</parameter></function>", {"f": whole})
+    found = read("<function=f><parameter=zip>10115</parameter></function>", {"f": whole})
     assert found is not None and json.loads(found[0].arguments) == {"zip": wanted}
 
 
@@ -362,15 +353,15 @@ def test_alternatives_that_refer_to_each_other_are_looked_at_once(word: str) -> 
     schema = {"f": {"properties": {"zip": zips, "many": {"items": zips}}}}
     for text in ("<function=f><parameter=zip>1</parameter></function>", "call:f{many:[" + "1," * 500 + "1]}"):
         zips.looks = 0
-        assert read_calls(text, schema) is not None and zips.looks < 20
+        assert read(text, schema) is not None and zips.looks < 20
 
 
 def test_many_alternatives_all_count() -> None:
     zips = {"anyOf": [*({"const": place} for place in range(40)), {"type": "string"}], "not": {"type": "null"}}
-    found = read_calls("<function=f><parameter=zip>a</parameter></function>", {"f": {"properties": {"zip": zips}}})
+    found = read("<function=f><parameter=zip>a</parameter></function>", {"f": {"properties": {"zip": zips}}})
     assert found is not None and json.loads(found[0].arguments) == {"zip": "a"}
     zips = {"anyOf": [*({"const": str(place)} for place in range(40)), {"type": "integer"}]}
-    found = read_calls("<function=f><parameter=zip>75</parameter></function>", {"f": {"properties": {"zip": zips}}})
+    found = read("<function=f><parameter=zip>75</parameter></function>", {"f": {"properties": {"zip": zips}}})
     assert found is not None and json.loads(found[0].arguments) == {"zip": 75}
 
 
@@ -380,11 +371,12 @@ def test_many_alternatives_all_count() -> None:
     [
         "<|start|>assistant<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{}", "NAME[ARGS]{}",
         "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{}<｜tool▁call▁end｜>", "call:NAME{}", "<function=NAME></function>",
-        "functions.NAME:0<|tool_call_argument_begin|>{}", "NAME<arg_key>a</arg_key><arg_value>1</arg_value>",
+        "functions.NAME:0<|tool_call_argument_begin|>{}", "[NAME(a=1)]",
+        "NAME<arg_key>a</arg_key><arg_value>1</arg_value>",
     ],
 )  # fmt: skip
 def test_every_name_that_a_tool_may_have_can_be_called(name: str, text: str) -> None:
-    found = read_calls(text.replace("NAME", name), {name: {}})
+    found = read(text.replace("NAME", name), {name: {}})
     assert found is not None and [call.name for call in found] == [name]
 
 
@@ -406,7 +398,19 @@ def test_a_closing_mark_whose_opening_was_forgotten_is_no_text() -> None:
             assert run(CallFinder(marks_in(f"<tool_call></tool_call>{text}"), SCHEMAS), pieces) == (wanted, ONE)
 
 
+def test_a_call_that_its_model_ended_needs_no_mark() -> None:
+    for text in ("<tool_call>weather<arg_key>city</arg_key><arg_value>Oslo</arg_value>", "<tool_call>weather"):
+        finder = CallFinder((GENERIC,), SCHEMAS)
+        assert finder.add(text) == ("", [])
+        shown, calls = finder.flush(ended=True)
+        assert not shown and [call.name for call in calls if isinstance(call, Call)] == ["weather"]
+    finder = CallFinder((HARMONY,), SCHEMAS)  # of a function that takes nothing
+    finder.add("<|start|>assistant to=functions.time<|channel|>commentary<|message|>")
+    (call,) = finder.flush(ended=True)[1]
+    assert isinstance(call, Call) and (call.name, call.arguments) == ("time", "{}")
+
+
 def test_no_arguments_are_none() -> None:
     for written in ("null", '""', "{}"):
-        found = read_calls(f'{{"name": "time", "arguments": {written}}}', SCHEMAS)
+        found = read(f'{{"name": "time", "arguments": {written}}}', SCHEMAS)
         assert found is not None and found[0].arguments == "{}"
