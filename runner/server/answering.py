@@ -129,7 +129,7 @@ class Answering:
                 if finder is not None:
                     content, calls = finder.add(content)
                     if reason is not None:
-                        rest, more = finder.flush()
+                        rest, more = finder.flush(ended=step.token.id in prepared.ends)
                         content, calls = content + rest, calls + more
                     if calls and not prepared.parallel and not prepared.led:
                         calls, reason = calls[:1], reason or "stop"

@@ -94,6 +94,21 @@ def test_one_call_at_a_time(backend: ToldBackend) -> None:
         assert none.choices[0].message.tool_calls is None and "The weather of a city" not in prompt_of(backend)
 
 
+def test_a_form_without_an_end_of_its_own_ends_with_the_answer() -> None:
+    """But where the length has cut it, arguments may lack."""
+    call = "<tool_call>weather<arg_key>city</arg_key><arg_value>Paris</arg_value>"
+    made = ToldBackend(lambda prompt, order: call, facts=tokenizer(KNOWING + "{# <arg_key> #}"))
+    with Running([made]) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        (whole,) = client.chat.completions.create(model="told", messages=ASKED, tools=TOOLS).choices
+        assert whole.finish_reason == "tool_calls" and not whole.message.content
+        (made_call,) = whole.message.tool_calls or ()
+        assert made_call.type == "function" and json.loads(made_call.function.arguments) == {"city": "Paris"}
+        for options in ({"max_tokens": len(call)}, {"stop": "</arg_value>"}):
+            (cut,) = client.chat.completions.create(model="told", messages=ASKED, tools=TOOLS, **options).choices
+            assert cut.message.tool_calls is None and cut.message.content == call.removesuffix(options.get("stop", ""))
+
+
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
