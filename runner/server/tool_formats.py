@@ -46,6 +46,7 @@ TABLE = (
     Marks("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),  # DeepSeek
     Marks("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),  # Kimi K2
     Marks("<minimax:tool_call>", "</minimax:tool_call>"),  # MiniMax M2
+    Marks("<seed:tool_call>", "</seed:tool_call>"),  # Seed-OSS
     Marks("<|START_ACTION|>", "<|END_ACTION|>"),  # Command R7B and A
     Marks("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
     Marks("<start_function_call>", "<end_function_call>"),  # FunctionGemma
