@@ -18,11 +18,13 @@ class PreTokenizer:
         patterns: regexes, applied one after another.
         ignore_merges: a word that is itself a token is taken whole, whatever the merges would make of it.
         bos: text starts with BOS unless the file says otherwise.
+        composed: text is brought into Unicode's composed form (NFC) before, which llama.cpp leaves out.
     """
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
     bos: bool = False
+    composed: bool = False
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -76,7 +78,8 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
         "trillion granite-docling",
         PreTokenizer((_GPT2,)),
     ),
-    **_named("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", PreTokenizer((r"\p{N}", _GPT2))),
+    **_named("smollm starcoder refact codeshell exaone minerva-7b mellum2", PreTokenizer((r"\p{N}", _GPT2))),
+    **_named("command-r", PreTokenizer((r"\p{N}", _GPT2), composed=True)),
     **_named(
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 lfm2 pixtral midm-2.0 jina-v5-nano",
         PreTokenizer((_LLAMA3,), ignore_merges=True, bos=True),
@@ -85,10 +88,9 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     **_named("jais-2", PreTokenizer((_JAIS2,))),
     **_named("smaug-bpe dbrx chatglm-bpe", PreTokenizer((_LLAMA3,))),
     **_named("glm4", PreTokenizer((_LLAMA3,), ignore_merges=True)),
-    **_named(
-        "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan kormo f2llmv2 solar-open grok-2", PreTokenizer((_QWEN2,))
-    ),
-    **_named("qwen35", PreTokenizer((_QWEN35,))),
+    **_named("qwen2", PreTokenizer((_QWEN2,), composed=True)),
+    **_named("deepseek-r1-qwen stablelm2 megrez hunyuan kormo f2llmv2 solar-open grok-2", PreTokenizer((_QWEN2,))),
+    **_named("qwen35", PreTokenizer((_QWEN35,), composed=True)),
     **_named("ufakzeka", PreTokenizer((_QWEN2.removeprefix("(?i:'s|'t|'re|'ve|'m|'ll|'d)|"),))),
     **_named("laguna", PreTokenizer((r"[^\n]+|\n+", _QWEN2))),
     **_named("seed-coder", PreTokenizer((_SEED,))),

@@ -325,7 +325,7 @@ def _gpt2(vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
     merges = _stored_merges(vocabulary)
     table = PRE_TOKENIZERS[pre]
     parts = {
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if table.composed else None,
         "pre_tokenizer": _cut(table),
         "decoder": _byte_level(True),
         "model": _bpe(vocabulary, merges, ignore_merges=table.ignore_merges),

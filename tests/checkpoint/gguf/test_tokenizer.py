@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,6 +187,18 @@ def test_ids_are_those_of_the_tokenizer_json(directory: str, pre: str) -> None:
             assert found.encode(text, parse_special=special) == ids, text
         assert found.decode(ids) == wanted.decode(ids)
     assert found.special_tokens == wanted.special_tokens
+
+
+@pytest.mark.parametrize(
+    ("pre", "composed"),
+    [("qwen2", True), ("qwen35", True), ("command-r", True), ("llama-bpe", False), ("gpt-4o", False)],
+)
+def test_text_is_composed_where_the_models_own_files_say_so(pre: str, composed: bool) -> None:
+    """Qwen's and Cohere's tokenizer.json name NFC: an accent of its own was a token there that they never saw."""
+    found = tokenizer(bpe_keys(TESTS / "fixtures/llama/llama-gqa", pre, add_bos_token=False))
+    apart, joined = (unicodedata.normalize(form, "né") for form in ("NFD", "NFC"))
+    assert (found.encode(apart) == found.encode(joined)) == composed
+    assert found.decode(found.encode(apart)) == (joined if composed else apart)
 
 
 SPLITS: dict[str, Any] = json.loads((TESTS / "data/gguf_pretokenizers.json").read_text())
