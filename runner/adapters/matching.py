@@ -95,6 +95,7 @@ class Matching:
                 self.whole(base_name(full), full)
         for module, tensors in found.items():
             self.module(module, tensors)
+            stop_at_many(self.problems, self.adapter.source.directory)
         for module, tensors in self.pairs.items():
             self.misfit(module, tensors)
         self.expect(found)

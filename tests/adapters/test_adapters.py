@@ -6,6 +6,7 @@ The references are made by scripts/fixtures/make_adapters and make_mlx_adapters.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -529,6 +530,20 @@ def test_nothing_more_is_looked_for_where_a_thousand_tensors_have_no_place(kind:
 
     item = AdapterFiles.open(damaged(tmp_path, tensors=many), "a")
     with pytest.raises(WeightsError, match=r"no more was looked for \(1001 problems\)"):
+        open_loaded(base(QV), adapters=[item])
+
+
+def test_nothing_more_is_looked_for_where_a_thousand_factors_do_not_fit(tmp_path: Path) -> None:
+    """A module has any number of spellings; those whose factors have a wrong shape are kept by no site."""
+    prefixes = ("model.", "transformer.", "language_model.")
+    spellings = ["".join(words) for words in itertools.product(prefixes, repeat=7)]
+
+    def many(arrays: Arrays) -> None:
+        for start in spellings:
+            arrays[f"base_model.model.{start}layers.0.self_attn.q_proj.lora_A.weight"] = mx.zeros((1, 1))
+
+    item = AdapterFiles.open(damaged(tmp_path, tensors=many), "a")
+    with pytest.raises(WeightsError, match=r"no more was looked for \(100[12] problems\)"):
         open_loaded(base(QV), adapters=[item])
 
 
