@@ -11,6 +11,8 @@ from runner.adapters.base import Base
 from runner.adapters.parts import AllExperts, ExpertFactors, Factors, Parts, SavedRows
 from runner.adapters.sites import HEAD, TABLE, Site, Stack, StackLeaf, in_field_order, numbers, stored_dtype
 from runner.checkpoint.overlay import Change, Info
+from runner.local_files import quoted
+from runner.weights.finite import check_rounded
 from runner.weights.loading import STORED
 from runner.weights.transforms import MX_BLOCKS
 
@@ -19,7 +21,8 @@ def merged(base: Base, parts: Parts, weights: Mapping[str, float]) -> Base:
     """`base` with the adapters added to its tensors.
 
     A changed matrix keeps its dtype; a quantized one is dequantized to the dtype of its scales. All other tensors stay
-    as they are. A head and embeddings that no longer agree become two tensors.
+    as they are. A head and embeddings that no longer agree become two tensors. Reading a
+    changed tensor raises `CheckpointError` where its dtype cannot hold the sum.
     """
     return _Merging(base, parts, weights).result()
 
@@ -86,7 +89,7 @@ class _Merging:
                     matrix = matrix * (lengths.astype(mx.float32) / mx.linalg.norm(matrix, axis=1))[:, None]
             for saved in rows:
                 matrix[mx.array(saved.tokens)] = saved.read().astype(mx.float32)
-            return mx.contiguous(matrix.T if site.transposed else matrix).astype(stored.dtype)
+            return _rounded(site.leaf, matrix.T if site.transposed else matrix, stored.dtype)
 
         return Change(Info(stored_dtype(source, site.leaf), site.shape[::-1] if site.transposed else site.shape), read)
 
@@ -118,7 +121,14 @@ class _Merging:
                 ups = in_field_order(stack, item.ups) if written else item.ups
                 ups = ups[:, leaf.offset : leaf.offset + leaf.rows].astype(mx.float32)
                 matrix = matrix + (item.scale * self.weights[item.adapter]) * (ups @ item.downs.astype(mx.float32))
-            return mx.contiguous(matrix if written else matrix.swapaxes(-1, -2)).astype(STORED[dtype])
+            return _rounded(leaf.name, matrix if written else matrix.swapaxes(-1, -2), STORED[dtype])
 
         shape = (experts, leaf.rows, width) if written else (experts, width, leaf.rows)
         return Change(Info(dtype, shape), read)
+
+
+def _rounded(name: str, matrix: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A sum in the dtype of its base; raises `CheckpointError` where that cannot hold it."""
+    result = mx.contiguous(matrix).astype(dtype)
+    check_rounded(f"{quoted(name)} with its adapters", matrix, result)
+    return result

@@ -12,9 +12,12 @@ from runner.adapters import AdapterFiles, fit, with_added_tokens
 from runner.checkpoint.model_files import ModelFiles
 from runner.checkpoint.shard_writer import Piece, write_shards
 from runner.checkpoint.writer import new_directory
+from runner.convert.checks import Packing
 from runner.convert.plan import Conversion, Job, plan_conversion
 from runner.convert.quantize import Quantizer, dequantize, quantize
 from runner.families import find
+from runner.local_files import quoted
+from runner.weights.finite import check_rounded
 from runner.weights.loading import Progress, reading
 from runner.weights.tags import Source
 from runner.weights.transforms import Transform
@@ -59,7 +62,8 @@ def convert(
         progress: called with the source's bytes done so far and in total.
 
     Raises:
-        CheckpointError: the source does not fit its model, or `out` exists and is not empty, or cannot be written.
+        CheckpointError: the source does not fit its model, or has numbers that are not finite or that `quantizer` or
+            `dtype` cannot hold, or `out` exists and is not empty, or cannot be written.
         UsageError: no matrix is left to quantize, or `dtype` is unknown.
     """
     work = plan_conversion(files.config, files.source, quantizer=quantizer, dtype=dtype)
@@ -97,11 +101,12 @@ def _run(job: Job, work: Conversion, source: Source, transforms: Mapping[str, Tr
     parts = len(job.outputs["weight"].target.names)
     whole = (turned or parts > 1) and leaf.stack is None
     step = first if whole else max(1, first * PIECE_BYTES // max(size, 1))
+    packing = None if job.into is None else Packing(leaf.name, job.into)
     for start in range(0, first, step):
         rows = {field: array[start : start + step] if array.ndim else array[None] for field, array in stored.items()}
         if turned:
             rows = {field: job.arrays[field][1].apply(array) for field, array in rows.items()}
-        for field, array in _converted(job, rows, new_order if turned else None).items():
+        for field, array in _converted(job, rows, new_order if turned else None, packing).items():
             # A piece lies at its row's place in the written tensor, within its expert's slot of a stack.
             target = job.outputs[field].target
             split = mx.split(array, parts, axis=0 if leaf.stack is None else 1) if parts > 1 else [array]
@@ -111,19 +116,27 @@ def _run(job: Job, work: Conversion, source: Source, transforms: Mapping[str, Tr
                     header = work.headers[name]
                     place += target.slot * (header.nbytes // header.shape[0])
                 yield Piece(name, place, part)
+    if packing is not None:
+        packing.finish()
 
 
-def _converted(job: Job, rows: Mapping[str, mx.array], order: Transform | None) -> dict[str, mx.array]:
-    """Convert some rows of a job's arrays to the form they are written in."""
-    if job.form is None:
-        array = rows["weight"]
-    else:
-        assert job.dtype is not None, "what is dequantized has a dtype"
-        array = dequantize(rows, job.form, job.dtype)
+def _converted(
+    job: Job, rows: Mapping[str, mx.array], order: Transform | None, packing: Packing | None
+) -> dict[str, mx.array]:
+    """Convert some rows of a job's arrays to the form they are written in.
+
+    What is only copied is not checked: a copy is no worse than its source.
+    """
+    stored = rows["weight"] if job.form is None else dequantize(rows, job.form, mx.float32)
     if order is not None:
-        array = order.invert(array)
-    if job.dtype is not None:
-        array = array.astype(job.dtype)
-    made = {"weight": array} if job.into is None else quantize(array, job.into)
+        stored = order.invert(stored)
+    array = stored if job.dtype is None else stored.astype(job.dtype)
+    if packing is not None or array.dtype != stored.dtype or job.form is not None:
+        check_rounded(quoted(job.arrays["weight"][0].name), stored, array)
+    if packing is None:
+        made = {"weight": array}
+    else:
+        made = quantize(array, packing.form)
+        packing.check(array, made)
     mx.eval(*made.values())
     return made

@@ -29,6 +29,7 @@ from runner.adapters import AdapterFiles, fit, open_adapters
 from runner.adapters.config import AdapterConfig
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert, merged
+from runner.convert.quantize import quantizer
 from runner.engine.loaded import Loaded, assemble, open_loaded
 from runner.engine.prefill import new_caches, prefill
 from runner.engine.prompt_cache import PromptCache
@@ -109,6 +110,27 @@ def test_merged_is_applied(case: Path) -> None:
     # MXFP4 scales are never float32: merging rounds the sum to bfloat16.
     check_logits(case, assemble(added.raw, added.source, dtype="float32"), 0.03 if "mxfp4" in case.name else None)
     assert set(added.source.headers) >= set(name for name in files.source.headers if name.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(float("nan"), "with its adapters has a number that is not finite"), (1e38, "too large for float16; bfloat16 or")],
+)
+@pytest.mark.parametrize("packing", [None, "mxfp4"])
+def test_sums_that_the_base_cannot_hold_are_refused(
+    number: float, message: str, packing: str | None, tmp_path: Path
+) -> None:
+    """Written, they were infinities and NaN; packed, they looked like any model."""
+
+    def hurt(arrays: Arrays) -> None:
+        arrays[f"{Q0}.lora_B.weight"] *= number
+
+    path = damaged(tmp_path / "adapter", tensors=hurt)
+    convert(open_files(base(QV)), tmp_path / "half", dtype="float16")
+    files = merged(open_files(tmp_path / "half"), [AdapterFiles.open(path, "a")])
+    with pytest.raises(CheckpointError, match=message):
+        convert(files, tmp_path / "out", quantizer=None if packing is None else quantizer(packing))
+    assert not (tmp_path / "out").exists()
 
 
 @by_case

@@ -28,6 +28,7 @@ from runner.checkpoint.model_files import ModelFiles, open_files
 from runner.checkpoint.shard_writer import WIDTHS
 from runner.checkpoint.side_files import NAMES
 from runner.checkpoint.writer import new_directory
+from runner.convert.checks import Packing
 from runner.convert.convert import convert, pieces
 from runner.convert.plan import plan_conversion
 from runner.convert.quantize import QUANTIZATIONS, RECIPES, Quantizer, dequantize, quantize, quantizer
@@ -593,3 +594,64 @@ def test_all_is_on_the_disk_before_it_has_its_name(
     with new_directory(tmp_path / "model", {"model_type": "x"}, {"notes.txt": "a"}) as place:
         (place / "model.safetensors").write_bytes(b"weights")
     assert done == ["file"] * 3 + ["named"] and (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"
+
+
+HURT = "model.layers.1.mlp.down_proj.weight"
+
+
+def hurt(number: float, dtype: mx.Dtype = mx.float32, *, whole: bool = False) -> ModelFiles:
+    """The files of a model with `number` in one place of a matrix, or everywhere in it."""
+    files = open_files(LLAMA)
+    arrays = {name: files.source.read(name).astype(dtype) for name in files.source.headers}
+    arrays[HURT] = mx.full(arrays[HURT].shape, number, dtype)
+    if not whole:
+        arrays[HURT] = mx.where(mx.arange(arrays[HURT].size).reshape(arrays[HURT].shape) == 40, number, 0.1)
+    return files_of(files.config, Arrays({name: array.astype(dtype) for name, array in arrays.items()}))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("options", [*QUANTIZATIONS, "float16", "bfloat16"])
+def test_numbers_that_are_not_finite_are_refused(options: str, number: float, tmp_path: Path) -> None:
+    """Packed, a NaN becomes some number: the damaged model would answer."""
+    named = f"'{re.escape(HURT)}' has a number that is not finite"
+    packing = None if options.endswith("16") else quantizer(options, 32 if options.isdigit() else None)
+    with pytest.raises(CheckpointError, match=named):
+        convert(hurt(number), tmp_path / "out", quantizer=packing, dtype=None if packing else options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("field", ["scales", "biases"])
+def test_scales_that_are_not_finite_are_refused_where_they_are_used(field: str, tmp_path: Path) -> None:
+    files = open_files(TESTS / "fixtures" / "llama" / "llama-mlx-4bit")
+    arrays = {name: files.source.read(name) for name in files.source.headers}
+    name = HURT.replace("weight", field)
+    arrays[name] = mx.where(mx.arange(arrays[name].size).reshape(arrays[name].shape) == 3, mx.nan, arrays[name])
+    broken = files_of(files.config, Arrays(arrays))
+    with pytest.raises(CheckpointError, match=f"'{re.escape(HURT)}' has a number that is not finite"):
+        convert(broken, tmp_path / "out", dtype="float32")
+    convert(broken, tmp_path / "copy")  # no worse than what it was made from
+
+
+def test_what_a_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    for packing in (None, quantizer("4", 32)):
+        with pytest.raises(CheckpointError, match=r"too large for float16; bfloat16 or float32 can hold it"):
+            convert(hurt(1e6), tmp_path / "out", quantizer=packing, dtype="float16")
+    with pytest.raises(CheckpointError, match=r"too large for bfloat16; float32 can hold it"):
+        convert(hurt(3.4e38), tmp_path / "out", dtype="bfloat16")
+    convert(hurt(1e6), tmp_path / "out", dtype="bfloat16")
+    assert float(mx.max(written(tmp_path / "out")[HURT])) == pytest.approx(1e6, rel=1e-2)
+
+
+def test_what_scales_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """The scales of nvfp4 reach from 2^-9 to 448: what lies beyond them was cut, or became zeros."""
+    packing = quantizer("nvfp4")
+    with pytest.raises(CheckpointError, match=f"'{re.escape(HURT)}' has numbers above 2688.*mxfp4"):
+        convert(hurt(1e4), tmp_path / "out", quantizer=packing)
+    with pytest.raises(CheckpointError, match=f"'{re.escape(HURT)}' would become zeros.*mxfp4"):
+        convert(hurt(1e-3, whole=True), tmp_path / "out", quantizer=packing)
+    far = mx.array([[3.4e38, -3.4e38] * 16])
+    with pytest.raises(CheckpointError, match="'far' has numbers too far apart for float32 scales"):
+        Packing("far", Quantization(2, 32, "affine")).check(far, quantize(far, Quantization(2, 32, "affine")))
+    # What is at the end of the range fits, and zeros and numbers next to zero may be lost, as rows never trained are.
+    for place, number in enumerate((2688.0, 0.0, 1e-9)):
+        convert(hurt(number, whole=True), tmp_path / str(place), quantizer=packing)
