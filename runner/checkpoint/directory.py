@@ -4,6 +4,7 @@ Everything in the directory is untrusted. Opening reads only JSON and headers an
 tensor read can touch no bytes but the tensor's own. The files must not change between the check and a read: each read
 compares device, inode, size and modification time with those recorded by the check and refuses a file that changed.
 One gap remains, a writer who changes a file *while* MLX maps it: do not load from a directory that others can write to.
+`check_unchanged` notices it afterwards, where there is time to.
 """
 
 from __future__ import annotations
@@ -167,6 +168,18 @@ class Checkpoint:
         if not loaded:
             del self._lazy[info.file]
         return array
+
+    def check_unchanged(self) -> None:
+        """Check, after all is read, that no weight file changed: of a read itself, only its beginning is safe.
+
+        Raises:
+            CheckpointError: one changed since it was opened, or is gone.
+        """
+        for file, shard in self._shards.items():
+            try:
+                _check_stamp(file, shard, file.stat())
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
 
     def _known(self, name: str) -> TensorInfo:
         info = self.headers.get(name)

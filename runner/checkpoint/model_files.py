@@ -26,6 +26,7 @@ class ModelFiles:
         source: the tensors, under transformers' names.
         tokenizer: reads the tokenizer; a function, since a model can compute without one.
         side_files: reads the files besides config and weights, by name, for writing a copy of the model.
+        check_unchanged: raises `CheckpointError` where a file of tensors changed since it was opened.
         notes: sentences for the user about what had to be guessed.
         unread: names of tensors of a multimodal model's other parts.
     """
@@ -36,6 +37,7 @@ class ModelFiles:
     source: Source
     tokenizer: Callable[[], Tokenizer]
     side_files: Callable[[], dict[str, bytes | str]]
+    check_unchanged: Callable[[], None]
     notes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
@@ -66,7 +68,10 @@ def open_files(path: Path) -> ModelFiles:
 
         gguf = GGUF.open(path)
         notes = gguf.vocabulary.notes
-        return ModelFiles(path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files, notes)
+        unchanged = gguf.container.check_unchanged
+        return ModelFiles(
+            path, gguf.config, gguf.generation_config, gguf, gguf.tokenizer, gguf.side_files, unchanged, notes
+        )
     found = Checkpoint.open(path)
     config: Mapping[str, Any] = found.config
     source: Source = found
@@ -91,5 +96,6 @@ def open_files(path: Path) -> ModelFiles:
         source,
         lambda: Tokenizer.from_directory(path),
         lambda: side_files(path),
+        found.check_unchanged,
         unread=unread,
     )

@@ -40,7 +40,14 @@ def merged(files: ModelFiles, adapters: Sequence[AdapterFiles]) -> ModelFiles:
         return files
     fitted = fit(files.config, find(files.config), files.source, adapters)
     base = fitted.merged()
-    return dataclasses.replace(with_added_tokens(files, fitted), config=base.raw, source=base.source)
+
+    def check_unchanged() -> None:
+        files.check_unchanged()
+        for adapter in adapters:
+            adapter.source.check_unchanged()
+
+    made = with_added_tokens(files, fitted)
+    return dataclasses.replace(made, config=base.raw, source=base.source, check_unchanged=check_unchanged)
 
 
 def convert(
@@ -63,12 +70,13 @@ def convert(
 
     Raises:
         CheckpointError: the source does not fit its model, or has numbers that are not finite or that `quantizer` or
-            `dtype` cannot hold, or `out` exists and is not empty, or cannot be written.
+            `dtype` cannot hold, or its files changed meanwhile, or `out` exists and is not empty, or cannot be written.
         UsageError: no matrix is left to quantize, or `dtype` is unknown.
     """
     work = plan_conversion(files.config, files.source, quantizer=quantizer, dtype=dtype)
     with new_directory(out, work.config, files.side_files()) as directory:
         write_shards(directory, work.headers, pieces(work, files.source, progress), max_shard_bytes)
+        files.check_unchanged()
     return work
 
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf_cases import mixed_model
 from places import ROOT, TESTS
 from references import FIXTURES, QUANTISED, error, routed
 from sources import Arrays
 
 import runner
+from runner.adapters import AdapterFiles
 from runner.bench.models import random_weights
 from runner.checkpoint.directory import Checkpoint
 from runner.checkpoint.model_files import ModelFiles, open_files
@@ -29,7 +32,7 @@ from runner.checkpoint.shard_writer import WIDTHS
 from runner.checkpoint.side_files import NAMES
 from runner.checkpoint.writer import new_directory
 from runner.convert.checks import Packing
-from runner.convert.convert import convert, pieces
+from runner.convert.convert import convert, merged, pieces
 from runner.convert.plan import plan_conversion
 from runner.convert.quantize import QUANTIZATIONS, RECIPES, Quantizer, dequantize, quantize, quantizer
 from runner.engine.loaded import Loaded, assemble, open_loaded
@@ -655,3 +658,40 @@ def test_what_scales_cannot_hold_is_refused(tmp_path: Path) -> None:
     # What is at the end of the range fits, and zeros and numbers next to zero may be lost, as rows never trained are.
     for place, number in enumerate((2688.0, 0.0, 1e-9)):
         convert(hurt(number, whole=True), tmp_path / str(place), quantizer=packing)
+
+
+def overwrite(path: Path) -> None:
+    """Write zeros over the last bytes of a file, as a program does that has opened it already."""
+    with path.open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(bytes(8))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # however coarse the clock of the disk is
+
+
+@pytest.mark.parametrize("kind", ["directory", "gguf", "adapter"])
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_a_source_that_changes_while_it_is_read_is_refused(kind: str, when: str, tmp_path: Path) -> None:
+    """The files were compared with what they had been at the first tensor alone; half of the rest was written."""
+    weights = tmp_path / "source" / "model.safetensors"
+    shutil.copytree(LLAMA, tmp_path / "source")
+    files = open_files(tmp_path / "source")
+    if kind == "gguf":
+        weights = tmp_path / "model.gguf"
+        mixed_model(weights, "Q8_0")
+        files = open_files(weights)
+    elif kind == "adapter":
+        case = TESTS / "fixtures" / "adapters" / "llama-qv"
+        shutil.copytree(case / "adapter", tmp_path / "adapter")
+        weights = tmp_path / "adapter" / "adapter_model.safetensors"
+        base = TESTS / json.loads((case / "expected.json").read_text())["base"]
+        files = merged(open_files(base), [AdapterFiles.open(tmp_path / "adapter", "a")])
+    calls: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if not calls if when == "first" else done == total:
+            overwrite(weights)
+        calls.append(done)
+
+    with pytest.raises(CheckpointError, match=f"{weights.name}: changed since"):
+        convert(files, tmp_path / "out", progress=progress)
+    assert not (tmp_path / "out").exists()

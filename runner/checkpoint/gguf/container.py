@@ -79,6 +79,20 @@ class Container:
     tensors: Mapping[str, Entry]
     stamps: Mapping[Path, Stamp]
 
+    def check_unchanged(self) -> None:
+        """Check, after all is read, that no file changed: of a read itself, only its beginning is safe.
+
+        Raises:
+            CheckpointError: one changed since it was opened, or is gone.
+        """
+        for file, stamp in self.stamps.items():
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+            if Stamp.of(status) != stamp:
+                raise CheckpointError(f"{file}: changed since it was opened; open it again")
+
     def rows(
         self, entry: Entry, multiple: int = 1, spans: Sequence[tuple[int, int]] | None = None
     ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
