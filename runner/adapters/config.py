@@ -16,6 +16,7 @@ from typing import Any
 from runner.adapters.pattern import Effort, NamePattern
 from runner.adapters.pattern_table import PatternTable
 from runner.adapters.values import number, positive, short_value
+from runner.config.problems import listed
 from runner.errors import ConfigError
 from runner.local_files import quoted
 
@@ -81,7 +82,7 @@ class AdapterConfig:
         if isinstance(values.get("target_modules"), NamePattern) and values.get("layers_to_transform"):
             problems.append("layers_to_transform needs target_modules as a list")
         if problems:
-            raise ConfigError("; ".join(problems))
+            raise ConfigError(listed(problems, "; "))
         return cls(**values)
 
     def targets(self, names: Sequence[str], *, linear: bool) -> bool:

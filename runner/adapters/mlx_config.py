@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.adapters.values import number, positive, short_value
+from runner.config.problems import listed
 from runner.errors import ConfigError
 
 KINDS = ("lora", "dora", "full")
@@ -60,7 +61,7 @@ class MlxConfig:
         count = layers if isinstance(layers, int) and layers > 0 else None  # mlx-lm takes 0 and less as all layers
         if kind == "full":
             if problems:
-                raise ConfigError("; ".join(problems))
+                raise ConfigError(listed(problems, "; "))
             return cls(kind=kind, num_layers=count)
         parameters = raw.get("lora_parameters")
         if not isinstance(parameters, dict):
@@ -72,7 +73,7 @@ class MlxConfig:
             except ConfigError as error:
                 problems.append(f"lora_parameters.{name} {error}, not {short_value(parameters.get(name))}")
         if problems:
-            raise ConfigError("; ".join(problems))
+            raise ConfigError(listed(problems, "; "))
         return cls(kind=kind, num_layers=count, **values)
 
     def gives(self, module: str, layer: int | None, within: str, layers: int) -> bool:

@@ -26,7 +26,7 @@ from runner import reprs
 from runner.config import rope_keys
 from runner.config.layer_types import FULL, SLIDING
 from runner.config.memory import Memory
-from runner.config.problems import short
+from runner.config.problems import listed, short
 from runner.config.ranges import check_range
 from runner.config.rope import RopeScaling
 from runner.config.unknown_keys import judge
@@ -356,10 +356,11 @@ def read(cls: type[C], raw: Mapping[str, Any]) -> C:
     refused, ignored = judge(values, readable_keys(cls), {*cls.INERT, *cls.ONLY}, raw.get("model_type"))
     misspelt, unread = rope_keys.unread(raw) if "rope_scaling" in readable_keys(cls) else ([], [])
     problems += refused + misspelt
-    notes = [f"config.json: nothing reads {', '.join(ignored + unread)}: ignored"] if ignored or unread else []
+    notes = [f"config.json: nothing reads {listed(ignored + unread)}: ignored"] if ignored or unread else []
     if problems:
+        said = [note.removeprefix("config.json: ") for note in notes]
         name = f"config.json of a {raw.get('model_type', '(unnamed)')} model"
-        raise ConfigError(f"{name}: " + "; ".join(problems + [note.removeprefix("config.json: ") for note in notes]))
+        raise ConfigError(f"{name}: " + "; ".join([listed(problems, "; "), *said]))
     config = cls(**arguments)
     object.__setattr__(config, "notes", tuple(notes))  # the class is frozen; nobody else holds the config yet
     return config

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+
+MOST = 30
+"""Items that one sentence lists. Names come from strangers' files: what is said of them does not grow with the file."""
+
+MOST_UNKNOWN = 1000
+"""Unknown keys of an object: each is compared with all that are known, and files with remarks of several programs have
+some dozens."""
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """The items in one sentence: of very many the first few, and how many more there are."""
+    more = [f"{len(items) - MOST} more"] if len(items) > MOST else []
+    return separator.join([*items[:MOST], *more])
 
 
 def short(value: object) -> str:

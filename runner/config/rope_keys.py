@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from runner.config.layer_types import FULL, SLIDING
-from runner.config.problems import misspelt, short
+from runner.config.problems import MOST_UNKNOWN, misspelt, short
 from runner.config.rope import RopeScaling, keys_of, kind_of
 from runner.errors import ConfigError
+from runner.local_files import quoted
 
 BESIDE = ("rope_theta", "partial_rotary_factor")
 """Settings that v4 keeps beside `rope_scaling`, and v5 within `rope_parameters`."""
@@ -74,7 +75,9 @@ def _take_rope_parameters(result: dict[str, Any], parameters: object, by_type: b
             if given:
                 result[OF_SLIDING] = local
         elif set(local) - {"rope_theta", "rope_type", "type"} or kind_of(local) != "default":
-            raise ConfigError(f"config.json: rope_parameters of {SLIDING} can only have a rope_theta, not {local!r}")
+            raise ConfigError(
+                f"config.json: rope_parameters of {SLIDING} can only have a rope_theta, not {short(local)}"
+            )
         elif "rope_theta" in local:
             result.setdefault("rope_local_base_freq", local["rope_theta"])
     scaling = _stripped(scaling)
@@ -82,7 +85,9 @@ def _take_rope_parameters(result: dict[str, Any], parameters: object, by_type: b
     # What is left describes the scaling. Parsed objects are compared, because `type` and `rope_type` are synonyms.
     legacy = result.get("rope_scaling")
     if legacy is not None and RopeScaling.from_dict(legacy) != RopeScaling.from_dict(scaling):
-        raise ConfigError(f"config.json: rope_scaling {legacy!r} and rope_parameters {dict(parameters)!r} disagree")
+        raise ConfigError(
+            f"config.json: rope_scaling {short(legacy)} and rope_parameters {short(dict(parameters))} disagree"
+        )
     result["rope_scaling"] = scaling
 
 
@@ -121,12 +126,16 @@ def unread(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     problems, notes = [], []
     for where, scaling in _objects(raw):
         allowed = _read(scaling) or frozenset(scaling)
-        for name in sorted(set(map(str, scaling)) - allowed):
+        left = sorted(set(map(str, scaling)) - allowed)
+        if len(left) > MOST_UNKNOWN:
+            problems.append(f"{where} has {len(left)} keys that are not understood: the first is {quoted(left[0])}")
+            continue
+        for name in left:
             near = misspelt(name, allowed - scaling.keys())
             if near is not None:
-                problems.append(f"{where} has {name!r}: did you mean {near!r}?")
+                problems.append(f"{where} has {quoted(name)}: did you mean {near!r}?")
             elif scaling[name] is not None:
-                notes.append(f"{name!r} in {where}")
+                notes.append(f"{quoted(name)} in {where}")
     return problems, notes
 
 

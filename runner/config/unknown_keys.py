@@ -15,7 +15,8 @@ from typing import Any
 from runner import resources
 from runner.config.harmless_keys import HARMLESS
 from runner.config.layer_types import FULL
-from runner.config.problems import misspelt, short
+from runner.config.problems import MOST_UNKNOWN, misspelt, short
+from runner.local_files import quoted
 from runner.reprs import similar
 
 FOREIGN: Mapping[str, str] = {
@@ -55,9 +56,11 @@ def judge(
     notes: list[str] = []
     if not left:
         return problems, notes
+    if len(left) > MOST_UNKNOWN:
+        return [f"{len(left)} keys are not understood, more than any model has: the first is {quoted(left[0])}"], notes
     own, anywhere = read_by_transformers(model_type)
     for name in left:
-        said = f"{name!r} = {short(values[name])}"
+        said = f"{quoted(name)} = {short(values[name])}"
         # A key that some other model_type has is spelled right (`v_head_dim` beside `head_dim`).
         candidates = [] if name in anywhere else sorted(known)
         meant = misspelt(name, candidates)

@@ -20,6 +20,7 @@ from runner.checkpoint.gguf.architecture import (
 from runner.checkpoint.gguf.architectures import ARCHITECTURES
 from runner.checkpoint.gguf.container import Container, brief
 from runner.config.base import MAX_DIMENSION
+from runner.config.problems import listed
 from runner.config.rope import RopeScaling, attention_factor, inverse_frequencies
 from runner.errors import CheckpointError
 from runner.local_files import quoted
@@ -469,7 +470,7 @@ class _Metadata:
             ):
                 unknown.append(f"{quoted(self.prefix + key)} = {brief(value)}")
         if unknown:
-            raise self.error(f"metadata that is not understood and could change the numbers: {', '.join(unknown)}")
+            raise self.error(f"metadata that is not understood and could change the numbers: {listed(unknown)}")
 
 
 def _decimal(value: int | float) -> int | float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from runner.config.problems import listed
 from runner.errors import ConfigError
+from runner.local_files import quoted
 
 
 class Options:
@@ -78,13 +80,13 @@ class Options:
             ConfigError: naming the keys that have not.
         """
         left = [
-            f"{name!r} = {short(value)}"
+            f"{quoted(name)} = {short(value)}"
             for name, value in self.raw.items()
             if name not in self.known and value not in (None, False, [], {})
         ]
         if left:
             raise ConfigError(
-                f"config.json: {self.where} has {', '.join(left)}: not supported, and could change the numbers"
+                f"config.json: {self.where} has {listed(left)}: not supported, and could change the numbers"
             )
 
     def error(self, name: str, value: object, expected: str) -> ConfigError:
