@@ -6,12 +6,13 @@ name of its own until it is whole; then it is a blob like any other, and `huggin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ class _Blob:
         return min(self.partial.stat().st_size, self.size) if self.partial.exists() else 0
 
 
-def fetch_weights(repo: str, commit: str, files: Sequence[str], cache: Path, *, progress: Watched) -> None:
+def fetch_weights(
+    repo: str, commit: str, files: Sequence[str], cache: Path, *, progress: Watched, begin: Callable[[list[str]], None]
+) -> None:
     """Download the blobs of `files`, and go on with those that an earlier run began.
 
     Files that the hub describes in another way than by hash and size, or that plain HTTP cannot give for their size,
@@ -67,6 +70,7 @@ def fetch_weights(repo: str, commit: str, files: Sequence[str], cache: Path, *, 
     Args:
         cache: the hub's cache; blobs come into `models--org--name/blobs` there.
         progress: show a bar with the rate and the time left on stderr; or what is told of it.
+        begin: called before a byte comes, with the names of the blobs that are not there whole.
 
     Raises:
         HubError: the disk has no room for them, or what came is not the file that the hub has described.
@@ -77,6 +81,7 @@ def fetch_weights(repo: str, commit: str, files: Sequence[str], cache: Path, *, 
     blobs = list({blob.path: blob for blob in described if blob is not None}.values())
     total, there = sum(blob.size for blob in blobs), sum(blob.there for blob in blobs)
     _check_room(repo, total - there, cache)
+    begin([blob.path.name for blob in blobs if not blob.path.exists()])
     with ProgressBar(f"fetching {repo}", enabled=progress, rate=True) as bar:
         counter = _Counter(bar, there, total)
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -91,9 +96,33 @@ def fetch_weights(repo: str, commit: str, files: Sequence[str], cache: Path, *, 
                 job.result()
 
 
-def unfinished(repo: str, cache: Path) -> list[Path]:
-    """Files of a repository that a stopped download left, to be gone on with; sorted."""
-    return sorted((cache / f"models--{repo.replace('/', '--')}" / "blobs").glob(f"*{PARTIAL}"))
+def unfinished(repository: Path) -> list[Path]:
+    """Files in a repository's folder of the cache that a stopped download left, to be gone on with; sorted."""
+    return sorted((repository / "blobs").glob(f"*{PARTIAL}"))
+
+
+@contextlib.contextmanager
+def not_downloaded(repository: Path, blobs: Sequence[str]) -> Iterator[None]:
+    """Hold the locks of a repository's blobs, so that nobody downloads them meanwhile.
+
+    Args:
+        repository: its folder in the hub's cache.
+
+    Raises:
+        HubError: another process downloads one of them now.
+    """
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    with contextlib.ExitStack() as held:
+        for lock in (repository.parent / ".locks" / repository.name / f"{blob}.lock" for blob in blobs):
+            if not lock.exists():  # nobody has ever begun it
+                continue
+            try:
+                held.enter_context(WeakFileLock(str(lock), timeout=0.05))
+            except TimeoutError as error:
+                repo = repository.name.removeprefix("models--").replace("--", "/")
+                raise HubError(f"{repo} is being downloaded by another process: wait for it, or stop it") from error
+        yield
 
 
 def _describe(repo: str, commit: str, file: str, cache: Path) -> _Blob | None:

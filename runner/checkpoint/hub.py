@@ -13,17 +13,18 @@ go on where a connection was dropped or an earlier run ended (`downloading.py`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import glob
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoint.gguf_choice import choose_gguf, gguf_models
 from runner.checkpoint.hub_ids import MAIN, HubId, parse
-from runner.checkpoint.kept import try_to_keep
+from runner.checkpoint.kept import try_to_begin, try_to_forget_begun, try_to_keep
 from runner.checkpoint.safetensors_header import INDEX, SINGLE, read_index
 from runner.checkpoint.weight_files import choose
 from runner.errors import CheckpointError, HubError, UsageError
@@ -156,12 +157,22 @@ def cache_directory() -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
+def repository(repo: str) -> Path:
+    """The folder of a repository in the cache; it need not exist."""
+    return cache_directory() / f"models--{repo.replace('/', '--')}"
+
+
+def _place(repo: str, commit: str) -> Path:
+    """Where in the cache a commit's files are, or are to be."""
+    return repository(repo) / "snapshots" / commit
+
+
 def _snapshot(repo: str, revision: str) -> Path | None:
     """Find the cached directory of a revision, complete or not; None where the cache has none.
 
     Cache layout: the file `models--org--name/refs/REVISION` holds a commit, `snapshots/COMMIT` holds its files.
     """
-    folder = cache_directory() / f"models--{repo.replace('/', '--')}"
+    folder = repository(repo)
     commit = revision
     if not _COMMIT.fullmatch(revision):
         try:
@@ -170,7 +181,7 @@ def _snapshot(repo: str, revision: str) -> Path | None:
             return None
         if not _COMMIT.fullmatch(commit):
             return None
-    path = folder / "snapshots" / commit
+    path = _place(repo, commit)
     return path if path.is_dir() else None
 
 
@@ -270,6 +281,9 @@ def _fetch_safetensors(wanted: HubId, commit: str, files: list[str], progress: W
     # All files by commit, not by branch, so that they belong together even if the branch moves meanwhile.
     # The weights come last: a snapshot that has them is complete.
     small = [name for name in files if _is_small(name)]
+    place = _place(wanted.repo, commit)
+    if begun := not _has_weights(place):
+        try_to_begin(place, str(wanted), [name for name in small if not (place / name).is_file()])
     snapshot = _download(wanted.repo, commit, small)
     shards = _shards(snapshot, files)
     lacking = [name for name in shards if name not in files]
@@ -278,9 +292,14 @@ def _fetch_safetensors(wanted: HubId, commit: str, files: list[str], progress: W
             f"{wanted.repo}@{wanted.revision}: its index names {quoted(lacking[0])}, which the repository does not have"
         )
     was_there = _has_weights(snapshot)
-    _download_weights(wanted.repo, commit, shards, progress)
+    missing = [name for name in shards if not (snapshot / name).is_file()]
+    _download_weights(
+        wanted.repo, commit, shards, progress, lambda blobs: try_to_begin(snapshot, str(wanted), missing, blobs)
+    )
     if not was_there:
         try_to_keep(snapshot, "hub", [*small, *shards])
+    elif begun:
+        try_to_forget_begun(snapshot)
     return snapshot
 
 
@@ -289,10 +308,14 @@ def _fetch_gguf(wanted: HubId, commit: str, files: list[str], progress: Watched)
     chosen = choose_gguf(wanted.repo, files, wanted.gguf)
     known = _snapshot(wanted.repo, commit)
     was_there = known is not None and all((known / file).is_file() for file in chosen.files)
-    path = _download_weights(wanted.repo, commit, chosen.files, progress) / chosen.files[0]
+    place, shards = _place(wanted.repo, commit) / chosen.files[0], [file.rpartition("/")[2] for file in chosen.files]
+    of = str(dataclasses.replace(wanted, gguf=chosen.label))
+    path = _download_weights(
+        wanted.repo, commit, chosen.files, progress, lambda blobs: try_to_begin(place, of, shards, blobs)
+    )
     if not was_there:
-        try_to_keep(path, "hub", [file.rpartition("/")[2] for file in chosen.files])
-    return path, chosen.files[0]
+        try_to_keep(path / chosen.files[0], "hub", shards)
+    return path / chosen.files[0], chosen.files[0]
 
 
 def _has_only_gguf(files: Collection[str]) -> bool:
@@ -349,14 +372,16 @@ def _is_small(name: str) -> bool:
     return base.endswith((".json", ".jinja")) or base in ("tokenizer.model", "merges.txt")
 
 
-def _download_weights(repo: str, commit: str, files: Sequence[str], progress: Watched) -> Path:
-    """Download files of weights, and return the snapshot directory."""
+def _download_weights(
+    repo: str, commit: str, files: Sequence[str], progress: Watched, begin: Callable[[list[str]], None]
+) -> Path:
+    """Download files of weights, and return the snapshot directory; `begin` as in `fetch_weights`."""
     snapshot = _snapshot(repo, commit)
     missing = [file for file in files if snapshot is None or not (snapshot / file).is_file()]
     if missing:
         from runner.checkpoint.downloading import fetch_weights  # imported late: with threads and hashes
 
-        fetch_weights(repo, commit, missing, cache_directory(), progress=progress)
+        fetch_weights(repo, commit, missing, cache_directory(), progress=progress, begin=begin)
     return _download(repo, commit, files)
 
 

@@ -4,10 +4,12 @@ It is `names.json` in the user's data directory:
 
     {"version": 1,
      "aliases": {"mine": "org/name@main", "small": "/home/me/models/small"},
-     "stored": {"/home/me/converted": {"by": "convert", "files": ["config.json", "model.safetensors"]}}}
+     "stored": {"/home/me/converted": {"by": "convert", "files": ["config.json", "model.safetensors"]}},
+     "begun": {"/cache/models--org--name/snapshots/COMMIT": {"of": "org/name", "files": ["config.json"], "blobs": []}}}
 
 `stored` is what `runner rm` may delete: the files of each model that `convert` wrote or that were fetched from the hub.
-A model's path is its directory or, of a GGUF file, the file (the first where there are several).
+`begun` is the same of downloads that have not ended, and maybe never will. A model's path is its directory or, of a
+GGUF file, the file (the first where there are several).
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from runner.user_files import change_table, data_directory, read_table
 
 VERSION = 1
 STORED_BY = ("convert", "hub")
-UNFINISHED = "unfinished"
-"""What stored the files of a download that was stopped; they are never in the table."""
+BEGUN = "begun"
+"""What stored the files of a download that has not ended."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/[^/]+(/|$)")
+_BLOB = re.compile(r"[0-9a-f]{40,64}")
 _RESERVED = ("shape", "hf.co", "huggingface.co")
 EXAMPLES = "letters, digits, '.', '_' and '-', at most 64"
 
@@ -40,12 +43,16 @@ class Kept:
     """What the table says of a model that this program stored.
 
     Attributes:
-        by: "convert" or "hub": what stored it.
+        by: "convert", "hub" or `BEGUN`: what stored it.
         files: its files, relative to its directory (for a GGUF file, the directory that the file is in).
+        blobs: of a download that has not ended, names of what it fetches into the cache's `blobs`.
+        of: of such a download, the hub id that was asked for.
     """
 
     by: str
     files: tuple[str, ...]
+    blobs: tuple[str, ...] = ()
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,12 @@ class Names:
     Attributes:
         aliases: hub ids and absolute paths, by the name that stands for them.
         stored: models by absolute path; those that are gone are left out.
+        begun: downloads that have not ended, by the path that the model is to have.
     """
 
     aliases: dict[str, str]
     stored: dict[Path, Kept]
+    begun: dict[Path, Kept]
 
 
 def table_path() -> Path:
@@ -74,7 +83,11 @@ def read_names() -> Names:
     """
     table = _checked(read_table(table_path()))
     stored = {Path(path): Kept(kept["by"], tuple(kept["files"])) for path, kept in table["stored"].items()}
-    return Names(table["aliases"], {path: kept for path, kept in stored.items() if path.exists()})
+    begun = {
+        Path(path): Kept(BEGUN, tuple(entry["files"]), tuple(entry["blobs"]), entry["of"])
+        for path, entry in table["begun"].items()
+    }
+    return Names(table["aliases"], {path: kept for path, kept in stored.items() if path.exists()}, begun)
 
 
 def check_alias(name: str) -> str:
@@ -113,7 +126,12 @@ def keep(path: Path, by: str, files: Sequence[str]) -> None:
         UserFileError: the table is damaged or cannot be written.
     """
     entry = {"by": by, "files": sorted(files)}
-    _change(lambda table: table["stored"].update({os.path.abspath(path): entry}))
+
+    def edit(table: dict[str, Any]) -> None:
+        table["stored"][os.path.abspath(path)] = entry
+        table["begun"].pop(os.path.abspath(path), None)
+
+    _change(edit)
 
 
 def try_to_keep(path: Path, by: str, files: Sequence[str]) -> None:
@@ -122,9 +140,37 @@ def try_to_keep(path: Path, by: str, files: Sequence[str]) -> None:
         keep(path, by, files)
 
 
+def try_to_begin(path: Path, of: str, files: Sequence[str], blobs: Sequence[str] = ()) -> None:
+    """Note, before they come, what a download is to fetch; as `try_to_keep`, which ends it. Later calls add.
+
+    Args:
+        path: what the model is to have, as `files` and `blobs` as in `Kept`.
+        of: the hub id that was asked for.
+    """
+
+    def edit(table: dict[str, Any]) -> None:
+        known = table["begun"].get(os.path.abspath(path), {"files": [], "blobs": []})
+        wanted = {name: sorted({*known[name], *more}) for name, more in (("files", files), ("blobs", blobs))}
+        table["begun"][os.path.abspath(path)] = {"of": of, **wanted}
+
+    with contextlib.suppress(UserFileError, UsageError):
+        _change(edit)
+
+
 def forget(path: Path) -> None:
     """Remove what the table says of a model that is deleted."""
     _change(lambda table: table["stored"].pop(str(path), None))
+
+
+def forget_begun(path: Path) -> None:
+    """Remove what the table says of a download that has not ended."""
+    _change(lambda table: table["begun"].pop(os.path.abspath(path), None))
+
+
+def try_to_forget_begun(path: Path) -> None:
+    """As `forget_begun`, where another program has ended a download."""
+    with contextlib.suppress(UserFileError, UsageError):
+        forget_begun(path)
 
 
 def _change(change: Callable[[dict[str, Any]], object]) -> None:
@@ -132,9 +178,12 @@ def _change(change: Callable[[dict[str, Any]], object]) -> None:
 
     def edit(table: dict[str, Any]) -> None:
         _checked(table)
-        change(table)
         for path in [path for path in table["stored"] if _is_gone(path)]:
             del table["stored"][path]
+        # The files of these may be still to come, but the repository's folder is there soon.
+        for path in [path for path in table["begun"] if _is_gone(path.partition("/snapshots/")[0])]:
+            del table["begun"][path]
+        change(table)
 
     change_table(table_path(), edit)
 
@@ -157,9 +206,9 @@ def _checked(table: dict[str, Any]) -> dict[str, Any]:
         raise UserFileError(
             f"{table_path()}: its version is {version!r}, and this runner reads {VERSION}: update runner"
         )
-    aliases, stored = table.setdefault("aliases", {}), table.setdefault("stored", {})
-    if not isinstance(aliases, dict) or not isinstance(stored, dict):
-        raise damaged("'aliases' and 'stored' must be objects")
+    aliases, stored, begun = (table.setdefault(part, {}) for part in ("aliases", "stored", "begun"))
+    if not all(isinstance(part, dict) for part in (aliases, stored, begun)):
+        raise damaged("'aliases', 'stored' and 'begun' must be objects")
     for name, target in aliases.items():
         if not _NAME.fullmatch(name) or not isinstance(target, str) or not target:
             raise damaged(f"the alias {quoted(name)} is not a name for a text")
@@ -167,6 +216,12 @@ def _checked(table: dict[str, Any]) -> dict[str, Any]:
         right = isinstance(kept, dict) and kept.get("by") in STORED_BY and isinstance(kept.get("files"), list)
         right = right and (kept["by"] != "hub" or bool(_SNAPSHOT.search(path)))
         if not right or not os.path.isabs(path) or not all(_is_inside(file) for file in kept["files"]):
+            raise damaged(f"what it says of {quoted(path)} is not understood")
+    for path, entry in begun.items():
+        right = os.path.isabs(path) and bool(_SNAPSHOT.search(path)) and isinstance(entry, dict)
+        right = right and isinstance(entry.get("of"), str) and isinstance(entry.get("files"), list)
+        right = right and isinstance(entry.get("blobs"), list) and all(_is_inside(file) for file in entry["files"])
+        if not right or not all(isinstance(blob, str) and _BLOB.fullmatch(blob) for blob in entry["blobs"]):
             raise damaged(f"what it says of {quoted(path)} is not understood")
     return table
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoint import hub, hub_ids
-from runner.checkpoint.kept import UNFINISHED, Kept, read_names
+from runner.checkpoint.gguf_choice import choose_gguf
+from runner.checkpoint.kept import BEGUN, Kept, read_names
 from runner.errors import HubError, UsageError
 from runner.local_files import is_gguf, quoted
 from runner.reprs import similar
@@ -260,8 +261,8 @@ def path_of(target: str) -> Path | None:
     return Path(target) if os.path.isabs(target) else hub.find(hub_ids.parse(target))
 
 
-def removable(model: str) -> StoredModel:
-    """The stored model that a name, id or path means, or what a stopped download left of one, to be deleted.
+def removable(model: str) -> list[StoredModel]:
+    """The stored model that a name, id or path means, or what stopped downloads left of it, to be deleted.
 
     Raises:
         HubError: nothing stored is meant.
@@ -270,20 +271,53 @@ def removable(model: str) -> StoredModel:
     target = checked_target(model)
     path = path_of(target)
     found = [one for one in stored_models() if one.path == path]
-    if not found and os.path.isabs(target):
-        raise UsageError(f"{target} was not stored by runner, which leaves it alone: delete it yourself")
+    if found and found[0].kept is not None:
+        return found
+    if os.path.isabs(target):
+        if not found:
+            raise UsageError(f"{target} was not stored by runner, which leaves it alone: delete it yourself")
+    elif begun := _begun(hub_ids.parse(target)):
+        return begun
     if not found:
-        from runner.checkpoint.downloading import unfinished
+        raise HubError(f"{quoted(target)} is not on this machine: 'runner list' shows what is")
+    raise UsageError(
+        f"{found[0].id} was stored in {found[0].path} by another program, so runner leaves it alone: "
+        "`hf cache rm` deletes it"
+    )
 
-        begun = unfinished(hub_ids.parse(target).repo, hub.cache_directory())
-        if not begun:
-            raise HubError(f"{quoted(target)} is not on this machine: 'runner list' shows what is")
-        size = sum(path.stat().st_size for path in begun)
-        kept = Kept(UNFINISHED, tuple(path.name for path in begun))
-        return StoredModel(f"what was begun of {target}", "", target, begun[0].parent, None, size, kept)
-    if found[0].kept is None:
-        raise UsageError(
-            f"{found[0].id} was stored in {found[0].path} by another program, so runner leaves it alone: "
-            "`hf cache rm` deletes it"
-        )
-    return found[0]
+
+def _begun(wanted: hub_ids.HubId) -> list[StoredModel]:
+    """What stopped downloads left of a model: of one quantization only where one is named."""
+    from runner.checkpoint.downloading import PARTIAL, unfinished
+
+    repository = hub.repository(wanted.repo)
+    begun = {path: kept for path, kept in read_names().begun.items() if repository in path.parents}
+    found = {path: kept for path, kept in begun.items() if _is_of(path, kept, wanted)}
+    # What is not in the table, an earlier version or one without a home directory left: no more is known of it.
+    known = {blob for kept in begun.values() for blob in kept.blobs}
+    strays = {path.name.removesuffix(PARTIAL) for path in unfinished(repository)} - known
+    if strays and wanted.gguf is None and wanted.revision == hub_ids.MAIN:
+        found[repository / "blobs"] = Kept(BEGUN, (), tuple(sorted(strays)), str(wanted))
+    models = []
+    for path, kept in found.items():
+        folder = path.parent if path.name.endswith(".gguf") else path
+        files = [folder / file for file in kept.files]
+        files += [repository / "blobs" / name for blob in kept.blobs for name in (blob, f"{blob}{PARTIAL}")]
+        size = sum(file.stat().st_size for file in {file.resolve() for file in files if file.is_file()})
+        models.append(StoredModel(f"what was begun of {kept.of}", "", kept.of, path, None, size, kept))
+    return models
+
+
+def _is_of(path: Path, kept: Kept, wanted: hub_ids.HubId) -> bool:
+    """Whether a download that has not ended is of the model `wanted`."""
+    snapshot = next(each for each in path.parents if each.name == "snapshots")
+    commit, *folders = path.relative_to(snapshot).parts
+    if wanted.revision not in (commit, hub_ids.parse(kept.of).revision):
+        return False
+    if wanted.gguf is None:
+        return True
+    try:
+        choose_gguf(wanted.repo, ["/".join([*folders[:-1], file]) for file in kept.files], wanted.gguf)
+    except HubError:
+        return wanted.gguf == hub_ids.parse(kept.of).gguf
+    return True

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.checkpoint.kept import UNFINISHED, Kept, forget
-from runner.errors import UserFileError
+from runner.checkpoint.kept import BEGUN, Kept, forget, forget_begun, read_names
+from runner.errors import HubError, UserFileError
 
 
 def remove(path: Path, kept: Kept) -> list[str]:
@@ -18,25 +18,26 @@ def remove(path: Path, kept: Kept) -> list[str]:
     In the hub's cache the blobs that the files link to go too, unless another snapshot has them.
 
     Args:
-        path: the model's directory or GGUF file, as in the table of names; of a download that was stopped, the
-            directory of its files.
+        path: the model's directory or GGUF file, as in the table of names; of a download that was stopped and is not
+            in the table, the folder `blobs`.
 
     Returns:
         Names of what else is in the directory, which stays; sorted.
 
     Raises:
+        HubError: another process downloads the model now.
         UserFileError: a file cannot be deleted, or a link stands in the place of the model's directory.
     """
-    if kept.by == UNFINISHED:
-        for file in kept.files:
-            (path / file).unlink(missing_ok=True)
+    if kept.by == BEGUN:
+        try:
+            _remove_begun(path, kept)
+        except HubError:  # an OSError too
+            raise
+        except OSError as error:
+            raise UserFileError(f"{error.filename}: cannot be deleted: {error.strerror or error}") from error
+        forget_begun(path)
         return []
-    directory = path.parent if path.is_file() else path
-    files: Sequence[str] = kept.files
-    if kept.by == "hub":  # a GGUF file may be in a folder of the snapshot
-        folder = directory
-        directory = next(each for each in (directory, *directory.parents) if each.parent.name == "snapshots")
-        files = [(folder / file).relative_to(directory).as_posix() for file in files]
+    directory, files = (path, kept.files) if kept.by == "convert" else _in_snapshot(path, kept)
     if directory.is_symlink():
         raise UserFileError(
             f"{directory}: a link, and not the directory that was written: delete what it leads to yourself"
@@ -57,6 +58,33 @@ def remove(path: Path, kept: Kept) -> list[str]:
     return rest
 
 
+def _in_snapshot(path: Path, kept: Kept) -> tuple[Path, Sequence[str]]:
+    """The snapshot that a model of the hub is in, and the model's files relative to it: GGUF may be in a folder."""
+    snapshot = next(each for each in (path, *path.parents) if each.parent.name == "snapshots")
+    folder = path.parent if path != snapshot else snapshot
+    return snapshot, [(folder / file).relative_to(snapshot).as_posix() for file in kept.files]
+
+
+def _remove_begun(path: Path, kept: Kept) -> None:
+    """Delete what has come of a download: blobs, whole or not, that are not linked to yet, and the links there are."""
+    from runner.checkpoint.downloading import PARTIAL, not_downloaded
+
+    repository = next(each for each in (path, *path.parents) if each.name.startswith("models--"))
+    begun = read_names().begun
+    others = {blob for other in begun if other != path and repository in other.parents for blob in begun[other].blobs}
+    with not_downloaded(repository, kept.blobs):
+        if kept.files:
+            snapshot, files = _in_snapshot(path, kept)
+            _remove_links(snapshot, files)
+            _prune(snapshot, files)
+        linked = {blob.name for blob in _linked(repository)}
+        for blob in set(kept.blobs) - others - linked:
+            for name in (blob, f"{blob}{PARTIAL}"):
+                (repository / "blobs" / name).unlink(missing_ok=True)
+    if kept.files and not snapshot.exists():
+        _forget_commit(snapshot)
+
+
 def _remove_links(snapshot: Path, files: Sequence[str]) -> None:
     """Delete a snapshot's files with their blobs, which other snapshots of the repository may share."""
     repository = snapshot.parent.parent
@@ -67,11 +95,15 @@ def _remove_links(snapshot: Path, files: Sequence[str]) -> None:
         if link.is_symlink():
             gone.add(Path(os.path.normpath(link.parent / os.readlink(link))))
         link.unlink(missing_ok=True)
-    links = [link for link in (repository / "snapshots").rglob("*") if link.is_symlink()]
-    shared = {Path(os.path.normpath(link.parent / os.readlink(link))) for link in links}
-    for blob in gone - shared:
+    for blob in gone - _linked(repository):
         if blob.parent == blobs:  # a link that leads elsewhere is no blob of ours
             blob.unlink(missing_ok=True)
+
+
+def _linked(repository: Path) -> set[Path]:
+    """What the snapshots of a repository link to."""
+    links = [link for link in (repository / "snapshots").rglob("*") if link.is_symlink()]
+    return {Path(os.path.normpath(link.parent / os.readlink(link))) for link in links}
 
 
 def _prune(directory: Path, files: Sequence[str]) -> None:

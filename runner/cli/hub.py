@@ -155,7 +155,7 @@ def rm(models: Removed, *, yes: Yes = False) -> None:
     known = kept.read_names().aliases
     # All are looked up before any is touched.
     chosen = {m: None if m in known and not is_stored(m) else names.removable(m) for m in dict.fromkeys(models)}
-    stored = {found.path: found for found in chosen.values() if found is not None}
+    stored = {each.path: each for found in chosen.values() if found is not None for each in found}
     for found in stored.values():
         place = "" if found.id == str(found.path) else f" in {found.path}"
         if not yes and not confirmed(f"delete {found.id} ({tables.size(found.nbytes)}{place})?"):

@@ -178,7 +178,7 @@ def test_the_table_is_the_users_alone_and_whole(home: Path) -> None:
     path = home / "data/runner/names.json"
     assert kept.table_path() == path and stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [entry.name for entry in path.parent.iterdir() if entry.suffix == ".tmp"] == []
-    assert json.loads(path.read_text()) == {"version": 1, "aliases": {"x": "org/name"}, "stored": {}}
+    assert json.loads(path.read_text()) == {"version": 1, "aliases": {"x": "org/name"}, "stored": {}, "begun": {}}
 
 
 def test_an_error_leaves_the_table_as_it_was(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +270,7 @@ def test_without_a_home_nothing_is_written(home: Path, monkeypatch: pytest.Monke
 def test_a_converted_model_goes_and_what_is_not_of_it_stays(home: Path) -> None:
     path, other = converted(home, "one-1"), converted(home, "two-2")
     (other / "notes.txt").write_text("mine")
-    one, two = names.removable("one"), names.removable(str(other))
+    (one,), (two,) = names.removable("one"), names.removable(str(other))
     assert one.kept is not None and two.kept is not None
     assert remove(one.path, one.kept) == [] and not path.exists()
     assert remove(two.path, two.kept) == ["notes.txt"] and os.listdir(other) == ["notes.txt"]
@@ -291,11 +291,11 @@ def test_a_fetched_model_goes_with_its_blobs_but_for_shared_ones(home: Path) -> 
     new = cached(home / "hub", "org/Smol", WEIGHTS | {"model.safetensors": b"v2" * 400}, NEWER)
     for path in (old, new):
         kept.keep(path, "hub", list(WEIGHTS))
-    first = names.removable(f"org/Smol@{COMMIT}")
+    (first,) = names.removable(f"org/Smol@{COMMIT}")
     assert first.path == old and first.kept is not None and remove(old, first.kept) == []
     assert not old.exists() and all((new / file).is_file() for file in WEIGHTS)
     assert len(os.listdir(home / "hub/models--org--Smol/blobs")) == 3 - 1  # both JSON files are one blob
-    second = names.removable("smol")
+    (second,) = names.removable("smol")
     assert second.kept is not None and remove(new, second.kept) == []
     assert os.listdir(home / "hub") == []
 
@@ -305,7 +305,7 @@ def test_what_a_stopped_download_left_can_be_deleted(home: Path) -> None:
     blobs.mkdir(parents=True)
     for name in ("aa.runner.incomplete", "bb.runner.incomplete", "cc.0123.incomplete", "dd"):
         (blobs / name).write_bytes(b"x" * 10)
-    found = names.removable("org/Large")
+    (found,) = names.removable("org/Large")
     assert (found.id, found.nbytes) == ("what was begun of org/Large", 20) and found.kept is not None
     assert remove(found.path, found.kept) == [] and set(os.listdir(blobs)) == {"cc.0123.incomplete", "dd"}
     with pytest.raises(HubError, match="'org/Large' is not on this machine"):
@@ -338,7 +338,7 @@ def test_a_gguf_file_goes_by_its_repository_and_its_quantization(home: Path) -> 
         names.resolve("smol:Q5_0")
     for file, one in (("BF16/x-BF16.gguf", "smol:bf16"), ("Smol-1B-Q8_0.gguf", "org/Smol-1B-GGUF:smol-1b-q8_0.gguf")):
         kept.keep(snapshot / file, "hub", [file.rpartition("/")[2]])
-        found = names.removable(one)
+        (found,) = names.removable(one)
         assert found.path == snapshot / file and found.kept is not None
         assert remove(found.path, found.kept) == ["Smol-1B-Q4_K_M.gguf"] + ["Smol-1B-Q8_0.gguf"] * ("bf" in one)
     assert names.resolve("smol") == snapshot / "Smol-1B-Q4_K_M.gguf" and not (snapshot / "BF16").exists()
