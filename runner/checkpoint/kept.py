@@ -61,13 +61,36 @@ class Names:
 
     Attributes:
         aliases: hub ids and absolute paths, by the name that stands for them.
-        stored: models by absolute path; those that are gone are left out.
-        begun: downloads that have not ended, by the path that the model is to have.
+        stored: models by `place`; those that are gone are left out.
+        begun: downloads that have not ended, by the `place` that the model is to have.
     """
 
     aliases: dict[str, str]
     stored: dict[Path, Kept]
     begun: dict[Path, Kept]
+
+
+def place(path: str | Path) -> Path:
+    """The one path of a model that has several, through links, `..` or from the current directory: as the table has it.
+
+    The links that a hub's cache consists of are left as they are: they say which repository and file it is.
+    """
+    whole = os.path.join("" if os.path.isabs(path) else os.getcwd(), path)
+    found = _SNAPSHOT.search(whole)
+    if found is None or ".." in whole[found.start() :].split("/"):
+        return Path(os.path.realpath(whole))
+    return Path(os.path.realpath(whole[: found.start()]) + whole[found.start() :])
+
+
+def _place_of(key: str) -> Path:
+    """The path of a model in the table, whose surroundings may be links by now; a link in its own place is none."""
+    return place(key) if _SNAPSHOT.search(key) else place(os.path.dirname(key)) / os.path.basename(key)
+
+
+def _drop(models: dict[str, Any], path: Path) -> None:
+    """Remove the model of a path from a part of the table."""
+    for key in [key for key in models if _place_of(key) == place(path)]:
+        del models[key]
 
 
 def table_path() -> Path:
@@ -82,9 +105,9 @@ def read_names() -> Names:
         UserFileError: it is damaged, or a newer version wrote it.
     """
     table = _checked(read_table(table_path()))
-    stored = {Path(path): Kept(kept["by"], tuple(kept["files"])) for path, kept in table["stored"].items()}
+    stored = {_place_of(path): Kept(kept["by"], tuple(kept["files"])) for path, kept in table["stored"].items()}
     begun = {
-        Path(path): Kept(BEGUN, tuple(entry["files"]), tuple(entry["blobs"]), entry["of"])
+        _place_of(path): Kept(BEGUN, tuple(entry["files"]), tuple(entry["blobs"]), entry["of"])
         for path, entry in table["begun"].items()
     }
     return Names(table["aliases"], {path: kept for path, kept in stored.items() if path.exists()}, begun)
@@ -128,8 +151,9 @@ def keep(path: Path, by: str, files: Sequence[str]) -> None:
     entry = {"by": by, "files": sorted(files)}
 
     def edit(table: dict[str, Any]) -> None:
-        table["stored"][os.path.abspath(path)] = entry
-        table["begun"].pop(os.path.abspath(path), None)
+        for part in ("stored", "begun"):
+            _drop(table[part], path)
+        table["stored"][str(place(path))] = entry
 
     _change(edit)
 
@@ -149,9 +173,9 @@ def try_to_begin(path: Path, of: str, files: Sequence[str], blobs: Sequence[str]
     """
 
     def edit(table: dict[str, Any]) -> None:
-        known = table["begun"].get(os.path.abspath(path), {"files": [], "blobs": []})
+        known = table["begun"].get(str(place(path)), {"files": [], "blobs": []})
         wanted = {name: sorted({*known[name], *more}) for name, more in (("files", files), ("blobs", blobs))}
-        table["begun"][os.path.abspath(path)] = {"of": of, **wanted}
+        table["begun"][str(place(path))] = {"of": of, **wanted}
 
     with contextlib.suppress(UserFileError, UsageError):
         _change(edit)
@@ -159,12 +183,12 @@ def try_to_begin(path: Path, of: str, files: Sequence[str], blobs: Sequence[str]
 
 def forget(path: Path) -> None:
     """Remove what the table says of a model that is deleted."""
-    _change(lambda table: table["stored"].pop(str(path), None))
+    _change(lambda table: _drop(table["stored"], path))
 
 
 def forget_begun(path: Path) -> None:
     """Remove what the table says of a download that has not ended."""
-    _change(lambda table: table["begun"].pop(os.path.abspath(path), None))
+    _change(lambda table: _drop(table["begun"], path))
 
 
 def try_to_forget_begun(path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runner.checkpoint import hub, hub_ids
 from runner.checkpoint.gguf_choice import choose_gguf
-from runner.checkpoint.kept import BEGUN, Kept, read_names
+from runner.checkpoint.kept import BEGUN, Kept, place, read_names
 from runner.errors import HubError, UsageError
 from runner.local_files import is_gguf, quoted
 from runner.reprs import similar
@@ -32,7 +32,7 @@ class StoredModel:
         id: its hub id, or its absolute path.
         name: the last part of the id; "" for a hub's snapshot in whose place the branch has a later one.
         reference: what `resolve` finds this one by, whatever else is here: the id, or `id@commit`.
-        path: directory, or GGUF file.
+        path: directory, or GGUF file; as `kept.place` gives it.
         revision: commit on the hub, None for a path.
         nbytes: size of its files on disk, in bytes.
         kept: its files, where this program stored it; None where another program did.
@@ -187,8 +187,8 @@ def stored_models() -> list[StoredModel]:
     for model, id in zip(cached, ids, strict=True):
         name = id.partition("/")[2] if model.current or ids.count(id) == 1 else ""
         exact = id if model.current else str(model.hub_id)
-        commit, known = model.hub_id.revision, kept.get(model.path)
-        found.append(StoredModel(id, name, exact, model.path, commit, model.nbytes, known))
+        path, commit = place(model.path), model.hub_id.revision
+        found.append(StoredModel(id, name, exact, path, commit, model.nbytes, kept.get(path)))
     for path, known in sorted(kept.items()):
         if known.by == "convert" and path.is_dir():
             found.append(StoredModel(str(path), path.name, str(path), path, None, _size(path, known), known))
@@ -257,8 +257,9 @@ def checked_target(model: str) -> str:
 
 
 def path_of(target: str) -> Path | None:
-    """Where on this machine the model of a hub id or path is; None for a hub id whose model is not here whole."""
-    return Path(target) if os.path.isabs(target) else hub.find(hub_ids.parse(target))
+    """The `place` of a hub id's or path's model; None for a hub id whose model is not on this machine whole."""
+    path = Path(target) if os.path.isabs(target) else hub.find(hub_ids.parse(target))
+    return None if path is None else place(path)
 
 
 def removable(model: str) -> list[StoredModel]:
@@ -290,7 +291,7 @@ def _begun(wanted: hub_ids.HubId) -> list[StoredModel]:
     """What stopped downloads left of a model: of one quantization only where one is named."""
     from runner.checkpoint.downloading import PARTIAL, unfinished
 
-    repository = hub.repository(wanted.repo)
+    repository = place(hub.cache_directory()) / hub.repository(wanted.repo).name
     begun = {path: kept for path, kept in read_names().begun.items() if repository in path.parents}
     found = {path: kept for path, kept in begun.items() if _is_of(path, kept, wanted)}
     # What is not in the table, an earlier version or one without a home directory left: no more is known of it.

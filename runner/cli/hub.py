@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,11 +43,11 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 def pull(model: HubId) -> None:
     """Download a model from the hub into the cache. Prints its directory."""
-    from runner.checkpoint import names
+    from runner.checkpoint import kept, names
 
     path = names.pull(model, progress=sys.stderr.isatty())
     terminal.Output().line(str(path))
-    name = names.shortest(names.stored_models()).get(path)
+    name = names.shortest(names.stored_models()).get(kept.place(path))
     if name is not None:
         terminal.note(f"(its name here: {name})")
 
@@ -176,7 +175,7 @@ def is_stored(path: str) -> bool:
     """Whether a path is a model's that runner stored: only this comes before an alias that has the same name."""
     from runner.checkpoint import kept
 
-    return Path(os.path.abspath(path)) in kept.read_names().stored
+    return kept.place(path) in kept.read_names().stored
 
 
 def confirmed(question: str) -> bool:

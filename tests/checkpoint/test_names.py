@@ -277,6 +277,50 @@ def test_a_converted_model_goes_and_what_is_not_of_it_stays(home: Path) -> None:
     assert kept.read_names().stored == {}
 
 
+@pytest.mark.parametrize("way", ["link", "../real", "../link/../real", "{home}/link", "{home}/here/../link"])
+def test_a_model_is_the_same_whatever_way_leads_to_it(home: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """The hub's cache, GGUF files in it, directories that `convert` wrote, what an alias stands for."""
+    from huggingface_hub import constants
+
+    (home / "real").mkdir()
+    (home / "link").symlink_to(home / "real")
+    (home / "here/link").symlink_to(home / "real")
+    around = way.format(home=home)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{around}/hub")
+    hub = cached(Path(around, "hub"), "org/Smol", WEIGHTS)
+    gguf = cached(Path(around, "hub"), "org/Other", {"folder/x-Q8_0.gguf": b"GGUF"}) / "folder/x-Q8_0.gguf"
+    kept.keep(hub, "hub", list(WEIGHTS))
+    kept.keep(gguf, "hub", [gguf.name])
+    late = Path(around, f"hub/models--org--Late/snapshots/{COMMIT}")
+    late.mkdir(parents=True)
+    kept.try_to_begin(late, "org/Late", ["config.json"])
+    kept.set_alias("mine", names.checked_target(str(converted(Path(around), "Tiny"))))
+    real = {one.path: one.kept for one in names.stored_models()}
+    assert all(path.is_relative_to(home / "real") for path in real) and len(real) == 3 and all(real.values())
+    assert names.path_of(kept.read_names().aliases["mine"]) == home / "real/Tiny"
+    for typed in ("smol", "org/Other:Q8_0", f"{around}/Tiny", "org/Late"):
+        (found,) = names.removable(typed)
+        assert found.kept is not None and remove(found.path, found.kept) == []
+    assert os.listdir(home / "real/hub") == [] and os.listdir(home / "real") == ["hub"]
+    assert json.loads(kept.table_path().read_text())["stored"] == kept.read_names().begun == {}
+
+
+def test_a_model_stays_runners_where_its_disk_is_moved_behind_a_link(home: Path) -> None:
+    converted(home / "disk", "mine")
+    (home / "disk").rename(home / "larger")
+    (home / "disk").symlink_to(home / "larger")
+    (found,) = names.removable("mine")
+    assert found.kept is not None and remove(found.path, found.kept) == [] and os.listdir(home / "larger") == []
+
+
+def test_a_repository_that_is_a_link_is_known_by_its_name(home: Path) -> None:
+    path = cached(home / "hub", "org/Smol", WEIGHTS)
+    (home / "hub/models--org--Smol").rename(home / "moved")
+    (home / "hub/models--org--Smol").symlink_to(home / "moved")
+    kept.keep(path, "hub", list(WEIGHTS))
+    assert [one.path for one in names.removable("smol")] == [path] == list(kept.read_names().stored)
+
+
 def test_a_link_in_place_of_a_model_is_not_followed(home: Path) -> None:
     path = converted(home, "mine")
     path.rename(home / "moved")
