@@ -251,7 +251,8 @@ def checked_target(model: str) -> str:
     refuse_missing(model)
     path = os.path.expanduser(model)
     if os.path.exists(path):
-        return os.path.abspath(path)
+        # A link stays one, as it may lead elsewhere later; what is above one is not what is written before it.
+        return str(place(path)) if ".." in path.split("/") else os.path.abspath(path)
     target = meaning(model)
     return target if os.path.isabs(target) else str(hub_ids.parse(target))
 

@@ -95,10 +95,12 @@ def convert(
         terminal.note(note, "yellow")
     adapters = open_adapters(adapter or (), lambda spec: resolve_adapter(spec, progress=visible))
     before = None if text is None else perplexity_of(str(files.path), text, "before")
+    # Where it will lie: a link to an empty directory stays one, and `none/../out` leads nowhere without `none`.
+    written = target.resolve()
     with ProgressBar(f"converting {files.path.name}", enabled=visible) as bar:
-        report = write(merged(files, adapters), target, quantizer=wanted, dtype=dtype, progress=bar.update)
+        report = write(merged(files, adapters), written, quantizer=wanted, dtype=dtype, progress=bar.update)
     try:
-        keep(target, "convert", [str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()])
+        keep(written, "convert", [str(path.relative_to(written)) for path in written.rglob("*") if path.is_file()])
     except UserFileError as problem:  # the model is whole, only not found by its name
         terminal.note(str(problem), "yellow")
     forms = ", ".join(f"{count} {form}" for form, count in report.forms.items())
@@ -108,9 +110,9 @@ def convert(
         more = f" and {len(report.unpackable) - 1} more" if len(report.unpackable) > 1 else ""
         terminal.note(f"not quantized: {report.unpackable[0]}{more}: inputs do not divide into groups", "yellow")
     if text is not None and before is not None:
-        after = perplexity_of(str(target), text, "after")
+        after = perplexity_of(str(written), text, "after")
         terminal.note(f"perplexity {after} after, {before} before")
-    terminal.Output().line(str(target))
+    terminal.Output().line(str(target if target.exists() else written))
 
 
 def perplexity_of(model: str, text: str, when: str) -> str:

@@ -63,6 +63,16 @@ def test_a_converted_model_is_listed_used_and_deleted_by_its_name(account: Accou
     assert not path.exists() and json.loads(account.done("list", "--json")) == []
 
 
+@pytest.mark.parametrize("out", ["none/../Tiny", "link", "link/../Tiny", "Tiny/"])
+def test_a_converted_model_is_runners_however_its_path_is_written(account: Account, out: str) -> None:
+    (account.home / "elsewhere/empty").mkdir(parents=True)
+    (account.home / "link").symlink_to("elsewhere/empty")
+    path = account.done("convert", str(MODEL), f"{account.home}/{out}").removesuffix("\n")
+    (row,) = json.loads(account.done("list", "--json"))
+    assert row["path"] == os.path.realpath(path) and row["stored_by_runner"] and row["bytes"] > 0
+    assert "deleted" in account.run("rm", path, "--yes").stderr and not os.path.exists(path)
+
+
 def test_a_model_of_another_program_is_listed_and_not_deleted(account: Account) -> None:
     files = {file.name: file.read_bytes() for file in MODEL.iterdir()}
     path = cached(account.home / "hub", "org/Tiny-1B", files)
