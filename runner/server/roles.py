@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from runner.errors import TemplateError
-from runner.text.chat_inputs import REASONING
+from runner.text.chat_inputs import REASONING, text_of
 from runner.text.tokenizer import Tokenizer
 
 _FIRST, _SECOND, _THIRD, _FOURTH = "60174285", "39528160", "84630917", "27951346"
@@ -121,11 +121,3 @@ def _joined(messages: Sequence[Message], role: str) -> list[Message]:
         else:
             result.append(message)
     return result
-
-
-def text_of(message: Message) -> str:
-    """The text of a message's content, whatever its form."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") if isinstance(part, Mapping) else str(part) for part in content or ())

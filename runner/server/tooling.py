@@ -10,9 +10,10 @@ from typing import Any
 from runner.errors import TemplateError
 from runner.server.call_values import dumped
 from runner.server.errors import invalid
-from runner.server.roles import Message, text_of
+from runner.server.roles import Message
 from runner.server.tool_calls import SPECIAL, CallFinder, KeepMarks
 from runner.server.tool_formats import GENERIC, HARMONY, INNER, Marks, bare_json, marks_in
+from runner.text.chat_inputs import text_of
 from runner.text.harmony import CHANNEL, MESSAGE, HarmonySeparator
 from runner.text.separator import Separator
 from runner.text.tokenizer import Tokenizer
