@@ -126,9 +126,16 @@ def open_adapters(given: Given, resolve: Callable[[str], Path]) -> list[AdapterF
             if spec in weights:
                 raise UsageError(f"the adapter {spec} is given twice")
             weights[spec] = weight
+    # One directory may be spelled in several ways, and would be added as often.
+    directories = {spec: resolve(spec) for spec in weights}
+    spellings: dict[Path, str] = {}
+    for spec, directory in directories.items():
+        other = spellings.setdefault(directory.resolve(), spec)
+        if other != spec:
+            raise UsageError(f"the adapter {spec} is given twice: {other} is the same directory")
     names = [_last_part(spec) for spec in weights]
     return [
-        AdapterFiles.open(resolve(spec), name if names.count(name) == 1 else spec, weight, spec)
+        AdapterFiles.open(directories[spec], name if names.count(name) == 1 else spec, weight, spec)
         for (spec, weight), name in zip(weights.items(), names, strict=True)
     ]
 

@@ -436,7 +436,12 @@ def test_adapters_by_path_weight_and_name(tmp_path: Path) -> None:
     assert opened([odd]) == {"odd=1": 1.0}
     assert opened({style: 0.25, odd: -1}) == {"style": 0.25, "odd=1": -1.0}
     assert opened([f"{style}/=0.5", other]) == {f"{style}/": 0.5, other: 1.0}
+    (tmp_path / "link").symlink_to(style)
     for wrong, message in (
+        ([style, f"{style}/."], f"the adapter {style}/. is given twice: {style} is the same directory"),
+        ([f"{style}/", f"{style}=0.5"], "is given twice"),
+        ({style: 1, f"{tmp_path}/b/../a/style": 2}, "is given twice"),
+        ([f"{tmp_path}/link", style], "is given twice"),
         ([f"{style}=much"], "expected PATH or PATH=WEIGHT, and 'much' is not a number"),
         ([f"{style}=inf"], "must be a finite number"),
         ([style, f"{style}=2"], "is given twice"),
