@@ -39,6 +39,10 @@ class Reader(Protocol):
         """A finite number, None where the key is missing."""
         ...
 
+    def first(self, *keys: str, default: float) -> float:
+        """The number under the first of the keys that is there."""
+        ...
+
     def needs(self, key: str) -> int:
         """A size that must be there."""
         ...

@@ -108,6 +108,12 @@ class GGUF:
         if quantization:
             config["quantization"] = quantization
         vocabulary = vocabulary_of(container.metadata)
+        # llama.cpp reads no file with more tokens than rows; here, those that are named must have theirs.
+        for name, index in vocabulary.ids.items():
+            if index >= config["vocab_size"]:
+                token = quoted(vocabulary.tokens[index])
+                rows = f"token_embd.weight has {config['vocab_size']} rows"
+                raise CheckpointError(f"{path}: the {name} token is {token}, number {index}, but {rows}")
         config |= vocabulary.config
         generation = {**generation_config_of(container.metadata), **vocabulary.config}
         return cls(container, architecture, config, generation, MappingProxyType(headers), vocabulary)

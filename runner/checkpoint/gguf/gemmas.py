@@ -101,10 +101,10 @@ def rotations(reader: Reader) -> dict[str, Any]:
         if table[:turning] != [1.0] * turning or min(table[turning:], default=INFINITE) < INFINITE:
             raise reader.error("rope_freqs.weight is not a number of 1, and then of numbers that stop the others")
         scaling["partial_rotary_factor"] = turning / len(table)
-    base, local = (reader.number(f"rope.freq_base{end}") or 10000.0 for end in ("", "_swa"))
+    base, local = (reader.first(f"rope.freq_base{end}", default=10000.0) for end in ("", "_swa"))
     return {
-        "full_attention": {**scaling, "rope_theta": float(base)},
-        "sliding_attention": {"rope_type": "default", "rope_theta": float(local)},
+        "full_attention": {**scaling, "rope_theta": base},
+        "sliding_attention": {"rope_type": "default", "rope_theta": local},
     }
 
 

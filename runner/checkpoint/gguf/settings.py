@@ -110,6 +110,10 @@ class _Metadata:
             raise self.error(f"{self.prefix}{key} is {brief(value)}, expected a number")
         return _decimal(value)
 
+    def first(self, *keys: str, default: float) -> float:
+        """The number under the first of the keys that is there: 0 is one, and means nothing else."""
+        return float(next((value for key in keys if (value := self.number(key)) is not None), default))
+
     def size(self, key: str) -> int | None:
         """A positive integer (a dimension or a count), None where the key is missing."""
         value = self.number(key)
@@ -218,7 +222,7 @@ class _Metadata:
             self.rope(config)
         if table.rope_by_type:
             base, scaling = config.pop("rope_theta"), config.pop("rope_scaling", None) or {"rope_type": "default"}
-            windowed = float(self.number("rope.freq_base_swa") or base)
+            windowed = self.first("rope.freq_base_swa", default=base)
             config["rope_parameters"] = {
                 "full_attention": {**scaling, "rope_theta": base},
                 "sliding_attention": {"rope_type": "default", "rope_theta": windowed},
@@ -352,7 +356,7 @@ class _Metadata:
 
     def rope(self, config: dict[str, Any]) -> None:
         """Set `rope_theta` and `rope_scaling`: from the file's tables of factors if there are any, else from keys."""
-        config["rope_theta"] = float(self.number("rope.freq_base") or self.number("rope.global.freq_base") or 10000.0)
+        config["rope_theta"] = self.first("rope.freq_base", "rope.global.freq_base", default=10000.0)
         local = self.number("rope.freq_base_swa")
         read = self.architecture.rope_by_type or "rope.freq_base_swa" in self.architecture.keys
         if local not in (None, config["rope_theta"]) and not read:

@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import gguf
 import gguf_writer as writer
@@ -20,13 +21,15 @@ from places import ROOT, TESTS
 
 import runner
 from runner.checkpoint.gguf import GGUF
+from runner.checkpoint.gguf.architecture import Reader
 from runner.checkpoint.gguf.architectures import ARCHITECTURES
 from runner.checkpoint.gguf.container import open_container
+from runner.checkpoint.gguf.gemmas import rotations
 from runner.checkpoint.model_files import open_files
 from runner.convert.convert import convert
 from runner.engine.loaded import open_loaded
-from runner.errors import CheckpointError, RunnerWarning, UsageError
-from runner.families import FAMILIES
+from runner.errors import CheckpointError, ConfigError, RunnerWarning, UsageError
+from runner.families import FAMILIES, find
 from runner.inspect_model import inspect
 from runner.weights.loading import nbytes
 
@@ -105,6 +108,42 @@ def test_a_guessed_pre_tokenizer_is_a_note_at_every_front_door(tmp_path: Path) -
 def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         GGUF.open(small(tmp_path, **metadata))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "key"),
+    [
+        ("llama/llama-mha", "llama.rope.freq_base"),
+        ("families/gemma3_text-base", "gemma3.rope.freq_base"),
+        ("families/gemma3_text-base", "gemma3.rope.freq_base_swa"),
+    ],
+)
+def test_a_base_of_zero_is_none_that_is_missing(fixture: str, key: str, tmp_path: Path) -> None:
+    """llama.cpp computes with it; a missing one is 10000 for it as well."""
+    path = TESTS / "fixtures" / fixture
+    config = config_of(path)
+    metadata = {**writer.metadata_of(config), **vocabulary(config["vocab_size"]), key: 0.0}
+    file = write(tmp_path / "m.gguf", writer.tensors_of(config, writer.weights_of(path)), **metadata)
+    with pytest.raises(ConfigError, match=r"(rope_theta|rope_local_base_freq).* must be above 1"):
+        raw = GGUF.open(file).config
+        find(raw)[0].from_dict(raw)
+
+
+def test_so_is_one_of_gemma_4() -> None:
+    values = {"rope.freq_base": 0.0, "rope.freq_base_swa": 1e4}
+    reader = SimpleNamespace(tensors={}, first=lambda key, default: values.get(key, default))
+    assert rotations(cast(Reader, reader))["full_attention"]["rope_theta"] == 0  # its config refuses that
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "padding"])
+def test_named_tokens_without_rows_are_refused(name: str, tmp_path: Path) -> None:
+    """The first prompt was refused with its user's "token ids must be from 0 to ...", which they had not given."""
+    rows = config_of(TESTS / "fixtures/llama/llama-mha")["vocab_size"]
+    named = {f"tokenizer.ggml.{each}_token_id": 3 for each in ("bos", "eos", "padding")}
+    longer = {**vocabulary(rows + 8), **named}
+    GGUF.open(small(tmp_path, **longer))  # those without a name may be more than the rows
+    with pytest.raises(CheckpointError, match=rf"the \w+ token is '.*', number {rows + 7}, but .* has {rows} rows"):
+        GGUF.open(small(tmp_path, **{**longer, f"tokenizer.ggml.{name}_token_id": rows + 7}))
 
 
 def test_foreign_tensors_and_types_are_refused_by_name(tmp_path: Path) -> None:
