@@ -4,10 +4,11 @@ It is `names.json` in the user's data directory:
 
     {"version": 1,
      "aliases": {"mine": "org/name@main", "small": "/home/me/models/small"},
-     "stored": {"/home/me/converted": {"by": "convert", "files": ["config.json", "model.safetensors"]}},
+     "stored": {"/me/small": {"by": "convert", "files": ["config.json"], "written": {"config.json": [9, 1764547]}}},
      "begun": {"/cache/models--org--name/snapshots/COMMIT": {"of": "org/name", "files": ["config.json"], "blobs": []}}}
 
 `stored` is what `runner rm` may delete: the files of each model that `convert` wrote or that were fetched from the hub.
+`written` has the size of each and the second it was written in: what is otherwise now is no more the program's.
 `begun` is the same of downloads that have not ended, and maybe never will. A model's path is its directory or, of a
 GGUF file, the file (the first where there are several).
 """
@@ -105,12 +106,32 @@ def read_names() -> Names:
         UserFileError: it is damaged, or a newer version wrote it.
     """
     table = _checked(read_table(table_path()))
-    stored = {_place_of(path): Kept(kept["by"], tuple(kept["files"])) for path, kept in table["stored"].items()}
+    stored = {_place_of(path): _kept(_place_of(path), entry) for path, entry in table["stored"].items()}
     begun = {
         _place_of(path): Kept(BEGUN, tuple(entry["files"]), tuple(entry["blobs"]), entry["of"])
         for path, entry in table["begun"].items()
     }
-    return Names(table["aliases"], {path: kept for path, kept in stored.items() if path.exists()}, begun)
+    return Names(table["aliases"], {path: kept for path, kept in stored.items() if path.exists() and kept.files}, begun)
+
+
+def _kept(path: Path, entry: dict[str, Any]) -> Kept:
+    """A stored model with those of its files that are there as this program left them, if the table says how."""
+    files, written = entry["files"], entry.get("written")
+    if written is not None:
+        files = [file for file in files if file in written and _state(path, file) == written[file]]
+    return Kept(entry["by"], tuple(files))
+
+
+def _state(path: Path, file: str) -> list[int] | None:
+    """Size of a model's file, and the second it was written in; of the link in a hub's snapshot. None: it is not there.
+
+    Copies keep both where they keep times; numbers of files and disks change when a disk is mounted again.
+    """
+    try:
+        found = ((path if path.is_dir() else path.parent) / file).lstat()
+    except OSError:
+        return None
+    return [found.st_size, int(found.st_mtime)]
 
 
 def check_alias(name: str) -> str:
@@ -148,7 +169,8 @@ def keep(path: Path, by: str, files: Sequence[str]) -> None:
     Raises:
         UserFileError: the table is damaged or cannot be written.
     """
-    entry = {"by": by, "files": sorted(files)}
+    states = {file: _state(path, file) for file in sorted(files)}
+    entry = {"by": by, "files": sorted(files), "written": {file: state for file, state in states.items() if state}}
 
     def edit(table: dict[str, Any]) -> None:
         for part in ("stored", "begun"):
@@ -238,6 +260,7 @@ def _checked(table: dict[str, Any]) -> dict[str, Any]:
             raise damaged(f"the alias {quoted(name)} is not a name for a text")
     for path, kept in stored.items():
         right = isinstance(kept, dict) and kept.get("by") in STORED_BY and isinstance(kept.get("files"), list)
+        right = right and isinstance(kept.get("written", {}), dict)
         right = right and (kept["by"] != "hub" or bool(_SNAPSHOT.search(path)))
         if not right or not os.path.isabs(path) or not all(_is_inside(file) for file in kept["files"]):
             raise damaged(f"what it says of {quoted(path)} is not understood")

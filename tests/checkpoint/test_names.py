@@ -321,6 +321,40 @@ def test_a_repository_that_is_a_link_is_known_by_its_name(home: Path) -> None:
     assert [one.path for one in names.removable("smol")] == [path] == list(kept.read_names().stored)
 
 
+def test_what_only_has_the_name_of_a_model_that_was_written_is_not_runners(home: Path) -> None:
+    path, hub = converted(home, "Tiny"), cached(home / "hub", "org/Smol", WEIGHTS)
+    kept.keep(hub, "hub", list(WEIGHTS))
+    shutil.rmtree(path)
+    shutil.rmtree(hub)
+    path.mkdir()
+    for file, data in WEIGHTS.items():
+        (path / file).write_bytes(data + b" " if file == "config.json" else data)
+        os.utime(path / file, (1e9, 1e9))
+    cached(home / "hub", "org/Smol", WEIGHTS)
+    for file in WEIGHTS:
+        os.utime(hub / file, (1e9, 1e9), follow_symlinks=False)
+    assert [(one.id, one.kept) for one in names.stored_models()] == [("org/Smol", None)]
+    for typed, words in ((str(path), "was not stored by runner"), ("smol", "by another program")):
+        with pytest.raises(UsageError, match=words):
+            names.removable(typed)
+
+
+def test_a_file_that_was_changed_since_stays(home: Path) -> None:
+    path = converted(home, "Tiny")
+    (path / "config.json").write_text('{"mine": 1}')
+    (found,) = names.removable("tiny")
+    assert found.kept is not None and remove(path, found.kept) == ["config.json"] == os.listdir(path)
+
+
+def test_a_model_that_was_copied_to_another_disk_is_runners(home: Path) -> None:
+    path = converted(home, "Tiny")
+    shutil.copytree(path, home / "copy")
+    shutil.rmtree(path)
+    (home / "copy").rename(path)
+    (found,) = names.removable("tiny")
+    assert found.kept is not None and remove(path, found.kept) == [] and not path.exists()
+
+
 def test_a_link_in_place_of_a_model_is_not_followed(home: Path) -> None:
     path = converted(home, "mine")
     path.rename(home / "moved")
