@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,8 +54,8 @@ def write_checkpoint(
 def new_directory(directory: Path, config: dict[str, Any], extra_files: Mapping[str, bytes | str]) -> Iterator[Path]:
     """Yield a hidden sibling of `directory` that has all files but the weights, for the caller to write them there.
 
-    On leaving the context it is renamed to `directory`; after an error it is removed. Arguments and errors are those
-    of `write_checkpoint`.
+    On leaving the context it is renamed to `directory`; after an error it is removed, as is first what a killed process
+    left of an earlier one. Arguments and errors are those of `write_checkpoint`.
     """
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -62,9 +64,12 @@ def new_directory(directory: Path, config: dict[str, Any], extra_files: Mapping[
     contents: dict[str, bytes | str] = {"config.json": _config_text(config), **_checked(extra_files)}
     # A sibling, so that both are on one disk and the rename is atomic.
     temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
+    lock: int | None = None
     try:
         try:
+            _remove_stale(target)
             temporary.mkdir(parents=True)
+            lock = _lock(temporary)
             for name, content in contents.items():
                 file = temporary / name
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +85,32 @@ def new_directory(directory: Path, config: dict[str, Any], extra_files: Mapping[
             raise CheckpointError(f"{directory}: cannot be put in place: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what killed processes left of this directory; who still writes one holds its lock."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        ours = re.fullmatch(r"[0-9a-f]{12}", path.name[len(target.name) + 2 : -len(".tmp")])
+        if ours and not path.is_symlink() and (lock := _lock(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """Lock a directory until the number that is returned is closed; None where another has, or disks have no locks."""
+    import fcntl
+
+    number = None
+    try:
+        number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if number is not None:
+            os.close(number)
+        return None
+    return number
 
 
 def _settle(directory: Path) -> None:

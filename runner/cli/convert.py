@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -97,7 +100,7 @@ def convert(
     before = None if text is None else perplexity_of(str(files.path), text, "before")
     # Where it will lie: a link to an empty directory stays one, and `none/../out` leads nowhere without `none`.
     written = target.resolve()
-    with ProgressBar(f"converting {files.path.name}", enabled=visible) as bar:
+    with ended_in_order(), ProgressBar(f"converting {files.path.name}", enabled=visible) as bar:
         report = write(merged(files, adapters), written, quantizer=wanted, dtype=dtype, progress=bar.update)
     try:
         keep(written, "convert", [str(path.relative_to(written)) for path in written.rglob("*") if path.is_file()])
@@ -113,6 +116,23 @@ def convert(
         after = perplexity_of(str(written), text, "after")
         terminal.note(f"perplexity {after} after, {before} before")
     terminal.Output().line(str(target if target.exists() else written))
+
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end the process by an exception, so that no part of a model stays; `nohup` counts."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def perplexity_of(model: str, text: str, when: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -20,6 +21,7 @@ from places import ROOT
 
 from runner.checkpoint.directory import RAW_DTYPES, Checkpoint, read_json, write_checkpoint
 from runner.checkpoint.safetensors_header import BITS, read_header
+from runner.checkpoint.writer import new_directory
 from runner.errors import CheckpointError, UsageError
 
 F32_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -530,6 +532,18 @@ def test_only_an_empty_directory_is_replaced(tmp_path: Path) -> None:
             write_checkpoint(tmp_path / name, iter([("b", mx.ones(1))]), {})
     assert {path.name: path.read_bytes() for path in (tmp_path / "empty").iterdir()} == before
     assert sorted(os.listdir(tmp_path)) == ["empty", "file"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    stale, other, user = (tmp_path / name for name in (f".m.{'0' * 12}.tmp", f".m-2.{'0' * 12}.tmp", ".m.mine.tmp"))
+    for path in (stale, other, user):
+        path.mkdir()
+        (path / "model.safetensors").write_text("x")
+    with new_directory(tmp_path / "m", {}, {}) as first:
+        write_checkpoint(tmp_path / "m", [("a", mx.zeros(1))], {})
+        assert first.exists() and not stale.exists()
+        shutil.rmtree(tmp_path / "m")
+    assert sorted(os.listdir(tmp_path)) == sorted([other.name, user.name, "m"])
 
 
 def test_a_directory_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
