@@ -167,7 +167,7 @@ def rm(models: Removed, *, yes: Yes = False) -> None:
         assert found.kept is not None, "`removable` gives none that others stored"
         rest = remove(found.path, found.kept)
         terminal.note(f"deleted {found.id}, {tables.size(found.nbytes)}")
-        if rest:
+        if rest and found.path.is_dir():  # what is beside a GGUF file is of other models
             terminal.note(f"{found.path} stays: {rest[0]} in it is not runner's", "yellow")
 
 
