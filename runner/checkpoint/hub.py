@@ -1,9 +1,9 @@
 """Models of the Hugging Face hub, read from or fetched into its cache on this machine.
 
 `resolve` looks in the cache first and makes no request when the model is there; `pull` always asks the hub. Only what
-this package reads is fetched: JSON, the tokenizer, chat templates, and the safetensors files that the index names.
-Requests, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are left to `huggingface_hub`, which is imported
-only when needed.
+this package reads is fetched: configuration, the tokenizer, chat templates, and the safetensors files that the
+index names. Requests, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are left to `huggingface_hub`,
+which is imported only when needed.
 
 The weights are fetched after everything else and the revision's name is recorded last, so a snapshot that has its
 weights has all other files, and an interrupted download never hides an older, complete snapshot. Downloads of weights
@@ -22,13 +22,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.checkpoint import side_files
 from runner.checkpoint.gguf_choice import choose_gguf, gguf_models
 from runner.checkpoint.hub_ids import MAIN, HubId, parse
 from runner.checkpoint.kept import try_to_begin, try_to_forget_begun, try_to_keep
 from runner.checkpoint.safetensors_header import INDEX, SINGLE, read_index
 from runner.checkpoint.weight_files import choose
 from runner.errors import CheckpointError, HubError, UsageError
-from runner.local_files import is_gguf, path_in, quoted
+from runner.local_files import is_gguf, is_plain_name, path_in, quoted
 from runner.progress import Watched
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -220,10 +221,12 @@ def _found(snapshot: Path, wanted: HubId) -> Path | None:
     """
     if wanted.gguf is None and _is_complete(snapshot):
         return snapshot
-    if wanted.gguf is None and (snapshot / "config.json").exists():  # safetensors, of which some are missing
+    files = _files(snapshot)
+    begun = any(name in TOKENIZER_FILES or name.endswith((".safetensors", INDEX)) for name in files)
+    if wanted.gguf is None and "config.json" in files and begun:  # safetensors, of which some are missing
         return None
     try:
-        return snapshot / choose_gguf(wanted.repo, _files(snapshot), wanted.gguf).files[0]
+        return snapshot / choose_gguf(wanted.repo, files, wanted.gguf).files[0]
     except HubError:
         return None
 
@@ -366,10 +369,8 @@ def _is_small(name: str) -> bool:
     """Whether a file is needed besides the weights: configuration, tokenizer or chat template."""
     folder, _, base = name.rpartition("/")
     if folder:
-        return folder == "additional_chat_templates" and base.endswith(".jinja")
-    if base.endswith(".index.json"):
-        return base == INDEX
-    return base.endswith((".json", ".jinja")) or base in ("tokenizer.model", "merges.txt")
+        return folder == side_files.TEMPLATES and base.endswith(".jinja") and is_plain_name(base)
+    return base in ("config.json", INDEX, *side_files.NAMES)
 
 
 def _download_weights(

@@ -49,6 +49,9 @@ UNWANTED = {
     "m.gguf": b"GGUF",
     "consolidated.safetensors": b"the same weights again",
     "README.md": b"# hello",
+    "trainer_state.json": b"[]",
+    "..\\evil.json": b"{}",
+    "additional_chat_templates/..\\evil.jinja": b"",
 }
 SINGLE = {"model.safetensors": b"w" * 1000}
 SHARDED = {name: name.encode() * 50 for name in INDEX["weight_map"].values()}
@@ -380,6 +383,16 @@ def test_an_offline_cache(tmp_path: Path) -> None:
     error_of(results[3], "org/broken@main is only in part")
     places = [(f"org/bare@{COMMIT}", str(bare)), (f"org/whole@{COMMIT}", str(whole))]
     assert [(row[0], row[2]) for row in results[5]] == places
+
+
+def test_a_gguf_repository_with_a_config_is_whole_without_a_request(tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "m-Q4_K_M.gguf": b"GGUF"}
+    whole = cached(tmp_path / "hf/hub", "org/gguf", files)
+    cached(tmp_path / "hf/hub", "org/both", files | {"tokenizer.json": b"{}"})
+    wanted = [resolve("org/gguf"), resolve("org/both")]
+    (found, refused), _ = call(tmp_path, "http://127.0.0.1:9", *wanted, HF_HUB_OFFLINE="1")
+    assert found == str(whole / "m-Q4_K_M.gguf")
+    error_of(refused, "org/both@main is only in part")
 
 
 def test_a_snapshot_without_tokenizer_is_completed(fake: FakeHub, tmp_path: Path) -> None:
