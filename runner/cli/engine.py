@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import warnings
@@ -54,9 +53,9 @@ def open_model(
             activations=activations, part=part,
         )  # fmt: skip
     for note in lm.notes:
-        _note_once(note)
+        terminal.note_once(note, "yellow")  # however many models a command loads
     if lm.device.notice is not None:
-        _note_once(f"{lm.device.notice} ('runner doctor' says more)")
+        terminal.note_once(f"{lm.device.notice} ('runner doctor' says more)", "yellow")
     return lm
 
 
@@ -103,12 +102,6 @@ def length_note(lm: LanguageModel, last: Chunk, max_tokens: int | None) -> str:
         name = "max_length" if own.max_new_tokens is None else "max_new_tokens"
         return f"{name} of the model's generation_config.json reached: --max-tokens overrides it"
     return f"the context window of {lm.context_length} tokens is full"
-
-
-@functools.cache
-def _note_once(text: str) -> None:
-    """Print a note once, however many models a command loads."""
-    terminal.note(text, "yellow")
 
 
 def timing_lines(timings: Timings) -> tuple[str, str, str]:

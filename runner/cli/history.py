@@ -5,7 +5,6 @@ Nobody but the user can read the files. `--no-history` neither reads nor writes 
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Sequence
@@ -81,7 +80,7 @@ class TypedLines:
                 file.write(text.encode("utf-8", "replace"))
         except OSError as problem:
             self.kept = False
-            _note_once(f"{self.path}: cannot be written: {problem.strerror}")
+            terminal.note_once(f"({self.path}: cannot be written: {problem.strerror})")
 
 
 def _line(row: str) -> str | None:
@@ -148,7 +147,7 @@ def keep_last_chat(model: str, messages: Sequence[Message], *, noted: bool = Tru
     path = os.path.expanduser(model)
     named = os.path.abspath(path) if os.path.exists(path) else model
     if len(json.dumps(plain).encode()) > MAX_TABLE // 2:
-        return _note_once("this chat is too long to be kept for -c") if noted else None
+        return terminal.note_once("(this chat is too long to be kept for -c)") if noted else None
 
     def change(table: dict[str, Any]) -> None:
         table.clear()
@@ -158,9 +157,4 @@ def keep_last_chat(model: str, messages: Sequence[Message], *, noted: bool = Tru
         change_table(last_chat_path(), change)
     except (UserFileError, UsageError) as problem:
         if noted:
-            _note_once(f"this chat is not kept for -c: {problem}")
-
-
-@functools.cache
-def _note_once(text: str) -> None:
-    terminal.note(f"({text})")
+            terminal.note_once(f"(this chat is not kept for -c: {problem})")

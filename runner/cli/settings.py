@@ -75,7 +75,7 @@ def _read(path: Path) -> dict[str, Any]:
         told = f"{path}: {quoted(key)} is not a setting: there is {', '.join(KEYS)}"
         if "model" not in settings:  # most likely it means that
             raise UserFileError(told)
-        terminal.note(told, "yellow")
+        terminal.note_once(told, "yellow")
     for key in KEYS & settings.keys():
         if not isinstance(settings[key], str):
             raise UserFileError(f"{path}: {key} must be a text in quotes, not {quoted(repr(settings[key]))}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import select
 import stat
@@ -82,6 +83,12 @@ def open_closed_streams() -> None:
 def note(text: str, style: str = "dim") -> None:
     """Print a line on stderr that is not an error."""
     say(paint(visible(text), style, sys.stderr))
+
+
+@functools.cache
+def note_once(text: str, style: str = "dim") -> None:
+    """Print such a line the first time that a command has it to say."""
+    note(text, style)
 
 
 def error(text: str) -> None:

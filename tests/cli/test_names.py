@@ -216,6 +216,7 @@ def test_the_default_comes_from_the_variable_or_the_file(account: Account) -> No
     settings.write_text(f'model = "{MODEL}"\ntheme = "dark"\n')
     done = account.run("inspect", "--json")  # of a later version, say
     assert done.stdout == wanted and "'theme' is not a setting" in done.stderr
+    assert account.run("generate", "abc", *GREEDY).stderr.count("'theme' is not a setting") == 1
 
 
 def test_list_marks_the_default(account: Account) -> None:
